@@ -1,0 +1,47 @@
+# make demo: the main job on synthetic radiographs. make test: all tests. Each sets up .venv first.
+.PHONY: demo test check bench soak ui lock setup
+SHELL := bash
+VENV := .venv
+BIN := $(CURDIR)/$(VENV)/bin
+# The first Python from 3.11 on; name another with make PYTHON=…
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+export PATH := $(BIN):$(PATH)
+export MLFLOW_DISABLE_TELEMETRY ?= true
+
+demo: setup
+	@mlflow run . --env-manager local
+
+test: setup
+	@python -m pytest
+
+check: setup
+	@ruff format --check .
+	@ruff check .
+	@pyright
+
+soak: setup
+	@python -m pytest -m soak
+
+ui: setup
+	@echo "the runs: http://127.0.0.1:5000 (Ctrl-C ends)"
+	@mlflow ui --host 127.0.0.1 --port 5000
+
+setup: $(VENV)/ready
+
+$(VENV)/ready: requirements.lock
+	@test -n "$(PYTHON)" || { echo "no Python 3.11 or later found; install one or name it: make PYTHON=/path/to/python3" >&2; exit 2; }
+	@echo "setting up $(VENV) (once): torch, mlflow and what they need, about 5 GB"
+	@$(PYTHON) -m venv --clear $(VENV)
+	@$(BIN)/python -m pip install --quiet uv
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes -r requirements.lock \
+		|| $(BIN)/python -m pip install --quiet --require-hashes -r requirements.lock
+	@touch $@
+
+# After a change of pyproject.toml: the lock for all platforms, and conda.yaml's list from it.
+lock: setup
+	@uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-annotate --group dev \
+		pyproject.toml -o requirements.lock
+	@{ sed '/- pip:/q' conda.yaml; uv pip compile --quiet --no-deps --no-header --no-annotate --no-emit-index-url \
+		--python-version 3.11 --constraints requirements.lock pyproject.toml | sed 's/^/      - /'; } > conda.yaml.part
+	@mv conda.yaml.part conda.yaml

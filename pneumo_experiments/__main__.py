@@ -1,0 +1,6 @@
+"""``python -m pneumo_experiments NAME``: the entry points without ``mlflow run``."""
+
+from pneumo_experiments.cli import main
+
+if __name__ == "__main__":  # worker processes import this module too
+    main()

@@ -1,0 +1,155 @@
+"""The command line: one click command per entry point, its options read off the settings."""
+
+from __future__ import annotations
+
+import math
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import Field, fields
+from importlib import import_module
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+import click
+
+from pneumo_experiments.errors import UserError
+from pneumo_experiments.settings import ENTRY_POINTS, NONE, Main, as_text, from_names
+
+STAGES = {name: "pipeline" if name == "main" else name for name in ENTRY_POINTS}
+
+
+class Number(click.ParamType):
+    """A finite number that is at least ``least``."""
+
+    def __init__(self, kind: type[int] | type[float], least: float | None) -> None:
+        self.kind, self.least, self.name = kind, least, "whole number" if kind is int else "number"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | float:
+        try:
+            number = self.kind(value)
+        except ValueError:
+            self.fail(f"{value!r} is not a {self.name}", param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value!r} is not a finite number", param, ctx)
+        if self.least is not None and number < self.least:
+            self.fail(f"{value} is less than {self.least:g}", param, ctx)
+        return number
+
+
+class PathOrNone(click.ParamType):
+    """A path; empty or ``none`` where there is none."""
+
+    name = "path"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path | None:
+        return None if value in ("", NONE) else Path(value).expanduser()
+
+
+def _type_of(f: Field[Any]) -> click.ParamType:
+    if f.metadata["choices"]:
+        return click.Choice(f.metadata["choices"])
+    match str(f.type):
+        case "int":
+            return Number(int, f.metadata["least"])
+        case "float":
+            return Number(float, f.metadata["least"])
+        case "bool":
+            return click.BOOL
+        case "Path" | "Path | None":
+            return PathOrNone()
+        case _:
+            return click.STRING
+
+
+def _option_of(f: Field[Any], kind: type) -> click.Option:
+    default = as_text(f.default)
+    if kind is Main and f.metadata["sample"] is not None:
+        default += f"; on the synthetic sample: {as_text(f.metadata['sample'])}"
+    return click.Option(
+        [f"--{f.name}"], type=_type_of(f), help=f"{f.metadata['meaning']}  [default: {default}]"
+    )
+
+
+def _command_of(name: str) -> click.Command:
+    kind = ENTRY_POINTS[name]
+
+    def call(**given: Any) -> None:
+        # Options that were not given are None, and so is a path given as "none": both mean the default,
+        # because the default of every optional path is none.
+        chosen = {key: value for key, value in given.items() if value is not None}
+        settings = from_names(kind, chosen)
+        stage = import_module(f"pneumo_experiments.stages.{STAGES[name]}")  # heavy libraries load only now
+        run: Callable[[Any], object] = getattr(stage, STAGES[name])
+        run(settings)
+
+    options: list[click.Parameter] = [_option_of(f, kind) for f in fields(kind)]
+    return click.Command(
+        name, params=options, callback=call, help=kind.__doc__, short_help=(kind.__doc__ or "").split("\n")[0]
+    )
+
+
+@click.group(
+    help="Find and outline pneumothorax on chest radiographs: every step tracked with MLflow.",
+    epilog="The same names work as `mlflow run . -e NAME -P setting=value`; without -e it is main.",
+    context_settings={"max_content_width": 110},
+)
+@click.version_option(package_name=None, version=__import__("pneumo_experiments").__version__)
+def cli() -> None: ...
+
+
+for _name in ENTRY_POINTS:
+    cli.add_command(_command_of(_name))
+
+
+@cli.command(short_help="Write MLproject anew from the settings.")
+@click.argument("path", type=PathOrNone(), default="MLproject")
+def mlproject(path: Path) -> None:
+    """Write MLproject anew from the settings."""
+    from pneumo_experiments.mlproject import mlproject_text
+
+    path.write_text(mlproject_text(), encoding="utf-8")
+
+
+class Terminated(KeyboardInterrupt):
+    """The process was asked to end (SIGTERM)."""
+
+
+def _stop(number: int, frame: FrameType | None) -> NoReturn:
+    # `mlflow run` passes Ctrl-C on as SIGTERM: a second signal must not break the first one's cleaning up.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
+
+
+def main() -> NoReturn:
+    """Runs the command line; a user's mistake is one line on stderr and exit code 2."""
+    signal.signal(signal.SIGINT, _stop)
+    signal.signal(signal.SIGTERM, _stop)
+    try:
+        cli.main(prog_name="python -m pneumo_experiments", standalone_mode=False)
+    except click.UsageError as error:
+        _complain(_one_line(error))
+        sys.exit(2)
+    except (UserError, click.ClickException) as error:
+        _complain(str(error))
+        sys.exit(2)
+    except Terminated:
+        _complain("stopped by SIGTERM; the same command again starts anew")
+        sys.exit(128 + signal.SIGTERM)
+    except (KeyboardInterrupt, click.Abort):
+        _complain("stopped; the same command again starts anew")
+        sys.exit(128 + signal.SIGINT)
+    sys.exit(0)
+
+
+def _complain(message: str) -> None:
+    click.echo(f"{click.style('Error:', fg='red', bold=True)} {' '.join(message.split())}", err=True)
+
+
+def _one_line(error: click.UsageError) -> str:
+    path = error.ctx.command_path if error.ctx else "python -m pneumo_experiments"
+    if isinstance(error, click.BadParameter) and error.param is not None:
+        return f"{error.param.name}: {error.message}; see {path} --help"
+    return f"{error.format_message().rstrip('.')}; see {path} --help"

@@ -1,0 +1,135 @@
+"""The tables of annotations and of patients, in the forms in which they circulate.
+
+Kaggle's ``train-rle.csv`` has the header ``ImageId, EncodedPixels``; copies of it have a BOM, CRLF,
+quotes or no header. One image may have several rows, anywhere in the table. Patients come as the NIH
+mapping ``Kaggle_ID,NIH_ID`` or as ``id,patient``.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import re
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pneumo_experiments.data import rle
+from pneumo_experiments.errors import UserError
+
+NIH_FILE = re.compile(r"(\d+)_\d+\.png")  # 00028864_007.png: image 7 of patient 00028864
+GZIP_MAGIC = b"\x1f\x8b"
+LONGEST_FIELD = 2**26  # characters; csv's own limit of 131,072 is less than a ragged mask can need
+
+
+@dataclass(frozen=True)
+class Form:
+    """Two columns of a table: the names they go by, and how a value looks where there is no header."""
+
+    id_names: tuple[str, ...]
+    value_names: tuple[str, ...]
+    value: re.Pattern[str]
+    expected: str
+
+
+ANNOTATIONS = Form(
+    id_names=("imageid", "image_id"),
+    value_names=("encodedpixels", "encoded_pixels"),
+    value=re.compile(r"-1|\d+(\s+\d+)*"),
+    expected="the columns ImageId and EncodedPixels, or these two without a header",
+)
+PATIENTS = Form(
+    id_names=("kaggle_id", "id", "imageid", "image_id"),
+    value_names=("nih_id", "patient", "patient_id"),
+    value=NIH_FILE,
+    expected="the columns id and patient, or Kaggle_ID and NIH_ID",
+)
+
+
+def read_annotations(path: Path) -> dict[str, list[str]]:
+    """Run-length texts of each image, in the table's order; an empty list where it has only -1."""
+    annotations: dict[str, list[str]] = {}
+    for line, image_id, text in _pairs(path, ANNOTATIONS):
+        if not text:
+            raise UserError(
+                f"{path}, line {line}: no run lengths for {image_id}; an empty mask is written {rle.EMPTY}"
+            )
+        texts = annotations.setdefault(image_id, [])
+        if text != rle.EMPTY:
+            texts.append(text)
+    return annotations
+
+
+def union_mask(texts: Sequence[str], shape: tuple[int, int], image_id: str) -> NDArray[np.bool_]:
+    """All annotations of one image in one mask (H, W); all False for no texts."""
+    mask = rle.decode(rle.EMPTY, shape, image_id)
+    for text in texts:
+        mask |= rle.decode(text, shape, image_id)
+    return mask
+
+
+def read_patients(path: Path) -> dict[str, str]:
+    """Patient of each image; images without one are left out."""
+    patients: dict[str, str] = {}
+    for line, image_id, value in _pairs(path, PATIENTS):
+        nih_file = NIH_FILE.fullmatch(value)
+        patient = nih_file[1] if nih_file else value
+        if patient and patients.setdefault(image_id, patient) != patient:
+            raise UserError(f"{path}, line {line}: a second patient for {image_id}; keep one row per image")
+    return patients
+
+
+def _pairs(path: Path, form: Form) -> Iterator[tuple[int, str, str]]:
+    """Line number, image id and value of each row."""
+    rows = _rows(path, form)
+    if not rows:
+        raise UserError(f"{path}: the table is empty; expected {form.expected}")
+    first = rows[0][1]
+    names = [name.lower() for name in first]
+    id_column = next((names.index(name) for name in form.id_names if name in names), None)
+    value_column = next((names.index(name) for name in form.value_names if name in names), None)
+    if id_column is not None and value_column is not None:
+        del rows[0]
+    elif len(first) == 2 and form.value.fullmatch(first[1]):
+        id_column, value_column = 0, 1
+    else:
+        raise UserError(f"{path}: found {_described(first)}; expected {form.expected}")
+    if not rows:
+        raise UserError(f"{path}: a header without rows; expected one row per annotation or image")
+    for line, row in rows:
+        if len(row) <= max(id_column, value_column) or not row[id_column]:
+            raise UserError(f"{path}, line {line}: an image id or value is missing; expected {form.expected}")
+        yield line, row[id_column], row[value_column]
+
+
+def _rows(path: Path, form: Form) -> list[tuple[int, list[str]]]:
+    """Line number and stripped fields of each row of a CSV file that is not blank; .gz is unpacked."""
+    csv.field_size_limit(LONGEST_FIELD)
+    try:
+        content = path.read_bytes()
+        if content.startswith(GZIP_MAGIC):
+            content = gzip.decompress(content)
+        reader = csv.reader(io.StringIO(content.decode("utf-8-sig"), newline=""), skipinitialspace=True)
+        rows = [(reader.line_num, [field.strip() for field in row]) for row in reader]
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; expected a CSV table with {form.expected}") from None
+    except IsADirectoryError:
+        raise UserError(f"{path}: a folder; expected a CSV table with {form.expected}") from None
+    except (UnicodeDecodeError, csv.Error):
+        raise UserError(f"{path}: not a CSV table in UTF-8; expected {form.expected}") from None
+    except (OSError, EOFError, zlib.error) as error:
+        reason = getattr(error, "strerror", None) or "damaged or cut short"
+        raise UserError(f"{path}: cannot be read ({reason}); expected {form.expected}") from None
+    return [(line, row) for line, row in rows if any(row)]
+
+
+def _described(row: list[str]) -> str:
+    # A row with digits is data rather than names, and data may name a patient: it is not shown.
+    if any(character.isdigit() for field in row for character in field):
+        return f"a first row of {len(row)} fields without these names"
+    return "the columns " + ", ".join(row)

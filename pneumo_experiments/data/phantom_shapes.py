@@ -1,0 +1,269 @@
+"""The geometry of a synthetic chest, with and without a pneumothorax.
+
+Everything is a polygon or a curve, in pixels of the 1024-pixel plate: x from the midline to the right,
+y down. Side -1 is the left of the picture, the patient's right. A pneumothorax is the space between
+the chest wall and the visceral pleura, which is the wall drawn towards the hilum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from math import log
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+AREA_PX = (3_000, 160_000)  # least and most that a pneumothorax aims at
+MEDIAN_AREA_PX = 25_000  # 8,630 in the real set; larger here, since the demo learns from tiny images
+# The part of the wall, from the medial apex (0) to the lateral angle (1), that a pneumothorax takes.
+REACH = {"apical": (0.03, 0.5), "lateral": (0.38, 0.97), "basal": (0.68, 0.99), "whole": (0.01, 0.99)}
+
+Points = NDArray[np.float64]  # (n, 2): x, y
+
+
+@dataclass(frozen=True)
+class Build:
+    """The measures of one patient's chest."""
+
+    half_width: float
+    apex: float  # y of the top of the lungs
+    dome: float  # y of the right diaphragm
+    sulcus: float  # how far the lateral angle lies below the dome
+    heart: float  # reach to the left, as share of half_width
+    shoulder: float  # y of the top of the shoulders
+    fat: float  # 0 slim to 1
+
+
+@dataclass(frozen=True)
+class Lung:
+    """One half of the chest cavity: its wall from medial apex to lateral angle, the rest, the hilum."""
+
+    side: int
+    wall: Points
+    rest: Points
+    hilum: Points
+
+    @property
+    def outline(self) -> Points:
+        return np.vstack([self.wall, self.rest])
+
+
+@dataclass(frozen=True)
+class Collapse:
+    """A pneumothorax: part of a lung's wall and, point by point, the visceral pleura facing it."""
+
+    side: int
+    wall: Points
+    pleura: Points
+
+    def crescent(self, begin: float = 0, end: float = 1) -> Points:
+        """The polygon between wall and pleura, whole or from one share of its length to another."""
+        part = slice(int(begin * len(self.wall)), int(np.ceil(end * len(self.wall))))
+        return np.vstack([self.wall[part], self.pleura[part][::-1]])
+
+
+def spline(points: Sequence[tuple[float, float]], steps: int = 10) -> Points:
+    """The Catmull-Rom curve through k points: ((k - 1) * steps + 1, 2)."""
+    knots = np.array(points, dtype=np.float64)
+    knots = np.vstack([2 * knots[0] - knots[1], knots, 2 * knots[-1] - knots[-2]])
+    t = np.linspace(0, 1, steps, endpoint=False)[None, :, None]
+    a, b, c, d = (knots[k : len(knots) - 3 + k, None] for k in range(4))
+    curve = b + 0.5 * t * ((c - a) + t * ((2 * a - 5 * b + 4 * c - d) + t * (3 * b - a - 3 * c + d)))
+    return np.vstack([curve.reshape(-1, 2), knots[-2]])
+
+
+def oval(centre: ArrayLike, a: float, b: float) -> Points:
+    """An upright ellipse with half-axes a and b: (32, 2)."""
+    angle = np.linspace(0, 2 * np.pi, 32, endpoint=False)
+    return np.asarray(centre, dtype=np.float64) + np.stack([a * np.cos(angle), b * np.sin(angle)], axis=1)
+
+
+def area_px(polygon: Points) -> float:
+    """Area inside a polygon (n, 2)."""
+    x, y = polygon.T
+    return float(abs(x @ np.roll(y, 1) - y @ np.roll(x, 1)) / 2)
+
+
+def build(rng: np.random.Generator, sex: str) -> Build:
+    """A patient; women are a little smaller."""
+    return Build(
+        half_width=rng.uniform(325, 385) - 15 * (sex == "F"),
+        apex=rng.uniform(80, 135),
+        dome=rng.uniform(640, 745),
+        sulcus=rng.uniform(80, 135),
+        heart=rng.uniform(0.42, 0.54),
+        shoulder=rng.uniform(100, 165),
+        fat=rng.uniform(0, 1),
+    )
+
+
+def lung(build: Build, side: int, rng: np.random.Generator) -> Lung:
+    """A half of the cavity; the left diaphragm stands lower."""
+    width, top = build.half_width, build.apex + rng.normal(0, 6)
+    dome = build.dome + (rng.uniform(10, 50) if side > 0 else 0)
+    tall = dome + build.sulcus - top
+
+    def at(u: float, v: float) -> tuple[float, float]:
+        return side * width * (u + rng.normal(0, 0.008)), top + tall * v
+
+    wall = [at(0.20, 0.10), at(0.26, 0.025), at(0.38, 0), at(0.55, 0.035), at(0.73, 0.13), at(0.87, 0.3)]
+    wall += [at(0.95, 0.48), at(1.0, 0.66), at(1.02, 0.84), at(1.0, 1)]
+    floor = [wall[-1], at(0.87, 1 - 0.6 * build.sulcus / tall), at(0.68, 1 - 0.93 * build.sulcus / tall)]
+    floor += [(side * width * 0.47, dome), (side * width * 0.25, dome + 12), (side * width * 0.1, dome + 45)]
+    inner = [floor[-1], at(0.10, 0.7), at(0.12, 0.45), at(0.16, 0.25), wall[0]]
+    rest = np.vstack([spline(floor)[1:], spline(inner)[1:-1]])
+    return Lung(side, spline(wall, 14), rest, np.array(at(0.27, 0.48)))
+
+
+def heart(build: Build, rng: np.random.Generator) -> Points:
+    """Heart and great vessels, reaching further to the patient's left: a closed curve."""
+    width, top = build.half_width, build.apex
+    tall = build.dome + 20 - top
+    right, reach = rng.uniform(0.19, 0.26), build.heart + rng.normal(0, 0.01)
+    curve = [
+        (0.05, 0.2),
+        (-0.13, 0.3),
+        (-0.16, 0.5),
+        (-right, 0.72),
+        (-right + 0.02, 0.9),
+        (-0.12, 1.06),
+        (0.2, 1.12),
+    ]
+    curve += [
+        (reach - 0.06, 1.06),
+        (reach, 0.96),
+        (reach * 0.92, 0.8),
+        (reach * 0.7, 0.62),
+        (0.26, 0.5),
+        (0.19, 0.42),
+    ]
+    curve += [(0.17, 0.36), (0.23, 0.3), (0.22, 0.24), (0.14, 0.2), (0.05, 0.2)]  # the aortic knob
+    return spline([(width * u, top + tall * v) for u, v in curve], 5)
+
+
+def half_body(build: Build, view: str) -> Points:
+    """Right half of the picture's silhouette: neck, shoulder, arm, flank."""
+    neck, slope, flank = 95 + 35 * build.fat, build.shoulder, build.half_width + 25 + 75 * build.fat
+    outer = [(neck, -300), (neck, -60), (neck + 8, slope - 120), (neck + 90, slope - 55), (380, slope)]
+    outer.append((560, slope + 70))
+    if view == "PA":  # arms away from the body: air under the axilla
+        outer += [(900, slope + 130), (900, 560), (560, 500), (build.half_width + 110, 440)]
+        outer += [(flank + 25, 470), (flank, 620)]
+    else:  # arms along the body
+        outer += [(650, slope + 260), (700, 1300), (flank + 70, 1300), (flank + 50, 560), (flank + 30, 700)]
+    return np.vstack([spline(outer, 6), [(flank + 20, 1300), (0, 1300), (0, -300)]])
+
+
+def belly(build: Build) -> Points:
+    """What lies under the diaphragm; higher on the right, where the liver is."""
+    flank = build.half_width + 25 + 75 * build.fat
+    sides = [
+        (-flank, 1300),
+        (-0.8 * flank, build.dome + 90),
+        (0, build.dome),
+        (0.8 * flank, build.dome + 120),
+    ]
+    return np.array([*sides, (flank, 1300)])
+
+
+def girdle(build: Build, view: str, side: int, lift: float) -> tuple[Points, Points, Points, Points]:
+    """Line of the collar bone, outlines of shoulder blade and head of the arm, line of the upper arm."""
+    width, top, slope = build.half_width, build.apex, build.shoulder
+    collar = [
+        (36, top + 95),
+        (110, top + 85 - lift),
+        (220, slope + 60 - lift),
+        (330, slope + 42),
+        (430, slope + 58),
+    ]
+    blade = [
+        (width + 90, slope + 80),
+        (width + 30, slope + 75),
+        (width - 25, slope + 140),
+        (width + 15, slope + 340),
+    ]
+    blade += [(width + 50, slope + 240), (width + 100, slope + 140), (width + 90, slope + 80)]
+    joint = (width + 125, slope + 125)
+    arm = np.array([joint, (joint[0] + (330 if view == "PA" else 70), joint[1] + 420)])
+    mirror = (side, 1)
+    return spline(collar) * mirror, spline(blade) * mirror, oval(joint, 48, 54) * mirror, arm * mirror
+
+
+def collapses(
+    lungs: Sequence[Lung], annotations: int, overlap: bool, rng: np.random.Generator
+) -> tuple[list[Collapse], list[Points]]:
+    """The collapses of a patient, and the polygons that an annotator outlines: one per annotation.
+
+    Overlapping annotations are parts of one crescent; separate ones are pockets, at most four.
+    """
+    if annotations == 0:
+        return [], []
+    size = rng.lognormal(log(MEDIAN_AREA_PX), 0.75)
+    size = min(max(size, AREA_PX[0]), AREA_PX[1])
+    side = int(rng.integers(2))
+    if annotations == 1 or overlap:
+        # Small ones stay at the apex: along the whole side they would be hairlines.
+        mixed = str(rng.choice(["apical", "lateral"]))
+        place = "apical" if size < 20_000 else "whole" if size > 60_000 else mixed
+        whole = collapse(lungs[side], size, place, rng)
+        cuts, lap = np.linspace(0, 1, annotations + 1), 0.1 * overlap
+        return [whole], [whole.crescent(max(0, a - lap), min(1, b + lap)) for a, b in pairwise(cuts.tolist())]
+    pockets = [(side, "apical"), (side, "basal"), (1 - side, "apical"), (1 - side, "basal")][:annotations]
+    pocket_px = min(max(size / annotations, 2 * AREA_PX[0]), 20_000)
+    found = [collapse(lungs[k], pocket_px, place, rng) for k, place in pockets]
+    return found, [pocket.crescent() for pocket in found]
+
+
+def collapse(lung: Lung, size: float, place: str, rng: np.random.Generator) -> Collapse:
+    """A pneumothorax of about ``size`` pixels: at most three quarters of the way to the hilum."""
+    begin, end = (share + rng.uniform(-0.01, 0.01) for share in REACH[place])
+    wall = lung.wall[int(begin * len(lung.wall)) : int(end * len(lung.wall))]
+    along, peak = np.linspace(0, 1, len(wall)), rng.uniform(0.35, 0.65)
+    bulge = np.sin(np.pi / 2 * np.where(along < peak, along / peak, (1 - along) / (1 - peak))) ** 0.6
+    bulge *= 1 + 0.08 * np.sin(along * rng.uniform(5, 12) + rng.uniform(0, 6))
+    low, high = 0.0, 0.75
+    found = Collapse(lung.side, wall, wall)
+    for _ in range(12):
+        depth = (low + high) / 2
+        found = Collapse(lung.side, wall, wall + depth * bulge[:, None] * (lung.hilum - wall))
+        low, high = (low, depth) if area_px(found.crescent()) > size else (depth, high)
+    return found
+
+
+def vessels(lung: Lung, rng: np.random.Generator) -> list[tuple[Points, float]]:
+    """Branching strokes from the hilum outwards with their widths, the thinnest first."""
+    count = 10
+    place = lung.hilum + rng.normal(0, 1, (count, 2)) * (12, 36)
+    angle = np.linspace(-1.7, 1.7, count) + rng.normal(0, 0.2, count)  # 0 is outwards
+    width = rng.uniform(5, 12, count)
+    found = list[tuple[Points, float]]()
+    for length in (90, 85, 75, 60):
+        reach = length * rng.uniform(0.4, 1.4, (len(angle), 1))
+        bend = angle + rng.normal(0, 0.3, len(angle))
+        middle = place + reach / 2 * np.stack([lung.side * np.cos(angle), np.sin(angle)], axis=1)
+        end = middle + reach / 2 * np.stack([lung.side * np.cos(bend), np.sin(bend)], axis=1)
+        found += zip(np.stack([place, middle, end], axis=1), width.tolist(), strict=True)
+        place = np.repeat(end, 2, axis=0)
+        angle = np.repeat(bend, 2) + np.tile([-0.5, 0.4], len(bend)) * rng.uniform(0.1, 1.4, 2 * len(bend))
+        width = np.repeat(width, 2) * rng.uniform(0.5, 0.8, 2 * len(bend))
+    return found[::-1]
+
+
+def ribs(build: Build, lung: Lung) -> tuple[list[Points], list[Points]]:
+    """Centre lines of one side's ribs from above: the parts behind the lung and the parts before it."""
+    pitch = (build.dome - build.apex) / 8.4
+    outside = lung.wall[28:]  # from the top of the apex down
+    back, front = list[Points](), list[Points]()
+    for number in range(11):
+        start, drop = build.apex - 14 + pitch * number, pitch * (1.3 + 0.16 * min(number, 7))
+        turn = np.linspace(0.06, 0.8 * np.pi, 30)
+        reach = float(np.interp(start + drop / 2, outside[:, 1], np.abs(outside[:, 0])))
+        x = np.sin(turn) ** 0.85 * max(reach, build.half_width * 0.5)
+        y = start + drop * (1 - np.cos(turn)) / 2 - 16 * np.sin(2 * turn)
+        line = np.stack([lung.side * x, y], axis=1)
+        back.append(line[:19])
+        if 0 < number < 8:
+            front.append(line[16:])
+    return back, front

@@ -1,0 +1,249 @@
+"""The data set file: one HDF5 that plain h5py reads.
+
+- ``images_<k>`` (n, S, S): greys / 255, 512 images per block, the last one fewer; one image per chunk.
+- ``ann_<k>``, same shape: share of each pixel that is annotated, in [0, 1]. As float32 it is exact, as
+  float16 and uint8 it is rounded to 1/255.
+- Stored as uint8, both hold 0-255 and have the attribute ``scale`` = 1/255.
+- ``index``: one row per image with the fields of ``Entry``. ``rle``: its mask at native size.
+- Attributes of the file: format, format_version, image_size, labelled, settings (JSON), fingerprint.
+
+A set without labels has neither ``ann_<k>`` nor ``rle``.
+"""
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+# pyright: reportMissingTypeStubs=false
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import astuple, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+from numpy.typing import NDArray
+
+from pneumo_experiments.data import rle
+from pneumo_experiments.errors import UserError
+
+FORMAT = "pneumo_experiments"
+FORMAT_VERSION = 1
+BLOCK = 512  # images
+MEND = "run preprocess to write it"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One row of the index; its fields are the columns."""
+
+    image_id: str
+    patient: str  # salted hash, 16 hex digits
+    view: str
+    sex: str
+    age: int  # years, -1 unknown
+    rows: int
+    columns: int
+    annotations: int
+    area_px: int  # of the united annotations, in native pixels
+
+
+INDEX = np.dtype([(f.name, h5py.string_dtype() if f.type == "str" else np.int64) for f in fields(Entry)])
+
+
+@dataclass(frozen=True)
+class Example:
+    """One image as it is stored."""
+
+    entry: Entry
+    image: NDArray[np.uint8]  # (S, S)
+    share: NDArray[np.float32]  # (S, S), annotated share of each pixel
+    rle: str  # the united annotations at native size
+
+
+def hash_patient(patient: str, image_id: str = "") -> str:
+    """Salted hash of a patient, 16 hex digits; without one, of the image: strangers are no group."""
+    salt = os.environ.get("PNEUMO_PATIENT_SALT") or FORMAT
+    if not patient.strip() and not image_id:
+        raise ValueError("neither a patient nor an image id to hash")
+    name = f"patient {patient.strip()}" if patient.strip() else f"image {image_id}"
+    return hmac.new(salt.encode(), name.encode(), "sha256").hexdigest()[:16]
+
+
+def write_dataset(
+    path: Path,
+    examples: Iterable[Example],
+    *,
+    image_size: int,
+    pixel_dtype: str,
+    settings: Mapping[str, str],
+    labelled: bool,
+) -> str:
+    """Write a data set, one example in memory at a time; returns its fingerprint.
+
+    The fingerprint is that of greys, annotations, index and pixel format, whatever the compression.
+    """
+    part = path.with_name(path.name + ".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file: Any = h5py.File(part, "w")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written; choose another place for the data set") from error
+    try:
+        with file:
+            essence = {"format_version": FORMAT_VERSION, "image_size": image_size, "pixel_dtype": pixel_dtype}
+            digest = hashlib.sha256(json.dumps(essence | {"labelled": labelled}).encode())
+            index: list[tuple[Any, ...]] = []
+            runs: list[str] = []
+            for example in examples:
+                block, row = divmod(len(index), BLOCK)
+                pictures: dict[str, NDArray[Any]] = {"images": example.image.astype(np.float32) / 255}
+                if labelled:
+                    pictures["ann"] = example.share
+                    runs.append(example.rle)
+                for kind, picture in pictures.items():
+                    if row == 0:
+                        _create_block(file, f"{kind}_{block}", image_size, pixel_dtype)
+                    file[f"{kind}_{block}"].resize(row + 1, axis=0)
+                    file[f"{kind}_{block}"][row] = _stored(picture, pixel_dtype)
+                index.append(astuple(example.entry))
+                digest.update(json.dumps([index[-1], runs[-1:]]).encode())
+                for picture in pictures.values():
+                    digest.update(_bytes(picture).tobytes())
+            if not index:
+                raise UserError(f"{path}: no images to write; see why the input was rejected")
+            file["index"] = np.array(index, INDEX)
+            if labelled:
+                file.create_dataset("rle", data=runs, dtype=h5py.string_dtype())
+            file.attrs.update(
+                {
+                    "format": FORMAT,
+                    "format_version": FORMAT_VERSION,
+                    "image_size": image_size,
+                    "labelled": labelled,
+                    "settings": json.dumps(dict(settings), sort_keys=True),
+                    "fingerprint": digest.hexdigest(),
+                }
+            )
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+    return digest.hexdigest()
+
+
+class Dataset:
+    """An open data set file; images are addressed by their row in the index."""
+
+    def __init__(self, path: Path, file: Any) -> None:
+        self._path, self._file = path, file
+        self.image_size = int(file.attrs["image_size"])
+        self.labelled = bool(file.attrs["labelled"])
+        self.settings: dict[str, str] = json.loads(file.attrs["settings"])
+        self.fingerprint = str(file.attrs["fingerprint"])
+        text = [f.name for f in fields(Entry) if f.type == "str"]
+        rows = [dict(zip(INDEX.names or (), row, strict=True)) for row in file["index"][()].tolist()]
+        self.entries = [Entry(**(row | {name: row[name].decode() for name in text})) for row in rows]
+
+    @classmethod
+    def open(cls, path: Path) -> Dataset:
+        """Open a data set to read; close it, or use it in ``with``."""
+        if not path.is_file():
+            raise UserError(f"{path}: no such data set; {MEND}")
+        if not h5py.is_hdf5(path):
+            raise UserError(f"{path}: not an HDF5 file; {MEND}, or name another dataset")
+        try:
+            file: Any = h5py.File(path, "r")
+        except OSError:
+            raise UserError(f"{path}: damaged or cut short; {MEND} anew") from None
+        try:
+            if file.attrs.get("format") != FORMAT:
+                raise UserError(f"{path}: not a data set of {FORMAT}; {MEND}, or name another dataset")
+            if (version := file.attrs.get("format_version")) != FORMAT_VERSION:
+                raise UserError(f"{path}: format version {version} instead of {FORMAT_VERSION}; {MEND} anew")
+            return cls(path, file)
+        except UserError:
+            file.close()
+            raise
+        except (OSError, LookupError, RuntimeError, TypeError, ValueError):
+            file.close()
+            raise UserError(f"{path}: damaged or incomplete; {MEND} anew") from None
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> Dataset:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def images(self, indices: Sequence[int] | NDArray[np.int64]) -> NDArray[np.uint8]:
+        """Greys (n, S, S)."""
+        return self._read("images", indices)
+
+    def shares(self, indices: Sequence[int] | NDArray[np.int64]) -> NDArray[np.uint8]:
+        """Annotated share of each pixel (n, S, S), 255 is all of it."""
+        self._require_labels()
+        return self._read("ann", indices)
+
+    def rle(self, index: int) -> str:
+        """Run lengths of one image's united annotations, at native size."""
+        self._require_labels()
+        return self._file["rle"].asstr()[range(len(self))[index]]
+
+    def mask(self, index: int) -> NDArray[np.bool_]:
+        """One image's united annotations (rows, columns), at native size."""
+        entry = self.entries[index]
+        return rle.decode(self.rle(index), (entry.rows, entry.columns), entry.image_id)
+
+    def _require_labels(self) -> None:
+        if not self.labelled:
+            raise UserError(f"{self._path}: has no annotations; run preprocess with rle_csv")
+
+    def _read(self, kind: str, indices: Sequence[int] | NDArray[np.int64]) -> NDArray[np.uint8]:
+        pictures = np.empty((len(indices), self.image_size, self.image_size), np.uint8)
+        for picture, index in zip(pictures, indices, strict=True):
+            block, row = divmod(range(len(self))[index], BLOCK)
+            try:
+                picture[:] = _bytes(self._file[f"{kind}_{block}"][row])
+            except (OSError, KeyError):
+                raise UserError(f"{self._path}: damaged at {kind}_{block}, row {row}; {MEND} anew") from None
+        return pictures
+
+
+def _create_block(file: Any, name: str, image_size: int, pixel_dtype: str) -> None:
+    shape = (image_size, image_size)
+    block = file.create_dataset(
+        name,
+        shape=(0, *shape),
+        maxshape=(BLOCK, *shape),
+        chunks=(1, *shape),
+        dtype=pixel_dtype,
+        compression="gzip",
+        compression_opts=1,
+        shuffle=True,
+    )
+    if pixel_dtype == "uint8":
+        block.attrs["scale"] = 1 / 255
+
+
+def _stored(picture: NDArray[Any], pixel_dtype: str) -> NDArray[Any]:
+    """Values in [0, 1] as they are stored; those of less than 32 bits are whole numbers of 1/255."""
+    if pixel_dtype == "float32":
+        return picture
+    if pixel_dtype == "uint8":
+        return _bytes(picture)
+    return (_bytes(picture).astype(np.float32) / 255).astype(pixel_dtype)
+
+
+def _bytes(stored: NDArray[Any]) -> NDArray[np.uint8]:
+    """Whole numbers of 1/255 from stored values."""
+    if stored.dtype == np.uint8:
+        return stored
+    return np.rint(stored.astype(np.float32) * 255).astype(np.uint8)

@@ -1,0 +1,69 @@
+"""Where the network runs and in which number format."""
+
+from __future__ import annotations
+
+import time
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional
+
+from pneumo_experiments.errors import UserError
+from pneumo_experiments.settings import Device
+
+FORMATS = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A device and the format of its matrix products (fp32, bf16 or fp16)."""
+
+    device: torch.device
+    precision: str
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """A context in which the network computes in the chosen format."""
+        if self.precision == "fp32":
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=FORMATS[self.precision])
+
+
+def choose_machine(settings: Device) -> Machine:
+    """The device and format that the settings name, or the best that are there.
+
+    Raises UserError where the named device is missing.
+    """
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    name = next(kind for kind in there if there[kind]) if settings.device == "auto" else settings.device
+    if not there[name]:
+        raise UserError(f"device={name}: torch finds none here; device=auto takes what is there")
+    device = torch.device(name)
+    precision = settings.precision
+    if precision == "auto":
+        precision = _fastest(device)
+    if precision == "fp16" and name == "cpu":
+        raise UserError("precision=fp16: not on a CPU; precision=auto takes what is fastest there")
+    return Machine(device, precision)
+
+
+def _fastest(device: torch.device) -> str:
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
+    if device.type == "cpu":
+        # With AMX or AVX512-BF16 units bf16 wins, elsewhere it is emulated and loses: time one convolution.
+        return min(("fp32", "bf16"), key=_seconds_of_convolution)
+    return "fp32"
+
+
+def _seconds_of_convolution(precision: str) -> float:
+    dtype = FORMATS.get(precision, torch.float32)
+    images = torch.ones(4, 256, 16, 16, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    kernels = torch.ones(256, 256, 3, 3, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    times: list[float] = []
+    with torch.inference_mode():
+        for _ in range(4):
+            start = time.perf_counter()
+            functional.conv2d(images, kernels, padding=1)
+            times.append(time.perf_counter() - start)
+    return min(times[1:])

@@ -1,0 +1,95 @@
+"""Pictures that let a person judge a mask: truth in green, prediction in orange, side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
+
+Colour = tuple[int, int, int]
+
+BACKGROUND: Colour = (17, 18, 20)
+INK: Colour = (236, 236, 236)
+MUTED: Colour = (160, 163, 168)
+# Bluish green and orange stay apart for colour-blind eyes (after the palette of Okabe and Ito).
+TRUTH: Colour = (45, 212, 160)
+PREDICTION: Colour = (255, 146, 20)
+FILL = 0.16  # opacity inside an outline: lung markings stay visible
+
+
+def overlay(
+    image: NDArray[np.uint8],
+    truth: NDArray[np.bool_] | None,
+    prediction: NDArray[np.bool_],
+    caption: str,
+    size_px: int = 384,
+) -> NDArray[np.uint8]:
+    """Panels radiograph, truth (unless None), prediction of (H, W) arrays side by side, as RGB (h, w, 3).
+
+    The longer side of a panel measures ``size_px``. The caption stands above, cut to the width.
+    """
+    scale = size_px / max(image.shape)
+    width, height = (max(1, round(side * scale)) for side in image.shape[::-1])
+    base = Image.fromarray(image).resize((width, height), Image.Resampling.LANCZOS).convert("RGB")
+    panels = [("radiograph", MUTED, base)]
+    for name, colour, mask in (("truth", TRUTH, truth), ("prediction", PREDICTION, prediction)):
+        if mask is not None:
+            panels.append((name if mask.any() else f"{name}: empty", colour, _outlined(base, mask, colour)))
+
+    gap = max(4, size_px // 32)
+    text_px = max(11, size_px // 20)
+    font = ImageFont.load_default(size=text_px)
+    line = round(text_px * 1.3)
+    whole = (gap + (width + gap) * len(panels), 4 * gap + 2 * line + height)
+    canvas = Image.new("RGB", whole, BACKGROUND)
+    pen = ImageDraw.Draw(canvas)
+    pen.text((gap, gap), _fitted(caption, font, whole[0] - 2 * gap), INK, font)
+    for i, (name, colour, panel) in enumerate(panels):
+        left, top = gap + i * (width + gap), 2 * gap + line
+        canvas.paste(panel, (left, top))
+        pen.text((left, top + height + gap), _fitted(name, font, width), colour, font)
+    return np.asarray(canvas)
+
+
+def contact_sheet(pictures: Sequence[NDArray[np.uint8]], columns: int) -> NDArray[np.uint8]:
+    """One RGB picture of n >= 1 pictures (h, w, 3) of any sizes, row by row, centred in their cells."""
+    if not pictures or columns < 1:
+        raise ValueError(f"{len(pictures)} pictures in {columns} columns: at least one of each is needed")
+    columns = min(columns, len(pictures))
+    rows = [pictures[i : i + columns] for i in range(0, len(pictures), columns)]
+    heights = [max(picture.shape[0] for picture in row) for row in rows]
+    widths = [max(picture.shape[1] for picture in pictures[i::columns]) for i in range(columns)]
+    gap = max(4, max(widths) // 64)
+    sheet = np.empty((sum(heights) + gap * (len(rows) + 1), sum(widths) + gap * (columns + 1), 3), np.uint8)
+    sheet[:] = BACKGROUND
+    for i, row in enumerate(rows):
+        for j, picture in enumerate(row):
+            top = gap * (i + 1) + sum(heights[:i]) + (heights[i] - picture.shape[0]) // 2
+            left = gap * (j + 1) + sum(widths[:j]) + (widths[j] - picture.shape[1]) // 2
+            sheet[top : top + picture.shape[0], left : left + picture.shape[1]] = picture
+    return sheet
+
+
+def _outlined(base: Image.Image, mask: NDArray[np.bool_], colour: Colour) -> Image.Image:
+    """The panel with the mask (H, W) filled faintly and outlined 2 px wide; unchanged when it is empty."""
+    double = (base.width * 2, base.height * 2)  # drawn at twice the size, then halved: smooth edges
+    # Any coverage counts, so that a finding of a few native pixels is still seen.
+    covered = Image.fromarray(mask.astype(np.uint8) * 255).resize(double, Image.Resampling.BOX)
+    inside = Image.fromarray((np.asarray(covered) > 0).astype(np.uint8))
+    outer = np.asarray(inside.filter(ImageFilter.MaxFilter(5)), dtype=bool)
+    inner = np.asarray(inside.filter(ImageFilter.MinFilter(5)), dtype=bool)
+    opacity = np.where(outer & ~inner, 1.0, np.where(inner, FILL, 0.0)) * 255
+    blend = Image.fromarray(opacity.astype(np.uint8)).reduce(2)
+    return Image.composite(Image.new("RGB", base.size, colour), base, blend)
+
+
+def _fitted(text: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, width: int) -> str:
+    """The text on one line, cut with an ellipsis where it is wider than ``width`` pixels."""
+    text = " ".join(text.split())
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(text + "…") > width:
+        text = text[:-1]
+    return text.rstrip() + "…"

@@ -1,0 +1,128 @@
+"""The official metric and what is always shown beside it.
+
+Dice is the metric of the SIIM-ACR challenge: the mean over images of 2|X∩Y| / (|X| + |Y|) at
+native size, where an image whose truth and prediction are both empty counts 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from math import isnan
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pneumo_experiments.errors import UserError
+
+if TYPE_CHECKING:
+    from pneumo_experiments.scoring.thresholds import Tally, Thresholds
+
+RESAMPLES = 1000
+
+
+def dice_of_areas(
+    overlap: NDArray[np.int64], predicted: NDArray[np.int64], truth: NDArray[np.int64]
+) -> NDArray[np.float64]:
+    """Dice of each image (n,) from its areas in pixels; 1.0 where truth and prediction are empty."""
+    total = predicted + truth
+    return np.divide(2 * overlap, total, out=np.ones(total.shape), where=total > 0)
+
+
+def dice(truth: NDArray[np.bool_], prediction: NDArray[np.bool_]) -> float:
+    """Dice of two boolean masks (H, W); 1.0 when both are empty."""
+    if truth.shape != prediction.shape:
+        raise ValueError(
+            f"truth is {truth.shape}, prediction {prediction.shape}: masks of one image must match"
+        )
+    areas = [np.asarray(np.count_nonzero(mask)) for mask in (truth & prediction, prediction, truth)]
+    return float(dice_of_areas(*areas))
+
+
+def auroc(truth: NDArray[np.bool_], presence: NDArray[np.float32]) -> float:
+    """Area under the ROC curve of presence (n,), ties count half; nan unless both classes are there.
+
+    It is the Mann-Whitney U of the positives' average ranks, over the number of pairs.
+    """
+    positives = np.count_nonzero(truth)
+    negatives = truth.size - positives
+    if positives == 0 or negatives == 0:
+        return float("nan")
+    _, place, ties = np.unique(presence, return_inverse=True, return_counts=True)
+    ranks = np.cumsum(ties) - (ties - 1) / 2  # of each distinct value, from 1
+    u = ranks[place][truth].sum() - positives * (positives + 1) / 2
+    return float(u / (positives * negatives))
+
+
+def bootstrap_interval(
+    values: NDArray[np.float64], patients: Sequence[str], rng: np.random.Generator
+) -> tuple[float, float]:
+    """95% percentile interval of the mean of values (n,), by resampling patients with all their images.
+
+    Images of one patient resemble each other; resampling images would make the interval too narrow.
+    """
+    _, patient = np.unique(np.asarray(patients), return_inverse=True)
+    sums = np.bincount(patient, weights=values)
+    images = np.bincount(patient)
+    drawn = rng.integers(len(sums), size=(RESAMPLES, len(sums)))
+    means = sums[drawn].sum(axis=1) / images[drawn].sum(axis=1)
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(low), float(high)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """How well a set of images was outlined; nan where a number is undefined."""
+
+    dice: float
+    """the official metric"""
+    dice_low: float
+    dice_high: float
+    """95% interval of dice, from a bootstrap over patients"""
+    dice_baseline: float
+    """dice of predicting nothing anywhere: the share of images with empty truth"""
+    dice_positive: float
+    """mean Dice over the images with truth"""
+    sensitivity: float
+    """share of the images with truth whose prediction is not empty"""
+    specificity: float
+    """share of the images without truth whose prediction is empty"""
+    auroc: float
+    """of the probability of presence, before any threshold"""
+    images: int
+    positives: int
+    """images with truth"""
+
+    def as_metrics(self) -> dict[str, float]:
+        """Every number under its name, without the undefined ones."""
+        return {name: float(value) for name, value in asdict(self).items() if not isnan(value)}
+
+
+def score(tally: Tally, thresholds: Thresholds, patients: Sequence[str], seed: int = 0) -> Scores:
+    """Scores of n >= 1 tallied images; ``patients`` names the patient of each."""
+    if len(tally) == 0:
+        raise UserError("no images to score: choose a subset that has some")
+    if len(patients) != len(tally):
+        raise ValueError(f"{len(patients)} patients for {len(tally)} images")
+    values = tally.dice(thresholds)
+    found = tally.predicted_area(thresholds) > 0
+    truth = tally.truth_area > 0
+    low, high = bootstrap_interval(values, patients, np.random.default_rng(seed))
+    return Scores(
+        dice=float(values.mean()),
+        dice_low=low,
+        dice_high=high,
+        dice_baseline=float(np.mean(~truth)),
+        dice_positive=_mean(values[truth]),
+        sensitivity=_mean(found[truth]),
+        specificity=_mean(~found[~truth]),
+        auroc=auroc(truth, tally.presence),
+        images=len(tally),
+        positives=int(np.count_nonzero(truth)),
+    )
+
+
+def _mean(values: NDArray[np.float64] | NDArray[np.bool_]) -> float:
+    """Mean of (n,); nan when there are none."""
+    return float(values.mean()) if values.size else float("nan")

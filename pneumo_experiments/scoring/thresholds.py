@@ -1,0 +1,184 @@
+"""From probabilities to masks, and the choice of the thresholds in between.
+
+A ``Tally`` remembers of each image only how many pixels reach each hundredth of probability, so
+any thresholds can be judged in milliseconds without keeping the predictions. That is why pixel
+thresholds are whole hundredths.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pneumo_experiments.errors import UserError
+from pneumo_experiments.scoring.metrics import dice_of_areas
+
+# The hundredths as float32: pixel probabilities are compared with these very numbers, everywhere.
+HUNDREDTHS = (np.arange(101) / 100).astype(np.float32)
+_NEXT = np.append(HUNDREDTHS[1:], np.float32(np.inf))
+
+PRESENCE_GRID = np.arange(0, 100, 10) / 100
+TOP_GRID = np.arange(20, 100, 10) / 100
+AREA_GRID = np.array([0, 250, 500, 1000, 2000, 4000])
+BOTTOM_GRID = np.arange(10, 70, 10) / 100
+_DEFAULT_STEPS = (5, 3, 0, 4)  # where the defaults of Thresholds lie on the four grids
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """When an image is called empty, and where its mask ends.
+
+    The two rules of emptiness and the lower edge are the triplet thresholds that won the SIIM-ACR
+    challenge, with the network's presence head in front.
+    """
+
+    presence_threshold: float = 0.5
+    """below this probability of presence the image is empty"""
+    top_score: float = 0.5
+    """probability, in whole hundredths, that a core of the finding reaches"""
+    min_area_px: int = 0
+    """fewer native pixels than this at top_score: the image is empty; 0 asks for no core"""
+    bottom_score: float = 0.5
+    """probability, in whole hundredths, from which a pixel belongs to the mask"""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.presence_threshold <= 1:
+            raise UserError(f"presence_threshold={self.presence_threshold}: give a number from 0 to 1")
+        for name, value in (("top_score", self.top_score), ("bottom_score", self.bottom_score)):
+            if not (0 <= value <= 1 and abs(value * 100 - round(value * 100)) < 1e-6):
+                raise UserError(f"{name}={value}: give a whole hundredth from 0 to 1, such as 0.35")
+        if self.min_area_px < 0:
+            raise UserError(f"min_area_px={self.min_area_px}: give a number of pixels from 0 up")
+
+
+def levels(probability: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """Level 0 to 100 of each probability (H, W): the hundredths from 0.01 up that it reaches."""
+    # Interpolation may round a little above 1; nan fails the comparison too.
+    if not 0 <= probability.min(initial=0.0) <= probability.max(initial=0.0) < 1.01:
+        raise ValueError("probabilities outside [0, 1]")
+    # p * 100 rounds 0.53 down to level 52, so: a product that is never too high, then one exact comparison.
+    level = (probability * np.float32(99.999)).astype(np.uint8)
+    level += probability >= _NEXT.take(level)
+    return level
+
+
+def outline(probability: NDArray[np.float32], presence: float, thresholds: Thresholds) -> NDArray[np.bool_]:
+    """Mask (H, W) of a probability map at native size; all False when the thresholds call it empty."""
+    top, bottom = (HUNDREDTHS[_level(score)] for score in (thresholds.top_score, thresholds.bottom_score))
+    present = np.float32(presence) >= np.float32(thresholds.presence_threshold)
+    if present and np.count_nonzero(probability >= top) >= thresholds.min_area_px:
+        return probability >= bottom
+    return np.zeros(probability.shape, dtype=np.bool_)
+
+
+class Tally:
+    """Per image: pixels at or above each level, in all and within the truth; about 1 kB each."""
+
+    def __init__(self) -> None:
+        self._reached: list[NDArray[np.int32]] = []  # (101,): pixels at or above each level
+        self._hit: list[NDArray[np.int32]] = []  # (101,): those of them that lie in the truth
+        self._presence: list[float] = []
+
+    def add(self, probability: NDArray[np.float32], presence: float, truth: NDArray[np.bool_]) -> None:
+        """Count one image: probability map and truth (H, W) at native size, probability of presence."""
+        if probability.shape != truth.shape:
+            raise ValueError(f"probability is {probability.shape}, truth {truth.shape}: they must match")
+        if not 0 <= presence <= 1:
+            raise ValueError(f"presence {presence} outside [0, 1]")
+        level = levels(probability)
+        self._reached.append(_at_or_above(level.ravel()))
+        self._hit.append(_at_or_above(level[truth]))
+        self._presence.append(presence)
+
+    def __len__(self) -> int:
+        return len(self._presence)
+
+    @property
+    def presence(self) -> NDArray[np.float32]:
+        """Probability of presence of each image (n,)."""
+        return np.array(self._presence, dtype=np.float32)
+
+    @property
+    def truth_area(self) -> NDArray[np.int64]:
+        """Annotated pixels of each image (n,)."""
+        return _column(self._hit, 0)
+
+    def counts(self, score: float) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Pixels of each image that reach a score: in all (n,), and within the truth (n,)."""
+        return _column(self._reached, _level(score)), _column(self._hit, _level(score))
+
+    def predicted_area(self, thresholds: Thresholds) -> NDArray[np.int64]:
+        """Pixels of each image's mask (n,), as ``outline`` draws it."""
+        return self._masked(thresholds)[0]
+
+    def dice(self, thresholds: Thresholds) -> NDArray[np.float64]:
+        """Dice of each image (n,) of truth and ``outline``."""
+        area, overlap = self._masked(thresholds)
+        return dice_of_areas(overlap, area, self.truth_area)
+
+    def select(self, indices: Iterable[int]) -> Tally:
+        """The tally of some of the images, in the order given."""
+        chosen = Tally()
+        for i in indices:
+            chosen._reached.append(self._reached[i])
+            chosen._hit.append(self._hit[i])
+            chosen._presence.append(self._presence[i])
+        return chosen
+
+    def _masked(self, thresholds: Thresholds) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Area of each image's mask (n,), and of its overlap with the truth (n,)."""
+        core, _ = self.counts(thresholds.top_score)
+        present = self.presence >= np.float32(thresholds.presence_threshold)
+        kept = present & (core >= thresholds.min_area_px)
+        area, overlap = self.counts(thresholds.bottom_score)
+        return area * kept, overlap * kept
+
+
+def best_on_grid(tally: Tally) -> Thresholds:
+    """The thresholds of a coarse grid with the highest mean Dice; the defaults for an empty tally.
+
+    On few images many thresholds do equally well. Of those the one nearest to their common centre,
+    counted in grid steps, is taken, since it keeps away from where Dice falls; of several such the one
+    nearest to the defaults.
+    """
+    if len(tally) == 0:
+        return Thresholds()
+    truth = tally.truth_area
+    if_empty = (truth == 0).astype(np.float64)
+    present = tally.presence >= PRESENCE_GRID.astype(np.float32)[:, None]
+    tops = np.stack([tally.counts(top)[0] for top in TOP_GRID])
+    cored = tops[:, None] >= AREA_GRID[:, None]  # (top, area, image)
+    mean = np.empty((len(PRESENCE_GRID), len(TOP_GRID), len(AREA_GRID), len(BOTTOM_GRID)))
+    for i, bottom in enumerate(BOTTOM_GRID):
+        area, overlap = tally.counts(bottom)
+        gain = dice_of_areas(overlap, area, truth) - if_empty
+        gains = (present * gain) @ cored.reshape(-1, len(tally)).T
+        mean[..., i] = (gains.reshape(mean.shape[:3]) + if_empty.sum()) / len(tally)
+    mean = np.where(TOP_GRID[:, None, None] >= BOTTOM_GRID, mean, -np.inf)
+    # Grid steps (combinations, 4) of equal means, whose sums may differ in the last bits.
+    tied = np.argwhere(mean >= mean.max() - 1e-9)
+    from_centre = ((tied - tied.mean(axis=0)) ** 2).sum(axis=1).round(6)
+    from_default = ((tied - _DEFAULT_STEPS) ** 2).sum(axis=1)
+    step = tied[np.lexsort((from_default, from_centre))[0]]
+    return Thresholds(
+        presence_threshold=float(PRESENCE_GRID[step[0]]),
+        top_score=float(TOP_GRID[step[1]]),
+        min_area_px=int(AREA_GRID[step[2]]),
+        bottom_score=float(BOTTOM_GRID[step[3]]),
+    )
+
+
+def _level(score: float) -> int:
+    return round(score * 100)
+
+
+def _at_or_above(level: NDArray[np.uint8]) -> NDArray[np.int32]:
+    """Number of pixels (101,) at or above each level."""
+    return np.bincount(level, minlength=101)[::-1].cumsum()[::-1].astype(np.int32)
+
+
+def _column(counts: list[NDArray[np.int32]], level: int) -> NDArray[np.int64]:
+    return np.array([count[level] for count in counts], dtype=np.int64)

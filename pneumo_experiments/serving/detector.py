@@ -1,0 +1,109 @@
+"""A trained network with its thresholds, from DICOM bytes to run lengths."""
+# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypedDict
+
+import numpy as np
+import pandas as pd
+import torch
+
+from pneumo_experiments.data.dicom import read_radiograph
+from pneumo_experiments.data.resample import shrink_image
+from pneumo_experiments.data.rle import encode
+from pneumo_experiments.errors import Rejected, UserError
+from pneumo_experiments.learning.device import Machine, choose_machine
+from pneumo_experiments.learning.network import PneumothoraxNet
+from pneumo_experiments.learning.predict import predict, to_native
+from pneumo_experiments.scoring.thresholds import Thresholds, outline
+from pneumo_experiments.settings import Device
+
+WEIGHTS, DESCRIPTION = "weights.pt", "model.json"
+
+
+class Row(TypedDict):
+    """The model's answer to one radiograph; ``error`` is empty where all went well."""
+
+    image_id: str
+    presence: float
+    area_px: int
+    rle: str
+    error: str
+
+
+@dataclass(frozen=True)
+class Detector:
+    """A network, the size of its input, its thresholds and the settings that trained it."""
+
+    network: PneumothoraxNet
+    machine: Machine
+    image_size: int
+    thresholds: Thresholds
+    settings: Mapping[str, Any]
+    data_fingerprint: str
+
+    def detect(self, dicom: bytes | Path, image_id: str) -> Row:
+        """Presence and outline of one radiograph; a file that cannot be used gives a row with its error."""
+        try:
+            radiograph = read_radiograph(dicom, image_id)
+        except Rejected as error:
+            return Row(image_id=image_id, presence=float("nan"), area_px=0, rle="-1", error=str(error))
+        small = shrink_image(radiograph.pixels, self.image_size)
+        prediction = next(predict(self.network, small[None], self.machine))
+        rows, columns = radiograph.pixels.shape
+        mask = outline(to_native(prediction.mask, (rows, columns)), prediction.presence, self.thresholds)
+        return Row(
+            image_id=image_id,
+            presence=prediction.presence,
+            area_px=int(np.count_nonzero(mask)),
+            rle=encode(mask),
+            error="",
+        )
+
+    def predict(self, frame: pd.DataFrame, params: Mapping[str, Any] | None = None) -> pd.DataFrame:
+        """MLflow's call: columns ``image_id`` and ``dicom`` (bytes) in, the columns of Row out."""
+        asked: list[dict[str, Any]] = frame[["image_id", "dicom"]].to_dict("records")
+        rows = [self.detect(bytes(row["dicom"]), str(row["image_id"])) for row in asked]
+        return pd.DataFrame(rows, columns=list(Row.__annotations__))
+
+    def get_raw_model(self) -> Detector:
+        """MLflow's call for the object behind its wrapper."""
+        return self
+
+
+def save(folder: Path, detector: Detector) -> None:
+    """Writes weights and description into an existing folder."""
+    torch.save(detector.network.state_dict(), folder / WEIGHTS)
+    description = {
+        "image_size": detector.image_size,
+        "thresholds": asdict(detector.thresholds),
+        "settings": dict(detector.settings),
+        "data_fingerprint": detector.data_fingerprint,
+    }
+    (folder / DESCRIPTION).write_text(json.dumps(description, indent=2), encoding="utf-8")
+
+
+def load(folder: Path) -> Detector:
+    """The detector that save wrote, on the best device that is there."""
+    description = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
+    settings = description["settings"]
+    network = PneumothoraxNet(settings["network"])
+    try:
+        network.load_state_dict(torch.load(folder / WEIGHTS, map_location="cpu", weights_only=True))
+    except RuntimeError as error:
+        raise UserError(
+            f"{folder}: the weights do not fit {settings['network']}; log the model anew with `train`"
+        ) from error
+    return Detector(
+        network=network,
+        machine=choose_machine(Device()),
+        image_size=int(description["image_size"]),
+        thresholds=Thresholds(**description["thresholds"]),
+        settings=settings,
+        data_fingerprint=description["data_fingerprint"],
+    )

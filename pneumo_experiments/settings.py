@@ -1,0 +1,271 @@
+"""Every setting of the project, typed once.
+
+A field of a dataclass below is the click option ``--name``, the MLflow project parameter
+``-P name=…`` and the logged param ``name``; its default and meaning stand nowhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+NONE = "none"  # how an absent value is written on the command line, in MLproject and in params
+
+Settings = TypeVar("Settings")
+
+
+def setting(
+    default: Any,
+    meaning: str,
+    *,
+    sample: Any = None,
+    choices: tuple[str, ...] = (),
+    least: float | None = None,
+) -> Any:
+    """A dataclass field with its meaning.
+
+    ``sample`` is the value that ``main`` takes instead of the default when it runs on the small
+    synthetic data set; ``choices`` and ``least`` limit what is accepted.
+    """
+    notes = {"meaning": meaning, "sample": sample, "choices": choices, "least": least}
+    return field(default=default, metadata=notes)
+
+
+# Groups: settings that several entry points share.
+
+
+@dataclass(frozen=True)
+class Source:
+    dicom_dir: Path | None = setting(None, "folder with the DICOM files, searched with all its subfolders")
+    rle_csv: Path | None = setting(
+        None, "run-length annotations (train-rle.csv); none for a set without labels"
+    )
+    patients_csv: Path | None = setting(
+        None, "table of image id and patient, for grouping; none takes each file's PatientID"
+    )
+
+
+@dataclass(frozen=True)
+class Pixels:
+    image_size: int = setting(384, "side of the stored square images, in pixels", sample=64, least=32)
+    pixel_dtype: str = setting(
+        "float32",
+        "how pixels are stored; all three keep the same greys",
+        choices=("float32", "float16", "uint8"),
+    )
+
+
+@dataclass(frozen=True)
+class Phantoms:
+    images: int = setting(280, "labelled synthetic radiographs to write", least=10)
+    test_images: int = setting(16, "unlabelled synthetic radiographs to write", least=0)
+
+
+@dataclass(frozen=True)
+class Stored:
+    dataset: Path = setting(Path("output/dataset.h5"), "data set file (HDF5) that preprocess wrote")
+
+
+@dataclass(frozen=True)
+class Seed:
+    seed: int = setting(0, "start of every random choice: same seed, same result", least=0)
+
+
+@dataclass(frozen=True)
+class Device:
+    device: str = setting(
+        "auto",
+        "where the network runs; auto takes the best that is there",
+        choices=("auto", "cuda", "mps", "cpu"),
+    )
+    precision: str = setting(
+        "auto",
+        "number format of the network's arithmetic; auto takes what is fastest on the device",
+        choices=("auto", "fp32", "bf16", "fp16"),
+    )
+
+
+@dataclass(frozen=True)
+class Split:
+    holdout: float = setting(
+        0.2, "share of the patients kept for the final score alone; 0 keeps none", least=0
+    )
+    folds: int = setting(5, "parts into which the other patients are divided", least=2)
+    fold: int = setting(0, "the part that validates, from 0; the others train", least=0)
+
+
+@dataclass(frozen=True)
+class Recipe(Seed, Device, Split):
+    network: str = setting(
+        "fcn_resnet50", "torchvision segmentation network", choices=("fcn_resnet50", "fcn_resnet101")
+    )
+    weights: str = setting(
+        "auto",
+        "start of the backbone: imagenet (downloaded), none (random), a file with a state dict,"
+        " or auto: imagenet where it can be had, else none",
+        sample="none",
+    )
+    batch_size: int = setting(16, "images per optimiser step", sample=8, least=2)
+    learning_rate: float = setting(3e-4, "peak of AdamW's one-cycle schedule", sample=1e-3, least=0)
+    weight_decay: float = setting(0.01, "AdamW's weight decay", least=0)
+    bce_weight: float = setting(1.0, "weight of the pixels' binary cross-entropy in the loss", least=0)
+    dice_weight: float = setting(1.0, "weight of the soft Dice loss", least=0)
+    focal_weight: float = setting(1.0, "weight of the focal loss (gamma 2)", least=0)
+    aux_weight: float = setting(0.4, "weight of the auxiliary head's mask loss", least=0)
+    presence_weight: float = setting(0.2, "weight of the cross-entropy of presence", least=0)
+    augment: bool = setting(True, "flip, shift, scale, rotate and change contrast of the training images")
+
+
+@dataclass(frozen=True)
+class Refine:
+    threshold_trials: int = setting(
+        200, "Optuna trials over the four thresholds on the validation images", least=0
+    )
+
+
+@dataclass(frozen=True)
+class Schedule:
+    epochs: int = setting(12, "passes over the training images", sample=10, least=1)
+
+
+@dataclass(frozen=True)
+class Trials:
+    trials: int = setting(8, "short trainings that the search runs", sample=2, least=1)
+    search_epochs: int = setting(3, "passes over the training images in each of them", sample=1, least=1)
+    study: str = setting("loss-weights", "name of the Optuna study")
+    storage: str = setting(NONE, "database of the study, e.g. sqlite:///optuna.db; none keeps it in memory")
+
+
+@dataclass(frozen=True)
+class Pictures:
+    overlays: int = setting(8, "pictures of radiograph, truth and prediction to log", least=0)
+
+
+@dataclass(frozen=True)
+class Unlabelled:
+    test_dir: Path | None = setting(None, "folder of DICOM files without labels, for the submission")
+
+
+@dataclass(frozen=True)
+class Outputs:
+    output_dir: Path = setting(Path("output"), "folder for data sets and the submission")
+
+
+@dataclass(frozen=True)
+class Registry:
+    name: str = setting("pneumothorax", "name of the registered model")
+    promote: str = setting(
+        "auto",
+        "alias champion: auto gives it to the better Dice on the same data (or where there is none yet)",
+        choices=("auto", "always", "never"),
+    )
+
+
+# Entry points: one class each; its docstring is the command's help. A dataclass takes the fields of
+# its last base first, so the groups stand in reverse.
+
+
+@dataclass(frozen=True)
+class Sample(Seed, Phantoms):
+    """Write a synthetic data set in the layout of the SIIM-ACR pneumothorax task."""
+
+    output_dir: Path = setting(Path("output/sample"), "folder to write")
+
+
+@dataclass(frozen=True)
+class Preprocess(Pixels, Stored, Source):
+    """Read DICOM files and run-length annotations into one HDF5 data set."""
+
+    overwrite: bool = setting(False, "replace an existing data set made from other files or settings")
+
+
+@dataclass(frozen=True)
+class Train(Pictures, Refine, Recipe, Schedule, Stored):
+    """Train a network on a data set and log it as a model."""
+
+
+@dataclass(frozen=True)
+class Search(Refine, Recipe, Trials, Stored):
+    """Search loss weights with Optuna by short trainings, then thresholds."""
+
+
+@dataclass(frozen=True)
+class Score(Pictures, Device, Stored):
+    """Score a model on a data set, or write the submission for a folder of DICOM files."""
+
+    model: str = setting("models:/pneumothorax@champion", "model to score: a models:/ or runs:/ address")
+    subset: str = setting(
+        "holdout",
+        "patients to score, in the model's own split",
+        choices=("holdout", "validation", "train", "all"),
+    )
+    dicom_dir: Path | None = setting(
+        None, "folder of DICOM files without labels: writes the submission instead"
+    )
+    submission: Path = setting(Path("output/submission.csv"), "submission file to write")
+
+
+@dataclass(frozen=True)
+class Register(Registry):
+    """Register a model, and make it the champion if it earned that."""
+
+    model: str = setting(
+        "best", "model to register: a models:/ address, or best: the experiment's highest Dice"
+    )
+
+
+@dataclass(frozen=True)
+class Main(
+    Registry, Pictures, Refine, Trials, Recipe, Schedule, Phantoms, Pixels, Outputs, Unlabelled, Source
+):
+    """Run the whole chain: preprocess, search, train, score, register.
+
+    Without dicom_dir it writes and takes a small synthetic data set.
+    """
+
+
+ENTRY_POINTS: dict[str, type] = {
+    "main": Main,
+    "sample": Sample,
+    "preprocess": Preprocess,
+    "train": Train,
+    "search": Search,
+    "score": Score,
+    "register": Register,
+}
+
+
+def as_text(value: object) -> str:
+    """How a setting's value is written: on the command line, in MLproject and as an MLflow param."""
+    if value is None:
+        return NONE
+    if isinstance(value, bool):
+        return str(value).lower()
+    return str(value)
+
+
+def as_params(settings: object) -> dict[str, str]:
+    """All settings of an entry point by name, as text."""
+    return {f.name: as_text(getattr(settings, f.name)) for f in fields(cast("Any", settings))}
+
+
+def derive(kind: type[Settings], source: object, **changes: Any) -> Settings:
+    """Settings of ``kind`` that take every field of the same name from ``source``, then ``changes``."""
+    shared = {f.name for f in fields(cast("Any", kind))} & {f.name for f in fields(cast("Any", source))}
+    return kind(**{name: getattr(source, name) for name in shared} | changes)
+
+
+def from_names(kind: type[Settings], values: Mapping[str, Any]) -> Settings:
+    """Settings from the given values; what is missing takes its default, or on ``main`` without
+    ``dicom_dir`` the value for the synthetic sample.
+    """
+    on_sample = kind is Main and values.get("dicom_dir") is None
+    chosen: dict[str, Any] = {}
+    for f in fields(cast("Any", kind)):
+        if f.name in values:
+            chosen[f.name] = values[f.name]
+        elif on_sample and f.metadata["sample"] is not None:
+            chosen[f.name] = f.metadata["sample"]
+    return kind(**chosen)

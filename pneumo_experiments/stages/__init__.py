@@ -1,0 +1,1 @@
+"""One file per entry point, named after it; only these hand results to tracking."""

@@ -1,0 +1,132 @@
+"""What train, search and score share: the images of one part of a data set, judged by a network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from pneumo_experiments.data.folds import Parts, split
+from pneumo_experiments.data.store import Dataset
+from pneumo_experiments.learning.device import Machine
+from pneumo_experiments.learning.fit import Epoch
+from pneumo_experiments.learning.loader import Examples
+from pneumo_experiments.learning.network import PneumothoraxNet
+from pneumo_experiments.learning.predict import Prediction, predict, to_native
+from pneumo_experiments.scoring.figures import overlay
+from pneumo_experiments.scoring.metrics import Scores, score
+from pneumo_experiments.scoring.thresholds import Tally, Thresholds, outline
+from pneumo_experiments.settings import Recipe
+
+CHUNK = 64  # images read from the file at once, so that a large validation part needs little memory
+
+
+@dataclass(frozen=True)
+class Cohort:
+    """Some images of a labelled data set, by index."""
+
+    dataset: Dataset
+    indices: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def patients(self) -> list[str]:
+        """The patient of each image, as the salted hash."""
+        return [self.dataset.entries[i].patient for i in self.indices.tolist()]
+
+    def examples(self) -> Examples:
+        """Everything that training needs, in memory."""
+        present = np.array([self.dataset.entries[i].area_px > 0 for i in self.indices.tolist()])
+        return Examples(self.dataset.images(self.indices), self.dataset.shares(self.indices), present)
+
+    def predictions(self, network: PneumothoraxNet, machine: Machine) -> Iterator[tuple[int, Prediction]]:
+        """Index and prediction of each image, in order."""
+        for start in range(0, len(self), CHUNK):
+            chunk = self.indices[start : start + CHUNK]
+            yield from zip(chunk.tolist(), predict(network, self.dataset.images(chunk), machine), strict=True)
+
+    def tally(self, network: PneumothoraxNet, machine: Machine, desc: str = "") -> Tally:
+        """Predictions against the truth at native size; a bar shows the progress where ``desc`` names it."""
+        tally = Tally()
+        with tqdm(total=len(self), desc=desc, unit="image", disable=None if desc else True) as bar:
+            for index, prediction in self.predictions(network, machine):
+                truth = self.dataset.mask(index)
+                tally.add(to_native(prediction.mask, truth.shape), prediction.presence, truth)
+                bar.update()
+        return tally
+
+    def score(self, tally: Tally, thresholds: Thresholds) -> Scores:
+        """Scores of a tally of this cohort."""
+        return score(tally, thresholds, self.patients())
+
+
+def parts_of(dataset: Dataset, recipe: Recipe) -> Parts:
+    """The recipe's division of the data set's patients: the same for the same data set and settings."""
+    entries = dataset.entries
+    areas = np.array([entry.area_px for entry in entries])
+    return split(
+        [entry.patient for entry in entries],
+        areas,
+        holdout=recipe.holdout,
+        folds=recipe.folds,
+        fold=recipe.fold,
+        seed=recipe.seed,
+    )
+
+
+def pictures(
+    cohort: Cohort,
+    tally: Tally,
+    network: PneumothoraxNet,
+    machine: Machine,
+    thresholds: Thresholds,
+    count: int,
+) -> list[NDArray[np.uint8]]:
+    """Overlays of the positives from best to worst Dice, evenly chosen; others where there are too few."""
+    dices = tally.dice(thresholds)
+    positives = [i for i in np.argsort(-dices, kind="stable").tolist() if tally.truth_area[i] > 0]
+    others = [i for i in np.argsort(dices, kind="stable").tolist() if tally.truth_area[i] == 0]
+    spread = np.linspace(0, len(positives) - 1, min(count, len(positives))).round().astype(int)
+    chosen = [positives[i] for i in spread.tolist()] + others[: max(0, count - len(positives))]
+    some = Cohort(cohort.dataset, cohort.indices[chosen])
+    drawn: list[NDArray[np.uint8]] = []
+    for place, (index, prediction) in zip(chosen, some.predictions(network, machine), strict=True):
+        truth = some.dataset.mask(index)
+        mask = outline(to_native(prediction.mask, truth.shape), prediction.presence, thresholds)
+        image = some.dataset.images(np.array([index]))[0]
+        areas = f"truth {np.count_nonzero(truth):,} px   predicted {np.count_nonzero(mask):,} px"
+        drawn.append(overlay(image, truth, mask, f"Dice {dices[place]:.2f}   {areas}"))
+    return drawn
+
+
+@contextmanager
+def training_bar(desc: str, images: int, epochs: int) -> Generator[Callable[[int], None]]:
+    """A bar over all images of all epochs; yields what advances it."""
+    with tqdm(total=images * epochs, desc=desc, unit="image", disable=None, leave=False) as bar:
+
+        def advance(count: int) -> None:
+            bar.update(count)
+
+        yield advance
+
+
+def epoch_line(epoch: Epoch, epochs: int, scores: Scores) -> str:
+    """One line on an epoch for the terminal."""
+    return (
+        f"  epoch {epoch.number}/{epochs}  loss {epoch.losses['loss']:.4f}  Dice {scores.dice:.4f}"
+        f"  on positives {scores.dice_positive:.4f}  {epoch.images_per_second:.1f} images/s"
+    )
+
+
+def epoch_metrics(epoch: Epoch, scores: Scores) -> dict[str, float]:
+    """What the UI draws as curves over the epochs."""
+    return (
+        epoch.losses
+        | scores.as_metrics()
+        | {"seconds_per_epoch": epoch.seconds, "images_per_second": epoch.images_per_second}
+    )

@@ -1,0 +1,99 @@
+"""Entry point ``main``: the whole chain as nested runs under one parent."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import replace
+from pathlib import Path
+
+from pneumo_experiments import tracking
+from pneumo_experiments.errors import UserError
+from pneumo_experiments.settings import (
+    Main,
+    Preprocess,
+    Register,
+    Sample,
+    Score,
+    Search,
+    Train,
+    as_text,
+    derive,
+)
+from pneumo_experiments.stages.preprocess import preprocess
+from pneumo_experiments.stages.register import register
+from pneumo_experiments.stages.sample import sample
+from pneumo_experiments.stages.score import Judged, score, scores_line
+from pneumo_experiments.stages.search import search
+from pneumo_experiments.stages.train import train
+
+
+def pipeline(settings: Main) -> Judged:
+    """Preprocess, search, train, score, submit and register; returns the final scores."""
+    with tracking.run("main", settings):
+        on_sample = settings.dicom_dir is None
+        if on_sample:
+            settings = _with_sample(settings)
+        elif settings.rle_csv is None:
+            raise UserError(
+                "rle_csv: none given; the chain trains, so it needs dicom_dir's annotations (train-rle.csv)"
+            )
+        dataset = preprocess(derive(Preprocess, settings, dataset=_dataset_path(settings)))
+        found = search(derive(Search, settings, dataset=dataset))
+        trained = train(derive(Train, settings, dataset=dataset, **found.loss_weights))
+        subset = "holdout" if settings.holdout > 0 else "validation"
+        judged = score(
+            derive(Score, settings, dataset=dataset, model=trained.model, subset=subset, dicom_dir=None)
+        )
+        assert judged.scores is not None  # a labelled data set gives scores
+        tracking.log_metrics(judged.scores.as_metrics())
+        if settings.test_dir is not None:
+            submission = settings.output_dir / "submission.csv"
+            score(
+                derive(
+                    Score, settings, model=trained.model, dicom_dir=settings.test_dir, submission=submission
+                )
+            )
+        version = register(derive(Register, settings, model=trained.model))
+        line = scores_line(judged.scores)
+        source = "Synthetic sample" if on_sample else settings.dicom_dir
+        tracking.describe(f"{source}: {settings.network} at {settings.image_size} px.\n{line}.")
+        _closing_words(line, judged, version, on_sample)
+    return judged
+
+
+def _with_sample(settings: Main) -> Main:
+    seeded = f"sample-{settings.images}-{settings.test_images}-{settings.seed}"
+    folder = sample(derive(Sample, settings, output_dir=settings.output_dir / seeded))
+    test_dir = folder / "dicom-images-test" if settings.test_images else None
+    return replace(
+        settings,
+        dicom_dir=folder / "dicom-images-train",
+        rle_csv=folder / "train-rle.csv",
+        test_dir=settings.test_dir or test_dir,
+    )
+
+
+def _dataset_path(settings: Main) -> Path:
+    """One file per input and pixel settings, so that one output folder holds them all."""
+    shaping = (
+        settings.dicom_dir,
+        settings.rle_csv,
+        settings.patients_csv,
+        settings.image_size,
+        settings.pixel_dtype,
+    )
+    key = hashlib.sha256(repr([as_text(value) for value in shaping]).encode()).hexdigest()[:8]
+    return settings.output_dir / f"dataset-{settings.image_size}px-{key}.h5"
+
+
+def _closing_words(line: str, judged: Judged, version: tracking.Version, on_sample: bool) -> None:
+    print(f"\n{line.replace(', ', chr(10))}")
+    print(f"\noverlays    {judged.overlays}")
+    print(f"model       models:/{version.name}/{version.number}{' (champion)' if version.champion else ''}")
+    print(f"runs        {tracking.tracking_uri()}")
+    print("\nnext: look at the runs    make ui")
+    if on_sample:
+        print(
+            "      use your own data   source .venv/bin/activate && mlflow run . --env-manager local"
+            " -P dicom_dir=…/dicom-images-train -P rle_csv=…/train-rle.csv -P test_dir=…/dicom-images-test"
+        )

@@ -1,0 +1,124 @@
+"""Entry point ``score``: Dice on labelled images, or the submission for unlabelled ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from pneumo_experiments import tracking
+from pneumo_experiments.data.dicom import find_dicom
+from pneumo_experiments.data.store import Dataset
+from pneumo_experiments.errors import UserError
+from pneumo_experiments.learning.device import choose_machine
+from pneumo_experiments.scoring.figures import contact_sheet
+from pneumo_experiments.scoring.metrics import Scores
+from pneumo_experiments.scoring.submission import write_submission
+from pneumo_experiments.serving import Detector
+from pneumo_experiments.settings import Recipe, Score
+from pneumo_experiments.stages.cohort import Cohort, parts_of, pictures
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What score left: scores and pictures of labelled images, or the submission."""
+
+    scores: Scores | None
+    overlays: str
+    submission: Path | None
+
+
+def score(settings: Score) -> Judged:
+    """Scores the model on one part of a data set, or writes the submission for ``dicom_dir``."""
+    with tracking.run("score", settings):
+        detector = tracking.load_model(settings.model)
+        if not isinstance(detector, Detector):
+            raise UserError(f"model={settings.model}: was not made by this project; `train` logs one")
+        detector = replace(detector, machine=choose_machine(settings))
+        if settings.dicom_dir is not None:
+            return _submit(settings, detector, settings.dicom_dir)
+        return _judge(settings, detector)
+
+
+def _judge(settings: Score, detector: Detector) -> Judged:
+    with Dataset.open(settings.dataset) as dataset:
+        if not dataset.labelled:
+            raise UserError(
+                f"dataset={settings.dataset}: has no annotations to score by; dicom_dir=… writes a submission"
+            )
+        tracking.log_dataset(settings.dataset, dataset.fingerprint, settings.subset)
+        cohort = Cohort(dataset, _indices(settings, detector, dataset))
+        tally = cohort.tally(detector.network, detector.machine, desc="score")
+        scores = cohort.score(tally, detector.thresholds)
+        tracking.log_metrics(scores.as_metrics(), model=settings.model)
+        shown = pictures(
+            cohort, tally, detector.network, detector.machine, detector.thresholds, settings.overlays
+        )
+        for number, picture in enumerate(shown, start=1):
+            tracking.log_picture(picture, f"overlays/{number:02}.png")
+        if shown:
+            tracking.log_picture(contact_sheet(shown, columns=2), "overlays.png")
+        line = scores_line(scores)
+        tracking.describe(f"{settings.subset} images of {settings.dataset}, by {settings.model}.\n{line}.")
+        print(f"score: {settings.subset}: {line}")
+        where = f"{tracking.artifacts_of_active_run()}/overlays.png" if shown else ""
+    return Judged(scores, where, None)
+
+
+def scores_line(scores: Scores) -> str:
+    """Dice with its interval and company, for the terminal."""
+    return (
+        f"Dice {scores.dice:.4f} (95% {scores.dice_low:.3f} to {scores.dice_high:.3f}), all-empty baseline"
+        f" {scores.dice_baseline:.4f}, Dice on positives {scores.dice_positive:.4f},"
+        f" {scores.images} images, {scores.positives} with pneumothorax"
+    )
+
+
+def _indices(settings: Score, detector: Detector, dataset: Dataset) -> NDArray[np.int64]:
+    if settings.subset == "all":
+        return np.arange(len(dataset.entries))
+    if dataset.fingerprint != detector.data_fingerprint:
+        raise UserError(
+            f"subset={settings.subset}: the model was trained on another data set than {settings.dataset};"
+            " subset=all scores every image"
+        )
+    text = detector.settings
+    made = Recipe(
+        holdout=float(text["holdout"]),
+        folds=int(text["folds"]),
+        fold=int(text["fold"]),
+        seed=int(text["seed"]),
+    )
+    indices: NDArray[np.int64] = getattr(parts_of(dataset, made), settings.subset)
+    if not len(indices):
+        raise UserError(
+            f"subset={settings.subset}: the model's split has none, holdout={made.holdout}; try validation"
+        )
+    return indices
+
+
+def _submit(settings: Score, detector: Detector, folder: Path) -> Judged:
+    errors: list[str] = []
+
+    def rows() -> Iterator[tuple[str, str]]:
+        for path in tqdm(find_dicom(folder), desc="submission", unit="image", disable=None):
+            row = detector.detect(path, path.stem)
+            if row["error"]:
+                errors.append(row["error"])
+            yield row["image_id"], row["rle"]
+
+    settings.submission.parent.mkdir(parents=True, exist_ok=True)
+    count = write_submission(settings.submission, rows())
+    tracking.log_file(settings.submission)
+    tracking.log_metrics({"images": count, "rejected": len(errors)})
+    tracking.describe(
+        f"Submission of {count} images from {folder}, by {settings.model}.\n{len(errors)} could not be read."
+    )
+    for error in errors[:3]:
+        print(f"score: submitted as empty: {error}")
+    print(f"score: {count} images in {settings.submission}, {len(errors)} could not be read")
+    return Judged(None, "", settings.submission)

@@ -1,0 +1,131 @@
+"""Entry point ``search``: loss weights by short trainings, then thresholds, both with Optuna."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+
+import optuna
+from tqdm import tqdm
+
+from pneumo_experiments import tracking
+from pneumo_experiments.data.store import Dataset
+from pneumo_experiments.errors import UserError
+from pneumo_experiments.learning.device import choose_machine
+from pneumo_experiments.learning.fit import fit
+from pneumo_experiments.learning.network import build
+from pneumo_experiments.scoring.metrics import Scores
+from pneumo_experiments.scoring.thresholds import Tally, Thresholds, best_on_grid
+from pneumo_experiments.settings import NONE, Search
+from pneumo_experiments.stages.cohort import Cohort, epoch_line, epoch_metrics, parts_of, training_bar
+
+SEARCHED = ("bce_weight", "dice_weight", "focal_weight")
+LOWEST, HIGHEST = 0.1, 3.0  # each weight's range, searched on a logarithmic scale
+
+
+@dataclass(frozen=True)
+class Found:
+    """The best loss weights by setting name, and thresholds that suit the best short training."""
+
+    loss_weights: dict[str, float]
+    thresholds: Thresholds
+
+
+def search(settings: Search) -> Found:
+    """Runs the study: each trial is a short training in a child run, judged by its validation Dice."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    with tracking.run("search", settings), Dataset.open(settings.dataset) as dataset:
+        tracking.log_dataset(settings.dataset, dataset.fingerprint, "search")
+        study = _study(settings)
+        tallies: dict[int, Tally] = {}
+
+        def objective(trial: optuna.Trial) -> float:
+            weights = {name: trial.suggest_float(name, LOWEST, HIGHEST, log=True) for name in SEARCHED}
+            tqdm.write(
+                f"search: trial {trial.number}: " + ", ".join(f"{k} {v:.3f}" for k, v in weights.items())
+            )
+            scores, tallies[trial.number] = _short_training(
+                replace(settings, **weights), dataset, trial.number
+            )
+            return scores.dice
+
+        study.optimize(objective, n_trials=settings.trials)
+        best = study.best_trial
+        weights = {name: float(best.params[name]) for name in SEARCHED}
+        found = Found(weights, Thresholds())
+        if best.number in tallies:  # else an earlier process of this study found it
+            tally = tallies[best.number]
+            found = replace(
+                found, thresholds=refine_thresholds(tally, settings.threshold_trials, settings.seed)
+            )
+        tracking.log_json(found.loss_weights | asdict(found.thresholds), "best_settings.json")
+        tracking.log_metrics(found.loss_weights | {"dice": best.value or 0.0, "best_trial": best.number})
+        line = ", ".join(f"{name} {weight:.3f}" for name, weight in weights.items())
+        tracking.describe(
+            f"{len(study.trials)} short trainings over the loss weights.\nBest: {line}; Dice {best.value}."
+        )
+        print(f"search: best of {len(study.trials)} trials is number {best.number}: {line}")
+    return found
+
+
+def _study(settings: Search) -> optuna.Study:
+    storage = None if settings.storage in ("", NONE) else settings.storage
+    try:
+        study = optuna.create_study(
+            study_name=settings.study,
+            storage=storage,
+            direction="maximize",
+            sampler=optuna.samplers.TPESampler(seed=settings.seed),
+            load_if_exists=True,
+        )
+    except Exception as error:  # SQLAlchemy and its drivers raise errors of many kinds
+        reason = str(error).split("\n")[0]
+        raise UserError(f"storage={storage}: the study's database does not open ({reason})") from error
+    # The weights of the settings are the first trial, so that the search is never worse than they are.
+    study.enqueue_trial(
+        {name: min(max(getattr(settings, name), LOWEST), HIGHEST) for name in SEARCHED}, skip_if_exists=True
+    )
+    return study
+
+
+def _short_training(settings: Search, dataset: Dataset, number: int) -> tuple[Scores, Tally]:
+    with tracking.run(f"trial {number}", settings):
+        parts = parts_of(dataset, settings)
+        validation = Cohort(dataset, parts.validation)
+        examples = Cohort(dataset, parts.train).examples()
+        machine = choose_machine(settings)
+        network = build(settings.network, settings.weights, settings.seed)
+        tally, scores = Tally(), None
+        with training_bar(f"trial {number}", len(examples), settings.search_epochs) as advance:
+            for epoch in fit(network, examples, settings, settings.search_epochs, machine, advance):
+                tally = validation.tally(network, machine)
+                scores = validation.score(tally, best_on_grid(tally))
+                tracking.log_metrics(epoch_metrics(epoch, scores), step=epoch.number)
+                tqdm.write(epoch_line(epoch, settings.search_epochs, scores))
+        assert scores is not None  # search_epochs is at least 1
+        weights = ", ".join(f"{name} {getattr(settings, name):.3f}" for name in SEARCHED)
+        tracking.describe(
+            f"{settings.search_epochs} epochs with {weights}.\nValidation Dice {scores.dice:.3f}."
+        )
+    return scores, tally
+
+
+def refine_thresholds(tally: Tally, trials: int, seed: int) -> Thresholds:
+    """Thresholds with the highest mean Dice on a tally: the best of a coarse grid, then Optuna's search."""
+    start = best_on_grid(tally)
+    if trials == 0 or not len(tally):
+        return start
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study = optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler(seed=seed))
+    study.enqueue_trial(asdict(start))
+
+    def objective(trial: optuna.Trial) -> float:
+        thresholds = Thresholds(
+            presence_threshold=trial.suggest_float("presence_threshold", 0.0, 0.95, step=0.01),
+            top_score=trial.suggest_float("top_score", 0.05, 0.95, step=0.01),
+            min_area_px=trial.suggest_int("min_area_px", 0, 5000, step=50),
+            bottom_score=trial.suggest_float("bottom_score", 0.05, 0.95, step=0.01),
+        )
+        return float(tally.dice(thresholds).mean())
+
+    study.optimize(objective, n_trials=trials)
+    return Thresholds(**study.best_params)

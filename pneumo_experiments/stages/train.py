@@ -1,0 +1,95 @@
+"""Entry point ``train``: a network, its validation epoch by epoch, and the model it leaves."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from pneumo_experiments import tracking
+from pneumo_experiments.data.store import Dataset
+from pneumo_experiments.learning.device import choose_machine
+from pneumo_experiments.learning.fit import fit
+from pneumo_experiments.learning.network import build
+from pneumo_experiments.scoring.figures import contact_sheet
+from pneumo_experiments.scoring.metrics import Scores
+from pneumo_experiments.scoring.thresholds import best_on_grid
+from pneumo_experiments.serving import Detector, save
+from pneumo_experiments.settings import Train, as_params
+from pneumo_experiments.stages.cohort import (
+    Cohort,
+    epoch_line,
+    epoch_metrics,
+    parts_of,
+    pictures,
+    training_bar,
+)
+from pneumo_experiments.stages.search import refine_thresholds
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Address of the logged model, and its scores on the validation images."""
+
+    model: str
+    scores: Scores
+
+
+def train(settings: Train) -> Trained:
+    """Trains, keeps the epoch with the best Dice on the validation images, and logs it as a model."""
+    with tracking.run("train", settings), Dataset.open(settings.dataset) as dataset:
+        tracking.log_dataset(settings.dataset, dataset.fingerprint, "training")
+        parts = parts_of(dataset, settings)
+        validation = Cohort(dataset, parts.validation)
+        examples = Cohort(dataset, parts.train).examples()
+        machine = choose_machine(settings)
+        tracking.log_found({"device_used": str(machine.device), "precision_used": machine.precision})
+        network = build(settings.network, settings.weights, settings.seed)
+        print(
+            f"train: {settings.network} at {dataset.image_size} px on {machine.device} in {machine.precision},"
+            f" {len(examples)} images ({int(examples.present.sum())} with pneumothorax),"
+            f" {len(validation)} to validate"
+        )
+
+        best_dice, best_epoch, best_state = -1.0, 0, network.state_dict()
+        with training_bar("train", len(examples), settings.epochs) as advance:
+            for epoch in fit(network, examples, settings, settings.epochs, machine, advance):
+                tally = validation.tally(network, machine)
+                scores = validation.score(tally, best_on_grid(tally))
+                tracking.log_metrics(epoch_metrics(epoch, scores), step=epoch.number)
+                tqdm.write(epoch_line(epoch, settings.epochs, scores))
+                if scores.dice > best_dice:
+                    best_dice, best_epoch, best_state = (
+                        scores.dice,
+                        epoch.number,
+                        copy.deepcopy(network.state_dict()),
+                    )
+        network.load_state_dict(best_state)
+
+        tally = validation.tally(network, machine)
+        thresholds = refine_thresholds(tally, settings.threshold_trials, settings.seed)
+        scores = validation.score(tally, thresholds)
+        # One step past the last epoch: the epoch that was kept, at its own thresholds.
+        tracking.log_metrics(scores.as_metrics() | {"best_epoch": best_epoch}, step=settings.epochs + 1)
+        tracking.log_found(asdict(thresholds))
+        shown = pictures(validation, tally, network, machine, thresholds, settings.overlays)
+        for number, picture in enumerate(shown, start=1):
+            tracking.log_picture(picture, f"overlays/{number:02}.png")
+        if shown:
+            tracking.log_picture(contact_sheet(shown, columns=2), "overlays.png")
+        detector = Detector(
+            network, machine, dataset.image_size, thresholds, as_params(settings), dataset.fingerprint
+        )
+        with tempfile.TemporaryDirectory() as folder:
+            save(Path(folder), detector)
+            model = tracking.log_model(Path(folder))
+        tracking.describe(
+            f"{settings.network} at {dataset.image_size} px, {len(examples)} images;"
+            f" kept epoch {best_epoch} of {settings.epochs}.\n"
+            f"Validation Dice {scores.dice:.3f} (all-empty {scores.dice_baseline:.3f}),"
+            f" on positives {scores.dice_positive:.3f}."
+        )
+    return Trained(model, scores)

@@ -1,0 +1,45 @@
+"""The only room that talks to MLflow: runs and what they hold, models and the registry."""
+
+import os
+
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # a hospital's network must see no stray calls
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")  # a machine without git is no reason to complain
+
+from pneumo_experiments.tracking.models import (
+    Version,
+    best_model,
+    load_model,
+    log_model,
+    register_model,
+)
+from pneumo_experiments.tracking.runs import (
+    artifacts_of_active_run,
+    describe,
+    log_dataset,
+    log_file,
+    log_found,
+    log_json,
+    log_metrics,
+    log_picture,
+    run,
+)
+from pneumo_experiments.tracking.store import tracking_uri
+
+__all__ = [
+    "Version",
+    "artifacts_of_active_run",
+    "best_model",
+    "describe",
+    "load_model",
+    "log_dataset",
+    "log_file",
+    "log_found",
+    "log_json",
+    "log_metrics",
+    "log_model",
+    "log_picture",
+    "register_model",
+    "run",
+    "tracking_uri",
+]

@@ -1,0 +1,101 @@
+"""The tracking store: found, checked and opened once per process."""
+# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false, reportUnknownVariableType=false
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from collections.abc import Generator
+from contextlib import ExitStack, contextmanager
+from functools import cache
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import mlflow
+from filelock import FileLock
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+
+from pneumo_experiments.errors import UserError
+from pneumo_experiments.tracking.processes import end_orphans, end_with_mlflow_run
+
+SERVER_TIMEOUT_SECONDS = 5
+DATABASE_PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
+
+
+@cache
+def open_store() -> None:
+    """Makes sure that the store answers and that its experiment exists; once per process."""
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    _check_server(mlflow.get_tracking_uri())
+    adopted = "MLFLOW_RUN_ID" in os.environ
+    try:
+        with _creation_lock():
+            if adopted:
+                experiment_id = mlflow.get_run(os.environ["MLFLOW_RUN_ID"]).info.experiment_id
+            else:
+                experiment_id = _experiment()
+    except MlflowException as error:
+        reason = str(error).split("\n")[0]
+        raise UserError(
+            f"MLFLOW_TRACKING_URI={tracking_uri()}: the store does not open ({reason})"
+        ) from error
+    if adopted:
+        end_with_mlflow_run()
+    end_orphans(experiment_id)
+
+
+def _experiment() -> str:
+    name = os.environ.get("MLFLOW_EXPERIMENT_NAME")
+    if name is None:
+        return os.environ.get("MLFLOW_EXPERIMENT_ID") or "0"
+    local = mlflow.get_tracking_uri().startswith("sqlite:")
+    if local and mlflow.get_experiment_by_name(name) is None:
+        # Without a location the artifacts land wherever the first process happened to be started.
+        mlflow.create_experiment(name, artifact_location=(_database_file().parent / "mlruns").as_uri())
+    return mlflow.set_experiment(name).experiment_id
+
+
+def _database_file() -> Path:
+    return Path(mlflow.get_tracking_uri().removeprefix("sqlite:///")).resolve()
+
+
+@contextmanager
+def _creation_lock() -> Generator[None]:
+    # Two processes that create the tables of one new database at once break it.
+    with ExitStack() as stack:
+        if mlflow.get_tracking_uri().startswith("sqlite:///"):
+            path = _database_file()
+            if not path.parent.is_dir():
+                raise UserError(f"MLFLOW_TRACKING_URI={tracking_uri()}: no folder {path.parent}; create it")
+            stack.enter_context(FileLock(path.with_name(path.name + ".lock")))
+            MlflowClient().search_experiments(max_results=1)  # creates the tables
+        yield
+
+
+def _check_server(uri: str) -> None:
+    """Fails within seconds where nothing answers; MLflow itself would retry for minutes."""
+    parts = urlsplit(uri)
+    kind = parts.scheme.split("+")[0]
+    try:
+        if kind in ("http", "https"):
+            import requests
+
+            requests.head(uri, timeout=SERVER_TIMEOUT_SECONDS)  # any answer will do
+        elif kind in DATABASE_PORTS and parts.hostname:
+            address = (parts.hostname, parts.port or DATABASE_PORTS[kind])
+            socket.create_connection(address, timeout=SERVER_TIMEOUT_SECONDS).close()
+    except OSError as error:  # requests' exceptions are OSErrors too
+        raise UserError(
+            f"MLFLOW_TRACKING_URI={tracking_uri()}: nothing answers there;"
+            " start the server, or unset the variable to use mlflow.db in this folder"
+        ) from error
+
+
+def tracking_uri() -> str:
+    """Address of the store in use, without a password."""
+    uri = mlflow.get_tracking_uri()
+    parts = urlsplit(uri)
+    return uri.replace(f":{parts.password}@", ":***@") if parts.password else uri

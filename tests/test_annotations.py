@@ -1,0 +1,154 @@
+from __future__ import annotations
+
+import csv
+import gzip
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pneumo_experiments.data.annotations import read_annotations, read_patients, union_mask
+from pneumo_experiments.errors import UserError
+
+ROWS = "a.1,3 2\r\nb.2, -1\r\na.1, 0 1 4 2\r\n"
+READ = {"a.1": ["3 2", "0 1 4 2"], "b.2": []}
+
+
+def table(folder: Path, content: str | bytes, name: str = "train-rle.csv") -> Path:
+    path = folder / name
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "ImageId, EncodedPixels\r\n" + ROWS,
+        "ImageId,EncodedPixels\n" + ROWS.replace("\r", ""),
+        ROWS,
+        "\ufeff" + ROWS,
+        "\ufeffImageId,EncodedPixels\r\n" + ROWS,
+        "EncodedPixels,ImageId\n3 2,a.1\n-1,b.2\n0 1 4 2,a.1\n",
+        'ImageId, EncodedPixels, reader\n"a.1", "3 2", "x, y"\n\n"b.2","-1",\n"a.1","0 1 4 2",z\n \n',
+        "b.2,-1\na.1,3 2\na.1,0 1 4 2",
+    ],
+    ids=["kaggle", "plain", "no header", "bom", "bom and header", "swapped", "quoted", "no last newline"],
+)
+def test_every_dialect_of_the_table_reads_the_same(tmp_path: Path, content: str) -> None:
+    assert read_annotations(table(tmp_path, content)) == READ
+
+
+def test_a_packed_table_reads_as_the_plain_one_whatever_its_name(tmp_path: Path) -> None:
+    for name in ("train-rle.csv.gz", "train-rle.csv"):
+        assert read_annotations(table(tmp_path, gzip.compress(ROWS.encode()), name)) == READ
+
+
+def test_a_text_of_a_ragged_mask_may_be_longer_than_csv_allows_by_default(tmp_path: Path) -> None:
+    text = " ".join(["1 1"] * 50_000)
+    assert read_annotations(table(tmp_path, f"a,{text}\n")) == {"a": [text]}
+
+
+@pytest.mark.parametrize(
+    ("content", "fault"),
+    [
+        ("", "the table is empty"),
+        ("\n \n", "the table is empty"),
+        ("ImageId,EncodedPixels\n", "a header without rows"),
+        ("ImageId,ClassId\na,1 2\n", "found the columns ImageId, ClassId"),
+        ("ImageId;EncodedPixels\na;1 2\n", "found the columns ImageId;EncodedPixels"),
+        ("a.1,Jane Doe\n", "found a first row of 2 fields without these names"),
+        ("a.1,1 2,3\n", "found a first row of 3 fields without these names"),
+        ("ImageId,EncodedPixels\na,1 2\nb\n", "line 3: an image id or value is missing"),
+        ("ImageId,EncodedPixels\n,1 2\n", "line 2: an image id or value is missing"),
+        ("ImageId,EncodedPixels\na,\n", "line 2: no run lengths for a"),
+        (b"\xff\xfeI\0m\0", "not a CSV table in UTF-8"),
+        (gzip.compress(ROWS.encode() * 99)[:60], "cannot be read (damaged or cut short)"),
+    ],
+)
+def test_what_is_not_the_table_is_one_line_that_names_the_file(
+    tmp_path: Path, content: str | bytes, fault: str
+) -> None:
+    path = table(tmp_path, content)
+    with pytest.raises(UserError) as caught:
+        read_annotations(path)
+    message = str(caught.value)
+    assert message.startswith(str(path))
+    assert fault in message
+    assert "Doe" not in message
+    assert "\n" not in message
+
+
+def test_a_missing_table_and_a_folder_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"none\.csv: no such file; expected .* ImageId and EncodedPixels"):
+        read_annotations(tmp_path / "none.csv")
+    with pytest.raises(UserError, match=r"a folder; expected .* Kaggle_ID and NIH_ID"):
+        read_patients(tmp_path)
+
+
+def test_annotations_of_one_image_are_united_not_added() -> None:
+    mask = union_mask(["0 3", "2 3", "10 1"], (4, 3), "a")
+    assert mask.T.ravel().nonzero()[0].tolist() == [0, 1, 2, 3, 4, 10]
+    assert not union_mask([], (4, 3), "a").any()
+    with pytest.raises(UserError, match=r"^a: odd"):
+        union_mask(["0 3", "2"], (4, 3), "a")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "Kaggle_ID,NIH_ID\na,00028864_007.png\nb,00015606_016.png\n",
+        "a,00028864_007.png\nb,00015606_016.png\n",
+        "id,patient\na,00028864\nb,00015606\nc,\n",
+        "patient,id\r\n00028864,a\r\n00028864,a\r\n00015606,b\r\n",
+    ],
+)
+def test_patients_read_from_the_nih_mapping_and_from_plain_columns(tmp_path: Path, content: str) -> None:
+    assert read_patients(table(tmp_path, content)) == {"a": "00028864", "b": "00015606"}
+
+
+def test_no_patient_is_named_in_a_message(tmp_path: Path) -> None:
+    for content in (
+        "image7,Jane Doe\n",
+        "image7,x,Jane Doe\n",
+        "id,patient\nimage7,Jane Doe\nimage7,Doe J\n",
+    ):
+        with pytest.raises(UserError) as caught:
+            read_patients(table(tmp_path, content))
+        assert "Doe" not in str(caught.value)
+
+
+def test_the_13_real_images_have_their_known_areas(real_data: Path) -> None:
+    annotations = read_annotations(real_data / "train-rle.csv")
+    with (real_data / "known_areas.csv").open() as known:
+        for row in csv.DictReader(known):
+            texts = annotations.pop(row["ImageId"])
+            mask = union_mask(texts, (1024, 1024), row["ImageId"])
+            assert len(texts) == int(row["n_annotations"])
+            assert np.count_nonzero(mask) == int(row["union_area_px"])
+    assert not annotations
+
+
+def test_the_real_table_has_the_known_numbers_of_images_annotations_and_patients(real_data: Path) -> None:
+    annotations = read_annotations(real_data / "labels" / "train-rle.csv.gz")
+    counts = np.array([len(texts) for texts in annotations.values()])
+    assert len(counts) == 12047
+    assert np.count_nonzero(counts) == 2669
+    assert np.count_nonzero(counts > 1) == 624
+    assert counts.max() == 10
+    patients = read_patients(real_data / "labels" / "patients.csv.gz")
+    assert patients.keys() == annotations.keys()
+    assert patients["1.2.276.0.7230010.3.1.4.8323329.5597.1517875188.959090"] == "00028864"
+
+
+def test_183_real_images_overlap_and_the_areas_span_the_known_range(real_data: Path) -> None:
+    annotations = read_annotations(real_data / "labels" / "train-rle.csv.gz")
+    areas = {
+        image_id: np.count_nonzero(union_mask(texts, (1024, 1024), image_id))
+        for image_id, texts in annotations.items()
+        if texts
+    }
+    added = {image_id: sum(map(int, " ".join(annotations[image_id]).split()[1::2])) for image_id in areas}
+    assert sum(added[image_id] > areas[image_id] for image_id in areas) == 183
+    assert min(areas.values()) == 55
+    assert max(areas.values()) == 161421
+    assert np.median(list(areas.values())) == 8630

@@ -1,0 +1,130 @@
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pneumo_experiments.data.annotations import read_annotations, read_patients
+from pneumo_experiments.data.folds import assign_folds, split
+from pneumo_experiments.errors import UserError
+
+# The 13 real images of the shared folder: one each of 13 patients.
+FEW_AREAS = np.array([10133, 69274, 0, 0, 0, 0, 0, 2071, 29079, 2486, 9418, 5232, 0])
+FEW_PATIENTS = [f"patient-{number}" for number in range(13)]
+
+
+@pytest.fixture(scope="module")
+def cohort(real_data: Path) -> tuple[list[str], np.ndarray]:
+    """Patients and areas of the 12,047 real images (overlaps counted twice, which is near enough here)."""
+    annotations = read_annotations(real_data / "labels" / "train-rle.csv.gz")
+    patients = read_patients(real_data / "labels" / "patients.csv.gz")
+    areas = [sum(map(int, " ".join(texts).split()[1::2])) for texts in annotations.values()]
+    return [patients[image_id] for image_id in annotations], np.array(areas)
+
+
+def assert_no_patient_twice(patients: list[str], parts: list[np.ndarray]) -> None:
+    names = [{patients[index] for index in part} for part in parts]
+    assert sum(map(len, names)) == len(set().union(*names))
+
+
+@pytest.mark.parametrize("folds", [2, 5, 10])
+def test_real_folds_share_no_patient_and_are_alike(cohort: tuple[list[str], np.ndarray], folds: int) -> None:
+    patients, areas = cohort
+    start = time.perf_counter()
+    fold = assign_folds(patients, areas, folds, seed=0)
+    assert time.perf_counter() - start < 2
+    parts = [np.flatnonzero(fold == number) for number in range(folds)]
+    assert_no_patient_twice(patients, parts)
+    images = [len(part) for part in parts]
+    positives = [np.count_nonzero(areas[part]) for part in parts]
+    assert max(images) <= 1.01 * min(images)
+    assert max(positives) <= 1.02 * min(positives)
+    edges = np.quantile(areas[areas > 0], np.linspace(0, 1, 11))
+    in_decile = np.array([np.histogram(areas[part][areas[part] > 0], edges)[0] for part in parts])
+    assert (in_decile.max(axis=0) - in_decile.min(axis=0)).max() <= 3
+
+
+def test_a_real_split_keeps_the_holdout_whatever_the_fold(cohort: tuple[list[str], np.ndarray]) -> None:
+    patients, areas = cohort
+    splits = [split(patients, areas, holdout=0.2, folds=5, fold=fold, seed=3) for fold in range(5)]
+    holdout = splits[0].holdout
+    assert len(holdout) == pytest.approx(0.2 * len(areas), rel=0.01)
+    assert np.count_nonzero(areas[holdout]) == pytest.approx(0.2 * np.count_nonzero(areas), rel=0.02)
+    assert np.median(areas[holdout][areas[holdout] > 0]) == pytest.approx(
+        np.median(areas[areas > 0]), rel=0.05
+    )
+    for parts in splits:
+        assert np.array_equal(parts.holdout, holdout)
+        assert_no_patient_twice(patients, [parts.train, parts.validation, parts.holdout])
+    validated = np.concatenate([parts.validation for parts in splits])
+    assert np.array_equal(np.sort(np.concatenate([validated, holdout])), np.arange(len(areas)))
+    other_folds = split(patients, areas, holdout=0.2, folds=3, fold=2, seed=3)
+    assert np.array_equal(other_folds.holdout, holdout)
+
+
+def test_a_seed_gives_the_same_folds_and_another_seed_others() -> None:
+    patients = [f"p{number}" for number in range(100)]
+    areas = np.random.default_rng(0).integers(-500, 1000, 100).clip(0)
+    first = assign_folds(patients, areas, 5, seed=1)
+    assert np.array_equal(assign_folds(patients, areas, 5, seed=1), first)
+    assert not np.array_equal(assign_folds(patients, areas, 5, seed=2), first)
+    order = np.random.default_rng(1).permutation(100)
+    shuffled = assign_folds([patients[index] for index in order], areas[order], 5, seed=1)
+    assert np.array_equal(shuffled, first[order])
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize(("holdout", "folds"), [(0.2, 5), (0.2, 2), (0.1, 4), (0.4, 3), (0.0, 5)])
+def test_13_images_leave_no_part_without_a_positive(holdout: float, folds: int, seed: int) -> None:
+    for fold in range(folds):
+        parts = split(FEW_PATIENTS, FEW_AREAS, holdout=holdout, folds=folds, fold=fold, seed=seed)
+        indices = [parts.train, parts.validation] + [parts.holdout] * (holdout > 0)
+        assert all(np.count_nonzero(FEW_AREAS[part]) for part in indices)
+        assert np.array_equal(np.sort(np.concatenate(indices)), np.arange(13))
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 8), st.integers(0, 5)), min_size=1, max_size=40), st.integers(2, 5))
+def test_any_data_set_with_enough_patients_fills_every_fold(
+    images: list[tuple[int, int]], folds: int
+) -> None:
+    patients = [str(patient) for patient, _ in images]
+    areas = np.array([area for _, area in images])
+    if len(set(patients)) < folds:
+        with pytest.raises(UserError):
+            assign_folds(patients, areas, folds, seed=0)
+        return
+    fold = assign_folds(patients, areas, folds, seed=0)
+    assert set(fold.tolist()) == set(range(folds))
+    assert_no_patient_twice(patients, [np.flatnonzero(fold == number) for number in range(folds)])
+
+
+def test_many_images_of_one_patient_stay_together() -> None:
+    patients = ["a"] * 50 + [f"p{number}" for number in range(150)]
+    areas = np.tile([0, 0, 0, 900], 50)
+    parts = split(patients, areas, holdout=0.25, folds=3, fold=1, seed=0)
+    assert_no_patient_twice(patients, [parts.train, parts.validation, parts.holdout])
+    assert len(parts.holdout) == pytest.approx(50, abs=2)
+
+
+@pytest.mark.parametrize(
+    ("wish", "message"),
+    [
+        ({"fold": 5}, r"fold=5: there is no such part; set fold from 0 to 4"),
+        ({"fold": -1}, r"fold=-1: there is no such part"),
+        ({"holdout": 1.0}, r"holdout=1: no share"),
+        ({"holdout": -0.1}, r"holdout=-0\.1: no share"),
+        ({"holdout": 0.001}, r"holdout=0\.001: too small"),
+        ({"folds": 1}, r"folds=1: one part must validate"),
+        ({"folds": 13}, r"folds=13 and a holdout: needs 14 patients, the data set has 13"),
+        ({"folds": 14, "holdout": 0.0}, r"folds=14: needs 14 patients, the data set has 13 .*patients_csv"),
+    ],
+)
+def test_a_split_that_cannot_be_is_one_line_with_the_mend(wish: dict[str, float], message: str) -> None:
+    settings = {"holdout": 0.2, "folds": 5, "fold": 0, "seed": 0} | wish
+    with pytest.raises(UserError, match=message):
+        split(FEW_PATIENTS, FEW_AREAS, **settings)

@@ -1,0 +1,113 @@
+"""The house stands as CONTRIBUTING.md draws it: who may import whom, and what follows from the settings."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import ROOT
+
+from pneumo_experiments.mlproject import mlproject_text
+from pneumo_experiments.settings import ENTRY_POINTS, Main, as_text
+
+PACKAGE = ROOT / "pneumo_experiments"
+# Heavy or telling libraries, and the only rooms (or files) that may import them.
+LIBRARIES = {
+    "click": {"cli.py"},
+    "mlflow": {"tracking"},
+    "optuna": {"stages/search.py"},
+    "torch": {"learning", "serving"},
+    "torchvision": {"learning"},
+    "pydicom": {"data"},
+    "h5py": {"data"},
+    "pandas": {"serving"},
+}
+# Rooms of the package, and the rooms that each may import besides itself, errors and settings.
+ROOMS = {
+    "cli.py": {"stages", "mlproject.py"},
+    "stages": {"tracking", "data", "learning", "scoring", "serving"},
+    "serving": {"data", "learning", "scoring"},
+    "tracking": set[str](),
+    "learning": set[str](),
+    "data": set[str](),
+    "scoring": set[str](),
+}
+COMMON = {"errors.py", "settings.py", "__init__.py"}
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0]
+
+
+def imports_of(path: Path) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_a_module_imports_only_what_its_room_may(path: Path) -> None:
+    room, relative = room_of(path), path.relative_to(PACKAGE).as_posix()
+    for name in imports_of(path):
+        parts = name.split(".")
+        allowed = LIBRARIES.get(parts[0])
+        assert allowed is None or room in allowed or relative in allowed, f"{relative} imports {name}"
+        if parts[0] == "pneumo_experiments" and len(parts) > 1 and room in ROOMS:
+            target = parts[1] if (PACKAGE / parts[1]).is_dir() else f"{parts[1]}.py"
+            if (PACKAGE / target).exists() and target not in COMMON:
+                assert target == room or target in ROOMS[room], f"{relative} imports {name}"
+
+
+def test_mlproject_is_what_the_settings_say() -> None:
+    assert (ROOT / "MLproject").read_text(encoding="utf-8") == mlproject_text(), (
+        "run: python -m pneumo_experiments mlproject"
+    )
+
+
+@pytest.mark.parametrize("name", ENTRY_POINTS)
+def test_a_default_in_mlproject_is_the_text_that_is_logged(name: str) -> None:
+    parameters = yaml.safe_load((ROOT / "MLproject").read_text(encoding="utf-8"))["entry_points"][name][
+        "parameters"
+    ]
+    for f in fields(ENTRY_POINTS[name]):
+        if ENTRY_POINTS[name] is Main and f.metadata["sample"] is not None:
+            assert f.name not in parameters, (
+                "its default depends on the data: a declared one would be logged first"
+            )
+        else:
+            assert parameters[f.name]["default"] == as_text(f.default)
+
+
+def test_conda_yaml_pins_what_the_lock_pins() -> None:
+    pins = yaml.safe_load((ROOT / "conda.yaml").read_text(encoding="utf-8"))["dependencies"][-1]["pip"]
+    locked = (ROOT / "requirements.lock").read_text(encoding="utf-8")
+    assert len(pins) > 10
+    for pin in pins:
+        assert f"\n{pin} " in locked, f"{pin} is not in requirements.lock; run: make lock"
+
+
+def test_dependency_files_hold_no_address() -> None:
+    for name in ("requirements.lock", "conda.yaml", "pyproject.toml", "MLproject"):
+        text = (ROOT / name).read_text(encoding="utf-8").replace("sqlite:///", "")
+        assert "://" not in text, name
+
+
+def test_help_imports_nothing_heavy() -> None:
+    heavy = {"torch", "mlflow", "optuna", "numpy", "h5py", "pydicom", "pandas"}
+    code = f"""
+import sys
+from pneumo_experiments.cli import cli
+for words in (["--help"], ["main", "--help"], ["train", "--help"]):
+    cli.main(words, standalone_mode=False)
+print(sorted({heavy} & set(sys.modules)))"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"

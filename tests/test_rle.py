@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+import csv
+import gzip
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import array_shapes, arrays
+
+from pneumo_experiments.data.rle import decode, encode
+from pneumo_experiments.errors import UserError
+
+MASKS = arrays(np.bool_, array_shapes(min_dims=2, max_dims=2, min_side=1, max_side=12))
+PAIRS = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=1, max_size=12)
+
+
+def slow_decode(text: str, rows: int, columns: int) -> np.ndarray:
+    """The rule of the format, one pixel at a time."""
+    mask = np.zeros((rows, columns), bool)
+    numbers = [int(number) for number in text.split()]
+    pixel = 0
+    for gap, length in zip(numbers[::2], numbers[1::2], strict=True):
+        pixel += gap
+        for _ in range(length):
+            mask[pixel % rows, pixel // rows] = True
+            pixel += 1
+    return mask
+
+
+@given(MASKS)
+def test_decoding_an_encoded_mask_restores_it(mask: np.ndarray) -> None:
+    assert np.array_equal(decode(encode(mask), mask.shape), mask)
+
+
+@given(PAIRS, st.integers(1, 9))
+def test_decoding_agrees_with_the_rule_pixel_by_pixel(pairs: list[tuple[int, int]], rows: int) -> None:
+    text = " ".join(f"{gap} {length}" for gap, length in pairs)
+    columns = sum(map(sum, pairs)) // rows + 1
+    assert np.array_equal(decode(text, (rows, columns)), slow_decode(text, rows, columns))
+
+
+def test_the_first_runs_of_a_real_annotation_lie_where_the_format_says() -> None:
+    mask = decode("387620 23 996 33", (1024, 1024))
+    expected = np.zeros((1024, 1024), bool)
+    expected[548:571, 378] = True
+    expected[543:576, 379] = True
+    assert np.array_equal(mask, expected)
+
+
+def test_pixels_are_counted_down_columns_of_an_image_that_is_not_square() -> None:
+    assert decode("4 2", (3, 5)).nonzero() == (pytest.approx([1, 2]), pytest.approx([1, 1]))
+    assert encode(np.arange(15).reshape(3, 5) == 1) == "3 1"
+
+
+def test_minus_one_is_an_empty_mask_with_or_without_blanks() -> None:
+    for text in ("-1", " -1", "-1 \r\n"):
+        mask = decode(text, (2, 3))
+        assert mask.shape == (2, 3)
+        assert not mask.any()
+    assert encode(np.zeros((2, 3), bool)) == "-1"
+
+
+def test_a_run_may_reach_the_last_pixel_and_fill_the_image() -> None:
+    assert encode(np.ones((3, 4), bool)) == "0 12"
+    assert decode("0 12", (3, 4)).all()
+    assert decode("11 1", (3, 4))[2, 3]
+
+
+def test_gaps_and_runs_of_zero_add_nothing() -> None:
+    assert encode(decode("2 3 0 4", (4, 4))) == "2 7"
+    assert encode(decode(" 2 0 3 4  ", (4, 4))) == "5 4"
+    assert encode(decode("7 0", (4, 4))) == "-1"
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("3 2 1", "odd number of run lengths (3)"),
+        ("3 -2", "'-2' is negative"),
+        ("-1 4", "'-1' is negative"),
+        ("3 2.5", "'2.5' is not a whole number"),
+        ("3 x", "'x' is not a whole number"),
+        ("1_0 2", "'1_0' is not a whole number"),
+        ("1 " + "9" * 5000, "is not a whole number"),
+        ("0 13", "reach pixel 13 of an image with 12"),
+        ("13 0", "reach pixel 13 of an image with 12"),
+        ("0 999999999999999999 5 999999999999999999", "of an image with 12"),
+        ("", "no run lengths"),
+    ],
+)
+def test_bad_run_lengths_are_one_line_that_names_the_image(text: str, fault: str) -> None:
+    with pytest.raises(UserError) as caught:
+        decode(text, (3, 4), "image-7")
+    message = str(caught.value)
+    assert message.startswith("image-7: ")
+    assert fault in message
+    assert "\n" not in message
+    assert len(message) < 200
+
+
+def test_every_real_annotation_survives_decoding_and_encoding(real_data: Path) -> None:
+    with gzip.open(real_data / "labels" / "train-rle.csv.gz", "rt") as table:
+        texts = [row[1].strip() for row in csv.reader(table)][1:]
+    assert len(texts) == 12954
+    for text in filter(lambda text: text != "-1", texts):
+        mask = decode(text, (1024, 1024))
+        assert np.count_nonzero(mask) == sum(map(int, text.split()[1::2]))
+        assert encode(mask) == text
