@@ -21,10 +21,11 @@ STAGES = {name: "pipeline" if name == "main" else name for name in ENTRY_POINTS}
 
 
 class Number(click.ParamType):
-    """A finite number that is at least ``least``."""
+    """A finite number from ``least`` to ``most``."""
 
-    def __init__(self, kind: type[int] | type[float], least: float | None) -> None:
-        self.kind, self.least, self.name = kind, least, "whole number" if kind is int else "number"
+    def __init__(self, kind: type[int] | type[float], least: float | None, most: float | None) -> None:
+        self.kind, self.least, self.most = kind, least, most
+        self.name = "whole number" if kind is int else "number"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | float:
         try:
@@ -35,6 +36,8 @@ class Number(click.ParamType):
             self.fail(f"{value!r} is not a finite number", param, ctx)
         if self.least is not None and number < self.least:
             self.fail(f"{value} is less than {self.least:g}", param, ctx)
+        if self.most is not None and number > self.most:
+            self.fail(f"{value} is more than {self.most:g}", param, ctx)
         return number
 
 
@@ -52,9 +55,9 @@ def _type_of(f: Field[Any]) -> click.ParamType:
         return click.Choice(f.metadata["choices"])
     match str(f.type):
         case "int":
-            return Number(int, f.metadata["least"])
+            return Number(int, f.metadata["least"], f.metadata["most"])
         case "float":
-            return Number(float, f.metadata["least"])
+            return Number(float, f.metadata["least"], f.metadata["most"])
         case "bool":
             return click.BOOL
         case "Path" | "Path | None":

@@ -23,13 +23,14 @@ def setting(
     sample: Any = None,
     choices: tuple[str, ...] = (),
     least: float | None = None,
+    most: float | None = None,
 ) -> Any:
     """A dataclass field with its meaning.
 
     ``sample`` is the value that ``main`` takes instead of the default when it runs on the small
-    synthetic data set; ``choices`` and ``least`` limit what is accepted.
+    synthetic data set; ``choices``, ``least`` and ``most`` limit what is accepted.
     """
-    notes = {"meaning": meaning, "sample": sample, "choices": choices, "least": least}
+    notes = {"meaning": meaning, "sample": sample, "choices": choices, "least": least, "most": most}
     return field(default=default, metadata=notes)
 
 
@@ -49,7 +50,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Pixels:
-    image_size: int = setting(384, "side of the stored square images, in pixels", sample=64, least=32)
+    image_size: int = setting(384, "side of the stored square images, in pixels", sample=96, least=32)
     pixel_dtype: str = setting(
         "float32",
         "how pixels are stored; all three keep the same greys",
@@ -107,6 +108,13 @@ class Recipe(Seed, Device, Split):
         " or auto: imagenet where it can be had, else none",
         sample="none",
     )
+    positive_share: float = setting(
+        0.5,
+        "share of images with pneumothorax in an epoch; 0 takes every image once",
+        sample=0.6,
+        least=0,
+        most=1,
+    )
     batch_size: int = setting(16, "images per optimiser step", sample=8, least=2)
     learning_rate: float = setting(3e-4, "peak of AdamW's one-cycle schedule", sample=1e-3, least=0)
     weight_decay: float = setting(0.01, "AdamW's weight decay", least=0)
@@ -127,13 +135,16 @@ class Refine:
 
 @dataclass(frozen=True)
 class Schedule:
-    epochs: int = setting(12, "passes over the training images", sample=10, least=1)
+    epochs: int = setting(12, "passes over the training images", sample=4, least=1)
 
 
 @dataclass(frozen=True)
 class Trials:
     trials: int = setting(8, "short trainings that the search runs", sample=2, least=1)
     search_epochs: int = setting(3, "passes over the training images in each of them", sample=1, least=1)
+    search_images: int = setting(
+        0, "training images in each of them, drawn at random; 0 takes all", sample=64, least=0
+    )
     study: str = setting("loss-weights", "name of the Optuna study")
     storage: str = setting(NONE, "database of the study, e.g. sqlite:///optuna.db; none keeps it in memory")
 

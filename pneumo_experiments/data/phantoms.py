@@ -234,7 +234,7 @@ def _expose(attenuation: Grid, view: str, rng: np.random.Generator) -> NDArray[n
     pen = ImageDraw.Draw(picture)
     pen.text((rng.uniform(900, 970), rng.uniform(30, 140)), "L", 250, _font(40))
     if view == "AP":
-        pen.text((rng.uniform(800, 850), rng.uniform(150, 200)), "AP PORTABLE", 235, _font(20))
+        pen.text((rng.uniform(800, 850), rng.uniform(190, 240)), "AP PORTABLE", 235, _font(20))
     if rng.random() < 0.4:  # collimator blades, rarely the bare plate
         left, top, right, bottom = rng.integers(1, 45, 4).tolist()
         inside = (left, top, SIDE_PX - right, SIDE_PX - bottom)

@@ -59,9 +59,7 @@ def fit(
         network.train()
         start = time.perf_counter()
         sums: dict[str, torch.Tensor] = {}
-        for batch in batches(
-            examples, recipe.batch_size, changed=recipe.augment, device=device, seed=recipe.seed, epoch=number
-        ):
+        for batch in batches(examples, recipe, number, device):
             images = batch.images.contiguous(memory_format=torch.channels_last)
             with machine.autocast():
                 output = network(images)

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pneumo_experiments.learning.augment import augment
+from pneumo_experiments.settings import Recipe
 
 
 @dataclass(frozen=True)
@@ -35,20 +36,33 @@ class Batch:
     present: Tensor
 
 
-def batches(
-    examples: Examples, batch_size: int, *, changed: bool, device: torch.device, seed: int, epoch: int
-) -> Iterator[Batch]:
-    """Every example once in random order, in batches of nearly equal size; ``changed`` augments them."""
-    rng = np.random.default_rng([seed, epoch])
+def batches(examples: Examples, recipe: Recipe, epoch: int, device: torch.device) -> Iterator[Batch]:
+    """As many examples as there are, in random order and batches of nearly equal size."""
+    rng = np.random.default_rng([recipe.seed, epoch])
     generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
-    order = rng.permutation(len(examples))
-    for chunk in np.array_split(order, count_batches(len(examples), batch_size)):
+    order = draw(examples.present, recipe.positive_share, rng)
+    for chunk in np.array_split(order, count_batches(len(examples), recipe.batch_size)):
         images = to_unit(examples.images[chunk], device)[:, None]
         shares = to_unit(examples.shares[chunk], device)
-        if changed:
+        if recipe.augment:
             images, shares = augment(images, shares, generator)
         present = torch.from_numpy(examples.present[chunk]).to(device, torch.float32)
         yield Batch(images, shares, present)
+
+
+def draw(present: NDArray[np.bool_], positive_share: float, rng: np.random.Generator) -> NDArray[np.int64]:
+    """Indices (n,) for an epoch over n images with that share of positives, in random order.
+
+    A class that is asked for more often than it has images repeats, each image equally often or once
+    more. With a share of 0, or where a class is missing, every image comes once.
+    """
+    positives, negatives = np.flatnonzero(present), np.flatnonzero(~present)
+    if positive_share == 0 or not len(positives) or not len(negatives):
+        return rng.permutation(len(present))
+    wanted = round(positive_share * len(present))
+    parts = ((positives, wanted), (negatives, len(present) - wanted))
+    chosen = [np.resize(rng.permutation(indices), count) for indices, count in parts]
+    return rng.permutation(np.concatenate(chosen))
 
 
 def count_batches(examples: int, batch_size: int) -> int:

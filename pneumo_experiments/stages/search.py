@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
 
+import numpy as np
 import optuna
 from tqdm import tqdm
 
@@ -91,7 +92,9 @@ def _short_training(settings: Search, dataset: Dataset, number: int) -> tuple[Sc
     with tracking.run(f"trial {number}", settings):
         parts = parts_of(dataset, settings)
         validation = Cohort(dataset, parts.validation)
-        examples = Cohort(dataset, parts.train).examples()
+        few = settings.search_images or len(parts.train)
+        rng = np.random.default_rng(settings.seed)
+        examples = Cohort(dataset, np.sort(rng.permutation(parts.train)[:few])).examples()
         machine = choose_machine(settings)
         network = build(settings.network, settings.weights, settings.seed)
         tally, scores = Tally(), None

@@ -24,12 +24,16 @@ SERVER_TIMEOUT_SECONDS = 5
 DATABASE_PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
 
 
-@cache
 def open_store() -> None:
-    """Makes sure that the store answers and that its experiment exists; once per process."""
+    """Makes sure that the store answers and that its experiment exists; once per process and store."""
+    _open(mlflow.get_tracking_uri())
+
+
+@cache
+def _open(uri: str) -> None:
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
     logging.getLogger("alembic").setLevel(logging.WARNING)
-    _check_server(mlflow.get_tracking_uri())
+    _check_server(uri)
     adopted = "MLFLOW_RUN_ID" in os.environ
     try:
         with _creation_lock():
