@@ -20,7 +20,7 @@ from pneumo_experiments.settings import ENTRY_POINTS, NONE, Main, as_text, from_
 STAGES = {name: "pipeline" if name == "main" else name for name in ENTRY_POINTS}
 
 
-class Number(click.ParamType):
+class Number(click.ParamType):  # pyright: ignore[reportMissingTypeArgument]  # older clicks take none
     """A finite number from ``least`` to ``most``."""
 
     def __init__(self, kind: type[int] | type[float], least: float | None, most: float | None) -> None:
@@ -41,7 +41,7 @@ class Number(click.ParamType):
         return number
 
 
-class PathOrNone(click.ParamType):
+class PathOrNone(click.ParamType):  # pyright: ignore[reportMissingTypeArgument]
     """A path; empty or ``none`` where there is none."""
 
     name = "path"
@@ -50,7 +50,7 @@ class PathOrNone(click.ParamType):
         return None if value in ("", NONE) else Path(value).expanduser()
 
 
-def _type_of(f: Field[Any]) -> click.ParamType:
+def _type_of(f: Field[Any]) -> Any:
     if f.metadata["choices"]:
         return click.Choice(f.metadata["choices"])
     match str(f.type):
@@ -76,13 +76,13 @@ def _option_of(f: Field[Any], kind: type) -> click.Option:
 
 
 def _command_of(name: str) -> click.Command:
-    kind = ENTRY_POINTS[name]
+    kind: type[Any] = ENTRY_POINTS[name]
 
     def call(**given: Any) -> None:
         # Options that were not given are None, and so is a path given as "none": both mean the default,
         # because the default of every optional path is none.
         chosen = {key: value for key, value in given.items() if value is not None}
-        settings = from_names(kind, chosen)
+        settings: Any = from_names(kind, chosen)
         stage = import_module(f"pneumo_experiments.stages.{STAGES[name]}")  # heavy libraries load only now
         run: Callable[[Any], object] = getattr(stage, STAGES[name])
         run(settings)

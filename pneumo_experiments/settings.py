@@ -189,7 +189,9 @@ class Sample(Seed, Phantoms):
 class Preprocess(Pixels, Stored, Source):
     """Read DICOM files and run-length annotations into one HDF5 data set."""
 
-    overwrite: bool = setting(False, "replace an existing data set made from other files or settings")
+    overwrite: bool = setting(
+        False, "replace a file that is no data set, or one made from other files or settings"
+    )
 
 
 @dataclass(frozen=True)

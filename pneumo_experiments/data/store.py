@@ -145,7 +145,9 @@ class Dataset:
         self.fingerprint = str(file.attrs["fingerprint"])
         text = [f.name for f in fields(Entry) if f.type == "str"]
         rows = [dict(zip(INDEX.names or (), row, strict=True)) for row in file["index"][()].tolist()]
-        self.entries = [Entry(**(row | {name: row[name].decode() for name in text})) for row in rows]
+        self.entries: list[Entry] = [
+            Entry(**(row | {name: row[name].decode() for name in text})) for row in rows
+        ]
 
     @classmethod
     def open(cls, path: Path) -> Dataset:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torchvision.models import ResNet50_Weights, ResNet101_Weights
+from torchvision.models.resnet import Bottleneck
 from torchvision.models.segmentation import FCN, fcn_resnet50, fcn_resnet101
 
 from pneumo_experiments.errors import UserError
@@ -62,11 +63,11 @@ class PneumothoraxNet(nn.Module):
             # Most pixels are healthy: start from 5% instead of 50%.
             nn.init.constant_(last.bias, math.log(0.05 / 0.95))
         nn.init.zeros_(self.presence_head.weight)
-        for name, module in self.backbone.named_modules():
-            if name.endswith("bn3"):
+        for module in self.backbone.modules():
+            if isinstance(module, Bottleneck):
                 # Each residual block starts as identity: from random weights the network then learns within
                 # a hundred steps instead of many hundreds (Goyal et al. 2017, section 5.1).
-                nn.init.zeros_(cast(nn.BatchNorm2d, module).weight)
+                nn.init.zeros_(cast(nn.BatchNorm2d, module.bn3).weight)
 
     def forward(self, grey: Tensor) -> Output:
         """Logits of grey images (n, 1, S, S) with values in [0, 1]."""

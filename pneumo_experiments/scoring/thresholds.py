@@ -22,7 +22,7 @@ _NEXT = np.append(HUNDREDTHS[1:], np.float32(np.inf))
 
 PRESENCE_GRID = np.arange(0, 100, 10) / 100
 TOP_GRID = np.arange(20, 100, 10) / 100
-AREA_GRID = np.array([0, 250, 500, 1000, 2000, 4000])
+AREA_GRID = np.array([0, 250, 1000, 2000, 4000, 8000])
 BOTTOM_GRID = np.arange(10, 70, 10) / 100
 _DEFAULT_STEPS = (5, 3, 0, 4)  # where the defaults of Thresholds lie on the four grids
 

@@ -1,5 +1,6 @@
 """A trained network with its thresholds, from DICOM bytes to run lengths."""
-# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false
+# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false, reportUnknownArgumentType=false
+# pyright: reportUnknownVariableType=false
 
 from __future__ import annotations
 
@@ -67,8 +68,8 @@ class Detector:
 
     def predict(self, frame: pd.DataFrame, params: Mapping[str, Any] | None = None) -> pd.DataFrame:
         """MLflow's call: columns ``image_id`` and ``dicom`` (bytes) in, the columns of Row out."""
-        asked: list[dict[str, Any]] = frame[["image_id", "dicom"]].to_dict("records")
-        rows = [self.detect(bytes(row["dicom"]), str(row["image_id"])) for row in asked]
+        image_ids, files = frame["image_id"].tolist(), frame["dicom"].tolist()
+        rows = [self.detect(bytes(f), str(i)) for i, f in zip(image_ids, files, strict=True)]
         return pd.DataFrame(rows, columns=list(Row.__annotations__))
 
     def get_raw_model(self) -> Detector:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from pneumo_experiments.data.folds import Parts, split
-from pneumo_experiments.data.store import Dataset
+from pneumo_experiments.data.store import Dataset, Entry
 from pneumo_experiments.learning.device import Machine
 from pneumo_experiments.learning.fit import Epoch
 from pneumo_experiments.learning.loader import Examples
@@ -35,13 +35,14 @@ class Cohort:
     def __len__(self) -> int:
         return len(self.indices)
 
-    def patients(self) -> list[str]:
-        """The patient of each image, as the salted hash."""
-        return [self.dataset.entries[i].patient for i in self.indices.tolist()]
+    @property
+    def entries(self) -> list[Entry]:
+        """What the index tells of each image."""
+        return [self.dataset.entries[int(i)] for i in self.indices]
 
     def examples(self) -> Examples:
         """Everything that training needs, in memory."""
-        present = np.array([self.dataset.entries[i].area_px > 0 for i in self.indices.tolist()])
+        present = np.array([entry.area_px > 0 for entry in self.entries])
         return Examples(self.dataset.images(self.indices), self.dataset.shares(self.indices), present)
 
     def predictions(self, network: PneumothoraxNet, machine: Machine) -> Iterator[tuple[int, Prediction]]:
@@ -62,7 +63,7 @@ class Cohort:
 
     def score(self, tally: Tally, thresholds: Thresholds) -> Scores:
         """Scores of a tally of this cohort."""
-        return score(tally, thresholds, self.patients())
+        return score(tally, thresholds, [entry.patient for entry in self.entries])
 
 
 def parts_of(dataset: Dataset, recipe: Recipe) -> Parts:

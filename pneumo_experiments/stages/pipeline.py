@@ -37,7 +37,7 @@ def pipeline(settings: Main) -> Judged:
             raise UserError(
                 "rle_csv: none given; the chain trains, so it needs dicom_dir's annotations (train-rle.csv)"
             )
-        dataset = preprocess(derive(Preprocess, settings, dataset=_dataset_path(settings)))
+        dataset = preprocess(derive(Preprocess, settings, dataset=_dataset_path(settings), overwrite=True))
         found = search(derive(Search, settings, dataset=dataset))
         trained = train(derive(Train, settings, dataset=dataset, **found.loss_weights))
         subset = "holdout" if settings.holdout > 0 else "validation"
@@ -48,16 +48,13 @@ def pipeline(settings: Main) -> Judged:
         tracking.log_metrics(judged.scores.as_metrics())
         if settings.test_dir is not None:
             submission = settings.output_dir / "submission.csv"
-            score(
-                derive(
-                    Score, settings, model=trained.model, dicom_dir=settings.test_dir, submission=submission
-                )
-            )
+            unlabelled = derive(Score, settings, dataset=dataset, model=trained.model)
+            score(replace(unlabelled, dicom_dir=settings.test_dir, submission=submission))
         version = register(derive(Register, settings, model=trained.model))
         line = scores_line(judged.scores)
         source = "Synthetic sample" if on_sample else settings.dicom_dir
         tracking.describe(f"{source}: {settings.network} at {settings.image_size} px.\n{line}.")
-        _closing_words(line, judged, version, on_sample)
+        _closing_words(judged, version, settings, on_sample)
     return judged
 
 
@@ -86,14 +83,23 @@ def _dataset_path(settings: Main) -> Path:
     return settings.output_dir / f"dataset-{settings.image_size}px-{key}.h5"
 
 
-def _closing_words(line: str, judged: Judged, version: tracking.Version, on_sample: bool) -> None:
-    print(f"\n{line.replace(', ', chr(10))}")
-    print(f"\noverlays    {judged.overlays}")
-    print(f"model       models:/{version.name}/{version.number}{' (champion)' if version.champion else ''}")
-    print(f"runs        {tracking.tracking_uri()}")
-    print("\nnext: look at the runs    make ui")
+def _closing_words(judged: Judged, version: tracking.Version, settings: Main, on_sample: bool) -> None:
+    assert judged.scores is not None
+    s = judged.scores
+    whom = "patients never seen" if settings.holdout > 0 else "the patients that chose its thresholds"
+    alias = ", the champion" if version.champion else ""
+    print(f"""
+Dice                {s.dice:.4f} (95% {s.dice_low:.3f} to {s.dice_high:.3f}), {s.images} images of {whom}
+all-empty baseline  {s.dice_baseline:.4f}
+Dice on positives   {s.dice_positive:.4f}, {s.positives} images
+
+overlays  {judged.overlays}
+model     models:/{version.name}/{version.number}{alias}
+runs      {tracking.tracking_uri()}
+
+next: look at the runs in the browser    make ui""")
     if on_sample:
-        print(
-            "      use your own data   source .venv/bin/activate && mlflow run . --env-manager local"
-            " -P dicom_dir=…/dicom-images-train -P rle_csv=…/train-rle.csv -P test_dir=…/dicom-images-test"
-        )
+        print("""      take your own data
+          source .venv/bin/activate
+          mlflow run . --env-manager local -P dicom_dir=siim/dicom-images-train \\
+              -P rle_csv=siim/train-rle.csv -P test_dir=siim/dicom-images-test""")

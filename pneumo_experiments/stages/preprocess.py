@@ -50,20 +50,26 @@ def _recipe(settings: Preprocess, files: Sequence[Path]) -> dict[str, str]:
 def _is_there(settings: Preprocess, made_from: dict[str, str]) -> bool:
     """Whether the same data set stands already; refuses to replace another one unasked."""
     path = settings.dataset
-    if settings.overwrite or not path.exists():
+    if not path.exists():
         return False
-    with Dataset.open(path) as dataset:
-        there = dataset.settings
+    try:
+        with Dataset.open(path) as dataset:
+            there = dataset.settings
+    except UserError:
+        if settings.overwrite:
+            return False
+        raise
     differing = [name for name, text in made_from.items() if there.get(name) != text]
-    if differing:
-        what = ", ".join(
-            f"{name} {there.get(name, '?')[:12]} instead of {made_from[name][:12]}" for name in differing
-        )
+    if not differing:
+        print(f"preprocess: {path} is there already, from the same files and settings")
+        return True
+    if not settings.overwrite:
+        changes = [f"{name} {there.get(name, '?')[:12]}, not {made_from[name][:12]}" for name in differing]
         raise UserError(
-            f"dataset={path}: exists with {what}; overwrite=true replaces it, another dataset=… keeps it"
+            f"dataset={path}: was made with {', '.join(changes)};"
+            " overwrite=true replaces it, another dataset=… keeps it"
         )
-    print(f"preprocess: {path} is there already, from the same files and settings")
-    return True
+    return False
 
 
 def _write(

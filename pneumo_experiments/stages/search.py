@@ -59,7 +59,7 @@ def search(settings: Search) -> Found:
                 found, thresholds=refine_thresholds(tally, settings.threshold_trials, settings.seed)
             )
         tracking.log_json(found.loss_weights | asdict(found.thresholds), "best_settings.json")
-        tracking.log_metrics(found.loss_weights | {"dice": best.value or 0.0, "best_trial": best.number})
+        tracking.log_metrics({"dice": best.value or 0.0, "best_trial": best.number})
         line = ", ".join(f"{name} {weight:.3f}" for name, weight in weights.items())
         tracking.describe(
             f"{len(study.trials)} short trainings over the loss weights.\nBest: {line}; Dice {best.value}."
@@ -125,7 +125,7 @@ def refine_thresholds(tally: Tally, trials: int, seed: int) -> Thresholds:
         thresholds = Thresholds(
             presence_threshold=trial.suggest_float("presence_threshold", 0.0, 0.95, step=0.01),
             top_score=trial.suggest_float("top_score", 0.05, 0.95, step=0.01),
-            min_area_px=trial.suggest_int("min_area_px", 0, 5000, step=50),
+            min_area_px=trial.suggest_int("min_area_px", 0, 10_000, step=50),
             bottom_score=trial.suggest_float("bottom_score", 0.05, 0.95, step=0.01),
         )
         return float(tally.dice(thresholds).mean())

@@ -49,9 +49,8 @@ def train(settings: Train) -> Trained:
         tracking.log_found({"device_used": str(machine.device), "precision_used": machine.precision})
         network = build(settings.network, settings.weights, settings.seed)
         print(
-            f"train: {settings.network} at {dataset.image_size} px on {machine.device} in {machine.precision},"
-            f" {len(examples)} images ({int(examples.present.sum())} with pneumothorax),"
-            f" {len(validation)} to validate"
+            f"train: {settings.network} at {dataset.image_size} px, {machine.device}, {machine.precision};"
+            f" {len(examples)} images, {examples.present.sum()} positive; {len(validation)} to validate"
         )
 
         best_dice, best_epoch, best_state = -1.0, 0, network.state_dict()

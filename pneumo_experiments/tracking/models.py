@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -48,15 +49,17 @@ class Version:
 def log_model(folder: Path) -> str:
     """Logs what serving.save wrote to the folder as a model of the active run; returns ``models:/<id>``."""
     package = Path(__file__).parents[1]
-    info = mlflow.pyfunc.log_model(
-        name="pneumothorax",
-        loader_module="pneumo_experiments.serving",
-        data_path=str(folder),
-        code_paths=[str(package)],
-        signature=SIGNATURE,
-        # Given, not guessed: guessing loads the model in a new process and takes seconds.
-        pip_requirements=[f"{name}=={version(name).split('+')[0]}" for name in MODEL_REQUIREMENTS],
-    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*[Ii]nput example")  # the signature is given instead
+        info = mlflow.pyfunc.log_model(
+            name="pneumothorax",
+            loader_module="pneumo_experiments.serving",
+            data_path=str(folder),
+            code_paths=[str(package)],
+            signature=SIGNATURE,
+            # Given, not guessed: guessing loads the model in a new process and takes seconds.
+            pip_requirements=[f"{name}=={version(name).split('+')[0]}" for name in MODEL_REQUIREMENTS],
+        )
     return str(info.model_uri)
 
 

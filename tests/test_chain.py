@@ -1,0 +1,287 @@
+"""The whole chain through a real `mlflow run`, and what it leaves in the store and the registry."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import ROOT
+from mlflow import MlflowClient
+from mlflow.entities import Run
+from PIL import Image
+
+from pneumo_experiments.data.rle import decode
+from pneumo_experiments.data.store import Dataset
+
+BIN = Path(sys.executable).parent
+SMALL = {
+    "images": 40,
+    "test_images": 3,
+    "image_size": 32,
+    "epochs": 2,
+    "trials": 2,
+    "search_images": 8,
+    "threshold_trials": 5,
+    "overlays": 2,
+    "learning_rate": "1e-3",
+}
+
+
+@dataclass(frozen=True)
+class Chain:
+    """A finished run of the chain: its folder, store and runs by name."""
+
+    folder: Path
+    uri: str
+    output: str
+    runs: dict[str, list[Run]]
+
+    def only(self, name: str) -> Run:
+        (run,) = self.runs[name]
+        return run
+
+
+def environment(uri: str) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
+    return kept | {
+        "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
+        "MLFLOW_TRACKING_URI": uri,
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+    }
+
+
+def run_chain(folder: Path, **settings: object) -> Chain:
+    """`mlflow run` of the entry point main on a store of its own."""
+    uri = f"sqlite:///{folder / 'mlflow.db'}"
+    # The store's experiment must not have its artifacts in the repository, where `mlflow run` works.
+    mlflow.set_tracking_uri(uri)
+    MlflowClient().create_experiment("chain", artifact_location=(folder / "artifacts").as_uri())
+    words = [f"-P{name}={value}" for name, value in (settings | {"output_dir": folder / "output"}).items()]
+    done = subprocess.run(
+        [BIN / "mlflow", "run", ROOT, "--env-manager", "local", "--experiment-name", "chain", *words],
+        env=environment(uri),
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-5000:]
+    runs: dict[str, list[Run]] = {}
+    found = mlflow.search_runs(
+        search_all_experiments=True, order_by=["attributes.start_time ASC"], output_format="list"
+    )
+    for run in found:
+        runs.setdefault(run.info.run_name, []).append(run)
+    return Chain(folder, uri, done.stdout, runs)
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chain]:
+    yield run_chain(tmp_path_factory.mktemp("chain"), **SMALL)
+    mlflow.set_tracking_uri(None)
+
+
+@pytest.fixture(scope="module")
+def dicom(chain: Chain) -> Path:
+    return next((chain.folder / "output").glob("sample-*/dicom-images-test/*.dcm"))
+
+
+def test_every_step_is_a_finished_run_below_the_parent(chain: Chain) -> None:
+    parent = chain.only("main")
+    below = {name: run for name, runs in chain.runs.items() for run in runs if name != "main"}
+    assert set(below) == {
+        "sample", "preprocess", "search", "trial 0", "trial 1", "train", "score", "register",
+    }  # fmt: skip
+    for name, run in below.items():
+        above = chain.only("search") if name.startswith("trial") else parent
+        assert run.data.tags["mlflow.parentRunId"] == above.info.run_id
+    assert {run.info.status for runs in chain.runs.values() for run in runs} == {"FINISHED"}
+    assert all(run.data.tags.get("mlflow.note.content") for runs in chain.runs.values() for run in runs)
+
+
+def test_a_setting_is_one_param_of_every_run_that_uses_it(chain: Chain) -> None:
+    parent, train = chain.only("main").data.params, chain.only("train").data.params
+    assert parent["learning_rate"] == "1e-3"  # the user's own text, which `mlflow run` logged first
+    assert train["learning_rate"] == "0.001"
+    assert (parent["image_size"], parent["network"]) == ("32", "fcn_resnet50")
+    assert train["epochs"] == "2"
+    for trial in ("trial 0", "trial 1"):
+        assert {"bce_weight", "dice_weight", "focal_weight"} <= chain.only(trial).data.params.keys()
+    best = json.loads(artifact(chain.only("search"), "best_settings.json").read_text())
+    assert train["bce_weight"] == str(best["bce_weight"])
+
+
+def test_loss_and_dice_are_curves_over_the_epochs(chain: Chain) -> None:
+    run_id, client = chain.only("train").info.run_id, MlflowClient(chain.uri)
+    assert [point.step for point in client.get_metric_history(run_id, "loss")] == [1, 2]
+    assert [point.step for point in client.get_metric_history(run_id, "dice")] == [1, 2, 3]
+    for name in ("loss_bce", "dice_positive", "dice_baseline", "seconds_per_epoch", "images_per_second"):
+        assert client.get_metric_history(run_id, name)
+
+
+def test_the_final_scores_stand_at_the_parent_and_the_model_and_on_the_terminal(chain: Chain) -> None:
+    dice = chain.only("main").data.metrics["dice"]
+    judged = next(run for run in chain.runs["score"] if run.data.params["dicom_dir"] == "none")
+    assert judged.data.metrics["dice"] == dice
+    model = mlflow.get_logged_model(judged.data.params["model"].removeprefix("models:/"))
+    assert dice in {metric.value for metric in model.metrics or [] if metric.key == "dice"}
+    assert f"Dice                {dice:.4f}" in chain.output
+
+
+def test_the_data_set_is_an_input_with_its_fingerprint(chain: Chain) -> None:
+    path = next((chain.folder / "output").glob("dataset-*.h5"))
+    with Dataset.open(path) as dataset:
+        fingerprint, entries = dataset.fingerprint, dataset.entries
+    assert len(entries) == SMALL["images"]
+    for name in ("preprocess", "search", "train"):
+        (used,) = chain.only(name).inputs.dataset_inputs
+        assert used.dataset.digest == fingerprint[:16]
+
+
+def test_overlays_are_pictures_of_the_final_run(chain: Chain) -> None:
+    judged = next(run for run in chain.runs["score"] if run.data.params["dicom_dir"] == "none")
+    with Image.open(artifact(judged, "overlays.png")) as picture:
+        assert picture.width > 1000
+        assert np.asarray(picture).std() > 20
+    assert artifact(judged, "overlays/02.png").is_file()
+
+
+def test_the_submission_has_a_row_for_every_test_image(chain: Chain) -> None:
+    with (chain.folder / "output" / "submission.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    files = {path.stem for path in (chain.folder / "output").glob("sample-*/dicom-images-test/*.dcm")}
+    assert {row["ImageId"] for row in rows} == files
+    for row in rows:
+        assert decode(row["EncodedPixels"], (1024, 1024)).shape == (1024, 1024)
+
+
+def test_the_registered_champion_answers_dicom_bytes_and_survives_a_bad_file(
+    chain: Chain, dicom: Path
+) -> None:
+    mlflow.set_tracking_uri(chain.uri)
+    version = MlflowClient().get_model_version_by_alias("pneumothorax", "champion")
+    assert float(version.tags["dice"]) == chain.only("main").data.metrics["dice"]
+    with Dataset.open(next((chain.folder / "output").glob("dataset-*.h5"))) as dataset:
+        assert version.tags["data_fingerprint"] == dataset.fingerprint
+    model = mlflow.pyfunc.load_model("models:/pneumothorax@champion")
+    content = dicom.read_bytes()
+    asked = pd.DataFrame(
+        {"image_id": ["good", "cut", "text"], "dicom": [content, content[: len(content) // 2], b"no DICOM"]}
+    )
+    answer = model.predict(asked)
+    assert list(answer.columns) == ["image_id", "presence", "area_px", "rle", "error"]
+    good, cut, text = answer.to_dict("records")
+    assert good["error"] == ""
+    assert 0 <= good["presence"] <= 1
+    assert decode(good["rle"], (1024, 1024)).sum() == good["area_px"]
+    for bad, name in ((cut, "cut"), (text, "text")):
+        assert name in bad["error"]
+        assert (bad["area_px"], bad["rle"]) == (0, "-1")
+
+
+def test_the_logged_model_holds_no_pickle(chain: Chain) -> None:
+    (folder,) = (chain.folder / "artifacts" / "models").glob("m-*/artifacts")
+    names = [path.name for path in folder.rglob("*") if path.is_file()]
+    assert "weights.pt" in names  # read with weights_only
+    assert not [name for name in names if name.endswith((".pkl", ".pickle", ".joblib"))]
+
+
+def test_a_served_champion_gives_the_same_answer_over_http(chain: Chain, dicom: Path) -> None:
+    port = free_port()
+    command = [BIN / "mlflow", "models", "serve", "-m", "models:/pneumothorax@champion"]
+    command += ["--env-manager", "local", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    log = chain.folder / "serve.log"
+    with (
+        log.open("w") as out,
+        subprocess.Popen(
+            command, env=environment(chain.uri), cwd=chain.folder, stdout=out, stderr=out
+        ) as server,
+    ):
+        try:
+            wait_for(f"http://127.0.0.1:{port}/ping", server)
+            content = base64.b64encode(dicom.read_bytes()).decode()
+            body = {"dataframe_split": {"columns": ["image_id", "dicom"], "data": [["one", content]]}}
+            (served,) = post(f"http://127.0.0.1:{port}/invocations", body)["predictions"]
+        finally:
+            server.terminate()
+    mlflow.set_tracking_uri(chain.uri)
+    local = mlflow.pyfunc.load_model("models:/pneumothorax@champion").predict(
+        pd.DataFrame({"image_id": ["one"], "dicom": [dicom.read_bytes()]})
+    )
+    (expected,) = local.to_dict("records")
+    assert served == pytest.approx(expected, abs=1e-6)
+
+
+def test_real_radiographs_go_through_the_same_command(real_data: Path, tmp_path: Path) -> None:
+    chain = run_chain(
+        tmp_path,
+        dicom_dir=real_data / "dicom-images-train",
+        rle_csv=real_data / "train-rle.csv",
+        test_dir=real_data / "dicom-images-test",
+        image_size=64,
+        epochs=1,
+        trials=1,
+        search_epochs=1,
+        weights="none",
+        batch_size=4,
+        threshold_trials=0,
+    )
+    with Dataset.open(next((tmp_path / "output").glob("dataset-*.h5"))) as dataset:
+        areas = {e.image_id: (e.annotations, e.area_px, e.view, e.sex, e.age) for e in dataset.entries}
+        masks = {e.image_id: int(dataset.mask(i).sum()) for i, e in enumerate(dataset.entries)}
+    with (real_data / "known_areas.csv").open(newline="") as file:
+        known = {row["ImageId"]: row for row in csv.DictReader(file)}
+    for image_id, row in known.items():
+        numbers = int(row["n_annotations"]), int(row["union_area_px"])
+        assert areas.pop(image_id) == (*numbers, row["view"], row["sex"], int(row["age"]))
+    assert areas == {}
+    assert masks == {image_id: int(row["union_area_px"]) for image_id, row in known.items()}
+    assert chain.only("main").data.metrics["images"] >= 2
+    with (tmp_path / "output" / "submission.csv").open() as file:
+        assert len(file.readlines()) == 1 + 10
+
+
+def artifact(run: Run, name: str) -> Path:
+    return Path(mlflow.artifacts.download_artifacts(run_id=run.info.run_id, artifact_path=name))
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def wait_for(url: str, server: subprocess.Popen[bytes], seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and server.poll() is None:
+        try:
+            with urllib.request.urlopen(url, timeout=2):
+                return
+        except OSError:
+            time.sleep(0.3)
+    pytest.fail(f"{url} does not answer")
+
+
+def post(url: str, body: dict[str, Any]) -> dict[str, Any]:
+    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return json.load(answer)
+    except urllib.error.HTTPError as error:
+        pytest.fail(error.read().decode()[:2000])
