@@ -123,7 +123,10 @@ class Recipe(Seed, Device, Split):
     focal_weight: float = setting(1.0, "weight of the focal loss (gamma 2)", least=0)
     aux_weight: float = setting(0.4, "weight of the auxiliary head's mask loss", least=0)
     presence_weight: float = setting(0.2, "weight of the cross-entropy of presence", least=0)
-    augment: bool = setting(True, "flip, shift, scale, rotate and change contrast of the training images")
+    augment: bool = setting(
+        True, "flip, shift, scale, rotate and change contrast of the training images", sample=False
+    )
+    mirror: bool = setting(True, "predict each image and its mirror image, and take the mean of both")
 
 
 @dataclass(frozen=True)
@@ -143,7 +146,7 @@ class Trials:
     trials: int = setting(8, "short trainings that the search runs", sample=2, least=1)
     search_epochs: int = setting(3, "passes over the training images in each of them", sample=1, least=1)
     search_images: int = setting(
-        0, "training images in each of them, drawn at random; 0 takes all", sample=64, least=0
+        0, "training images in each of them, drawn at random; 0 takes all", sample=24, least=0
     )
     study: str = setting("loss-weights", "name of the Optuna study")
     storage: str = setting(NONE, "database of the study, e.g. sqlite:///optuna.db; none keeps it in memory")

@@ -17,7 +17,7 @@ from pneumo_experiments.learning.fit import fit, one_cycle
 from pneumo_experiments.learning.loader import Examples, batches, draw
 from pneumo_experiments.learning.loss import bce, criterion, focal, soft_dice
 from pneumo_experiments.learning.network import Output, PneumothoraxNet, build
-from pneumo_experiments.learning.predict import predict, to_native
+from pneumo_experiments.learning.predict import Predictor, to_native
 from pneumo_experiments.settings import Device, Recipe
 
 CPU = Machine(torch.device("cpu"), "fp32")
@@ -203,7 +203,7 @@ def test_training_finds_bright_squares() -> None:
     assert [epoch.number for epoch in epochs] == list(range(1, 13))
     assert epochs[-1].losses["loss"] < 0.7 * epochs[0].losses["loss"]
     unseen = squares(8, seed=5)
-    found = [p.mask for p in predict(network, unseen.images, machine)]
+    found = [p.mask for p in Predictor(network, machine).predict(unseen.images)]
     inside = np.mean(
         [mask[share > 0].mean() for mask, share in zip(found, unseen.shares, strict=True) if share.any()]
     )
@@ -237,10 +237,20 @@ def test_the_rate_rises_for_a_fifth_and_ends_near_zero() -> None:
 
 def test_predictions_do_not_depend_on_the_batch(network: PneumothoraxNet) -> None:
     images = squares(5).images
-    one, all_at_once = (list(predict(network, images, CPU, batch_size)) for batch_size in (1, 5))
+    one, all_at_once = (list(Predictor(network, CPU).predict(images, batch_size)) for batch_size in (1, 5))
     for a, b in zip(one, all_at_once, strict=True):
         np.testing.assert_allclose(a.mask, b.mask, atol=1e-5)
         assert a.presence == pytest.approx(b.presence, abs=1e-5)
+
+
+def test_the_mirrored_mean_treats_both_sides_alike(network: PneumothoraxNet) -> None:
+    images = squares(2).images
+    predictor = Predictor(network, CPU, mirror=True)
+    (a, _), (b, _) = list(predictor.predict(images)), list(predictor.predict(images[:, :, ::-1]))
+    np.testing.assert_allclose(a.mask, b.mask[:, ::-1], atol=1e-5)
+    assert a.presence == pytest.approx(b.presence, abs=1e-5)
+    plain = next(Predictor(network, CPU).predict(images))
+    assert np.abs(plain.mask - a.mask).max() > 1e-4
 
 
 def test_native_size_is_bilinear_between_pixel_centres() -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 from torch.nn import functional
 
 from pneumo_experiments.learning.device import Machine
@@ -24,20 +25,32 @@ class Prediction:
     presence: float
 
 
-def predict(
-    network: PneumothoraxNet, images: NDArray[np.uint8], machine: Machine, batch_size: int = 16
-) -> Iterator[Prediction]:
-    """One prediction for each 8-bit image (n, S, S), in order."""
-    network.to(device=machine.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-    network.eval()
-    for start in range(0, len(images), batch_size):
-        grey = to_unit(images[start : start + batch_size], machine.device)[:, None]
-        with torch.inference_mode(), machine.autocast():
-            output = network(grey.contiguous(memory_format=torch.channels_last))
-        masks = torch.sigmoid(output.mask).cpu().numpy()
-        presences = torch.sigmoid(output.presence).cpu().numpy()
-        for mask, presence in zip(masks, presences, strict=True):
-            yield Prediction(mask, float(presence))
+@dataclass(frozen=True)
+class Predictor:
+    """A network and how it is asked; ``mirror`` takes the mean with the answer to the flipped image."""
+
+    network: PneumothoraxNet
+    machine: Machine
+    mirror: bool = False
+
+    def predict(self, images: NDArray[np.uint8], batch_size: int = 16) -> Iterator[Prediction]:
+        """One prediction for each 8-bit image (n, S, S), in order."""
+        self.network.to(device=self.machine.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        self.network.eval()
+        for start in range(0, len(images), batch_size):
+            grey = to_unit(images[start : start + batch_size], self.machine.device)[:, None]
+            mask, presence = self._probabilities(grey)
+            if self.mirror:
+                flipped_mask, flipped_presence = self._probabilities(grey.flip(-1))
+                mask, presence = (mask + flipped_mask.flip(-1)) / 2, (presence + flipped_presence) / 2
+            for one_mask, one_presence in zip(mask.cpu().numpy(), presence.cpu().numpy(), strict=True):
+                yield Prediction(one_mask, float(one_presence))
+
+    def _probabilities(self, grey: Tensor) -> tuple[Tensor, Tensor]:
+        """Probabilities of pixels (n, S, S) and of presence (n,) for images (n, 1, S, S)."""
+        with torch.inference_mode(), self.machine.autocast():
+            output = self.network(grey.contiguous(memory_format=torch.channels_last))
+        return torch.sigmoid(output.mask), torch.sigmoid(output.presence)
 
 
 def to_native(mask: NDArray[np.float32], shape: tuple[int, int]) -> NDArray[np.float32]:

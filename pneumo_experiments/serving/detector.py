@@ -18,9 +18,9 @@ from pneumo_experiments.data.dicom import read_radiograph
 from pneumo_experiments.data.resample import shrink_image
 from pneumo_experiments.data.rle import encode
 from pneumo_experiments.errors import Rejected, UserError
-from pneumo_experiments.learning.device import Machine, choose_machine
+from pneumo_experiments.learning.device import choose_machine
 from pneumo_experiments.learning.network import PneumothoraxNet
-from pneumo_experiments.learning.predict import predict, to_native
+from pneumo_experiments.learning.predict import Predictor, to_native
 from pneumo_experiments.scoring.thresholds import Thresholds, outline
 from pneumo_experiments.settings import Device
 
@@ -39,10 +39,9 @@ class Row(TypedDict):
 
 @dataclass(frozen=True)
 class Detector:
-    """A network, the size of its input, its thresholds and the settings that trained it."""
+    """A predictor, the size of its input, its thresholds and the settings that trained it."""
 
-    network: PneumothoraxNet
-    machine: Machine
+    predictor: Predictor
     image_size: int
     thresholds: Thresholds
     settings: Mapping[str, Any]
@@ -55,7 +54,7 @@ class Detector:
         except Rejected as error:
             return Row(image_id=image_id, presence=float("nan"), area_px=0, rle="-1", error=str(error))
         small = shrink_image(radiograph.pixels, self.image_size)
-        prediction = next(predict(self.network, small[None], self.machine))
+        prediction = next(self.predictor.predict(small[None]))
         rows, columns = radiograph.pixels.shape
         mask = outline(to_native(prediction.mask, (rows, columns)), prediction.presence, self.thresholds)
         return Row(
@@ -79,7 +78,7 @@ class Detector:
 
 def save(folder: Path, detector: Detector) -> None:
     """Writes weights and description into an existing folder."""
-    torch.save(detector.network.state_dict(), folder / WEIGHTS)
+    torch.save(detector.predictor.network.state_dict(), folder / WEIGHTS)
     description = {
         "image_size": detector.image_size,
         "thresholds": asdict(detector.thresholds),
@@ -101,8 +100,7 @@ def load(folder: Path) -> Detector:
             f"{folder}: the weights do not fit {settings['network']}; log the model anew with `train`"
         ) from error
     return Detector(
-        network=network,
-        machine=choose_machine(Device()),
+        predictor=Predictor(network, choose_machine(Device()), settings["mirror"] == "true"),
         image_size=int(description["image_size"]),
         thresholds=Thresholds(**description["thresholds"]),
         settings=settings,

@@ -12,11 +12,9 @@ from tqdm import tqdm
 
 from pneumo_experiments.data.folds import Parts, split
 from pneumo_experiments.data.store import Dataset, Entry
-from pneumo_experiments.learning.device import Machine
 from pneumo_experiments.learning.fit import Epoch
 from pneumo_experiments.learning.loader import Examples
-from pneumo_experiments.learning.network import PneumothoraxNet
-from pneumo_experiments.learning.predict import Prediction, predict, to_native
+from pneumo_experiments.learning.predict import Prediction, Predictor, to_native
 from pneumo_experiments.scoring.figures import overlay
 from pneumo_experiments.scoring.metrics import Scores, score
 from pneumo_experiments.scoring.thresholds import Tally, Thresholds, outline
@@ -45,17 +43,18 @@ class Cohort:
         present = np.array([entry.area_px > 0 for entry in self.entries])
         return Examples(self.dataset.images(self.indices), self.dataset.shares(self.indices), present)
 
-    def predictions(self, network: PneumothoraxNet, machine: Machine) -> Iterator[tuple[int, Prediction]]:
+    def predictions(self, predictor: Predictor) -> Iterator[tuple[int, Prediction]]:
         """Index and prediction of each image, in order."""
         for start in range(0, len(self), CHUNK):
             chunk = self.indices[start : start + CHUNK]
-            yield from zip(chunk.tolist(), predict(network, self.dataset.images(chunk), machine), strict=True)
+            found = predictor.predict(self.dataset.images(chunk))
+            yield from zip(chunk.tolist(), found, strict=True)
 
-    def tally(self, network: PneumothoraxNet, machine: Machine, desc: str = "") -> Tally:
+    def tally(self, predictor: Predictor, desc: str = "") -> Tally:
         """Predictions against the truth at native size; a bar shows the progress where ``desc`` names it."""
         tally = Tally()
         with tqdm(total=len(self), desc=desc, unit="image", disable=None if desc else True) as bar:
-            for index, prediction in self.predictions(network, machine):
+            for index, prediction in self.predictions(predictor):
                 truth = self.dataset.mask(index)
                 tally.add(to_native(prediction.mask, truth.shape), prediction.presence, truth)
                 bar.update()
@@ -83,8 +82,7 @@ def parts_of(dataset: Dataset, recipe: Recipe) -> Parts:
 def pictures(
     cohort: Cohort,
     tally: Tally,
-    network: PneumothoraxNet,
-    machine: Machine,
+    predictor: Predictor,
     thresholds: Thresholds,
     count: int,
 ) -> list[NDArray[np.uint8]]:
@@ -96,7 +94,7 @@ def pictures(
     chosen = [positives[i] for i in spread.tolist()] + others[: max(0, count - len(positives))]
     some = Cohort(cohort.dataset, cohort.indices[chosen])
     drawn: list[NDArray[np.uint8]] = []
-    for place, (index, prediction) in zip(chosen, some.predictions(network, machine), strict=True):
+    for place, (index, prediction) in zip(chosen, some.predictions(predictor), strict=True):
         truth = some.dataset.mask(index)
         mask = outline(to_native(prediction.mask, truth.shape), prediction.presence, thresholds)
         image = some.dataset.images(np.array([index]))[0]

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from pneumo_experiments import tracking
+from pneumo_experiments.data.store import Dataset
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.settings import (
     Main,
@@ -38,6 +39,8 @@ def pipeline(settings: Main) -> Judged:
                 "rle_csv: none given; the chain trains, so it needs dicom_dir's annotations (train-rle.csv)"
             )
         dataset = preprocess(derive(Preprocess, settings, dataset=_dataset_path(settings), overwrite=True))
+        with Dataset.open(dataset) as opened:
+            tracking.log_dataset(dataset, opened.fingerprint, "main")
         found = search(derive(Search, settings, dataset=dataset))
         trained = train(derive(Train, settings, dataset=dataset, **found.loss_weights))
         subset = "holdout" if settings.holdout > 0 else "validation"

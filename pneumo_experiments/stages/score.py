@@ -38,7 +38,7 @@ def score(settings: Score) -> Judged:
         detector = tracking.load_model(settings.model)
         if not isinstance(detector, Detector):
             raise UserError(f"model={settings.model}: was not made by this project; `train` logs one")
-        detector = replace(detector, machine=choose_machine(settings))
+        detector = replace(detector, predictor=replace(detector.predictor, machine=choose_machine(settings)))
         if settings.dicom_dir is not None:
             return _submit(settings, detector, settings.dicom_dir)
         return _judge(settings, detector)
@@ -52,12 +52,10 @@ def _judge(settings: Score, detector: Detector) -> Judged:
             )
         tracking.log_dataset(settings.dataset, dataset.fingerprint, settings.subset)
         cohort = Cohort(dataset, _indices(settings, detector, dataset))
-        tally = cohort.tally(detector.network, detector.machine, desc="score")
+        tally = cohort.tally(detector.predictor, desc="score")
         scores = cohort.score(tally, detector.thresholds)
         tracking.log_metrics(scores.as_metrics(), model=settings.model)
-        shown = pictures(
-            cohort, tally, detector.network, detector.machine, detector.thresholds, settings.overlays
-        )
+        shown = pictures(cohort, tally, detector.predictor, detector.thresholds, settings.overlays)
         for number, picture in enumerate(shown, start=1):
             tracking.log_picture(picture, f"overlays/{number:02}.png")
         if shown:

@@ -14,6 +14,7 @@ from pneumo_experiments.errors import UserError
 from pneumo_experiments.learning.device import choose_machine
 from pneumo_experiments.learning.fit import fit
 from pneumo_experiments.learning.network import build
+from pneumo_experiments.learning.predict import Predictor
 from pneumo_experiments.scoring.metrics import Scores
 from pneumo_experiments.scoring.thresholds import Tally, Thresholds, best_on_grid
 from pneumo_experiments.settings import NONE, Search
@@ -97,10 +98,11 @@ def _short_training(settings: Search, dataset: Dataset, number: int) -> tuple[Sc
         examples = Cohort(dataset, np.sort(rng.permutation(parts.train)[:few])).examples()
         machine = choose_machine(settings)
         network = build(settings.network, settings.weights, settings.seed)
+        predictor = Predictor(network, machine, settings.mirror)
         tally, scores = Tally(), None
         with training_bar(f"trial {number}", len(examples), settings.search_epochs) as advance:
             for epoch in fit(network, examples, settings, settings.search_epochs, machine, advance):
-                tally = validation.tally(network, machine)
+                tally = validation.tally(predictor)
                 scores = validation.score(tally, best_on_grid(tally))
                 tracking.log_metrics(epoch_metrics(epoch, scores), step=epoch.number)
                 tqdm.write(epoch_line(epoch, settings.search_epochs, scores))

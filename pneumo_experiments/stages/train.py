@@ -14,6 +14,7 @@ from pneumo_experiments.data.store import Dataset
 from pneumo_experiments.learning.device import choose_machine
 from pneumo_experiments.learning.fit import fit
 from pneumo_experiments.learning.network import build
+from pneumo_experiments.learning.predict import Predictor
 from pneumo_experiments.scoring.figures import contact_sheet
 from pneumo_experiments.scoring.metrics import Scores
 from pneumo_experiments.scoring.thresholds import best_on_grid
@@ -48,6 +49,7 @@ def train(settings: Train) -> Trained:
         machine = choose_machine(settings)
         tracking.log_found({"device_used": str(machine.device), "precision_used": machine.precision})
         network = build(settings.network, settings.weights, settings.seed)
+        predictor = Predictor(network, machine, settings.mirror)
         print(
             f"train: {settings.network} at {dataset.image_size} px, {machine.device}, {machine.precision};"
             f" {len(examples)} images, {examples.present.sum()} positive; {len(validation)} to validate"
@@ -56,7 +58,7 @@ def train(settings: Train) -> Trained:
         best_dice, best_epoch, best_state = -1.0, 0, network.state_dict()
         with training_bar("train", len(examples), settings.epochs) as advance:
             for epoch in fit(network, examples, settings, settings.epochs, machine, advance):
-                tally = validation.tally(network, machine)
+                tally = validation.tally(predictor)
                 scores = validation.score(tally, best_on_grid(tally))
                 tracking.log_metrics(epoch_metrics(epoch, scores), step=epoch.number)
                 tqdm.write(epoch_line(epoch, settings.epochs, scores))
@@ -68,19 +70,19 @@ def train(settings: Train) -> Trained:
                     )
         network.load_state_dict(best_state)
 
-        tally = validation.tally(network, machine)
+        tally = validation.tally(predictor)
         thresholds = refine_thresholds(tally, settings.threshold_trials, settings.seed)
         scores = validation.score(tally, thresholds)
         # One step past the last epoch: the epoch that was kept, at its own thresholds.
         tracking.log_metrics(scores.as_metrics() | {"best_epoch": best_epoch}, step=settings.epochs + 1)
         tracking.log_found(asdict(thresholds))
-        shown = pictures(validation, tally, network, machine, thresholds, settings.overlays)
+        shown = pictures(validation, tally, predictor, thresholds, settings.overlays)
         for number, picture in enumerate(shown, start=1):
             tracking.log_picture(picture, f"overlays/{number:02}.png")
         if shown:
             tracking.log_picture(contact_sheet(shown, columns=2), "overlays.png")
         detector = Detector(
-            network, machine, dataset.image_size, thresholds, as_params(settings), dataset.fingerprint
+            predictor, dataset.image_size, thresholds, as_params(settings), dataset.fingerprint
         )
         with tempfile.TemporaryDirectory() as folder:
             save(Path(folder), detector)

@@ -21,6 +21,7 @@ from pneumo_experiments.errors import UserError
 from pneumo_experiments.tracking.processes import end_orphans, end_with_mlflow_run
 
 SERVER_TIMEOUT_SECONDS = 5
+KIND_TAG = "mlflow.experimentKind"
 DATABASE_PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
 
 
@@ -41,6 +42,7 @@ def _open(uri: str) -> None:
                 experiment_id = mlflow.get_run(os.environ["MLFLOW_RUN_ID"]).info.experiment_id
             else:
                 experiment_id = _experiment()
+            _mark(experiment_id)
     except MlflowException as error:
         reason = str(error).split("\n")[0]
         raise UserError(
@@ -60,6 +62,12 @@ def _experiment() -> str:
         # Without a location the artifacts land wherever the first process happened to be started.
         mlflow.create_experiment(name, artifact_location=(_database_file().parent / "mlruns").as_uri())
     return mlflow.set_experiment(name).experiment_id
+
+
+def _mark(experiment_id: str) -> None:
+    # Else the UI opens on its pages for language models, without curves or registered models.
+    if KIND_TAG not in mlflow.get_experiment(experiment_id).tags:
+        MlflowClient().set_experiment_tag(experiment_id, KIND_TAG, "custom_model_development")
 
 
 def _database_file() -> Path:
