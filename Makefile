@@ -1,5 +1,5 @@
 # make demo: the main job on synthetic radiographs. make test: all tests. Each sets up .venv first.
-.PHONY: demo test check bench soak ui lock setup
+.PHONY: demo test check bench ui lock setup
 SHELL := bash
 VENV := .venv
 BIN := $(CURDIR)/$(VENV)/bin
@@ -20,11 +20,11 @@ check: setup
 	@ruff check .
 	@pyright
 
-soak: setup
-	@python -m pytest -m soak
+bench: setup
+	@python benchmarks/demo.py
 
 ui: setup
-	@echo "the runs: http://127.0.0.1:5000 (Ctrl-C ends)"
+	@echo "the runs: http://127.0.0.1:5000/#/experiments/0/runs?workflowType=machine_learning (Ctrl-C ends)"
 	@mlflow ui --host 127.0.0.1 --port 5000
 
 setup: $(VENV)/ready

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import Field, fields
 from importlib import import_module
+from io import TextIOWrapper
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -130,6 +131,9 @@ def main() -> NoReturn:
     """Runs the command line; a user's mistake is one line on stderr and exit code 2."""
     signal.signal(signal.SIGINT, _stop)
     signal.signal(signal.SIGTERM, _stop)
+    if isinstance(sys.stdout, TextIOWrapper):
+        # Progress shows at once in a pipe, too.
+        sys.stdout.reconfigure(line_buffering=True)  # pyright: ignore[reportUnknownMemberType]
     try:
         cli.main(prog_name="python -m pneumo_experiments", standalone_mode=False)
     except click.UsageError as error:
@@ -138,12 +142,10 @@ def main() -> NoReturn:
     except (UserError, click.ClickException) as error:
         _complain(str(error))
         sys.exit(2)
-    except Terminated:
-        _complain("stopped by SIGTERM; the same command again starts anew")
-        sys.exit(128 + signal.SIGTERM)
-    except (KeyboardInterrupt, click.Abort):
-        _complain("stopped; the same command again starts anew")
-        sys.exit(128 + signal.SIGINT)
+    except (KeyboardInterrupt, click.Abort) as stop:
+        terminated = isinstance(stop.__cause__, Terminated)  # click makes an Abort of every interrupt
+        _complain(f"stopped{' by SIGTERM' if terminated else ''}; the same command again starts anew")
+        sys.exit(128 + (signal.SIGTERM if terminated else signal.SIGINT))
     sys.exit(0)
 
 

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from pneumo_experiments.errors import UserError
-from pneumo_experiments.scoring.metrics import Scores, auroc, bootstrap_interval, dice, score
+from pneumo_experiments.scoring.metrics import auroc, bootstrap_interval, dice
+from pneumo_experiments.scoring.scores import Scores, score
 from pneumo_experiments.scoring.thresholds import Tally, Thresholds
 
 pairs = st.tuples(st.integers(1, 9), st.integers(1, 9)).flatmap(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -91,9 +92,10 @@ def write_sample(
         if folder.exists():
             folder.rmdir()
         part.rename(folder)
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error.strerror}); name another folder") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)  # there only when something went wrong
 
 
 def is_sample(folder: Path, images: int, test_images: int, seed: int) -> bool:
@@ -147,7 +149,13 @@ def _write_images(
         return
     # Spawned, since a fork would copy whatever threads the caller has.
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as executor:
-        yield from executor.map(write, plans, chunksize=4)
+        # Ctrl-C reaches every process of the terminal: processes that start here leave it to this one.
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            written = executor.map(write, plans, chunksize=4)
+        finally:
+            signal.signal(signal.SIGINT, before)
+        yield from written
 
 
 def _write_image(folder: Path, seed: int, plan: Plan) -> tuple[str, list[str]]:

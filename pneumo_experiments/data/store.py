@@ -86,6 +86,8 @@ def write_dataset(
 
     The fingerprint is that of greys, annotations, index and pixel format, whatever the compression.
     """
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder; name a file, such as {path / 'dataset.h5'}")
     part = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -129,6 +131,9 @@ def write_dataset(
                 }
             )
         part.replace(path)
+    except OSError as error:  # h5py's text is long and its reason the system's
+        reason = os.strerror(error.errno) if error.errno else "the disk may be full"
+        raise UserError(f"{path}: cannot be written ({reason}); choose another place for it") from error
     finally:
         part.unlink(missing_ok=True)
     return digest.hexdigest()

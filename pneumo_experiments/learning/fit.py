@@ -13,7 +13,7 @@ import torch
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.learning.device import Machine
 from pneumo_experiments.learning.loader import Examples, batches, count_batches
-from pneumo_experiments.learning.loss import criterion
+from pneumo_experiments.learning.loss import MASK_LOSSES, criterion
 from pneumo_experiments.learning.network import PneumothoraxNet
 from pneumo_experiments.settings import Recipe
 
@@ -41,8 +41,12 @@ def fit(
     """Trains the network in place and yields after each epoch; the caller may stop at any time.
 
     AdamW with one learning-rate cycle over all epochs. ``progress`` is called
-    with the number of images after each batch. Raises UserError when the loss is no longer finite.
+    with the number of images after each batch. Raises UserError when no loss has a weight and when the
+    loss is no longer finite.
     """
+    weights = (*MASK_LOSSES, "presence_weight")
+    if not any(getattr(recipe, name) > 0 for name in weights):
+        raise UserError(f"{', '.join(weights)}: all are 0, so nothing is learned; set one above 0")
     device = machine.device
     network.to(device=device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     optimiser = torch.optim.AdamW(

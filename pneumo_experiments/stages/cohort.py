@@ -16,7 +16,7 @@ from pneumo_experiments.learning.fit import Epoch
 from pneumo_experiments.learning.loader import Examples
 from pneumo_experiments.learning.predict import Prediction, Predictor, to_native
 from pneumo_experiments.scoring.figures import overlay
-from pneumo_experiments.scoring.metrics import Scores, score
+from pneumo_experiments.scoring.scores import Scores, score
 from pneumo_experiments.scoring.thresholds import Tally, Thresholds, outline
 from pneumo_experiments.settings import Recipe
 

@@ -82,7 +82,8 @@ def _write(
     known = [path for path in files if annotations is None or path.stem in annotations]
     if not known:
         raise UserError(
-            f"rle_csv={settings.rle_csv}: names none of the {len(files)} files in {settings.dicom_dir}"
+            f"rle_csv={settings.rle_csv}: names none of the {len(files)} files in {settings.dicom_dir};"
+            " name the table and the folder that belong together"
         )
     rejected: list[str] = []
 
@@ -96,7 +97,6 @@ def _write(
         if len(rejected) == len(known):
             raise UserError(f"dicom_dir={settings.dicom_dir}: no file can be used; the first: {rejected[0]}")
 
-    settings.dataset.parent.mkdir(parents=True, exist_ok=True)
     write_dataset(
         settings.dataset,
         examples(),

@@ -16,7 +16,7 @@ from pneumo_experiments.data.store import Dataset
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.learning.device import choose_machine
 from pneumo_experiments.scoring.figures import contact_sheet
-from pneumo_experiments.scoring.metrics import Scores
+from pneumo_experiments.scoring.scores import Scores
 from pneumo_experiments.scoring.submission import write_submission
 from pneumo_experiments.serving import Detector
 from pneumo_experiments.settings import Recipe, Score
@@ -100,16 +100,17 @@ def _indices(settings: Score, detector: Detector, dataset: Dataset) -> NDArray[n
 
 
 def _submit(settings: Score, detector: Detector, folder: Path) -> Judged:
-    errors: list[str] = []
+    files, errors = find_dicom(folder), list[str]()
 
     def rows() -> Iterator[tuple[str, str]]:
-        for path in tqdm(find_dicom(folder), desc="submission", unit="image", disable=None):
+        for path in tqdm(files, desc="submission", unit="image", disable=None):
             row = detector.detect(path, path.stem)
             if row["error"]:
                 errors.append(row["error"])
             yield row["image_id"], row["rle"]
+        if len(errors) == len(files):
+            raise UserError(f"dicom_dir={folder}: no file can be used; the first: {errors[0]}")
 
-    settings.submission.parent.mkdir(parents=True, exist_ok=True)
     count = write_submission(settings.submission, rows())
     tracking.log_file(settings.submission)
     tracking.log_metrics({"images": count, "rejected": len(errors)})

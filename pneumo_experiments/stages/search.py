@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
@@ -13,9 +14,9 @@ from pneumo_experiments.data.store import Dataset
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.learning.device import choose_machine
 from pneumo_experiments.learning.fit import fit
-from pneumo_experiments.learning.network import build
+from pneumo_experiments.learning.network import PneumothoraxNet, build
 from pneumo_experiments.learning.predict import Predictor
-from pneumo_experiments.scoring.metrics import Scores
+from pneumo_experiments.scoring.scores import Scores
 from pneumo_experiments.scoring.thresholds import Tally, Thresholds, best_on_grid
 from pneumo_experiments.settings import NONE, Search
 from pneumo_experiments.stages.cohort import Cohort, epoch_line, epoch_metrics, parts_of, training_bar
@@ -34,10 +35,11 @@ class Found:
 
 def search(settings: Search) -> Found:
     """Runs the study: each trial is a short training in a child run, judged by its validation Dice."""
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    optuna.logging.set_verbosity(optuna.logging.ERROR)  # a failed trial's error is raised, once is enough
     with tracking.run("search", settings), Dataset.open(settings.dataset) as dataset:
         tracking.log_dataset(settings.dataset, dataset.fingerprint, "search")
         study = _study(settings)
+        start = build(settings.network, settings.weights, settings.seed)  # every trial trains a copy
         tallies: dict[int, Tally] = {}
 
         def objective(trial: optuna.Trial) -> float:
@@ -46,7 +48,7 @@ def search(settings: Search) -> Found:
                 f"search: trial {trial.number}: " + ", ".join(f"{k} {v:.3f}" for k, v in weights.items())
             )
             scores, tallies[trial.number] = _short_training(
-                replace(settings, **weights), dataset, trial.number
+                replace(settings, **weights), dataset, copy.deepcopy(start), trial.number
             )
             return scores.dice
 
@@ -81,7 +83,11 @@ def _study(settings: Search) -> optuna.Study:
         )
     except Exception as error:  # SQLAlchemy and its drivers raise errors of many kinds
         reason = str(error).split("\n")[0]
-        raise UserError(f"storage={storage}: the study's database does not open ({reason})") from error
+        address = tracking.without_password(settings.storage)
+        raise UserError(
+            f"storage={address}: the study's database does not open ({reason});"
+            " name another, such as sqlite:///optuna.db, or none"
+        ) from error
     # The weights of the settings are the first trial, so that the search is never worse than they are.
     study.enqueue_trial(
         {name: min(max(getattr(settings, name), LOWEST), HIGHEST) for name in SEARCHED}, skip_if_exists=True
@@ -89,7 +95,9 @@ def _study(settings: Search) -> optuna.Study:
     return study
 
 
-def _short_training(settings: Search, dataset: Dataset, number: int) -> tuple[Scores, Tally]:
+def _short_training(
+    settings: Search, dataset: Dataset, network: PneumothoraxNet, number: int
+) -> tuple[Scores, Tally]:
     with tracking.run(f"trial {number}", settings):
         parts = parts_of(dataset, settings)
         validation = Cohort(dataset, parts.validation)
@@ -97,7 +105,6 @@ def _short_training(settings: Search, dataset: Dataset, number: int) -> tuple[Sc
         rng = np.random.default_rng(settings.seed)
         examples = Cohort(dataset, np.sort(rng.permutation(parts.train)[:few])).examples()
         machine = choose_machine(settings)
-        network = build(settings.network, settings.weights, settings.seed)
         predictor = Predictor(network, machine, settings.mirror)
         tally, scores = Tally(), None
         with training_bar(f"trial {number}", len(examples), settings.search_epochs) as advance:
@@ -119,7 +126,7 @@ def refine_thresholds(tally: Tally, trials: int, seed: int) -> Thresholds:
     start = best_on_grid(tally)
     if trials == 0 or not len(tally):
         return start
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
     study = optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler(seed=seed))
     study.enqueue_trial(asdict(start))
 

@@ -16,7 +16,7 @@ from pneumo_experiments.learning.fit import fit
 from pneumo_experiments.learning.network import build
 from pneumo_experiments.learning.predict import Predictor
 from pneumo_experiments.scoring.figures import contact_sheet
-from pneumo_experiments.scoring.metrics import Scores
+from pneumo_experiments.scoring.scores import Scores
 from pneumo_experiments.scoring.thresholds import best_on_grid
 from pneumo_experiments.serving import Detector, save
 from pneumo_experiments.settings import Train, as_params
@@ -87,6 +87,7 @@ def train(settings: Train) -> Trained:
         with tempfile.TemporaryDirectory() as folder:
             save(Path(folder), detector)
             model = tracking.log_model(Path(folder))
+        print(f"train: kept epoch {best_epoch} of {settings.epochs}, logged as {model}")
         tracking.describe(
             f"{settings.network} at {dataset.image_size} px, {len(examples)} images;"
             f" kept epoch {best_epoch} of {settings.epochs}.\n"

@@ -24,7 +24,7 @@ from pneumo_experiments.tracking.runs import (
     log_picture,
     run,
 )
-from pneumo_experiments.tracking.store import tracking_uri
+from pneumo_experiments.tracking.store import tracking_uri, without_password
 
 __all__ = [
     "Version",
@@ -42,4 +42,5 @@ __all__ = [
     "register_model",
     "run",
     "tracking_uri",
+    "without_password",
 ]

@@ -68,7 +68,7 @@ def load_model(address: str) -> Any:
     open_store()
     try:
         return mlflow.pyfunc.load_model(address).get_raw_model()
-    except (MlflowException, OSError, ValueError) as error:
+    except (MlflowException, OSError, ValueError, ImportError) as error:  # e.g. no library for s3://
         reason = str(error).split("\n")[0]
         raise UserError(
             f"model={address}: cannot be loaded ({reason}); `train` logs one, `register` names one"
@@ -130,7 +130,11 @@ def register_model(address: str, name: str, promote: str, tags: Mapping[str, str
     noted = dict(tags) | {key: str(value) for key, value in scores.items() if value is not None}
     before = _champion(client, name)
     # By model id: a runs:/ address would take the run's last model, whatever was meant.
-    made = mlflow.register_model(f"models:/{model_id}" if model_id else address, name, tags=noted)
+    try:
+        made = mlflow.register_model(f"models:/{model_id}" if model_id else address, name, tags=noted)
+    except MlflowException as error:
+        reason = str(error).split("\n")[0]
+        raise UserError(f"name={name}: cannot be registered ({reason}); take a plain word") from error
     champion, reason = _earned(noted, before, promote)
     if champion:
         client.set_registered_model_alias(name, ALIAS, made.version)

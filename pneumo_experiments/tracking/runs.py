@@ -20,7 +20,7 @@ from pneumo_experiments.errors import UserError
 from pneumo_experiments.settings import as_params, as_text
 from pneumo_experiments.tracking.models import model_id_of
 from pneumo_experiments.tracking.processes import process_tags
-from pneumo_experiments.tracking.store import open_store
+from pneumo_experiments.tracking.store import open_store, without_password
 
 
 @contextmanager
@@ -38,7 +38,8 @@ def run(step: str, settings: object, description: str = "") -> Generator[str]:
         describe(description)
         # `mlflow run` has logged the text of its own parameters; a second text for one name is refused.
         there = mlflow.get_run(run_id).data.params
-        mlflow.log_params({name: text for name, text in as_params(settings).items() if name not in there})
+        params = {name: text for name, text in as_params(settings).items() if name not in there}
+        mlflow.log_params({name: without_password(text) for name, text in params.items()})
         yield run_id
     except KeyboardInterrupt:
         mlflow.end_run("KILLED")

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import socket
 from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
@@ -15,12 +16,13 @@ from urllib.parse import urlsplit
 import mlflow
 from filelock import FileLock
 from mlflow import MlflowClient
-from mlflow.exceptions import MlflowException
+from sqlalchemy import NullPool, create_engine
 
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.tracking.processes import end_orphans, end_with_mlflow_run
 
 SERVER_TIMEOUT_SECONDS = 5
+LOCK_TIMEOUT_SECONDS = 60
 KIND_TAG = "mlflow.experimentKind"
 DATABASE_PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
 
@@ -34,19 +36,22 @@ def open_store() -> None:
 def _open(uri: str) -> None:
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
     logging.getLogger("alembic").setLevel(logging.WARNING)
-    _check_server(uri)
     adopted = "MLFLOW_RUN_ID" in os.environ
     try:
+        _check_server(uri)
         with _creation_lock():
             if adopted:
                 experiment_id = mlflow.get_run(os.environ["MLFLOW_RUN_ID"]).info.experiment_id
             else:
                 experiment_id = _experiment()
             _mark(experiment_id)
-    except MlflowException as error:
-        reason = str(error).split("\n")[0]
+    except UserError:
+        raise
+    except Exception as error:  # MLflow, SQLAlchemy, its drivers and the file system: errors of many kinds
+        reason = str(error).split("\n")[0].split(". ")[0]
         raise UserError(
-            f"MLFLOW_TRACKING_URI={tracking_uri()}: the store does not open ({reason})"
+            f"MLFLOW_TRACKING_URI={tracking_uri()}: the store does not open ({without_password(reason)});"
+            " name another in that variable, such as sqlite:///runs.db"
         ) from error
     if adopted:
         end_with_mlflow_run()
@@ -82,7 +87,8 @@ def _creation_lock() -> Generator[None]:
             path = _database_file()
             if not path.parent.is_dir():
                 raise UserError(f"MLFLOW_TRACKING_URI={tracking_uri()}: no folder {path.parent}; create it")
-            stack.enter_context(FileLock(path.with_name(path.name + ".lock")))
+            stack.enter_context(FileLock(path.with_name(path.name + ".lock"), LOCK_TIMEOUT_SECONDS))
+            _connect()
             MlflowClient().search_experiments(max_results=1)  # creates the tables
         yield
 
@@ -104,10 +110,20 @@ def _check_server(uri: str) -> None:
             f"MLFLOW_TRACKING_URI={tracking_uri()}: nothing answers there;"
             " start the server, or unset the variable to use mlflow.db in this folder"
         ) from error
+    if kind in DATABASE_PORTS:
+        _connect()
+
+
+def _connect() -> None:
+    # MLflow itself would try again for minutes where the database refuses.
+    create_engine(mlflow.get_tracking_uri(), poolclass=NullPool).connect().close()
 
 
 def tracking_uri() -> str:
     """Address of the store in use, without a password."""
-    uri = mlflow.get_tracking_uri()
-    parts = urlsplit(uri)
-    return uri.replace(f":{parts.password}@", ":***@") if parts.password else uri
+    return without_password(mlflow.get_tracking_uri())
+
+
+def without_password(text: str) -> str:
+    """The text, with ``***`` for the password of an address in it."""
+    return re.sub(r"(://[^:/@]*:)[^/@]+@", r"\1***@", text)

@@ -1,0 +1,71 @@
+"""Scores of a set of images: the official metric and what is always shown beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from math import isnan
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pneumo_experiments.errors import UserError
+from pneumo_experiments.scoring.metrics import auroc, bootstrap_interval
+from pneumo_experiments.scoring.thresholds import Tally, Thresholds
+
+
+@dataclass(frozen=True)
+class Scores:
+    """How well a set of images was outlined; nan where a number is undefined."""
+
+    dice: float
+    """the official metric"""
+    dice_low: float
+    dice_high: float
+    """95% interval of dice, from a bootstrap over patients"""
+    dice_baseline: float
+    """dice of predicting nothing anywhere: the share of images with empty truth"""
+    dice_positive: float
+    """mean Dice over the images with truth"""
+    sensitivity: float
+    """share of the images with truth whose prediction is not empty"""
+    specificity: float
+    """share of the images without truth whose prediction is empty"""
+    auroc: float
+    """of the probability of presence, before any threshold"""
+    images: int
+    positives: int
+    """images with truth"""
+
+    def as_metrics(self) -> dict[str, float]:
+        """Every number under its name, without the undefined ones."""
+        return {name: float(value) for name, value in asdict(self).items() if not isnan(value)}
+
+
+def score(tally: Tally, thresholds: Thresholds, patients: Sequence[str], seed: int = 0) -> Scores:
+    """Scores of n >= 1 tallied images; ``patients`` names the patient of each."""
+    if len(tally) == 0:
+        raise UserError("no images to score: choose a subset that has some")
+    if len(patients) != len(tally):
+        raise ValueError(f"{len(patients)} patients for {len(tally)} images")
+    values = tally.dice(thresholds)
+    found = tally.predicted_area(thresholds) > 0
+    truth = tally.truth_area > 0
+    low, high = bootstrap_interval(values, patients, np.random.default_rng(seed))
+    return Scores(
+        dice=float(values.mean()),
+        dice_low=low,
+        dice_high=high,
+        dice_baseline=float(np.mean(~truth)),
+        dice_positive=_mean(values[truth]),
+        sensitivity=_mean(found[truth]),
+        specificity=_mean(~found[~truth]),
+        auroc=auroc(truth, tally.presence),
+        images=len(tally),
+        positives=int(np.count_nonzero(truth)),
+    )
+
+
+def _mean(values: NDArray[np.float64] | NDArray[np.bool_]) -> float:
+    """Mean of (n,); nan when there are none."""
+    return float(values.mean()) if values.size else float("nan")
