@@ -6,6 +6,7 @@ import copy
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -17,7 +18,7 @@ from pneumo_experiments.learning.network import build
 from pneumo_experiments.learning.predict import Predictor
 from pneumo_experiments.scoring.figures import contact_sheet
 from pneumo_experiments.scoring.scores import Scores
-from pneumo_experiments.scoring.thresholds import best_on_grid
+from pneumo_experiments.scoring.thresholds import Tally, best_on_grid
 from pneumo_experiments.serving import Detector, save
 from pneumo_experiments.settings import Train, as_params
 from pneumo_experiments.stages.cohort import (
@@ -39,6 +40,16 @@ class Trained:
     scores: Scores
 
 
+@dataclass(frozen=True)
+class Kept:
+    """The best epoch so far: its validation Dice, weights and predictions."""
+
+    epoch: int
+    dice: float
+    state: dict[str, Any]
+    tally: Tally
+
+
 def train(settings: Train) -> Trained:
     """Trains, keeps the epoch with the best Dice on the validation images, and logs it as a model."""
     with tracking.run("train", settings), Dataset.open(settings.dataset) as dataset:
@@ -55,26 +66,22 @@ def train(settings: Train) -> Trained:
             f" {len(examples)} images, {examples.present.sum()} positive; {len(validation)} to validate"
         )
 
-        best_dice, best_epoch, best_state = -1.0, 0, network.state_dict()
+        best = Kept(0, -1.0, network.state_dict(), Tally())
         with training_bar("train", len(examples), settings.epochs) as advance:
             for epoch in fit(network, examples, settings, settings.epochs, machine, advance):
                 tally = validation.tally(predictor)
                 scores = validation.score(tally, best_on_grid(tally))
                 tracking.log_metrics(epoch_metrics(epoch, scores), step=epoch.number)
                 tqdm.write(epoch_line(epoch, settings.epochs, scores))
-                if scores.dice > best_dice:
-                    best_dice, best_epoch, best_state = (
-                        scores.dice,
-                        epoch.number,
-                        copy.deepcopy(network.state_dict()),
-                    )
-        network.load_state_dict(best_state)
+                if scores.dice >= best.dice:  # of equals the later, which has learned longer
+                    best = Kept(epoch.number, scores.dice, copy.deepcopy(network.state_dict()), tally)
+        network.load_state_dict(best.state)
 
-        tally = validation.tally(predictor)
+        tally = best.tally
         thresholds = refine_thresholds(tally, settings.threshold_trials, settings.seed)
         scores = validation.score(tally, thresholds)
         # One step past the last epoch: the epoch that was kept, at its own thresholds.
-        tracking.log_metrics(scores.as_metrics() | {"best_epoch": best_epoch}, step=settings.epochs + 1)
+        tracking.log_metrics(scores.as_metrics() | {"best_epoch": best.epoch}, step=settings.epochs + 1)
         tracking.log_found(asdict(thresholds))
         shown = pictures(validation, tally, predictor, thresholds, settings.overlays)
         for number, picture in enumerate(shown, start=1):
@@ -87,10 +94,10 @@ def train(settings: Train) -> Trained:
         with tempfile.TemporaryDirectory() as folder:
             save(Path(folder), detector)
             model = tracking.log_model(Path(folder))
-        print(f"train: kept epoch {best_epoch} of {settings.epochs}, logged as {model}")
+        print(f"train: kept epoch {best.epoch} of {settings.epochs}, logged as {model}")
         tracking.describe(
             f"{settings.network} at {dataset.image_size} px, {len(examples)} images;"
-            f" kept epoch {best_epoch} of {settings.epochs}.\n"
+            f" kept epoch {best.epoch} of {settings.epochs}.\n"
             f"Validation Dice {scores.dice:.3f} (all-empty {scores.dice_baseline:.3f}),"
             f" on positives {scores.dice_positive:.3f}."
         )
