@@ -10,13 +10,15 @@ import json
 import os
 import shutil
 import signal
+import threading
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from io import BytesIO
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
+from multiprocessing.connection import wait
 from pathlib import Path
 
 import numpy as np
@@ -148,7 +150,7 @@ def _write_images(
         yield from map(write, plans)
         return
     # Spawned, since a fork would copy whatever threads the caller has.
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as executor:
+    with ProcessPoolExecutor(workers, get_context("spawn"), _end_with_parent) as executor:
         # Ctrl-C reaches every process of the terminal: processes that start here leave it to this one.
         before = signal.signal(signal.SIGINT, signal.SIG_IGN)
         try:
@@ -156,6 +158,14 @@ def _write_images(
         finally:
             signal.signal(signal.SIGINT, before)
         yield from written
+
+
+def _end_with_parent() -> None:
+    # Workers wait for work that a parent killed by -9 never sends.
+    parent = parent_process()
+    if parent is not None:
+        sentinel = parent.sentinel
+        threading.Thread(target=lambda: (wait([sentinel]), os._exit(1)), daemon=True).start()
 
 
 def _write_image(folder: Path, seed: int, plan: Plan) -> tuple[str, list[str]]:

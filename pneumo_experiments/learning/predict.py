@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
+from pneumo_experiments.errors import UserError
 from pneumo_experiments.learning.device import Machine
 from pneumo_experiments.learning.loader import to_unit
 from pneumo_experiments.learning.network import PneumothoraxNet
@@ -43,6 +44,11 @@ class Predictor:
             if self.mirror:
                 flipped_mask, flipped_presence = self._probabilities(grey.flip(-1))
                 mask, presence = (mask + flipped_mask.flip(-1)) / 2, (presence + flipped_presence) / 2
+            if not torch.isfinite(presence).all():
+                raise UserError(
+                    "learning_rate: the network's answers are no longer numbers, its training diverged;"
+                    " try a tenth of it"
+                )
             for one_mask, one_presence in zip(mask.cpu().numpy(), presence.cpu().numpy(), strict=True):
                 yield Prediction(one_mask, float(one_presence))
 

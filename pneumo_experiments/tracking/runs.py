@@ -31,10 +31,12 @@ def run(step: str, settings: object, description: str = "") -> Generator[str]:
     one that `mlflow run` made. Ends FINISHED, KILLED on Ctrl-C and SIGTERM, else FAILED.
     """
     open_store()
-    started = mlflow.start_run(run_name=step, nested=mlflow.active_run() is not None)
-    run_id = started.info.run_id
+    nested = mlflow.active_run() is not None
     try:
-        mlflow.set_tags({"mlflow.runName": step} | process_tags())  # `mlflow run` chose a random name
+        # With its tags from the first moment: end_orphans knows it whenever the process is killed.
+        started = mlflow.start_run(run_name=step, nested=nested, tags=process_tags())
+        run_id = started.info.run_id
+        mlflow.set_tag("mlflow.runName", step)  # `mlflow run` chose a random name
         describe(description)
         # `mlflow run` has logged the text of its own parameters; a second text for one name is refused.
         there = mlflow.get_run(run_id).data.params

@@ -1,0 +1,403 @@
+"""What goes wrong at a user's desk: each mistake is one line and exit code 2, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import h5py
+import mlflow
+import pytest
+import torch
+from mlflow import MlflowClient
+from mlflow.entities import Run
+
+from pneumo_experiments import cli, tracking
+from pneumo_experiments.data.phantom_files import write_sample
+from pneumo_experiments.learning.device import Machine
+from pneumo_experiments.learning.network import PneumothoraxNet
+from pneumo_experiments.learning.predict import Predictor
+from pneumo_experiments.scoring.thresholds import Thresholds
+from pneumo_experiments.serving import Detector, save
+from pneumo_experiments.settings import Train, as_params
+
+SMALL = ["--image_size", "32"]
+UNTRAINED = ["--weights", "none", "--epochs", "1"]
+
+
+@dataclass(frozen=True)
+class Desk:
+    """A sample of 10 radiographs, its data set files, and a model nobody has scored."""
+
+    radiographs: Path
+    table: Path
+    labelled: Path
+    unlabelled: Path
+    model: str
+    uri: str
+
+    @property
+    def source(self) -> list[str]:
+        return [*SMALL, "--dicom_dir", str(self.radiographs), "--rle_csv", str(self.table)]
+
+    @property
+    def files(self) -> list[Path]:
+        return sorted(self.radiographs.rglob("*.dcm"))
+
+    def runs(self) -> list[Run]:
+        """The newest first."""
+        return MlflowClient(self.uri).search_runs(["0"], order_by=["attributes.start_time DESC"])
+
+
+@dataclass(frozen=True)
+class End:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+Command = Callable[..., End]
+
+
+def ended(words: list[str], patch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> End:
+    patch.setattr("sys.argv", ["pneumo_experiments", *words])
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    out, err = capsys.readouterr()
+    assert isinstance(stop.value.code, int)
+    return End(stop.value.code, out, err)
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Desk]:
+    folder = tmp_path_factory.mktemp("mit ümlaut")  # a space and a letter beyond ASCII, as people have them
+    uri = f"sqlite:///{folder / 'mlflow.db'}"
+    sample = folder / "sample"
+    write_sample(sample, images=10, test_images=1, seed=0)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID", "MLFLOW_EXPERIMENT_NAME"):
+            patch.delenv(name, raising=False)
+        patch.chdir(folder)
+        patch.setenv("MLFLOW_TRACKING_URI", uri)
+        mlflow.set_tracking_uri(None)
+        with tracking.run("train", Train()):
+            network, machine = PneumothoraxNet("fcn_resnet50"), Machine(torch.device("cpu"), "fp32")
+            predictor = Predictor(network, machine, mirror=False)
+            weights = folder / "weights"
+            weights.mkdir()
+            save(weights, Detector(predictor, 32, Thresholds(), as_params(Train()), "another"))
+            model = tracking.log_model(weights)
+        made = Desk(
+            sample / "dicom-images-train",
+            sample / "train-rle.csv",
+            folder / "labelled.h5",
+            folder / "unlabelled.h5",
+            model,
+            uri,
+        )
+        for words in (made.source, made.source[:-2]):
+            dataset = made.labelled if "--rle_csv" in words else made.unlabelled
+            patch.setattr("sys.argv", ["", "preprocess", *words, "--dataset", str(dataset)])
+            with pytest.raises(SystemExit, match="0"):
+                cli.main()
+        yield made
+    mlflow.set_tracking_uri(None)
+
+
+@pytest.fixture
+def command(
+    desk: Desk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Command:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", desk.uri)
+
+    def run(*words: object) -> End:
+        return ended([str(word) for word in words], monkeypatch, capsys)
+
+    return run
+
+
+@pytest.fixture
+def error_of(command: Command, desk: Desk, tmp_path: Path) -> Callable[..., str]:
+    """The one line of a command that fails as it must: its run FAILED, no file written."""
+
+    def fail(*words: object) -> str:
+        files, runs = sorted(tmp_path.rglob("*")), len(desk.runs())
+        end = command(*words)
+        assert end.code == 2
+        (line,) = end.err.splitlines()
+        assert sorted(tmp_path.rglob("*")) == files
+        new = desk.runs()[: len(desk.runs()) - runs]
+        assert new
+        for run in new:
+            assert run.info.status == "FAILED"
+            assert " ".join(run.data.tags["error"].split()) in line
+        return line.removeprefix("Error: ")
+
+    return fail
+
+
+# preprocess: folders, tables, files
+
+
+@pytest.mark.parametrize("folder", ["missing", "empty", ""])
+def test_a_missing_or_empty_folder_is_named(
+    folder: str, error_of: Callable[..., str], desk: Desk, tmp_path: Path
+) -> None:
+    (tmp_path / "empty").mkdir()
+    line = error_of("preprocess", "--dicom_dir", folder, "--rle_csv", desk.table, "--dataset", "d.h5")
+    culprits = {"missing": "missing: no such folder", "empty": "empty: no .dcm files", "": "dicom_dir: none"}
+    assert line.startswith(culprits[folder])
+    assert "name the" in line
+
+
+@pytest.mark.parametrize(
+    ("table", "culprit"),
+    [
+        (None, "table.csv: no such file"),
+        ("", "table.csv: the table is empty"),
+        ("a,b,c\nx,y,z\n", "table.csv: found the columns a, b, c; expected the columns ImageId and Enc"),
+        ("ImageId, EncodedPixels\n", "table.csv: a header without rows"),
+        ("ImageId, EncodedPixels\nghost, -1\n", "rle_csv=table.csv: names none of the 10 files"),
+        ("ImageId, EncodedPixels\n{id}, 1 2 3\n", "{id}: odd number of run lengths (3)"),
+        ("ImageId, EncodedPixels\n{id}, banana\n", "{id}: run length 'banana'"),
+        ("ImageId, EncodedPixels\n{id}\n", "table.csv, line 2: an image id or value is missing"),
+    ],
+)
+def test_a_table_that_cannot_be_used_is_named(
+    table: str | None, culprit: str, error_of: Callable[..., str], desk: Desk, tmp_path: Path
+) -> None:
+    image_id = desk.files[0].stem
+    if table is not None:
+        (tmp_path / "table.csv").write_text(table.replace("{id}", image_id), encoding="utf-8")
+    line = error_of("preprocess", *desk.source[:-1], "table.csv", "--dataset", "d.h5")
+    assert line.startswith(culprit.replace("{id}", image_id))
+
+
+def test_ids_without_a_file_files_without_an_id_and_broken_files_are_left_out_and_told(
+    command: Command, desk: Desk, tmp_path: Path
+) -> None:
+    (tmp_path / "some").mkdir()
+    for number, file in enumerate(desk.files[:4]):
+        content = file.read_bytes()
+        half = content[: len(content) // 2]
+        (tmp_path / "some" / file.name).write_bytes(half if number == 1 else content)
+    unknown, broken = desk.files[0].stem, desk.files[1].stem
+    rows = [row for row in desk.table.read_text().splitlines() if unknown not in row]
+    (tmp_path / "table.csv").write_text("\n".join([*rows, "ghost, -1"]))
+    end = command("preprocess", *SMALL, "--dicom_dir", "some", "--rle_csv", "table.csv", "--dataset", "d.h5")
+    assert end.code == 0
+    assert f"1 rejected, for example {broken}" in end.out
+    assert f"1 files without annotation, for example {unknown}" in end.out
+    assert "7 annotations without file" in end.out
+    with h5py.File(tmp_path / "d.h5") as file:
+        assert len(file["index"]) == 2  # type: ignore[arg-type]
+    run = desk.runs()[0]
+    assert (run.info.status, run.data.metrics["images"]) == ("FINISHED", 2)
+    left_out = mlflow.artifacts.load_dict(f"{run.info.artifact_uri}/left_out.json")
+    assert "ghost" in left_out["annotations_without_file"]
+
+
+def test_a_folder_of_broken_files_only_writes_nothing(
+    error_of: Callable[..., str], desk: Desk, tmp_path: Path
+) -> None:
+    (tmp_path / "broken").mkdir()
+    for file in desk.files[:2]:
+        (tmp_path / "broken" / file.name).write_bytes(file.read_bytes()[:3000])
+    line = error_of("preprocess", *desk.source, "--dicom_dir", "broken", "--dataset", "d.h5")
+    assert line.startswith("dicom_dir=broken: no file can be used; the first:")
+    line = error_of("score", "--model", desk.model, "--dicom_dir", "broken", "--submission", "s.csv")
+    assert line.startswith("dicom_dir=broken: no file can be used; the first:")
+
+
+@pytest.mark.parametrize("words", [("sample", "--output_dir"), ("preprocess", "--dataset")])
+def test_a_place_that_cannot_be_written_is_named(
+    words: tuple[str, str], error_of: Callable[..., str], desk: Desk, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("here first")
+    source = desk.source if words[0] == "preprocess" else []
+    line = error_of(words[0], *source, words[1], "file/new")
+    assert line.startswith("file/new: cannot be written")
+    assert (tmp_path / "file").read_text() == "here first"
+
+
+def test_what_stands_already_is_not_replaced_unasked(
+    error_of: Callable[..., str], command: Command, desk: Desk, tmp_path: Path
+) -> None:
+    (tmp_path / "folder" / "old").mkdir(parents=True)
+    assert "exists and is not an empty folder" in error_of("sample", "--output_dir", "folder")
+    assert "is a folder" in error_of("preprocess", *desk.source, "--dataset", "folder", "--overwrite", "true")
+    (tmp_path / "letter.h5").write_text("Dear Sir")
+    line = error_of("preprocess", *desk.source, "--dataset", "letter.h5")
+    assert line.startswith("letter.h5: not an HDF5 file")
+    line = error_of("preprocess", *desk.source, "--image_size", "64", "--dataset", desk.labelled)
+    assert "was made with image_size 32, not 64; overwrite=true replaces it" in line
+    end = command("preprocess", *desk.source, "--dataset", "letter.h5", "--overwrite", "true")
+    assert end.code == 0
+    assert h5py.is_hdf5(tmp_path / "letter.h5")
+
+
+# train, search, score, register
+
+
+@pytest.mark.parametrize("entry_point", ["train", "search"])
+@pytest.mark.parametrize("kind", ["missing", "empty", "text", "foreign", "cut", "unlabelled"])
+def test_a_data_set_file_that_cannot_be_used_is_named(
+    kind: str, entry_point: str, error_of: Callable[..., str], desk: Desk, tmp_path: Path
+) -> None:
+    path, content = tmp_path / "d.h5", desk.labelled.read_bytes()
+    if kind == "foreign":
+        with h5py.File(path, "w") as file:
+            file["a"] = 1
+    elif kind == "unlabelled":
+        path.write_bytes(desk.unlabelled.read_bytes())
+    elif kind != "missing":
+        path.write_bytes({"empty": b"", "text": b"Dear Sir", "cut": content[: len(content) // 2]}[kind])
+    line = error_of(entry_point, "--weights", "none", "--dataset", path)
+    assert str(path) in line
+    assert "run preprocess" in line
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["--folds", "50"], "folds=50 and a holdout: needs 51 patients, the data set has"),
+        (["--fold", "5"], "fold=5: there is no such part; set fold from 0 to 4"),
+        (["--holdout", "1"], "holdout=1: no share of the patients"),
+        (["--weights", "missing.pt"], "weights=missing.pt: no such file"),
+        (["--weights", "rubbish.pt"], "weights=rubbish.pt: not a state dict"),
+        (["--precision", "fp16", "--device", "cpu"], "precision=fp16: not on a CPU"),
+        (
+            ["--bce_weight", "0", "--dice_weight", "0", "--focal_weight", "0", "--presence_weight", "0"],
+            "bce_weight, dice_weight, focal_weight, presence_weight: all are 0",
+        ),
+        (["--learning_rate", "1e30"], "learning_rate"),
+    ],
+)
+def test_a_setting_that_cannot_work_is_named(
+    words: list[str], line: str, error_of: Callable[..., str], desk: Desk, tmp_path: Path
+) -> None:
+    (tmp_path / "rubbish.pt").write_bytes(b"rubbish" * 100)
+    assert error_of("train", "--dataset", desk.labelled, *UNTRAINED, *words).startswith(line)
+
+
+def test_weights_that_cannot_be_downloaded_are_named(
+    error_of: Callable[..., str], desk: Desk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # nobody listens there
+    line = error_of("train", "--dataset", desk.labelled, "--weights", "imagenet")
+    assert line.startswith("weights=imagenet: cannot download them")
+    assert "weights=none" in line
+
+
+@pytest.mark.parametrize("entry_point", ["score", "register"])
+@pytest.mark.parametrize(
+    "model", ["models:/nothing@champion", "models:/m-123", "models:/", "runs:/abc/model", "banana"]
+)
+def test_a_model_that_is_not_there_is_named(
+    model: str, entry_point: str, error_of: Callable[..., str]
+) -> None:
+    line = error_of(entry_point, "--model", model)
+    assert line.startswith(f"model={model}: cannot be loaded")
+    assert "`train` logs one" in line
+
+
+def test_a_model_is_not_scored_where_that_means_nothing(error_of: Callable[..., str], desk: Desk) -> None:
+    def scoring(*words: object) -> str:
+        return error_of("score", "--model", desk.model, *words)
+
+    assert "has no annotations to score by" in scoring("--dataset", desk.unlabelled, "--subset", "all")
+    assert "was trained on another data set" in scoring("--dataset", desk.labelled)
+    assert "no .dcm files" in scoring("--dicom_dir", desk.labelled.parent / "weights")
+
+
+def test_the_best_model_cannot_be_registered_before_any_is_scored(error_of: Callable[..., str]) -> None:
+    assert error_of("register").startswith("model=best: no scored model in this experiment; `score` one")
+
+
+def test_a_name_that_the_registry_refuses_is_named(error_of: Callable[..., str], desk: Desk) -> None:
+    assert error_of("register", "--model", desk.model, "--name", "a/b").startswith("name=a/b: cannot be")
+
+
+def test_a_study_whose_database_does_not_open_is_named_without_its_password(
+    error_of: Callable[..., str], desk: Desk
+) -> None:
+    address = "postgresql://me:secret@127.0.0.1:9/study"
+    line = error_of("search", "--dataset", desk.labelled, "--weights", "none", "--storage", address)
+    assert line.startswith("storage=postgresql://me:***@127.0.0.1:9/study: the study's database does not")
+    assert "secret" not in str(desk.runs()[0].to_dictionary())
+
+
+# The tracking store
+
+
+@pytest.mark.parametrize(
+    ("uri", "reason"),
+    [
+        ("http://127.0.0.1:9", "nothing answers there; start the server"),
+        ("postgresql://me:secret@127.0.0.1:9/x", "nothing answers there; start the server"),
+        ("sqlite:///missing/mlflow.db", "no folder"),
+        ("sqlite:///folder", "the store does not open"),
+        ("sqlite:///letter.db", "the store does not open"),
+        ("file:folder", "the store does not open"),
+        ("./mlruns", "the store does not open"),
+        ("banana://x", "the store does not open"),
+    ],
+)
+def test_a_store_that_does_not_open_is_named_within_seconds(
+    uri: str, reason: str, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "letter.db").write_text("Dear Sir, " * 100)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    end = command("sample")
+    assert end.code == 2
+    (line,) = end.err.splitlines()
+    assert line.startswith(f"Error: MLFLOW_TRACKING_URI={uri.replace('secret', '***')}: {reason}")
+    assert not (tmp_path / "output").exists()
+
+
+def hang_up(server: socket.socket) -> None:
+    with suppress(OSError):
+        while True:
+            server.accept()[0].close()
+
+
+def test_a_database_that_hangs_up_is_refused_at_once(
+    command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        threading.Thread(target=hang_up, args=(server,), daemon=True).start()
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"postgresql://me:secret@127.0.0.1:{port}/x")
+        end = command("sample")  # MLflow itself would try again for minutes
+    assert end.code == 2
+    (line,) = end.err.splitlines()
+    assert f"me:***@127.0.0.1:{port}/x: the store does not open" in line
+
+
+@pytest.mark.parametrize(("name", "value"), [("MLFLOW_RUN_ID", "nobody"), ("MLFLOW_EXPERIMENT_ID", "77")])
+def test_a_run_or_experiment_that_the_store_does_not_have_is_named(
+    name: str, value: str, command: Command, desk: Desk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, value)
+    tracking.store._open.cache_clear()
+    end = command("sample")
+    assert end.code == 2
+    (line,) = end.err.splitlines()
+    assert f"id={value}" in line
+    assert not (tmp_path / "output").exists()

@@ -1,0 +1,368 @@
+"""Runs and versions as MLflow keeps them, whatever ends the process that writes them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlflow
+import psutil
+import pytest
+from conftest import ROOT
+from mlflow import MlflowClient
+from mlflow.entities import Run
+
+from pneumo_experiments import cli, tracking
+from pneumo_experiments.errors import UserError
+from pneumo_experiments.settings import Preprocess, Register, Sample, Search, Train
+
+PATIENCE_SECONDS = 60
+
+
+@dataclass(frozen=True)
+class Store:
+    """A store of its own, in a folder of its own."""
+
+    folder: Path
+
+    @property
+    def uri(self) -> str:
+        return f"sqlite:///{self.folder / 'mlflow.db'}"
+
+    @property
+    def client(self) -> MlflowClient:
+        return MlflowClient(self.uri)
+
+    def runs(self) -> dict[str, Run]:
+        return {run.info.run_name: run for run in self.client.search_runs(["0"])}
+
+    def statuses(self) -> dict[str, str]:
+        return {name: run.info.status for name, run in self.runs().items()}
+
+
+@pytest.fixture(scope="session")
+def fresh_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store without runs; to create one takes a second, to copy it none."""
+    folder = tmp_path_factory.mktemp("store")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)  # the artifacts lie beside it
+        MlflowClient(f"sqlite:///{folder / 'mlflow.db'}").search_experiments()
+    return folder / "mlflow.db"
+
+
+@pytest.fixture
+def store(fresh_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
+    shutil.copy(fresh_store, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    for name in ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID", "MLFLOW_EXPERIMENT_NAME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    mlflow.set_tracking_uri(None)
+    yield Store(tmp_path)
+    assert mlflow.active_run() is None
+
+
+# Runs
+
+
+def test_runs_nest_under_their_step_and_hold_every_setting(store: Store) -> None:
+    with tracking.run("search", Search(study="mine"), "Two\nlines."):
+        with tracking.run("trial 0", Train(epochs=3)):
+            tracking.log_metrics({"dice": 0.25}, step=1)
+            tracking.log_metrics({"dice": 0.5}, step=2)
+        tracking.log_found({"best": 0, "path": None})
+    runs = store.runs()
+    assert store.statuses() == {"search": "FINISHED", "trial 0": "FINISHED"}
+    assert runs["trial 0"].data.tags["mlflow.parentRunId"] == runs["search"].info.run_id
+    assert "mlflow.parentRunId" not in runs["search"].data.tags
+    assert runs["search"].data.tags["mlflow.note.content"] == "Two\nlines."
+    assert set(Search.__dataclass_fields__) <= set(runs["search"].data.params)
+    assert runs["search"].data.params["study"] == "mine"
+    assert runs["search"].data.params["path"] == "none"
+    assert runs["trial 0"].data.params["epochs"] == "3"
+    history = store.client.get_metric_history(runs["trial 0"].info.run_id, "dice")
+    assert [(metric.step, metric.value) for metric in history] == [(1, 0.25), (2, 0.5)]
+
+
+def test_a_password_in_a_setting_is_not_a_param(store: Store) -> None:
+    with tracking.run("search", Search(storage="postgresql://me:se:cret@host:5432/study")):
+        pass
+    assert store.runs()["search"].data.params["storage"] == "postgresql://me:***@host:5432/study"
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (UserError("a: is wrong; mend it"), "FAILED"),
+        (RuntimeError("a bug"), "FAILED"),
+        (KeyboardInterrupt(), "KILLED"),
+        (cli.Terminated(), "KILLED"),
+        (SystemExit(3), "FAILED"),
+    ],
+)
+def test_a_run_ends_as_its_step_does(store: Store, error: BaseException, status: str) -> None:
+    with pytest.raises(type(error)), tracking.run("main", Sample()), tracking.run("sample", Sample()):
+        raise error
+    assert store.statuses() == {"main": status, "sample": status}
+    mistakes = [run.data.tags.get("error") for run in store.runs().values()]
+    assert mistakes == (["a: is wrong; mend it"] * 2 if isinstance(error, UserError) else [None] * 2)
+
+
+def test_a_child_that_fails_leaves_its_parent_alive(store: Store) -> None:
+    with tracking.run("main", Sample()):
+        with pytest.raises(UserError), tracking.run("sample", Sample()):
+            raise UserError("a: is wrong; mend it")
+        assert store.statuses() == {"main": "RUNNING", "sample": "FAILED"}
+    assert store.statuses()["main"] == "FINISHED"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_kills_every_nested_run_and_a_second_one_disturbs_nothing(
+    store: Store, number: signal.Signals
+) -> None:
+    before = {which: signal.getsignal(which) for which in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        for which in before:
+            signal.signal(which, cli._stop)
+        with (
+            pytest.raises(KeyboardInterrupt) as stop,
+            tracking.run("main", Sample()),
+            tracking.run("sample", Sample()),
+        ):
+            try:
+                os.kill(os.getpid(), number)
+                time.sleep(5)
+            finally:
+                os.kill(os.getpid(), signal.SIGTERM)
+        assert isinstance(stop.value, cli.Terminated) == (number == signal.SIGTERM)
+    finally:
+        for which, handler in before.items():
+            signal.signal(which, handler)
+    assert store.statuses() == {"main": "KILLED", "sample": "KILLED"}
+
+
+def test_only_orphans_of_this_machine_are_marked_killed(store: Store) -> None:
+    mine, gone = f"{os.getpid()}:{psutil.Process().create_time()}", f"{os.getpid()}:1.0"
+    host = os.uname().nodename
+    tags = {
+        "gone": {"pneumo.host": host, "pneumo.process": gone},
+        "alive": {"pneumo.host": host, "pneumo.process": mine},
+        "elsewhere": {"pneumo.host": "another machine", "pneumo.process": gone},
+        "another's": {},
+    }
+    for name, its in tags.items():
+        store.client.create_run("0", run_name=name, tags=its)
+    with tracking.run("train", Train()):
+        pass
+    assert store.statuses() == {
+        "gone": "KILLED",
+        "alive": "RUNNING",
+        "elsewhere": "RUNNING",
+        "another's": "RUNNING",
+        "train": "FINISHED",
+    }
+
+
+def test_artifacts_of_a_new_experiment_lie_beside_the_database(
+    store: Store, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    # set_experiment sets both, for the whole process.
+    monkeypatch.setattr("mlflow.tracking.fluent._active_experiment_id", None)
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", "")
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "lungs")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    with tracking.run("sample", Sample()) as run_id:
+        tracking.log_json({"a": 1}, "a.json")
+    experiment = store.client.get_experiment(store.client.get_run(run_id).info.experiment_id)
+    assert experiment.name == "lungs"
+    assert len(list((tmp_path / "mlruns").rglob("a.json"))) == 1
+
+
+# Models and versions
+
+
+def logged(store: Store, dice: float | None) -> str:
+    """Address of a model that scored ``dice``."""
+    folder = store.folder / "model"
+    folder.mkdir(exist_ok=True)
+    (folder / "model.json").write_text("{}")
+    with tracking.run("train", Train()):
+        model = tracking.log_model(folder)
+        if dice is not None:
+            tracking.log_metrics({"dice": dice, "dice_baseline": 0.75}, model=model)
+    return model
+
+
+def registered(model: str, promote: str = "auto", data: str = "the same") -> tracking.Version:
+    with tracking.run("register", Register()):
+        return tracking.register_model(model, "lungs", promote, {"data_fingerprint": data})
+
+
+def test_the_champion_is_the_better_model_on_the_same_data(store: Store) -> None:
+    good, better, worse = logged(store, 0.8), logged(store, 0.9), logged(store, 0.7)
+    asked = [
+        registered(good),
+        registered(worse),
+        registered(better),
+        registered(better),
+        registered(logged(store, 0.99), data="other"),
+        registered(logged(store, None)),
+        registered(logged(store, 0.95), promote="never"),
+    ]
+    champions = [version.champion for version in asked]
+    assert champions == [True, False, True, False, False, False, False]
+    assert [version.number for version in asked] == ["1", "2", "3", "4", "5", "6", "7"]
+    assert asked[0].reason == "the first champion"
+    assert asked[1].reason == "Dice 0.7000 is not better than the champion's 0.8000"
+    assert "other data" in asked[4].reason
+    held = store.client.get_model_version_by_alias("lungs", "champion")
+    assert str(held.version) == "3"
+    assert held.model_id == better.removeprefix("models:/")
+    assert held.tags == {"data_fingerprint": "the same", "dice": "0.9", "dice_baseline": "0.75"}
+    assert "better than the champion's 0.8000" in held.description
+    assert registered(worse, promote="always").champion
+    assert str(store.client.get_model_version_by_alias("lungs", "champion").version) == "8"
+
+
+def test_never_leaves_the_first_version_without_an_alias(store: Store) -> None:
+    assert not registered(logged(store, 0.8), promote="never").champion
+    assert store.client.get_registered_model("lungs").aliases == {}
+
+
+def test_the_best_model_is_the_one_with_the_highest_dice(store: Store) -> None:
+    logged(store, 0.8)
+    best = logged(store, 0.9)
+    logged(store, None)
+    with tracking.run("register", Register()):
+        assert tracking.best_model() == best
+
+
+# Real processes
+
+
+@dataclass(frozen=True)
+class Stopped:
+    """A `sample` command that was stopped at work, and what it left."""
+
+    store: Store
+    code: int
+    err: str
+    workers: list[psutil.Process]
+
+    @property
+    def status(self) -> str:
+        return self.store.statuses()["sample"]
+
+
+STARTER = "import subprocess, sys; subprocess.run(sys.argv[1:])"  # as `mlflow run` starts its command
+STOPS = ("ctrl-c", "sigterm", "kill", "kill the starter")
+
+
+def wait_until(answer: Callable[[], bool]) -> None:
+    end = time.monotonic() + PATIENCE_SECONDS
+    while not answer():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.1)
+
+
+def start(store: Store, adopted: bool) -> subprocess.Popen[str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
+    environment = kept | {"MLFLOW_TRACKING_URI": store.uri, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "pneumo_experiments", "sample", "--images", "2000"]
+    if adopted:
+        run = store.client.create_run("0", run_name="what mlflow run chose")
+        store.client.log_param(run.info.run_id, "images", "2e3")
+        environment["MLFLOW_RUN_ID"] = run.info.run_id
+        command = [sys.executable, "-c", STARTER, *command]
+    return subprocess.Popen(
+        command,
+        env=environment,
+        cwd=store.folder,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,  # as in a terminal: Ctrl-C reaches the whole group
+    )
+
+
+@pytest.fixture(scope="module")
+def stopped(fresh_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Stopped]]:
+    stores: dict[str, Store] = {}
+    for how in STOPS:
+        stores[how] = Store(tmp_path_factory.mktemp("stopped"))
+        shutil.copy(fresh_store, stores[how].folder)
+    processes = {how: start(store, how == "kill the starter") for how, store in stores.items()}
+    workers: dict[str, list[psutil.Process]] = {}
+
+    def all_stopped() -> bool:
+        for how, process in processes.items():
+            if how not in workers and any(stores[how].folder.rglob("*.dcm")):
+                workers[how] = psutil.Process(process.pid).children(recursive=True)
+                if how == "ctrl-c":
+                    os.killpg(process.pid, signal.SIGINT)
+                else:
+                    process.send_signal(signal.SIGTERM if how == "sigterm" else signal.SIGKILL)
+        return len(workers) == len(processes)
+
+    try:
+        wait_until(all_stopped)
+        errors = {how: each.communicate(timeout=PATIENCE_SECONDS)[1] for how, each in processes.items()}
+        yield {
+            how: Stopped(stores[how], processes[how].returncode, errors[how], workers[how]) for how in STOPS
+        }
+    finally:
+        for process in processes.values():
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize(
+    ("how", "code", "line"), [("ctrl-c", 130, "stopped"), ("sigterm", 143, "stopped by SIGTERM")]
+)
+def test_a_stopped_command_says_so_and_leaves_a_killed_run_and_no_files(
+    how: str, code: int, line: str, stopped: dict[str, Stopped]
+) -> None:
+    end = stopped[how]
+    assert (end.code, end.status) == (code, "KILLED")
+    assert end.err.strip() == f"Error: {line}; the same command again starts anew"
+    assert list((end.store.folder / "output").iterdir()) == []
+
+
+def test_the_next_command_marks_what_kill_9_left_running(
+    stopped: dict[str, Stopped], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    end = stopped["kill"]
+    assert (end.code, end.status) == (-signal.SIGKILL, "RUNNING")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", end.store.uri)
+    mlflow.set_tracking_uri(None)
+    with tracking.run("preprocess", Preprocess()):
+        pass
+    assert end.store.statuses() == {"sample": "KILLED", "preprocess": "FINISHED"}
+
+
+def test_a_command_ends_with_the_mlflow_run_that_started_it(stopped: dict[str, Stopped]) -> None:
+    end = stopped["kill the starter"]
+    wait_until(lambda: end.status == "KILLED")
+    wait_until(lambda: not list((end.store.folder / "output").iterdir()))
+
+
+def test_the_run_that_mlflow_run_made_is_taken_and_its_params_stay(stopped: dict[str, Stopped]) -> None:
+    (run,) = stopped["kill the starter"].store.runs().values()
+    assert run.info.run_name == "sample"
+    expected = {"images": "2e3", "test_images": str(Sample().test_images), "seed": "0"}
+    assert run.data.params == expected | {"output_dir": str(Sample().output_dir)}
+
+
+@pytest.mark.parametrize("how", STOPS)
+def test_no_worker_outlives_its_command(how: str, stopped: dict[str, Stopped]) -> None:
+    workers = stopped[how].workers
+    assert workers
+    assert psutil.wait_procs(workers, timeout=PATIENCE_SECONDS)[1] == []
