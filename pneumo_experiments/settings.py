@@ -60,7 +60,7 @@ class Pixels:
 
 @dataclass(frozen=True)
 class Phantoms:
-    images: int = setting(280, "labelled synthetic radiographs to write", least=10)
+    images: int = setting(240, "labelled synthetic radiographs to write", least=10)
     test_images: int = setting(16, "unlabelled synthetic radiographs to write", least=0)
 
 

@@ -225,7 +225,8 @@ def test_the_champion_is_the_better_model_on_the_same_data(store: Store) -> None
     assert "other data" in asked[4].reason
     held = store.client.get_model_version_by_alias("lungs", "champion")
     assert str(held.version) == "3"
-    assert held.model_id == better.removeprefix("models:/")
+    assert held.source == better
+    assert f"Logged model {better.removeprefix('models:/')}" in held.description
     assert held.tags == {"data_fingerprint": "the same", "dice": "0.9", "dice_baseline": "0.75"}
     assert "better than the champion's 0.8000" in held.description
     assert registered(worse, promote="always").champion
