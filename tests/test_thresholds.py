@@ -225,7 +225,7 @@ def test_where_everything_is_equal_the_defaults_decide_between_two_middles() -> 
     tally = Tally()
     tally.add(np.zeros((8, 8), np.float32), 0.0, np.zeros((8, 8), bool))
     best = best_on_grid(tally)
-    assert (best.presence_threshold, best.min_area_px) == (0.5, 500)  # of 0.4 and 0.5, of 500 and 1000
+    assert (best.presence_threshold, best.min_area_px) == (0.5, 1000)  # of 0.4 and 0.5, of 1000 and 2000
 
 
 @pytest.mark.parametrize("seed", range(5))
