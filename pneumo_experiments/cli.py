@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 import click
 
+from pneumo_experiments import __version__
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.settings import ENTRY_POINTS, NONE, Main, as_text, from_names
 
@@ -99,7 +100,7 @@ def _command_of(name: str) -> click.Command:
     epilog="The same names work as `mlflow run . -e NAME -P setting=value`; without -e it is main.",
     context_settings={"max_content_width": 110},
 )
-@click.version_option(package_name=None, version=__import__("pneumo_experiments").__version__)
+@click.version_option(package_name=None, version=__version__)
 def cli() -> None: ...
 
 

@@ -196,12 +196,12 @@ class Dataset:
 
     def shares(self, indices: Sequence[int] | NDArray[np.int64]) -> NDArray[np.uint8]:
         """Annotated share of each pixel (n, S, S), 255 is all of it."""
-        self._require_labels()
+        self.require_labels()
         return self._read("ann", indices)
 
     def rle(self, index: int) -> str:
         """Run lengths of one image's united annotations, at native size."""
-        self._require_labels()
+        self.require_labels()
         return self._file["rle"].asstr()[range(len(self))[index]]
 
     def mask(self, index: int) -> NDArray[np.bool_]:
@@ -209,7 +209,8 @@ class Dataset:
         entry = self.entries[index]
         return rle.decode(self.rle(index), (entry.rows, entry.columns), entry.image_id)
 
-    def _require_labels(self) -> None:
+    def require_labels(self) -> None:
+        """UserError for a set without annotations."""
         if not self.labelled:
             raise UserError(f"{self._path}: has no annotations; run preprocess with rle_csv")
 

@@ -92,7 +92,7 @@ def build(network: str, weights: str, seed: int) -> PneumothoraxNet:
     if weights in ("auto", "imagenet"):
         try:
             state = _imagenet(network)
-        except OSError as error:  # URLError, timeouts and a full disk are OSErrors
+        except (OSError, RuntimeError) as error:  # no network, time-out, full disk; a damaged download
             mend = "weights=none starts from random values, weights=FILE from a state dict"
             if weights == "imagenet":
                 raise UserError(f"weights=imagenet: cannot download them ({error}); {mend}") from error

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from pneumo_experiments import tracking
 from pneumo_experiments.data.folds import Parts, split
 from pneumo_experiments.data.store import Dataset, Entry
-from pneumo_experiments.learning.fit import Epoch
+from pneumo_experiments.learning.fit import Epoch, fit
 from pneumo_experiments.learning.loader import Examples
 from pneumo_experiments.learning.predict import Prediction, Predictor, to_native
-from pneumo_experiments.scoring.figures import overlay
+from pneumo_experiments.scoring.figures import contact_sheet, overlay
 from pneumo_experiments.scoring.scores import Scores, score
-from pneumo_experiments.scoring.thresholds import Tally, Thresholds, outline
+from pneumo_experiments.scoring.thresholds import Tally, Thresholds, best_on_grid, outline
 from pneumo_experiments.settings import Recipe
 
 CHUNK = 64  # images read from the file at once, so that a large validation part needs little memory
@@ -67,6 +67,7 @@ class Cohort:
 
 def parts_of(dataset: Dataset, recipe: Recipe) -> Parts:
     """The recipe's division of the data set's patients: the same for the same data set and settings."""
+    dataset.require_labels()
     entries = dataset.entries
     areas = np.array([entry.area_px for entry in entries])
     return split(
@@ -79,14 +80,15 @@ def parts_of(dataset: Dataset, recipe: Recipe) -> Parts:
     )
 
 
-def pictures(
-    cohort: Cohort,
-    tally: Tally,
-    predictor: Predictor,
-    thresholds: Thresholds,
-    count: int,
-) -> list[NDArray[np.uint8]]:
-    """Overlays of the positives from best to worst Dice, evenly chosen; others where there are too few."""
+def log_overlays(
+    cohort: Cohort, tally: Tally, predictor: Predictor, thresholds: Thresholds, count: int
+) -> str:
+    """Logs overlays of the positives from best to worst Dice, evenly chosen; others where there are too few.
+
+    Returns where the sheet of all of them lies; empty for a count of 0.
+    """
+    if count == 0:
+        return ""
     dices = tally.dice(thresholds)
     positives = [i for i in np.argsort(-dices, kind="stable").tolist() if tally.truth_area[i] > 0]
     others = [i for i in np.argsort(dices, kind="stable").tolist() if tally.truth_area[i] == 0]
@@ -100,32 +102,39 @@ def pictures(
         image = some.dataset.images(np.array([index]))[0]
         areas = f"truth {np.count_nonzero(truth):,} px   predicted {np.count_nonzero(mask):,} px"
         drawn.append(overlay(image, truth, mask, f"Dice {dices[place]:.2f}   {areas}"))
-    return drawn
+        tracking.log_picture(drawn[-1], f"overlays/{len(drawn):02}.png")
+    tracking.log_picture(contact_sheet(drawn, columns=2), "overlays.png")
+    return f"{tracking.artifacts_of_active_run()}/overlays.png"
 
 
-@contextmanager
-def training_bar(desc: str, images: int, epochs: int) -> Generator[Callable[[int], None]]:
-    """A bar over all images of all epochs; yields what advances it."""
-    with tqdm(total=images * epochs, desc=desc, unit="image", disable=None, leave=False) as bar:
+@dataclass(frozen=True)
+class JudgedEpoch:
+    """An epoch of training, and its predictions and scores on the validation images."""
+
+    epoch: Epoch
+    tally: Tally
+    scores: Scores
+
+
+def judged_epochs(
+    desc: str, predictor: Predictor, examples: Examples, validation: Cohort, recipe: Recipe, epochs: int
+) -> Iterator[JudgedEpoch]:
+    """Trains the predictor's network in place; logs each epoch in the active run and on the terminal.
+
+    Scores are those at the best thresholds of the coarse grid. The caller may stop at any time.
+    """
+    with tqdm(total=len(examples) * epochs, desc=desc, unit="image", disable=None, leave=False) as bar:
 
         def advance(count: int) -> None:
             bar.update(count)
 
-        yield advance
-
-
-def epoch_line(epoch: Epoch, epochs: int, scores: Scores) -> str:
-    """One line on an epoch for the terminal."""
-    return (
-        f"  epoch {epoch.number}/{epochs}  loss {epoch.losses['loss']:.4f}  Dice {scores.dice:.4f}"
-        f"  on positives {scores.dice_positive:.4f}  {epoch.images_per_second:.1f} images/s"
-    )
-
-
-def epoch_metrics(epoch: Epoch, scores: Scores) -> dict[str, float]:
-    """What the UI draws as curves over the epochs."""
-    return (
-        epoch.losses
-        | scores.as_metrics()
-        | {"seconds_per_epoch": epoch.seconds, "images_per_second": epoch.images_per_second}
-    )
+        for epoch in fit(predictor.network, examples, recipe, epochs, predictor.machine, advance):
+            tally = validation.tally(predictor)
+            scores = validation.score(tally, best_on_grid(tally))
+            speed = {"seconds_per_epoch": epoch.seconds, "images_per_second": epoch.images_per_second}
+            tracking.log_metrics(epoch.losses | scores.as_metrics() | speed, step=epoch.number)
+            tqdm.write(
+                f"  epoch {epoch.number}/{epochs}  loss {epoch.losses['loss']:.4f}  Dice {scores.dice:.4f}"
+                f"  on positives {scores.dice_positive:.4f}  {epoch.images_per_second:.1f} images/s"
+            )
+            yield JudgedEpoch(epoch, tally, scores)

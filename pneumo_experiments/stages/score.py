@@ -15,12 +15,11 @@ from pneumo_experiments.data.dicom import find_dicom
 from pneumo_experiments.data.store import Dataset
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.learning.device import choose_machine
-from pneumo_experiments.scoring.figures import contact_sheet
 from pneumo_experiments.scoring.scores import Scores
 from pneumo_experiments.scoring.submission import write_submission
 from pneumo_experiments.serving import Detector
 from pneumo_experiments.settings import Recipe, Score
-from pneumo_experiments.stages.cohort import Cohort, parts_of, pictures
+from pneumo_experiments.stages.cohort import Cohort, log_overlays, parts_of
 
 
 @dataclass(frozen=True)
@@ -55,15 +54,10 @@ def _judge(settings: Score, detector: Detector) -> Judged:
         tally = cohort.tally(detector.predictor, desc="score")
         scores = cohort.score(tally, detector.thresholds)
         tracking.log_metrics(scores.as_metrics(), model=settings.model)
-        shown = pictures(cohort, tally, detector.predictor, detector.thresholds, settings.overlays)
-        for number, picture in enumerate(shown, start=1):
-            tracking.log_picture(picture, f"overlays/{number:02}.png")
-        if shown:
-            tracking.log_picture(contact_sheet(shown, columns=2), "overlays.png")
+        where = log_overlays(cohort, tally, detector.predictor, detector.thresholds, settings.overlays)
         line = scores_line(scores)
         tracking.describe(f"{settings.subset} images of {settings.dataset}, by {settings.model}.\n{line}.")
         print(f"score: {settings.subset}: {line}")
-        where = f"{tracking.artifacts_of_active_run()}/overlays.png" if shown else ""
     return Judged(scores, where, None)
 
 

@@ -13,13 +13,11 @@ from pneumo_experiments import tracking
 from pneumo_experiments.data.store import Dataset
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.learning.device import choose_machine
-from pneumo_experiments.learning.fit import fit
-from pneumo_experiments.learning.network import PneumothoraxNet, build
+from pneumo_experiments.learning.network import build
 from pneumo_experiments.learning.predict import Predictor
-from pneumo_experiments.scoring.scores import Scores
 from pneumo_experiments.scoring.thresholds import Tally, Thresholds, best_on_grid
 from pneumo_experiments.settings import NONE, Search
-from pneumo_experiments.stages.cohort import Cohort, epoch_line, epoch_metrics, parts_of, training_bar
+from pneumo_experiments.stages.cohort import Cohort, judged_epochs, parts_of
 
 SEARCHED = ("bce_weight", "dice_weight", "focal_weight")
 LOWEST, HIGHEST = 0.1, 3.0  # each weight's range, searched on a logarithmic scale
@@ -39,18 +37,29 @@ def search(settings: Search) -> Found:
     with tracking.run("search", settings), Dataset.open(settings.dataset) as dataset:
         tracking.log_dataset(settings.dataset, dataset.fingerprint, "search")
         study = _study(settings)
+        parts = parts_of(dataset, settings)
+        validation = Cohort(dataset, parts.validation)
+        drawn = np.random.default_rng(settings.seed).permutation(parts.train)
+        examples = Cohort(dataset, np.sort(drawn[: settings.search_images or len(drawn)])).examples()
+        machine = choose_machine(settings)
         start = build(settings.network, settings.weights, settings.seed)  # every trial trains a copy
         tallies: dict[int, Tally] = {}
 
         def objective(trial: optuna.Trial) -> float:
             weights = {name: trial.suggest_float(name, LOWEST, HIGHEST, log=True) for name in SEARCHED}
-            tqdm.write(
-                f"search: trial {trial.number}: " + ", ".join(f"{k} {v:.3f}" for k, v in weights.items())
-            )
-            scores, tallies[trial.number] = _short_training(
-                replace(settings, **weights), dataset, copy.deepcopy(start), trial.number
-            )
-            return scores.dice
+            line = ", ".join(f"{name} {weight:.3f}" for name, weight in weights.items())
+            tqdm.write(f"search: trial {trial.number}: {line}")
+            tried, name = replace(settings, **weights), f"trial {trial.number}"
+            predictor, dice = Predictor(copy.deepcopy(start), machine, settings.mirror), 0.0
+            with tracking.run(name, tried):
+                for judged in judged_epochs(
+                    name, predictor, examples, validation, tried, settings.search_epochs
+                ):
+                    tallies[trial.number], dice = judged.tally, judged.scores.dice
+                tracking.describe(
+                    f"{settings.search_epochs} epochs with {line}.\nValidation Dice {dice:.3f}."
+                )
+            return dice
 
         study.optimize(objective, n_trials=settings.trials)
         best = study.best_trial
@@ -93,32 +102,6 @@ def _study(settings: Search) -> optuna.Study:
         {name: min(max(getattr(settings, name), LOWEST), HIGHEST) for name in SEARCHED}, skip_if_exists=True
     )
     return study
-
-
-def _short_training(
-    settings: Search, dataset: Dataset, network: PneumothoraxNet, number: int
-) -> tuple[Scores, Tally]:
-    with tracking.run(f"trial {number}", settings):
-        parts = parts_of(dataset, settings)
-        validation = Cohort(dataset, parts.validation)
-        few = settings.search_images or len(parts.train)
-        rng = np.random.default_rng(settings.seed)
-        examples = Cohort(dataset, np.sort(rng.permutation(parts.train)[:few])).examples()
-        machine = choose_machine(settings)
-        predictor = Predictor(network, machine, settings.mirror)
-        tally, scores = Tally(), None
-        with training_bar(f"trial {number}", len(examples), settings.search_epochs) as advance:
-            for epoch in fit(network, examples, settings, settings.search_epochs, machine, advance):
-                tally = validation.tally(predictor)
-                scores = validation.score(tally, best_on_grid(tally))
-                tracking.log_metrics(epoch_metrics(epoch, scores), step=epoch.number)
-                tqdm.write(epoch_line(epoch, settings.search_epochs, scores))
-        assert scores is not None  # search_epochs is at least 1
-        weights = ", ".join(f"{name} {getattr(settings, name):.3f}" for name in SEARCHED)
-        tracking.describe(
-            f"{settings.search_epochs} epochs with {weights}.\nValidation Dice {scores.dice:.3f}."
-        )
-    return scores, tally
 
 
 def refine_thresholds(tally: Tally, trials: int, seed: int) -> Thresholds:

@@ -8,27 +8,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from pneumo_experiments import tracking
 from pneumo_experiments.data.store import Dataset
 from pneumo_experiments.learning.device import choose_machine
-from pneumo_experiments.learning.fit import fit
 from pneumo_experiments.learning.network import build
 from pneumo_experiments.learning.predict import Predictor
-from pneumo_experiments.scoring.figures import contact_sheet
 from pneumo_experiments.scoring.scores import Scores
-from pneumo_experiments.scoring.thresholds import Tally, best_on_grid
+from pneumo_experiments.scoring.thresholds import Tally
 from pneumo_experiments.serving import Detector, save
 from pneumo_experiments.settings import Train, as_params
-from pneumo_experiments.stages.cohort import (
-    Cohort,
-    epoch_line,
-    epoch_metrics,
-    parts_of,
-    pictures,
-    training_bar,
-)
+from pneumo_experiments.stages.cohort import Cohort, judged_epochs, log_overlays, parts_of
 from pneumo_experiments.stages.search import refine_thresholds
 
 
@@ -67,27 +56,18 @@ def train(settings: Train) -> Trained:
         )
 
         best = Kept(0, -1.0, network.state_dict(), Tally())
-        with training_bar("train", len(examples), settings.epochs) as advance:
-            for epoch in fit(network, examples, settings, settings.epochs, machine, advance):
-                tally = validation.tally(predictor)
-                scores = validation.score(tally, best_on_grid(tally))
-                tracking.log_metrics(epoch_metrics(epoch, scores), step=epoch.number)
-                tqdm.write(epoch_line(epoch, settings.epochs, scores))
-                if scores.dice >= best.dice:  # of equals the later, which has learned longer
-                    best = Kept(epoch.number, scores.dice, copy.deepcopy(network.state_dict()), tally)
+        for judged in judged_epochs("train", predictor, examples, validation, settings, settings.epochs):
+            if judged.scores.dice >= best.dice:  # of equals the later, which has learned longer
+                state = copy.deepcopy(network.state_dict())
+                best = Kept(judged.epoch.number, judged.scores.dice, state, judged.tally)
         network.load_state_dict(best.state)
 
-        tally = best.tally
-        thresholds = refine_thresholds(tally, settings.threshold_trials, settings.seed)
-        scores = validation.score(tally, thresholds)
+        thresholds = refine_thresholds(best.tally, settings.threshold_trials, settings.seed)
+        scores = validation.score(best.tally, thresholds)
         # One step past the last epoch: the epoch that was kept, at its own thresholds.
         tracking.log_metrics(scores.as_metrics() | {"best_epoch": best.epoch}, step=settings.epochs + 1)
         tracking.log_found(asdict(thresholds))
-        shown = pictures(validation, tally, predictor, thresholds, settings.overlays)
-        for number, picture in enumerate(shown, start=1):
-            tracking.log_picture(picture, f"overlays/{number:02}.png")
-        if shown:
-            tracking.log_picture(contact_sheet(shown, columns=2), "overlays.png")
+        log_overlays(validation, best.tally, predictor, thresholds, settings.overlays)
         detector = Detector(
             predictor, dataset.image_size, thresholds, as_params(settings), dataset.fingerprint
         )
