@@ -1,5 +1,5 @@
 # make demo: the main job on synthetic radiographs. make test: all tests. Each sets up .venv first.
-.PHONY: demo test check bench ui lock setup
+.PHONY: demo test check bench soak ui lock setup
 SHELL := bash
 VENV := .venv
 BIN := $(CURDIR)/$(VENV)/bin
@@ -22,6 +22,11 @@ check: setup
 
 bench: setup
 	@python benchmarks/demo.py
+	@python benchmarks/preprocess.py
+
+# Many kills at random moments: some minutes.
+soak: setup
+	@PNEUMO_KILLS=25 python -m pytest -s tests/test_kills.py
 
 ui: setup
 	@echo "the runs: http://127.0.0.1:5000/#/experiments/0/runs?workflowType=machine_learning (Ctrl-C ends)"

@@ -39,7 +39,9 @@ def setting(
 
 @dataclass(frozen=True)
 class Source:
-    dicom_dir: Path | None = setting(None, "folder with the DICOM files, searched with all its subfolders")
+    dicom_dir: Path | None = setting(
+        None, "folder with the DICOM files, searched with all its subfolders, or a zip file of them"
+    )
     rle_csv: Path | None = setting(
         None, "run-length annotations (train-rle.csv); none for a set without labels"
     )
@@ -55,6 +57,17 @@ class Pixels:
         "float32",
         "how pixels are stored; all three keep the same greys",
         choices=("float32", "float16", "uint8"),
+    )
+
+
+@dataclass(frozen=True)
+class Reading:
+    workers: int = setting(0, "processes that read DICOM files; 0 takes one per core", least=0)
+    max_rejected: float = setting(
+        0.01, "share of the annotated files that may be unusable before preprocess fails", least=0, most=1
+    )
+    max_pixels: int = setting(
+        100_000_000, "rows × columns of the largest picture to decode; larger ones are rejected", least=1
     )
 
 
@@ -189,7 +202,7 @@ class Sample(Seed, Phantoms):
 
 
 @dataclass(frozen=True)
-class Preprocess(Pixels, Stored, Source):
+class Preprocess(Reading, Pixels, Stored, Source):
     """Read DICOM files and run-length annotations into one HDF5 data set."""
 
     overwrite: bool = setting(
@@ -234,7 +247,18 @@ class Register(Registry):
 
 @dataclass(frozen=True)
 class Main(
-    Registry, Pictures, Refine, Trials, Recipe, Schedule, Phantoms, Pixels, Outputs, Unlabelled, Source
+    Registry,
+    Pictures,
+    Refine,
+    Trials,
+    Recipe,
+    Schedule,
+    Phantoms,
+    Reading,
+    Pixels,
+    Outputs,
+    Unlabelled,
+    Source,
 ):
     """Run the whole chain: preprocess, search, train, score, register.
 

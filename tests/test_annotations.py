@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pneumo_experiments.data.annotations import read_annotations, read_patients, union_mask
+from pneumo_experiments.data.annotations import read_annotations, read_patients, unite
 from pneumo_experiments.errors import UserError
 
 ROWS = "a.1,3 2\r\nb.2, -1\r\na.1, 0 1 4 2\r\n"
@@ -86,11 +86,17 @@ def test_a_missing_table_and_a_folder_are_named(tmp_path: Path) -> None:
 
 
 def test_annotations_of_one_image_are_united_not_added() -> None:
-    mask = union_mask(["0 3", "2 3", "10 1"], (4, 3), "a")
+    mask, overlapping = unite(["0 3", "2 3", "10 1"], (4, 3), "a")
     assert mask.T.ravel().nonzero()[0].tolist() == [0, 1, 2, 3, 4, 10]
-    assert not union_mask([], (4, 3), "a").any()
+    assert overlapping
+    mask, overlapping = unite(["0 3", "3 3"], (4, 3), "a")
+    assert mask.T.ravel().nonzero()[0].tolist() == [0, 1, 2, 3, 4, 5]
+    assert not overlapping  # they only touch
+    mask, overlapping = unite([], (4, 3), "a")
+    assert not mask.any()
+    assert not overlapping
     with pytest.raises(UserError, match=r"^a: odd"):
-        union_mask(["0 3", "2"], (4, 3), "a")
+        unite(["0 3", "2"], (4, 3), "a")
 
 
 @pytest.mark.parametrize(
@@ -122,7 +128,7 @@ def test_the_13_real_images_have_their_known_areas(real_data: Path) -> None:
     with (real_data / "known_areas.csv").open() as known:
         for row in csv.DictReader(known):
             texts = annotations.pop(row["ImageId"])
-            mask = union_mask(texts, (1024, 1024), row["ImageId"])
+            mask, _ = unite(texts, (1024, 1024), row["ImageId"])
             assert len(texts) == int(row["n_annotations"])
             assert np.count_nonzero(mask) == int(row["union_area_px"])
     assert not annotations
@@ -142,11 +148,12 @@ def test_the_real_table_has_the_known_numbers_of_images_annotations_and_patients
 
 def test_183_real_images_overlap_and_the_areas_span_the_known_range(real_data: Path) -> None:
     annotations = read_annotations(real_data / "labels" / "train-rle.csv.gz")
-    areas = {
-        image_id: np.count_nonzero(union_mask(texts, (1024, 1024), image_id))
-        for image_id, texts in annotations.items()
-        if texts
-    }
+    areas, overlaps = dict[str, int](), 0
+    for image_id, texts in annotations.items():
+        if texts:
+            mask, overlapping = unite(texts, (1024, 1024), image_id)
+            areas[image_id], overlaps = np.count_nonzero(mask.T), overlaps + overlapping
+    assert overlaps == 183
     added = {image_id: sum(map(int, " ".join(annotations[image_id]).split()[1::2])) for image_id in areas}
     assert sum(added[image_id] > areas[image_id] for image_id in areas) == 183
     assert min(areas.values()) == 55

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pneumo_experiments.data.annotations import read_annotations, read_patients
-from pneumo_experiments.data.folds import assign_folds, split
+from pneumo_experiments.data.folds import assign_folds, audit, split
 from pneumo_experiments.errors import UserError
 
 # The 13 real images of the shared folder: one each of 13 patients.
@@ -46,6 +47,93 @@ def test_real_folds_share_no_patient_and_are_alike(cohort: tuple[list[str], np.n
     edges = np.quantile(areas[areas > 0], np.linspace(0, 1, 11))
     in_decile = np.array([np.histogram(areas[part][areas[part] > 0], edges)[0] for part in parts])
     assert (in_decile.max(axis=0) - in_decile.min(axis=0)).max() <= 3
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_audit_of_real_folds_finds_no_shared_patient_and_like_parts(
+    cohort: tuple[list[str], np.ndarray], seed: int
+) -> None:
+    patients, areas = cohort
+    found = audit(patients, areas, assign_folds(patients, areas, 5, seed=seed))
+    assert (found.shared_patients, found.separated_images, found.separated_share) == (0, 0, 0.0)
+    assert [facts.part for facts in found.parts] == [0, 1, 2, 3, 4]
+    assert sum(facts.images for facts in found.parts) == found.images == 12047
+    assert sum(facts.patients for facts in found.parts) == len(set(patients)) == 6171
+    positives = [facts.positives for facts in found.parts]
+    assert sum(positives) == 2669
+    assert max(positives) <= 1.02 * min(positives)
+    deciles = np.array([facts.area_deciles_px for facts in found.parts])
+    of_all = np.quantile(areas[areas > 0], np.arange(1, 10) / 10)
+    assert np.abs(deciles / of_all - 1).max() < 0.05
+
+
+def test_the_audit_of_real_random_folds_counts_separated_images_as_a_slow_count_does(
+    cohort: tuple[list[str], np.ndarray],
+) -> None:
+    patients, areas = cohort
+    parts = np.random.default_rng(0).permutation(len(patients)) % 5
+    of_patient: dict[str, set[int]] = {}
+    for patient, part in zip(patients, parts.tolist(), strict=True):
+        of_patient.setdefault(patient, set()).add(part)
+    found = audit(patients, areas, parts)
+    assert found.separated_images == sum(len(of_patient[patient]) > 1 for patient in patients)
+    assert found.shared_patients == sum(len(inside) > 1 for inside in of_patient.values()) > 1000
+
+
+def test_an_audit_of_a_few_images_has_the_values_counted_by_hand() -> None:
+    patients = ["a", "a", "a", "b", "b", "c", "d", "d"]
+    areas = np.array([100, 0, 300, 0, 0, 0, 20, 10])
+    parts = np.array([7, 7, 2, 2, 2, 7, -1, 2])
+    found = audit(patients, areas, parts)
+    assert found.images == 8
+    assert found.shared_patients == 2  # a in 7 and 2, d in -1 and 2
+    assert found.separated_images == 5  # three of a, two of d
+    assert found.separated_share == 5 / 8
+    kept = [(facts.part, facts.images, facts.patients, facts.positives) for facts in found.parts]
+    assert kept == [(-1, 1, 1, 1), (2, 4, 3, 2), (7, 3, 2, 1)]
+    assert found.parts[0].area_deciles_px == (20.0,) * 9
+    # Of 10 and 300: 10 + 290 k/10.
+    assert found.parts[1].area_deciles_px == pytest.approx((39, 68, 97, 126, 155, 184, 213, 242, 271))
+
+
+def test_an_audit_of_parts_without_positives_or_images_is_plain_json() -> None:
+    found = audit(["a", "b"], np.array([0, 0]), np.array([0, 1]))
+    assert json.loads(json.dumps(found.as_dict())) == {
+        "images": 2,
+        "shared_patients": 0,
+        "separated_images": 0,
+        "separated_share": 0.0,
+        "parts": [
+            {"part": 0, "images": 1, "patients": 1, "positives": 0, "area_deciles_px": []},
+            {"part": 1, "images": 1, "patients": 1, "positives": 0, "area_deciles_px": []},
+        ],
+    }
+    nothing = audit([], np.zeros(0), np.zeros(0, np.int64))
+    assert (nothing.images, nothing.separated_share, nothing.parts) == (0, 0.0, ())
+
+
+def test_an_audit_wants_one_patient_area_and_part_of_each_image() -> None:
+    with pytest.raises(ValueError, match="2 patients, 2 areas and 1 part numbers"):
+        audit(["a", "b"], np.array([0, 1]), np.array([0]))
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 3), st.integers(-2, 2)), max_size=25))
+def test_an_audit_agrees_with_a_slow_count(images: list[tuple[int, int, int]]) -> None:
+    patients = [str(patient) for patient, _, _ in images]
+    areas, parts = np.array([[area, part] for _, area, part in images], int).reshape(-1, 2).T
+    found = audit(patients, areas, parts)
+    separated = [
+        any(other == patient and elsewhere != part for other, _, elsewhere in images)
+        for patient, _, part in images
+    ]
+    assert found.separated_images == sum(separated)
+    assert found.shared_patients == len({p for p, apart in zip(patients, separated, strict=True) if apart})
+    for facts in found.parts:
+        inside = [(patient, area) for patient, area, part in images if part == facts.part]
+        assert facts.images == len(inside)
+        assert facts.patients == len({patient for patient, _ in inside})
+        assert facts.positives == sum(area > 0 for _, area in inside)
 
 
 def test_a_real_split_keeps_the_holdout_whatever_the_fold(cohort: tuple[list[str], np.ndarray]) -> None:

@@ -131,14 +131,15 @@ def command(
 
 @pytest.fixture
 def error_of(command: Command, desk: Desk, tmp_path: Path) -> Callable[..., str]:
-    """The one line of a command that fails as it must: its run FAILED, no file written."""
+    """The one line of a command that fails as it must: its run FAILED, no file written but ``leaves``."""
 
-    def fail(*words: object) -> str:
-        files, runs = sorted(tmp_path.rglob("*")), len(desk.runs())
+    def fail(*words: object, leaves: frozenset[str] = frozenset()) -> str:
+        files, runs = set(tmp_path.rglob("*")), len(desk.runs())
         end = command(*words)
         assert end.code == 2
         (line,) = end.err.splitlines()
-        assert sorted(tmp_path.rglob("*")) == files
+        written = set(tmp_path.rglob("*")) - files
+        assert {path.relative_to(tmp_path).parts[0] for path in written} == leaves
         new = desk.runs()[: len(desk.runs()) - runs]
         assert new
         for run in new:
@@ -150,6 +151,8 @@ def error_of(command: Command, desk: Desk, tmp_path: Path) -> Callable[..., str]
 
 
 # preprocess: folders, tables, files
+
+REPORT = frozenset(("d.report.html", "d.report.json", "d.h5.work"))  # of what was rejected, and what was read
 
 
 @pytest.mark.parametrize("folder", ["missing", "empty", ""])
@@ -171,8 +174,8 @@ def test_a_missing_or_empty_folder_is_named(
         ("a,b,c\nx,y,z\n", "table.csv: found the columns a, b, c; expected the columns ImageId and Enc"),
         ("ImageId, EncodedPixels\n", "table.csv: a header without rows"),
         ("ImageId, EncodedPixels\nghost, -1\n", "rle_csv=table.csv: names none of the 10 files"),
-        ("ImageId, EncodedPixels\n{id}, 1 2 3\n", "{id}: odd number of run lengths (3)"),
-        ("ImageId, EncodedPixels\n{id}, banana\n", "{id}: run length 'banana'"),
+        ("ImageId, EncodedPixels\n{id}, 1 2 3\n", "rejected {id}: odd number of run lengths (3)"),
+        ("ImageId, EncodedPixels\n{id}, banana\n", "rejected {id}: run length 'banana'"),
         ("ImageId, EncodedPixels\n{id}\n", "table.csv, line 2: an image id or value is missing"),
     ],
 )
@@ -182,8 +185,9 @@ def test_a_table_that_cannot_be_used_is_named(
     image_id = desk.files[0].stem
     if table is not None:
         (tmp_path / "table.csv").write_text(table.replace("{id}", image_id), encoding="utf-8")
-    line = error_of("preprocess", *desk.source[:-1], "table.csv", "--dataset", "d.h5")
-    assert line.startswith(culprit.replace("{id}", image_id))
+    leaves = REPORT if "rejected" in culprit else frozenset[str]()
+    line = error_of("preprocess", *desk.source[:-1], "table.csv", "--dataset", "d.h5", leaves=leaves)
+    assert culprit.replace("rejected", "for example").replace("{id}", image_id) in line
 
 
 def test_ids_without_a_file_files_without_an_id_and_broken_files_are_left_out_and_told(
@@ -197,17 +201,30 @@ def test_ids_without_a_file_files_without_an_id_and_broken_files_are_left_out_an
     unknown, broken = desk.files[0].stem, desk.files[1].stem
     rows = [row for row in desk.table.read_text().splitlines() if unknown not in row]
     (tmp_path / "table.csv").write_text("\n".join([*rows, "ghost, -1"]))
-    end = command("preprocess", *SMALL, "--dicom_dir", "some", "--rle_csv", "table.csv", "--dataset", "d.h5")
+    end = command(
+        "preprocess",
+        *SMALL,
+        "--dicom_dir",
+        "some",
+        "--rle_csv",
+        "table.csv",
+        "--dataset",
+        "d.h5",
+        "--max_rejected",
+        "0.5",
+    )
     assert end.code == 0
-    assert f"1 rejected, for example {broken}" in end.out
-    assert f"1 files without annotation, for example {unknown}" in end.out
-    assert "7 annotations without file" in end.out
+    assert "4 files found: 2 used, 1 rejected, 1 without annotation" in end.out
+    assert f"(1): …{broken[-23:]}" in end.out
+    assert f"file found, but not in the annotation table (1): …{unknown[-23:]}" in end.out
+    assert "annotated, but no file found (7): " in end.out
     with h5py.File(tmp_path / "d.h5") as file:
         assert len(file["index"]) == 2  # type: ignore[arg-type]
     run = desk.runs()[0]
     assert (run.info.status, run.data.metrics["images"]) == ("FINISHED", 2)
-    left_out = mlflow.artifacts.load_dict(f"{run.info.artifact_uri}/left_out.json")
-    assert "ghost" in left_out["annotations_without_file"]
+    report = mlflow.artifacts.load_dict(f"{run.info.artifact_uri}/d.report.json")
+    assert "ghost" in report["annotated_without_file"]
+    assert report["rejected"][0]["files"][0]["image_id"] == broken
 
 
 def test_a_folder_of_broken_files_only_writes_nothing(
@@ -216,8 +233,10 @@ def test_a_folder_of_broken_files_only_writes_nothing(
     (tmp_path / "broken").mkdir()
     for file in desk.files[:2]:
         (tmp_path / "broken" / file.name).write_bytes(file.read_bytes()[:3000])
-    line = error_of("preprocess", *desk.source, "--dicom_dir", "broken", "--dataset", "d.h5")
-    assert line.startswith("dicom_dir=broken: no file can be used; the first:")
+    words = ["preprocess", *desk.source, "--dicom_dir", "broken", "--dataset", "d.h5"]
+    line = error_of(*words, leaves=REPORT)
+    assert line.startswith(f"dicom_dir=broken: no file can be used, for example {desk.files[0].stem}: ")
+    assert "the report: d.report.html" in line
     line = error_of("score", "--model", desk.model, "--dicom_dir", "broken", "--submission", "s.csv")
     assert line.startswith("dicom_dir=broken: no file can be used; the first:")
 

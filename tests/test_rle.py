@@ -30,6 +30,24 @@ def slow_decode(text: str, rows: int, columns: int) -> np.ndarray:
     return mask
 
 
+def slow_encode(mask: np.ndarray) -> str:
+    """The rule of the format, one pixel at a time."""
+    rows, columns = mask.shape
+    numbers, waiting = [], 0
+    last = False
+    for pixel in range(rows * columns):
+        filled = bool(mask[pixel % rows, pixel // rows])
+        if filled and not last:
+            numbers += [waiting, 0]
+            waiting = 0
+        if filled:
+            numbers[-1] += 1
+        else:
+            waiting += 1
+        last = filled
+    return " ".join(map(str, numbers)) or "-1"
+
+
 @given(MASKS)
 def test_decoding_an_encoded_mask_restores_it(mask: np.ndarray) -> None:
     assert np.array_equal(decode(encode(mask), mask.shape), mask)
@@ -40,6 +58,50 @@ def test_decoding_agrees_with_the_rule_pixel_by_pixel(pairs: list[tuple[int, int
     text = " ".join(f"{gap} {length}" for gap, length in pairs)
     columns = sum(map(sum, pairs)) // rows + 1
     assert np.array_equal(decode(text, (rows, columns)), slow_decode(text, rows, columns))
+
+
+@given(MASKS, st.sampled_from(["C", "F", "transposed", "every second", "mirrored"]))
+def test_encoding_agrees_with_the_rule_however_the_pixels_lie_in_memory(mask: np.ndarray, lie: str) -> None:
+    views = {
+        "C": np.ascontiguousarray(mask),
+        "F": np.asfortranarray(mask),
+        "transposed": mask.T,
+        "every second": mask[::2, ::2],
+        "mirrored": mask[:, ::-1],
+    }
+    before = mask.copy()
+    assert encode(views[lie]) == slow_encode(views[lie])
+    assert np.array_equal(mask, before)
+
+
+@given(PAIRS, st.sampled_from([" ", "  ", "\t", "\r\n", " \v\f", "\xa0", "\u2003", "\x1c"]), st.booleans())
+def test_any_blanks_may_part_and_surround_the_numbers(
+    pairs: list[tuple[int, int]], blank: str, around: bool
+) -> None:
+    numbers = [f"{number:03d}" for pair in pairs for number in pair]
+    edge = blank if around else ""
+    columns = sum(map(sum, pairs)) // 5 + 1
+    expected = slow_decode(" ".join(numbers), 5, columns)
+    assert np.array_equal(decode(edge + blank.join(numbers) + edge, (5, columns)), expected)
+
+
+def test_a_decoded_mask_can_be_painted_and_shares_nothing_with_the_next() -> None:
+    for text in ("2 3", "-1"):
+        mask = decode(text, (3, 4))
+        mask[:] = True
+        assert np.count_nonzero(decode(text, (3, 4))) == (3 if text == "2 3" else 0)
+
+
+def test_a_mask_without_pixels_is_empty() -> None:
+    for shape in [(0, 3), (3, 0), (0, 0)]:
+        assert encode(decode("-1", shape)) == "-1"
+        assert encode(np.zeros(shape, bool)) == "-1"
+
+
+def test_runs_that_meet_across_columns_are_one_run() -> None:
+    mask = np.zeros((4, 3), bool)
+    mask[2:, 0] = mask[:1, 1] = mask[3, 2] = True
+    assert encode(mask) == encode(np.asfortranarray(mask)) == "2 3 6 1"
 
 
 def test_the_first_runs_of_a_real_annotation_lie_where_the_format_says() -> None:
@@ -88,7 +150,19 @@ def test_gaps_and_runs_of_zero_add_nothing() -> None:
         ("0 13", "reach pixel 13 of an image with 12"),
         ("13 0", "reach pixel 13 of an image with 12"),
         ("0 999999999999999999 5 999999999999999999", "of an image with 12"),
+        ("5 9 " * 10**5, "reach pixel 1400000 of an image with 12"),
+        (" ".join(["9" * 18] * 20), f"reach pixel {20 * int('9' * 18)} of an image with 12"),
+        ("1 " + "0" * 19, "is not a whole number"),
+        ("1\u0665 2", "is not a whole number"),
+        ("1\x00 2", "is not a whole number"),
+        ("+1 2", "'+1' is not a whole number"),
+        ("0x1 2", "'0x1' is not a whole number"),
+        ("1e1 2", "'1e1' is not a whole number"),
+        ("1,2", "'1,2' is not a whole number"),
+        ("1 2 " * 10**5 + "x", "'x' is not a whole number"),
+        ("12" * 9, "odd number of run lengths (1)"),
         ("", "no run lengths"),
+        (" \n", "no run lengths"),
     ],
 )
 def test_bad_run_lengths_are_one_line_that_names_the_image(text: str, fault: str) -> None:
@@ -107,5 +181,6 @@ def test_every_real_annotation_survives_decoding_and_encoding(real_data: Path) -
     assert len(texts) == 12954
     for text in filter(lambda text: text != "-1", texts):
         mask = decode(text, (1024, 1024))
-        assert np.count_nonzero(mask) == sum(map(int, text.split()[1::2]))
+        assert np.count_nonzero(mask.T) == sum(map(int, text.split()[1::2]))
         assert encode(mask) == text
+        assert encode(np.ascontiguousarray(mask)) == text

@@ -65,12 +65,14 @@ def read_annotations(path: Path) -> dict[str, list[str]]:
     return annotations
 
 
-def union_mask(texts: Sequence[str], shape: tuple[int, int], image_id: str) -> NDArray[np.bool_]:
-    """All annotations of one image in one mask (H, W); all False for no texts."""
-    mask = rle.decode(rle.EMPTY, shape, image_id)
-    for text in texts:
-        mask |= rle.decode(text, shape, image_id)
-    return mask
+def unite(texts: Sequence[str], shape: tuple[int, int], image_id: str) -> tuple[NDArray[np.bool_], bool]:
+    """All annotations of one image in one mask (H, W), all False for no texts; and whether any overlap."""
+    mask, overlapping = rle.decode(texts[0] if texts else rle.EMPTY, shape, image_id), False
+    for text in texts[1:]:
+        other = rle.decode(text, shape, image_id)
+        overlapping = overlapping or bool((mask & other).any())
+        mask |= other
+    return mask, overlapping
 
 
 def read_patients(path: Path) -> dict[str, str]:

@@ -3,26 +3,23 @@
 
 from __future__ import annotations
 
-import io
 import re
 import warnings
-from collections import Counter
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pydicom
 from numpy.typing import NDArray
-from pydicom.encaps import get_frame
-from pydicom.errors import InvalidDicomError
-from pydicom.pixels.decoders.base import get_decoder
-from pydicom.pixels.processing import apply_modality_lut, apply_voi, apply_windowing
-from pydicom.uid import UID, RLELossless
+from pydicom.pixels.processing import apply_modality_lut, apply_voi
 
-from pneumo_experiments.errors import Rejected, UserError
+from pneumo_experiments.data.codecs import CUT_SHORT, DECODERS, Pixels, decode
+from pneumo_experiments.data.header import Layout, first, parse, read_layout, term, text, whole
+from pneumo_experiments.errors import Rejected
 
-JPEG_END = b"\xff\xd9"  # end of image (ITU-T T.81 B.1.1.3); JPEG-LS and JPEG 2000 end with it, too
+MAX_PIXELS = 100_000_000  # the largest detectors have 20 million
+BLOCK_PIXELS = 2**20  # looked up at once: an index takes 8 bytes per pixel
+VIEWS = frozenset(("AP", "PA", "LL", "RL", "LLD", "RLD", "LLO", "RLO"))  # defined terms, PS3.3 C.8.1.1
+SEXES = frozenset("FMO")
 YEARS = {"D": 1 / 365.25, "W": 7 / 365.25, "M": 1 / 12, "Y": 1, "": 1}  # units of an age string, PS3.5 6.2
 
 
@@ -33,120 +30,134 @@ class Radiograph:
     image_id: str
     pixels: NDArray[np.uint8] = field(repr=False)  # (H, W), bright is dense
     patient: str = field(repr=False)
-    view: str
-    sex: str
-    age: int  # years, -1 unknown
+    view: str  # a defined term, "other", or empty
+    sex: str  # F, M, O or empty
+    age: int  # years as the header has them, up to 999; -1 unknown
+    format: str  # such as "JPEG Baseline, 8 bit, MONOCHROME2"
 
 
-def find_dicom(folder: Path) -> list[Path]:
-    """All .dcm files below a folder, sorted; an image's id is its file's stem."""
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; name the one that holds the .dcm files")
-    files = sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() == ".dcm" and not _is_archive_junk(path.relative_to(folder)) and path.is_file()
-    )
-    if not files:
-        raise UserError(f"{folder}: no .dcm files in it; name the folder that holds them")
-    image_id, count = Counter(path.stem for path in files).most_common(1)[0]
-    if count > 1:
-        raise UserError(f"{folder}: {count} files have the same image id, {image_id}.dcm; keep one of them")
-    return files
+def read_radiograph(content: bytes, image_id: str, max_pixels: int = MAX_PIXELS) -> Radiograph:
+    """A single grey picture as 8-bit greys (H, W); anything else is ``Rejected`` with the reason.
 
-
-def read_radiograph(source: Path | bytes, image_id: str) -> Radiograph:
-    """A single grey picture as 8-bit greys (H, W); anything else is ``Rejected`` with the reason."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # pydicom warns of an age '62', a bad date …: no matter here
-        try:
-            header = pydicom.dcmread(io.BytesIO(source) if isinstance(source, bytes) else source)
-            reason = _unusable(header)
-            if reason is None:
-                return Radiograph(
-                    image_id=image_id,
-                    pixels=_greys(header),
-                    patient=_text(header, "PatientID"),
-                    view=_text(header, "ViewPosition").upper(),
-                    sex=_text(header, "PatientSex").upper(),
-                    age=_age_years(_text(header, "PatientAge")),
-                )
-        except InvalidDicomError:
-            reason = "not a DICOM file"
-        except Exception as error:  # damaged bytes make pydicom and the decoders raise nearly anything
-            # Only the kind of error: its text may quote the header.
-            reason = f"cannot be decoded: damaged, cut short or not supported ({type(error).__name__})"
+    Memory beside the file: a copy of its pixel data and 1 byte per pixel; up to 7 where it is compressed.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # pydicom warns of an age '62', a bad date …: no matter here
+            header, syntax = parse(content, max_pixels)
+            layout = read_layout(header, syntax, max_pixels)
+            stored, bits = _stored(header, layout)
+            return Radiograph(
+                image_id=image_id,
+                pixels=_greys(stored, bits, header, layout),
+                patient=text(header, "PatientID"),
+                view=term(text(header, "ViewPosition"), VIEWS, other="other"),
+                sex=term(text(header, "PatientSex"), SEXES, other=""),
+                age=_age_years(text(header, "PatientAge")),
+                format=layout.format,
+            )
+    except Rejected as error:
+        reason = str(error)
+    except Exception as error:  # damaged bytes make pydicom and the decoders raise nearly anything
+        # Only the kind of error: its text may quote the header.
+        reason = f"cannot be decoded: damaged, cut short or not supported ({type(error).__name__})"
     raise Rejected(f"{image_id}: {reason}")
 
 
-def _is_archive_junk(path: Path) -> bool:
-    return path.name.startswith("._") or "__MACOSX" in path.parts
+def _stored(header: Any, layout: Layout) -> tuple[Pixels, int]:
+    """The bits of each pixel (H, W) as they lie, of which so many low ones count."""
+    element = header["PixelData"]
+    value = element.value
+    if not isinstance(value, bytes):
+        raise Rejected("no pixel data: empty, or of the wrong kind")
+    if layout.syntax in DECODERS:
+        size = layout.rows, layout.columns
+        return decode(layout.syntax, value, size, layout.bits_allocated, layout.bits_stored, layout.signed)
+    if element.is_undefined_length:
+        raise Rejected("its picture is compressed, the file says that it is not")
+    rows, columns, item_bytes = layout.rows, layout.columns, layout.bits_allocated // 8
+    expected = rows * columns * item_bytes
+    if len(value) < expected:
+        raise Rejected(CUT_SHORT)
+    # Up to a row of zeros is padding; with more, or other than zeros, the size is wrong.
+    if len(value) > expected + columns * item_bytes or any(value[expected + 1 :]):
+        raise Rejected(f"{len(value)} bytes of pixels are too many for {rows} x {columns}")
+    kind = np.dtype(f"u{item_bytes}").newbyteorder("<" if layout.syntax.is_little_endian else ">")
+    if not layout.syntax.is_little_endian and item_bytes == 1 and element.VR == "OW":
+        value = np.frombuffer(value[: len(value) // 2 * 2], ">u2").astype("<u2")  # bytes go in swapped pairs
+    return np.frombuffer(value, kind, rows * columns).reshape(rows, columns), layout.bits_stored
 
 
-def _unusable(header: Any) -> str | None:
-    """Why a file is no single grey picture that can be decoded; None when it is."""
-    if "PixelData" not in header:
-        return "no pixel data: not an image, or cut short"
-    if header.SamplesPerPixel != 1 or header.PhotometricInterpretation not in ("MONOCHROME1", "MONOCHROME2"):
-        return f"not a grey image ({header.PhotometricInterpretation})"
-    if int(header.get("NumberOfFrames") or 1) != 1:
-        return f"{header.NumberOfFrames} frames instead of one"
-    if header.BitsStored > 16:
-        return f"{header.BitsStored} bits per pixel instead of 16 or fewer"
-    syntax = header.file_meta.TransferSyntaxUID
-    if syntax.is_encapsulated:
-        if not _has_decoder(syntax):
-            return f"transfer syntax {syntax.name} is not supported"
-        # A decoder fills up a picture that ends early with grey, and says nothing.
-        if syntax != RLELossless and JPEG_END not in get_frame(header.PixelData, 0, number_of_frames=1)[-16:]:
-            return "its picture is cut short"
-    return None
-
-
-def _has_decoder(syntax: UID) -> bool:
-    try:
-        return get_decoder(syntax).is_available
-    except NotImplementedError:
-        return False
-
-
-def _greys(header: Any) -> NDArray[np.uint8]:
-    stored: NDArray[Any] = header.pixel_array
-    if stored.ndim != 2:
-        raise ValueError("not a picture of rows and columns")
+def _greys(stored: Pixels, bits: int, header: Any, layout: Layout) -> NDArray[np.uint8]:
     # 8 bits are taken as they are, whatever window the header suggests.
-    greys = stored if stored.dtype == np.uint8 and header.BitsStored == 8 else _to_8_bits(stored, header)
-    return 255 - greys if header.PhotometricInterpretation == "MONOCHROME1" else greys
+    if bits == 8 and not layout.signed:
+        greys = stored.astype(np.uint8, copy=False)
+    else:
+        greys = _to_8_bits(stored, bits, layout.signed, header)
+    return 255 - greys if layout.photometric == "MONOCHROME1" else greys
 
 
-def _to_8_bits(stored: NDArray[Any], header: Any) -> NDArray[np.uint8]:
+def _to_8_bits(stored: Pixels, bits: int, signed: bool, header: Any) -> NDArray[np.uint8]:
     """Stored values (H, W) through modality LUT and VOI LUT or window, scaled to 0-255.
 
-    The ends of the scale are those of the window or LUT; without either, those of the picture.
-    Works on the table of all values that the stored bits can hold (DICOM PS3.3 C.11.1 and C.11.2).
+    The ends of the scale are those of the window or LUT; without either, those of the picture without its
+    padding. Works on the table of all values that the bits can hold (DICOM PS3.3 C.11.1 and C.11.2).
     """
-    bits = int(header.BitsStored)
+    pixels = stored.reshape(-1)
+    blocks = [slice(k, k + BLOCK_PIXELS) for k in range(0, pixels.size, BLOCK_PIXELS)]
+    mask = stored.dtype.type(2**bits - 1)
     levels = np.arange(2**bits)
-    if header.PixelRepresentation == 1:
+    if signed:
         levels[2 ** (bits - 1) :] -= 2**bits  # two's complement
-    index = stored.astype(np.int64) & (2**bits - 1)
-    values: NDArray[Any] = apply_modality_lut(levels, header)
+    values: NDArray[Any] = apply_modality_lut(levels, header).astype(np.float64)
+    if not np.isfinite(values).all():
+        raise Rejected("its modality LUT is not finite")
     if header.get("VOILUTSequence"):
-        values = apply_voi(np.rint(values).astype(np.int64), header)
+        values = apply_voi(np.rint(values).astype(np.int64), header).astype(np.float64)
         low, high = values.min(), values.max()
-    elif header.get("WindowWidth") is not None and header.get("WindowCenter") is not None:
-        values = apply_windowing(values, header)
-        low, high = apply_windowing(np.array([-1e30, 1e30]), header)
+    elif (windowed := _window(values, header)) is not None:
+        values, low, high = windowed, 0, 1
     else:
-        low, high = values[index].min(), values[index].max()
-    if low == high:
-        return np.zeros(stored.shape, np.uint8)
-    scaled = (values.astype(np.float64) - low) / (float(high) - float(low)) * 255
-    return np.rint(scaled.clip(0, 255)).astype(np.uint8)[index]
+        present = np.zeros(2**bits, bool)
+        for block in blocks:
+            present[pixels[block] & mask] = True
+        present &= ~_padding(levels, header)
+        low, high = (values[present].min(), values[present].max()) if present.any() else (0, 0)
+    greys = np.zeros(pixels.size, np.uint8)
+    if low < high:
+        scaled = np.rint(((values - low) / (high - low) * 255).clip(0, 255)).astype(np.uint8)
+        for block in blocks:
+            greys[block] = scaled[pixels[block] & mask]
+    return greys.reshape(stored.shape)
 
 
-def _text(header: Any, keyword: str) -> str:
-    return str(header.get(keyword) or "").replace("\0", "").strip()
+def _window(values: NDArray[np.float64], header: Any) -> NDArray[np.float64] | None:
+    """Values through the header's first window, 0 to 1 (PS3.3 C.11.2.1); None without a valid one."""
+    centre, width = first(header, "WindowCenter"), first(header, "WindowWidth")
+    function = text(header, "VOILUTFunction") or "LINEAR"
+    if centre is None or width is None or width <= 0 or (function == "LINEAR" and width < 1):
+        return None
+    if function == "SIGMOID":
+        return (1 + np.tanh(2 * (values - centre) / width)) / 2  # 1 / (1 + exp(-4 …)) that cannot overflow
+    if function == "LINEAR_EXACT":
+        return ((values - centre) / width + 0.5).clip(0, 1)
+    if function != "LINEAR":
+        raise Rejected("its VOI LUT function is none that the standard has")
+    if width == 1:
+        return (values > centre - 0.5).astype(np.float64)
+    # Half a unit off the other two, so that a window of 256 around 128 leaves 0 to 255 as they are.
+    return ((values - centre + 0.5) / (width - 1) + 0.5).clip(0, 1)
+
+
+def _padding(levels: NDArray[Any], header: Any) -> NDArray[np.bool]:
+    """Which stored values only fill up the picture (PS3.3 C.7.5.1.1.2)."""
+    if header.get("PixelPaddingValue") is None:
+        return np.zeros(levels.shape, bool)
+    ends = [whole(header, "PixelPaddingValue")]
+    ends.append(whole(header, "PixelPaddingRangeLimit", ends[0]))
+    if levels.min() < 0:  # some write -2000 as 63536
+        ends = [(end + 2**15) % 2**16 - 2**15 for end in ends]
+    return (levels >= min(ends)) & (levels <= max(ends))
 
 
 def _age_years(text: str) -> int:

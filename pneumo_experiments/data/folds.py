@@ -6,7 +6,7 @@ Alike in the number of images, of positives, of negatives, and of positives of e
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,65 @@ class Parts:
     train: Indices
     validation: Indices
     holdout: Indices
+
+
+@dataclass(frozen=True)
+class PartFacts:
+    """What one part holds; deciles (9) of the area of its positives, none where it has no positive."""
+
+    part: int
+    images: int
+    patients: int
+    positives: int
+    area_deciles_px: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Audit:
+    """Whether a division keeps patients together, and its parts in ascending order.
+
+    ``separated_images`` counts the images whose patient also has an image in another part.
+    """
+
+    images: int
+    shared_patients: int
+    separated_images: int
+    parts: tuple[PartFacts, ...]
+
+    @property
+    def separated_share(self) -> float:
+        """Share of all images that are separated from another image of their patient; 0.0 of no images."""
+        return self.separated_images / self.images if self.images else 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything under its name, for JSON."""
+        return asdict(self) | {"separated_share": self.separated_share}
+
+
+def audit(patients: Sequence[str], areas: NDArray[Any], parts: NDArray[np.integer[Any]]) -> Audit:
+    """Facts about any division, from patient, area in pixels and part number of each image (n,).
+
+    Raises ValueError where the three are not of one length.
+    """
+    if not len(patients) == len(areas) == len(parts):
+        raise ValueError(
+            f"{len(patients)} patients, {len(areas)} areas and {len(parts)} part numbers:"
+            " each image needs one of each"
+        )
+    names, patient = np.unique(np.asarray(patients, np.str_), return_inverse=True)
+    numbers, part = np.unique(parts, return_inverse=True)
+    member = np.zeros((len(names), len(numbers)), np.bool_)
+    member[patient, part] = True
+    shared = member.sum(axis=1) > 1
+    return Audit(
+        images=len(patients),
+        shared_patients=int(np.count_nonzero(shared)),
+        separated_images=int(np.count_nonzero(shared[patient])),
+        parts=tuple(
+            _facts(int(number), int(member[:, k].sum()), areas[part == k])
+            for k, number in enumerate(numbers.tolist())
+        ),
+    )
 
 
 def assign_folds(patients: Sequence[str], areas: NDArray[Any], folds: int, seed: int) -> Indices:
@@ -55,6 +114,12 @@ def split(
     rest = np.flatnonzero(~kept)
     parts = assign_folds([patients[index] for index in rest.tolist()], areas[rest], folds, seed)
     return Parts(train=rest[parts != fold], validation=rest[parts == fold], holdout=np.flatnonzero(kept))
+
+
+def _facts(part: int, patients: int, areas: NDArray[Any]) -> PartFacts:
+    found = areas[areas > 0]
+    deciles: list[float] = np.quantile(found, np.arange(1, 10) / 10).tolist() if found.size else []
+    return PartFacts(part, len(areas), patients, len(found), tuple(deciles))
 
 
 def _require(patients: int, needed: int, wish: str) -> None:

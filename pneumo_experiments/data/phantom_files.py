@@ -7,18 +7,12 @@ train-rle.csv                                    sample.json (the settings that 
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
-import threading
 import uuid
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from io import BytesIO
-from multiprocessing import get_context, parent_process
-from multiprocessing.connection import wait
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +27,7 @@ from pydicom.uid import UID, JPEGBaseline8Bit, SecondaryCaptureImageStorage
 from pneumo_experiments.data import rle
 from pneumo_experiments.data.phantom_shapes import build
 from pneumo_experiments.data.phantoms import draw
+from pneumo_experiments.data.workers import available_cores, worker_pool
 from pneumo_experiments.errors import UserError
 
 FORMAT = 1  # raise it when a seed gives other bytes than before
@@ -144,28 +139,12 @@ def _write_images(
     """Image id and rows of each plan, in order, as its file is written."""
     write = partial(_write_image, folder, seed)
     if workers is None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        workers = cores if len(plans) >= SERIAL_IMAGES else 1
+        workers = available_cores() if len(plans) >= SERIAL_IMAGES else 1
     if workers == 1:
         yield from map(write, plans)
         return
-    # Spawned, since a fork would copy whatever threads the caller has.
-    with ProcessPoolExecutor(workers, get_context("spawn"), _end_with_parent) as executor:
-        # Ctrl-C reaches every process of the terminal: processes that start here leave it to this one.
-        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-        try:
-            written = executor.map(write, plans, chunksize=4)
-        finally:
-            signal.signal(signal.SIGINT, before)
-        yield from written
-
-
-def _end_with_parent() -> None:
-    # Workers wait for work that a parent killed by -9 never sends.
-    parent = parent_process()
-    if parent is not None:
-        sentinel = parent.sentinel
-        threading.Thread(target=lambda: (wait([sentinel]), os._exit(1)), daemon=True).start()
+    with worker_pool(workers) as pool:
+        yield from pool.map(write, plans, chunksize=4)
 
 
 def _write_image(folder: Path, seed: int, plan: Plan) -> tuple[str, list[str]]:

@@ -7,7 +7,7 @@ empty mask.
 
 from __future__ import annotations
 
-from itertools import accumulate
+import re
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,40 +15,55 @@ from numpy.typing import NDArray
 from pneumo_experiments.errors import UserError
 
 EMPTY = "-1"
+# Whole numbers below 10**18 (past that no image reaches) in pairs. Possessive: a bad text fails at once.
+PAIRS = re.compile(r"\s*+(?:[0-9]{1,18}+\s++[0-9]{1,18}+(?:\s++|\Z))++", re.ASCII)
 
 
 def decode(text: str, shape: tuple[int, int], image_id: str = "") -> NDArray[np.bool_]:
-    """Mask of ``shape`` (H, W) from run lengths; all False for -1, and a run of length 0 adds nothing."""
+    """Mask of ``shape`` (H, W) from run lengths; all False for -1, and a run of length 0 adds nothing.
+
+    Raises UserError for anything but pairs of whole numbers, and for runs past the last pixel.
+    """
     rows, columns = shape
-    pixels = np.zeros(rows * columns, np.bool_)
-    edges = list(accumulate(_lengths(text, image_id)))
-    if edges and edges[-1] > pixels.size:
+    lengths = _lengths(text, image_id)
+    reached = sum(lengths.tolist())  # of Python's numbers: a sum of int64 could overflow
+    rest = rows * columns - reached
+    if rest < 0:
         raise UserError(
-            f"{image_id}: run lengths reach pixel {edges[-1]} of an image with {pixels.size}"
+            f"{image_id}: run lengths reach pixel {reached} of an image with {rows * columns}"
             f" ({columns} x {rows}); check that the annotation belongs to this image"
         )
-    for start, stop in zip(edges[::2], edges[1::2], strict=True):
-        pixels[start:stop] = True
-    return pixels.reshape(columns, rows).T  # SIIM counts pixels down columns
+    lengths = np.append(lengths, rest)
+    filled = np.arange(lengths.size) % 2 == 1  # gap, run, gap, run, …, and the rest is a gap
+    return np.repeat(filled, lengths).reshape(columns, rows).T  # SIIM counts pixels down columns
 
 
 def encode(mask: NDArray[np.bool_]) -> str:
     """Run lengths of a mask (H, W); -1 when it is empty."""
-    edges = np.flatnonzero(np.diff(mask.ravel(order="F"), prepend=False, append=False))
-    if edges.size == 0:
+    if not mask.any():
         return EMPTY
-    return " ".join(map(str, np.diff(edges, prepend=0).tolist()))
+    if mask.flags.f_contiguous:  # a decoded mask is: its pixels lie in the order in which they count
+        mask = mask.reshape(-1, 1, order="F")
+    rows, columns = mask.shape
+    # Changes are sought where the pixels lie and then sorted: to transpose a whole mask takes far longer.
+    above, x = np.divmod(np.flatnonzero(mask[1:] != mask[:-1]), columns)
+    tops = np.flatnonzero(np.append(mask[0], False) != np.append(False, mask[-1]))  # from column to column
+    edges = np.sort(np.concatenate([x * rows + above + 1, tops * rows]))
+    lengths = np.diff(edges, prepend=0).tolist()
+    return str(lengths)[1:-1].replace(",", "")  # half the time of a join
 
 
-def _lengths(text: str, image_id: str) -> list[int]:
+def _lengths(text: str, image_id: str) -> NDArray[np.int64]:
     """Whole numbers in pairs; none for -1."""
+    if PAIRS.fullmatch(text):
+        return np.fromstring(text, np.int64, sep=" ")
     parts = text.split()
     if parts == [EMPTY]:
-        return []
+        return np.zeros(0, np.int64)
     if not parts:
         raise UserError(f"{image_id}: no run lengths; an empty mask is written {EMPTY}")
     for part in parts:
-        # int() takes more than digits ("+1", "1_0"); past 18 digits no image reaches.
+        # int() takes more than digits ("+1", "1_0").
         if not (part.isascii() and part.isdigit() and len(part) <= 18):
             fault = "negative" if part.startswith("-") else "not a whole number of pixels"
             raise UserError(
@@ -56,4 +71,4 @@ def _lengths(text: str, image_id: str) -> list[int]:
             )
     if len(parts) % 2:
         raise UserError(f"{image_id}: odd number of run lengths ({len(parts)}); write pairs 'gap length'")
-    return [int(part) for part in parts]
+    return np.array(parts, np.int64)  # parted by blanks of Unicode, which only Python's split knows

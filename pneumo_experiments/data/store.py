@@ -15,11 +15,11 @@ A set without labels has neither ``ann_<k>`` nor ``rle``.
 from __future__ import annotations
 
 import hashlib
-import hmac
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import astuple, dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -28,63 +28,31 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pneumo_experiments.data import rle
+from pneumo_experiments.data.packed import Entry, Packed, to_bytes
 from pneumo_experiments.errors import UserError
 
 FORMAT = "pneumo_experiments"
 FORMAT_VERSION = 1
 BLOCK = 512  # images
 MEND = "run preprocess to write it"
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One row of the index; its fields are the columns."""
-
-    image_id: str
-    patient: str  # salted hash, 16 hex digits
-    view: str
-    sex: str
-    age: int  # years, -1 unknown
-    rows: int
-    columns: int
-    annotations: int
-    area_px: int  # of the united annotations, in native pixels
-
+ERRNO = re.compile(r"errno = (\d+)")
 
 INDEX = np.dtype([(f.name, h5py.string_dtype() if f.type == "str" else np.int64) for f in fields(Entry)])
 
 
-@dataclass(frozen=True)
-class Example:
-    """One image as it is stored."""
-
-    entry: Entry
-    image: NDArray[np.uint8]  # (S, S)
-    share: NDArray[np.float32]  # (S, S), annotated share of each pixel
-    rle: str  # the united annotations at native size
-
-
-def hash_patient(patient: str, image_id: str = "") -> str:
-    """Salted hash of a patient, 16 hex digits; without one, of the image: strangers are no group."""
-    salt = os.environ.get("PNEUMO_PATIENT_SALT") or FORMAT
-    if not patient.strip() and not image_id:
-        raise ValueError("neither a patient nor an image id to hash")
-    name = f"patient {patient.strip()}" if patient.strip() else f"image {image_id}"
-    return hmac.new(salt.encode(), name.encode(), "sha256").hexdigest()[:16]
-
-
 def write_dataset(
     path: Path,
-    examples: Iterable[Example],
+    images: Iterable[Packed],
     *,
     image_size: int,
     pixel_dtype: str,
     settings: Mapping[str, str],
     labelled: bool,
 ) -> str:
-    """Write a data set, one example in memory at a time; returns its fingerprint.
+    """Write a data set, one image in memory at a time; returns its fingerprint.
 
     The fingerprint is that of greys, annotations, index and pixel format, whatever the compression.
+    ``settings`` are read after the last image, so that drawing the images may add to them.
     """
     if path.is_dir():
         raise UserError(f"{path}: is a folder; name a file, such as {path / 'dataset.h5'}")
@@ -100,23 +68,24 @@ def write_dataset(
             digest = hashlib.sha256(json.dumps(essence | {"labelled": labelled}).encode())
             index: list[tuple[Any, ...]] = []
             runs: list[str] = []
-            for example in examples:
+            for image in images:
                 block, row = divmod(len(index), BLOCK)
-                pictures: dict[str, NDArray[Any]] = {"images": example.image.astype(np.float32) / 255}
+                chunks = {"images": image.image_chunk}
                 if labelled:
-                    pictures["ann"] = example.share
-                    runs.append(example.rle)
-                for kind, picture in pictures.items():
+                    assert image.rle is not None and image.share_chunk is not None
+                    chunks["ann"] = image.share_chunk
+                    runs.append(image.rle)
+                for kind, chunk in chunks.items():
                     if row == 0:
                         _create_block(file, f"{kind}_{block}", image_size, pixel_dtype)
-                    file[f"{kind}_{block}"].resize(row + 1, axis=0)
-                    file[f"{kind}_{block}"][row] = _stored(picture, pixel_dtype)
-                index.append(astuple(example.entry))
-                digest.update(json.dumps([index[-1], runs[-1:]]).encode())
-                for picture in pictures.values():
-                    digest.update(_bytes(picture).tobytes())
+                    file[f"{kind}_{block}"].id.write_direct_chunk((row, 0, 0), chunk)
+                index.append(tuple(vars(image.entry).values()))
+                digest.update(image.digest.encode())
             if not index:
                 raise UserError(f"{path}: no images to write; see why the input was rejected")
+            for kind in ("images", "ann") if labelled else ("images",):
+                block, row = divmod(len(index) - 1, BLOCK)
+                file[f"{kind}_{block}"].resize(row + 1, axis=0)
             file["index"] = np.array(index, INDEX)
             if labelled:
                 file.create_dataset("rle", data=runs, dtype=h5py.string_dtype())
@@ -131,8 +100,11 @@ def write_dataset(
                 }
             )
         part.replace(path)
-    except OSError as error:  # h5py's text is long and its reason the system's
-        reason = os.strerror(error.errno) if error.errno else "the disk may be full"
+    except (OSError, RuntimeError) as error:
+        reason = _refusal(error)
+        if not reason and isinstance(error, RuntimeError):
+            raise
+        reason = reason or "the disk may be full"
         raise UserError(f"{path}: cannot be written ({reason}); choose another place for it") from error
     finally:
         part.unlink(missing_ok=True)
@@ -219,39 +191,29 @@ class Dataset:
         for picture, index in zip(pictures, indices, strict=True):
             block, row = divmod(range(len(self))[index], BLOCK)
             try:
-                picture[:] = _bytes(self._file[f"{kind}_{block}"][row])
+                picture[:] = to_bytes(self._file[f"{kind}_{block}"][row])
             except (OSError, KeyError):
                 raise UserError(f"{self._path}: damaged at {kind}_{block}, row {row}; {MEND} anew") from None
         return pictures
 
 
+def _refusal(error: OSError | RuntimeError) -> str:
+    """Why the system did not write, which h5py hides in a long text (RuntimeError on closing a file)."""
+    found = ERRNO.search(str(error))
+    number = error.errno if isinstance(error, OSError) and error.errno else int(found[1]) if found else 0
+    return os.strerror(number) if number else ""
+
+
 def _create_block(file: Any, name: str, image_size: int, pixel_dtype: str) -> None:
-    shape = (image_size, image_size)
+    """Room for a whole block, by HDF5's own gzip, so that any reader can undo it."""
     block = file.create_dataset(
         name,
-        shape=(0, *shape),
-        maxshape=(BLOCK, *shape),
-        chunks=(1, *shape),
+        shape=(BLOCK, image_size, image_size),
+        maxshape=(BLOCK, image_size, image_size),
+        chunks=(1, image_size, image_size),
         dtype=pixel_dtype,
         compression="gzip",
         compression_opts=1,
-        shuffle=True,
     )
     if pixel_dtype == "uint8":
         block.attrs["scale"] = 1 / 255
-
-
-def _stored(picture: NDArray[Any], pixel_dtype: str) -> NDArray[Any]:
-    """Values in [0, 1] as they are stored; those of less than 32 bits are whole numbers of 1/255."""
-    if pixel_dtype == "float32":
-        return picture
-    if pixel_dtype == "uint8":
-        return _bytes(picture)
-    return (_bytes(picture).astype(np.float32) / 255).astype(pixel_dtype)
-
-
-def _bytes(stored: NDArray[Any]) -> NDArray[np.uint8]:
-    """Whole numbers of 1/255 from stored values."""
-    if stored.dtype == np.uint8:
-        return stored
-    return np.rint(stored.astype(np.float32) * 255).astype(np.uint8)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from base64 import b64encode
 from collections.abc import Sequence
+from io import BytesIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,11 +24,11 @@ FILL = 0.16  # opacity inside an outline: lung markings stay visible
 def overlay(
     image: NDArray[np.uint8],
     truth: NDArray[np.bool_] | None,
-    prediction: NDArray[np.bool_],
+    prediction: NDArray[np.bool_] | None,
     caption: str,
     size_px: int = 384,
 ) -> NDArray[np.uint8]:
-    """Panels radiograph, truth (unless None), prediction of (H, W) arrays side by side, as RGB (h, w, 3).
+    """Panels radiograph, truth, prediction (unless None) of (H, W) arrays side by side, as RGB (h, w, 3).
 
     The longer side of a panel measures ``size_px``. The caption stands above, cut to the width.
     """
@@ -70,6 +72,13 @@ def contact_sheet(pictures: Sequence[NDArray[np.uint8]], columns: int) -> NDArra
             left = gap * (j + 1) + sum(widths[:j]) + (widths[j] - picture.shape[1]) // 2
             sheet[top : top + picture.shape[0], left : left + picture.shape[1]] = picture
     return sheet
+
+
+def jpeg_uri(picture: NDArray[np.uint8]) -> str:
+    """An RGB picture (H, W, 3) as a data: address, to be shown in a page that is one file."""
+    content = BytesIO()
+    Image.fromarray(picture).save(content, "JPEG", quality=85)
+    return "data:image/jpeg;base64," + b64encode(content.getvalue()).decode()
 
 
 def _outlined(base: Image.Image, mask: NDArray[np.bool_], colour: Colour) -> Image.Image:

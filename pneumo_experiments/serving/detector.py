@@ -47,7 +47,7 @@ class Detector:
     settings: Mapping[str, Any]
     data_fingerprint: str
 
-    def detect(self, dicom: bytes | Path, image_id: str) -> Row:
+    def detect(self, dicom: bytes, image_id: str) -> Row:
         """Presence and outline of one radiograph; a file that cannot be used gives a row with its error."""
         try:
             radiograph = read_radiograph(dicom, image_id)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 
 import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
 from pneumo_experiments import tracking
-from pneumo_experiments.data.folds import Parts, split
+from pneumo_experiments.data.folds import Parts, audit, split
 from pneumo_experiments.data.store import Dataset, Entry
 from pneumo_experiments.learning.fit import Epoch, fit
 from pneumo_experiments.learning.loader import Examples
@@ -78,6 +78,19 @@ def parts_of(dataset: Dataset, recipe: Recipe) -> Parts:
         fold=recipe.fold,
         seed=recipe.seed,
     )
+
+
+def log_split(dataset: Dataset, parts: Parts) -> None:
+    """Logs who is where: images, patients, positives and their areas in each part, and no patient in two."""
+    names = [f.name for f in fields(parts)]
+    number_of = np.empty(len(dataset), np.int64)
+    for number, name in enumerate(names):
+        number_of[getattr(parts, name)] = number
+    entries = dataset.entries
+    found = audit([entry.patient for entry in entries], np.array([e.area_px for e in entries]), number_of)
+    told = found.as_dict()
+    told["parts"] = {names[part.part]: asdict(part) for part in found.parts}
+    tracking.log_json(told, "split.json")
 
 
 def log_overlays(

@@ -1,53 +1,97 @@
-"""Entry point ``preprocess``: DICOM files and run lengths into one HDF5 data set."""
+"""Entry point ``preprocess``: DICOM files and run lengths into one HDF5 data set, and a report on them."""
 
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from pneumo_experiments import tracking
-from pneumo_experiments.data.annotations import read_annotations, read_patients, union_mask
-from pneumo_experiments.data.dicom import find_dicom, read_radiograph
-from pneumo_experiments.data.resample import shrink, shrink_image
-from pneumo_experiments.data.rle import encode
-from pneumo_experiments.data.store import Dataset, Entry, Example, hash_patient, write_dataset
+from pneumo_experiments.data.annotations import read_annotations, read_patients
+from pneumo_experiments.data.archive import SEVERAL, Archive, Member, open_archive, read_member
+from pneumo_experiments.data.batches import Recipe, Result, is_made, make_jobs, results
+from pneumo_experiments.data.packed import Packed, salted
+from pneumo_experiments.data.report import Report, make_report
+from pneumo_experiments.data.report_summary import many
+from pneumo_experiments.data.store import Dataset, write_dataset
+from pneumo_experiments.data.workers import available_cores
 from pneumo_experiments.errors import Rejected, UserError
-from pneumo_experiments.settings import Preprocess, as_params
+from pneumo_experiments.settings import Preprocess
+from pneumo_experiments.stages.data_report import leave_report, log_left_report
+
+# What a data set was made from, as its file keeps it, and how a difference is called.
+FILES = "files"
+MADE_FROM = {
+    "image_size": "image_size",
+    "pixel_dtype": "pixel_dtype",
+    "max_pixels": "max_pixels",
+    "rle_csv": "the annotations",
+    "patients_csv": "the patients",
+    "salt": "PNEUMO_PATIENT_SALT",
+}
+
+
+@dataclass(frozen=True)
+class Source:
+    """Everything that the data set is made from; the members are those that it should hold."""
+
+    archive: Archive
+    annotations: dict[str, list[str]] | None
+    patients: dict[str, str] = field(repr=False)
+    members: tuple[Member, ...]
+    made_from: dict[str, str]
+
+    @property
+    def stamp(self) -> str:
+        """Changes when a file's size or time of change does."""
+        return _digest(f"{m.image_id} {m.size} {m.stamp}" for m in self.members)
 
 
 def preprocess(settings: Preprocess) -> Path:
-    """Writes the data set, or keeps one made from the same files and settings; returns its path."""
+    """Writes the data set, or keeps one made from the same files and settings; returns its path.
+
+    What an interrupted run had finished is kept beside the data set and used.
+    """
     with tracking.run("preprocess", settings):
-        if settings.dicom_dir is None:
-            raise UserError("dicom_dir: none given; name the folder that holds the DICOM files")
-        files = find_dicom(settings.dicom_dir)
-        annotations = None if settings.rle_csv is None else read_annotations(settings.rle_csv)
-        patients = {} if settings.patients_csv is None else read_patients(settings.patients_csv)
-        made_from = _recipe(settings, files)
-        if not _is_there(settings, made_from):
-            _write(settings, files, annotations, patients, made_from)
-        _report(settings.dataset)
+        source = _source(settings)
+        if _is_there(settings, source) and not _work_folder(settings).exists():
+            print(f"preprocess: {settings.dataset} is there already, from the same files and settings")
+            log_left_report(settings.dataset)
+        else:
+            _write(settings, source)
+        _describe(settings.dataset)
     return settings.dataset
 
 
-def _recipe(settings: Preprocess, files: Sequence[Path]) -> dict[str, str]:
-    """The settings that shape the result, and a digest of the files' names and sizes and of the tables."""
-    digest = hashlib.sha256()
-    for path in files:
-        digest.update(f"{path.name} {path.stat().st_size}\n".encode())
-    for table in (settings.rle_csv, settings.patients_csv):
-        digest.update(table.read_bytes() if table else b"none")
-    shaping = {
-        name: text for name, text in as_params(settings).items() if name in ("image_size", "pixel_dtype")
-    }
-    return shaping | {"input": digest.hexdigest()}
+def _source(settings: Preprocess) -> Source:
+    if settings.dicom_dir is None:
+        raise UserError("dicom_dir: none given; name the folder that holds the DICOM files")
+    archive = open_archive(settings.dicom_dir)
+    annotations = None if settings.rle_csv is None else read_annotations(settings.rle_csv)
+    patients = {} if settings.patients_csv is None else read_patients(settings.patients_csv)
+    if annotations is not None and not archive.image_ids & set(annotations):
+        raise UserError(
+            f"rle_csv={settings.rle_csv}: names none of the {len(archive.image_ids)} files in"
+            f" {settings.dicom_dir}; name the table and the folder that belong together"
+        )
+    made_from = {name: str(getattr(settings, name)) for name in ("image_size", "pixel_dtype", "max_pixels")}
+    for name, table in (("rle_csv", settings.rle_csv), ("patients_csv", settings.patients_csv)):
+        made_from[name] = hashlib.sha256(table.read_bytes()).hexdigest() if table else "none"
+    return Source(
+        archive=archive,
+        annotations=annotations,
+        patients=patients,
+        members=tuple(m for m in archive.members if annotations is None or m.image_id in annotations),
+        made_from=made_from | {"salt": salted("salt")},
+    )
 
 
-def _is_there(settings: Preprocess, made_from: dict[str, str]) -> bool:
+def _is_there(settings: Preprocess, source: Source) -> bool:
     """Whether the same data set stands already; refuses to replace another one unasked."""
     path = settings.dataset
     if not path.exists():
@@ -59,90 +103,155 @@ def _is_there(settings: Preprocess, made_from: dict[str, str]) -> bool:
         if settings.overwrite:
             return False
         raise
-    differing = [name for name, text in made_from.items() if there.get(name) != text]
-    if not differing:
-        print(f"preprocess: {path} is there already, from the same files and settings")
-        return True
-    if not settings.overwrite:
-        changes = [f"{name} {there.get(name, '?')[:12]}, not {made_from[name][:12]}" for name in differing]
+    differing = [
+        f"{title} {there.get(name)}, not {source.made_from[name]}" if name == title else f"other {title[4:]}"
+        for name, title in MADE_FROM.items()
+        if there.get(name) != source.made_from[name]
+    ]
+    # Files that were only copied or touched are still the same, and a look into them tells.
+    if (
+        not differing
+        and there.get("stamp") != source.stamp
+        and there.get(FILES) != _contents(source, settings.max_pixels)
+    ):
+        differing = ["other DICOM files"]
+    if differing and not settings.overwrite:
         raise UserError(
-            f"dataset={path}: was made with {', '.join(changes)};"
+            f"dataset={path}: was made with {', '.join(differing)};"
             " overwrite=true replaces it, another dataset=… keeps it"
         )
-    return False
+    return not differing
 
 
-def _write(
-    settings: Preprocess,
-    files: Sequence[Path],
-    annotations: dict[str, list[str]] | None,
-    patients: dict[str, str],
-    made_from: dict[str, str],
-) -> None:
-    known = [path for path in files if annotations is None or path.stem in annotations]
-    if not known:
+def _contents(source: Source, max_pixels: int) -> str:
+    """Digest of what is in the files."""
+
+    def content(member: Member) -> str:
+        try:
+            return hashlib.sha256(read_member(source.archive.root, member, max_pixels)).hexdigest()
+        except Rejected:
+            return ""
+
+    bar = tqdm(source.members, desc="compare", unit="file", disable=None, leave=False)
+    return _digest(f"{member.image_id} {content(member)}" for member in bar)
+
+
+def _digest(lines: Iterator[str]) -> str:
+    digest = hashlib.sha256()
+    for line in lines:
+        digest.update(f"{line}\n".encode())
+    return digest.hexdigest()
+
+
+def _write(settings: Preprocess, source: Source) -> None:
+    """Makes the data set by way of its work folder, and the report; the folder goes when all is done."""
+    path, work = settings.dataset, _work_folder(settings)
+    if path.is_dir():
+        raise UserError(f"dataset={path}: is a folder; name a file, such as {path / 'dataset.h5'}")
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+        with FileLock(work / ".lock", timeout=0):
+            for left in (*work.glob("*.now"), *work.glob("*.part")):
+                left.unlink(missing_ok=True)
+            report = _make(settings, source, work)
+            with Dataset.open(path) as dataset:
+                page = leave_report(path, report, dataset)
+            print(f"preprocess: report: {page}")
+    except Timeout:
+        raise UserError(f"dataset={path}: another preprocess is writing it; wait until it ends") from None
+    except OSError as error:
         raise UserError(
-            f"rle_csv={settings.rle_csv}: names none of the {len(files)} files in {settings.dicom_dir};"
-            " name the table and the folder that belong together"
-        )
-    rejected: list[str] = []
+            f"{path}: cannot be written ({error.strerror}); choose another place for the data set"
+        ) from error
+    shutil.rmtree(work, ignore_errors=True)
 
-    def examples() -> Iterator[Example]:
-        for path in tqdm(known, desc="preprocess", unit="image", disable=None):
-            try:
-                texts = None if annotations is None else annotations[path.stem]
-                yield _example(path, texts, patients, settings.image_size)
-            except Rejected as reason:
-                rejected.append(str(reason))
-        if len(rejected) == len(known):
-            raise UserError(f"dicom_dir={settings.dicom_dir}: no file can be used; the first: {rejected[0]}")
+
+def _make(settings: Preprocess, source: Source, work: Path) -> Report:
+    recipe = Recipe(settings.image_size, settings.pixel_dtype, settings.max_pixels)
+    jobs = make_jobs(source.archive.root, recipe, source.members, source.annotations, source.patients)
+    made_from = source.made_from | {"stamp": source.stamp}
+    found, report = list[Result](), list[Report]()
+
+    def packed() -> Iterator[Packed]:
+        kept = sum(len(job.members) for job in jobs if is_made(job, work))
+        if kept:
+            print(f"preprocess: goes on: {kept} of {len(source.members)} files are read already")
+        total = len(source.members)
+        with tqdm(total=total, initial=kept, desc="preprocess", unit="image", disable=None) as bar:
+            for number, result in enumerate(results(jobs, work, settings.workers or available_cores())):
+                bar.update(number >= kept)
+                found.append(result.without_chunks())
+                if result.packed is not None:
+                    yield result.packed
+        made_from[FILES] = _digest(f"{result.image_id} {result.content}" for result in found)
+        report.append(_report(source, found))
+        _refuse_too_many(settings, report[0])
 
     write_dataset(
         settings.dataset,
-        examples(),
+        packed(),
         image_size=settings.image_size,
         pixel_dtype=settings.pixel_dtype,
         settings=made_from,
-        labelled=annotations is not None,
+        labelled=source.annotations is not None,
     )
-    stems = {path.stem for path in files}
-    left_out = {
-        "rejected": sorted(rejected),
-        "files_without_annotation": sorted(stems - set(annotations)) if annotations is not None else [],
-        "annotations_without_file": sorted(set(annotations or {}) - stems),
-    }
-    tracking.log_json(left_out, "left_out.json")
-    for name, ids in left_out.items():
-        if ids:
-            print(f"preprocess: {len(ids)} {name.replace('_', ' ')}, for example {ids[0]}")
+    return report[0]
 
 
-def _example(path: Path, texts: Sequence[str] | None, patients: dict[str, str], size: int) -> Example:
-    radiograph = read_radiograph(path, path.stem)
-    rows, columns = radiograph.pixels.shape
-    mask = union_mask(texts or (), (rows, columns), path.stem)
-    entry = Entry(
-        image_id=path.stem,
-        patient=hash_patient(patients.get(path.stem) or radiograph.patient, path.stem),
-        view=radiograph.view,
-        sex=radiograph.sex,
-        age=radiograph.age,
-        rows=rows,
-        columns=columns,
-        annotations=len(texts or ()),
-        area_px=int(np.count_nonzero(mask)),
+def _work_folder(settings: Preprocess) -> Path:
+    return settings.dataset.with_name(settings.dataset.name + ".work")
+
+
+def _report(source: Source, found: Sequence[Result]) -> Report:
+    archive, annotated = source.archive, source.annotations
+    used = [result for result in found if result.packed is not None]
+    packed = [result.packed for result in found if result.packed is not None]
+    rejected = [(result.image_id, result.reason) for result in found if result.reason]
+    rejected += [
+        (image_id, SEVERAL) for image_id in archive.differing if annotated is None or image_id in annotated
+    ]
+    return make_report(
+        files=archive.files,
+        skipped=archive.skipped,
+        doubles=archive.doubles,
+        rejected=rejected,
+        entries=[image.entry for image in packed],
+        pictures=[image.picture for image in packed],
+        formats=[result.format for result in used],
+        annotated=annotated,
+        file_ids=archive.image_ids,
+        overlapping=[result.image_id for result in used if result.overlapping],
+        invalid_run_lengths=[result.image_id for result in found if result.bad_run_lengths],
     )
-    return Example(entry, shrink_image(radiograph.pixels, size), shrink(mask, size), encode(mask))
 
 
-def _report(path: Path) -> None:
+def _refuse_too_many(settings: Preprocess, report: Report) -> None:
+    """Fails where more than max_rejected was rejected, or all; leaves the report behind."""
+    used, rejected = report.outcome.used, report.outcome.rejected
+    if used and rejected <= settings.max_rejected * (used + rejected):
+        return
+    where = leave_report(settings.dataset, report, None)
+    first = report.rejected[0].files[0]
+    culprit = f"dicom_dir={settings.dicom_dir}"
+    example = f"for example {first.image_id}: {first.reason}; the report: {where}"
+    if not used:
+        raise UserError(f"{culprit}: no file can be used, {example}")
+    raise UserError(
+        f"{culprit}: {rejected} of {used + rejected} files are rejected, more than"
+        f" max_rejected={settings.max_rejected:g}; {example}; a higher max_rejected goes on without them"
+    )
+
+
+def _describe(path: Path) -> None:
+    """The data set's numbers, in the active run and on the terminal."""
     with Dataset.open(path) as dataset:
         entries, fingerprint = dataset.entries, dataset.fingerprint
         positives = sum(entry.area_px > 0 for entry in entries)
         patients = len({entry.patient for entry in entries})
         tracking.log_dataset(path, fingerprint, "preprocessed")
         tracking.log_metrics({"images": len(entries), "positives": positives, "patients": patients})
+        labels = f"{positives:,} with pneumothorax" if dataset.labelled else "without labels"
         size = dataset.image_size
-        line = f"{len(entries)} images of {patients} patients, {positives} with pneumothorax, at {size} px"
+    line = f"{many(len(entries), 'image')} of {many(patients, 'patient')}, {labels}, at {size} px"
     tracking.describe(f"{line}.\nFile {path}, fingerprint {fingerprint[:16]}.")
     print(f"preprocess: {line}: {path}")

@@ -11,9 +11,11 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from pneumo_experiments import tracking
-from pneumo_experiments.data.dicom import find_dicom
+from pneumo_experiments.data.archive import SEVERAL, open_archive, read_member
+from pneumo_experiments.data.dicom import MAX_PIXELS
+from pneumo_experiments.data.rle import EMPTY
 from pneumo_experiments.data.store import Dataset
-from pneumo_experiments.errors import UserError
+from pneumo_experiments.errors import Rejected, UserError
 from pneumo_experiments.learning.device import choose_machine
 from pneumo_experiments.scoring.scores import Scores
 from pneumo_experiments.scoring.submission import write_submission
@@ -94,15 +96,23 @@ def _indices(settings: Score, detector: Detector, dataset: Dataset) -> NDArray[n
 
 
 def _submit(settings: Score, detector: Detector, folder: Path) -> Judged:
-    files, errors = find_dicom(folder), list[str]()
+    archive, errors = open_archive(folder), list[str]()
 
     def rows() -> Iterator[tuple[str, str]]:
-        for path in tqdm(files, desc="submission", unit="image", disable=None):
-            row = detector.detect(path, path.stem)
+        for image_id in archive.differing:
+            errors.append(f"{image_id}: {SEVERAL}")
+            yield image_id, EMPTY
+        for member in tqdm(archive.members, desc="submission", unit="image", disable=None):
+            try:
+                row = detector.detect(read_member(archive.root, member, MAX_PIXELS), member.image_id)
+            except Rejected as reason:
+                errors.append(str(reason))
+                yield member.image_id, EMPTY
+                continue
             if row["error"]:
                 errors.append(row["error"])
             yield row["image_id"], row["rle"]
-        if len(errors) == len(files):
+        if len(errors) == len(archive.image_ids):
             raise UserError(f"dicom_dir={folder}: no file can be used; the first: {errors[0]}")
 
     count = write_submission(settings.submission, rows())

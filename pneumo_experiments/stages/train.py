@@ -17,7 +17,7 @@ from pneumo_experiments.scoring.scores import Scores
 from pneumo_experiments.scoring.thresholds import Tally
 from pneumo_experiments.serving import Detector, save
 from pneumo_experiments.settings import Train, as_params
-from pneumo_experiments.stages.cohort import Cohort, judged_epochs, log_overlays, parts_of
+from pneumo_experiments.stages.cohort import Cohort, judged_epochs, log_overlays, log_split, parts_of
 from pneumo_experiments.stages.search import refine_thresholds
 
 
@@ -44,6 +44,7 @@ def train(settings: Train) -> Trained:
     with tracking.run("train", settings), Dataset.open(settings.dataset) as dataset:
         tracking.log_dataset(settings.dataset, dataset.fingerprint, "training")
         parts = parts_of(dataset, settings)
+        log_split(dataset, parts)
         validation = Cohort(dataset, parts.validation)
         examples = Cohort(dataset, parts.train).examples()
         machine = choose_machine(settings)

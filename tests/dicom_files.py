@@ -1,0 +1,134 @@
+"""Small DICOM files of every kind, built for the tests."""
+
+from __future__ import annotations
+
+import io
+import struct
+import warnings
+from typing import Any
+
+import jpeg_ls
+import numpy as np
+import openjpeg
+import pytest
+from PIL import Image
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.encaps import encapsulate
+from pydicom.pixels.encoders import RLELosslessEncoder
+from pydicom.uid import (
+    UID,
+    ExplicitVRLittleEndian,
+    JPEGBaseline8Bit,
+    SecondaryCaptureImageStorage,
+    generate_uid,
+)
+
+from pneumo_experiments.data.dicom import read_radiograph
+from pneumo_experiments.errors import Rejected
+
+ITEM = b"\xfe\xff\x00\xe0"
+RAMP = np.arange(4096, dtype=np.uint16).reshape(64, 64)
+GREYS = np.random.default_rng(0).integers(0, 256, (32, 48), np.uint8)
+
+
+def dicom_bytes(
+    pixels: np.ndarray,
+    bits: int = 8,
+    syntax: UID = ExplicitVRLittleEndian,
+    frame: bytes = b"",
+    **header: Any,
+) -> bytes:
+    """A small DICOM file; ``header`` adds elements or replaces those of a plain grey picture.
+
+    ``frame`` is the compressed picture, or the whole value of Pixel Data where it starts with an item.
+    """
+    meta = FileMetaDataset()
+    meta.TransferSyntaxUID = syntax
+    meta.MediaStorageSOPClassUID = SecondaryCaptureImageStorage
+    meta.MediaStorageSOPInstanceUID = generate_uid(entropy_srcs=["test"])
+    dataset = Dataset()
+    dataset.file_meta = meta
+    dataset.Rows, dataset.Columns = pixels.shape[:2]
+    dataset.SamplesPerPixel = 1
+    dataset.PhotometricInterpretation = "MONOCHROME2"
+    dataset.BitsAllocated = 8 * pixels.dtype.itemsize
+    dataset.BitsStored, dataset.HighBit = bits, bits - 1
+    dataset.PixelRepresentation = int(pixels.dtype.kind == "i")
+    content = pixels.astype(pixels.dtype.newbyteorder("<" if syntax.is_little_endian else ">")).tobytes()
+    if frame:
+        content = frame if frame.startswith(ITEM) else encapsulate([frame])
+    dataset.PixelData = content + bytes(len(content) % 2)
+    dataset["PixelData"].VR = "OB" if frame or pixels.dtype.itemsize == 1 else "OW"
+    dataset["PixelData"].is_undefined_length = bool(frame)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # '62' is no DICOM age, which is the point
+        for keyword, value in header.items():
+            setattr(dataset, keyword, value)
+        file = io.BytesIO()
+        dataset.save_as(file, enforce_file_format=True)
+    return file.getvalue()
+
+
+def items(*contents: bytes) -> bytes:
+    """Pixel Data of these items; the first is the table of offsets."""
+    return b"".join(ITEM + struct.pack("<I", len(content)) + content for content in contents)
+
+
+def jpeg(pixels: np.ndarray, **options: Any) -> bytes:
+    frame = io.BytesIO()
+    Image.fromarray(pixels).save(frame, "JPEG", quality=90, **options)
+    return frame.getvalue() + bytes(frame.tell() % 2)
+
+
+def jpeg_file(pixels: np.ndarray, **header: Any) -> bytes:
+    return dicom_bytes(pixels, syntax=JPEGBaseline8Bit, frame=jpeg(pixels), **header)
+
+
+def jpeg_2000(pixels: np.ndarray, bits: int, **options: Any) -> bytes:
+    rows, columns = pixels.shape
+    signed = pixels.dtype.kind == "i"
+    return bytes(openjpeg.utils.encode_buffer(pixels.tobytes(), columns, rows, 1, bits, signed, **options))
+
+
+def jpeg_ls_frame(pixels: np.ndarray, bits: int, **options: Any) -> bytes:
+    if pixels.dtype.kind == "i":  # it knows no signs
+        pixels = pixels.view(f"u{pixels.itemsize}") & (2**bits - 1)
+    return bytes(jpeg_ls.encode_buffer(pixels.tobytes(), *pixels.shape, 1, bits, **options))
+
+
+def rle(pixels: np.ndarray, bits: int) -> bytes:
+    return RLELosslessEncoder.encode(
+        pixels.tobytes(),
+        encoding_plugin="pydicom",
+        rows=pixels.shape[0],
+        columns=pixels.shape[1],
+        number_of_frames=1,
+        samples_per_pixel=1,
+        bits_allocated=8 * pixels.itemsize,
+        bits_stored=bits,
+        pixel_representation=int(pixels.dtype.kind == "i"),
+        photometric_interpretation="MONOCHROME2",
+    )
+
+
+def stretched(pixels: np.ndarray) -> np.ndarray:
+    """Darkest to brightest as 0 to 255."""
+    low, high = int(pixels.min()), int(pixels.max())
+    return np.rint((pixels.astype(float) - low) / (high - low) * 255)
+
+
+def pixels_of(content: bytes) -> np.ndarray:
+    pixels = read_radiograph(content, "x").pixels
+    assert pixels.dtype == np.uint8
+    return pixels
+
+
+def rejection(content: bytes, **options: Any) -> str:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(Rejected) as caught:
+            read_radiograph(content, "image-7", **options)
+    message = str(caught.value)
+    assert message.startswith("image-7: ")
+    assert "\n" not in message
+    return message.removeprefix("image-7: ")

@@ -1,0 +1,304 @@
+from __future__ import annotations
+
+import base64
+import io
+import tracemalloc
+from collections.abc import Callable
+from importlib.util import find_spec
+
+import numpy as np
+import pytest
+from dicom_files import (
+    GREYS,
+    RAMP,
+    dicom_bytes,
+    items,
+    jpeg,
+    jpeg_2000,
+    jpeg_ls_frame,
+    pixels_of,
+    rejection,
+    rle,
+    stretched,
+)
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as npst
+from PIL import Image
+from pydicom import uid
+
+from pneumo_experiments.data.codecs import CUT_SHORT, DECODERS
+from pneumo_experiments.data.dicom import read_radiograph
+from pneumo_experiments.data.frames import frame_header
+
+SMOOTH = np.add.outer(np.arange(40) * 3, np.arange(50) * 2).astype(np.uint8)
+# The start of a JPEG whose first segment holds another one, as a camera's does.
+THUMBNAIL = b"\xff\xd8\xff\xe1" + (2 + len(jpeg(GREYS))).to_bytes(2, "big") + jpeg(GREYS)
+ENCODERS: dict[uid.UID, Callable[[np.ndarray, int], bytes] | None] = {
+    uid.ImplicitVRLittleEndian: None,
+    uid.ExplicitVRLittleEndian: None,
+    uid.ExplicitVRBigEndian: None,
+    uid.DeflatedExplicitVRLittleEndian: None,
+    uid.RLELossless: rle,
+    uid.JPEG2000Lossless: jpeg_2000,
+    uid.JPEGLSLossless: jpeg_ls_frame,
+}
+# 12 x 20 pixels of 12 bits, (x * x * 7 + y * 191) % 4096, by the encoders of OpenJPH (lossless, 16 bits
+# claimed), liblj92 (lossless) and libjpeg-turbo (quality 95).
+FORMULA = np.fromfunction(lambda y, x: (x * x * 7 + y * 191) % 4096, (12, 20), dtype=int).astype(np.uint16)
+HTJ2K = base64.b64decode(
+    "/0//UQApQAAAAAAUAAAADAAAAAAAAAAAAAAAFAAAAAwAAAAAAAAAAAABDwEB/1AACAACAAAACv9SAAwAAgABAAUEBEAB/1wAEyCI"
+    "kJCQkJCQkJCQkJCQiIiI/2QAFwABT3BlbkpQSCBWZXIgMC4yNi4zLv+QAAoAAAAAAPwAAf+TwAAmCfUFB3QAwAATAIz+Awd0AMAA"
+    "EsAAE8AAEoDdAgd0AChNwADCNADAAQd0AMAAFRAABUQAASjf353fAGKUAGsD8QAg9jUA3wAhNADAABa8AAFoQAAVoPe+773366D/"
+    "fd74MeAAQF7ZlC8kMboAr7XWWmsc94gLGQDWubvZAP9//3+gOCxCMQbz2QDAAC7KAAFtQAAqwO1u27Zt2zZoQIBAu9u2bdu2DRoQ"
+    "INDutm3btm2D8OWX3wUPr1+svO9ev1lyBbMbMbEBfPn4+Pj4+Pj+E2j/Avr8ijmMYHv2MYHsvAD/Z/9//3/+QOG1AP/Z"
+)
+LOSSLESS = base64.b64decode(
+    "/9j/xAAaAAEBAQEBAQEAAAAAAAAAAAAHCAwGBQMJ/8MACwwADAAUAQARAP/aAAgBAAAGAADP/wD39Xo+x79NW2l3oWk6hq+vbLtm"
+    "571/QOv2BgYGBgYGBgYGBgYGBgYGBgYGCv2BgYGBgYGBgYGBgYGBgYGBgYGCv2BgYGBgYGBgYGBgYGBgYGBgYGCv2BgYGBgYGBgY"
+    "GBgYGBgYGBgYGCv2BgYGBgYGBgYGBgYGBgYGBgYGCv2BgYGBgYGBgYGBgYGBgYGBgYGCv2BgYGBgYGBgYGBgYGBgYGBgYGCv2BgY"
+    "GBgYGBgYGBgYGBgYGBgYGCv2BgYGBgYGBgYGBgYGBgYGBgYMC/X7AwMDAwMDAwMDAwMDAwMDAwYF/QwV+wMDAwMDAwMDAwMDAwMD"
+    "AwYF/QwMAP/Z"
+)
+EXTENDED = base64.b64decode(
+    "/9j/4AAQSkZJRgABAQAAAQABAAD/2wBDAAIBAQEBAQIBAQECAgICAgQDAgICAgUEBAMEBgUGBgYFBgYGBwkIBgcJBwYGCAsICQoK"
+    "CgoKBggLDAsKDAkKCgr/wQALDAAMABQBAREA/8QAFQABAQAAAAAAAAAAAAAAAAAADA3/xAAtEAAAAgUKBgMAAAAAAAAAAAAHCgUG"
+    "CAsMAAMECQ0pREVGYwEWGChTZBcrZf/aAAgBAQAAPwCYtkgoJm7+lQuk88mNE7nDbk0ghImCZu/pmW6TzxEaJ3JvblVhXHPBM313"
+    "TJF0njqbon89Gbcgv5IJ1Gkq+vpULs/PJjG0PycPTk0ghIl1Gkq+vpmW7PzxEY2h+Sb9OUeEtKatRAtAMNOx429lCnJTmLZngAQx"
+    "L/kMXgdXGk+y2xbZ28nDm8qkFhII2EqtZu8cGZw0E4QQ0ZnGVAfN7SQlcopgSxQG4Q6csSzpxZ14pCtK7PKaFSkBSFIef//Z"
+)
+
+
+def file_of(pixels: np.ndarray, bits: int, syntax: uid.UID) -> bytes:
+    encode = ENCODERS[syntax]
+    return dicom_bytes(pixels, bits, syntax, encode(pixels, bits) if encode else b"")
+
+
+@pytest.mark.parametrize("syntax", ENCODERS, ids=lambda syntax: syntax.name)
+def test_what_a_lossless_syntax_stores_comes_back(syntax: uid.UID) -> None:
+    assert np.array_equal(pixels_of(file_of(GREYS, 8, syntax)), GREYS)
+    assert np.array_equal(pixels_of(file_of(RAMP, 12, syntax)), stretched(RAMP))
+    wide = (RAMP * 15 + 3).astype(np.uint16)
+    assert np.array_equal(pixels_of(file_of(wide, 16, syntax)), stretched(wide))
+    signed = (RAMP.astype(np.int16) - 2048).astype(np.int16)
+    assert np.array_equal(pixels_of(file_of(signed, 12, syntax)), stretched(RAMP))
+
+
+@pytest.mark.parametrize(
+    ("syntax", "bits", "form"),
+    [
+        (uid.ImplicitVRLittleEndian, 12, "uncompressed, 12 bit, MONOCHROME2"),
+        (uid.ExplicitVRBigEndian, 8, "uncompressed big endian, 8 bit, MONOCHROME2"),
+        (uid.DeflatedExplicitVRLittleEndian, 8, "deflated, 8 bit, MONOCHROME2"),
+        (uid.RLELossless, 12, "RLE, 12 bit, MONOCHROME2"),
+        (uid.JPEG2000Lossless, 12, "JPEG 2000, 12 bit, MONOCHROME2"),
+        (uid.JPEGLSLossless, 8, "JPEG-LS, 8 bit, MONOCHROME2"),
+    ],
+)
+def test_the_format_names_syntax_and_bits(syntax: uid.UID, bits: int, form: str) -> None:
+    assert read_radiograph(file_of(GREYS if bits == 8 else RAMP, bits, syntax), "x").format == form
+
+
+def test_every_syntax_has_a_short_name_that_quotes_no_file() -> None:
+    assert {codec.name for codec in DECODERS.values()} == {
+        "JPEG Baseline", "JPEG Extended", "JPEG Lossless", "JPEG-LS", "JPEG-LS near-lossless", "JPEG 2000",
+        "JPEG 2000 lossy", "HTJ2K", "HTJ2K lossy", "RLE",
+    }  # fmt: skip
+
+
+def test_big_endian_8_bit_pixels_may_lie_as_swapped_words() -> None:
+    swapped = GREYS.reshape(-1, 2)[:, ::-1].reshape(GREYS.shape)
+    content = dicom_bytes(swapped, 8, uid.ExplicitVRBigEndian)
+    words = content.replace(b"\x7f\xe0\0\x10OB", b"\x7f\xe0\0\x10OW")
+    assert words != content
+    assert np.array_equal(pixels_of(words), GREYS)
+    assert np.array_equal(pixels_of(content), swapped)
+
+
+@pytest.mark.parametrize("syntax", [uid.JPEGBaseline8Bit, uid.JPEGExtended12Bit])
+@pytest.mark.parametrize("shape", [(40, 50), (1, 1), (7, 1023), (5000, 3600)])  # the last is beyond 16 MB
+def test_an_8_bit_jpeg_is_decoded_bit_by_bit_as_pillow_does(syntax: uid.UID, shape: tuple[int, int]) -> None:
+    pixels = np.resize(SMOOTH, shape)
+    frame = jpeg(pixels)
+    if syntax == uid.JPEGExtended12Bit:
+        frame = frame.replace(b"\xff\xc0", b"\xff\xc1", 1)
+    expected = np.asarray(Image.open(io.BytesIO(frame)))
+    assert np.array_equal(pixels_of(dicom_bytes(pixels, 8, syntax, frame)), expected)
+    progressive = dicom_bytes(SMOOTH, 8, syntax, jpeg(SMOOTH, progressive=True))
+    assert np.abs(pixels_of(progressive).astype(int) - SMOOTH).max() < 40
+
+
+def test_lossy_syntaxes_come_close() -> None:
+    near = dicom_bytes(GREYS, 8, uid.JPEGLSNearLossless, jpeg_ls_frame(GREYS, 8, lossy_error=3))
+    assert 0 < np.abs(pixels_of(near).astype(int) - GREYS).max() <= 3
+    lossy = dicom_bytes(SMOOTH, 8, uid.JPEG2000, jpeg_2000(SMOOTH, 8, compression_ratios=[4]))
+    assert 0 < np.abs(pixels_of(lossy).astype(int) - SMOOTH).mean() < 10
+
+
+@pytest.mark.parametrize("syntax", [uid.HTJ2KLossless, uid.HTJ2K, uid.HTJ2KLosslessRPCL])
+def test_high_throughput_jpeg_2000_is_read(syntax: uid.UID) -> None:
+    assert np.array_equal(pixels_of(dicom_bytes(FORMULA, 12, syntax, HTJ2K)), stretched(FORMULA))
+
+
+@pytest.mark.parametrize(
+    ("name", "syntax", "frame"),
+    [
+        ("JPEG Lossless", uid.JPEGLosslessSV1, LOSSLESS),
+        ("JPEG Lossless", uid.JPEGLossless, LOSSLESS),
+        ("JPEG Extended", uid.JPEGExtended12Bit, EXTENDED),
+    ],
+)
+def test_what_pillow_cannot_decode_is_read_by_gdcm_or_names_it(
+    name: str, syntax: uid.UID, frame: bytes, capfd: pytest.CaptureFixture[str]
+) -> None:
+    content = dicom_bytes(FORMULA, 12, syntax, frame)
+    if find_spec("gdcm"):
+        greys = pixels_of(content)
+        assert np.abs(greys - stretched(FORMULA)).max() <= (1 if name == "JPEG Extended" else 0)
+        assert capfd.readouterr() == ("", "")
+    else:
+        needs = "needs GDCM: pip install 'pneumo-experiments[gdcm]'"
+        assert rejection(content) == f"{name}, 12 bit, {needs}"
+
+
+def test_a_picture_may_come_in_pieces_and_with_a_wrong_table_of_offsets() -> None:
+    frame = jpeg(GREYS)
+    pieces = frame[:2], frame[2:100], frame[100:102], frame[102:]
+    for table in (b"", bytes(4), b"\x99\0\0\0", bytes(8), b"\1\2\3\4" * 9, b"\0\0"):
+        content = dicom_bytes(GREYS, 8, uid.JPEGBaseline8Bit, items(table, *pieces))
+        assert np.array_equal(pixels_of(content), np.asarray(Image.open(io.BytesIO(frame))))
+    rle_frame = rle(GREYS, 8)
+    assert np.array_equal(pixels_of(dicom_bytes(GREYS, 8, uid.RLELossless, items(b"", rle_frame))), GREYS)
+
+
+@pytest.mark.parametrize(
+    ("syntax", "value", "reason"),
+    [
+        (uid.JPEGBaseline8Bit, items(b"", jpeg(GREYS), jpeg(GREYS)), "2 pictures instead of one"),
+        (uid.RLELossless, items(b"", rle(GREYS, 8), rle(GREYS, 8)), "2 pictures instead of one"),
+        (uid.JPEGBaseline8Bit, items(jpeg(GREYS)), CUT_SHORT),
+        (uid.JPEGBaseline8Bit, items(b"", jpeg(GREYS)[:-200]), CUT_SHORT),
+        (uid.JPEG2000Lossless, items(b"", jpeg_2000(GREYS, 8)[:-20]), CUT_SHORT),
+        (uid.RLELossless, items(b"", rle(GREYS, 8)[:-20]), CUT_SHORT),
+        (uid.RLELossless, items(b"", rle(RAMP, 12)), "2 RLE segments instead of 1"),
+        (
+            uid.JPEG2000Lossless,
+            items(b"", b"\xff\x4f\xff\x51\0\0\xff\xd9"),
+            "its picture is no JPEG 2000 that can be read: damaged, or another transfer syntax",
+        ),
+        (
+            uid.JPEGLSLossless,
+            items(b"", jpeg_ls_frame(RAMP, 12)),
+            "its compressed picture has 64 x 64 pixels, its header says 32 x 48",
+        ),
+        (
+            uid.JPEG2000Lossless,
+            items(b"", jpeg_2000(GREYS.astype(np.uint16), 12)),
+            "its compressed picture has 12 bits, its header says 8",
+        ),
+        (uid.JPEGBaseline8Bit, items(b"", jpeg(np.dstack([GREYS] * 3))), "not a grey image (3 components)"),
+        (
+            uid.ExplicitVRLittleEndian,
+            items(b"", jpeg(GREYS)),
+            "its picture is compressed, the file says that it is not",
+        ),
+    ],
+)
+def test_a_compressed_picture_that_does_not_fit_is_rejected(
+    syntax: uid.UID, value: bytes, reason: str
+) -> None:
+    content = dicom_bytes(GREYS, 8, uid.JPEGBaseline8Bit, value)
+    old, new = (name.encode().ljust(22, b"\0") for name in (uid.JPEGBaseline8Bit, syntax))
+    assert rejection(content.replace(old, new)) == reason
+
+
+def test_pixels_that_the_file_calls_compressed_and_are_not_are_rejected() -> None:
+    content = dicom_bytes(GREYS)
+    # Both names are as long with their padding.
+    renamed = content.replace(uid.ExplicitVRLittleEndian.encode() + b"\0", uid.RLELossless.encode()[:20])
+    assert rejection(renamed).startswith("transfer syntax (unknown)")
+    raw = dicom_bytes(GREYS, 8, uid.RLELossless, b"\1")
+    start = raw.index(b"\xfe\xff\0\xe0")
+    plain = raw[: start - 4] + GREYS.size.to_bytes(4, "little") + GREYS.tobytes()
+    assert rejection(plain) == "its picture is not compressed as the file says"
+
+
+def test_a_jpeg_2000_picture_in_its_file_wrapper_is_unpacked() -> None:
+    wrapped = jpeg_2000(GREYS, 8, codec_format=1)
+    assert wrapped.startswith(b"\0\0\0\x0cjP")
+    assert np.array_equal(pixels_of(dicom_bytes(GREYS, 8, uid.JPEG2000Lossless, wrapped)), GREYS)
+
+
+def test_deep_pictures_may_state_more_bits_than_the_header_unless_they_use_them() -> None:
+    for syntax, encode in ((uid.JPEG2000Lossless, jpeg_2000), (uid.JPEGLSLossless, jpeg_ls_frame)):
+        assert np.array_equal(pixels_of(dicom_bytes(RAMP, 12, syntax, encode(RAMP, 16))), stretched(RAMP))
+        brighter = (RAMP + 1).astype(np.uint16)
+        assert rejection(dicom_bytes(brighter, 12, syntax, encode(brighter, 16))) == (
+            "its compressed picture needs more than the 12 bits that its header says"
+        )
+    signed = (RAMP.astype(np.int16) - 2048).astype(np.int16)
+    content = dicom_bytes(signed, 12, uid.JPEG2000Lossless, jpeg_2000(signed, 16))
+    assert np.array_equal(pixels_of(content), stretched(RAMP))
+    fewer = dicom_bytes(RAMP, 16, uid.JPEG2000Lossless, jpeg_2000(RAMP, 12))
+    assert np.array_equal(pixels_of(fewer), stretched(RAMP))
+
+
+@given(
+    npst.arrays(
+        np.uint8,
+        npst.array_shapes(min_dims=2, max_dims=2, max_side=300),
+        elements=st.sampled_from([0, 1, 255]),
+    )
+)
+def test_run_lengths_of_any_picture_unpack(pixels: np.ndarray) -> None:
+    assert np.array_equal(pixels_of(dicom_bytes(pixels, 8, uid.RLELossless, rle(pixels, 8))), pixels)
+
+
+def test_run_lengths_never_unpack_beyond_the_picture() -> None:
+    bomb = (1).to_bytes(4, "little") + (64).to_bytes(4, "little") + bytes(56) + b"\x81\x07" * 10**6
+    content = dicom_bytes(GREYS, 8, uid.RLELossless, bomb)
+    tracemalloc.start()
+    pixels = pixels_of(content)
+    peak_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert (pixels == 7).all()
+    assert peak_bytes < 10**7  # unlimited it is 128 million
+
+
+@pytest.mark.parametrize(
+    ("frame", "stated"),
+    [
+        (jpeg(SMOOTH), (40, 50, 1, 8)),
+        (jpeg(SMOOTH, progressive=True), (40, 50, 1, 8)),
+        (jpeg(np.dstack([SMOOTH] * 3)), (40, 50, 3, 8)),
+        (THUMBNAIL + jpeg(SMOOTH)[2:], (40, 50, 1, 8)),
+        (b"\xff\xd8\xff\xff\xff" + jpeg(SMOOTH)[3:], (40, 50, 1, 8)),
+        (jpeg_ls_frame(RAMP, 12), (64, 64, 1, 12)),
+        (jpeg_2000(SMOOTH, 8), (40, 50, 1, 8)),
+        (LOSSLESS, (12, 20, 1, 12)),
+        (HTJ2K, (12, 20, 1, 16)),
+        (EXTENDED, (12, 20, 1, 12)),
+    ],
+)
+def test_a_compressed_picture_states_its_size(frame: bytes, stated: tuple[int, int, int, int]) -> None:
+    assert frame_header(frame) == stated
+    sizes = {frame_header(frame[:k]) for k in range(0, len(frame), 3)}
+    assert sizes <= {None, stated}  # cut, it states the same or nothing
+
+
+def test_a_jpeg_2000_picture_may_be_a_part_of_its_grid_and_sampled() -> None:
+    frame = bytearray(jpeg_2000(SMOOTH, 8))
+    frame[8:24] = b"".join(n.to_bytes(4, "big") for n in (101, 81, 7, 4))  # right, bottom, left, top
+    frame[43:45] = bytes((2, 3))  # every second column, every third row
+    rows = len([y for y in range(4, 81) if y % 3 == 0])
+    columns = len([x for x in range(7, 101) if x % 2 == 0])
+    assert frame_header(bytes(frame)) == (rows, columns, 1, 8)
+    frame[43] = 0
+    assert frame_header(bytes(frame)) is None
+
+
+@pytest.mark.parametrize(
+    "junk", [b"", b"\xff", b"\xff\xd8\xff", bytes(99), b"\xff\xd8\xff\xda\0\2", b"\xff\x4f\xff\x51"]
+)
+def test_what_is_no_picture_states_no_size(junk: bytes) -> None:
+    assert frame_header(junk) is None

@@ -1,0 +1,304 @@
+"""The entry point ``preprocess`` at a desk: again, with other input, with too much that is bad, in a zip."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import h5py
+import mlflow
+import pydicom
+import pytest
+from conftest import ROOT
+from mlflow import MlflowClient
+from mlflow.entities import Run
+
+from pneumo_experiments import tracking
+from pneumo_experiments.data.phantom_files import write_sample
+from pneumo_experiments.data.store import Dataset
+from pneumo_experiments.errors import UserError
+from pneumo_experiments.settings import Preprocess
+from pneumo_experiments.stages.preprocess import preprocess
+
+IMAGES = 40
+PLANTED = ("Zaphod", "Beeblebrox", "PID-4711-X", "19520311", "Betelgeuse")
+
+
+@pytest.fixture(scope="module")
+def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("source") / "sample"
+    write_sample(folder, IMAGES, 0, seed=5)
+    return folder
+
+
+@pytest.fixture
+def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty folder to work in, with a store of its own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    mlflow.set_tracking_uri(None)
+    yield tmp_path
+    mlflow.set_tracking_uri(None)
+
+
+def settings_of(sample: Path, **changes: object) -> Preprocess:
+    chosen: dict[str, object] = {
+        "dicom_dir": sample / "dicom-images-train",
+        "rle_csv": sample / "train-rle.csv",
+        "dataset": Path("d.h5"),
+        "image_size": 64,
+    }
+    return Preprocess(**chosen | changes)  # type: ignore[arg-type]
+
+
+def copy_of(sample: Path, folder: Path) -> Path:
+    shutil.copytree(sample, folder)
+    return folder
+
+
+def last_run() -> Run:
+    return MlflowClient().search_runs(["0"], order_by=["attributes.start_time DESC"])[0]
+
+
+def artifacts() -> set[str]:
+    return {item.path for item in MlflowClient().list_artifacts(last_run().info.run_id)}
+
+
+def fingerprint(path: Path) -> str:
+    with Dataset.open(path) as dataset:
+        return dataset.fingerprint
+
+
+def test_the_report_lies_beside_the_data_set_and_in_the_run(
+    sample: Path, desk: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    preprocess(settings_of(sample))
+    assert artifacts() == {"d.report.json", "d.report.html", "positives.png"}
+    report = json.loads((desk / "d.report.json").read_text())
+    assert report["outcome"] == {"used": IMAGES, "rejected": 0, "without_annotation": 0, "not_read": 0}
+    assert report["formats"] == {"JPEG Baseline, 8 bit, MONOCHROME2": IMAGES}
+    assert report["annotated"]["positives"] == 12
+    assert "data:image/jpeg;base64," in (desk / "d.report.html").read_text()
+    out = capsys.readouterr().out
+    assert f"{IMAGES} files found: {IMAGES} used" in out
+    assert not (desk / "d.h5.work").exists()
+    with h5py.File(desk / "d.h5") as file:
+        assert file["images_0"].shape == (IMAGES, 64, 64)
+    assert last_run().data.metrics["positives"] == 12
+
+
+def test_the_same_again_says_so_and_writes_nothing(
+    sample: Path, desk: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = copy_of(sample, desk / "own")
+    preprocess(settings_of(own))
+    before = (desk / "d.h5").stat()
+    capsys.readouterr()
+    preprocess(settings_of(own, workers=1, max_rejected=0.5))
+    assert "d.h5 is there already, from the same files and settings" in capsys.readouterr().out
+    for path in own.rglob("*.dcm"):  # as a copy or a second download would look
+        os.utime(path, ns=(1, 1))
+    preprocess(settings_of(own))
+    assert "d.h5 is there already, from the same files and settings" in capsys.readouterr().out
+    after = (desk / "d.h5").stat()
+    assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+    assert "d.report.html" in artifacts()
+
+
+def test_other_input_or_settings_are_named_and_refused_until_overwrite(sample: Path, desk: Path) -> None:
+    own = copy_of(sample, desk / "own")
+    preprocess(settings_of(own))
+    first = (desk / "d.h5").read_bytes()
+
+    def refusal(**changes: object) -> str:
+        with pytest.raises(UserError, match="overwrite=true replaces it") as caught:
+            preprocess(settings_of(own, **changes))
+        assert (desk / "d.h5").read_bytes() == first
+        return str(caught.value)
+
+    assert "was made with image_size 64, not 32, pixel_dtype float32, not uint8;" in refusal(
+        image_size=32, pixel_dtype="uint8"
+    )
+    assert "was made with other annotations;" in refusal(rle_csv=None)
+    (desk / "patients.csv").write_text("id,patient\na,b\n")
+    assert "was made with other patients;" in refusal(patients_csv=Path("patients.csv"))
+    path = sorted(own.rglob("*.dcm"))[0]
+    content = bytearray(path.read_bytes())
+    content[-400] ^= 1  # within the picture, and the size stays
+    path.write_bytes(content)
+    assert "was made with other DICOM files;" in refusal()
+    path.unlink()
+    assert "was made with other DICOM files;" in refusal()
+    preprocess(settings_of(own, overwrite=True))
+    with Dataset.open(desk / "d.h5") as dataset:
+        assert len(dataset) == IMAGES - 1
+
+
+def test_too_many_rejects_fail_with_a_report_and_what_was_read_is_kept(
+    sample: Path, desk: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = copy_of(sample, desk / "own")
+    bad = sorted(own.rglob("*.dcm"))[3]
+    bad.write_bytes(bad.read_bytes()[:4000])
+    with pytest.raises(
+        UserError, match=r"1 of 40 files are rejected, more than max_rejected=0\.01"
+    ) as caught:
+        preprocess(settings_of(own))
+    assert f"for example {bad.stem}: " in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not (desk / "d.h5").exists()
+    assert artifacts() == {"d.report.json", "d.report.html"}
+    assert "was not written" in (desk / "d.report.html").read_text()
+    report = json.loads((desk / "d.report.json").read_text())
+    assert report["outcome"]["rejected"] == 1
+    capsys.readouterr()
+    preprocess(settings_of(own, max_rejected=0.03))
+    assert "goes on: 40 of 40 files are read already" in capsys.readouterr().out
+    with Dataset.open(desk / "d.h5") as dataset:
+        assert len(dataset) == 39
+        assert bad.stem not in {entry.image_id for entry in dataset.entries}
+    preprocess(settings_of(own))  # the limit is no part of what the data set is made from
+    assert "is there already" in capsys.readouterr().out
+
+
+def test_a_zip_file_gives_the_same_data_set_as_the_folder(sample: Path, desk: Path) -> None:
+    archive = shutil.make_archive("images", "zip", sample / "dicom-images-train")
+    preprocess(settings_of(sample))
+    preprocess(settings_of(sample, dicom_dir=Path(archive), dataset=Path("zip.h5")))
+    assert fingerprint(desk / "zip.h5") == fingerprint(desk / "d.h5")
+
+
+def test_pixel_types_differ_in_fingerprint_and_size_only(sample: Path, desk: Path) -> None:
+    sets: list[Dataset] = []
+    for kind in ("float32", "float16", "uint8"):
+        preprocess(settings_of(sample, pixel_dtype=kind, dataset=Path(f"{kind}.h5")))
+        sets.append(Dataset.open(desk / f"{kind}.h5"))
+    first = sets[0]
+    for other in sets[1:]:
+        assert (other.images(range(IMAGES)) == first.images(range(IMAGES))).all()
+        assert (other.shares(range(IMAGES)) == first.shares(range(IMAGES))).all()
+        assert other.entries == first.entries
+    assert len({each.fingerprint for each in sets}) == 3
+    for each in sets:
+        each.close()
+
+
+def test_a_report_that_an_interruption_left_out_is_made_by_the_next_run(sample: Path, desk: Path) -> None:
+    preprocess(settings_of(sample))
+    (desk / "d.report.html").unlink()
+    (desk / "d.h5.work").mkdir()  # as a kill between the data set and its report leaves it
+    before = fingerprint(desk / "d.h5")
+    preprocess(settings_of(sample))
+    assert (desk / "d.report.html").is_file()
+    assert not (desk / "d.h5.work").exists()
+    assert fingerprint(desk / "d.h5") == before
+
+
+def test_a_second_preprocess_of_the_same_data_set_is_sent_away(sample: Path, desk: Path) -> None:
+    from filelock import FileLock
+
+    (desk / "d.h5.work").mkdir()
+    with (
+        FileLock(desk / "d.h5.work" / ".lock"),
+        pytest.raises(UserError, match=r"dataset=d\.h5: another preprocess is writing it"),
+    ):
+        preprocess(settings_of(sample))
+
+
+def test_nothing_of_a_patient_is_written_anywhere(
+    sample: Path, desk: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    given, family, number, birth, place = PLANTED
+    own = copy_of(sample, desk.parent / f"{desk.name}-own")
+    files = sorted(own.rglob("*.dcm"))
+    for path in files[:6]:
+        header = pydicom.dcmread(path)
+        header.PatientName, header.PatientID, header.PatientBirthDate = f"{family}^{given}", number, birth
+        header.OtherPatientIDs, header.ReferringPhysicianName = [number], f"Dr^{family}"
+        header.InstitutionName, header.PatientComments = place, f"{given} {family}, born {birth}"
+        header.ViewPosition = given.upper()
+        header.add_new("PatientSex", "CS", family.upper())
+        header.SeriesDescription = f"{given} {number}"
+        header.save_as(path)
+    odd = pydicom.dcmread(files[0])  # a reject whose header is full of names
+    odd.PhotometricInterpretation, odd.NumberOfFrames = family.upper(), 1
+    odd.save_as(files[0])
+    named = files[1].parent.parent / f"{family}_{given}" / "scan"  # folders are called after patients
+    named.mkdir(parents=True)
+    shutil.move(files[1], named / files[1].name)
+    table = "Kaggle_ID,NIH_ID\n" + "".join(f"{path.stem},{family} {number} {birth}\n" for path in files[:20])
+    (desk.parent / "patients.csv").write_text(table)
+    settings = settings_of(own, patients_csv=desk.parent / "patients.csv")
+    with pytest.raises(UserError) as caught:
+        preprocess(settings)  # leaves the work folder and a report
+    preprocess(
+        settings_of(own, patients_csv=desk.parent / "patients.csv", dataset=Path("e.h5"), max_rejected=1)
+    )
+    out, err = capfd.readouterr()
+    written = {str(path): path.read_bytes() for path in desk.rglob("*") if path.is_file()}
+    assert len([name for name in written if "d.h5.work" in name]) >= 2
+    assert any(name.endswith("mlflow.db") for name in written)
+    told = {"output": f"{out}{err}{caught.value}".encode()}
+    for name, content in (written | told).items():
+        lower = content.lower()
+        for planted in PLANTED:
+            assert planted.lower().encode() not in lower, f"{planted} in {name}"
+    with Dataset.open(desk / "e.h5") as dataset:
+        of = {entry.image_id: entry for entry in dataset.entries}
+        assert {of[path.stem].view for path in files[1:6]} == {"other"}
+        assert {of[path.stem].sex for path in files[1:6]} == {""}
+        assert len({of[path.stem].patient for path in files[1:20]}) == 1
+
+
+def limited(sample: Path, desk: Path, words: list[str], most_bytes: int) -> subprocess.CompletedProcess[str]:
+    """The command where no file may grow beyond so many bytes, as on a full disk."""
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, most_bytes))
+
+    source = ["--dicom_dir", sample / "dicom-images-train", "--rle_csv", sample / "train-rle.csv"]
+    return subprocess.run(
+        [sys.executable, "-m", "pneumo_experiments", "preprocess", *map(str, source), *words],
+        cwd=desk,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        preexec_fn=limit,
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize(("most_bytes", "whole_batches"), [(1_300_000, 1), (3_000_000, 2)])
+def test_a_full_disk_is_a_clear_end_and_the_old_data_set_stays(
+    most_bytes: int, whole_batches: int, sample: Path, desk: Path
+) -> None:
+    """The first limit stops a worker at a batch, the second the file of all batches."""
+    with tracking.run("store", settings_of(sample)):
+        pass  # the store is there, and small, before the limit
+    preprocess(settings_of(sample))
+    old = (desk / "d.h5").read_bytes()
+    words = ["--dataset", "d.h5", "--image_size", "256", "--overwrite", "true"]
+    end = limited(sample, desk, words, most_bytes)
+    assert end.returncode == 2, end.stderr
+    assert end.stderr.count("\n") == 1
+    assert "d.h5: cannot be written (File too large); choose another place" in end.stderr
+    assert (desk / "d.h5").read_bytes() == old
+    assert not list(desk.glob("*.h5.part"))
+    batches = [path for path in (desk / "d.h5.work").iterdir() if len(path.name) == 32]
+    assert len(batches) == whole_batches
+    preprocess(settings_of(sample, image_size=256, overwrite=True))
+    with Dataset.open(desk / "d.h5") as dataset:
+        assert (dataset.image_size, len(dataset)) == (256, IMAGES)
+
+
+@pytest.mark.parametrize("target", ["/proc/d.h5", "file/d.h5"])
+def test_a_target_that_cannot_be_written_is_named(target: str, sample: Path, desk: Path) -> None:
+    (desk / "file").touch()
+    with pytest.raises(UserError, match=rf"{target}: cannot be written \(.+\); choose another place"):
+        preprocess(settings_of(sample, dataset=Path(target)))
+    assert {path.name for path in desk.iterdir()} <= {"file", "mlflow.db", "mlflow.db.lock", "mlruns"}
