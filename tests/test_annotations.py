@@ -31,11 +31,28 @@ def table(folder: Path, content: str | bytes, name: str = "train-rle.csv") -> Pa
         "EncodedPixels,ImageId\n3 2,a.1\n-1,b.2\n0 1 4 2,a.1\n",
         'ImageId, EncodedPixels, reader\n"a.1", "3 2", "x, y"\n\n"b.2","-1",\n"a.1","0 1 4 2",z\n \n',
         "b.2,-1\na.1,3 2\na.1,0 1 4 2",
+        "ImageId,EncodedPixels\na.1.dcm,3 2\nb.2.dcm, -1\na.1.dcm,0 1 4 2\n",
     ],
-    ids=["kaggle", "plain", "no header", "bom", "bom and header", "swapped", "quoted", "no last newline"],
+    ids=[
+        "kaggle",
+        "plain",
+        "no header",
+        "bom",
+        "bom and header",
+        "swapped",
+        "quoted",
+        "no last newline",
+        "files",
+    ],
 )
 def test_every_dialect_of_the_table_reads_the_same(tmp_path: Path, content: str) -> None:
     assert read_annotations(table(tmp_path, content)) == READ
+
+
+def test_a_submission_reads_as_a_table_of_the_second_stage_does(tmp_path: Path) -> None:
+    submission = "ImageId,EncodedPixels\nID_004d6fbb6,-1\nID_004d6fbb6,-1\nID_0011fe81e,12 3\n"
+    read = {"ID_004d6fbb6": list[str](), "ID_0011fe81e": ["12 3"]}
+    assert read_annotations(table(tmp_path, submission, "stage_2_sample_submission.csv")) == read
 
 
 def test_a_packed_table_reads_as_the_plain_one_whatever_its_name(tmp_path: Path) -> None:

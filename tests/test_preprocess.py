@@ -286,7 +286,7 @@ def test_a_full_disk_is_a_clear_end_and_the_old_data_set_stays(
     end = limited(sample, desk, words, most_bytes)
     assert end.returncode == 2, end.stderr
     assert end.stderr.count("\n") == 1
-    assert "d.h5: cannot be written (File too large); choose another place" in end.stderr
+    assert "d.h5: cannot be written (File too large); make room or choose another place" in end.stderr
     assert (desk / "d.h5").read_bytes() == old
     assert not list(desk.glob("*.h5.part"))
     batches = [path for path in (desk / "d.h5.work").iterdir() if len(path.name) == 32]
@@ -299,6 +299,6 @@ def test_a_full_disk_is_a_clear_end_and_the_old_data_set_stays(
 @pytest.mark.parametrize("target", ["/proc/d.h5", "file/d.h5"])
 def test_a_target_that_cannot_be_written_is_named(target: str, sample: Path, desk: Path) -> None:
     (desk / "file").touch()
-    with pytest.raises(UserError, match=rf"{target}: cannot be written \(.+\); choose another place"):
+    with pytest.raises(UserError, match=rf"{target}: cannot be written \(.+\); make room or choose"):
         preprocess(settings_of(sample, dataset=Path(target)))
     assert {path.name for path in desk.iterdir()} <= {"file", "mlflow.db", "mlflow.db.lock", "mlruns"}

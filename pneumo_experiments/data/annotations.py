@@ -106,7 +106,7 @@ def _pairs(path: Path, form: Form) -> Iterator[tuple[int, str, str]]:
     for line, row in rows:
         if len(row) <= max(id_column, value_column) or not row[id_column]:
             raise UserError(f"{path}, line {line}: an image id or value is missing; expected {form.expected}")
-        yield line, row[id_column], row[value_column]
+        yield line, row[id_column].removesuffix(".dcm"), row[value_column]
 
 
 def _rows(path: Path, form: Form) -> list[tuple[int, list[str]]]:

@@ -61,7 +61,7 @@ def write_dataset(
         path.parent.mkdir(parents=True, exist_ok=True)
         file: Any = h5py.File(part, "w")
     except OSError as error:
-        raise UserError(f"{path}: cannot be written; choose another place for the data set") from error
+        raise UserError(f"{path}: cannot be written; make room or choose another place") from error
     try:
         with file:
             essence = {"format_version": FORMAT_VERSION, "image_size": image_size, "pixel_dtype": pixel_dtype}
@@ -105,7 +105,7 @@ def write_dataset(
         if not reason and isinstance(error, RuntimeError):
             raise
         reason = reason or "the disk may be full"
-        raise UserError(f"{path}: cannot be written ({reason}); choose another place for it") from error
+        raise UserError(f"{path}: cannot be written ({reason}); make room or choose another place") from error
     finally:
         part.unlink(missing_ok=True)
     return digest.hexdigest()

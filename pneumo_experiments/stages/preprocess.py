@@ -161,7 +161,7 @@ def _write(settings: Preprocess, source: Source) -> None:
         raise UserError(f"dataset={path}: another preprocess is writing it; wait until it ends") from None
     except OSError as error:
         raise UserError(
-            f"{path}: cannot be written ({error.strerror}); choose another place for the data set"
+            f"{path}: cannot be written ({error.strerror}); make room or choose another place"
         ) from error
     shutil.rmtree(work, ignore_errors=True)
 

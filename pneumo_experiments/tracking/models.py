@@ -21,7 +21,17 @@ from pneumo_experiments.errors import UserError
 from pneumo_experiments.tracking.store import open_store
 
 ALIAS = "champion"
-MODEL_REQUIREMENTS = ("mlflow", "torch", "torchvision", "numpy", "pydicom", "pillow", "pandas")
+MODEL_REQUIREMENTS = (
+    "mlflow",
+    "torch",
+    "torchvision",
+    "numpy",
+    "pydicom",
+    "pillow",
+    "pandas",
+    "pyjpegls",
+    "pylibjpeg-openjpeg",
+)
 SIGNATURE = ModelSignature(
     inputs=Schema([ColSpec(DataType.string, "image_id"), ColSpec(DataType.binary, "dicom")]),
     outputs=Schema(
