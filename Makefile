@@ -12,8 +12,9 @@ export MLFLOW_DISABLE_TELEMETRY ?= true
 demo: setup
 	@mlflow run . --env-manager local
 
+# Two files at a time: torch in more processes than cores would only get in its own way.
 test: setup
-	@python -m pytest
+	@python -m pytest -n 2 --dist loadfile
 
 check: setup
 	@ruff format --check .

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-import warnings
+import logging
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -14,11 +15,14 @@ import mlflow
 import mlflow.pyfunc
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
-from mlflow.models import ModelSignature, get_model_info
-from mlflow.types import ColSpec, DataType, Schema
+from mlflow.models import get_model_info
 
 from pneumo_experiments.errors import UserError
+from pneumo_experiments.tracking.calls import save_model
+from pneumo_experiments.tracking.delivery import Away, current
 from pneumo_experiments.tracking.store import open_store
+
+log = logging.getLogger(__name__)
 
 ALIAS = "champion"
 MODEL_REQUIREMENTS = (
@@ -31,18 +35,6 @@ MODEL_REQUIREMENTS = (
     "pandas",
     "pyjpegls",
     "pylibjpeg-openjpeg",
-)
-SIGNATURE = ModelSignature(
-    inputs=Schema([ColSpec(DataType.string, "image_id"), ColSpec(DataType.binary, "dicom")]),
-    outputs=Schema(
-        [
-            ColSpec(DataType.string, "image_id"),
-            ColSpec(DataType.double, "presence"),
-            ColSpec(DataType.long, "area_px"),
-            ColSpec(DataType.string, "rle"),
-            ColSpec(DataType.string, "error"),
-        ]
-    ),
 )
 
 
@@ -57,20 +49,27 @@ class Version:
 
 
 def log_model(folder: Path) -> str:
-    """Logs what serving.save wrote to the folder as a model of the active run; returns ``models:/<id>``."""
-    package = Path(__file__).parents[1]
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*[Ii]nput example")  # the signature is given instead
-        info = mlflow.pyfunc.log_model(
-            name="pneumothorax",
-            loader_module="pneumo_experiments.serving",
-            data_path=str(folder),
-            code_paths=[str(package)],
-            signature=SIGNATURE,
-            # Given, not guessed: guessing loads the model in a new process and takes seconds.
-            pip_requirements=[f"{name}=={version(name).split('+')[0]}" for name in MODEL_REQUIREMENTS],
-        )
-    return str(info.model_uri)
+    """Logs what serving.save wrote to the folder as a model of the active run; returns ``models:/<id>``.
+
+    Where the store cannot take it, the model is kept, to be logged later: returns its local folder.
+    """
+    active = mlflow.active_run()
+    assert active is not None
+    run_id = active.info.run_id
+    # Of torch's version only what other machines have, too.
+    requirements = [f"{name}=={version(name).split('+')[0]}" for name in MODEL_REQUIREMENTS]
+    box = current()
+    box.hurry()
+    try:
+        return str(box.offer("model", run_id=run_id, path=str(folder), requirements=requirements))
+    except Away:
+        kept = box.folder.with_name(f"model-{run_id}")
+        shutil.rmtree(kept, ignore_errors=True)  # of an earlier process of this run
+        save_model(kept, str(folder), requirements)
+        data = kept / "data" / folder.name
+        box.keep("model", run_id=run_id, path=str(data.relative_to(kept.parent)), requirements=requirements)
+        log.warning("%s does not take the model: kept in %s", box.store, kept)
+        return str(kept)
 
 
 def load_model(address: str) -> Any:

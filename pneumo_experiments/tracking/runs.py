@@ -1,94 +1,194 @@
 """Runs, and what a run holds."""
 # pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false, reportUnknownVariableType=false
-# pyright: reportUnknownArgumentType=false
+# pyright: reportUnknownArgumentType=false, reportPrivateUsage=false
 
 from __future__ import annotations
 
+import json
+import os
+import tempfile
+import time
 from collections.abc import Generator, Mapping
-from contextlib import contextmanager
-from pathlib import Path
+from contextlib import contextmanager, nullcontext
+from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import urlparse
 
 import mlflow
 import numpy as np
+from mlflow import MlflowClient
 from mlflow.data.meta_dataset import MetaDataset
 from mlflow.data.sources import LocalArtifactDatasetSource  # pyright: ignore[reportAttributeAccessIssue]  # made at run time
+from mlflow.environment_variables import MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING
+from mlflow.exceptions import MlflowException
+from mlflow.store.artifact.artifact_repo import verify_artifact_path
+from mlflow.tracking.fluent import _active_run_stack
+from mlflow.utils.validation import _validate_metric, _validate_param
 from numpy.typing import NDArray
+from PIL import Image
 
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.settings import as_params, as_text
+from pneumo_experiments.tracking.delivery import Away, Outbox, current, outbox
 from pneumo_experiments.tracking.models import model_id_of
 from pneumo_experiments.tracking.processes import process_tags
-from pneumo_experiments.tracking.store import open_store, without_password
+from pneumo_experiments.tracking.samples import sampled
+from pneumo_experiments.tracking.store import check_server, open_store, without_password
 
 
 @contextmanager
-def run(step: str, settings: object, description: str = "") -> Generator[str]:
+def run(
+    step: str,
+    settings: object,
+    description: str = "",
+    continues: str | None = None,
+    system_metrics: bool = False,
+) -> Generator[str]:
     """A run named after its step, with every setting as a param; yields its id.
 
     Inside another run it is a child. The first run of a process that `mlflow run` started is the
     one that `mlflow run` made. Ends FINISHED, KILLED on Ctrl-C and SIGTERM, else FAILED.
+    ``continues`` names a run to go on in, if it is still there and this is no child.
+    ``system_metrics`` logs the use of processor, memory and GPU every few seconds.
+    A store that goes away once the run has started ends nothing: see delivery.
     """
     open_store()
     nested = mlflow.active_run() is not None
+    if nested:
+        check_server(mlflow.get_tracking_uri())  # it may have gone since the outer run began
+    earlier = None if nested or continues is None else _earlier(continues)
+    # With its tags from the first moment: end_orphans knows it whenever the process is killed.
+    started = mlflow.start_run(
+        earlier, run_name=step, nested=nested, tags=process_tags(), log_system_metrics=False
+    )
+    # MLflow's own switch asks for them, too.
+    system_metrics = system_metrics or bool(MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING.get())
+    run_id, status = started.info.run_id, "FAILED"
+    with outbox(run_id) as box:
+        try:
+            with sampled(box, run_id, started.info.start_time) if system_metrics else nullcontext():
+                # `mlflow run` chose a random name; tags are for new runs only.
+                box.deliver("tags", run_id=run_id, values={"mlflow.runName": step} | process_tags())
+                describe(description)
+                # Those that `mlflow run` has logged stay as they are.
+                params = {name: without_password(text) for name, text in as_params(settings).items()}
+                box.deliver("params", run_id=run_id, values=params)
+                yield run_id
+            status = "FINISHED"
+        except KeyboardInterrupt:
+            status = "KILLED"
+            raise
+        except UserError as error:
+            box.deliver("tags", run_id=run_id, values={"error": str(error)[:5000]})
+            raise
+        finally:
+            _end(box, run_id, status)
+
+
+def _end(box: Outbox, run_id: str, status: str) -> None:
+    box.hurry()
     try:
-        # With its tags from the first moment: end_orphans knows it whenever the process is killed.
-        started = mlflow.start_run(run_name=step, nested=nested, tags=process_tags())
-        run_id = started.info.run_id
-        mlflow.set_tag("mlflow.runName", step)  # `mlflow run` chose a random name
-        describe(description)
-        # `mlflow run` has logged the text of its own parameters; a second text for one name is refused.
-        there = mlflow.get_run(run_id).data.params
-        params = {name: text for name, text in as_params(settings).items() if name not in there}
-        mlflow.log_params({name: without_password(text) for name, text in params.items()})
-        yield run_id
-    except KeyboardInterrupt:
-        mlflow.end_run("KILLED")
-        raise
-    except BaseException as error:
-        if isinstance(error, UserError):
-            mlflow.set_tag("error", str(error)[:5000])
-        mlflow.end_run("FAILED")
-        raise
-    mlflow.end_run()
+        box.deliver("end", run_id=run_id, status=status, end_time=_now_ms())
+    finally:
+        # What mlflow.end_run does besides; it would ask the store again, for minutes where that is away.
+        _active_run_stack.get().pop()
+        os.environ.pop("MLFLOW_RUN_ID", None)
+
+
+def _earlier(run_id: str) -> str | None:
+    """The run to go on in.
+
+    The one that `mlflow run` made for this process ends, and says where the work went on.
+    """
+    client = MlflowClient()
+    try:
+        if client.get_run(run_id).info.lifecycle_stage != "active":
+            return None
+    except MlflowException:
+        return None
+    made = os.environ.pop("MLFLOW_RUN_ID", None)
+    if made is not None:
+        # It cannot be deleted: `mlflow run` ends it once more.
+        client.set_tag(made, "mlflow.runName", "went on in an earlier run")
+        client.set_tag(made, "mlflow.note.content", f"An interrupted training went on in run {run_id}.")
+        client.set_terminated(made, "FINISHED")
+    return run_id
+
+
+def _active() -> str:
+    active = mlflow.active_run()
+    assert active is not None, "no run has been started"
+    return active.info.run_id
+
+
+def _now_ms() -> int:
+    return time.time_ns() // 1_000_000
 
 
 def describe(text: str) -> None:
     """The description that the UI shows for the active run."""
     if text:
-        mlflow.set_tag("mlflow.note.content", text)
+        current().deliver("tags", run_id=_active(), values={"mlflow.note.content": text})
 
 
 def log_metrics(values: Mapping[str, float], step: int | None = None, model: str | None = None) -> None:
-    """Metrics of the active run, also of the model where its address is given."""
-    mlflow.log_metrics(dict(values), step=step, model_id=model_id_of(model) if model else None)
+    """Metrics of the active run, also of the model where its address is given.
+
+    Raises MlflowException where the store would not take a name.
+    """
+    found, now = {name: float(value) for name, value in values.items()}, _now_ms()
+    for name, value in found.items():
+        _validate_metric(name, value, now, step or 0)  # not only when it is delivered
+    model_id = model_id_of(model) if model else None
+    current().deliver("metrics", run_id=_active(), values=found, step=step, timestamp=now, model_id=model_id)
 
 
 def log_found(values: Mapping[str, object]) -> None:
-    """Params that the step found rather than was told."""
-    mlflow.log_params({name: as_text(value) for name, value in values.items()})
+    """Params that the step found rather than was told; in a run that goes on, the first ones stand.
+
+    Raises MlflowException where the store would not take a name.
+    """
+    found = {name: as_text(value) for name, value in values.items()}
+    for name, text in found.items():
+        _validate_param(name, text)
+    current().deliver("params", run_id=_active(), values=found)
 
 
 def log_picture(picture: NDArray[np.uint8], name: str) -> None:
     """An RGB picture (H, W, 3) as artifact ``name`` of the active run."""
-    mlflow.log_image(picture, artifact_file=name)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, PurePosixPath(name).name)
+        Image.fromarray(picture).save(path)
+        _log_artifact(path, name)
 
 
 def log_json(value: Mapping[str, Any], name: str) -> None:
     """A JSON artifact of the active run."""
-    mlflow.log_dict(dict(value), name)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, PurePosixPath(name).name)
+        path.write_text(json.dumps(value, indent=2), encoding="utf-8")
+        _log_artifact(path, name)
 
 
 def log_file(path: Path) -> None:
     """A file as artifact of the active run."""
-    mlflow.log_artifact(str(path))
+    _log_artifact(path, path.name)
+
+
+def _log_artifact(path: Path, name: str) -> None:
+    verify_artifact_path(name)  # the store's refusal would look like a failure of the server
+    box, folder = current(), str(PurePosixPath(name).parent).removeprefix(".")
+    try:
+        box.offer("artifact", run_id=_active(), path=str(path), folder=folder)
+    except Away:
+        box.keep("artifact", run_id=_active(), path=box.copy(path), folder=folder)
 
 
 def log_dataset(path: Path, fingerprint: str, context: str) -> None:
     """The data set as an input of the active run; its digest is the start of the fingerprint."""
     source = LocalArtifactDatasetSource(str(path.resolve()))
-    mlflow.log_input(MetaDataset(source, name=path.stem, digest=fingerprint[:16]), context=context)
+    used = MetaDataset(source, name=path.stem, digest=fingerprint[:16])
+    current().deliver("dataset", run_id=_active(), description=used.to_dict(), context=context)
 
 
 def artifacts_of_active_run() -> str:

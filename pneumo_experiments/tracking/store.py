@@ -8,14 +8,16 @@ import os
 import re
 import socket
 from collections.abc import Generator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import mlflow
+import requests
 from filelock import FileLock
 from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
 from sqlalchemy import NullPool, create_engine
 
 from pneumo_experiments.errors import UserError
@@ -34,11 +36,12 @@ def open_store() -> None:
 
 @cache
 def _open(uri: str) -> None:
-    logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # a traceback for each lock
     logging.getLogger("alembic").setLevel(logging.WARNING)
+    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # a line for each new attempt
     adopted = "MLFLOW_RUN_ID" in os.environ
     try:
-        _check_server(uri)
+        check_server(uri)
         with _creation_lock():
             if adopted:
                 experiment_id = mlflow.get_run(os.environ["MLFLOW_RUN_ID"]).info.experiment_id
@@ -72,7 +75,8 @@ def _experiment() -> str:
 def _mark(experiment_id: str) -> None:
     # Else the UI opens on its pages for language models, without curves or registered models.
     if KIND_TAG not in mlflow.get_experiment(experiment_id).tags:
-        MlflowClient().set_experiment_tag(experiment_id, KIND_TAG, "custom_model_development")
+        with suppress(MlflowException):  # another process has just set it
+            MlflowClient().set_experiment_tag(experiment_id, KIND_TAG, "custom_model_development")
 
 
 def _database_file() -> Path:
@@ -93,24 +97,27 @@ def _creation_lock() -> Generator[None]:
         yield
 
 
-def _check_server(uri: str) -> None:
-    """Fails within seconds where nothing answers; MLflow itself would retry for minutes."""
+def reach(uri: str) -> None:
+    """Raises OSError within seconds where no server answers; MLflow itself would retry for minutes."""
     parts = urlsplit(uri)
     kind = parts.scheme.split("+")[0]
-    try:
-        if kind in ("http", "https"):
-            import requests
+    if kind in ("http", "https"):
+        requests.head(uri, timeout=SERVER_TIMEOUT_SECONDS)  # any answer will do
+    elif kind in DATABASE_PORTS and parts.hostname:
+        address = (parts.hostname, parts.port or DATABASE_PORTS[kind])
+        socket.create_connection(address, timeout=SERVER_TIMEOUT_SECONDS).close()
 
-            requests.head(uri, timeout=SERVER_TIMEOUT_SECONDS)  # any answer will do
-        elif kind in DATABASE_PORTS and parts.hostname:
-            address = (parts.hostname, parts.port or DATABASE_PORTS[kind])
-            socket.create_connection(address, timeout=SERVER_TIMEOUT_SECONDS).close()
+
+def check_server(uri: str) -> None:
+    """Raises UserError within seconds where nothing answers."""
+    try:
+        reach(uri)
     except OSError as error:  # requests' exceptions are OSErrors too
         raise UserError(
             f"MLFLOW_TRACKING_URI={tracking_uri()}: nothing answers there;"
             " start the server, or unset the variable to use mlflow.db in this folder"
         ) from error
-    if kind in DATABASE_PORTS:
+    if urlsplit(uri).scheme.split("+")[0] in DATABASE_PORTS:
         _connect()
 
 

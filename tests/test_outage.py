@@ -1,0 +1,518 @@
+"""A tracking store that goes away in the middle of a run, and what the machine did meanwhile.
+
+The server is a real one, killed with -9 and started again on the same port.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pytest
+import requests
+from conftest import ROOT
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException, RestException
+
+from pneumo_experiments import tracking
+from pneumo_experiments.errors import UserError
+from pneumo_experiments.settings import Train
+from pneumo_experiments.tracking import delivery
+from pneumo_experiments.tracking.__main__ import deliver
+
+PATIENCE_SECONDS = 120
+
+# Logs before, during and after an outage; each line on stdin lets it go on.
+TRAINING = """
+import sys, time
+from pathlib import Path
+import numpy as np
+from mlflow.exceptions import MlflowException
+from pneumo_experiments import tracking
+from pneumo_experiments.errors import UserError
+from pneumo_experiments.settings import Train
+from pneumo_experiments.tracking import delivery
+
+def wait(word):
+    print(word, flush=True)
+    sys.stdin.readline()
+
+delivery.PAUSE_SECONDS = float(sys.argv[1])
+with tracking.run("train", Train(epochs=9), system_metrics=sys.argv[2] == "sampled") as run_id:
+    print(run_id)
+    tracking.log_metrics({"dice": 0.1, "loss": 0.9}, step=1)
+    wait("up")
+    began = time.monotonic()
+    for step in range(2, 12):
+        tracking.log_metrics({"dice": step / 10, "loss": 1 - step / 10}, step=step)
+    try:
+        tracking.log_metrics({"no: such\\nname": 1.0})
+    except MlflowException as error:
+        print(error.error_code)
+    tracking.log_found({"device_used": "none", "epochs": "77"})
+    tracking.log_dataset(Path("data.h5"), "0123456789abcdef0123", "training")
+    tracking.log_json({"parts": [1, 2]}, "sheets/split.json")
+    tracking.log_picture(np.full((4, 5, 3), 200, np.uint8), "sheets/sheet.png")
+    tracking.describe("What came of it.")
+    print(time.monotonic() - began)
+    try:
+        with tracking.run("child", Train()):
+            print("a child was made")
+    except UserError as error:
+        print(error)
+    wait("down")
+    tracking.log_metrics({"dice": 1.2}, step=12)
+    if sys.argv[2] == "model":
+        folder = Path("weights")
+        folder.mkdir()
+        (folder / "model.json").write_text("{}")
+        print(tracking.log_model(folder))
+print("end")
+"""
+
+
+@dataclass
+class Server:
+    """An MLflow server with its database and artifacts in a folder."""
+
+    folder: Path
+    port: int
+    process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def uri(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def client(self) -> MlflowClient:
+        return MlflowClient(self.uri)
+
+    def start(self) -> None:
+        words = ["--backend-store-uri", f"sqlite:///{self.folder}/server.db", "--workers", "1"]
+        words += ["--artifacts-destination", f"{self.folder}/artifacts"]
+        words += ["--host", "127.0.0.1", "--port", str(self.port)]
+        with (self.folder / "server.log").open("ab") as out:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "mlflow", "server", *words],
+                cwd=self.folder,
+                env=environment() | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+                stdout=out,
+                stderr=out,
+                start_new_session=True,
+            )
+        end = time.monotonic() + PATIENCE_SECONDS
+        while not self.answers():
+            assert time.monotonic() < end, (self.folder / "server.log").read_text()
+            time.sleep(0.1)
+
+    def answers(self) -> bool:
+        try:
+            return requests.get(f"{self.uri}/health", timeout=2).ok
+        except requests.RequestException:
+            return False
+
+    def kill(self) -> None:
+        if self.process is not None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+            self.process = None
+
+
+@dataclass
+class Training:
+    """A process of TRAINING, and what it told."""
+
+    folder: Path
+    process: subprocess.Popen[str]
+    told: list[str] = field(default_factory=list[str])
+    err: str = ""
+
+    def read_until(self, word: str) -> None:
+        assert self.process.stdout is not None
+        while not self.told or self.told[-1] != word:
+            line = self.process.stdout.readline()
+            assert line, self.process.communicate()[1]
+            self.told.append(line.strip())
+
+    def go_on(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+
+    def finish(self) -> None:
+        self.read_until("end")
+        self.err = self.process.communicate(timeout=PATIENCE_SECONDS)[1]
+
+    @property
+    def run_id(self) -> str:
+        return self.told[0]
+
+    @property
+    def file(self) -> Path:
+        return self.folder / "output" / f"undelivered-{self.run_id}" / "calls.jsonl"
+
+
+def environment() -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
+    return kept | {"PYTHONPATH": str(ROOT), "MLFLOW_DISABLE_TELEMETRY": "true"}
+
+
+def start(server: Server, folder: Path, *words: str) -> Training:
+    folder.mkdir()
+    process = subprocess.Popen(
+        [sys.executable, "-c", TRAINING, *words],
+        cwd=folder,
+        env=environment()
+        | {"MLFLOW_TRACKING_URI": server.uri, "MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL": "1"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    return Training(folder, process)
+
+
+@dataclass(frozen=True)
+class Outage:
+    """Two trainings whose server died: one saw it come back, the other was over before."""
+
+    server: Server
+    patient: Training
+    kept_meanwhile: list[dict[str, Any]]
+    alone: Training
+    left: list[dict[str, Any]]  # what the second left in its file
+    left_files: list[str]
+    delivered: subprocess.CompletedProcess[str]
+
+
+def calls_in(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def outage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Outage]:
+    folder = tmp_path_factory.mktemp("outage")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        server = Server(folder, free.getsockname()[1])
+    trainings = list[Training]()
+    try:
+        server.start()
+        patient = start(server, folder / "patient", "1", "sampled")
+        alone = start(server, folder / "alone", "30", "model")
+        trainings = [patient, alone]
+        for training in trainings:
+            training.read_until("up")
+        server.kill()
+        for training in trainings:
+            training.go_on()
+        for training in trainings:
+            training.read_until("down")
+        kept_meanwhile = calls_in(patient.file)
+        alone.go_on()
+        alone.finish()
+        left = calls_in(alone.file)
+        left_files = sorted(path.name for path in alone.file.parent.rglob("*.*"))
+        deliver = [sys.executable, "-m", "pneumo_experiments.tracking", str(alone.file)]
+        options: dict[str, Any] = {"cwd": alone.folder, "capture_output": True, "text": True}
+        options["env"] = environment() | {"MLFLOW_TRACKING_URI": server.uri}
+        server.start()
+        patient.go_on()
+        patient.finish()
+        delivered = subprocess.run(deliver, **options)
+        yield Outage(server, patient, kept_meanwhile, alone, left, left_files, delivered)
+    finally:
+        server.kill()
+        for training in trainings:
+            training.process.kill()
+            training.process.communicate()
+
+
+def check_all_arrived(server: Server, run_id: str, last_step: int) -> None:
+    dice = server.client.get_metric_history(run_id, "dice")
+    assert [(m.step, m.value) for m in dice] == [(step, step / 10) for step in range(1, last_step + 1)]
+    assert [m.timestamp for m in dice] == sorted(m.timestamp for m in dice)
+    loss = server.client.get_metric_history(run_id, "loss")
+    assert [(m.step, m.value) for m in loss] == [(1, 0.9)] + [(s, 1 - s / 10) for s in range(2, 12)]
+    run = server.client.get_run(run_id)
+    assert run.info.status == "FINISHED"
+    assert (run.data.params["epochs"], run.data.params["device_used"]) == ("9", "none")
+    assert run.data.tags["mlflow.note.content"] == "What came of it."
+    assert {name for name in run.data.metrics if not name.startswith("system/")} == {"dice", "loss"}
+    (used,) = run.inputs.dataset_inputs
+    assert (used.dataset.name, used.dataset.digest) == ("data", "0123456789abcdef")
+    assert {tag.key: tag.value for tag in used.tags} == {"mlflow.data.context": "training"}
+    sheets = server.folder / "artifacts" / "0" / run_id / "artifacts" / "sheets"
+    assert sorted(path.name for path in sheets.iterdir()) == ["sheet.png", "split.json"]
+    assert json.loads((sheets / "split.json").read_text()) == {"parts": [1, 2]}
+
+
+def test_what_a_dead_server_missed_arrives_once_in_order_and_with_its_time(outage: Outage) -> None:
+    patient = outage.patient
+    assert patient.process.returncode == 0
+    check_all_arrived(outage.server, patient.run_id, 12)
+    kept = {call["step"]: call["timestamp"] for call in outage.kept_meanwhile if call["call"] == "metrics"}
+    assert list(kept) == list(range(2, 12))
+    arrived = outage.server.client.get_metric_history(patient.run_id, "dice")
+    assert {m.step: m.timestamp for m in arrived if m.step in kept} == kept
+    assert not patient.file.parent.exists()
+
+
+def test_an_outage_is_told_once_and_so_is_its_end(outage: Outage) -> None:
+    gone, back = (line for line in outage.patient.err.splitlines() if "MLFLOW_TRACKING_URI" in line)
+    assert f"{outage.server.uri} takes nothing at the moment: kept in output/undelivered-" in gone
+    assert "answers again: delivered what was kept" in back
+    assert len(outage.patient.err.splitlines()) == 2
+
+
+def test_system_metrics_go_on_after_an_outage(outage: Outage) -> None:
+    samples = outage.server.client.get_metric_history(
+        outage.patient.run_id, "system/cpu_utilization_percentage"
+    )
+    back = max(call["timestamp"] for call in outage.kept_meanwhile if "timestamp" in call)
+    assert max(m.timestamp for m in samples) > back
+    assert all(call["call"] != "metrics" or "dice" in call["values"] for call in outage.kept_meanwhile)
+
+
+def test_a_name_that_the_server_would_refuse_is_refused_while_it_is_away(outage: Outage) -> None:
+    assert outage.patient.told[2] == outage.alone.told[2] == "INVALID_PARAMETER_VALUE"
+
+
+def test_logging_to_a_dead_server_takes_hardly_any_time(outage: Outage) -> None:
+    assert float(outage.alone.told[3]) < 5
+
+
+def test_a_child_cannot_start_without_the_server_and_says_so(outage: Outage) -> None:
+    assert outage.alone.told[4].startswith(f"MLFLOW_TRACKING_URI={outage.server.uri}: nothing answers there")
+
+
+def test_a_run_whose_server_stays_away_ends_well_and_leaves_exactly_what_is_missing(outage: Outage) -> None:
+    alone = outage.alone
+    assert alone.process.returncode == 0
+    names = ["metrics"] * 10 + ["params", "dataset", "artifact", "artifact", "tags"]
+    assert [call["call"] for call in outage.left] == [*names, "metrics", "model", "end"]
+    assert {call["run_id"] for call in outage.left} == {alone.run_id}
+    metrics = [(call["step"], call["values"]) for call in outage.left if call["call"] == "metrics"]
+    expected = [(step, {"dice": step / 10, "loss": 1 - step / 10}) for step in range(2, 12)]
+    assert metrics == [*expected, (12, {"dice": 1.2})]
+    assert outage.left[-1]["status"] == "FINISHED"
+    assert outage.left_files == ["calls.jsonl", "sheet.png", "split.json"]
+
+
+def test_the_last_line_names_the_file_and_how_to_deliver_it(outage: Outage) -> None:
+    file = outage.alone.file.relative_to(outage.alone.folder)
+    gone, model, last = outage.alone.err.splitlines()
+    assert "takes nothing at the moment" in gone
+    assert f"does not take the model: kept in output/model-{outage.alone.run_id}" in model
+    assert f"18 calls wait in {file};" in last
+    assert last.endswith(f"deliver them with: python -m pneumo_experiments.tracking {file}")
+
+
+def test_a_model_that_cannot_be_logged_is_kept_as_a_whole(outage: Outage) -> None:
+    kept = f"output/model-{outage.alone.run_id}"
+    assert outage.alone.told[-2] == kept
+    assert {path.name for path in (outage.alone.folder / kept).iterdir()} >= {"MLmodel", "code", "data"}
+
+
+def test_what_was_left_is_delivered_by_hand(outage: Outage) -> None:
+    alone = outage.alone
+    assert outage.delivered.returncode == 0, outage.delivered.stderr
+    check_all_arrived(outage.server, alone.run_id, 12)
+    end = outage.server.client.get_run(alone.run_id).info.end_time
+    assert end == outage.left[-1]["end_time"]
+    (model,) = outage.server.client.search_logged_models(["0"])
+    assert (model.source_run_id, str(model.status)) == (alone.run_id, "READY")
+    assert model.model_uri in outage.delivered.stderr
+    assert not alone.file.parent.exists()
+
+
+# A database in a file
+
+
+@pytest.fixture(scope="module")
+def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store without runs; to create one takes seconds, to copy it none."""
+    folder = tmp_path_factory.mktemp("store")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        MlflowClient(f"sqlite:///{folder / 'mlflow.db'}").search_experiments()
+    return folder / "mlflow.db"
+
+
+@pytest.fixture
+def client(empty_database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MlflowClient:
+    shutil.copy(empty_database, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    for name in ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID", "MLFLOW_EXPERIMENT_NAME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.4")
+    mlflow.set_tracking_uri(None)
+    return MlflowClient()
+
+
+def history(client: MlflowClient, run_id: str, name: str) -> list[tuple[int, float]]:
+    return [(metric.step, metric.value) for metric in client.get_metric_history(run_id, name)]
+
+
+def test_a_database_in_trouble_gets_its_metrics_later(
+    client: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    # A lock raises the same kind of error, but only after the twenty seconds that MLflow waits for it.
+    def alter(words: str) -> None:
+        with sqlite3.connect(tmp_path / "mlflow.db") as other:
+            other.execute(f"ALTER TABLE {words}")
+
+    with tracking.run("train", Train()) as run_id:
+        tracking.log_metrics({"dice": 0.1}, step=1)
+        alter("metrics RENAME TO away")
+        tracking.log_metrics({"dice": 0.2}, step=2)
+        tracking.log_metrics({"dice": 0.3}, step=3)
+        assert len(calls_in(tmp_path / "output" / f"undelivered-{run_id}" / "calls.jsonl")) == 2
+        alter("away RENAME TO metrics")
+        monkeypatch.setattr(delivery.current(), "_next_attempt", 0.0)
+        tracking.log_metrics({"dice": 0.4}, step=4)
+        assert history(client, run_id, "dice") == [(1, 0.1), (2, 0.2), (3, 0.3), (4, 0.4)]
+    assert list((tmp_path / "output").iterdir()) == []
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_run_that_goes_on_takes_up_what_its_first_process_left(
+    client: MlflowClient, tmp_path: Path
+) -> None:
+    with tracking.run("train", Train()) as run_id:
+        pass
+    left = delivery.Outbox(Path("output") / f"undelivered-{run_id}")
+    for step in (1, 2):
+        left.keep("metrics", run_id=run_id, values={"dice": step}, step=step, timestamp=7, model_id=None)
+    with tracking.run("train", Train(), continues=run_id) as again:
+        assert again == run_id
+        assert history(client, run_id, "dice") == [(1, 1), (2, 2)]
+    assert not left.folder.exists()
+
+
+def test_a_line_that_a_kill_tore_is_left_out_and_the_others_stand(tmp_path: Path) -> None:
+    box = delivery.Outbox(tmp_path / "box")
+    box.keep("tags", run_id="a", values={"x": "y"})
+    with box.file.open("a") as file:
+        file.write('{"call": "tags", "run_')
+    again = delivery.Outbox(tmp_path / "box")
+    again.keep("tags", run_id="b", values={})
+    assert [call["run_id"] for call in calls_in(again.file)] == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("error", "passes"),
+    [
+        (RestException({"error_code": "TEMPORARILY_UNAVAILABLE"}), True),
+        (RestException({"error_code": "REQUEST_LIMIT_EXCEEDED"}), True),
+        (RestException({"error_code": "PERMISSION_DENIED"}), True),
+        (RestException({"error_code": "INVALID_PARAMETER_VALUE"}), False),
+        (RestException({"error_code": "RESOURCE_DOES_NOT_EXIST"}), False),
+        (requests.ConnectionError(), True),
+        (requests.ReadTimeout(), True),
+        (requests.exceptions.InvalidURL(), False),
+        (FileNotFoundError(), False),
+    ],
+)
+def test_only_what_may_pass_is_an_outage(error: Exception, passes: bool) -> None:
+    assert delivery.is_outage(error) == passes
+
+
+def test_one_call_that_the_store_refuses_holds_up_no_other(client: MlflowClient, tmp_path: Path) -> None:
+    with tracking.run("train", Train()) as run_id:
+        box = delivery.Outbox(tmp_path / "box")
+        for step, run in enumerate([run_id, "0" * 32, run_id]):
+            box.keep("metrics", run_id=run, values={"dice": 0.5}, step=step, timestamp=7, model_id=None)
+        assert not box.flush()
+        assert history(client, run_id, "dice") == [(0, 0.5), (2, 0.5)]
+        (missing,) = calls_in(box.file)
+        assert (missing["run_id"], missing["step"]) == ("0" * 32, 1)
+
+
+@pytest.mark.parametrize("name", ["a:\nb", "../../a.json"])
+def test_a_refused_name_is_an_error_at_once_and_not_kept(
+    name: str, client: MlflowClient, tmp_path: Path
+) -> None:
+    with tracking.run("train", Train()):
+        with pytest.raises(MlflowException):
+            if name.endswith("json"):
+                tracking.log_json({}, name)
+            else:
+                tracking.log_metrics({name: 0.5})
+        assert not (tmp_path / "output").exists()
+
+
+@pytest.mark.parametrize(
+    ("uri", "name", "reason"),
+    [
+        ("http://127.0.0.1:9", "calls.jsonl", "nothing answers there; start the server"),
+        ("sqlite:///mlflow.db", "nothing.jsonl", "nothing.jsonl: no such file"),
+    ],
+)
+def test_delivering_by_hand_needs_the_store_and_the_file(
+    uri: str, name: str, reason: str, client: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    delivery.Outbox(tmp_path).keep("tags", run_id="0" * 32, values={"a": "b"})
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    mlflow.set_tracking_uri(None)
+    with pytest.raises(UserError, match=reason):
+        deliver(tmp_path / name)
+    assert len(calls_in(tmp_path / "calls.jsonl")) == 1
+
+
+# System metrics
+
+
+def test_samples_of_the_machine_arrive_and_go_on_with_the_run(
+    client: MlflowClient, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with tracking.run("train", Train(), system_metrics=True) as run_id:
+        time.sleep(1.5)
+    first = client.get_metric_history(run_id, "system/cpu_utilization_percentage")
+    assert len(first) >= 3
+    with tracking.run("train", Train(), continues=run_id, system_metrics=True):
+        time.sleep(0.5)
+    both = client.get_metric_history(run_id, "system/cpu_utilization_percentage")
+    assert len(both) > len(first)
+    steps = [metric.step for metric in both]
+    assert steps == sorted(steps)
+    assert all(0 <= metric.value <= 100 for metric in both)
+    memory = client.get_run(run_id).data.metrics["system/system_memory_usage_megabytes"]
+    assert 100 < memory < 10_000_000
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("error", [None, ValueError("a bug"), KeyboardInterrupt()])
+def test_sampling_ends_with_the_run_and_leaves_a_point_of_the_shortest(
+    error: BaseException | None, client: MlflowClient
+) -> None:
+    before = set(threading.enumerate())
+    with (
+        suppress(ValueError, KeyboardInterrupt),
+        tracking.run("train", Train(), system_metrics=True) as run_id,
+    ):
+        assert "system-metrics" in {thread.name for thread in threading.enumerate()}
+        if error is not None:
+            raise error
+    assert {thread.name for thread in set(threading.enumerate()) - before} <= {"MLflowAsync"}
+    assert len(client.get_metric_history(run_id, "system/cpu_utilization_percentage")) >= 1
+
+
+def test_a_run_without_system_metrics_has_none(client: MlflowClient) -> None:
+    with tracking.run("train", Train()) as run_id:
+        tracking.log_metrics({"dice": 0.5})
+    assert set(client.get_run(run_id).data.metrics) == {"dice"}
