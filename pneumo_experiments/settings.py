@@ -107,37 +107,79 @@ class Split:
         0.2, "share of the patients kept for the final score alone; 0 keeps none", least=0
     )
     folds: int = setting(5, "parts into which the other patients are divided", least=2)
-    fold: int = setting(0, "the part that validates, from 0; the others train", least=0)
+    fold: str = setting(
+        "0", "the part that validates, from 0; the others train. all: train validates each part in turn"
+    )
 
 
 @dataclass(frozen=True)
 class Recipe(Seed, Device, Split):
     network: str = setting(
-        "fcn_resnet50", "torchvision segmentation network", choices=("fcn_resnet50", "fcn_resnet101")
+        "fcn_resnet50",
+        "torchvision segmentation network",
+        choices=("fcn_resnet50", "fcn_resnet101", "deeplabv3_resnet50", "deeplabv3_resnet101"),
     )
     weights: str = setting(
         "auto",
-        "start of the backbone: imagenet (downloaded), none (random), a file with a state dict,"
-        " or auto: imagenet where it can be had, else none",
+        "start of the network: imagenet (backbone, downloaded), coco (backbone and heads, downloaded), none"
+        " (random), a file with a state dict, or auto: imagenet where it can be had, else none",
         sample="none",
     )
+    cache: str = setting(
+        "auto",
+        "where the images lie while a network trains; auto takes the first that has room",
+        choices=("auto", "device", "host", "stream"),
+    )
     positive_share: float = setting(
-        0.5,
-        "share of images with pneumothorax in an epoch; 0 takes every image once",
+        0.8,
+        "share of images with pneumothorax in each batch of the first epoch; 0 takes every image once",
         sample=0.6,
         least=0,
         most=1,
     )
+    final_positive_share: float = setting(
+        0.4, "that share in the last epoch; it goes there evenly", sample=0.6, least=0, most=1
+    )
     batch_size: int = setting(16, "images per optimiser step", sample=8, least=2)
-    learning_rate: float = setting(3e-4, "peak of AdamW's one-cycle schedule", sample=1e-3, least=0)
+    micro_batch: int = setting(
+        0,
+        "images that pass the network at once, whose gradients add up to a step; 0 takes the whole batch,"
+        " and less when the memory runs out",
+        least=0,
+    )
+    learning_rate: float = setting(3e-4, "AdamW's highest learning rate", sample=1e-3, least=0)
+    pretrained_rate: float = setting(
+        0.3, "the share of it for layers that start from pretrained weights", least=0, most=1
+    )
+    schedule: str = setting(
+        "cosine", "how the learning rate falls to zero after its rise", choices=("cosine", "polynomial")
+    )
+    warmup: float = setting(0.2, "share of all steps in which the learning rate rises", least=0, most=0.9)
     weight_decay: float = setting(0.01, "AdamW's weight decay", least=0)
+    clip_norm: float = setting(5.0, "largest norm of a step's gradient; 0 sets no limit", least=0)
+    ema: float = setting(
+        0.0,
+        "decay of a moving average of the weights, which is judged and kept; 0 keeps none",
+        least=0,
+        most=1,
+    )
+    compile: bool = setting(False, "compile the network with torch.compile; pays in long trainings on a GPU")
     bce_weight: float = setting(1.0, "weight of the pixels' binary cross-entropy in the loss", least=0)
     dice_weight: float = setting(1.0, "weight of the soft Dice loss", least=0)
     focal_weight: float = setting(1.0, "weight of the focal loss (gamma 2)", least=0)
+    dice_image_weight: float = setting(
+        0.0, "weight of the soft Dice loss of each image, where dice_weight's is of the batch", least=0
+    )
+    lovasz_weight: float = setting(
+        0.0, "weight of the Lovász hinge, a surrogate of the Jaccard index", least=0
+    )
     aux_weight: float = setting(0.4, "weight of the auxiliary head's mask loss", least=0)
     presence_weight: float = setting(0.2, "weight of the cross-entropy of presence", least=0)
     augment: bool = setting(
-        True, "flip, shift, scale, rotate and change contrast of the training images", sample=False
+        True,
+        "flip, shift, scale, rotate and distort the training images, and change their gamma, contrast and"
+        " brightness",
+        sample=False,
     )
     mirror: bool = setting(True, "predict each image and its mirror image, and take the mean of both")
 
@@ -152,6 +194,16 @@ class Refine:
 @dataclass(frozen=True)
 class Schedule:
     epochs: int = setting(12, "passes over the training images", sample=4, least=1)
+    best_k: int = setting(
+        3, "take the mean weights of so many best epochs where it scores better than the best one", least=1
+    )
+    patience: int = setting(
+        0, "stop after so many epochs without a better validation Dice; 0 never stops early", least=0
+    )
+    resume: bool = setting(
+        True, "go on where an interrupted training with the same settings stopped; false starts anew"
+    )
+    checkpoints: Path = setting(Path("output/checkpoints"), "folder for what an interrupted training left")
 
 
 @dataclass(frozen=True)

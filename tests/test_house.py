@@ -26,6 +26,7 @@ LIBRARIES = {
     "pydicom": {"data"},
     "h5py": {"data"},
     "pandas": {"serving"},
+    "matplotlib": {"scoring"},
 }
 # Rooms of the package, and the rooms that each may import besides itself, errors and settings.
 ROOMS = {

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
 import torch
 
 from pneumo_experiments.errors import UserError
-from pneumo_experiments.learning.augment import augment
 from pneumo_experiments.learning.device import Machine, choose_machine
-from pneumo_experiments.learning.fit import fit, one_cycle
-from pneumo_experiments.learning.loader import Examples, batches, draw
+from pneumo_experiments.learning.fit import fit, rate
+from pneumo_experiments.learning.loader import Examples, Streamed, batches, choose_cache, draw, load
 from pneumo_experiments.learning.loss import bce, criterion, focal, soft_dice
 from pneumo_experiments.learning.network import Output, PneumothoraxNet, build
 from pneumo_experiments.learning.predict import Predictor, to_native
@@ -38,7 +36,7 @@ def squares(count: int, side: int = 32, seed: int = 0) -> Examples:
         x, y = rng.integers(0, side // 2, 2)
         images[i, y : y + side // 2, x : x + side // 2] += 120
         shares[i, y : y + side // 2, x : x + side // 2] = 255
-    return Examples(images, shares, shares.any(axis=(1, 2)))
+    return Examples(torch.from_numpy(images), torch.from_numpy(shares), shares.any(axis=(1, 2)))
 
 
 # Losses: values by hand
@@ -65,19 +63,6 @@ def test_soft_dice_of_an_empty_prediction_of_an_empty_truth_is_zero() -> None:
     assert soft_dice(torch.full((1, 4, 4), -50.0), torch.zeros(1, 4, 4)).item() == pytest.approx(0, abs=1e-6)
 
 
-def test_the_loss_is_the_weighted_sum_of_its_terms() -> None:
-    generator = torch.Generator().manual_seed(1)
-    mask, aux = torch.randn(2, 3, 4, 4, generator=generator)
-    output = Output(mask, aux, torch.tensor([0.3, -1.0, 2.0]))
-    share, present = (torch.rand(3, 4, 4, generator=generator) > 0.5).float(), torch.tensor([1.0, 0.0, 1.0])
-    recipe = Recipe(bce_weight=0.5, dice_weight=2.0, focal_weight=3.0, aux_weight=0.4, presence_weight=0.7)
-    terms = criterion(output, share, present, recipe)
-    aux_loss = 0.5 * bce(aux, share) + 2 * soft_dice(aux, share) + 3 * focal(aux, share)
-    expected = 0.5 * terms["loss_bce"] + 2 * terms["loss_dice"] + 3 * terms["loss_focal"]
-    expected = expected + 0.4 * aux_loss + 0.7 * terms["loss_presence"]
-    assert terms["loss"].item() == pytest.approx(expected.item(), rel=1e-6)
-
-
 def test_a_weight_of_zero_leaves_the_term_out() -> None:
     output = Output(torch.zeros(1, 2, 2), torch.zeros(1, 2, 2), torch.zeros(1))
     recipe = Recipe(focal_weight=0, aux_weight=0, presence_weight=0)
@@ -89,107 +74,84 @@ def test_a_weight_of_zero_leaves_the_term_out() -> None:
 # Batches
 
 
-def test_augmentation_moves_image_and_share_alike() -> None:
-    x = torch.zeros(8, 1, 64, 64)
-    x[:, :, 20:44, 10:30] = 1.0
-    moved, shares = augment(x, x[:, 0], torch.Generator().manual_seed(0))
-    assert not torch.equal(shares, x[:, 0])
-    bright = (moved[:, 0] > 0.5).float()  # contrast and brightness change greys, not places
-    overlap = (bright * shares).sum((1, 2)) / torch.maximum(bright, shares).sum((1, 2))
-    assert overlap.min() > 0.9
+def test_each_batch_has_the_epoch_s_share_of_positives_which_changes_evenly() -> None:
+    present, recipe = np.arange(100) < 10, Recipe(positive_share=0.8, final_positive_share=0.4)
+    for epoch, share in ((1, 0.8), (2, 0.6), (3, 0.4)):
+        order = draw(present, recipe, epoch, epochs=3)
+        assert len(order) == 100
+        assert present[order].sum() == share * 100
+        for batch in np.split(order, 10):
+            assert present[batch].sum() == pytest.approx(share * 10, abs=1)
+    assert present[draw(present, recipe, 1, epochs=1)].sum() == 80
 
 
-def test_augmentation_of_one_seed_is_one_change() -> None:
-    x = torch.rand(2, 1, 16, 16)
-    first, second, other = (augment(x, x[:, 0], torch.Generator().manual_seed(s))[0] for s in (3, 3, 4))
-    assert torch.equal(first, second)
-    assert not torch.equal(first, other)
+def test_over_the_epochs_every_image_of_a_class_is_seen_equally_often() -> None:
+    present, recipe = np.arange(50) < 20, Recipe(positive_share=0.8, final_positive_share=0.4)
+    seen = np.zeros(50, int)
+    for epoch in range(1, 6):
+        seen += np.bincount(draw(present, recipe, epoch, epochs=5), minlength=50)
+        for part in (seen[:20], seen[20:]):
+            assert part.max() - part.min() <= 1
+    assert seen.min() >= 3
 
 
-def test_an_epoch_has_the_asked_share_of_positives_and_repeats_evenly() -> None:
-    present = np.arange(100) < 10
-    order = draw(present, 0.6, np.random.default_rng(0))
-    assert len(order) == 100
-    assert present[order].sum() == 60
-    assert set(np.bincount(order, minlength=100)[:10]) == {6}
+def test_the_order_follows_from_seed_and_epoch() -> None:
+    present = np.arange(30) < 11
+    first, again, other, later = (
+        draw(present, Recipe(seed=seed), epoch, epochs=4) for seed, epoch in ((1, 2), (1, 2), (2, 2), (1, 3))
+    )
+    assert np.array_equal(first, again)
+    assert not np.array_equal(first, other)
+    assert not np.array_equal(first, later)
 
 
 @pytest.mark.parametrize("present", [np.zeros(7, np.bool_), np.ones(7, np.bool_), np.arange(7) < 3])
 def test_share_zero_or_a_missing_class_takes_every_image_once(present: np.ndarray) -> None:
-    share = 0.0 if 0 < present.sum() < 7 else 0.5
-    assert sorted(draw(present, share, np.random.default_rng(0))) == list(range(7))
+    recipe = Recipe(positive_share=0.0 if 0 < present.sum() < 7 else 0.5)
+    assert sorted(draw(present, recipe, 2, epochs=3)) == list(range(7))
 
 
 def test_batches_give_greys_and_shares_from_zero_to_one() -> None:
     examples = squares(6)
     recipe = Recipe(augment=False, positive_share=0, batch_size=4)
-    seen = list(batches(examples, recipe, 1, CPU.device))
+    seen = list(batches(examples, recipe, 1, 1, CPU.device))
     assert [len(batch.images) for batch in seen] == [3, 3]
     assert {batch.images.shape for batch in seen} == {(3, 1, 32, 32)}
     total = sum(float(batch.images.double().sum()) for batch in seen)
-    assert total == pytest.approx(examples.images.sum() / 255)
+    assert total == pytest.approx(int(examples.images.sum()) / 255)
     assert sum(float(batch.present.sum()) for batch in seen) == 3
 
 
-# Network
+@dataclass(frozen=True)
+class Stored:
+    """Pixels as an open data set gives them."""
+
+    def images(self, indices: np.ndarray) -> np.ndarray:
+        return squares(6).images.numpy()[indices]
+
+    def shares(self, indices: np.ndarray) -> np.ndarray:
+        return squares(6).shares.numpy()[indices]
 
 
-def test_the_network_answers_for_each_pixel_and_each_image(network: PneumothoraxNet) -> None:
-    network.eval()
-    with torch.inference_mode():
-        output = network(torch.rand(2, 1, 40, 48))
-    assert output.mask.shape == output.aux.shape == (2, 40, 48)
-    assert output.presence.shape == (2,)
+def test_streamed_images_are_those_in_memory() -> None:
+    recipe = Recipe(augment=True, batch_size=2)
+    rows, present = np.array([5, 0, 3, 2]), squares(6).present[[5, 0, 3, 2]]
+    held = load(Stored(), rows, present, 32, "cpu")
+    assert torch.equal(held.images, squares(6).images[[5, 0, 3, 2]])
+    one, two = (
+        list(batches(each, recipe, 1, 2, CPU.device)) for each in (held, Streamed(Stored, rows, present))
+    )
+    assert len(one) == 2
+    for a, b in zip(one, two, strict=True):
+        assert torch.equal(a.images, b.images)
+        assert torch.equal(a.shares, b.shares)
+        assert torch.equal(a.present, b.present)
 
 
-def test_a_seed_gives_the_same_start_weights() -> None:
-    first, second, other = (build("fcn_resnet50", "none", seed).mask_head[0].weight for seed in (0, 0, 1))
-    assert torch.equal(first, second)
-    assert not torch.equal(first, other)
-
-
-def test_saved_weights_come_back_from_a_file(network: PneumothoraxNet, tmp_path: Path) -> None:
-    torch.save(network.state_dict(), tmp_path / "weights.pt")
-    again = build("fcn_resnet50", str(tmp_path / "weights.pt"), seed=9)
-    assert torch.equal(again.mask_head[0].weight, network.mask_head[0].weight)
-
-
-def test_a_backbone_file_fills_the_backbone_alone(network: PneumothoraxNet, tmp_path: Path) -> None:
-    torch.save(network.backbone.state_dict(), tmp_path / "backbone.pt")
-    again = build("fcn_resnet50", str(tmp_path / "backbone.pt"), seed=9)
-    assert torch.equal(again.backbone["conv1"].weight, network.backbone["conv1"].weight)
-    assert not torch.equal(again.mask_head[0].weight, network.mask_head[0].weight)
-
-
-@pytest.mark.parametrize("kind", ["missing", "text", "pickle", "foreign"])
-def test_a_wrong_weights_file_is_named(kind: str, tmp_path: Path) -> None:
-    path = tmp_path / "weights.pt"
-    if kind == "text":
-        path.write_text("no weights")
-    elif kind == "pickle":
-        torch.save({"path": Path()}, path)  # needs unpickling of a class: refused, never run
-    elif kind == "foreign":
-        torch.save({"fc.weight": torch.zeros(2)}, path)
-    with pytest.raises(UserError, match=r"weights\.pt"):
-        build("fcn_resnet50", str(path), seed=0)
-
-
-def test_weights_that_cannot_be_downloaded_are_an_error_with_a_mend(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # nothing listens there
-    with pytest.raises(UserError, match=r"weights=imagenet: .*weights=none"):
-        build("fcn_resnet50", "imagenet", seed=0)
-
-
-def test_auto_weights_go_on_without_a_network(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
-    build("fcn_resnet50", "auto", seed=0)
-    assert "random values" in caplog.text
+def test_images_lie_where_there_is_room() -> None:
+    assert choose_cache("auto", 10**6, CPU.device) == "host"
+    assert choose_cache("auto", 10**15, CPU.device) == "stream"
+    assert choose_cache("device", 10**15, CPU.device) == "device"
 
 
 # Training and prediction
@@ -203,11 +165,10 @@ def test_training_finds_bright_squares() -> None:
     assert [epoch.number for epoch in epochs] == list(range(1, 13))
     assert epochs[-1].losses["loss"] < 0.7 * epochs[0].losses["loss"]
     unseen = squares(8, seed=5)
-    found = [p.mask for p in Predictor(network, machine).predict(unseen.images)]
-    inside = np.mean(
-        [mask[share > 0].mean() for mask, share in zip(found, unseen.shares, strict=True) if share.any()]
-    )
-    outside = np.mean([mask[share == 0].mean() for mask, share in zip(found, unseen.shares, strict=True)])
+    found = [p.mask for p in Predictor(network, machine).predict(unseen.images.numpy())]
+    pairs = list(zip(found, unseen.shares.numpy(), strict=True))
+    inside = np.mean([mask[share > 0].mean() for mask, share in pairs if share.any()])
+    outside = np.mean([mask[share == 0].mean() for mask, share in pairs])
     assert inside > outside + 0.2
 
 
@@ -229,14 +190,17 @@ def test_a_loss_that_is_not_finite_ends_with_advice() -> None:
 
 
 def test_the_rate_rises_for_a_fifth_and_ends_near_zero() -> None:
-    assert one_cycle(0) == pytest.approx(0.05)
-    assert one_cycle(0.2) == pytest.approx(1)
-    assert one_cycle(0.6) == pytest.approx(0.5)
-    assert one_cycle(1) == pytest.approx(0, abs=1e-9)
+    recipe = Recipe(warmup=0.2, schedule="cosine")
+    assert rate(recipe, 0) == pytest.approx(0.05)
+    assert rate(recipe, 0.2) == pytest.approx(1)
+    assert rate(recipe, 0.6) == pytest.approx(0.5)
+    assert rate(recipe, 1) == pytest.approx(0, abs=1e-9)
+    polynomial = Recipe(warmup=0, schedule="polynomial")
+    assert [rate(polynomial, done) for done in (0, 0.5, 1)] == pytest.approx([1, 0.5**0.9, 0])
 
 
 def test_predictions_do_not_depend_on_the_batch(network: PneumothoraxNet) -> None:
-    images = squares(5).images
+    images = squares(5).images.numpy()
     one, all_at_once = (list(Predictor(network, CPU).predict(images, batch_size)) for batch_size in (1, 5))
     for a, b in zip(one, all_at_once, strict=True):
         np.testing.assert_allclose(a.mask, b.mask, atol=1e-5)
@@ -244,7 +208,7 @@ def test_predictions_do_not_depend_on_the_batch(network: PneumothoraxNet) -> Non
 
 
 def test_the_mirrored_mean_treats_both_sides_alike(network: PneumothoraxNet) -> None:
-    images = squares(2).images
+    images = squares(2).images.numpy()
     predictor = Predictor(network, CPU, mirror=True)
     (a, _), (b, _) = list(predictor.predict(images)), list(predictor.predict(images[:, :, ::-1]))
     np.testing.assert_allclose(a.mask, b.mask[:, ::-1], atol=1e-5)

@@ -300,7 +300,7 @@ def test_a_data_set_file_that_cannot_be_used_is_named(
         (["--precision", "fp16", "--device", "cpu"], "precision=fp16: not on a CPU"),
         (
             ["--bce_weight", "0", "--dice_weight", "0", "--focal_weight", "0", "--presence_weight", "0"],
-            "bce_weight, dice_weight, focal_weight, presence_weight: all are 0",
+            "bce_weight, dice_weight, dice_image_weight, focal_weight, lovasz_weight, presence_weight: all",
         ),
         (["--learning_rate", "1e30"], "learning_rate"),
     ],

@@ -115,7 +115,7 @@ class Dataset:
     """An open data set file; images are addressed by their row in the index."""
 
     def __init__(self, path: Path, file: Any) -> None:
-        self._path, self._file = path, file
+        self.path, self._file = path, file
         self.image_size = int(file.attrs["image_size"])
         self.labelled = bool(file.attrs["labelled"])
         self.settings: dict[str, str] = json.loads(file.attrs["settings"])
@@ -184,7 +184,7 @@ class Dataset:
     def require_labels(self) -> None:
         """UserError for a set without annotations."""
         if not self.labelled:
-            raise UserError(f"{self._path}: has no annotations; run preprocess with rle_csv")
+            raise UserError(f"{self.path}: has no annotations; run preprocess with rle_csv")
 
     def _read(self, kind: str, indices: Sequence[int] | NDArray[np.int64]) -> NDArray[np.uint8]:
         pictures = np.empty((len(indices), self.image_size, self.image_size), np.uint8)
@@ -193,7 +193,7 @@ class Dataset:
             try:
                 picture[:] = to_bytes(self._file[f"{kind}_{block}"][row])
             except (OSError, KeyError):
-                raise UserError(f"{self._path}: damaged at {kind}_{block}, row {row}; {MEND} anew") from None
+                raise UserError(f"{self.path}: damaged at {kind}_{block}, row {row}; {MEND} anew") from None
         return pictures
 
 

@@ -5,19 +5,27 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from pneumo_experiments.errors import UserError
+from pneumo_experiments.learning.average import MovingAverage
 from pneumo_experiments.learning.device import Machine
-from pneumo_experiments.learning.loader import Examples, batches, count_batches
+from pneumo_experiments.learning.loader import Batch, Examples, Streamed, batches, count_batches
 from pneumo_experiments.learning.loss import MASK_LOSSES, criterion
 from pneumo_experiments.learning.network import PneumothoraxNet
 from pneumo_experiments.settings import Recipe
 
-CLIP_NORM = 5.0
+SKIPPED_AT_MOST = 0.1  # of an epoch's steps: beyond that the training has diverged
+POLYNOMIAL = 0.9  # the power that segmentation networks are usually trained with (Chen et al. 2017, DeepLab)
+
+State = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -25,76 +33,233 @@ class Epoch:
     """What one pass over the training images gave; the network itself is changed in place."""
 
     number: int  # from 1
+    network: PneumothoraxNet  # to judge and to keep: the moving average where there is one
     losses: dict[str, float]  # mean of each term over the images; "loss" is their weighted sum
     seconds: float
     images_per_second: float
+    wait_share: float  # of the time, spent waiting for data
+    skipped_steps: int  # whose gradients were not finite
+    micro_batch: int  # images that passed the network at once
+    state: Callable[[], State]  # all that ``fit`` needs to go on from here
+
+    @property
+    def speed(self) -> dict[str, float]:
+        """How the time was spent, as metrics."""
+        return {
+            "seconds_per_epoch": self.seconds,
+            "images_per_second": self.images_per_second,
+            "wait_share": self.wait_share,
+            "skipped_steps": self.skipped_steps,
+            "micro_batch_used": self.micro_batch,
+        }
 
 
 def fit(
     network: PneumothoraxNet,
-    examples: Examples,
+    examples: Examples | Streamed,
     recipe: Recipe,
     epochs: int,
     machine: Machine,
     progress: Callable[[int], None] = lambda images: None,
+    state: State | None = None,
 ) -> Iterator[Epoch]:
     """Trains the network in place and yields after each epoch; the caller may stop at any time.
 
-    AdamW with one learning-rate cycle over all epochs. ``progress`` is called
-    with the number of images after each batch. Raises UserError when no loss has a weight and when the
-    loss is no longer finite.
+    AdamW under the recipe's schedule over all epochs. From the ``state`` of an epoch it goes on with the
+    next one, and on a CPU ends in the same weights as if it had never stopped. ``progress`` is called with
+    the number of images after each batch. Raises UserError when no loss has a weight, when too many steps
+    give no finite gradient, and when a single image is too much for the memory.
     """
     weights = (*MASK_LOSSES, "presence_weight")
     if not any(getattr(recipe, name) > 0 for name in weights):
         raise UserError(f"{', '.join(weights)}: all are 0, so nothing is learned; set one above 0")
-    device = machine.device
-    network.to(device=device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-    optimiser = torch.optim.AdamW(
-        network.parameters(),
-        lr=recipe.learning_rate,
-        weight_decay=recipe.weight_decay,
-        fused=device.type != "mps",
-    )
-    steps = epochs * count_batches(len(examples), recipe.batch_size)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: one_cycle(step / steps))
-    scaler = torch.amp.GradScaler(device.type, enabled=machine.precision == "fp16")
-
-    for number in range(1, epochs + 1):
+    network.to(device=machine.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    steps = count_batches(len(examples), recipe.batch_size)
+    if state is not None:
+        network.pretrained = frozenset(state["pretrained"])
+    trainer = _Trainer(network, recipe, epochs * steps, machine)
+    if state is not None:
+        trainer.load(state)
+    for number in range(1 + trainer.steps // steps, epochs + 1):
+        # Dropout draws from torch's own generator: each epoch starts it anew, so that it needs no keeping.
+        torch.manual_seed(recipe.seed * 1_000_003 + number)
         network.train()
-        start = time.perf_counter()
-        sums: dict[str, torch.Tensor] = {}
-        for batch in batches(examples, recipe, number, device):
-            images = batch.images.contiguous(memory_format=torch.channels_last)
-            with machine.autocast():
-                output = network(images)
-            terms = criterion(output, batch.shares, batch.present, recipe)
-            optimiser.zero_grad(set_to_none=True)
-            scaler.scale(terms["loss"]).backward()
-            scaler.unscale_(optimiser)
-            torch.nn.utils.clip_grad_norm_(network.parameters(), CLIP_NORM)
-            scaler.step(optimiser)
-            scaler.update()
-            schedule.step()
-            for name, term in terms.items():
-                # Summed on the device: reading each step's loss would make the device wait.
-                sums[name] = sums.get(name, torch.zeros((), device=device)) + term.detach() * len(images)
-            progress(len(images))
-        losses = {name: float(total) / len(examples) for name, total in sums.items()}
+        sums, skipped, waited = Sums(), torch.zeros((), device=machine.device), 0.0
+        start = asked = time.perf_counter()
+        for batch in batches(examples, recipe, number, epochs, machine.device):
+            waited += time.perf_counter() - asked
+            terms, finite = trainer.step(batch)
+            sums.add(terms, len(batch.images))
+            skipped += ~finite
+            progress(len(batch.images))
+            asked = time.perf_counter()
+        losses, skipped_steps = sums.means(), int(skipped)  # waits until the device is done
         seconds = time.perf_counter() - start
-        if not torch.isfinite(torch.tensor(losses["loss"])):
+        if (skipped_steps > SKIPPED_AT_MOST * steps and skipped_steps > 1) or skipped_steps == steps:
             raise UserError(
-                f"learning_rate={recipe.learning_rate}: the loss is no longer finite in epoch {number};"
-                " try a tenth of it"
+                f"learning_rate={recipe.learning_rate}: {skipped_steps} of {steps} steps of epoch {number}"
+                " gave no finite gradient; try a tenth of it"
             )
-        yield Epoch(number, losses, seconds, len(examples) / seconds)
+        yield Epoch(
+            number=number,
+            network=trainer.average.network if trainer.average else network,
+            losses=losses,
+            seconds=seconds,
+            images_per_second=len(examples) / seconds,
+            wait_share=waited / seconds,
+            skipped_steps=skipped_steps,
+            micro_batch=trainer.micro_batch,
+            state=trainer.state,
+        )
 
 
-def one_cycle(done: float) -> float:
+class _Trainer:
+    """A network with its optimiser, schedule, scaler and moving average; takes one step at a time."""
+
+    def __init__(self, network: PneumothoraxNet, recipe: Recipe, steps: int, machine: Machine) -> None:
+        self.network, self.recipe, self.machine = network, recipe, machine
+        self.forward = torch.compile(network) if recipe.compile else network
+        self.all_steps, self.steps = steps, 0
+        self.micro_batch = recipe.micro_batch or recipe.batch_size
+        self.optimiser = torch.optim.AdamW(
+            _groups(network, recipe),
+            lr=recipe.learning_rate,
+            weight_decay=recipe.weight_decay,
+            fused=machine.device.type != "mps",
+        )
+        # Whatever the format: it leaves out steps without a finite gradient, and nobody waits for the answer.
+        self.scaler = torch.amp.GradScaler(
+            machine.device.type,
+            init_scale=2.0**16 if machine.precision == "fp16" else 1.0,
+            growth_interval=2000 if machine.precision == "fp16" else 2**31 - 1,
+        )
+        self.average = MovingAverage(network, recipe.ema) if recipe.ema > 0 else None
+
+    def step(self, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
+        """One optimiser step; the batch's loss terms, and whether its gradient was finite, on the device."""
+        while True:
+            try:
+                terms = self._backward(batch)
+                break
+            except (torch.OutOfMemoryError, RuntimeError) as error:
+                self._shrink(error)
+        self.scaler.unscale_(self.optimiser)
+        norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.recipe.clip_norm or math.inf)
+        self.scaler.step(self.optimiser)
+        self.scaler.update()
+        self.steps += 1
+        self._set_rate()
+        if self.average is not None:
+            self.average.update(self.network)
+        return terms, torch.isfinite(norm)
+
+    def _backward(self, batch: Batch) -> dict[str, Tensor]:
+        """Gradients of the batch's mean loss, in equal pieces of at most ``micro_batch`` images."""
+        self.optimiser.zero_grad(set_to_none=True)
+        count, sums = len(batch.images), Sums()
+        for piece in np.array_split(np.arange(count), count_batches(count, self.micro_batch)):
+            some = slice(int(piece[0]), int(piece[-1]) + 1)
+            images = batch.images[some].contiguous(memory_format=torch.channels_last)
+            with self.machine.autocast():
+                try:
+                    output = self.forward(images)
+                except ValueError as error:  # batch norm of DeepLab's pooled features
+                    raise UserError(
+                        f"batch_size={self.recipe.batch_size}: a single image passed {self.recipe.network},"
+                        " which needs two at once; choose another batch_size or micro_batch"
+                    ) from error
+            terms = criterion(output, batch.shares[some], batch.present[some], self.recipe)
+            self.scaler.scale(terms["loss"] * (len(images) / count)).backward()
+            sums.add(terms, len(images))
+        return sums.tensors()
+
+    def _shrink(self, error: RuntimeError) -> None:
+        """Half the images at once after the memory ran out; raises what is another error."""
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise error
+        if self.micro_batch == 1:
+            raise UserError(
+                "micro_batch=1: the memory is too small even for one image; choose a smaller image_size"
+                " or network"
+            ) from None
+        self.micro_batch = -(-self.micro_batch // 2)
+        self.optimiser.zero_grad(set_to_none=True)
+        if self.machine.device.type == "cuda":
+            torch.cuda.empty_cache()
+        warnings.warn(
+            f"the memory ran out: {self.micro_batch} images pass the network at once from now on;"
+            f" a step still takes batch_size={self.recipe.batch_size}",
+            stacklevel=2,
+        )
+
+    def _set_rate(self) -> None:
+        share = rate(self.recipe, min(1.0, self.steps / self.all_steps))
+        for group in self.optimiser.param_groups:
+            group["lr"] = group["peak"] * share
+
+    def state(self) -> State:
+        """Everything that changes with a step, as tensors and numbers."""
+        return {
+            "network": self.network.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "average": self.average.network.state_dict() if self.average else None,
+            "pretrained": sorted(self.network.pretrained),
+            "steps": self.steps,
+            "micro_batch": self.micro_batch,
+        }
+
+    def load(self, state: State) -> None:
+        self.network.load_state_dict(state["network"])
+        self.optimiser.load_state_dict(state["optimiser"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.steps, self.micro_batch = state["steps"], state["micro_batch"]
+        if self.average is not None:
+            self.average.network.load_state_dict(state["average"])
+            self.average.steps = self.steps
+
+
+class Sums:
+    """Sums of loss terms over images, kept on the device: reading each step's would make it wait."""
+
+    def __init__(self) -> None:
+        self._sums, self._images = dict[str, Tensor](), 0
+
+    def add(self, terms: dict[str, Tensor], images: int) -> None:
+        """Terms are means over so many images; one that is not finite counts as 0."""
+        self._images += images
+        for name, term in terms.items():
+            term = torch.nan_to_num(term.detach(), posinf=0.0, neginf=0.0) * images
+            self._sums[name] = self._sums[name] + term if name in self._sums else term
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Means over the images."""
+        return {name: total / self._images for name, total in self._sums.items()}
+
+    def means(self) -> dict[str, float]:
+        """Means over the images as numbers; waits for the device."""
+        return {name: float(mean) for name, mean in self.tensors().items()}
+
+
+def rate(recipe: Recipe, done: float) -> float:
     """Share of the peak learning rate when ``done`` (0 to 1) of all steps are behind.
 
-    A linear rise over the first fifth, then half a cosine down to zero (Smith & Topin 2018).
+    A linear rise from 0.05 over the share ``warmup`` of all steps, then down to zero by half a cosine
+    (Smith & Topin 2018), or as (1 - done)^0.9.
     """
-    rise = 0.2
-    if done < rise:
-        return 0.05 + 0.95 * done / rise
-    return 0.5 * (1 + math.cos(math.pi * (done - rise) / (1 - rise)))
+    if done < recipe.warmup:
+        return 0.05 + 0.95 * done / recipe.warmup
+    fallen = (done - recipe.warmup) / (1 - recipe.warmup)
+    if recipe.schedule == "polynomial":
+        return (1 - fallen) ** POLYNOMIAL
+    return 0.5 * (1 + math.cos(math.pi * fallen))
+
+
+def _groups(network: PneumothoraxNet, recipe: Recipe) -> list[dict[str, Any]]:
+    """Parameters with their peak learning rates; pretrained layers keep more of what they know."""
+    lower = recipe.learning_rate * recipe.pretrained_rate
+    known = [p for name, p in network.named_parameters() if name in network.pretrained]
+    new = [p for name, p in network.named_parameters() if name not in network.pretrained]
+    start = rate(recipe, 0)
+    peaks = ((known, lower), (new, recipe.learning_rate))
+    return [{"params": params, "lr": peak * start, "peak": peak} for params, peak in peaks if params]

@@ -1,30 +1,62 @@
-"""Batches for training from a data set held in memory as 8-bit values."""
-# pyright: reportUnknownMemberType=false
+"""Batches for training: which images, where they lie, and how they reach the device."""
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from queue import Queue
+from threading import Thread
+from typing import Any, Protocol
 
 import numpy as np
+import psutil
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from pneumo_experiments.learning.augment import augment
 from pneumo_experiments.settings import Recipe
 
+Indices = NDArray[np.int64]
+AHEAD = 2  # batches that are fetched while the device computes
+STREAMERS = 2  # processes that read a data set that fits no memory
+# Shares of the free memory that images may take; the network needs the rest.
+DEVICE_SHARE, HOST_SHARE = 0.4, 0.5
+POSITIVES, NEGATIVES, EVERY = 1, 2, 3  # streams of randomness under one seed
+
+
+class Pixels(Protocol):
+    """8-bit images and annotated shares (n, S, S) by index, as an open data set gives them."""
+
+    def images(self, indices: Indices) -> NDArray[np.uint8]: ...
+
+    def shares(self, indices: Indices) -> NDArray[np.uint8]: ...
+
 
 @dataclass(frozen=True)
 class Examples:
-    """Images and annotated shares (n, S, S) as 0-255, and presence (n,)."""
+    """Images and annotated shares (n, S, S) as 0-255 in the memory of device or host; presence (n,)."""
 
-    images: NDArray[np.uint8]
-    shares: NDArray[np.uint8]
+    images: Tensor
+    shares: Tensor
     present: NDArray[np.bool_]
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.present)
+
+
+@dataclass(frozen=True)
+class Streamed:
+    """Examples that are read as they are needed: rows of what ``open`` opens, in each reading process."""
+
+    open: Callable[[], Pixels]
+    rows: Indices
+    present: NDArray[np.bool_]
+
+    def __len__(self) -> int:
+        return len(self.present)
 
 
 @dataclass(frozen=True)
@@ -36,33 +68,65 @@ class Batch:
     present: Tensor
 
 
-def batches(examples: Examples, recipe: Recipe, epoch: int, device: torch.device) -> Iterator[Batch]:
-    """As many examples as there are, in random order and batches of nearly equal size."""
-    rng = np.random.default_rng([recipe.seed, epoch])
-    generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
-    order = draw(examples.present, recipe.positive_share, rng)
-    for chunk in np.array_split(order, count_batches(len(examples), recipe.batch_size)):
-        images = to_unit(examples.images[chunk], device)[:, None]
-        shares = to_unit(examples.shares[chunk], device)
+def choose_cache(wish: str, size_bytes: int, device: torch.device) -> str:
+    """Where images of so many bytes lie: device, host or stream; ``wish`` is one of these, or auto."""
+    if wish != "auto":
+        return wish
+    if device.type == "cuda" and size_bytes < DEVICE_SHARE * torch.cuda.mem_get_info(device)[0]:
+        return "device"
+    return "host" if size_bytes < HOST_SHARE * psutil.virtual_memory().available else "stream"
+
+
+def load(pixels: Pixels, rows: Indices, present: NDArray[np.bool_], side: int, place: str) -> Examples:
+    """Examples in the memory of the host, or of the device that ``place`` names; read in parts."""
+    both = torch.empty((2, len(rows), side, side), dtype=torch.uint8, device=place)
+    for start in range(0, len(rows), 256):
+        some = rows[start : start + 256]
+        both[0, start : start + len(some)] = torch.from_numpy(pixels.images(some))
+        both[1, start : start + len(some)] = torch.from_numpy(pixels.shares(some))
+    return Examples(both[0], both[1], present)
+
+
+def batches(
+    examples: Examples | Streamed, recipe: Recipe, epoch: int, epochs: int, device: torch.device
+) -> Iterator[Batch]:
+    """As many examples as there are, in batches of nearly equal size; equal for equal seed and epoch."""
+    generator = torch.Generator().manual_seed(
+        int(np.random.default_rng([recipe.seed, epoch]).integers(2**62))
+    )
+    order = draw(examples.present, recipe, epoch, epochs)
+    chunks = np.array_split(order, count_batches(len(examples), recipe.batch_size))
+    for chunk, (images, shares) in zip(chunks, _fetched(examples, chunks, device), strict=True):
+        image, share = images[:, None].float() / 255, shares.float() / 255
         if recipe.augment:
-            images, shares = augment(images, shares, generator)
-        present = torch.from_numpy(examples.present[chunk]).to(device, torch.float32)
-        yield Batch(images, shares, present)
+            image, share = augment(image, share, generator)
+        present = torch.from_numpy(examples.present[chunk]).to(device, torch.float32, non_blocking=True)
+        yield Batch(image, share, present)
 
 
-def draw(present: NDArray[np.bool_], positive_share: float, rng: np.random.Generator) -> NDArray[np.int64]:
-    """Indices (n,) for an epoch over n images with that share of positives, in random order.
+def draw(present: NDArray[np.bool_], recipe: Recipe, epoch: int, epochs: int) -> Indices:
+    """Indices (n,) for an epoch (from 1) over n images, with the epoch's share of positives in each batch.
 
-    A class that is asked for more often than it has images repeats, each image equally often or once
-    more. With a share of 0, or where a class is missing, every image comes once.
+    The share goes evenly from ``positive_share`` in the first epoch to ``final_positive_share`` in the last.
+    Each class is dealt like a pack of cards over all epochs: an image comes again when all others of its
+    class have come. With a share of 0, or where a class is missing, every image comes once per epoch.
     """
+    count = len(present)
     positives, negatives = np.flatnonzero(present), np.flatnonzero(~present)
-    if positive_share == 0 or not len(positives) or not len(negatives):
-        return rng.permutation(len(present))
-    wanted = round(positive_share * len(present))
-    parts = ((positives, wanted), (negatives, len(present) - wanted))
-    chosen = [np.resize(rng.permutation(indices), count) for indices, count in parts]
-    return rng.permutation(np.concatenate(chosen))
+    if recipe.positive_share == 0 or not len(positives) or not len(negatives):
+        return np.random.default_rng([recipe.seed, EVERY, epoch]).permutation(count)
+    done = np.arange(epoch) / max(1, epochs - 1)
+    shares = recipe.positive_share + (recipe.final_positive_share - recipe.positive_share) * done
+    wanted = np.rint(shares * count).astype(int)
+    dealt = [
+        _dealt(positives, [recipe.seed, POSITIVES], int(wanted[:-1].sum()), int(wanted[-1])),
+        _dealt(
+            negatives, [recipe.seed, NEGATIVES], int((count - wanted[:-1]).sum()), int(count - wanted[-1])
+        ),
+    ]
+    # Each class at even distances, so that every batch has the share.
+    place = [(np.arange(len(part)) + 0.5) / max(1, len(part)) for part in dealt]
+    return np.concatenate(dealt)[np.argsort(np.concatenate(place), kind="stable")]
 
 
 def count_batches(examples: int, batch_size: int) -> int:
@@ -73,3 +137,71 @@ def count_batches(examples: int, batch_size: int) -> int:
 def to_unit(values: NDArray[np.uint8], device: torch.device) -> Tensor:
     """8-bit values as float32 in [0, 1] on the device, same shape."""
     return torch.from_numpy(np.ascontiguousarray(values)).to(device).float() / 255
+
+
+def _dealt(indices: Indices, seed: list[int], start: int, count: int) -> Indices:
+    """Cards ``start`` to ``start + count`` of a pack that is shuffled anew whenever it is used up."""
+    first, last = start // len(indices), (start + count - 1) // len(indices)
+    packs = [np.random.default_rng([*seed, k]).permutation(indices) for k in range(first, last + 1)]
+    before = start - first * len(indices)
+    return np.concatenate([*packs, indices[:0]])[before : before + count]
+
+
+def _fetched(
+    examples: Examples | Streamed, chunks: list[Indices], device: torch.device
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """8-bit images and shares of each chunk, on the device."""
+    if isinstance(examples, Streamed):
+        loader = DataLoader(
+            _Rows(examples),  # pyright: ignore[reportArgumentType]  # torch asks for its own base class
+            sampler=chunks,  # pyright: ignore[reportArgumentType]  # a sample is a whole batch
+            batch_size=None,
+            num_workers=STREAMERS,
+            prefetch_factor=AHEAD,
+            pin_memory=device.type == "cuda",
+            multiprocessing_context="spawn",  # a fork would copy this process's threads and open files
+        )
+        fetched: Iterator[tuple[Tensor, Tensor]] = iter(loader)
+    else:
+        fetched = (_taken(examples, chunk) for chunk in chunks)
+        if examples.images.device != device:
+            fetched = _ahead(fetched)
+    for images, shares in fetched:
+        yield images.to(device, non_blocking=True), shares.to(device, non_blocking=True)
+
+
+class _Rows:
+    """What a reading process holds; the file is opened there, with the first batch."""
+
+    def __init__(self, examples: Streamed) -> None:
+        self.examples, self.pixels = examples, None
+
+    def __getitem__(self, chunk: Indices) -> tuple[Tensor, Tensor]:
+        self.pixels = self.pixels or self.examples.open()
+        rows = self.examples.rows[chunk]
+        return torch.from_numpy(self.pixels.images(rows)), torch.from_numpy(self.pixels.shares(rows))
+
+
+def _taken(examples: Examples, chunk: Indices) -> tuple[Tensor, Tensor]:
+    """Where the examples lie; from the host by way of pinned memory, when they go to another device."""
+    index = torch.from_numpy(chunk).to(examples.images.device, non_blocking=True)
+    return examples.images[index], examples.shares[index]
+
+
+def _ahead(fetched: Iterator[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+    """The same, fetched by a thread while the caller works; pinned, so that copies need not be waited for."""
+    queue: Queue[Any] = Queue(AHEAD)
+
+    def fetch() -> None:
+        try:
+            for images, shares in fetched:
+                queue.put((images.pin_memory(), shares.pin_memory()))
+            queue.put(None)
+        except BaseException as error:
+            queue.put(error)
+
+    Thread(target=fetch, daemon=True).start()
+    while (item := queue.get()) is not None:
+        if isinstance(item, BaseException):
+            raise item
+        yield item

@@ -1,9 +1,10 @@
 """Pictures that let a person judge a mask: truth in green, prediction in orange, side by side."""
+# pyright: reportUnknownMemberType=false
 
 from __future__ import annotations
 
 from base64 import b64encode
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from io import BytesIO
 
 import numpy as np
@@ -72,6 +73,30 @@ def contact_sheet(pictures: Sequence[NDArray[np.uint8]], columns: int) -> NDArra
             left = gap * (j + 1) + sum(widths[:j]) + (widths[j] - picture.shape[1]) // 2
             sheet[top : top + picture.shape[0], left : left + picture.shape[1]] = picture
     return sheet
+
+
+def learning_curves(history: Sequence[Mapping[str, float]]) -> NDArray[np.uint8]:
+    """The losses, and the validation Dice with its baseline, of n >= 1 epochs, as RGB (h, w, 3)."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # half a second
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    epochs = range(1, len(history) + 1)
+    losses = [name for name in history[-1] if name.startswith("loss")]
+    dices = [name for name in ("dice", "dice_positive", "dice_baseline") if name in history[-1]]
+    for place, (title, names) in enumerate((("training loss", losses), ("validation", dices)), start=1):
+        axes = figure.add_subplot(1, 2, place)
+        for name in names:
+            values = [told.get(name, float("nan")) for told in history]
+            axes.plot(epochs, values, label=name.replace("_", " "), marker=".")
+        axes.set(title=title, xlabel="epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.3)
+        axes.legend()
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[:, :, :3].copy()
 
 
 def jpeg_uri(picture: NDArray[np.uint8]) -> str:

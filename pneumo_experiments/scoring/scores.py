@@ -48,9 +48,19 @@ def score(tally: Tally, thresholds: Thresholds, patients: Sequence[str], seed: i
         raise UserError("no images to score: choose a subset that has some")
     if len(patients) != len(tally):
         raise ValueError(f"{len(patients)} patients for {len(tally)} images")
-    values = tally.dice(thresholds)
-    found = tally.predicted_area(thresholds) > 0
-    truth = tally.truth_area > 0
+    found, truth = tally.predicted_area(thresholds) > 0, tally.truth_area > 0
+    return score_answers(tally.dice(thresholds), found, truth, tally.presence, patients, seed)
+
+
+def score_answers(
+    values: NDArray[np.float64],
+    found: NDArray[np.bool_],
+    truth: NDArray[np.bool_],
+    presence: NDArray[np.float32],
+    patients: Sequence[str],
+    seed: int = 0,
+) -> Scores:
+    """Scores of n >= 1 images from each one's Dice, whether mask and truth have pixels, and presence."""
     low, high = bootstrap_interval(values, patients, np.random.default_rng(seed))
     return Scores(
         dice=float(values.mean()),
@@ -60,8 +70,8 @@ def score(tally: Tally, thresholds: Thresholds, patients: Sequence[str], seed: i
         dice_positive=_mean(values[truth]),
         sensitivity=_mean(found[truth]),
         specificity=_mean(~found[~truth]),
-        auroc=auroc(truth, tally.presence),
-        images=len(tally),
+        auroc=auroc(truth, presence),
+        images=len(values),
         positives=int(np.count_nonzero(truth)),
     )
 

@@ -128,6 +128,16 @@ class Tally:
             chosen._presence.append(self._presence[i])
         return chosen
 
+    @staticmethod
+    def joined(tallies: Iterable[Tally]) -> Tally:
+        """The images of several tallies, one after the other."""
+        whole = Tally()
+        for tally in tallies:
+            whole._reached += tally._reached
+            whole._hit += tally._hit
+            whole._presence += tally._presence
+        return whole
+
     def _masked(self, thresholds: Thresholds) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Area of each image's mask (n,), and of its overlap with the truth (n,)."""
         core, _ = self.counts(thresholds.top_score)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,14 +13,17 @@ from tqdm import tqdm
 from pneumo_experiments import tracking
 from pneumo_experiments.data.folds import Parts, audit, split
 from pneumo_experiments.data.store import Dataset, Entry
-from pneumo_experiments.learning.fit import Epoch, fit
-from pneumo_experiments.learning.loader import Examples
+from pneumo_experiments.errors import UserError
+from pneumo_experiments.learning.device import Machine
+from pneumo_experiments.learning.fit import Epoch, State, fit
+from pneumo_experiments.learning.loader import Examples, Streamed, batches, choose_cache, load
 from pneumo_experiments.learning.predict import Prediction, Predictor, to_native
 from pneumo_experiments.scoring.figures import contact_sheet, overlay
 from pneumo_experiments.scoring.scores import Scores, score
 from pneumo_experiments.scoring.thresholds import Tally, Thresholds, best_on_grid, outline
 from pneumo_experiments.settings import Recipe
 
+SHOWN = 12  # images of the first batch
 CHUNK = 64  # images read from the file at once, so that a large validation part needs little memory
 
 
@@ -38,10 +42,16 @@ class Cohort:
         """What the index tells of each image."""
         return [self.dataset.entries[int(i)] for i in self.indices]
 
-    def examples(self) -> Examples:
-        """Everything that training needs, in memory."""
+    def examples(self, wish: str, machine: Machine) -> Examples | Streamed:
+        """Everything that training needs, where ``cache`` wishes it or there is room; logs where that is."""
         present = np.array([entry.area_px > 0 for entry in self.entries])
-        return Examples(self.dataset.images(self.indices), self.dataset.shares(self.indices), present)
+        side = self.dataset.image_size
+        place = choose_cache(wish, 2 * len(self) * side**2, machine.device)
+        tracking.log_found({"cache_used": place})
+        if place == "stream":
+            return Streamed(partial(Dataset.open, self.dataset.path), self.indices, present)
+        where = str(machine.device) if place == "device" else "cpu"
+        return load(self.dataset, self.indices, present, side, where)
 
     def predictions(self, predictor: Predictor) -> Iterator[tuple[int, Prediction]]:
         """Index and prediction of each image, in order."""
@@ -68,6 +78,8 @@ class Cohort:
 def parts_of(dataset: Dataset, recipe: Recipe) -> Parts:
     """The recipe's division of the data set's patients: the same for the same data set and settings."""
     dataset.require_labels()
+    if not recipe.fold.isdecimal():
+        raise UserError(f"fold={recipe.fold}: give a part from 0 to {recipe.folds - 1}; only train takes all")
     entries = dataset.entries
     areas = np.array([entry.area_px for entry in entries])
     return split(
@@ -75,7 +87,7 @@ def parts_of(dataset: Dataset, recipe: Recipe) -> Parts:
         areas,
         holdout=recipe.holdout,
         folds=recipe.folds,
-        fold=recipe.fold,
+        fold=int(recipe.fold),
         seed=recipe.seed,
     )
 
@@ -91,6 +103,16 @@ def log_split(dataset: Dataset, parts: Parts) -> None:
     told = found.as_dict()
     told["parts"] = {names[part.part]: asdict(part) for part in found.parts}
     tracking.log_json(told, "split.json")
+
+
+def log_first_batch(examples: Examples | Streamed, recipe: Recipe, epochs: int, machine: Machine) -> None:
+    """Logs what the network sees: the first images of its first batch, with the outline of the annotation."""
+    batch = next(batches(examples, recipe, 1, epochs, machine.device))
+    greys = (batch.images[:SHOWN, 0] * 255).round().byte().cpu().numpy()
+    truths = (batch.shares[:SHOWN] >= 0.5).cpu().numpy()
+    pairs = zip(greys, truths, strict=True)
+    drawn = [overlay(grey, truth, None, f"annotated {truth.mean():.1%}", 256) for grey, truth in pairs]
+    tracking.log_picture(contact_sheet(drawn, columns=3), "first_batch.png")
 
 
 def log_overlays(
@@ -127,27 +149,35 @@ class JudgedEpoch:
     epoch: Epoch
     tally: Tally
     scores: Scores
+    metrics: dict[str, float]  # all that was logged
 
 
 def judged_epochs(
-    desc: str, predictor: Predictor, examples: Examples, validation: Cohort, recipe: Recipe, epochs: int
+    desc: str,
+    predictor: Predictor,
+    examples: Examples | Streamed,
+    validation: Cohort,
+    recipe: Recipe,
+    epochs: int,
+    state: State | None = None,
 ) -> Iterator[JudgedEpoch]:
     """Trains the predictor's network in place; logs each epoch in the active run and on the terminal.
 
-    Scores are those at the best thresholds of the coarse grid. The caller may stop at any time.
+    Scores are those at the best thresholds of the coarse grid. The caller may stop at any time; from the
+    ``state`` of an epoch the training goes on.
     """
     with tqdm(total=len(examples) * epochs, desc=desc, unit="image", disable=None, leave=False) as bar:
 
         def advance(count: int) -> None:
             bar.update(count)
 
-        for epoch in fit(predictor.network, examples, recipe, epochs, predictor.machine, advance):
-            tally = validation.tally(predictor)
+        for epoch in fit(predictor.network, examples, recipe, epochs, predictor.machine, advance, state):
+            tally = validation.tally(replace(predictor, network=epoch.network))
             scores = validation.score(tally, best_on_grid(tally))
-            speed = {"seconds_per_epoch": epoch.seconds, "images_per_second": epoch.images_per_second}
-            tracking.log_metrics(epoch.losses | scores.as_metrics() | speed, step=epoch.number)
+            metrics = epoch.losses | scores.as_metrics() | epoch.speed
+            tracking.log_metrics(metrics, step=epoch.number)
             tqdm.write(
                 f"  epoch {epoch.number}/{epochs}  loss {epoch.losses['loss']:.4f}  Dice {scores.dice:.4f}"
                 f"  on positives {scores.dice_positive:.4f}  {epoch.images_per_second:.1f} images/s"
             )
-            yield JudgedEpoch(epoch, tally, scores)
+            yield JudgedEpoch(epoch, tally, scores, metrics)

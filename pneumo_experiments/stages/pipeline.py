@@ -41,7 +41,8 @@ def pipeline(settings: Main) -> Judged:
         dataset = preprocess(derive(Preprocess, settings, dataset=_dataset_path(settings), overwrite=True))
         with Dataset.open(dataset) as opened:
             tracking.log_dataset(dataset, opened.fingerprint, "main")
-        found = search(derive(Search, settings, dataset=dataset))
+        fold = "0" if settings.fold == "all" else settings.fold
+        found = search(derive(Search, settings, dataset=dataset, fold=fold))
         trained = train(derive(Train, settings, dataset=dataset, **found.loss_weights))
         subset = "holdout" if settings.holdout > 0 else "validation"
         judged = score(

@@ -84,7 +84,7 @@ def _indices(settings: Score, detector: Detector, dataset: Dataset) -> NDArray[n
     made = Recipe(
         holdout=float(text["holdout"]),
         folds=int(text["folds"]),
-        fold=int(text["fold"]),
+        fold=text["fold"],
         seed=int(text["seed"]),
     )
     indices: NDArray[np.int64] = getattr(parts_of(dataset, made), settings.subset)

@@ -40,8 +40,9 @@ def search(settings: Search) -> Found:
         parts = parts_of(dataset, settings)
         validation = Cohort(dataset, parts.validation)
         drawn = np.random.default_rng(settings.seed).permutation(parts.train)
-        examples = Cohort(dataset, np.sort(drawn[: settings.search_images or len(drawn)])).examples()
         machine = choose_machine(settings)
+        chosen = Cohort(dataset, np.sort(drawn[: settings.search_images or len(drawn)]))
+        examples = chosen.examples(settings.cache, machine)
         start = build(settings.network, settings.weights, settings.seed)  # every trial trains a copy
         tallies: dict[int, Tally] = {}
 

@@ -1,53 +1,120 @@
-"""Entry point ``train``: a network, its validation epoch by epoch, and the model it leaves."""
+"""Entry point ``train``: fit a network, keep its best weights, log it as a model."""
 
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from pneumo_experiments import tracking
 from pneumo_experiments.data.store import Dataset
+from pneumo_experiments.errors import UserError
+from pneumo_experiments.learning.average import mean_of
+from pneumo_experiments.learning.checkpoint import Checkpoint
 from pneumo_experiments.learning.device import choose_machine
 from pneumo_experiments.learning.network import build
 from pneumo_experiments.learning.predict import Predictor
+from pneumo_experiments.scoring.figures import learning_curves
 from pneumo_experiments.scoring.scores import Scores
-from pneumo_experiments.scoring.thresholds import Tally
+from pneumo_experiments.scoring.thresholds import Tally, best_on_grid
 from pneumo_experiments.serving import Detector, save
 from pneumo_experiments.settings import Train, as_params
-from pneumo_experiments.stages.cohort import Cohort, judged_epochs, log_overlays, log_split, parts_of
+from pneumo_experiments.stages.cohort import (
+    Cohort,
+    JudgedEpoch,
+    judged_epochs,
+    log_first_batch,
+    log_overlays,
+    log_split,
+    parts_of,
+)
+from pneumo_experiments.stages.folds import log_out_of_fold
 from pneumo_experiments.stages.search import refine_thresholds
+
+# Settings that do not change what is learned: a training goes on under others.
+BESIDES = ("resume", "checkpoints", "device", "cache", "overlays", "threshold_trials")
 
 
 @dataclass(frozen=True)
 class Trained:
-    """Address of the logged model, and its scores on the validation images."""
+    """Address of the logged model, its scores on the validation images, and how it answered each of them."""
 
     model: str
     scores: Scores
-
-
-@dataclass(frozen=True)
-class Kept:
-    """The best epoch so far: its validation Dice, weights and predictions."""
-
-    epoch: int
-    dice: float
-    state: dict[str, Any]
+    validation: NDArray[np.int64]  # indices
     tally: Tally
 
 
+@dataclass
+class Progress:
+    """How far a training is: what it logged, and the networks of its best epochs, the best first."""
+
+    run_id: str
+    history: list[dict[str, float]] = field(default_factory=list[dict[str, float]])
+    dices: dict[int, float] = field(default_factory=dict[int, float])  # of the kept epochs
+    networks: dict[int, dict[str, Any]] = field(default_factory=dict[int, dict[str, Any]])
+
+    def add(self, judged: JudgedEpoch, best_k: int) -> None:
+        """Keeps the epoch's network if it is among the best; of equals the later: it has learned longer."""
+        number = judged.epoch.number
+        self.history.append(judged.metrics)
+        self.dices[number] = judged.scores.dice
+        best = sorted(self.dices, key=lambda epoch: (self.dices[epoch], epoch), reverse=True)[:best_k]
+        if number in best:
+            self.networks[number] = copy.deepcopy(judged.epoch.network.state_dict())
+        self.dices = {epoch: self.dices[epoch] for epoch in best}
+        self.networks = {epoch: self.networks[epoch] for epoch in best}
+
+    def is_stuck(self, patience: int) -> bool:
+        """Whether so many epochs have passed without a better Dice; never for a patience of 0."""
+        dices = [told["dice"] for told in self.history]
+        return 0 < patience < len(dices) - dices.index(max(dices))
+
+
 def train(settings: Train) -> Trained:
-    """Trains, keeps the epoch with the best Dice on the validation images, and logs it as a model."""
+    """Trains one network, or one per fold for ``fold=all``, and then returns that with the highest Dice."""
+    if settings.fold != "all":
+        return _train("train", settings)
     with tracking.run("train", settings), Dataset.open(settings.dataset) as dataset:
+        tracking.log_dataset(settings.dataset, dataset.fingerprint, "training")
+        folds = [_train(f"fold {fold}", replace(settings, fold=str(fold))) for fold in range(settings.folds)]
+        scores = log_out_of_fold(dataset, [(fold.validation, fold.tally) for fold in folds], settings)
+        tracking.describe(
+            f"{settings.network} at {dataset.image_size} px, one for each of {settings.folds} folds.\n"
+            f"Out-of-fold Dice {scores.dice:.3f} (all-empty {scores.dice_baseline:.3f}),"
+            f" on positives {scores.dice_positive:.3f}."
+        )
+        print(f"train: {settings.folds} folds, out-of-fold Dice {scores.dice:.4f}")
+    return max(folds, key=lambda fold: fold.scores.dice)
+
+
+def _train(name: str, settings: Train) -> Trained:
+    """Trains, keeps the weights with the best Dice on the validation images, and logs them as a model.
+
+    An interrupted training with the same settings goes on after its last whole epoch, in the same run.
+    """
+    checkpoint = _checkpoint(settings)
+    last = checkpoint.last() if checkpoint and settings.resume else None
+    with (
+        tracking.run(
+            name, settings, continues=last["run_id"] if last else None, system_metrics=True
+        ) as run_id,
+        Dataset.open(settings.dataset) as dataset,
+    ):
+        assert checkpoint is not None  # the data set opens
         tracking.log_dataset(settings.dataset, dataset.fingerprint, "training")
         parts = parts_of(dataset, settings)
         log_split(dataset, parts)
         validation = Cohort(dataset, parts.validation)
-        examples = Cohort(dataset, parts.train).examples()
         machine = choose_machine(settings)
+        examples = Cohort(dataset, parts.train).examples(settings.cache, machine)
         tracking.log_found({"device_used": str(machine.device), "precision_used": machine.precision})
         network = build(settings.network, settings.weights, settings.seed)
         predictor = Predictor(network, machine, settings.mirror)
@@ -56,30 +123,88 @@ def train(settings: Train) -> Trained:
             f" {len(examples)} images, {examples.present.sum()} positive; {len(validation)} to validate"
         )
 
-        best = Kept(0, -1.0, network.state_dict(), Tally())
-        for judged in judged_epochs("train", predictor, examples, validation, settings, settings.epochs):
-            if judged.scores.dice >= best.dice:  # of equals the later, which has learned longer
-                state = copy.deepcopy(network.state_dict())
-                best = Kept(judged.epoch.number, judged.scores.dice, state, judged.tally)
-        network.load_state_dict(best.state)
+        progress = Progress(run_id)
+        state = None
+        if last is not None and (found := _progress(checkpoint, last, run_id)) is not None:
+            progress, state = found, last["state"]
+            print(f"train: goes on after epoch {len(progress.history)} of {settings.epochs}")
+        else:
+            checkpoint.clear()
+            log_first_batch(examples, settings, settings.epochs, machine)
+        for judged in judged_epochs(name, predictor, examples, validation, settings, settings.epochs, state):
+            progress.add(judged, settings.best_k)
+            if judged.epoch.number < settings.epochs and not progress.is_stuck(settings.patience):
+                written = asdict(progress)
+                networks = written.pop("networks")
+                checkpoint.save(written | {"state": judged.epoch.state()}, networks)
+            if progress.is_stuck(settings.patience):
+                print(f"train: no better Dice in {settings.patience} epochs: stopped early")
+                break
+        tally, kept = _best(progress, predictor, validation)
 
-        thresholds = refine_thresholds(best.tally, settings.threshold_trials, settings.seed)
-        scores = validation.score(best.tally, thresholds)
-        # One step past the last epoch: the epoch that was kept, at its own thresholds.
-        tracking.log_metrics(scores.as_metrics() | {"best_epoch": best.epoch}, step=settings.epochs + 1)
+        thresholds = refine_thresholds(tally, settings.threshold_trials, settings.seed)
+        scores = validation.score(tally, thresholds)
+        # One step past the last epoch: the weights that were kept, at their own thresholds.
+        final = scores.as_metrics() | {"best_epoch": next(iter(progress.dices)), "averaged_epochs": len(kept)}
+        tracking.log_metrics(final, step=settings.epochs + 1)
         tracking.log_found(asdict(thresholds))
-        log_overlays(validation, best.tally, predictor, thresholds, settings.overlays)
+        tracking.log_picture(learning_curves(progress.history), "learning_curves.png")
+        log_overlays(validation, tally, predictor, thresholds, settings.overlays)
         detector = Detector(
             predictor, dataset.image_size, thresholds, as_params(settings), dataset.fingerprint
         )
         with tempfile.TemporaryDirectory() as folder:
             save(Path(folder), detector)
             model = tracking.log_model(Path(folder))
-        print(f"train: kept epoch {best.epoch} of {settings.epochs}, logged as {model}")
+        epochs = f"epoch{'s' * (len(kept) > 1)} {', '.join(map(str, sorted(kept)))}"
+        print(f"train: kept {epochs} of {len(progress.history)}, logged as {model}")
         tracking.describe(
             f"{settings.network} at {dataset.image_size} px, {len(examples)} images;"
-            f" kept epoch {best.epoch} of {settings.epochs}.\n"
+            f" kept {epochs} of {len(progress.history)}.\n"
             f"Validation Dice {scores.dice:.3f} (all-empty {scores.dice_baseline:.3f}),"
             f" on positives {scores.dice_positive:.3f}."
         )
-    return Trained(model, scores)
+    checkpoint.clear()
+    return Trained(model, scores, parts.validation, tally)
+
+
+def _checkpoint(settings: Train) -> Checkpoint | None:
+    """Where a training with these settings on this data leaves what it did; None without data."""
+    try:
+        with Dataset.open(settings.dataset) as dataset:
+            fingerprint = dataset.fingerprint
+    except UserError:
+        return None  # told by the run, when it opens the data set
+    shaping = {name: text for name, text in as_params(settings).items() if name not in BESIDES}
+    key = json.dumps([fingerprint, shaping], sort_keys=True)
+    return Checkpoint(settings.checkpoints / hashlib.sha256(key.encode()).hexdigest()[:16])
+
+
+def _progress(checkpoint: Checkpoint, last: dict[str, Any], run_id: str) -> Progress | None:
+    """What an interrupted training had reached, told again in a run of its own where this is another."""
+    networks = {epoch: checkpoint.network(epoch) for epoch in last["dices"]}
+    if None in networks.values():
+        return None
+    if last["run_id"] != run_id:
+        for epoch, metrics in enumerate(last["history"], start=1):
+            tracking.log_metrics(metrics, step=epoch)
+    return Progress(
+        run_id, last["history"], last["dices"], {epoch: n for epoch, n in networks.items() if n is not None}
+    )
+
+
+def _best(progress: Progress, predictor: Predictor, validation: Cohort) -> tuple[Tally, list[int]]:
+    """Loads the best epoch's weights, or the mean of the kept ones where that scores better.
+
+    Returns the validation images' tally, and the epochs that were taken.
+    """
+    epochs = list(progress.networks)
+    candidates = [epochs[:1], epochs] if len(epochs) > 1 else [epochs]
+    found: list[tuple[float, Tally]] = []
+    for chosen in candidates:
+        predictor.network.load_state_dict(mean_of([progress.networks[epoch] for epoch in chosen]))
+        tally = validation.tally(predictor)
+        found.append((validation.score(tally, best_on_grid(tally)).dice, tally))
+    best = max(range(len(found)), key=lambda place: found[place][0])  # of equals the single one
+    predictor.network.load_state_dict(mean_of([progress.networks[epoch] for epoch in candidates[best]]))
+    return found[best][1], candidates[best]

@@ -1,0 +1,252 @@
+"""Training against the usual script, on the same images, in the same run.
+
+python benchmarks/train.py              on a GPU where torch finds one, else on the CPU
+python benchmarks/train.py --sizes 256 --batches 8 --images 64 --epochs 5
+
+Epochs of both take turns; the first of each is not counted. Synthetic radiographs are repeated until there
+are as many as asked for: their number is what costs time, not what they show. On a GPU it also tells which
+share of the device's bf16 matrix products the training reaches. Needs neither MLflow nor Optuna.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import h5py
+import numpy as np
+import torch
+from measure import machine
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional
+from torch.utils.data import DataLoader, Dataset
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision import tv_tensors
+from torchvision.models.segmentation import fcn_resnet50
+from torchvision.transforms import v2
+
+from pneumo_experiments.data import store
+from pneumo_experiments.data.annotations import read_annotations
+from pneumo_experiments.data.archive import open_archive
+from pneumo_experiments.data.batches import Recipe as Stored
+from pneumo_experiments.data.batches import make_jobs, results
+from pneumo_experiments.data.phantom_files import write_sample
+from pneumo_experiments.data.workers import available_cores
+from pneumo_experiments.learning.device import Machine, choose_machine
+from pneumo_experiments.learning.fit import Epoch, fit
+from pneumo_experiments.learning.loader import choose_cache, load
+from pneumo_experiments.learning.loss import criterion
+from pneumo_experiments.learning.network import PneumothoraxNet, build
+from pneumo_experiments.settings import Recipe
+
+SAMPLE = 48  # synthetic radiographs, before they are repeated
+LINEAR_WITHIN = 0.05
+# On a GPU so many images that the wait for an epoch's first batch counts as little as in earnest.
+DEFAULTS = {
+    "cuda": {"sizes": [384], "batches": [32, 64], "images": 5120, "epochs": 4, "linear": [500, 5000]},
+    "cpu": {"sizes": [128, 256], "batches": [8], "images": 8, "epochs": 3, "linear": [24, 96]},
+}
+LINEAR_SIZE = {"cuda": 384, "cpu": 64}
+
+
+class Radiographs(Dataset):
+    """Images repeated to three channels and masks, read, changed and normalised one by one on the CPU."""
+
+    def __init__(self, path: Path, rows: NDArray[np.int64]) -> None:
+        self.path, self.rows, self.file = path, rows, None
+        affine = v2.RandomAffine(degrees=10, translate=(0.06, 0.06), scale=(0.9, 1.1))
+        self.change = v2.Compose([v2.RandomHorizontalFlip(), affine, v2.ColorJitter(brightness=0.1)])
+        self.normalise = v2.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        if self.file is None:  # in each worker its own
+            self.file = h5py.File(self.path, "r")
+        block, row = divmod(int(self.rows[index]), store.BLOCK)
+        image = tv_tensors.Image(self.file[f"images_{block}"][row][None])
+        mask = tv_tensors.Mask(self.file[f"ann_{block}"][row][None])
+        image, mask = self.change(image, mask)
+        return self.normalise(image.repeat(3, 1, 1)), mask
+
+
+def bce_and_dice(logits: Tensor, masks: Tensor) -> Tensor:
+    probability = torch.sigmoid(logits)
+    dice = (2 * (probability * masks).sum() + 1) / (probability.sum() + masks.sum() + 1)
+    return functional.binary_cross_entropy_with_logits(logits, masks) + 1 - dice
+
+
+def usual_script(
+    path: Path, rows: NDArray[np.int64], batch: int, workers: int, device: torch.device
+) -> Iterator[tuple[float, float]]:
+    """torchvision's FCN-ResNet50; seconds of each epoch and the share of them spent waiting for data."""
+    cuda = device.type == "cuda"
+    dataset = Radiographs(path, rows)
+    loader = DataLoader(
+        dataset, batch, shuffle=True, num_workers=workers, pin_memory=cuda, persistent_workers=workers > 0
+    )
+    torch.manual_seed(0)
+    model = fcn_resnet50(weights=None, weights_backbone=None, num_classes=1, aux_loss=True).to(device)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=3e-4)
+    scaler = torch.amp.GradScaler(device.type, enabled=cuda)
+    model.train()
+    while True:
+        waited, total = 0.0, 0.0
+        start = asked = time.perf_counter()
+        for images, masks in loader:
+            waited += time.perf_counter() - asked
+            images, masks = images.to(device, non_blocking=True), masks.to(device, non_blocking=True)
+            optimiser.zero_grad()
+            with torch.autocast(device.type, torch.float16, enabled=cuda):
+                output = model(images)
+            mask, aux = (bce_and_dice(output[name].float(), masks) for name in ("out", "aux"))
+            loss = mask + 0.4 * aux
+            scaler.scale(loss).backward()
+            scaler.step(optimiser)
+            scaler.update()
+            total += loss.item()  # for the log; waits for the device
+            asked = time.perf_counter()
+        seconds = time.perf_counter() - start
+        yield seconds, waited / seconds
+
+
+def ours(path: Path, rows: NDArray[np.int64], batch: int, epochs: int, place: Machine) -> Iterator[Epoch]:
+    """The project's training by its defaults, from random weights; images lie where ``train`` puts them."""
+    with store.Dataset.open(path) as dataset:
+        present = np.array([dataset.entries[row].area_px > 0 for row in rows.tolist()])
+        side = dataset.image_size
+        cache = choose_cache("auto", 2 * len(rows) * side**2, place.device)
+        examples = load(dataset, rows, present, side, str(place.device) if cache == "device" else "cpu")
+    recipe = Recipe(weights="none", batch_size=batch)
+    return fit(build(recipe.network, recipe.weights, recipe.seed), examples, recipe, epochs, place)
+
+
+def dataset_of(size: int, folder: Path) -> Path:
+    """The synthetic radiographs at that image size, as ``preprocess`` writes them; made when first asked."""
+    sample, path, work = (folder / name for name in ("sample", f"{size}.h5", f"{size}.work"))
+    if not sample.exists():
+        write_sample(sample, SAMPLE, 0, seed=0)
+    if not path.exists():
+        work.mkdir()
+        dicom_dir, rows = sample / "dicom-images-train", read_annotations(sample / "train-rle.csv")
+        members = open_archive(dicom_dir).members
+        jobs = make_jobs(dicom_dir, Stored(size, "float32", 10**8), members, rows, patients={})
+        images = (result.packed for result in results(jobs, work, available_cores()) if result.packed)
+        store.write_dataset(path, images, image_size=size, pixel_dtype="float32", settings={}, labelled=True)
+    return path
+
+
+def flops_per_image(size: int) -> float:
+    """Operations of convolutions and matrix products alone, forward and backward, two per product.
+
+    Counted in one step on torch's meta device, whose tensors have shapes but no values.
+    """
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        output = PneumothoraxNet(Recipe().network)(torch.empty(2, 1, size, size))
+        criterion(output, torch.empty(2, size, size), torch.empty(2), Recipe())["loss"].backward()
+    return counter.get_total_flops() / 2
+
+
+def measured_matrix_rate(device: torch.device, side: int = 8192, products: int = 100) -> float:
+    """Operations per second of bf16 matrix products; the first rounds warm the device up."""
+    a, b = torch.randn(2, side, side, device=device).bfloat16()
+    rates: list[float] = []
+    for _ in range(8):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(products):
+            torch.mm(a, b)
+        end.record()
+        end.synchronize()
+        rates.append(2 * side**3 * products / (start.elapsed_time(end) / 1000))
+    return statistics.median(rates[3:])
+
+
+def compare(path: Path, batch: int, wishes: argparse.Namespace, place: Machine) -> tuple[list[str], float]:
+    """Cells of the table, and our images per second."""
+    rows = np.arange(wishes.images) % SAMPLE
+    mine = ours(path, rows, batch, wishes.epochs, place)
+    turns = list(zip(mine, usual_script(path, rows, batch, wishes.workers, place.device), strict=False))[1:]
+    median = statistics.median
+    our_rate = median(epoch.images_per_second for epoch, _ in turns)
+    pieces = min(epoch.micro_batch for epoch, _ in turns)  # smaller than the batch when the memory ran out
+    return [
+        f"{batch}" if pieces >= batch else f"{batch} in pieces of {pieces}",
+        f"{median(len(rows) / seconds for _, (seconds, _) in turns):.3g}",
+        f"{our_rate:.3g}",
+        f"{median(seconds / epoch.seconds for epoch, (seconds, _) in turns):.2f}",
+        f"{median(waited for _, (_, waited) in turns):.2%}",
+        f"{median(epoch.wait_share for epoch, _ in turns):.2%}",
+    ], our_rate
+
+
+def linear(path: Path, size: int, wishes: argparse.Namespace, place: Machine) -> str:
+    """Images per second of few and of many images: as many small epochs as one large one takes, in turn."""
+    (few, many), batch = wishes.linear, wishes.batches[0]
+    turns = many // few
+    small = ours(path, np.arange(few) % SAMPLE, batch, wishes.epochs * turns, place)
+    large = ours(path, np.arange(many) % SAMPLE, batch, wishes.epochs, place)
+    rates: list[tuple[float, float]] = []
+    for epoch in large:
+        seconds = sum(next(small).seconds for _ in range(turns))
+        rates.append((few * turns / seconds, epoch.images_per_second))
+    of_few, of_many = (statistics.median(both) for both in zip(*rates[1:], strict=True))
+    ratio = statistics.median(b / a for a, b in rates[1:])
+    verdict = "within" if abs(ratio - 1) <= LINEAR_WITHIN else "NOT within"
+    return (
+        f"{size} px, batch {batch}: {of_few:.3g} images/s of {few} images, {of_many:.3g} of {many};"
+        f" ratio {ratio:.3f}, {verdict} {LINEAR_WITHIN:.0%}"
+    )
+
+
+def main() -> None:
+    """Reads the options; on CPU and GPU they have defaults that take some minutes."""
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    as_written = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written)
+    parser.add_argument("--sizes", type=int, nargs="+", help="sides of the images, in pixels")
+    parser.add_argument("--batches", type=int, nargs="+", help="images per step")
+    parser.add_argument("--images", type=int, help="images per epoch")
+    parser.add_argument("--epochs", type=int, help="epochs of each training, 2 or more")
+    parser.add_argument("--workers", type=int, help="processes of the usual script's loader")
+    parser.add_argument("--linear", type=int, nargs=2, help="few images, and a multiple of them")
+    parser.set_defaults(workers=min(available_cores(), 8), **DEFAULTS[kind])
+    wishes = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        tables(Path(folder), wishes, choose_machine(Recipe(device=kind)))
+
+
+def tables(folder: Path, wishes: argparse.Namespace, place: Machine) -> None:
+    """Measures and prints."""
+    kind = place.device.type
+    gpu = f"{torch.cuda.get_device_name()}; " if kind == "cuda" else ""
+    print(f"{gpu}{machine()}, torch {torch.__version__}")
+    print(f"{wishes.images} images per epoch; medians of {wishes.epochs - 1} epochs of each, in turn")
+    usual = "fp16" if kind == "cuda" else "fp32"
+    print(f"usual script: {usual}, {wishes.workers} loading processes; ours: {place.precision}\n")
+    matrix_rate = measured_matrix_rate(place.device) if kind == "cuda" else None
+    titles = ["size, px", "batch", "usual script, images/s", "ours, images/s", "ours / usual"]
+    titles += ["usual script waits for data", "ours waits for data", "GFLOP per image"]
+    titles += ["ours, share of the matrix rate"] if matrix_rate else []
+    print(f"| {' | '.join(titles)} |\n|{'---|' * len(titles)}")
+    for size in wishes.sizes:
+        path, flops = dataset_of(size, folder), flops_per_image(size)
+        for batch in wishes.batches:
+            cells, rate = compare(path, batch, wishes, place)
+            cells.append(f"{flops / 1e9:.0f}")
+            cells += [f"{rate * flops / matrix_rate:.1%}"] if matrix_rate else []
+            print(f"| {size} | {' | '.join(cells)} |", flush=True)
+    if matrix_rate:
+        print(f"\nmatrix rate: {matrix_rate / 1e12:.0f} TFLOP/s, bf16 products of 8192 x 8192 matrices")
+    size = LINEAR_SIZE[kind]
+    print(f"\n{linear(dataset_of(size, folder), size, wishes, place)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""What an interrupted training needs to go on, in files that appear whole or not at all."""
+# pyright: reportUnknownMemberType=false
+
+from __future__ import annotations
+
+import shutil
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+LAST = "last.pt"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The folder of one training: its last state, and the networks of its best epochs."""
+
+    folder: Path
+
+    def last(self) -> dict[str, Any] | None:
+        """What was saved last; None where there is nothing, or nothing that can be read."""
+        return self._load(LAST)
+
+    def network(self, epoch: int) -> dict[str, Any] | None:
+        """State dict of a kept epoch; None where it is missing."""
+        return self._load(_name(epoch))
+
+    def save(self, last: dict[str, Any], kept: dict[int, dict[str, Any]]) -> None:
+        """Replaces the last state and the kept networks; a kept one is written once.
+
+        A disk that is full costs the checkpoint, not the training: it goes on with a warning.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for epoch, state in kept.items():
+                if not (self.folder / _name(epoch)).exists():
+                    self._write(_name(epoch), state)
+            self._write(LAST, last)
+            for path in self.folder.glob("epoch-*.pt"):
+                if path.name not in {_name(epoch) for epoch in kept}:
+                    path.unlink()
+        except (OSError, RuntimeError) as error:  # RuntimeError: torch's, where the disk is full
+            reason = str(error).split("\n")[0]
+            warnings.warn(
+                f"{self.folder}: the checkpoint cannot be written ({reason}); the training goes on, but an"
+                " interruption would lose it",
+                stacklevel=2,
+            )
+
+    def clear(self) -> None:
+        """Removes the folder: the training has ended."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _load(self, name: str) -> dict[str, Any] | None:
+        try:
+            return torch.load(self.folder / name, map_location="cpu", weights_only=True)
+        except FileNotFoundError:
+            return None
+        except Exception as error:  # whatever damaged bytes make the reader raise
+            warnings.warn(f"{self.folder / name}: cannot be read ({type(error).__name__})", stacklevel=2)
+            return None
+
+    def _write(self, name: str, content: dict[str, Any]) -> None:
+        part = self.folder / f"{name}.part"
+        try:
+            torch.save(content, part)
+            part.replace(self.folder / name)
+        finally:
+            part.unlink(missing_ok=True)
+
+
+def _name(epoch: int) -> str:
+    return f"epoch-{epoch}.pt"

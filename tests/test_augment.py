@@ -1,0 +1,294 @@
+"""Random changes of training images: what each does, and that image and mask stay together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional
+
+from pneumo_experiments.learning.augment import (
+    BRIGHTNESS,
+    CONTRAST,
+    CONTROL_POINTS,
+    DISTORTION,
+    GAMMA,
+    ROTATION_DEGREES,
+    SCALE,
+    SHIFT,
+    augment,
+    random_affine,
+    random_displacement,
+    random_tones,
+    regrade,
+    warp,
+)
+
+STILL = torch.zeros(1, 2, CONTROL_POINTS, CONTROL_POINTS)
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def affine(*numbers: float) -> Tensor:
+    """The map of one picture, row by row."""
+    return torch.tensor(numbers).view(1, 2, 3)
+
+
+def discs(count: int, side: int, radius: float, x: float = 0, y: float = 0) -> Tensor:
+    """Shares (count, side, side) of one disc with a soft edge; x, y and radius in halves of the side."""
+    centres = (torch.arange(side) * 2 + 1) / side - 1
+    distance = torch.hypot(centres - x, centres[:, None] - y)
+    return ((radius - distance) * side / 2 + 0.5).clamp(0, 1).expand(count, side, side).clone()
+
+
+def centroids_px(shares: Tensor) -> Tensor:
+    """Column and row (n, 2) of the middle of each share, 0 in the picture's middle."""
+    places = torch.arange(shares.shape[-1]) - (shares.shape[-1] - 1) / 2
+    moments = torch.stack([(shares * places).sum((1, 2)), (shares.mT * places).sum((1, 2))], dim=1)
+    return moments / shares.sum((1, 2))[:, None]
+
+
+# Geometry
+
+
+@pytest.mark.parametrize(
+    ("numbers", "expected"),
+    [
+        ((1, 0, 0, 0, 1, 0), lambda picture: picture),
+        ((-1, 0, 0, 0, 1, 0), lambda picture: picture.flip(-1)),
+        ((0, 1, 0, -1, 0, 0), lambda picture: picture.rot90(-1, (-2, -1))),
+        # 3 columns from the right, 2 rows from above; what comes from outside is black
+        ((1, 0, 6 / 32, 0, 1, -4 / 32), lambda picture: functional.pad(picture, (0, 3, 2, 0))[..., :-2, 3:]),
+    ],
+    ids=["still", "mirrored", "a quarter turn", "shifted"],
+)
+def test_a_map_of_whole_pixels_moves_them_unchanged(
+    numbers: tuple[float, ...], expected: Callable[[Tensor], Tensor]
+) -> None:
+    picture = torch.rand(1, 2, 32, 32, generator=seeded(0))
+    moved = warp(picture, affine(*numbers), STILL)
+    torch.testing.assert_close(moved, expected(picture), atol=1e-4, rtol=0)
+
+
+def test_without_distortion_the_result_is_that_of_the_affine_grid() -> None:
+    pictures = torch.rand(6, 2, 40, 40, generator=seeded(0))
+    maps = random_affine(6, seeded(1))
+    grid = functional.affine_grid(maps, [6, 2, 40, 40], align_corners=False)
+    expected = functional.grid_sample(pictures, grid, padding_mode="zeros", align_corners=False)
+    torch.testing.assert_close(warp(pictures, maps, STILL.expand(6, -1, -1, -1)), expected, atol=2e-5, rtol=0)
+
+
+def test_the_distortion_is_bicubic_between_control_points() -> None:
+    pictures = torch.rand(8, 1, 33, 33, generator=seeded(0))
+    maps, displacement = random_affine(8, seeded(1)), random_displacement(8, seeded(2))
+    assert 0 < displacement.abs().sum((1, 2, 3)).count_nonzero() < 8
+    smooth = functional.interpolate(displacement, (33, 33), mode="bicubic", align_corners=True)
+    grid = functional.affine_grid(maps, [8, 1, 33, 33], align_corners=False) + smooth.permute(0, 2, 3, 1)
+    expected = functional.grid_sample(pictures, grid, padding_mode="zeros", align_corners=False)
+    torch.testing.assert_close(warp(pictures, maps, displacement), expected, atol=2e-5, rtol=0)
+
+
+def test_a_control_point_moves_its_own_place_by_its_displacement_and_the_others_not() -> None:
+    ramp = ((torch.arange(33) * 2 + 1) / 66).expand(33, 33)  # each pixel holds its own place, 0 to 1
+    places = torch.stack([ramp, ramp.mT])[None]
+    displacement = STILL.clone()
+    displacement[0, :, 2, 1] = torch.tensor([0.05, -0.03])
+    moved = warp(places, affine(1, 0, 0, 0, 1, 0), displacement) - places
+    found = moved[0, :, 8:-8:8, 8:-8:8]  # control points, but for the outermost, whose pixels touch black
+    expected = torch.zeros(2, 3, 3)
+    expected[:, 1, 0] = torch.tensor([0.05, -0.03]) / 2  # the picture measures 2
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+def test_the_strongest_distortion_never_folds_the_picture() -> None:
+    generator = seeded(0)
+    signs = torch.randint(2, (500, 2, CONTROL_POINTS, CONTROL_POINTS), generator=generator) * 2.0 - 1
+    smooth = functional.interpolate(2 * DISTORTION * signs, (129, 129), mode="bicubic", align_corners=True)
+    place = torch.linspace(-1, 1, 129)
+    x, y = smooth[:, 0] + place, smooth[:, 1] + place[:, None]
+    step = 2 / 128
+    along_x = [c.diff(dim=2)[:, :-1] / step for c in (x, y)]
+    along_y = [c.diff(dim=1)[:, :, :-1] / step for c in (x, y)]
+    areas = along_x[0] * along_y[1] - along_x[1] * along_y[0]
+    assert areas.min() > 0.25  # nowhere is the picture stretched to more than four times its area
+
+
+def test_maps_keep_within_their_strengths_and_reach_them() -> None:
+    maps = random_affine(4000, seeded(0))
+    linear = maps[:, :, :2]
+    determinant = torch.linalg.det(linear)
+    scale = determinant.abs() ** -0.5
+    degrees = torch.rad2deg(torch.atan2(-linear[:, 0, 1], linear[:, 1, 1]))
+    for values, low, high in (
+        (scale, 1 - SCALE, 1 + SCALE),
+        (degrees, -ROTATION_DEGREES, ROTATION_DEGREES),
+        (maps[:, 0, 2] / 2, -SHIFT, SHIFT),
+        (maps[:, 1, 2] / 2, -SHIFT, SHIFT),
+    ):
+        edge = 0.01 * (high - low)
+        assert low - 1e-4 <= values.min() < low + edge
+        assert high - edge < values.max() <= high + 1e-4
+        assert values.mean().item() == pytest.approx((low + high) / 2, abs=3 * edge)
+    assert (determinant < 0).float().mean().item() == pytest.approx(0.5, abs=0.04)
+    shape = linear @ linear.mT * scale[:, None, None] ** 2  # neither sheared nor squeezed
+    torch.testing.assert_close(shape, torch.eye(2).expand(4000, 2, 2), atol=1e-4, rtol=0)
+
+
+def test_half_of_the_pictures_are_distorted_within_the_strength() -> None:
+    displacement = random_displacement(1000, seeded(0))
+    still = (displacement == 0).flatten(1)
+    assert torch.equal(still.any(1), still.all(1))
+    assert still.all(1).float().mean().item() == pytest.approx(0.5, abs=0.06)
+    assert 1.98 * DISTORTION < displacement.abs().max() <= 2 * DISTORTION
+    assert displacement.mean().abs() < 0.02 * DISTORTION
+
+
+# Greys
+
+
+def test_greys_change_by_gamma_then_contrast_then_brightness() -> None:
+    grey = torch.tensor([0.0, 0.25, 0.5, 1.0]).view(1, 1, 1, 4)
+    found = regrade(grey, torch.tensor([[2.0], [1.2], [-0.1]]))
+    expected = [0, (1 / 16 - 0.5) * 1.2 + 0.4, (0.25 - 0.5) * 1.2 + 0.4, 1.0]
+    torch.testing.assert_close(found.flatten(), torch.tensor(expected).clamp(0, 1))
+
+
+def test_each_image_has_its_own_tone() -> None:
+    grey = torch.full((3, 1, 1, 1), 0.5)
+    tones = torch.tensor([[1.0, 2.0, 1.0], [1.0, 1.0, 2.0], [0.1, 0.0, 0.0]])
+    torch.testing.assert_close(regrade(grey, tones).flatten(), torch.tensor([0.6, 0.25, 0.5]))
+
+
+def test_tones_keep_within_their_strengths_and_lean_to_neither_side() -> None:
+    gamma, contrast, brightness = random_tones(4000, seeded(0))
+    for values, high in (
+        (gamma.log(), math.log(GAMMA)),
+        (contrast - 1, CONTRAST),
+        (brightness, BRIGHTNESS),
+    ):
+        assert -high - 1e-6 <= values.min() < -0.99 * high
+        assert 0.99 * high < values.max() <= high + 1e-6
+        assert values.mean().abs() < 0.04 * high
+
+
+# Both together
+
+
+def test_image_and_share_move_alike() -> None:
+    shares = torch.zeros(64, 64, 64)
+    shares[:, 20:44, 10:30] = 1
+    images, moved = augment(0.15 + 0.7 * shares[:, None], shares, seeded(0))
+    bright = (images[:, 0] > 0.5).float()
+    overlap = (bright * moved).sum((1, 2)) / torch.maximum(bright, moved).sum((1, 2))
+    assert overlap.min() > 0.9
+    kept = (moved * shares).sum((1, 2)) / torch.maximum(moved, shares).sum((1, 2))
+    assert kept.mean() < 0.6  # they did move
+
+
+def test_a_disc_and_its_mask_stay_within_a_pixel() -> None:
+    shares = discs(64, 96, radius=0.4)
+    images, moved = augment(0.1 + 0.65 * shares[:, None], shares, seeded(1))
+    bright = (images[:, 0] > 0.5).float()  # no tone lifts the ground or lowers the disc that far
+    apart_px = (centroids_px(bright) - centroids_px(moved)).norm(dim=1)
+    assert apart_px.max() < 0.5
+    areas = bright.sum((1, 2)) / moved.sum((1, 2))
+    assert areas.sub(1).abs().max() < 0.06  # a third of a pixel around
+
+
+def test_masks_keep_their_area_and_place_on_average() -> None:
+    shares = discs(800, 64, radius=0.3)
+    moved = augment(shares[:, None], shares, seeded(2))[1]
+    areas = moved.sum((1, 2)) / shares.sum((1, 2))
+    assert areas.mean().item() == pytest.approx(1, abs=0.02)
+    assert areas.std() > 0.05
+    drift_px = centroids_px(moved).mean(0)
+    assert drift_px.abs().max() < 4 * 64 * SHIFT / math.sqrt(3 * 800)  # four standard errors of the shift
+    assert centroids_px(moved).abs().max() < 64 * (SHIFT + DISTORTION) + 1
+
+
+@pytest.mark.parametrize(("x", "y"), [(0.5, -0.5), (-0.5, 0.4), (0.0, 0.6)])
+def test_off_the_middle_heights_stay_and_sides_change_half_of_the_time(x: float, y: float) -> None:
+    shares = discs(800, 64, radius=0.15, x=x, y=y)
+    centres = centroids_px(augment(shares[:, None], shares, seeded(3))[1])
+    error_px = 4 * 64 * (SHIFT + SCALE * 0.5) / math.sqrt(3 * 800)
+    assert centres[:, 1].mean().item() == pytest.approx(
+        32 * y, abs=error_px + 0.2
+    )  # 0.2: the mean of cosines
+    assert centres[:, 0].mean().item() == pytest.approx(0, abs=error_px + 4 * 32 * abs(x) / math.sqrt(800))
+    assert centres[:, 0].abs().mean().item() >= 32 * abs(x) - error_px - 0.2
+
+
+def test_outside_of_the_picture_is_black_and_unmarked() -> None:
+    images, shares = augment(torch.ones(32, 1, 48, 48), torch.ones(32, 48, 48), seeded(4))
+    outside = shares == 0
+    assert 0.01 < outside.float().mean() < 0.2
+    assert images[:, 0][outside].max() == 0
+    inside = images[:, 0][shares == 1]
+    assert len(inside.unique()) > 8  # each white picture has its own tone, unless it stays white
+    assert inside.min() >= 1 - CONTRAST / 2 - BRIGHTNESS - 1e-6
+
+
+@settings(max_examples=25, deadline=None)
+@example(0, "white", 37)  # here the weights of a sample add up to more than 1
+@given(st.integers(0, 2**32), st.sampled_from(["noise", "black", "white", "chequered"]), st.integers(8, 40))
+def test_values_stay_in_range_and_what_was_given_is_not_changed(seed: int, kind: str, side: int) -> None:
+    noise = torch.rand(16, side, side, generator=seeded(seed))
+    given_shares = {
+        "noise": noise,
+        "black": torch.zeros_like(noise),
+        "white": torch.ones_like(noise),
+        "chequered": (noise > 0.5).float(),
+    }[kind]
+    images, shares = given_shares[:, None].clone(), given_shares.clone()
+    moved, moved_shares = augment(images, shares, seeded(seed))
+    assert torch.equal(images[:, 0], given_shares) and torch.equal(shares, given_shares)
+    assert moved.shape == images.shape and moved_shares.shape == shares.shape
+    for values in (moved, moved_shares):
+        assert values.dtype == torch.float32
+        assert values.min() >= 0 and values.max() <= 1
+    if kind == "black":
+        assert moved_shares.max() == 0
+
+
+def test_one_seed_is_one_change_and_each_image_has_its_own() -> None:
+    picture = torch.rand(1, 1, 32, 32, generator=seeded(0)).expand(4, 1, 32, 32)
+    first, again, other = (augment(picture, picture[:, 0], seeded(seed)) for seed in (3, 3, 4))
+    assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
+    assert not torch.equal(first[0], other[0])
+    assert len({image.numpy().tobytes() for image in first[0]}) == 4
+
+
+def test_the_generator_alone_is_the_source_of_randomness() -> None:
+    picture = torch.rand(2, 1, 16, 16, generator=seeded(0))
+    results = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        before = torch.get_rng_state()
+        results.append(augment(picture, picture[:, 0], seeded(3))[0])
+        assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(*results)
+
+
+def test_the_place_is_as_exact_where_products_are_rounded_to_half_the_bits() -> None:
+    shares = discs(16, 128, radius=0.3)
+    expected = augment(shares[:, None], shares, seeded(5))[1]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        moved = augment(shares[:, None], shares, seeded(5))[1]
+    # A disc's edge falls from 1 to 0 within a pixel: a difference of 0.02 is a move of 0.02 pixels.
+    torch.testing.assert_close(moved, expected, atol=0.02, rtol=0)
+
+
+def test_a_batch_is_changed_without_reading_a_value_back() -> None:
+    # Tensors on meta have no values: whatever would wait for the device fails on them.
+    images, shares = augment(
+        torch.empty(2, 1, 32, 32, device="meta"), torch.empty(2, 32, 32, device="meta"), seeded(0)
+    )
+    assert images.shape == (2, 1, 32, 32) and shares.shape == (2, 32, 32)
+    assert images.device.type == shares.device.type == "meta"

@@ -1,0 +1,305 @@
+"""The terms of the training loss: values by hand, slow versions, gradients and extreme inputs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from pneumo_experiments.learning.loss import (
+    MASK_LOSSES,
+    bce,
+    criterion,
+    focal,
+    lovasz_hinge,
+    soft_dice,
+    soft_dice_per_image,
+)
+from pneumo_experiments.learning.network import Output
+from pneumo_experiments.settings import Recipe
+
+LOGIT = math.log(3)  # of probability 0.75
+EVERY_TERM = Recipe(
+    bce_weight=0.5,
+    dice_weight=2.0,
+    dice_image_weight=0.3,
+    focal_weight=3.0,
+    lovasz_weight=0.1,
+    aux_weight=0.4,
+    presence_weight=0.7,
+)
+every_loss = pytest.mark.parametrize("loss", MASK_LOSSES.values(), ids=MASK_LOSSES.keys())
+
+
+def pixels(*values: float) -> Tensor:
+    """One image of one row."""
+    return torch.tensor(values, dtype=torch.float64)[None, None]
+
+
+def batch(seed: int, count: int = 3, side: int = 4) -> tuple[Tensor, Tensor]:
+    """Random logits and shares in float64; a third of the shares is exactly 0, a third exactly 1."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(count, side, side, generator=generator, dtype=torch.float64) * 2
+    shares = torch.rand(count, side, side, generator=generator, dtype=torch.float64) * 3 - 1
+    return logits, shares.clamp(0, 1)
+
+
+# Dice
+
+
+def test_dice_of_each_image_is_the_mean_over_the_images() -> None:
+    logits = torch.full((2, 2, 2), LOGIT)
+    share = torch.tensor([1.0, 0.0])[:, None, None].expand(2, 2, 2)
+    dices = (2 * 3 + 1) / (3 + 4 + 1), 1 / (3 + 0 + 1)
+    assert soft_dice_per_image(logits, share).item() == pytest.approx(1 - sum(dices) / 2)
+
+
+def test_an_empty_truth_asks_for_an_empty_prediction() -> None:
+    empty, full = torch.full((1, 32, 32), -50.0), torch.full((1, 32, 32), 50.0)
+    truth = torch.zeros(1, 32, 32)
+    assert soft_dice_per_image(empty, truth).item() == pytest.approx(0, abs=1e-6)
+    assert soft_dice_per_image(full, truth).item() == pytest.approx(1024 / 1025)
+
+
+def test_a_small_finding_that_is_missed_costs_its_whole_image_and_little_of_the_batch() -> None:
+    share = torch.zeros(2, 32, 32)
+    share[0, :, :16], share[1, 0, :3] = 1, 1
+    logits = torch.where(share.bool(), 50.0, -50.0)
+    logits[1] = -50
+    assert soft_dice(logits, share).item() == pytest.approx(3 / (512 + 515 + 1), abs=1e-6)
+    assert soft_dice_per_image(logits, share).item() == pytest.approx((1 - 1 / 4) / 2)
+
+
+def test_dice_of_one_image_is_that_of_its_batch() -> None:
+    logits, share = batch(0, count=1)
+    assert soft_dice_per_image(logits, share).item() == pytest.approx(soft_dice(logits, share).item())
+
+
+# Focal loss
+
+
+def test_focal_loss_of_a_partly_annotated_pixel_weighs_by_the_squared_distance() -> None:
+    cross_entropy = -0.25 * math.log(0.75) - 0.75 * math.log(0.25)
+    assert focal(pixels(LOGIT), pixels(0.25)).item() == pytest.approx(0.5**2 * cross_entropy)
+    assert focal(pixels(LOGIT), pixels(0.75)).item() == pytest.approx(0, abs=1e-12)
+
+
+# Lovász hinge
+
+
+def test_lovasz_hinge_by_hand() -> None:
+    # Errors 2, -1, 1: the first costs 1 - 1/2 of the index, the third 1/2 - 1/3, the second is right.
+    assert lovasz_hinge(pixels(-1, 2, 0), pixels(1, 1, 0)).item() == pytest.approx(2 / 2 + 1 / 6)
+    # The only true pixel is the worst: it takes the whole index, the false one costs nothing more.
+    assert lovasz_hinge(pixels(-1, 0.5), pixels(1, 0)).item() == pytest.approx(2)
+
+
+def slow_lovasz_hinge(logits: np.ndarray, truth: np.ndarray) -> float:
+    """Of one image of pixels: each wrong pixel, worst first, times what it takes from the Jaccard index."""
+    errors = [1 - logit if true else 1 + logit for logit, true in zip(logits, truth, strict=True)]
+    annotated = set(np.flatnonzero(truth).tolist())
+    wrong: set[int] = set()
+    before, loss = 1.0, 0.0
+    for pixel in np.argsort(errors, kind="stable")[::-1].tolist():
+        wrong.add(pixel)
+        after = len(annotated - wrong) / len(annotated | wrong)
+        loss += max(errors[pixel], 0) * (before - after)
+        before = after
+    return loss
+
+
+images_of_pixels = st.integers(1, 12).flatmap(
+    lambda count: st.lists(
+        st.lists(st.tuples(st.integers(-6, 6), st.booleans()), min_size=count, max_size=count),
+        min_size=1,
+        max_size=3,
+    )
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(images_of_pixels)
+def test_lovasz_hinge_equals_the_sum_over_sets_of_wrong_pixels(images: list[list[tuple[int, bool]]]) -> None:
+    table = np.array(images, float)  # half-integer logits: errors are often equal
+    logits, truth = table[..., 0] / 2, table[..., 1] > 0
+    expected = np.mean([slow_lovasz_hinge(*one) for one in zip(logits, truth, strict=True)])
+    found = lovasz_hinge(torch.from_numpy(logits)[:, None], torch.from_numpy(truth)[:, None].double())
+    assert found.item() == pytest.approx(expected, abs=1e-12)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=20))
+def test_lovasz_hinge_of_pixels_right_by_one_or_undecided_is_the_jaccard_loss(
+    found: list[tuple[bool, bool]],
+) -> None:
+    truth, wrong = np.array(found).T
+    logits = np.where(wrong, 0.0, np.where(truth, 1.0, -1.0))  # errors of 1 and 0: a corner of the cube
+    prediction = truth ^ wrong
+    union = (truth | prediction).sum()
+    jaccard = (truth & prediction).sum() / union if union else 1.0
+    loss = lovasz_hinge(pixels(*logits), pixels(*truth.astype(float)))
+    assert loss.item() == pytest.approx(1 - jaccard)
+
+
+def test_lovasz_hinge_is_zero_where_every_pixel_is_right_by_one() -> None:
+    truth = (batch(1)[1] > 0.5).double()
+    truth[0] = 0  # and where there is nothing to find
+    logits = (truth * 2 - 1) * torch.linspace(1, 9, 48).reshape(3, 4, 4)
+    assert lovasz_hinge(logits, truth).item() == 0
+    assert lovasz_hinge(logits * 0.99, truth).item() > 0
+
+
+@pytest.mark.parametrize("truth", [0.0, 1.0])
+@pytest.mark.parametrize("logit", [0.0, 1.0, 10.0, 100.0])
+def test_lovasz_hinge_of_an_image_that_is_all_wrong_grows_with_the_logit(truth: float, logit: float) -> None:
+    wrong = torch.full((2, 5, 5), logit if truth == 0 else -logit)
+    assert lovasz_hinge(wrong, torch.full((2, 5, 5), truth)).item() == pytest.approx(1 + logit, rel=1e-5)
+
+
+def test_lovasz_hinge_of_an_image_without_a_finding_is_that_of_its_worst_pixel() -> None:
+    logits = pixels(-3, 0.5, -0.2).requires_grad_()
+    loss = lovasz_hinge(logits, pixels(0, 0, 0))
+    loss.backward()
+    assert loss.item() == pytest.approx(1.5)
+    assert logits.grad is not None
+    assert logits.grad.flatten().tolist() == [0, 1, 0]
+
+
+def test_lovasz_hinge_takes_a_pixel_for_true_when_half_of_it_is_annotated() -> None:
+    logits = pixels(-1, 2, 0)
+    expected = lovasz_hinge(logits, pixels(1, 1, 0)).item()
+    assert lovasz_hinge(logits, pixels(0.5, 0.9, 0.49)).item() == expected
+
+
+# All terms
+
+
+@every_loss
+def test_gradients_equal_differences(loss: Callable[[Tensor, Tensor], Tensor]) -> None:
+    for seed in range(3):
+        logits, share = batch(seed)
+        share[0] = 0
+        assert torch.autograd.gradcheck(lambda x, share=share: loss(x, share), logits.requires_grad_())
+
+
+@every_loss
+def test_the_order_of_pixels_and_images_does_not_count(loss: Callable[[Tensor, Tensor], Tensor]) -> None:
+    logits, share = batch(4)
+    logits = logits.round()  # equal errors, too
+    generator = torch.Generator().manual_seed(0)
+    places, order = torch.randperm(16, generator=generator), torch.randperm(3, generator=generator)
+    shuffled = [x.flatten(1)[order][:, places].reshape(3, 4, 4) for x in (logits, share)]
+    assert loss(*shuffled).item() == pytest.approx(loss(logits, share).item(), rel=1e-12)
+
+
+@every_loss
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_extreme_logits_give_finite_losses_and_gradients(
+    loss: Callable[[Tensor, Tensor], Tensor], dtype: torch.dtype
+) -> None:
+    logits = torch.tensor([100.0, -100.0, 100.0, -100.0, 0.0, 0.0]).repeat(2, 3, 1).to(dtype)
+    share = torch.tensor([1.0, 0.0, 0.0, 1.0, 0.0, 1.0]).repeat(2, 3, 1)
+    share[1] = 0
+    logits.requires_grad_()
+    value = loss(logits, share.to(dtype))
+    value.backward()
+    assert value.dtype == torch.float32
+    assert math.isfinite(value.item()) and value.item() > 0
+    assert logits.grad is not None and logits.grad.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("loss", "expected"), [(bce, 100), (focal, 100), (lovasz_hinge, 101), (soft_dice_per_image, 4 / 5)]
+)
+def test_a_sure_mistake_costs_its_logit(loss: Callable[[Tensor, Tensor], Tensor], expected: float) -> None:
+    for logit, share in ((100.0, 0.0), (-100.0, 1.0)):
+        found = loss(torch.full((1, 2, 2), logit), torch.full((1, 2, 2), share))
+        assert found.item() == pytest.approx(expected, rel=1e-5)
+
+
+@every_loss
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_sums_over_large_images_are_exact_in_half_the_bits(
+    loss: Callable[[Tensor, Tensor], Tensor], dtype: torch.dtype
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    # 90,000 pixels: more than float16 can count.
+    logits = torch.where(torch.rand(1, 300, 300, generator=generator) < 0.9, 4.0, -4.0)
+    share = (torch.rand(1, 300, 300, generator=generator) < 0.8).float()
+    exact = loss(logits.double(), share.double()).item()
+    assert loss(logits.to(dtype), share.to(dtype)).item() == pytest.approx(exact, rel=1e-5)
+
+
+# The criterion
+
+
+def outputs(seed: int) -> tuple[Output, Tensor, Tensor]:
+    """Logits of three images of 8 pixels a side, their shares and presence."""
+    (mask, share), (aux, _) = batch(seed, side=8), batch(seed + 100, side=8)
+    presence, present = torch.tensor([0.3, -1.0, 2.0]), torch.tensor([1.0, 0.0, 1.0])
+    return Output(mask.float(), aux.float(), presence), share.float(), present
+
+
+def test_every_term_is_returned_unweighted_under_its_name() -> None:
+    output, share, present = outputs(0)
+    terms = criterion(output, share, present, EVERY_TERM)
+    by_name = {"bce": bce, "dice": soft_dice, "dice_image": soft_dice_per_image}
+    by_name |= {"focal": focal, "lovasz": lovasz_hinge}
+    assert set(terms) == {"loss", "loss_aux", "loss_presence", *(f"loss_{name}" for name in by_name)}
+    total = aux = 0.0
+    for name, loss in by_name.items():
+        assert terms[f"loss_{name}"].item() == loss(output.mask, share).item()
+        total += getattr(EVERY_TERM, f"{name}_weight") * loss(output.mask, share).item()
+        aux += getattr(EVERY_TERM, f"{name}_weight") * loss(output.aux, share).item()
+    assert terms["loss_aux"].item() == pytest.approx(aux, rel=1e-5)
+    total += 0.4 * aux + 0.7 * terms["loss_presence"].item()
+    assert terms["loss"].item() == pytest.approx(total, rel=1e-5)
+
+
+def test_presence_is_the_mean_cross_entropy_of_the_images() -> None:
+    output, share, present = outputs(0)
+    terms = criterion(output, share, present, EVERY_TERM)
+    sure = [1 / (1 + math.exp(-x)) for x in (0.3, 1.0, 2.0)]  # of the right answer
+    assert terms["loss_presence"].item() == pytest.approx(-sum(map(math.log, sure)) / 3)
+
+
+def test_terms_without_a_weight_are_left_out_and_the_new_ones_have_none_unasked() -> None:
+    output, share, present = outputs(1)
+    unasked = {"loss_dice_image", "loss_lovasz"}
+    assert not unasked & set(criterion(output, share, present, Recipe()))
+    nothing = dict.fromkeys((*MASK_LOSSES, "aux_weight", "presence_weight"), 0.0)
+    for name in MASK_LOSSES:
+        terms = criterion(output, share, present, Recipe(**nothing | {name: 2.0}))
+        term = f"loss_{name.removesuffix('_weight')}"
+        assert set(terms) == {"loss", term}
+        assert terms["loss"].item() == pytest.approx(2 * terms[term].item())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_the_loss_is_float32_whatever_the_network_computes_in(dtype: torch.dtype) -> None:
+    output, share, present = outputs(2)
+    half = Output(*(logits.to(dtype) for logits in output))
+    rounded = Output(*(logits.float() for logits in half))
+    expected = criterion(rounded, share, present, EVERY_TERM)
+    context = nullcontext() if dtype == torch.float32 else torch.autocast("cpu", dtype=dtype)
+    with context:
+        terms = criterion(half, share, present, EVERY_TERM)
+    for name, term in terms.items():
+        assert term.dtype == torch.float32, name
+        assert term.item() == expected[name].item(), name
+
+
+def test_the_loss_is_computed_without_reading_a_value_back() -> None:
+    output, share, present = outputs(3)
+    # Tensors on meta have no values: whatever would wait for the device fails on them.
+    nowhere = Output(*(logits.to("meta").requires_grad_() for logits in output))
+    loss = criterion(nowhere, share.to("meta"), present.to("meta"), EVERY_TERM)["loss"]
+    loss.backward()
+    assert nowhere.mask.grad is not None and nowhere.mask.grad.shape == share.shape

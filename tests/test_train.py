@@ -1,0 +1,114 @@
+"""The entry point ``train``: folds, what it leaves in its run, and going on."""
+
+from __future__ import annotations
+
+import csv
+import os
+import subprocess
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import mlflow
+import numpy as np
+import pytest
+from conftest import ROOT
+from mlflow import MlflowClient
+from mlflow.entities import Run
+from samples import stored_sample
+from test_chain import BIN, environment
+
+from pneumo_experiments.data.store import Dataset
+from pneumo_experiments.errors import UserError
+from pneumo_experiments.settings import Train
+from pneumo_experiments.stages.train import train
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return stored_sample(tmp_path_factory.mktemp("data"), images=24, image_size=32)
+
+
+@pytest.fixture
+def settings(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Train]:
+    """Short trainings in an empty folder with a store of its own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    mlflow.set_tracking_uri(None)
+    yield Train(dataset=dataset, weights="none", epochs=2, threshold_trials=5, overlays=2, batch_size=8)
+    mlflow.set_tracking_uri(None)
+
+
+def runs() -> list[Run]:
+    """The oldest first."""
+    return MlflowClient().search_runs(["0"], order_by=["attributes.start_time ASC"])
+
+
+def test_all_folds_are_runs_below_one_and_each_image_is_judged_by_a_network_that_never_saw_it(
+    settings: Train, dataset: Path
+) -> None:
+    train(replace(settings, fold="all", folds=2, epochs=1, holdout=0.25))
+    parent, *folds = runs()
+    assert [run.info.run_name for run in folds] == ["fold 0", "fold 1"]
+    assert {run.data.tags["mlflow.parentRunId"] for run in folds} == {parent.info.run_id}
+    assert parent.data.params["fold"] == "all"
+    path = mlflow.artifacts.download_artifacts(run_id=parent.info.run_id, artifact_path="out_of_fold.csv")
+    with Path(path).open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    with Dataset.open(dataset) as opened:
+        areas = {entry.image_id: entry.area_px for entry in opened.entries}
+    splits = [mlflow.artifacts.load_dict(f"{run.info.artifact_uri}/split.json")["parts"] for run in folds]
+    assert len(rows) == sum(split["validation"]["images"] for split in splits)
+    assert len({row["image_id"] for row in rows}) == len(rows) == 24 - splits[0]["holdout"]["images"]
+    assert all(int(row["truth_area_px"]) == areas[row["image_id"]] for row in rows)
+    mean = np.mean([float(row["dice"]) for row in rows])
+    assert parent.data.metrics["dice"] == pytest.approx(mean)
+    assert parent.data.metrics["images"] == len(rows)
+
+
+def test_the_run_holds_curves_pictures_and_how_the_time_was_spent(settings: Train) -> None:
+    train(settings)
+    (run,) = runs()
+    client = MlflowClient()
+    names = {item.path for item in client.list_artifacts(run.info.run_id)}
+    assert {"first_batch.png", "learning_curves.png", "overlays.png", "split.json"} <= names
+    for name in ("loss", "dice", "auroc", "images_per_second", "wait_share", "skipped_steps"):
+        steps = [metric.step for metric in client.get_metric_history(run.info.run_id, name)]
+        assert steps[:2] == [1, 2], name
+    assert run.data.params["cache_used"] == "host"
+    assert not list(Path("output/checkpoints").glob("*"))
+
+
+def test_patience_ends_a_training_that_gets_no_better(
+    settings: Train, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(replace(settings, epochs=5, patience=1, learning_rate=1e-9))
+    assert "no better Dice in 1 epochs: stopped early" in capsys.readouterr().out
+
+
+def test_a_recipe_that_cannot_work_is_named(settings: Train) -> None:
+    with pytest.raises(UserError, match="fold=most: give a part from 0 to 4; only train takes all"):
+        train(replace(settings, fold="most"))
+
+
+def test_under_mlflow_run_a_training_goes_on_in_its_first_run(settings: Train, tmp_path: Path) -> None:
+    words = [f"-P{name}={getattr(settings, name)}" for name in ("dataset", "weights", "threshold_trials")]
+    words += ["-Pepochs=3", f"-Pcheckpoints={tmp_path / 'checkpoints'}", "-Pprecision=fp32"]
+    command = [BIN / "mlflow", "run", ROOT, "-e", "train", "--env-manager", "local", *words]
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    killed = subprocess.Popen(
+        command, cwd=tmp_path, env=environment(uri), stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT
+    )
+    while not list(tmp_path.glob("checkpoints/*/last.pt")):
+        assert killed.poll() is None
+        os.sched_yield()
+    killed.kill()
+    killed.wait()
+    done = subprocess.run(command, cwd=tmp_path, env=environment(uri), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "train: goes on after epoch" in done.stdout + done.stderr
+    run, other = runs()
+    assert (run.info.run_name, other.info.run_name) == ("train", "went on in an earlier run")
+    assert run.info.run_id in other.data.tags["mlflow.note.content"]
+    assert run.info.status == other.info.status == "FINISHED"
+    assert len({m.step for m in MlflowClient().get_metric_history(run.info.run_id, "loss")}) == 3
