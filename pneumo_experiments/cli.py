@@ -10,13 +10,13 @@ from dataclasses import Field, fields
 from importlib import import_module
 from io import TextIOWrapper
 from pathlib import Path
-from types import FrameType
 from typing import Any, NoReturn
 
 import click
 
 from pneumo_experiments import __version__
 from pneumo_experiments.errors import UserError
+from pneumo_experiments.interrupts import Terminated, heed_signals
 from pneumo_experiments.settings import ENTRY_POINTS, NONE, Main, as_text, from_names
 
 STAGES = {name: "pipeline" if name == "main" else name for name in ENTRY_POINTS}
@@ -117,21 +117,9 @@ def mlproject(path: Path) -> None:
     path.write_text(mlproject_text(), encoding="utf-8")
 
 
-class Terminated(KeyboardInterrupt):
-    """The process was asked to end (SIGTERM)."""
-
-
-def _stop(number: int, frame: FrameType | None) -> NoReturn:
-    # `mlflow run` passes Ctrl-C on as SIGTERM: a second signal must not break the first one's cleaning up.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
-
-
 def main() -> NoReturn:
     """Runs the command line; a user's mistake is one line on stderr and exit code 2."""
-    signal.signal(signal.SIGINT, _stop)
-    signal.signal(signal.SIGTERM, _stop)
+    heed_signals()
     if isinstance(sys.stdout, TextIOWrapper):
         # Progress shows at once in a pipe, too.
         sys.stdout.reconfigure(line_buffering=True)  # pyright: ignore[reportUnknownMemberType]
@@ -145,7 +133,7 @@ def main() -> NoReturn:
         sys.exit(2)
     except (KeyboardInterrupt, click.Abort) as stop:
         terminated = isinstance(stop.__cause__, Terminated)  # click makes an Abort of every interrupt
-        _complain(f"stopped{' by SIGTERM' if terminated else ''}; the same command again starts anew")
+        _complain(f"stopped{' by SIGTERM' if terminated else ''}; the same command again does the rest")
         sys.exit(128 + (signal.SIGTERM if terminated else signal.SIGINT))
     sys.exit(0)
 

@@ -193,6 +193,11 @@ class Refine:
 
 @dataclass(frozen=True)
 class Schedule:
+    processes: int = setting(
+        1,
+        "processes that train together on this machine, each on a GPU of its own (or all on the CPU)",
+        least=1,
+    )
     epochs: int = setting(12, "passes over the training images", sample=4, least=1)
     best_k: int = setting(
         3, "take the mean weights of so many best epochs where it scores better than the best one", least=1

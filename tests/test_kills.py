@@ -17,8 +17,6 @@ from pathlib import Path
 import psutil
 import pytest
 from conftest import ROOT
-from mlflow import MlflowClient
-from samples import stored_sample
 
 from pneumo_experiments.data.phantom_files import write_sample
 from pneumo_experiments.data.store import Dataset
@@ -124,62 +122,3 @@ def test_a_killed_worker_is_an_error_and_the_same_command_ends_the_work(tmp_path
     assert process.returncode == 2, output
     assert "workers: a process was ended from outside" in output
     assert finish(tmp_path / "sample", tmp_path) == whole
-
-
-def train(folder: Path, *words: str) -> subprocess.Popen[str]:
-    settings = {
-        "dataset": "d.h5",
-        "weights": "none",
-        "epochs": "3",
-        "threshold_trials": "0",
-        "precision": "fp32",
-    }
-    options = [text for name, value in settings.items() for text in (f"--{name}", value)]
-    return subprocess.Popen(
-        [sys.executable, "-m", "pneumo_experiments", "train", *options, *words],
-        cwd=folder,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def losses(client: MlflowClient, run_id: str) -> list[float]:
-    """The training loss of each epoch; an epoch that was told twice must have been told alike."""
-    told: dict[int, float] = {}
-    for metric in client.get_metric_history(run_id, "loss"):
-        assert told.setdefault(metric.step, metric.value) == metric.value
-    return [told[step] for step in sorted(told)]
-
-
-def test_a_killed_training_goes_on_in_its_run_and_ends_as_if_nothing_had_been(tmp_path: Path) -> None:
-    stored_sample(tmp_path, images=24, image_size=32)
-    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
-
-    whole = train(tmp_path, "--checkpoints", "elsewhere")
-    output, _ = whole.communicate(timeout=PATIENCE_SECONDS)
-    assert whole.returncode == 0, output
-    (undisturbed,) = client.search_runs(["0"])
-
-    killed = train(tmp_path)
-    end = time.monotonic() + PATIENCE_SECONDS
-    while not list(tmp_path.glob("output/checkpoints/*/last.pt")):
-        assert time.monotonic() < end
-        assert killed.poll() is None, killed.communicate()[0]
-        time.sleep(0.005)
-    killed.send_signal(signal.SIGKILL)
-    killed.communicate()
-
-    again = train(tmp_path, "--overlays", "2")  # what does not change the training may change
-    output, _ = again.communicate(timeout=PATIENCE_SECONDS)
-    assert again.returncode == 0, output
-    assert "train: goes on after epoch" in output
-    runs = client.search_runs(["0"])
-    (resumed,) = (run for run in runs if run.info.run_id != undisturbed.info.run_id)
-    assert resumed.info.status == "FINISHED"
-    assert losses(client, resumed.info.run_id) == losses(client, undisturbed.info.run_id)
-    assert len(losses(client, resumed.info.run_id)) == 3
-    for name in ("dice", "auroc", "best_epoch"):
-        assert resumed.data.metrics[name] == undisturbed.data.metrics[name]
-    assert not list(tmp_path.glob("output/checkpoints/*"))

@@ -333,7 +333,7 @@ def test_a_stopped_command_says_so_and_leaves_a_killed_run_and_no_files(
 ) -> None:
     end = stopped[how]
     assert (end.code, end.status) == (code, "KILLED")
-    assert end.err.strip() == f"Error: {line}; the same command again starts anew"
+    assert end.err.strip() == f"Error: {line}; the same command again does the rest"
     assert list((end.store.folder / "output").iterdir()) == []
 
 

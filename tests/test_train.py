@@ -8,6 +8,7 @@ import subprocess
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import mlflow
 import numpy as np
@@ -18,8 +19,11 @@ from mlflow.entities import Run
 from samples import stored_sample
 from test_chain import BIN, environment
 
+from pneumo_experiments.data.rle import decode
 from pneumo_experiments.data.store import Dataset
 from pneumo_experiments.errors import UserError
+from pneumo_experiments.learning.checkpoint import Checkpoint
+from pneumo_experiments.scoring.metrics import dice
 from pneumo_experiments.settings import Train
 from pneumo_experiments.stages.train import train
 
@@ -61,9 +65,40 @@ def test_all_folds_are_runs_below_one_and_each_image_is_judged_by_a_network_that
     assert len(rows) == sum(split["validation"]["images"] for split in splits)
     assert len({row["image_id"] for row in rows}) == len(rows) == 24 - splits[0]["holdout"]["images"]
     assert all(int(row["truth_area_px"]) == areas[row["image_id"]] for row in rows)
+    with Dataset.open(dataset) as opened:
+        truths = {entry.image_id: opened.mask(index) for index, entry in enumerate(opened.entries)}
+    for row in rows:
+        mask, truth = decode(row["rle"], truths[row["image_id"]].shape), truths[row["image_id"]]
+        assert np.count_nonzero(mask) == int(row["predicted_area_px"])
+        assert dice(mask, truth) == pytest.approx(float(row["dice"]))
     mean = np.mean([float(row["dice"]) for row in rows])
     assert parent.data.metrics["dice"] == pytest.approx(mean)
     assert parent.data.metrics["images"] == len(rows)
+
+
+def test_folds_that_had_ended_are_not_trained_again(
+    settings: Train, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folds, save, saved = replace(settings, fold="all", folds=2, epochs=1), Checkpoint.save, list[str]()
+
+    def save_and_stop_in_the_second_fold(self: Checkpoint, *state: Any) -> None:
+        save(self, *state)
+        saved.append(self.folder.name)
+        if len(set(saved)) == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoint, "save", save_and_stop_in_the_second_fold)
+        with pytest.raises(KeyboardInterrupt):
+            train(folds)
+    assert capsys.readouterr().out.count("epoch 1/1") == 2
+    train(folds)
+    said = capsys.readouterr().out
+    assert said.count("goes on after epoch 1 of 1") == 2
+    assert "epoch 1/1" not in said
+    parents = [run for run in runs() if run.info.run_name == "train"]
+    assert [run.info.status for run in parents] == ["KILLED", "FINISHED"]
+    assert not list(Path("output/checkpoints").glob("*"))
 
 
 def test_the_run_holds_curves_pictures_and_how_the_time_was_spent(settings: Train) -> None:
@@ -84,6 +119,18 @@ def test_patience_ends_a_training_that_gets_no_better(
 ) -> None:
     train(replace(settings, epochs=5, patience=1, learning_rate=1e-9))
     assert "no better Dice in 1 epochs: stopped early" in capsys.readouterr().out
+
+
+def test_two_processes_train_in_one_run(settings: Train, capfd: pytest.CaptureFixture[str]) -> None:
+    trained = train(replace(settings, processes=2, aux_weight=0.0))
+    (run,) = runs()
+    assert run.info.status == "FINISHED"
+    assert {m.step for m in MlflowClient().get_metric_history(run.info.run_id, "loss")} == {1, 2}
+    assert run.data.metrics["dice"] == pytest.approx(trained.scores.dice)
+    assert trained.model.startswith("models:/")
+    told = capfd.readouterr()
+    assert told.out.count("epoch 1/2") == 1
+    assert "Warning" not in told.err
 
 
 def test_a_recipe_that_cannot_work_is_named(settings: Train) -> None:

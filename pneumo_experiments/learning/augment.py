@@ -24,16 +24,19 @@ CONTRAST = 0.2  # more or less, about the middle grey
 BRIGHTNESS = 0.1  # of the full grey range
 
 
-def augment(images: Tensor, shares: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def augment(
+    images: Tensor, shares: Tensor, generator: torch.Generator, part: slice = slice(None), of: int = 0
+) -> tuple[Tensor, Tensor]:
     """Images (n, 1, S, S) and shares (n, S, S) with other greys and moved alike, all values in [0, 1].
 
     What comes from outside a picture is black and unmarked. ``generator`` lives on the CPU, so that a
-    seed means the same changes on every device.
+    seed means the same changes on every device. Where the images are the ``part`` of a batch ``of`` more,
+    they change as they would in the whole batch.
     """
-    count = len(images)
-    affine = random_affine(count, generator)
-    displacement = random_displacement(count, generator)
-    images = regrade(images, random_tones(count, generator))
+    count = of or len(images)
+    affine = random_affine(count, generator)[part]
+    displacement = random_displacement(count, generator)[part]
+    images = regrade(images, random_tones(count, generator)[:, part])
     # Greys change first: the outside stays black.
     moved = warp(torch.cat([images, shares[:, None]], dim=1), affine, displacement)
     return moved[:, :1], moved[:, 1]

@@ -21,12 +21,15 @@ class Checkpoint:
     folder: Path
 
     def last(self) -> dict[str, Any] | None:
-        """What was saved last; None where there is nothing, or nothing that can be read."""
-        return self._load(LAST)
+        """What was saved last, with the kept networks by epoch as ``networks``.
 
-    def network(self, epoch: int) -> dict[str, Any] | None:
-        """State dict of a kept epoch; None where it is missing."""
-        return self._load(_name(epoch))
+        None where there is nothing, or something of it cannot be read.
+        """
+        last = self._load(LAST)
+        if last is None:
+            return None
+        networks = {epoch: self._load(_name(epoch)) for epoch in last.pop("kept")}
+        return None if None in networks.values() else last | {"networks": networks}
 
     def save(self, last: dict[str, Any], kept: dict[int, dict[str, Any]]) -> None:
         """Replaces the last state and the kept networks; a kept one is written once.
@@ -38,7 +41,7 @@ class Checkpoint:
             for epoch, state in kept.items():
                 if not (self.folder / _name(epoch)).exists():
                     self._write(_name(epoch), state)
-            self._write(LAST, last)
+            self._write(LAST, last | {"kept": list(kept)})
             for path in self.folder.glob("epoch-*.pt"):
                 if path.name not in {_name(epoch) for epoch in kept}:
                     path.unlink()

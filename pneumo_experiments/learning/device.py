@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional
 
 from pneumo_experiments.errors import UserError
+from pneumo_experiments.learning import group
 from pneumo_experiments.settings import Device
 
 FORMATS = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -38,10 +39,10 @@ def choose_machine(settings: Device) -> Machine:
     name = next(kind for kind in there if there[kind]) if settings.device == "auto" else settings.device
     if not there[name]:
         raise UserError(f"device={name}: torch finds none here; device=auto takes what is there")
-    device = torch.device(name)
+    device = group.device_of(name)
     precision = settings.precision
     if precision == "auto":
-        precision = _fastest(device)
+        precision = str(group.shared({"precision": _fastest(device)})["precision"])
     if precision == "fp16" and name == "cpu":
         raise UserError("precision=fp16: not on a CPU; precision=auto takes what is fastest there")
     return Machine(device, precision)

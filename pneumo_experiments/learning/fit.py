@@ -7,23 +7,25 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from itertools import pairwise
+from typing import Any, cast
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from pneumo_experiments.errors import UserError
+from pneumo_experiments.learning import group
 from pneumo_experiments.learning.average import MovingAverage
 from pneumo_experiments.learning.device import Machine
 from pneumo_experiments.learning.loader import Batch, Examples, Streamed, batches, count_batches
 from pneumo_experiments.learning.loss import MASK_LOSSES, criterion
 from pneumo_experiments.learning.network import PneumothoraxNet
+from pneumo_experiments.learning.rates import parameter_groups, rate
 from pneumo_experiments.settings import Recipe
 
 SKIPPED_AT_MOST = 0.1  # of an epoch's steps: beyond that the training has diverged
-POLYNOMIAL = 0.9  # the power that segmentation networks are usually trained with (Chen et al. 2017, DeepLab)
 
 State = dict[str, Any]
 
@@ -74,7 +76,14 @@ def fit(
     if not any(getattr(recipe, name) > 0 for name in weights):
         raise UserError(f"{', '.join(weights)}: all are 0, so nothing is learned; set one above 0")
     network.to(device=machine.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    group.synchronised(network, machine.device)
+    # Not every process may have found the weights' file.
+    network.pretrained = frozenset(group.shared(sorted(network.pretrained)))
     steps = count_batches(len(examples), recipe.batch_size)
+    if len(examples) // steps < group.size():
+        raise UserError(
+            f"batch_size={recipe.batch_size}: fewer images than the {group.size()} processes; give each one"
+        )
     if state is not None:
         network.pretrained = frozenset(state["pretrained"])
     trainer = _Trainer(network, recipe, epochs * steps, machine)
@@ -82,7 +91,7 @@ def fit(
         trainer.load(state)
     for number in range(1 + trainer.steps // steps, epochs + 1):
         # Dropout draws from torch's own generator: each epoch starts it anew, so that it needs no keeping.
-        torch.manual_seed(recipe.seed * 1_000_003 + number)
+        torch.manual_seed((recipe.seed * 1_000_003 + number) * group.size() + group.rank())
         network.train()
         sums, skipped, waited = Sums(), torch.zeros((), device=machine.device), 0.0
         start = asked = time.perf_counter()
@@ -91,7 +100,7 @@ def fit(
             terms, finite = trainer.step(batch)
             sums.add(terms, len(batch.images))
             skipped += ~finite
-            progress(len(batch.images))
+            progress(batch.size)
             asked = time.perf_counter()
         losses, skipped_steps = sums.means(), int(skipped)  # waits until the device is done
         seconds = time.perf_counter() - start
@@ -118,11 +127,12 @@ class _Trainer:
 
     def __init__(self, network: PneumothoraxNet, recipe: Recipe, steps: int, machine: Machine) -> None:
         self.network, self.recipe, self.machine = network, recipe, machine
-        self.forward = torch.compile(network) if recipe.compile else network
+        self.together = group.together(network)
+        self.forward = torch.compile(self.together) if recipe.compile else self.together
         self.all_steps, self.steps = steps, 0
         self.micro_batch = recipe.micro_batch or recipe.batch_size
         self.optimiser = torch.optim.AdamW(
-            _groups(network, recipe),
+            parameter_groups(network, recipe),
             lr=recipe.learning_rate,
             weight_decay=recipe.weight_decay,
             fused=machine.device.type != "mps",
@@ -156,20 +166,27 @@ class _Trainer:
     def _backward(self, batch: Batch) -> dict[str, Tensor]:
         """Gradients of the batch's mean loss, in equal pieces of at most ``micro_batch`` images."""
         self.optimiser.zero_grad(set_to_none=True)
-        count, sums = len(batch.images), Sums()
-        for piece in np.array_split(np.arange(count), count_batches(count, self.micro_batch)):
-            some = slice(int(piece[0]), int(piece[-1]) + 1)
+        sums = Sums()
+        pieces = _pieces(len(batch.images), batch.size, self.micro_batch)
+        for some in pieces:
             images = batch.images[some].contiguous(memory_format=torch.channels_last)
-            with self.machine.autocast():
+            # Until the last piece each process adds up its own gradients.
+            with nullcontext() if some is pieces[-1] else group.apart(self.together):
                 try:
-                    output = self.forward(images)
+                    with self.machine.autocast():
+                        output = self.forward(images)
                 except ValueError as error:  # batch norm of DeepLab's pooled features
                     raise UserError(
                         f"batch_size={self.recipe.batch_size}: a single image passed {self.recipe.network},"
                         " which needs two at once; choose another batch_size or micro_batch"
                     ) from error
-            terms = criterion(output, batch.shares[some], batch.present[some], self.recipe)
-            self.scaler.scale(terms["loss"] * (len(images) / count)).backward()
+                terms = criterion(output, batch.shares[some], batch.present[some], self.recipe)
+                # The processes' gradients are averaged: their mean shall be that of the whole batch.
+                share = len(images) * group.size() / batch.size
+                loss = terms["loss"] * share
+                if group.size() > 1:  # they wait for a gradient of each layer, also of a head without weight
+                    loss = loss + 0 * (output.aux.mean() + output.presence.mean())
+                self.scaler.scale(loss).backward()
             sums.add(terms, len(images))
         return sums.tensors()
 
@@ -177,6 +194,12 @@ class _Trainer:
         """Half the images at once after the memory ran out; raises what is another error."""
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise error
+        if group.size() > 1:  # the others are waiting for this piece's sums
+            raise UserError(
+                f"micro_batch={self.recipe.micro_batch}: the memory ran out with"
+                f" {self.micro_batch} images per process at once; set a smaller one and train again: it"
+                " goes on after the last whole epoch"
+            ) from None
         if self.micro_batch == 1:
             raise UserError(
                 "micro_batch=1: the memory is too small even for one image; choose a smaller image_size"
@@ -194,8 +217,8 @@ class _Trainer:
 
     def _set_rate(self) -> None:
         share = rate(self.recipe, min(1.0, self.steps / self.all_steps))
-        for group in self.optimiser.param_groups:
-            group["lr"] = group["peak"] * share
+        for params in self.optimiser.param_groups:
+            params["lr"] = params["peak"] * share
 
     def state(self) -> State:
         """Everything that changes with a step, as tensors and numbers."""
@@ -213,7 +236,7 @@ class _Trainer:
         self.network.load_state_dict(state["network"])
         self.optimiser.load_state_dict(state["optimiser"])
         self.scaler.load_state_dict(state["scaler"])
-        self.steps, self.micro_batch = state["steps"], state["micro_batch"]
+        self.steps, self.micro_batch = state["steps"], min(self.micro_batch, state["micro_batch"])
         if self.average is not None:
             self.average.network.load_state_dict(state["average"])
             self.average.steps = self.steps
@@ -237,29 +260,16 @@ class Sums:
         return {name: total / self._images for name, total in self._sums.items()}
 
     def means(self) -> dict[str, float]:
-        """Means over the images as numbers; waits for the device."""
-        return {name: float(mean) for name, mean in self.tensors().items()}
+        """Means over the images of all processes as numbers; waits for the device."""
+        sums = torch.stack([*self._sums.values()])
+        totals = group.total(torch.cat([sums, sums.new_tensor([self._images])]))
+        means = cast("list[float]", (totals[:-1] / totals[-1]).tolist())
+        return dict(zip(self._sums, means, strict=True))
 
 
-def rate(recipe: Recipe, done: float) -> float:
-    """Share of the peak learning rate when ``done`` (0 to 1) of all steps are behind.
-
-    A linear rise from 0.05 over the share ``warmup`` of all steps, then down to zero by half a cosine
-    (Smith & Topin 2018), or as (1 - done)^0.9.
-    """
-    if done < recipe.warmup:
-        return 0.05 + 0.95 * done / recipe.warmup
-    fallen = (done - recipe.warmup) / (1 - recipe.warmup)
-    if recipe.schedule == "polynomial":
-        return (1 - fallen) ** POLYNOMIAL
-    return 0.5 * (1 + math.cos(math.pi * fallen))
-
-
-def _groups(network: PneumothoraxNet, recipe: Recipe) -> list[dict[str, Any]]:
-    """Parameters with their peak learning rates; pretrained layers keep more of what they know."""
-    lower = recipe.learning_rate * recipe.pretrained_rate
-    known = [p for name, p in network.named_parameters() if name in network.pretrained]
-    new = [p for name, p in network.named_parameters() if name not in network.pretrained]
-    start = rate(recipe, 0)
-    peaks = ((known, lower), (new, recipe.learning_rate))
-    return [{"params": params, "lr": peak * start, "peak": peak} for params, peak in peaks if params]
+def _pieces(count: int, size: int, micro_batch: int) -> list[slice]:
+    """Slices of ``count`` images: as many in each process that takes a part of a batch of ``size``."""
+    most = -(-size // group.size())
+    pieces = min(count_batches(most, micro_batch), size // group.size())
+    ends = [count * number // pieces for number in range(pieces + 1)]
+    return [slice(start, end) for start, end in pairwise(ends)]

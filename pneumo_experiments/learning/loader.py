@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from pneumo_experiments.learning import group
 from pneumo_experiments.learning.augment import augment
 from pneumo_experiments.settings import Recipe
 
@@ -61,11 +62,15 @@ class Streamed:
 
 @dataclass(frozen=True)
 class Batch:
-    """Tensors on the training device: images (n, 1, S, S), shares (n, S, S), present (n,), in [0, 1]."""
+    """Tensors on the training device: images (n, 1, S, S), shares (n, S, S), present (n,), in [0, 1].
+
+    ``size`` counts the images of the whole batch, of which a group of processes takes n each.
+    """
 
     images: Tensor
     shares: Tensor
     present: Tensor
+    size: int
 
 
 def choose_cache(wish: str, size_bytes: int, device: torch.device) -> str:
@@ -74,6 +79,7 @@ def choose_cache(wish: str, size_bytes: int, device: torch.device) -> str:
         return wish
     if device.type == "cuda" and size_bytes < DEVICE_SHARE * torch.cuda.mem_get_info(device)[0]:
         return "device"
+    size_bytes *= group.on_this_machine()
     return "host" if size_bytes < HOST_SHARE * psutil.virtual_memory().available else "stream"
 
 
@@ -90,18 +96,23 @@ def load(pixels: Pixels, rows: Indices, present: NDArray[np.bool_], side: int, p
 def batches(
     examples: Examples | Streamed, recipe: Recipe, epoch: int, epochs: int, device: torch.device
 ) -> Iterator[Batch]:
-    """As many examples as there are, in batches of nearly equal size; equal for equal seed and epoch."""
+    """As many examples as there are, in batches of nearly equal size; equal for equal seed and epoch.
+
+    In a group of processes each takes every so many-th image of a batch.
+    """
     generator = torch.Generator().manual_seed(
         int(np.random.default_rng([recipe.seed, epoch]).integers(2**62))
     )
     order = draw(examples.present, recipe, epoch, epochs)
     chunks = np.array_split(order, count_batches(len(examples), recipe.batch_size))
-    for chunk, (images, shares) in zip(chunks, _fetched(examples, chunks, device), strict=True):
+    ours = slice(group.rank(), None, group.size())
+    mine = [chunk[ours] for chunk in chunks]
+    for whole, chunk, (images, shares) in zip(chunks, mine, _fetched(examples, mine, device), strict=True):
         image, share = images[:, None].float() / 255, shares.float() / 255
         if recipe.augment:
-            image, share = augment(image, share, generator)
+            image, share = augment(image, share, generator, ours, len(whole))
         present = torch.from_numpy(examples.present[chunk]).to(device, torch.float32, non_blocking=True)
-        yield Batch(image, share, present)
+        yield Batch(image, share, present, len(whole))
 
 
 def draw(present: NDArray[np.bool_], recipe: Recipe, epoch: int, epochs: int) -> Indices:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from pneumo_experiments.learning.group import joint_sums
 from pneumo_experiments.learning.network import Output
 from pneumo_experiments.settings import Recipe
 
@@ -21,9 +22,10 @@ def soft_dice(logits: Tensor, share: Tensor) -> Tensor:
     """1 minus the Dice of probabilities over the whole batch; 0 when batch and truth are empty.
 
     Milletari et al. 2016, V-Net, with the plain sums of Sudre et al. 2017 in the denominator:
-    1 - (2 Σpt + 1) / (Σp + Σt + 1) over all pixels of the batch.
+    1 - (2 Σpt + 1) / (Σp + Σt + 1) over all pixels of the batch, in a group of processes over all of theirs.
     """
-    return 1 - _dice(logits, share, (0, 1, 2))
+    both, probable, true = joint_sums(_sums(logits, share, (0, 1, 2)), len(logits))
+    return 1 - (2 * both + 1) / (probable + true + 1)
 
 
 def soft_dice_per_image(logits: Tensor, share: Tensor) -> Tensor:
@@ -32,7 +34,8 @@ def soft_dice_per_image(logits: Tensor, share: Tensor) -> Tensor:
     ``soft_dice``'s formula with the sums over each image, as the contest's metric takes them: an empty
     truth gives 0 when the prediction is empty and A / (A + 1), near 1, when it holds A pixels.
     """
-    return (1 - _dice(logits, share, (1, 2))).mean()
+    both, probable, true = _sums(logits, share, (1, 2))
+    return (1 - (2 * both + 1) / (probable + true + 1)).mean()
 
 
 def focal(logits: Tensor, share: Tensor, gamma: float = 2.0) -> Tensor:
@@ -103,12 +106,13 @@ def criterion(output: Output, share: Tensor, present: Tensor, recipe: Recipe) ->
     return {"loss": total, **terms}
 
 
-def _dice(logits: Tensor, share: Tensor, over: tuple[int, ...]) -> Tensor:
-    """Dice of probabilities and shares (n, S, S), summed over those dimensions."""
+def _sums(logits: Tensor, share: Tensor, over: tuple[int, ...]) -> Tensor:
+    """Sums (3, …) of Σpt, Σp and Σt over those dimensions of probabilities and shares (n, S, S).
+
+    Their Dice takes one pixel more on both sides: an empty truth then asks for an empty prediction.
+    """
     probability, share = torch.sigmoid(_wide(logits)), _wide(share)
-    # One pixel is added on both sides: an empty truth then asks for an empty prediction.
-    both = (probability * share).sum(over)
-    return (2 * both + 1) / (probability.sum(over) + share.sum(over) + 1)
+    return torch.stack([(probability * share).sum(over), probability.sum(over), share.sum(over)])
 
 
 def _wide(tensor: Tensor) -> Tensor:

@@ -36,6 +36,17 @@ class Predictor:
 
     def predict(self, images: NDArray[np.uint8], batch_size: int = 16) -> Iterator[Prediction]:
         """One prediction for each 8-bit image (n, S, S), in order."""
+        for masks, presences in self.answers(images, batch_size):
+            present = presences.cpu().numpy()
+            require_numbers(present)
+            for mask, presence in zip(masks.cpu().numpy(), present, strict=True):
+                yield Prediction(mask, float(presence))
+
+    def answers(self, images: NDArray[np.uint8], batch_size: int = 16) -> Iterator[tuple[Tensor, Tensor]]:
+        """Probabilities of pixels (b, S, S) and of presence (b,) of each batch, float32, on the device.
+
+        Presence is nan where any answer is: who brings it to the host asks ``require_numbers``.
+        """
         self.network.to(device=self.machine.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         self.network.eval()
         for start in range(0, len(images), batch_size):
@@ -44,19 +55,22 @@ class Predictor:
             if self.mirror:
                 flipped_mask, flipped_presence = self._probabilities(grey.flip(-1))
                 mask, presence = (mask + flipped_mask.flip(-1)) / 2, (presence + flipped_presence) / 2
-            if not torch.isfinite(presence).all():
-                raise UserError(
-                    "learning_rate: the network's answers are no longer numbers, its training diverged;"
-                    " try a tenth of it"
-                )
-            for one_mask, one_presence in zip(mask.cpu().numpy(), presence.cpu().numpy(), strict=True):
-                yield Prediction(one_mask, float(one_presence))
+            yield mask, presence + 0 * mask.amax(dim=(1, 2))  # the largest is nan where any is
 
     def _probabilities(self, grey: Tensor) -> tuple[Tensor, Tensor]:
         """Probabilities of pixels (n, S, S) and of presence (n,) for images (n, 1, S, S)."""
         with torch.inference_mode(), self.machine.autocast():
             output = self.network(grey.contiguous(memory_format=torch.channels_last))
         return torch.sigmoid(output.mask), torch.sigmoid(output.presence)
+
+
+def require_numbers(presence: NDArray[np.float32]) -> None:
+    """UserError where a probability of presence (n,) is no number: so answers a network that diverged."""
+    if not np.isfinite(presence).all():
+        raise UserError(
+            "learning_rate: the network's answers are no longer numbers, its training diverged;"
+            " try a tenth of it"
+        )
 
 
 def to_native(mask: NDArray[np.float32], shape: tuple[int, int]) -> NDArray[np.float32]:

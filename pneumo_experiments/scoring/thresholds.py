@@ -93,6 +93,21 @@ class Tally:
         self._hit.append(_at_or_above(level[truth]))
         self._presence.append(presence)
 
+    def add_tables(self, tables: NDArray[np.int32], presence: NDArray[np.float32]) -> None:
+        """Add images that were counted elsewhere, with the comparisons of ``levels``.
+
+        Tables (n, 2, 101) hold pixels at or above each level, in all and within the truth; presence is (n,).
+        """
+        if tables.shape != (len(presence), 2, 101) or presence.ndim != 1:
+            raise ValueError(f"tables {tables.shape}, presence {presence.shape}: give (n, 2, 101) and (n,)")
+        if not ((presence >= 0) & (presence <= 1)).all():
+            raise ValueError("presence outside [0, 1]")
+        if (np.diff(tables) > 0).any() or (tables[:, 1] > tables[:, 0]).any() or (tables < 0).any():
+            raise ValueError("tables count more pixels at a higher level, or within the truth than in all")
+        self._reached += list(tables[:, 0])
+        self._hit += list(tables[:, 1])
+        self._presence += presence.tolist()
+
     def __len__(self) -> int:
         return len(self._presence)
 

@@ -14,13 +14,15 @@ from pneumo_experiments import tracking
 from pneumo_experiments.data.folds import Parts, audit, split
 from pneumo_experiments.data.store import Dataset, Entry
 from pneumo_experiments.errors import UserError
+from pneumo_experiments.learning import group
 from pneumo_experiments.learning.device import Machine
 from pneumo_experiments.learning.fit import Epoch, State, fit
 from pneumo_experiments.learning.loader import Examples, Streamed, batches, choose_cache, load
 from pneumo_experiments.learning.predict import Prediction, Predictor, to_native
+from pneumo_experiments.learning.tables import Counter
 from pneumo_experiments.scoring.figures import contact_sheet, overlay
 from pneumo_experiments.scoring.scores import Scores, score
-from pneumo_experiments.scoring.thresholds import Tally, Thresholds, best_on_grid, outline
+from pneumo_experiments.scoring.thresholds import HUNDREDTHS, Tally, Thresholds, best_on_grid, outline
 from pneumo_experiments.settings import Recipe
 
 SHOWN = 12  # images of the first batch
@@ -55,20 +57,34 @@ class Cohort:
 
     def predictions(self, predictor: Predictor) -> Iterator[tuple[int, Prediction]]:
         """Index and prediction of each image, in order."""
-        for start in range(0, len(self), CHUNK):
-            chunk = self.indices[start : start + CHUNK]
+        for chunk in self._chunks():
             found = predictor.predict(self.dataset.images(chunk))
             yield from zip(chunk.tolist(), found, strict=True)
 
     def tally(self, predictor: Predictor, desc: str = "") -> Tally:
-        """Predictions against the truth at native size; a bar shows the progress where ``desc`` names it."""
-        tally = Tally()
-        with tqdm(total=len(self), desc=desc, unit="image", disable=None if desc else True) as bar:
-            for index, prediction in self.predictions(predictor):
-                truth = self.dataset.mask(index)
-                tally.add(to_native(prediction.mask, truth.shape), prediction.presence, truth)
+        """Predictions against the truth at native size; a bar shows the progress where ``desc`` names it.
+
+        In a group of processes each predicts its part, and all get the whole.
+        """
+        counter = Counter(predictor, HUNDREDTHS)
+        ours = replace(self, indices=self.indices[group.rank() :: group.size()])
+        with tqdm(total=len(ours), desc=desc, unit="image", disable=None if desc else True) as bar:
+
+            def truth(index: int) -> NDArray[np.bool_]:
                 bar.update()
+                return self.dataset.mask(index)
+
+            for chunk in ours._chunks():
+                counter.add(self.dataset.images(chunk), map(truth, chunk.tolist()))
+        tally = Tally()
+        tables, presence = counter.read()
+        tally.add_tables(group.interleaved(tables, len(self)), group.interleaved(presence, len(self)))
         return tally
+
+    def _chunks(self) -> Iterator[NDArray[np.int64]]:
+        """The indices, as many at once as are read at once."""
+        for start in range(0, len(self), CHUNK):
+            yield self.indices[start : start + CHUNK]
 
     def score(self, tally: Tally, thresholds: Thresholds) -> Scores:
         """Scores of a tally of this cohort."""
@@ -115,28 +131,41 @@ def log_first_batch(examples: Examples | Streamed, recipe: Recipe, epochs: int, 
     tracking.log_picture(contact_sheet(drawn, columns=3), "first_batch.png")
 
 
+def _spread(ordered: list[int], count: int) -> dict[int, str]:
+    """At most ``count`` of what is ordered from best to worst, evenly to both sides of the median.
+
+    From a count of 3 on best, median and worst are among them; these have their names, the others "".
+    """
+    middle, last = (len(ordered) - 1) // 2, len(ordered) - 1
+    count = min(count, len(ordered))
+    before = np.linspace(0, middle, (count + 1) // 2)
+    after = np.linspace(middle, last, count // 2 + 1)[1:]
+    names = {0: "best:", middle: "median:", last: "worst:"} if len(ordered) >= 3 else {}
+    return {ordered[i]: names.get(i, "") for i in np.append(before, after).round().astype(int).tolist()}
+
+
 def log_overlays(
     cohort: Cohort, tally: Tally, predictor: Predictor, thresholds: Thresholds, count: int
 ) -> str:
-    """Logs overlays of the positives from best to worst Dice, evenly chosen; others where there are too few.
+    """Logs overlays of the positives from best to worst Dice; others where there are too few of them.
 
-    Returns where the sheet of all of them lies; empty for a count of 0.
+    Of three and more one is the best, one the median and one the worst, and their captions say so. Returns
+    where the sheet of all of them lies; empty for a count of 0.
     """
     if count == 0:
         return ""
     dices = tally.dice(thresholds)
     positives = [i for i in np.argsort(-dices, kind="stable").tolist() if tally.truth_area[i] > 0]
     others = [i for i in np.argsort(dices, kind="stable").tolist() if tally.truth_area[i] == 0]
-    spread = np.linspace(0, len(positives) - 1, min(count, len(positives))).round().astype(int)
-    chosen = [positives[i] for i in spread.tolist()] + others[: max(0, count - len(positives))]
-    some = Cohort(cohort.dataset, cohort.indices[chosen])
+    chosen = _spread(positives, count) | dict.fromkeys(others[: max(0, count - len(positives))], "")
+    some = Cohort(cohort.dataset, cohort.indices[list(chosen)])
     drawn: list[NDArray[np.uint8]] = []
-    for place, (index, prediction) in zip(chosen, some.predictions(predictor), strict=True):
+    for (place, name), (index, prediction) in zip(chosen.items(), some.predictions(predictor), strict=True):
         truth = some.dataset.mask(index)
         mask = outline(to_native(prediction.mask, truth.shape), prediction.presence, thresholds)
         image = some.dataset.images(np.array([index]))[0]
-        areas = f"truth {np.count_nonzero(truth):,} px   predicted {np.count_nonzero(mask):,} px"
-        drawn.append(overlay(image, truth, mask, f"Dice {dices[place]:.2f}   {areas}"))
+        areas = f"truth {np.count_nonzero(truth):,} px, predicted {np.count_nonzero(mask):,} px"
+        drawn.append(overlay(image, truth, mask, f"{name} Dice {dices[place]:.2f}, {areas}".strip()))
         tracking.log_picture(drawn[-1], f"overlays/{len(drawn):02}.png")
     tracking.log_picture(contact_sheet(drawn, columns=2), "overlays.png")
     return f"{tracking.artifacts_of_active_run()}/overlays.png"
@@ -166,7 +195,8 @@ def judged_epochs(
     Scores are those at the best thresholds of the coarse grid. The caller may stop at any time; from the
     ``state`` of an epoch the training goes on.
     """
-    with tqdm(total=len(examples) * epochs, desc=desc, unit="image", disable=None, leave=False) as bar:
+    quiet = None if group.leads() else True  # None: where no terminal shows it
+    with tqdm(total=len(examples) * epochs, desc=desc, unit="image", disable=quiet, leave=False) as bar:
 
         def advance(count: int) -> None:
             bar.update(count)

@@ -8,46 +8,54 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
+from tqdm import tqdm
 
 from pneumo_experiments import tracking
-from pneumo_experiments.data.store import Dataset
+from pneumo_experiments.data.rle import encode
+from pneumo_experiments.learning.predict import Predictor, to_native
+from pneumo_experiments.scoring.metrics import dice
 from pneumo_experiments.scoring.scores import Scores, score_answers
-from pneumo_experiments.scoring.thresholds import Tally
+from pneumo_experiments.scoring.thresholds import Tally, outline
 from pneumo_experiments.settings import Train
+from pneumo_experiments.stages.cohort import Cohort
 from pneumo_experiments.stages.search import refine_thresholds
 
-COLUMNS = ("image_id", "fold", "presence", "predicted_area_px", "truth_area_px", "dice")
+COLUMNS = ("image_id", "fold", "presence", "truth_area_px", "dice", "predicted_area_px", "rle")
 
 
-def log_out_of_fold(
-    dataset: Dataset, folds: Sequence[tuple[NDArray[np.int64], Tally]], settings: Train
-) -> Scores:
+def log_out_of_fold(folds: Sequence[tuple[Cohort, Tally, Predictor]], settings: Train) -> Scores:
     """Logs each image's out-of-fold answer as ``out_of_fold.csv`` and the scores of all as metrics.
 
-    A fold is given by the indices and the tally of its validation images. Its masks are drawn at thresholds
-    that the other folds chose, so that no image takes part in the choice that judges it.
+    A fold is given by its validation images, their tally and the network that never saw them. Its masks, at
+    native size in ``rle``, are drawn at thresholds that the other folds chose, so that no image takes part in
+    the choice that judges it.
     """
-    rows: list[tuple[str, int, float, int, int, float]] = []
-    for number, (indices, tally) in enumerate(folds):
-        others = Tally.joined(other for k, (_, other) in enumerate(folds) if k != number)
-        thresholds = refine_thresholds(others, settings.threshold_trials, settings.seed)
-        rows += zip(
-            [dataset.entries[int(index)].image_id for index in indices],
-            [number] * len(indices),
-            tally.presence.tolist(),
-            tally.predicted_area(thresholds).tolist(),
-            tally.truth_area.tolist(),
-            tally.dice(thresholds).tolist(),
-            strict=True,
-        )
-    _, _, presence, found, truth, dices = (np.array(column) for column in zip(*rows, strict=True))
-    patients = [dataset.entries[int(index)].patient for indices, _ in folds for index in indices]
-    scores = score_answers(dices, found > 0, truth > 0, presence.astype(np.float32), patients)
-    tracking.log_metrics(scores.as_metrics())
+    patients = [entry.patient for cohort, _, _ in folds for entry in cohort.entries]
+    dices, areas = np.empty(len(patients)), np.empty(len(patients), np.int64)
+    whole, done = Tally.joined(tally for _, tally, _ in folds), 0
+    truths = whole.truth_area
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "out_of_fold.csv"
-        with path.open("w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows([COLUMNS, *rows])
+        with (
+            path.open("w", newline="", encoding="utf-8") as file,
+            tqdm(total=len(patients), desc="out of fold", unit="image", disable=None, leave=False) as bar,
+        ):
+            table = csv.writer(file)
+            table.writerow(COLUMNS)
+            for number, (cohort, _, predictor) in enumerate(folds):
+                others = Tally.joined(tally for k, (_, tally, _) in enumerate(folds) if k != number)
+                thresholds = refine_thresholds(others, settings.threshold_trials, settings.seed)
+                for index, answer in cohort.predictions(predictor):
+                    truth = cohort.dataset.mask(index)
+                    mask = outline(to_native(answer.mask, truth.shape), answer.presence, thresholds)
+                    dices[done], areas[done] = dice(truth, mask), np.count_nonzero(mask)
+                    image_id, area = cohort.dataset.entries[index].image_id, truths[done]
+                    table.writerow(
+                        [image_id, number, answer.presence, area, dices[done], areas[done], encode(mask)]
+                    )
+                    done += 1
+                    bar.update()
         tracking.log_file(path)
+    scores = score_answers(dices, areas > 0, truths > 0, whole.presence, patients)
+    tracking.log_metrics(scores.as_metrics())
     return scores

@@ -51,6 +51,11 @@ def _judge(settings: Score, detector: Detector) -> Judged:
             raise UserError(
                 f"dataset={settings.dataset}: has no annotations to score by; dicom_dir=… writes a submission"
             )
+        if dataset.image_size != detector.image_size:
+            raise UserError(
+                f"dataset={settings.dataset}: has images of {dataset.image_size} px, the model was trained on"
+                f" {detector.image_size} px; run preprocess with image_size={detector.image_size}"
+            )
         tracking.log_dataset(settings.dataset, dataset.fingerprint, settings.subset)
         cohort = Cohort(dataset, _indices(settings, detector, dataset))
         tally = cohort.tally(detector.predictor, desc="score")

@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import os
 import tempfile
+from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,9 +18,11 @@ from numpy.typing import NDArray
 from pneumo_experiments import tracking
 from pneumo_experiments.data.store import Dataset
 from pneumo_experiments.errors import UserError
+from pneumo_experiments.learning import group
 from pneumo_experiments.learning.average import mean_of
 from pneumo_experiments.learning.checkpoint import Checkpoint
 from pneumo_experiments.learning.device import choose_machine
+from pneumo_experiments.learning.launch import is_launched, launch
 from pneumo_experiments.learning.network import build
 from pneumo_experiments.learning.predict import Predictor
 from pneumo_experiments.scoring.figures import learning_curves
@@ -39,7 +43,9 @@ from pneumo_experiments.stages.folds import log_out_of_fold
 from pneumo_experiments.stages.search import refine_thresholds
 
 # Settings that do not change what is learned: a training goes on under others.
-BESIDES = ("resume", "checkpoints", "device", "cache", "overlays", "threshold_trials")
+BESIDES = (
+    *("resume", "checkpoints", "device", "cache", "processes", "micro_batch", "overlays", "threshold_trials"),
+)
 
 
 @dataclass(frozen=True)
@@ -75,36 +81,66 @@ class Progress:
     def is_stuck(self, patience: int) -> bool:
         """Whether so many epochs have passed without a better Dice; never for a patience of 0."""
         dices = [told["dice"] for told in self.history]
-        return 0 < patience < len(dices) - dices.index(max(dices))
+        return bool(dices) and 0 < patience < len(dices) - dices.index(max(dices))
 
 
 def train(settings: Train) -> Trained:
-    """Trains one network, or one per fold for ``fold=all``, and then returns that with the highest Dice."""
+    """Trains one network, or one per fold for ``fold=all``, and then returns that with the highest Dice.
+
+    With ``processes``, or started by torchrun, several processes do it together.
+    """
+    if is_launched():
+        group.join()
+        return _member(settings, None)
+    if settings.processes == 1:
+        return _train_all(settings, None)
+    tracking.open_store()  # says at once if it does not
+    return launch(settings.processes, _member, settings, tracking.active_run())
+
+
+def _member(settings: Train, parent: str | None) -> Trained:
+    """What each of the processes does; the first one speaks for all."""
+    if group.leads():
+        return _train_all(settings, parent)
+    tracking.be_silent()
+    with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):
+        return _train_all(settings, parent)
+
+
+def _train_all(settings: Train, parent: str | None) -> Trained:
     if settings.fold != "all":
-        return _train("train", settings)
-    with tracking.run("train", settings), Dataset.open(settings.dataset) as dataset:
+        trained, _ = _train("train", settings, parent)
+        _clear(settings)
+        return trained
+    alone = [replace(settings, fold=str(fold)) for fold in range(settings.folds)]
+    with tracking.run("train", settings, parent=parent), Dataset.open(settings.dataset) as dataset:
         tracking.log_dataset(settings.dataset, dataset.fingerprint, "training")
-        folds = [_train(f"fold {fold}", replace(settings, fold=str(fold))) for fold in range(settings.folds)]
-        scores = log_out_of_fold(dataset, [(fold.validation, fold.tally) for fold in folds], settings)
+        folds = [_train(f"fold {one.fold}", one, None) for one in alone]
+        if not group.leads():
+            return folds[0][0]
+        judges = [(Cohort(dataset, fold.validation), fold.tally, predictor) for fold, predictor in folds]
+        scores = log_out_of_fold(judges, settings)
         tracking.describe(
             f"{settings.network} at {dataset.image_size} px, one for each of {settings.folds} folds.\n"
             f"Out-of-fold Dice {scores.dice:.3f} (all-empty {scores.dice_baseline:.3f}),"
             f" on positives {scores.dice_positive:.3f}."
         )
         print(f"train: {settings.folds} folds, out-of-fold Dice {scores.dice:.4f}")
-    return max(folds, key=lambda fold: fold.scores.dice)
+    for one in alone:  # only now: a fold that has ended is not trained again when a later one is interrupted
+        _clear(one)
+    return max((fold for fold, _ in folds), key=lambda fold: fold.scores.dice)
 
 
-def _train(name: str, settings: Train) -> Trained:
+def _train(name: str, settings: Train, parent: str | None) -> tuple[Trained, Predictor]:
     """Trains, keeps the weights with the best Dice on the validation images, and logs them as a model.
 
     An interrupted training with the same settings goes on after its last whole epoch, in the same run.
     """
     checkpoint = _checkpoint(settings)
-    last = checkpoint.last() if checkpoint and settings.resume else None
+    last = group.shared(checkpoint.last() if checkpoint and settings.resume and group.leads() else None)
     with (
         tracking.run(
-            name, settings, continues=last["run_id"] if last else None, system_metrics=True
+            name, settings, continues=last["run_id"] if last else None, parent=parent, system_metrics=True
         ) as run_id,
         Dataset.open(settings.dataset) as dataset,
     ):
@@ -125,25 +161,28 @@ def _train(name: str, settings: Train) -> Trained:
 
         progress = Progress(run_id)
         state = None
-        if last is not None and (found := _progress(checkpoint, last, run_id)) is not None:
-            progress, state = found, last["state"]
+        if last is not None:
+            progress, state = _progress(last, run_id), last["state"]
             print(f"train: goes on after epoch {len(progress.history)} of {settings.epochs}")
         else:
-            checkpoint.clear()
+            if group.leads():
+                checkpoint.clear()
             log_first_batch(examples, settings, settings.epochs, machine)
-        for judged in judged_epochs(name, predictor, examples, validation, settings, settings.epochs, state):
+        epochs = judged_epochs(name, predictor, examples, validation, settings, settings.epochs, state)
+        while not progress.is_stuck(settings.patience) and (judged := next(epochs, None)):
             progress.add(judged, settings.best_k)
-            if judged.epoch.number < settings.epochs and not progress.is_stuck(settings.patience):
+            if group.leads():
                 written = asdict(progress)
                 networks = written.pop("networks")
                 checkpoint.save(written | {"state": judged.epoch.state()}, networks)
-            if progress.is_stuck(settings.patience):
-                print(f"train: no better Dice in {settings.patience} epochs: stopped early")
-                break
+        if len(progress.history) < settings.epochs:
+            print(f"train: no better Dice in {settings.patience} epochs: stopped early")
         tally, kept = _best(progress, predictor, validation)
 
         thresholds = refine_thresholds(tally, settings.threshold_trials, settings.seed)
         scores = validation.score(tally, thresholds)
+        if not group.leads():
+            return Trained("", scores, parts.validation, tally), predictor
         # One step past the last epoch: the weights that were kept, at their own thresholds.
         final = scores.as_metrics() | {"best_epoch": next(iter(progress.dices)), "averaged_epochs": len(kept)}
         tracking.log_metrics(final, step=settings.epochs + 1)
@@ -156,16 +195,21 @@ def _train(name: str, settings: Train) -> Trained:
         with tempfile.TemporaryDirectory() as folder:
             save(Path(folder), detector)
             model = tracking.log_model(Path(folder))
-        epochs = f"epoch{'s' * (len(kept) > 1)} {', '.join(map(str, sorted(kept)))}"
-        print(f"train: kept {epochs} of {len(progress.history)}, logged as {model}")
+        chosen = f"epoch{'s' * (len(kept) > 1)} {', '.join(map(str, sorted(kept)))}"
+        print(f"train: kept {chosen} of {len(progress.history)}, logged as {model}")
         tracking.describe(
             f"{settings.network} at {dataset.image_size} px, {len(examples)} images;"
-            f" kept {epochs} of {len(progress.history)}.\n"
+            f" kept {chosen} of {len(progress.history)}.\n"
             f"Validation Dice {scores.dice:.3f} (all-empty {scores.dice_baseline:.3f}),"
             f" on positives {scores.dice_positive:.3f}."
         )
-    checkpoint.clear()
-    return Trained(model, scores, parts.validation, tally)
+    return Trained(model, scores, parts.validation, tally), predictor
+
+
+def _clear(settings: Train) -> None:
+    """Forgets the state of a training that has ended."""
+    if group.leads() and (checkpoint := _checkpoint(settings)):
+        checkpoint.clear()
 
 
 def _checkpoint(settings: Train) -> Checkpoint | None:
@@ -180,17 +224,12 @@ def _checkpoint(settings: Train) -> Checkpoint | None:
     return Checkpoint(settings.checkpoints / hashlib.sha256(key.encode()).hexdigest()[:16])
 
 
-def _progress(checkpoint: Checkpoint, last: dict[str, Any], run_id: str) -> Progress | None:
+def _progress(last: dict[str, Any], run_id: str) -> Progress:
     """What an interrupted training had reached, told again in a run of its own where this is another."""
-    networks = {epoch: checkpoint.network(epoch) for epoch in last["dices"]}
-    if None in networks.values():
-        return None
     if last["run_id"] != run_id:
         for epoch, metrics in enumerate(last["history"], start=1):
             tracking.log_metrics(metrics, step=epoch)
-    return Progress(
-        run_id, last["history"], last["dices"], {epoch: n for epoch, n in networks.items() if n is not None}
-    )
+    return Progress(run_id, last["history"], last["dices"], last["networks"])
 
 
 def _best(progress: Progress, predictor: Predictor, validation: Cohort) -> tuple[Tally, list[int]]:

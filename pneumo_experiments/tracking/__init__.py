@@ -16,7 +16,9 @@ from pneumo_experiments.tracking.models import (
     register_model,
 )
 from pneumo_experiments.tracking.runs import (
+    active_run,
     artifacts_of_active_run,
+    be_silent,
     describe,
     log_dataset,
     log_file,
@@ -26,11 +28,13 @@ from pneumo_experiments.tracking.runs import (
     log_picture,
     run,
 )
-from pneumo_experiments.tracking.store import tracking_uri, without_password
+from pneumo_experiments.tracking.store import open_store, tracking_uri, without_password
 
 __all__ = [
     "Version",
+    "active_run",
     "artifacts_of_active_run",
+    "be_silent",
     "best_model",
     "describe",
     "load_model",
@@ -41,6 +45,7 @@ __all__ = [
     "log_metrics",
     "log_model",
     "log_picture",
+    "open_store",
     "register_model",
     "run",
     "tracking_uri",

@@ -35,6 +35,20 @@ from pneumo_experiments.tracking.processes import process_tags
 from pneumo_experiments.tracking.samples import sampled
 from pneumo_experiments.tracking.store import check_server, open_store, without_password
 
+_is_silent = False
+
+
+def be_silent() -> None:
+    """Lets this process log nothing from now on: it helps another one, which does."""
+    global _is_silent
+    _is_silent = True
+
+
+def _deliver(call: str, **arguments: Any) -> None:
+    """A call of tracking.calls about the active run."""
+    if not _is_silent:
+        current().deliver(call, run_id=active_run(), **arguments)
+
 
 @contextmanager
 def run(
@@ -42,6 +56,7 @@ def run(
     settings: object,
     description: str = "",
     continues: str | None = None,
+    parent: str | None = None,
     system_metrics: bool = False,
 ) -> Generator[str]:
     """A run named after its step, with every setting as a param; yields its id.
@@ -49,17 +64,26 @@ def run(
     Inside another run it is a child. The first run of a process that `mlflow run` started is the
     one that `mlflow run` made. Ends FINISHED, KILLED on Ctrl-C and SIGTERM, else FAILED.
     ``continues`` names a run to go on in, if it is still there and this is no child.
+    ``parent`` names the run of another process below which this one stands.
     ``system_metrics`` logs the use of processor, memory and GPU every few seconds.
     A store that goes away once the run has started ends nothing: see delivery.
     """
+    if _is_silent:
+        yield ""
+        return
     open_store()
-    nested = mlflow.active_run() is not None
+    nested = mlflow.active_run() is not None or parent is not None
     if nested:
         check_server(mlflow.get_tracking_uri())  # it may have gone since the outer run began
     earlier = None if nested or continues is None else _earlier(continues)
     # With its tags from the first moment: end_orphans knows it whenever the process is killed.
     started = mlflow.start_run(
-        earlier, run_name=step, nested=nested, tags=process_tags(), log_system_metrics=False
+        earlier,
+        run_name=step,
+        nested=nested,
+        parent_run_id=parent,
+        tags=process_tags(),
+        log_system_metrics=False,
     )
     # MLflow's own switch asks for them, too.
     system_metrics = system_metrics or bool(MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING.get())
@@ -115,10 +139,10 @@ def _earlier(run_id: str) -> str | None:
     return run_id
 
 
-def _active() -> str:
+def active_run() -> str | None:
+    """Id of the active run; None where there is none."""
     active = mlflow.active_run()
-    assert active is not None, "no run has been started"
-    return active.info.run_id
+    return active.info.run_id if active else None
 
 
 def _now_ms() -> int:
@@ -128,7 +152,7 @@ def _now_ms() -> int:
 def describe(text: str) -> None:
     """The description that the UI shows for the active run."""
     if text:
-        current().deliver("tags", run_id=_active(), values={"mlflow.note.content": text})
+        _deliver("tags", values={"mlflow.note.content": text})
 
 
 def log_metrics(values: Mapping[str, float], step: int | None = None, model: str | None = None) -> None:
@@ -140,7 +164,7 @@ def log_metrics(values: Mapping[str, float], step: int | None = None, model: str
     for name, value in found.items():
         _validate_metric(name, value, now, step or 0)  # not only when it is delivered
     model_id = model_id_of(model) if model else None
-    current().deliver("metrics", run_id=_active(), values=found, step=step, timestamp=now, model_id=model_id)
+    _deliver("metrics", values=found, step=step, timestamp=now, model_id=model_id)
 
 
 def log_found(values: Mapping[str, object]) -> None:
@@ -151,7 +175,7 @@ def log_found(values: Mapping[str, object]) -> None:
     found = {name: as_text(value) for name, value in values.items()}
     for name, text in found.items():
         _validate_param(name, text)
-    current().deliver("params", run_id=_active(), values=found)
+    _deliver("params", values=found)
 
 
 def log_picture(picture: NDArray[np.uint8], name: str) -> None:
@@ -177,18 +201,20 @@ def log_file(path: Path) -> None:
 
 def _log_artifact(path: Path, name: str) -> None:
     verify_artifact_path(name)  # the store's refusal would look like a failure of the server
+    if _is_silent:
+        return
     box, folder = current(), str(PurePosixPath(name).parent).removeprefix(".")
     try:
-        box.offer("artifact", run_id=_active(), path=str(path), folder=folder)
+        box.offer("artifact", run_id=active_run(), path=str(path), folder=folder)
     except Away:
-        box.keep("artifact", run_id=_active(), path=box.copy(path), folder=folder)
+        box.keep("artifact", run_id=active_run(), path=box.copy(path), folder=folder)
 
 
 def log_dataset(path: Path, fingerprint: str, context: str) -> None:
     """The data set as an input of the active run; its digest is the start of the fingerprint."""
     source = LocalArtifactDatasetSource(str(path.resolve()))
     used = MetaDataset(source, name=path.stem, digest=fingerprint[:16])
-    current().deliver("dataset", run_id=_active(), description=used.to_dict(), context=context)
+    _deliver("dataset", description=used.to_dict(), context=context)
 
 
 def artifacts_of_active_run() -> str:

@@ -1,0 +1,391 @@
+"""Trainings that are killed, meet a full disk, lose their server or get odd data: nothing is lost or mixed.
+
+All that end compare bit for bit with one that nothing disturbed.
+"""
+
+from __future__ import annotations
+
+import re
+import resource
+import runpy
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pytest
+import torch
+from mlflow import MlflowClient
+from mlflow.entities import Run
+from test_outage import PATIENCE_SECONDS, Server, calls_in, environment
+
+from pneumo_experiments.data.annotations import read_annotations
+from pneumo_experiments.data.archive import open_archive
+from pneumo_experiments.data.batches import Recipe, make_jobs, results
+from pneumo_experiments.data.phantom_files import write_sample
+from pneumo_experiments.data.store import Dataset, write_dataset
+from pneumo_experiments.errors import UserError
+from pneumo_experiments.learning.checkpoint import Checkpoint
+from pneumo_experiments.settings import Score, Train, as_params
+from pneumo_experiments.stages.score import score
+from pneumo_experiments.stages.train import train
+
+IMAGES = 24
+# How the time was spent, which no two trainings share.
+TIMES = {"seconds_per_epoch", "images_per_second", "wait_share"}
+
+# Each line on stdin names a moment: there it kills a process that runs the command; a fork needs no imports.
+KILLER = """
+import os, signal, sys
+from io import BytesIO
+from pathlib import Path
+import torch
+from pneumo_experiments import cli
+from pneumo_experiments.data.store import Dataset
+from pneumo_experiments.stages import train
+
+def half(content, path):
+    whole = BytesIO()
+    save(content, whole)
+    Path(path).write_bytes(whole.getvalue()[: whole.tell() // 2])
+
+save = torch.save
+MOMENTS = {
+    "step": (torch.optim.AdamW, "step", 4, lambda *_: None),
+    "validation": (Dataset, "mask", 2, lambda *_: None),
+    "checkpoint": (torch, "save", 2, half),
+}
+for line in sys.stdin:
+    if (child := os.fork()) == 0:
+        room, name, number, first = MOMENTS[line.strip()]
+        calls, whole = [], getattr(room, name)
+
+        def struck(*args, **options):
+            calls.append(name)
+            if len(calls) == number:
+                first(*args)
+                os.kill(os.getpid(), signal.SIGKILL)
+            return whole(*args, **options)
+
+        setattr(room, name, struck)
+        cli.main()
+    print("ended by", -os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def datasets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The same radiographs as usual, larger, without a finding, and as those of one patient."""
+    folder = tmp_path_factory.mktemp("data")
+    write_sample(folder / "sample", IMAGES, 0, seed=1)
+    archive = open_archive(folder / "sample" / "dicom-images-train")
+    found = read_annotations(folder / "sample" / "train-rle.csv")
+    kinds: dict[str, tuple[int, int, dict[str, list[str]], dict[str, str]]] = {
+        "usual": (IMAGES, 32, found, {}),
+        "larger": (IMAGES // 2, 40, found, {}),
+        "healthy": (IMAGES // 2, 32, {name: [] for name in found}, {}),
+        "lonely": (2, 32, found, dict.fromkeys(found, "the same")),
+    }
+    jobs = [
+        job
+        for count, side, texts, patients in kinds.values()
+        for job in make_jobs(
+            archive.root, Recipe(side, "uint8", 2**20), archive.members[:count], texts, patients
+        )
+    ]
+    packed = (result.packed for result in results(jobs, folder, 1) if result.packed is not None)
+    paths = {kind: folder / f"{kind}.h5" for kind in kinds}
+    for kind, path in paths.items():
+        count, side, _, _ = kinds[kind]
+        some = islice(packed, count)
+        write_dataset(path, some, image_size=side, pixel_dtype="uint8", settings={}, labelled=True)
+    return paths
+
+
+@contextmanager
+def desk(folder: Path, uri: str = "") -> Iterator[None]:
+    """An empty working folder with a store of its own, or the one of the address."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("MLFLOW_TRACKING_URI", uri or f"sqlite:///{folder / 'mlflow.db'}")
+        mlflow.set_tracking_uri(None)  # pyright: ignore[reportArgumentType]
+        yield
+    mlflow.set_tracking_uri(None)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[Path]:
+    with desk(tmp_path):
+        yield tmp_path
+
+
+def settings_of(dataset: Path, **changes: Any) -> Train:
+    short = Train(
+        dataset=dataset,
+        weights="none",
+        precision="fp32",
+        epochs=3,
+        batch_size=8,  # two steps
+        best_k=2,
+        mirror=False,
+        threshold_trials=5,
+        overlays=1,
+    )
+    return replace(short, **changes)
+
+
+def runs() -> list[Run]:
+    """The oldest first."""
+    return MlflowClient().search_runs(["0"], order_by=["attributes.start_time ASC"])
+
+
+def told(run: Run) -> dict[str, list[tuple[int, float]]]:
+    """Step and value of all that was logged, as often as it was; but for times and the machine's state."""
+    names = {name for name in run.data.metrics if not name.startswith("system/")} - TIMES
+    client = MlflowClient()
+    return {
+        name: [(m.step, m.value) for m in client.get_metric_history(run.info.run_id, name)] for name in names
+    }
+
+
+def weights_in(folder: Path) -> dict[str, torch.Tensor]:
+    """Those of the one model that was logged below the folder."""
+    (path,) = folder.rglob("weights.pt")
+    return torch.load(path, weights_only=True)
+
+
+def assert_same_weights(folder: Path, other: Path) -> None:
+    ours, theirs = weights_in(folder), weights_in(other)
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert torch.equal(tensor, theirs[name]), name
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A training that nothing disturbed: its folder, what it told, and its model's address."""
+
+    folder: Path
+    told: dict[str, list[tuple[int, float]]]
+    model: str
+
+
+@pytest.fixture(scope="module")
+def whole(datasets: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    folder = tmp_path_factory.mktemp("whole")
+    with desk(folder):
+        model = train(settings_of(datasets["usual"])).model
+        (run,) = runs()
+        return Whole(folder, told(run), model)
+
+
+def test_killed_in_a_step_in_validation_and_in_the_checkpoint_a_training_ends_as_if_nothing_had_been(
+    datasets: dict[str, Path], whole: Whole, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = settings_of(datasets["usual"])
+    words = [word for name, text in as_params(settings).items() for word in (f"--{name}", text)]
+    killer = subprocess.Popen(
+        [sys.executable, "-c", KILLER, "train", *words],
+        cwd=folder,
+        env=environment() | {"MLFLOW_TRACKING_URI": f"sqlite:///{folder / 'mlflow.db'}"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert killer.stdin is not None
+    assert killer.stdout is not None
+    # Each strikes in the second epoch. The last time its metrics were told, and its checkpoint is half there.
+    for moment, epochs_told in (("step", [1]), ("validation", [1]), ("checkpoint", [1, 2])):
+        killer.stdin.write(f"{moment}\n")
+        killer.stdin.flush()
+        said = ""
+        while "ended by" not in said:
+            line = killer.stdout.readline()
+            assert line, said
+            said += line
+        assert f"ended by {signal.SIGKILL:d}" in said
+        assert ("goes on after epoch 1 of 3" in said) == (moment != "step")
+        (run,) = runs()
+        assert run.info.status == "RUNNING"
+        assert [step for step, _ in told(run)["dice"]] == epochs_told
+        (left,) = folder.glob("output/checkpoints/*")
+        last = Checkpoint(left).last()
+        assert last is not None
+        assert (last["run_id"], len(last["history"])) == (run.info.run_id, 1)
+    killer.communicate(timeout=PATIENCE_SECONDS)
+    (part,) = left.glob("*.part")
+    assert part.stat().st_size == pytest.approx((left / "last.pt").stat().st_size / 2, rel=0.01)
+
+    train(settings)
+    assert "goes on after epoch 1 of 3" in capsys.readouterr().out
+    (run,) = runs()
+    assert run.info.status == "FINISHED"
+    found = told(run)
+    twice = [name for name, steps in found.items() if len(steps) > len(set(steps))]
+    assert twice  # the second epoch, and with the same values
+    assert {name: sorted(set(steps)) for name, steps in found.items()} == whole.told
+    assert_same_weights(folder, whole.folder)
+    assert not list(folder.glob("output/checkpoints/*"))
+
+
+def test_a_full_disk_costs_the_checkpoint_not_the_training(
+    datasets: dict[str, Path], whole: Whole, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save, unlimited = Checkpoint.save, resource.getrlimit(resource.RLIMIT_FSIZE)
+    stayed: list[int] = []
+
+    def save_on_a_disk_that_fills(self: Checkpoint, last: dict[str, Any], kept: dict[int, Any]) -> None:
+        if len(last["history"]) != 2:
+            return save(self, last, kept)
+        # No file may grow beyond so many bytes: the kept network does not fit, then only the last state.
+        for most_bytes in (2**20, 200 * 2**20):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, unlimited[1]))
+            try:
+                save(self, last, kept)
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+            earlier = self.last()
+            assert earlier is not None
+            assert [*earlier["networks"]] == [1]
+            assert not list(self.folder.glob("*.part"))
+            stayed.append(len(earlier["history"]))
+        return None
+
+    monkeypatch.setattr(Checkpoint, "save", save_on_a_disk_that_fills)
+    with pytest.warns(UserWarning, match="the training goes on, but an interruption would lose it") as caught:
+        train(settings_of(datasets["usual"]))
+    assert len([w for w in caught if "the checkpoint cannot be written" in str(w.message)]) == 2
+    assert stayed == [1, 1]
+    (run,) = runs()
+    assert run.info.status == "FINISHED"
+    assert told(run) == whole.told
+    assert not list(folder.glob("output/checkpoints/*"))
+
+
+def test_a_data_set_that_changed_meanwhile_starts_anew_and_leaves_the_stale_checkpoint_alone(
+    datasets: dict[str, Path],
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    shutil.copy(datasets["usual"], folder / "d.h5")
+    settings = settings_of(folder / "d.h5", epochs=2, batch_size=16)
+    save = Checkpoint.save
+
+    def save_and_stop(self: Checkpoint, last: dict[str, Any], kept: dict[int, Any]) -> None:
+        save(self, last, kept)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Checkpoint, "save", save_and_stop)
+    with pytest.raises(KeyboardInterrupt):
+        train(settings)
+    (stale,) = folder.glob("output/checkpoints/*")
+    before = {path.name: path.stat().st_mtime_ns for path in stale.iterdir()}
+
+    shutil.copy(datasets["larger"], folder / "d.h5")
+    with pytest.raises(KeyboardInterrupt):
+        train(settings)
+    said = capsys.readouterr().out
+    assert "goes on" not in said
+    assert re.findall(r"at (\d+) px.* (\d+) images", said) == [("32", "15"), ("40", "8")]
+    first, second = runs()
+    assert [step for step, _ in told(first)["loss"]] == [step for step, _ in told(second)["loss"]] == [1]
+    assert told(first)["loss"] != told(second)["loss"]
+    with Dataset.open(datasets["larger"]) as dataset:
+        assert second.inputs is not None
+        assert second.inputs.dataset_inputs[0].dataset.digest == dataset.fingerprint[:16]
+    assert {path.name: path.stat().st_mtime_ns for path in stale.iterdir()} == before
+    of_run = {last["run_id"] for path in stale.parent.iterdir() if (last := Checkpoint(path).last())}
+    assert of_run == {first.info.run_id, second.info.run_id}
+
+
+def test_a_data_set_without_a_finding_is_learned_and_undefined_numbers_are_left_out(
+    datasets: dict[str, Path], folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trained = train(settings_of(datasets["healthy"], epochs=1))
+    (run,) = runs()
+    assert run.info.status == "FINISHED"
+    metrics = run.data.metrics
+    assert metrics["dice"] == metrics["dice_baseline"] == metrics["specificity"] == 1.0
+    assert (metrics["positives"], metrics["images"]) == (0, trained.scores.images)
+    assert not {"dice_positive", "sensitivity", "auroc"} & set(metrics)
+    assert metrics["loss"] < 10
+    names = {item.path for item in MlflowClient().list_artifacts(run.info.run_id)}
+    assert {"first_batch.png", "learning_curves.png", "overlays.png", "split.json"} <= names
+    assert run.data.tags["mlflow.note.content"].startswith("fcn_resnet50 at 32 px")
+
+
+def test_a_data_set_of_one_patient_cannot_be_divided_and_says_so(
+    datasets: dict[str, Path], folder: Path
+) -> None:
+    for changes in ({}, {"holdout": 0.0, "folds": 2}):
+        with pytest.raises(UserError) as caught:
+            train(settings_of(datasets["lonely"], **changes))
+        (line,) = str(caught.value).splitlines()
+        assert line.startswith(f"folds={changes.get('folds', 5)}")
+        assert "the data set has 1 to divide" in line
+        assert line.endswith("name the patients in patients_csv")
+    assert {run.info.status for run in runs()} == {"FAILED"}
+    assert not (folder / "output").exists()
+
+
+def test_a_model_is_not_scored_on_images_of_a_size_that_it_does_not_serve(
+    datasets: dict[str, Path], whole: Whole
+) -> None:
+    with desk(whole.folder), pytest.raises(UserError, match=r"larger\.h5: .*40 px.*=32$") as caught:
+        score(Score(model=whole.model, dataset=datasets["larger"], subset="all", overlays=0))
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_what_a_training_learned_after_its_server_died_is_delivered_when_that_is_back(
+    datasets: dict[str, Path],
+    whole: Whole,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        server = Server(tmp_path, free.getsockname()[1])
+    save = Checkpoint.save
+
+    def save_and_kill_the_server(self: Checkpoint, last: dict[str, Any], kept: dict[int, Any]) -> None:
+        save(self, last, kept)
+        server.kill()
+
+    try:
+        server.start()
+        with desk(tmp_path, server.uri), monkeypatch.context() as patch:
+            patch.setattr(Checkpoint, "save", save_and_kill_the_server)
+            trained = train(settings_of(datasets["usual"]))
+        gone, model, last = (record.getMessage() for record in caplog.records)
+        assert "takes nothing at the moment" in gone
+        assert f"kept in {trained.model}" in model
+        (file,) = re.findall(r"calls wait in (\S+); .* python -m pneumo_experiments\.tracking \1$", last)
+        missing = calls_in(tmp_path / file)
+        assert [call["step"] for call in missing if call["call"] == "metrics"] == [2, 3, 4]
+        server.start()
+        with desk(tmp_path, server.uri):
+            (run,) = runs()
+            assert {step for steps in told(run).values() for step, _ in steps} == {1}
+            with monkeypatch.context() as patch:
+                patch.setattr("sys.argv", ["", file])
+                patch.delitem(sys.modules, "pneumo_experiments.tracking.__main__", raising=False)
+                runpy.run_module("pneumo_experiments.tracking", run_name="__main__")
+            (run,) = runs()
+            assert run.info.status == "FINISHED"
+            assert told(run) == whole.told  # every epoch once, in order
+            (logged,) = server.client.search_logged_models(["0"])
+            assert logged.source_run_id == run.info.run_id
+        assert_same_weights(tmp_path / "artifacts", whole.folder)
+        assert not (tmp_path / file).parent.exists()
+    finally:
+        server.kill()

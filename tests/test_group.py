@@ -1,0 +1,96 @@
+"""Several processes that train one network together."""
+
+from __future__ import annotations
+
+import signal
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from test_fit import CPU, noise, weights_of
+from torch import nn
+
+from pneumo_experiments.errors import UserError
+from pneumo_experiments.learning import group
+from pneumo_experiments.learning.fit import fit
+from pneumo_experiments.learning.launch import launch
+from pneumo_experiments.learning.network import build
+from pneumo_experiments.settings import Recipe
+
+# Odd batches, so that one process has more images than the other.
+RECIPE = Recipe(batch_size=5, learning_rate=1e-3, augment=True, ema=0.9, seed=1)
+
+
+def trained(recipe: Recipe) -> dict[str, Any]:
+    """Losses of each epoch and the last weights, of however many processes run this."""
+    network = build("fcn_resnet50", "none", 0)
+    for module in network.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0  # each process draws its own
+    epochs = list(fit(network, noise(10), recipe, 3, CPU))
+    weights = {name: tensor.numpy() for name, tensor in weights_of(epochs[-1].network).items()}
+    return {"losses": [epoch.losses for epoch in epochs], "weights": weights}
+
+
+def test_two_processes_learn_what_one_does_with_the_same_batches() -> None:
+    # Two and three images at once, in one process or by one and two, and one and one, in two.
+    one, two = trained(replace(RECIPE, micro_batch=3)), launch(2, trained, replace(RECIPE, micro_batch=2))
+    for alone, together in zip(one["losses"], two["losses"], strict=True):
+        print({name: (round(alone[name], 5), round(together[name], 5)) for name in alone})
+        assert together == pytest.approx(alone, abs=1e-3)
+    for name, weight in one["weights"].items():
+        if "running_mean" in name:
+            assert two["weights"][name] == pytest.approx(weight, rel=0.02, abs=0.02), name
+
+
+def joined(values: torch.Tensor) -> dict[str, Any]:
+    """What the functions of learning.group make of rows that the processes share."""
+    rows = values[group.rank() :: group.size()].clone().requires_grad_()
+    norm = group.JointBatchNorm(values.shape[1]).train()
+    norm(rows[..., None, None]).pow(3).sum().backward()
+    assert rows.grad is not None and norm.running_var is not None
+    given = {"a": values, "b": [1, "x", None]} if group.leads() else None
+    return {
+        "rows": group.interleaved(rows.detach().numpy(), len(values)).tolist(),
+        "gradient": group.interleaved(rows.grad.numpy(), len(values)).tolist(),
+        "variance": norm.running_var.tolist(),
+        "shared": group.shared(given)["b"],
+    }
+
+
+def test_joint_batch_normalisation_is_that_of_all_rows() -> None:
+    values = torch.randn(7, 3, generator=torch.Generator().manual_seed(0)) * 3 + 100
+    answer = launch(2, joined, values)
+    assert answer["rows"] == values.tolist()
+    assert answer["shared"] == [1, "x", None]
+    alone, norm = values.clone().requires_grad_(), nn.BatchNorm2d(3).train()
+    norm(alone[..., None, None]).pow(3).sum().backward()
+    assert alone.grad is not None and norm.running_var is not None
+    assert torch.tensor(answer["gradient"]) == pytest.approx(alone.grad, abs=1e-3)
+    assert answer["variance"] == pytest.approx(norm.running_var.tolist(), rel=1e-4)
+
+
+def spoilt(kind: str) -> None:
+    """One process fails while the other waits for it."""
+    if group.rank() == 1:
+        if kind == "mistake":
+            raise UserError("epochs: none left")
+        raise ZeroDivisionError(kind)
+    torch.distributed.barrier()
+
+
+@pytest.mark.parametrize(
+    ("kind", "error", "words"),
+    [
+        ("mistake", UserError, "^epochs: none left$"),
+        ("a bug", RuntimeError, "(?s)process 1 of 2 failed: ZeroDivisionError: a bug.*in spoilt"),
+    ],
+)
+def test_the_failure_of_one_process_ends_all_and_is_told(
+    kind: str, error: type[Exception], words: str
+) -> None:
+    handler = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(error, match=words):
+        launch(2, spoilt, kind)
+    assert signal.getsignal(signal.SIGTERM) is handler
