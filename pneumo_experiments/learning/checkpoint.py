@@ -47,6 +47,8 @@ class Checkpoint:
                     path.unlink()
         except (OSError, RuntimeError) as error:  # RuntimeError: torch's, where the disk is full
             reason = str(error).split("\n")[0]
+            if isinstance(error, RuntimeError):
+                reason = f"the disk may be full: {reason}"
             warnings.warn(
                 f"{self.folder}: the checkpoint cannot be written ({reason}); the training goes on, but an"
                 " interruption would lose it",

@@ -21,7 +21,7 @@ AT_ONCE = 2**23  # native pixels, about 30 bytes each while they are counted
 
 
 class Counter:
-    """Counts predictions against the truth on the predictor's device; only ``read`` waits for it."""
+    """Counts predictions against the truth on the predictor's device; nothing comes back before ``read``."""
 
     def __init__(self, predictor: Predictor, hundredths: NDArray[np.float32]) -> None:
         """``hundredths`` (101,) from 0 to 1 are the numbers that pixels are compared with."""
