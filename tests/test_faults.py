@@ -25,7 +25,7 @@ import pytest
 import torch
 from mlflow import MlflowClient
 from mlflow.entities import Run
-from test_outage import PATIENCE_SECONDS, Server, calls_in, environment
+from test_outage import Server, calls_in, environment
 
 from pneumo_experiments.data.annotations import read_annotations
 from pneumo_experiments.data.archive import open_archive
@@ -192,7 +192,7 @@ def test_killed_in_a_step_in_validation_and_in_the_checkpoint_a_training_ends_as
 ) -> None:
     settings = settings_of(datasets["usual"])
     words = [word for name, text in as_params(settings).items() for word in (f"--{name}", text)]
-    killer = subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, "-c", KILLER, "train", *words],
         cwd=folder,
         env=environment() | {"MLFLOW_TRACKING_URI": f"sqlite:///{folder / 'mlflow.db'}"},
@@ -200,28 +200,27 @@ def test_killed_in_a_step_in_validation_and_in_the_checkpoint_a_training_ends_as
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-    )
-    assert killer.stdin is not None
-    assert killer.stdout is not None
-    # Each strikes in the second epoch. The last time its metrics were told, and its checkpoint is half there.
-    for moment, epochs_told in (("step", [1]), ("validation", [1]), ("checkpoint", [1, 2])):
-        killer.stdin.write(f"{moment}\n")
-        killer.stdin.flush()
-        said = ""
-        while "ended by" not in said:
-            line = killer.stdout.readline()
-            assert line, said
-            said += line
-        assert f"ended by {signal.SIGKILL:d}" in said
-        assert ("goes on after epoch 1 of 3" in said) == (moment != "step")
-        (run,) = runs()
-        assert run.info.status == "RUNNING"
-        assert [step for step, _ in told(run)["dice"]] == epochs_told
-        (left,) = folder.glob("output/checkpoints/*")
-        last = Checkpoint(left).last()
-        assert last is not None
-        assert (last["run_id"], len(last["history"])) == (run.info.run_id, 1)
-    killer.communicate(timeout=PATIENCE_SECONDS)
+    ) as killer:
+        assert killer.stdin is not None
+        assert killer.stdout is not None
+        # All strike in the second epoch, the last when its metrics are told and its checkpoint half made.
+        for moment, epochs_told in (("step", [1]), ("validation", [1]), ("checkpoint", [1, 2])):
+            killer.stdin.write(f"{moment}\n")
+            killer.stdin.flush()
+            said = ""
+            while "ended by" not in said:
+                line = killer.stdout.readline()
+                assert line, said
+                said += line
+            assert f"ended by {signal.SIGKILL:d}" in said
+            assert ("goes on after epoch 1 of 3" in said) == (moment != "step")
+            (run,) = runs()
+            assert run.info.status == "RUNNING"
+            assert [step for step, _ in told(run)["dice"]] == epochs_told
+            (left,) = folder.glob("output/checkpoints/*")
+            last = Checkpoint(left).last()
+            assert last is not None
+            assert (last["run_id"], len(last["history"])) == (run.info.run_id, 1)
     (part,) = left.glob("*.part")
     assert part.stat().st_size == pytest.approx((left / "last.pt").stat().st_size / 2, rel=0.01)
 
@@ -310,7 +309,7 @@ def test_a_data_set_that_changed_meanwhile_starts_anew_and_leaves_the_stale_chec
 
 
 def test_a_data_set_without_a_finding_is_learned_and_undefined_numbers_are_left_out(
-    datasets: dict[str, Path], folder: Path, capsys: pytest.CaptureFixture[str]
+    datasets: dict[str, Path], folder: Path
 ) -> None:
     trained = train(settings_of(datasets["healthy"], epochs=1))
     (run,) = runs()
