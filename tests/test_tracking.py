@@ -19,7 +19,7 @@ from conftest import ROOT
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from pneumo_experiments import cli, tracking
+from pneumo_experiments import interrupts, tracking
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.settings import Preprocess, Register, Sample, Search, Train
 
@@ -103,7 +103,7 @@ def test_a_password_in_a_setting_is_not_a_param(store: Store) -> None:
         (UserError("a: is wrong; mend it"), "FAILED"),
         (RuntimeError("a bug"), "FAILED"),
         (KeyboardInterrupt(), "KILLED"),
-        (cli.Terminated(), "KILLED"),
+        (interrupts.Terminated(), "KILLED"),
         (SystemExit(3), "FAILED"),
     ],
 )
@@ -130,7 +130,7 @@ def test_a_signal_kills_every_nested_run_and_a_second_one_disturbs_nothing(
     before = {which: signal.getsignal(which) for which in (signal.SIGINT, signal.SIGTERM)}
     try:
         for which in before:
-            signal.signal(which, cli._stop)
+            signal.signal(which, interrupts.stop)
         with (
             pytest.raises(KeyboardInterrupt) as stop,
             tracking.run("main", Sample()),
@@ -141,7 +141,7 @@ def test_a_signal_kills_every_nested_run_and_a_second_one_disturbs_nothing(
                 time.sleep(5)
             finally:
                 os.kill(os.getpid(), signal.SIGTERM)
-        assert isinstance(stop.value, cli.Terminated) == (number == signal.SIGTERM)
+        assert isinstance(stop.value, interrupts.Terminated) == (number == signal.SIGTERM)
     finally:
         for which, handler in before.items():
             signal.signal(which, handler)

@@ -124,10 +124,8 @@ def _facts(part: int, patients: int, areas: NDArray[Any]) -> PartFacts:
 
 def _require(patients: int, needed: int, wish: str) -> None:
     if patients < needed:
-        raise UserError(
-            f"{wish}: needs {needed} patients, the data set has {patients} to divide;"
-            " set fewer folds, or name the patients in patients_csv"
-        )
+        mend = ("set fewer folds, or " if patients > 1 else "") + "name the patients in patients_csv"
+        raise UserError(f"{wish}: needs {needed} patients, the data set has {patients} to divide; {mend}")
 
 
 def _assign(patients: Sequence[str], areas: NDArray[Any], shares: NDArray[np.float64], seed: int) -> Indices:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import shutil
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,12 +24,15 @@ class Checkpoint:
     def last(self) -> dict[str, Any] | None:
         """What was saved last, with the kept networks by epoch as ``networks``.
 
-        None where there is nothing, or something of it cannot be read.
+        None where there is nothing, or something of it cannot be read. What a killed process left besides is
+        removed: it would pass for that of the same epoch, trained again.
         """
         last = self._load(LAST)
-        if last is None:
+        if last is None or "kept" not in last:
             return None
-        networks = {epoch: self._load(_name(epoch)) for epoch in last.pop("kept")}
+        kept = last.pop("kept")
+        self._remove_all_but(kept)
+        networks = {epoch: self._load(_name(epoch)) for epoch in kept}
         return None if None in networks.values() else last | {"networks": networks}
 
     def save(self, last: dict[str, Any], kept: dict[int, dict[str, Any]]) -> None:
@@ -42,9 +46,7 @@ class Checkpoint:
                 if not (self.folder / _name(epoch)).exists():
                     self._write(_name(epoch), state)
             self._write(LAST, last | {"kept": list(kept)})
-            for path in self.folder.glob("epoch-*.pt"):
-                if path.name not in {_name(epoch) for epoch in kept}:
-                    path.unlink()
+            self._remove_all_but(kept)
         except (OSError, RuntimeError) as error:  # RuntimeError: torch's, where the disk is full
             reason = str(error).split("\n")[0]
             if isinstance(error, RuntimeError):
@@ -67,6 +69,12 @@ class Checkpoint:
         except Exception as error:  # whatever damaged bytes make the reader raise
             warnings.warn(f"{self.folder / name}: cannot be read ({type(error).__name__})", stacklevel=2)
             return None
+
+    def _remove_all_but(self, kept: Iterable[int]) -> None:
+        names = {_name(epoch) for epoch in kept}
+        for path in self.folder.glob("epoch-*.pt"):
+            if path.name not in names:
+                path.unlink()
 
     def _write(self, name: str, content: dict[str, Any]) -> None:
         part = self.folder / f"{name}.part"

@@ -37,6 +37,11 @@ class Scores:
     positives: int
     """images with truth"""
 
+    @property
+    def on_positives(self) -> str:
+        """dice_positive as text."""
+        return f"{self.dice_positive:.4f}" if self.positives else "none there"
+
     def as_metrics(self) -> dict[str, float]:
         """Every number under its name, without the undefined ones."""
         return {name: float(value) for name, value in asdict(self).items() if not isnan(value)}

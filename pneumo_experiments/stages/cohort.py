@@ -208,6 +208,6 @@ def judged_epochs(
             tracking.log_metrics(metrics, step=epoch.number)
             tqdm.write(
                 f"  epoch {epoch.number}/{epochs}  loss {epoch.losses['loss']:.4f}  Dice {scores.dice:.4f}"
-                f"  on positives {scores.dice_positive:.4f}  {epoch.images_per_second:.1f} images/s"
+                f"  on positives {scores.on_positives}  {epoch.images_per_second:.1f} images/s"
             )
             yield JudgedEpoch(epoch, tally, scores, metrics)

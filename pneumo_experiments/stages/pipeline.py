@@ -95,7 +95,7 @@ def _closing_words(judged: Judged, version: tracking.Version, settings: Main, on
     print(f"""
 Dice                {s.dice:.4f} (95% {s.dice_low:.3f} to {s.dice_high:.3f}), {s.images} images of {whom}
 all-empty baseline  {s.dice_baseline:.4f}
-Dice on positives   {s.dice_positive:.4f}, {s.positives} images
+Dice on positives   {s.on_positives}, {s.positives} images
 
 overlays  {judged.overlays}
 model     models:/{version.name}/{version.number}{alias}

@@ -72,7 +72,7 @@ def scores_line(scores: Scores) -> str:
     """Dice with its interval and company, for the terminal."""
     return (
         f"Dice {scores.dice:.4f} (95% {scores.dice_low:.3f} to {scores.dice_high:.3f}), all-empty baseline"
-        f" {scores.dice_baseline:.4f}, Dice on positives {scores.dice_positive:.4f},"
+        f" {scores.dice_baseline:.4f}, Dice on positives {scores.on_positives},"
         f" {scores.images} images, {scores.positives} with pneumothorax"
     )
 

@@ -123,7 +123,7 @@ def _train_all(settings: Train, parent: str | None) -> Trained:
         tracking.describe(
             f"{settings.network} at {dataset.image_size} px, one for each of {settings.folds} folds.\n"
             f"Out-of-fold Dice {scores.dice:.3f} (all-empty {scores.dice_baseline:.3f}),"
-            f" on positives {scores.dice_positive:.3f}."
+            f" on positives {scores.on_positives}."
         )
         print(f"train: {settings.folds} folds, out-of-fold Dice {scores.dice:.4f}")
     for one in alone:  # only now: a fold that has ended is not trained again when a later one is interrupted
@@ -201,7 +201,7 @@ def _train(name: str, settings: Train, parent: str | None) -> tuple[Trained, Pre
             f"{settings.network} at {dataset.image_size} px, {len(examples)} images;"
             f" kept {chosen} of {len(progress.history)}.\n"
             f"Validation Dice {scores.dice:.3f} (all-empty {scores.dice_baseline:.3f}),"
-            f" on positives {scores.dice_positive:.3f}."
+            f" on positives {scores.on_positives}."
         )
     return Trained(model, scores, parts.validation, tally), predictor
 
