@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
@@ -201,13 +202,17 @@ def judged_epochs(
         def advance(count: int) -> None:
             bar.update(count)
 
-        for epoch in fit(predictor.network, examples, recipe, epochs, predictor.machine, advance, state):
+        trained = fit(predictor.network, examples, recipe, epochs, predictor.machine, advance, state)
+        start = time.perf_counter()
+        for done, epoch in enumerate(trained, start=1):
             tally = validation.tally(replace(predictor, network=epoch.network))
             scores = validation.score(tally, best_on_grid(tally))
             metrics = epoch.losses | scores.as_metrics() | epoch.speed
             tracking.log_metrics(metrics, step=epoch.number)
+            left = (time.perf_counter() - start) / done * (epochs - epoch.number)
             tqdm.write(
                 f"  epoch {epoch.number}/{epochs}  loss {epoch.losses['loss']:.4f}  Dice {scores.dice:.4f}"
                 f"  on positives {scores.on_positives}  {epoch.images_per_second:.1f} images/s"
+                f"  {tqdm.format_interval(left)} left"
             )
             yield JudgedEpoch(epoch, tally, scores, metrics)
