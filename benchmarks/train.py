@@ -213,6 +213,8 @@ def linear(path: Path, size: int, wishes: argparse.Namespace, place: Machine) ->
         nonlocal start
         seen[many] += images
         if seen[many] >= seen[few] + few:
+            if place.device.type == "cuda":
+                torch.cuda.synchronize()  # what it still has to do is of the many
             seconds[many] += time.perf_counter() - start
             seconds[few] += next(small).seconds
             seen[few] += few
@@ -245,6 +247,8 @@ def main() -> None:
     parser.add_argument("--linear", type=int, nargs=2, help="few images, and a multiple of them")
     parser.set_defaults(workers=min(available_cores(), 8), **DEFAULTS[kind])
     wishes = parser.parse_args()
+    if wishes.epochs < 2:
+        parser.error("--epochs: the first epoch is not counted, so take 2 or more")
     with tempfile.TemporaryDirectory() as folder:
         tables(Path(folder), wishes, choose_machine(Recipe(device=kind)))
 

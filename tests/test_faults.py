@@ -110,15 +110,6 @@ def datasets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return paths
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """As many for all that are compared; where tests run side by side, more only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @contextmanager
 def desk(folder: Path, uri: str = "") -> Iterator[None]:
     """An empty working folder with a store of its own, or the one of the address."""
@@ -204,8 +195,7 @@ def test_killed_in_a_step_in_validation_and_in_the_checkpoint_a_training_ends_as
     with subprocess.Popen(
         [sys.executable, "-c", KILLER, "train", *words],
         cwd=folder,
-        env=environment()
-        | {"MLFLOW_TRACKING_URI": f"sqlite:///{folder / 'mlflow.db'}", "OMP_NUM_THREADS": "1"},
+        env=environment() | {"MLFLOW_TRACKING_URI": f"sqlite:///{folder / 'mlflow.db'}"},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -187,9 +187,8 @@ def test_a_checkpoint_keeps_the_networks_it_is_told_and_no_other(tmp_path: Path)
     checkpoint.save({"steps": 1}, {1: {"w": torch.ones(2)}})
     checkpoint.save({"steps": 2}, {1: {"w": torch.zeros(2)}, 2: {"w": torch.zeros(2)}})
     checkpoint.save({"steps": 3}, {2: {"w": torch.zeros(2)}})
-    torch.save(
-        {"w": torch.zeros(2)}, checkpoint.folder / "epoch-3.pt"
-    )  # killed before the last state was written
+    # What a process leaves that is killed before it wrote its last state.
+    torch.save({"w": torch.zeros(2)}, checkpoint.folder / "epoch-3.pt")
     last = checkpoint.last()
     assert last is not None
     assert (last["steps"], [*last["networks"]]) == (3, [2])
