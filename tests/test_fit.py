@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import copy
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from tiny_network import add_tiny_network
 
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.learning.average import MovingAverage, mean_of
 from pneumo_experiments.learning.checkpoint import Checkpoint
 from pneumo_experiments.learning.device import Machine
-from pneumo_experiments.learning.fit import Epoch, fit
-from pneumo_experiments.learning.loader import Examples
+from pneumo_experiments.learning.fit import Epoch, _Trainer, fit
+from pneumo_experiments.learning.loader import Examples, batches
 from pneumo_experiments.learning.network import Output, PneumothoraxNet, build
 from pneumo_experiments.settings import Recipe
 
@@ -153,6 +155,24 @@ def test_too_many_steps_without_a_finite_gradient_end_the_training_with_advice()
     network.bad = frozenset(range(2, 6))
     with pytest.raises(UserError, match=r"4 of 6 steps of epoch 1 gave no finite gradient; try a tenth"):
         list(fit(network, noise(12), Recipe(batch_size=2, augment=False, positive_share=0), 1, CPU))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_steps_that_are_left_out_do_not_wear_down_the_scale_of_the_gradients(precision: str) -> None:
+    add_tiny_network()
+    network = build("tiny", "none", 0)
+    trainer = _Trainer(network, Recipe(batch_size=2, learning_rate=1e-2), 400, Machine(CPU.device, precision))
+    (batch,) = batches(noise(2), Recipe(batch_size=2, augment=False), 1, 1, CPU.device)
+    torn = replace(batch, images=batch.images * float("nan"))
+    trainer.step(batch)
+    before = weights_of(network.mask_head)
+    for _ in range(200):  # halved so often, the smallest float32 is 0
+        assert not trainer.step(torn)[1]
+    network.load_state_dict({n: t.nan_to_num(0.0) for n, t in network.state_dict().items()})  # batch norm's
+    assert trainer.step(batch)[1]
+    after = weights_of(network.mask_head)
+    assert all(torch.isfinite(tensor).all() for tensor in after.values())
+    assert not torch.equal(after["0.weight"], before["0.weight"])
 
 
 def test_the_moving_average_follows_the_weights_as_its_formula_says() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from test_fit import CPU, noise, weights_of
+from tiny_network import add_tiny_network
 from torch import nn
 
 from pneumo_experiments.errors import UserError
@@ -42,6 +43,20 @@ def test_two_processes_learn_what_one_does_with_the_same_batches() -> None:
     for name, weight in one["weights"].items():
         if "running_mean" in name:
             assert two["weights"][name] == pytest.approx(weight, rel=0.02, abs=0.02), name
+
+
+def learned(recipe: Recipe) -> float:
+    """Loss of an epoch of a tiny network."""
+    add_tiny_network()
+    (epoch,) = fit(build("tiny", "none", 0), noise(4), recipe, 1, CPU)
+    return epoch.losses["loss"]
+
+
+@pytest.mark.parametrize("only", ["presence_weight", "bce_weight"])
+def test_processes_do_not_wait_for_a_head_whose_answer_has_no_weight(only: str) -> None:
+    weights = ("bce_weight", "dice_weight", "focal_weight", "aux_weight", "presence_weight")
+    recipe = replace(Recipe(batch_size=2, augment=False), **{name: float(name == only) for name in weights})
+    assert 0 < launch(2, learned, recipe) < 10
 
 
 def joined(values: torch.Tensor) -> dict[str, Any]:

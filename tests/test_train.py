@@ -13,6 +13,7 @@ from typing import Any
 import mlflow
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT
 from mlflow import MlflowClient
 from mlflow.entities import Run
@@ -110,7 +111,7 @@ def test_the_run_holds_curves_pictures_and_how_the_time_was_spent(settings: Trai
     for name in ("loss", "dice", "auroc", "images_per_second", "wait_share", "skipped_steps"):
         steps = [metric.step for metric in client.get_metric_history(run.info.run_id, name)]
         assert steps[:2] == [1, 2], name
-    assert run.data.params["cache_used"] == "host"
+    assert run.data.params["cache_used"] == ("device" if torch.cuda.is_available() else "host")
     assert not list(Path("output/checkpoints").glob("*"))
 
 

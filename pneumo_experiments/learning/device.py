@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 from torch.nn import functional
 
 from pneumo_experiments.errors import UserError
@@ -46,6 +47,11 @@ def choose_machine(settings: Device) -> Machine:
     if precision == "fp16" and name == "cpu":
         raise UserError("precision=fp16: not on a CPU; precision=auto takes what is fastest there")
     return Machine(device, precision)
+
+
+def copied_to(device: torch.device, tensor: Tensor) -> Tensor:
+    """A host tensor on the device; from pinned memory, since the host waits for a copy from any other."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def _fastest(device: torch.device) -> str:

@@ -76,6 +76,8 @@ def fit(
     if not any(getattr(recipe, name) > 0 for name in weights):
         raise UserError(f"{', '.join(weights)}: all are 0, so nothing is learned; set one above 0")
     network.to(device=machine.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    # Shapes hardly change from step to step: cuDNN may time its algorithms once and keep the fastest.
+    torch.backends.cudnn.benchmark = machine.device.type == "cuda"
     group.synchronised(network, machine.device)
     # Not every process may have found the weights' file.
     network.pretrained = frozenset(group.shared(sorted(network.pretrained)))
@@ -141,7 +143,6 @@ class _Trainer:
         self.scaler = torch.amp.GradScaler(
             machine.device.type,
             init_scale=2.0**16 if machine.precision == "fp16" else 1.0,
-            growth_interval=2000 if machine.precision == "fp16" else 2**31 - 1,
         )
         self.average = MovingAverage(network, recipe.ema) if recipe.ema > 0 else None
 
@@ -156,7 +157,8 @@ class _Trainer:
         self.scaler.unscale_(self.optimiser)
         norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.recipe.clip_norm or math.inf)
         self.scaler.step(self.optimiser)
-        self.scaler.update()
+        # It halves its scale after each step left out. Only fp16 needs a scale, and lets it grow again.
+        self.scaler.update(None if self.machine.precision == "fp16" else 1.0)
         self.steps += 1
         self._set_rate()
         if self.average is not None:
@@ -185,7 +187,7 @@ class _Trainer:
                 share = len(images) * group.size() / batch.size
                 loss = terms["loss"] * share
                 if group.size() > 1:  # they wait for a gradient of each layer, also of a head without weight
-                    loss = loss + 0 * (output.aux.mean() + output.presence.mean())
+                    loss = loss + 0 * sum(answer.mean() for answer in output)
                 self.scaler.scale(loss).backward()
             sums.add(terms, len(images))
         return sums.tensors()
@@ -197,8 +199,7 @@ class _Trainer:
         if group.size() > 1:  # the others are waiting for this piece's sums
             raise UserError(
                 f"micro_batch={self.recipe.micro_batch}: the memory ran out with"
-                f" {self.micro_batch} images per process at once; set a smaller one and train again: it"
-                " goes on after the last whole epoch"
+                f" {self.micro_batch} images per process at once; set a smaller one and train again"
             ) from None
         if self.micro_batch == 1:
             raise UserError(
@@ -262,7 +263,7 @@ class Sums:
     def means(self) -> dict[str, float]:
         """Means over the images of all processes as numbers; waits for the device."""
         sums = torch.stack([*self._sums.values()])
-        totals = group.total(torch.cat([sums, sums.new_tensor([self._images])]))
+        totals = group.total(torch.cat([sums, sums.new_full((1,), self._images)]))
         means = cast("list[float]", (totals[:-1] / totals[-1]).tolist())
         return dict(zip(self._sums, means, strict=True))
 

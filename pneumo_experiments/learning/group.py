@@ -56,9 +56,14 @@ def on_this_machine() -> int:
 
 
 def device_of(kind: str) -> torch.device:
-    """The device of this process; raises UserError where there are fewer than processes."""
-    if kind != "cuda" or size() == 1:
+    """The device of this process, with its index, as the tensors that lie there name it.
+
+    Raises UserError where there are fewer devices than processes.
+    """
+    if kind == "cpu":
         return torch.device(kind)
+    if kind != "cuda" or size() == 1:
+        return torch.device(kind, torch.cuda.current_device() if kind == "cuda" else 0)
     count = torch.cuda.device_count()
     if on_this_machine() > count:
         raise UserError(f"processes={on_this_machine()}: each needs a GPU, and here are only {count}")
@@ -176,6 +181,7 @@ def joint_sums(sums: Tensor, images: int) -> Tensor:
     """
     if size() == 1:
         return sums
-    totals = total(torch.cat([sums, sums.new_tensor([images])]))
+    count = sums.new_full((1,), images)  # new_tensor would make the host wait for the device
+    totals = total(torch.cat([sums, count]))
     grown = sums * (totals[-1] / images)
     return grown + (totals[:-1] - grown).detach()

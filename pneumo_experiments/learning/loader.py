@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from queue import Queue
-from threading import Thread
-from typing import Any, Protocol
+from functools import partial
+from typing import Protocol, TypeVar
 
 import numpy as np
 import psutil
@@ -18,9 +19,12 @@ from torch.utils.data import DataLoader
 
 from pneumo_experiments.learning import group
 from pneumo_experiments.learning.augment import augment
+from pneumo_experiments.learning.device import copied_to
 from pneumo_experiments.settings import Recipe
 
 Indices = NDArray[np.int64]
+Item = TypeVar("Item")
+Fetched = TypeVar("Fetched")
 AHEAD = 2  # batches that are fetched while the device computes
 STREAMERS = 2  # processes that read a data set that fits no memory
 # Shares of the free memory that images may take; the network needs the rest.
@@ -79,8 +83,12 @@ def choose_cache(wish: str, size_bytes: int, device: torch.device) -> str:
         return wish
     if device.type == "cuda" and size_bytes < DEVICE_SHARE * torch.cuda.mem_get_info(device)[0]:
         return "device"
-    size_bytes *= group.on_this_machine()
-    return "host" if size_bytes < HOST_SHARE * psutil.virtual_memory().available else "stream"
+    return "host" if fits_host(size_bytes) else "stream"
+
+
+def fits_host(size_bytes: int) -> bool:
+    """Whether so many bytes, in each process on this machine, leave the host memory enough."""
+    return size_bytes * group.on_this_machine() < HOST_SHARE * psutil.virtual_memory().available
 
 
 def load(pixels: Pixels, rows: Indices, present: NDArray[np.bool_], side: int, place: str) -> Examples:
@@ -147,7 +155,25 @@ def count_batches(examples: int, batch_size: int) -> int:
 
 def to_unit(values: NDArray[np.uint8], device: torch.device) -> Tensor:
     """8-bit values as float32 in [0, 1] on the device, same shape."""
-    return torch.from_numpy(np.ascontiguousarray(values)).to(device).float() / 255
+    return copied_to(device, torch.from_numpy(np.ascontiguousarray(values))).float() / 255
+
+
+def prefetch(fetch: Callable[[Item], Fetched], items: Iterable[Item]) -> Iterator[Fetched]:
+    """``fetch(item)`` of each item in order, called by a thread while the caller works on earlier ones.
+
+    Closing the iterator, as happens when it is dropped, ends the thread.
+    """
+    pool = ThreadPoolExecutor(1, "prefetch")
+    waiting = deque[Future[Fetched]]()
+    try:
+        for item in items:
+            waiting.append(pool.submit(fetch, item))
+            if len(waiting) > AHEAD:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _dealt(indices: Indices, seed: list[int], start: int, count: int) -> Indices:
@@ -173,10 +199,10 @@ def _fetched(
             multiprocessing_context="spawn",  # a fork would copy this process's threads and open files
         )
         fetched: Iterator[tuple[Tensor, Tensor]] = iter(loader)
+    elif examples.images.device.type == device.type:
+        fetched = map(partial(_taken, examples), chunks)
     else:
-        fetched = (_taken(examples, chunk) for chunk in chunks)
-        if examples.images.device != device:
-            fetched = _ahead(fetched)
+        fetched = prefetch(partial(_pinned, examples), chunks)
     for images, shares in fetched:
         yield images.to(device, non_blocking=True), shares.to(device, non_blocking=True)
 
@@ -194,25 +220,12 @@ class _Rows:
 
 
 def _taken(examples: Examples, chunk: Indices) -> tuple[Tensor, Tensor]:
-    """Where the examples lie; from the host by way of pinned memory, when they go to another device."""
+    """Images and shares of a chunk, where the examples lie."""
     index = torch.from_numpy(chunk).to(examples.images.device, non_blocking=True)
     return examples.images[index], examples.shares[index]
 
 
-def _ahead(fetched: Iterator[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
-    """The same, fetched by a thread while the caller works; pinned, so that copies need not be waited for."""
-    queue: Queue[Any] = Queue(AHEAD)
-
-    def fetch() -> None:
-        try:
-            for images, shares in fetched:
-                queue.put((images.pin_memory(), shares.pin_memory()))
-            queue.put(None)
-        except BaseException as error:
-            queue.put(error)
-
-    Thread(target=fetch, daemon=True).start()
-    while (item := queue.get()) is not None:
-        if isinstance(item, BaseException):
-            raise item
-        yield item
+def _pinned(examples: Examples, chunk: Indices) -> tuple[Tensor, Tensor]:
+    """The same from the host's memory into pinned memory, from which a copy need not be waited for."""
+    images, shares = _taken(examples, chunk)
+    return images.pin_memory(), shares.pin_memory()

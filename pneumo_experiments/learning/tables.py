@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
+from pneumo_experiments.learning.device import copied_to
 from pneumo_experiments.learning.predict import Predictor, require_numbers
 
 AT_ONCE = 2**23  # native pixels, about 30 bytes each while they are counted
@@ -27,7 +28,7 @@ class Counter:
         """``hundredths`` (101,) from 0 to 1 are the numbers that pixels are compared with."""
         self._predictor = predictor
         device = predictor.machine.device
-        self._hundredths = torch.from_numpy(hundredths).to(device)
+        self._hundredths = copied_to(device, torch.from_numpy(hundredths))
         # A CPU counts one image in its cache; with several it waits for memory, twice as long and more.
         self._at_once = 0 if device.type == "cpu" else AT_ONCE
         self._tables = [self._hundredths.new_empty((0, 2, 101), dtype=torch.int32)]
@@ -46,9 +47,12 @@ class Counter:
 
         UserError where the network's answers are no numbers.
         """
-        presence = torch.cat(self._presence).cpu().numpy()
+        presence, tables = torch.cat(self._presence), torch.cat(self._tables)
+        # In one piece, so that the host waits for the device once.
+        both = torch.cat([presence.view(torch.int32)[:, None], tables.flatten(1)], dim=1).cpu().numpy()
+        presence = np.ascontiguousarray(both[:, 0]).view(np.float32)
         require_numbers(presence)
-        return torch.cat(self._tables).cpu().numpy(), presence
+        return np.ascontiguousarray(both[:, 1:]).reshape(-1, 2, 101), presence
 
 
 @torch.inference_mode()
@@ -67,7 +71,7 @@ def count(masks: Tensor, truths: Sequence[NDArray[np.bool_]], hundredths: Tensor
         inside = torch.zeros((len(rows), *truths[rows[0]].shape), dtype=torch.bool, device=masks.device)
         for place, row in enumerate(rows):
             if truths[row].any():  # most are empty
-                inside[place].copy_(_on_device(truths[row], masks.device))
+                inside[place].copy_(copied_to(masks.device, torch.from_numpy(truths[row])))
         for row, table in zip(rows, _count_alike(some, inside, hundredths), strict=True):
             tables[row] = table
     return tables
@@ -83,12 +87,6 @@ def _alike(shapes: Sequence[tuple[int, ...]], at_once: int) -> list[list[int]]:
         size = max(1, at_once // int(np.prod(shape)))
         chunks += [rows[start : start + size] for start in range(0, len(rows), size)]
     return chunks
-
-
-def _on_device(truth: NDArray[np.bool_], device: torch.device) -> Tensor:
-    """The truth (H, W), bool; by way of pinned memory, since the host waits for a copy from any other."""
-    tensor = torch.from_numpy(truth)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def _count_alike(masks: Tensor, inside: Tensor, hundredths: Tensor) -> Tensor:

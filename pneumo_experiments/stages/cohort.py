@@ -18,7 +18,15 @@ from pneumo_experiments.errors import UserError
 from pneumo_experiments.learning import group
 from pneumo_experiments.learning.device import Machine
 from pneumo_experiments.learning.fit import Epoch, State, fit
-from pneumo_experiments.learning.loader import Examples, Streamed, batches, choose_cache, load
+from pneumo_experiments.learning.loader import (
+    Examples,
+    Streamed,
+    batches,
+    choose_cache,
+    fits_host,
+    load,
+    prefetch,
+)
 from pneumo_experiments.learning.predict import Prediction, Predictor, to_native
 from pneumo_experiments.learning.tables import Counter
 from pneumo_experiments.scoring.figures import contact_sheet, overlay
@@ -32,10 +40,14 @@ CHUNK = 64  # images read from the file at once, so that a large validation part
 
 @dataclass(frozen=True)
 class Cohort:
-    """Some images of a labelled data set, by index."""
+    """Some images of a labelled data set, by index; in a group of processes each predicts its part of them.
+
+    ``greys`` (n, S, S) are the images of this process's part, where they are kept in memory.
+    """
 
     dataset: Dataset
     indices: NDArray[np.int64]
+    greys: NDArray[np.uint8] | None = None
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -56,11 +68,16 @@ class Cohort:
         where = str(machine.device) if place == "device" else "cpu"
         return load(self.dataset, self.indices, present, side, where)
 
+    def in_memory(self, wish: str) -> Cohort:
+        """The same with its images in memory, where there is room and ``cache`` does not ask for a stream."""
+        if wish == "stream" or not fits_host(len(self._part) * self.dataset.image_size**2):
+            return self
+        return replace(self, greys=self.dataset.images(self._part))
+
     def predictions(self, predictor: Predictor) -> Iterator[tuple[int, Prediction]]:
         """Index and prediction of each image, in order."""
-        for chunk in self._chunks():
-            found = predictor.predict(self.dataset.images(chunk))
-            yield from zip(chunk.tolist(), found, strict=True)
+        for chunk, images in self._chunks(self.indices):
+            yield from zip(chunk.tolist(), predictor.predict(images), strict=True)
 
     def tally(self, predictor: Predictor, desc: str = "") -> Tally:
         """Predictions against the truth at native size; a bar shows the progress where ``desc`` names it.
@@ -68,24 +85,34 @@ class Cohort:
         In a group of processes each predicts its part, and all get the whole.
         """
         counter = Counter(predictor, HUNDREDTHS)
-        ours = replace(self, indices=self.indices[group.rank() :: group.size()])
-        with tqdm(total=len(ours), desc=desc, unit="image", disable=None if desc else True) as bar:
+        with tqdm(total=len(self._part), desc=desc, unit="image", disable=None if desc else True) as bar:
 
             def truth(index: int) -> NDArray[np.bool_]:
                 bar.update()
                 return self.dataset.mask(index)
 
-            for chunk in ours._chunks():
-                counter.add(self.dataset.images(chunk), map(truth, chunk.tolist()))
+            for chunk, images in self._chunks(self._part, self.greys):
+                counter.add(images, map(truth, chunk.tolist()))
         tally = Tally()
         tables, presence = counter.read()
         tally.add_tables(group.interleaved(tables, len(self)), group.interleaved(presence, len(self)))
         return tally
 
-    def _chunks(self) -> Iterator[NDArray[np.int64]]:
-        """The indices, as many at once as are read at once."""
-        for start in range(0, len(self), CHUNK):
-            yield self.indices[start : start + CHUNK]
+    @property
+    def _part(self) -> NDArray[np.int64]:
+        """The indices that this process predicts."""
+        return self.indices[group.rank() :: group.size()]
+
+    def _chunks(
+        self, indices: NDArray[np.int64], greys: NDArray[np.uint8] | None = None
+    ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.uint8]]]:
+        """Indices and their images, ``CHUNK`` at once; read while the device computes, or from memory."""
+        starts = range(0, len(indices), CHUNK)
+        chunks = [indices[start : start + CHUNK] for start in starts]
+        if greys is not None:
+            yield from zip(chunks, (greys[start : start + CHUNK] for start in starts), strict=True)
+        else:
+            yield from zip(chunks, prefetch(self.dataset.images, chunks), strict=True)
 
     def score(self, tally: Tally, thresholds: Thresholds) -> Scores:
         """Scores of a tally of this cohort."""

@@ -38,7 +38,7 @@ def search(settings: Search) -> Found:
         tracking.log_dataset(settings.dataset, dataset.fingerprint, "search")
         study = _study(settings)
         parts = parts_of(dataset, settings)
-        validation = Cohort(dataset, parts.validation)
+        validation = Cohort(dataset, parts.validation).in_memory(settings.cache)
         drawn = np.random.default_rng(settings.seed).permutation(parts.train)
         machine = choose_machine(settings)
         chosen = Cohort(dataset, np.sort(drawn[: settings.search_images or len(drawn)]))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import os
@@ -43,9 +42,7 @@ from pneumo_experiments.stages.folds import log_out_of_fold
 from pneumo_experiments.stages.search import refine_thresholds
 
 # Settings that do not change what is learned: a training goes on under others.
-BESIDES = (
-    *("resume", "checkpoints", "device", "cache", "processes", "micro_batch", "overlays", "threshold_trials"),
-)
+BESIDES = (*("resume", "checkpoints", "device", "cache", "processes", "overlays", "threshold_trials"),)
 
 
 @dataclass(frozen=True)
@@ -74,7 +71,9 @@ class Progress:
         self.dices[number] = judged.scores.dice
         best = sorted(self.dices, key=lambda epoch: (self.dices[epoch], epoch), reverse=True)[:best_k]
         if number in best:
-            self.networks[number] = copy.deepcopy(judged.epoch.network.state_dict())
+            # On the host: there lie those of a training that goes on, too, and the device needs its memory.
+            state = judged.epoch.network.state_dict()
+            self.networks[number] = {name: tensor.to("cpu", copy=True) for name, tensor in state.items()}
         self.dices = {epoch: self.dices[epoch] for epoch in best}
         self.networks = {epoch: self.networks[epoch] for epoch in best}
 
@@ -148,7 +147,7 @@ def _train(name: str, settings: Train, parent: str | None) -> tuple[Trained, Pre
         tracking.log_dataset(settings.dataset, dataset.fingerprint, "training")
         parts = parts_of(dataset, settings)
         log_split(dataset, parts)
-        validation = Cohort(dataset, parts.validation)
+        validation = Cohort(dataset, parts.validation).in_memory(settings.cache)
         machine = choose_machine(settings)
         examples = Cohort(dataset, parts.train).examples(settings.cache, machine)
         tracking.log_found({"device_used": str(machine.device), "precision_used": machine.precision})

@@ -1,0 +1,243 @@
+"""The entry points on a simulated GPU; test_simulated_cuda.py runs this file in a process of its own."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import numpy as np
+import pandas as pd
+import pytest
+import simulated_cuda
+import torch
+from mlflow import MlflowClient
+from samples import stored_sample
+from simulated_cuda import counted_waits
+from tiny_network import add_tiny_network
+from torch import distributed
+
+simulated_cuda.install()
+add_tiny_network()
+
+from pneumo_experiments.data.store import Dataset  # noqa: E402  # torch is asked for its devices from now on
+from pneumo_experiments.learning import group  # noqa: E402
+from pneumo_experiments.learning.checkpoint import Checkpoint  # noqa: E402
+from pneumo_experiments.learning.device import Machine, choose_machine  # noqa: E402
+from pneumo_experiments.learning.fit import Sums, _Trainer, fit  # noqa: E402
+from pneumo_experiments.learning.loader import Batch, Examples, Streamed, batches, load  # noqa: E402
+from pneumo_experiments.learning.network import PneumothoraxNet, build  # noqa: E402
+from pneumo_experiments.learning.predict import Predictor  # noqa: E402
+from pneumo_experiments.settings import Recipe, Score, Search, Train  # noqa: E402
+from pneumo_experiments.stages.cohort import Cohort  # noqa: E402
+from pneumo_experiments.stages.score import score  # noqa: E402
+from pneumo_experiments.stages.search import search  # noqa: E402
+from pneumo_experiments.stages.train import train  # noqa: E402
+
+CACHES = ("device", "host", "stream")
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return stored_sample(tmp_path_factory.mktemp("data"), images=16, image_size=64)
+
+
+@pytest.fixture
+def settings(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Train]:
+    """Short trainings of the tiny network in an empty folder with a store of its own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    mlflow.set_tracking_uri(None)
+    yield Train(
+        dataset=dataset,
+        network="tiny",
+        weights="none",
+        epochs=2,
+        threshold_trials=3,
+        overlays=2,
+        batch_size=4,
+    )
+    mlflow.set_tracking_uri(None)
+
+
+def params() -> dict[str, str]:
+    """Of the newest run."""
+    (run,) = MlflowClient().search_runs(["0"], order_by=["attributes.start_time DESC"], max_results=1)
+    return run.data.params
+
+
+@pytest.mark.parametrize("cache", CACHES)
+def test_a_training_ends_in_a_model_that_is_logged(settings: Train, cache: str) -> None:
+    torch.backends.cudnn.benchmark = False
+    trained = train(replace(settings, cache=cache, epochs=1))
+    told = params()
+    assert (told["device_used"], told["precision_used"], told["cache_used"]) == ("cuda:0", "bf16", cache)
+    assert trained.model.startswith("models:/")
+    assert 0 <= trained.scores.dice <= 1
+    assert torch.backends.cudnn.benchmark
+
+
+def test_someone_who_sets_nothing_trains_on_images_in_the_gpu_s_memory(settings: Train) -> None:
+    train(replace(settings, epochs=1))
+    assert params()["cache_used"] == "device"
+
+
+@pytest.mark.parametrize("cache", ["device", "host"])
+def test_an_interrupted_training_goes_on_and_averages_its_best_epochs(
+    settings: Train, cache: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = replace(settings, cache=cache, epochs=3, best_k=3)
+    save = Checkpoint.save
+
+    def save_and_stop(self: Checkpoint, last: dict[str, Any], kept: dict[int, dict[str, Any]]) -> None:
+        save(self, last, kept)
+        assert {tensor.device.type for state in kept.values() for tensor in state.values()} == {"cpu"}
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoint, "save", save_and_stop)
+        with pytest.raises(KeyboardInterrupt):
+            train(settings)
+    train(settings)
+    assert "goes on after epoch 1 of 3" in capsys.readouterr().out
+
+
+def test_when_memory_runs_out_fewer_images_pass_at_once(
+    settings: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward = PneumothoraxNet.forward
+
+    def cramped(self: PneumothoraxNet, grey: torch.Tensor) -> Any:
+        if self.training and len(grey) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(self, grey)
+
+    monkeypatch.setattr(PneumothoraxNet, "forward", cramped)
+    with pytest.warns(UserWarning, match="memory ran out: 2 images"):
+        train(replace(settings, epochs=1))
+
+
+def test_a_search_runs_its_trials(settings: Train) -> None:
+    names = ("dataset", "network", "weights", "batch_size", "threshold_trials")
+    shared = {name: getattr(settings, name) for name in names}
+    found = search(Search(**shared, search_epochs=1, trials=2))
+    assert set(found.loss_weights) == {"bce_weight", "dice_weight", "focal_weight"}
+
+
+def test_a_model_scores_writes_a_submission_and_answers_bytes(settings: Train, dataset: Path) -> None:
+    model = train(replace(settings, epochs=1)).model
+    judged = score(Score(dataset=settings.dataset, model=model, subset="all", overlays=2))
+    assert judged.scores is not None and judged.scores.images == 16
+    folder = dataset.parent / "sample" / "dicom-images-train"
+    submitted = score(Score(model=model, dicom_dir=folder))
+    assert submitted.submission is not None
+    assert len(submitted.submission.read_text().splitlines()) == 17
+    files = sorted(folder.rglob("*.dcm"))[:3]
+    asked = pd.DataFrame({"image_id": [f.stem for f in files], "dicom": [f.read_bytes() for f in files]})
+    answers = mlflow.pyfunc.load_model(model).predict(asked)
+    assert answers["error"].tolist() == [""] * 3
+    assert answers["presence"].between(0, 1).all()
+
+
+STEPS = [("tiny", "fp32"), ("tiny", "fp16"), ("fcn_resnet50", "bf16"), ("deeplabv3_resnet50", "bf16")]
+
+
+@pytest.mark.parametrize(("network", "precision"), STEPS)
+def test_the_host_waits_for_nothing_in_a_step(network: str, precision: str) -> None:
+    device = choose_machine(Recipe()).device
+    net = PneumothoraxNet(network).to(device, memory_format=torch.channels_last)
+    recipe = Recipe(
+        network=network, ema=0.9, lovasz_weight=1.0, dice_image_weight=1.0, focal_weight=1.0, micro_batch=2
+    )
+    trainer = _Trainer(net, recipe, 10, Machine(device, precision))
+    drawn = torch.Generator().manual_seed(0)
+    images, shares = (torch.rand(4, 64, 64, generator=drawn) for _ in range(2))
+    batch = Batch(images[:, None].cuda(), (shares > 0.9).float().cuda(), torch.ones(4).cuda(), 4)
+    trainer.step(batch)  # the optimiser makes its state
+    with counted_waits() as waits:
+        _, finite = trainer.step(batch)
+        assert not waits, waits
+    assert bool(finite)
+
+
+@pytest.mark.parametrize("cache", CACHES)
+def test_in_an_epoch_the_host_waits_for_its_sums_alone(dataset: Path, cache: str) -> None:
+    recipe, machine = Recipe(network="tiny", batch_size=4, ema=0.9), choose_machine(Recipe())
+    rows = np.arange(16)
+    with Dataset.open(dataset) as opened:
+        present = np.array([entry.area_px > 0 for entry in opened.entries])
+        where = str(machine.device) if cache == "device" else "cpu"
+        examples = load(opened, rows, present, 64, where)
+    if cache == "stream":
+        examples = Streamed(partial(Dataset.open, dataset), rows, present)
+    epochs = fit(build("tiny", "none", 0), examples, recipe, 2, machine)
+    next(epochs)
+    with counted_waits() as waits:
+        epoch = next(epochs)
+        found = dict(waits)
+    assert epoch.skipped_steps == 0
+    assert sorted(name.rpartition(":")[0] for name in found) == [
+        "_local_scalar_dense learning/fit.py",  # how many steps were left out
+        "device to host learning/fit.py",  # the losses
+    ], found
+    assert set(found.values()) == {1}, found
+
+
+@pytest.mark.parametrize("cache", ["auto", "stream"])
+def test_the_host_waits_once_for_all_predictions_of_a_validation(dataset: Path, cache: str) -> None:
+    with Dataset.open(dataset) as opened:
+        cohort = Cohort(opened, np.arange(16)).in_memory(cache)
+        assert (cohort.greys is None) == (cache == "stream")
+        predictor = Predictor(build("tiny", "none", 0), choose_machine(Recipe()), mirror=True)
+        cohort.tally(predictor)
+        with counted_waits() as waits:
+            tally = cohort.tally(predictor)
+            found = dict(waits)
+        assert len(tally) == 16
+        assert tally.truth_area.tolist() == [entry.area_px for entry in opened.entries]
+    assert [name.rpartition(":")[0] for name in found] == ["device to host learning/tables.py"], found
+    assert set(found.values()) == {1}
+
+
+def test_a_dropped_iterator_of_batches_ends_its_thread_and_frees_its_images() -> None:
+    device = choose_machine(Recipe()).device
+    images = torch.zeros(64, 64, 64, dtype=torch.uint8)
+    examples = Examples(images, images, np.arange(64) % 2 == 0)
+    kept = weakref.ref(examples)
+    iterator = batches(examples, Recipe(batch_size=4), 1, 1, device)
+    assert next(iterator).images.device == device
+    del iterator, examples
+    gc.collect()
+    assert not [thread.name for thread in threading.enumerate() if "prefetch" in thread.name]
+    assert kept() is None
+
+
+def test_sums_over_processes_wait_for_nothing_but_their_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    def doubled(tensor: torch.Tensor) -> None:
+        tensor *= 2
+
+    # Two processes that are equal; torch has no way to join simulated devices.
+    answers: dict[str, Callable[..., Any]] = {
+        "is_initialized": lambda: True,
+        "get_world_size": lambda: 2,
+        "get_rank": lambda: 0,
+        "all_reduce": doubled,
+    }
+    for name, answer in answers.items():
+        monkeypatch.setattr(distributed, name, answer)
+    values = torch.arange(3.0).cuda()
+    with counted_waits() as waits:
+        sums = group.joint_sums(values, 4)
+        assert not waits, waits
+    assert sums.tolist() == [0, 2, 4]
+    terms = Sums()
+    terms.add({"loss": values.sum()}, 4)
+    with counted_waits() as waits:
+        assert terms.means() == {"loss": 3.0}
+        assert [name.rpartition(" ")[0] for name in waits] == ["device to host"], waits
