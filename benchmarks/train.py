@@ -2,6 +2,7 @@
 
 python benchmarks/train.py              on a GPU where torch finds one, else on the CPU
 python benchmarks/train.py --sizes 256 --batches 8 --images 64 --epochs 5
+python benchmarks/train.py --check      measures nothing: 20 steps of each way to train, a line for each
 
 Epochs of both take turns; the first of each is not counted. Synthetic radiographs are repeated until there
 are as many as asked for: their number is what costs time, not what they show. On a GPU it also tells which
@@ -12,9 +13,12 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -38,11 +42,17 @@ from pneumo_experiments.data.batches import Recipe as Stored
 from pneumo_experiments.data.batches import make_jobs, results
 from pneumo_experiments.data.phantom_files import write_sample
 from pneumo_experiments.data.workers import available_cores
+from pneumo_experiments.learning import group
+from pneumo_experiments.learning.checkpoint import Checkpoint
 from pneumo_experiments.learning.device import Machine, choose_machine
 from pneumo_experiments.learning.fit import Epoch, fit
-from pneumo_experiments.learning.loader import choose_cache, load
+from pneumo_experiments.learning.launch import launch
+from pneumo_experiments.learning.loader import Examples, Streamed, choose_cache, load
 from pneumo_experiments.learning.loss import criterion
 from pneumo_experiments.learning.network import PneumothoraxNet, build
+from pneumo_experiments.learning.predict import Predictor
+from pneumo_experiments.learning.tables import Counter
+from pneumo_experiments.scoring.thresholds import HUNDREDTHS
 from pneumo_experiments.settings import Recipe
 
 SAMPLE = 48  # synthetic radiographs, before they are repeated
@@ -53,6 +63,8 @@ DEFAULTS = {
     "cpu": {"sizes": [128, 256], "batches": [8], "images": 8, "epochs": 3, "linear": [40, 400]},
 }
 LINEAR_SIZE = {"cuda": 384, "cpu": 64}
+CHECKED_SIZE = {"cuda": 384, "cpu": 32}
+CHECKED_STEPS = 20
 
 
 class Radiographs(Dataset):
@@ -234,6 +246,90 @@ def linear(path: Path, size: int, wishes: argparse.Namespace, place: Machine) ->
     )
 
 
+def check(path: Path, place: Machine) -> bool:
+    """Trains 20 steps in each way that the device has, and prints a line for each; whether all went well."""
+    cuda = place.device.type == "cuda"
+    recipe = Recipe(weights="none", batch_size=8 if cuda else 2)
+    caches = ("device", "host", "stream") if cuda else ("host", "stream")
+    precisions = ("bf16", "fp16", "fp32") if cuda else ("bf16", "fp32")
+    ways: dict[str, Callable[[], object]] = {}
+    for cache in caches:
+        for precision in precisions:
+            where = Machine(place.device, precision)
+            ways[f"cache={cache} precision={precision}"] = partial(steps, path, cache, recipe, where)
+    best = Machine(place.device, place.precision)
+    ways["compile=true"] = partial(steps, path, caches[0], replace(recipe, compile=True), best)
+    ways["ema=0.9 micro_batch"] = partial(
+        steps, path, caches[0], replace(recipe, ema=0.9, micro_batch=recipe.batch_size // 2), best
+    )
+    ways["interrupted and resumed"] = partial(resumed, path, caches[0], recipe, best)
+    ways["validation"] = partial(validated, path, best)
+    processes = min(2, torch.cuda.device_count()) if cuda else 2
+    ways["processes=2"] = partial(launch, processes, member, path, recipe, place.precision)
+    if processes < 2:
+        del ways["processes=2"]
+        print("processes=2: not checked, it needs two GPUs")
+    well = True
+    for name, way in ways.items():
+        start = time.perf_counter()
+        try:
+            told = f"ok, {way()}"
+        except Exception as error:  # whatever a device may raise: the other ways are still checked
+            well, told = False, f"FAILED: {type(error).__name__}: {str(error).splitlines()[0]}"
+        print(f"{name}: {told}, {time.perf_counter() - start:.1f} s", flush=True)
+    return well
+
+
+def examples_of(dataset: store.Dataset, cache: str, place: Machine, count: int) -> Examples | Streamed:
+    """So many images of the data set, repeated, where ``cache`` says."""
+    rows = np.arange(count) % SAMPLE
+    present = np.array([dataset.entries[row].area_px > 0 for row in rows.tolist()])
+    if cache == "stream":
+        return Streamed(dataset, rows, present)
+    where = str(place.device) if cache == "device" else "cpu"
+    return load(dataset, rows, present, dataset.image_size, where)
+
+
+def steps(path: Path, cache: str, recipe: Recipe, place: Machine) -> str:
+    """An epoch of 20 steps."""
+    with store.Dataset.open(path) as dataset:
+        examples = examples_of(dataset, cache, place, CHECKED_STEPS * recipe.batch_size)
+        (epoch,) = fit(build(recipe.network, "none", 0), examples, recipe, 1, place)
+    return f"loss {epoch.losses['loss']:.3f}, {epoch.skipped_steps} steps left out"
+
+
+def resumed(path: Path, cache: str, recipe: Recipe, place: Machine) -> str:
+    """10 steps, and from what they left 10 more by a new network."""
+    with store.Dataset.open(path) as dataset, tempfile.TemporaryDirectory() as folder:
+        examples = examples_of(dataset, cache, place, CHECKED_STEPS // 2 * recipe.batch_size)
+        checkpoint = Checkpoint(Path(folder))
+        first = next(fit(build(recipe.network, "none", 0), examples, recipe, 2, place))
+        checkpoint.save({"state": first.state()}, {})
+        last = checkpoint.last()
+        assert last is not None
+        second = build(recipe.network, "none", 1)
+        (epoch,) = fit(second, examples, recipe, 2, place, state=last["state"])
+    return f"loss {first.losses['loss']:.3f}, then {epoch.losses['loss']:.3f}"
+
+
+def validated(path: Path, place: Machine) -> str:
+    """Predictions of all images, and their counts of pixels."""
+    with store.Dataset.open(path) as dataset:
+        counter = Counter(Predictor(build(Recipe().network, "none", 0), place, mirror=True), HUNDREDTHS)
+        counter.add(dataset.images(range(SAMPLE)), map(dataset.mask, range(SAMPLE)))
+        tables, _ = counter.read()
+        areas = [entry.area_px for entry in dataset.entries]
+    assert tables[:, 1, 0].tolist() == areas, "the truth's pixels are miscounted"
+    return f"{len(tables)} images"
+
+
+def member(path: Path, recipe: Recipe, precision: str) -> str:
+    """What each of two processes does in a check."""
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    place = Machine(group.device_of(kind), precision)
+    return steps(path, "device" if kind == "cuda" else "host", recipe, place)
+
+
 def main() -> None:
     """Reads the options; on CPU and GPU they have defaults that take some minutes."""
     kind = "cuda" if torch.cuda.is_available() else "cpu"
@@ -245,12 +341,21 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, help="epochs of each training, 2 or more")
     parser.add_argument("--workers", type=int, help="processes of the usual script's loader")
     parser.add_argument("--linear", type=int, nargs=2, help="few images, and a multiple of them")
+    parser.add_argument(
+        "--check", action="store_true", help="20 steps of each way to train, nothing measured"
+    )
     parser.set_defaults(workers=min(available_cores(), 8), **DEFAULTS[kind])
     wishes = parser.parse_args()
     if wishes.epochs < 2:
         parser.error("--epochs: the first epoch is not counted, so take 2 or more")
     with tempfile.TemporaryDirectory() as folder:
-        tables(Path(folder), wishes, choose_machine(Recipe(device=kind)))
+        place = choose_machine(Recipe(device=kind))
+        if wishes.check:
+            print(
+                f"{torch.cuda.get_device_name() if kind == 'cuda' else machine()}, torch {torch.__version__}"
+            )
+            sys.exit(not check(dataset_of(CHECKED_SIZE[kind], Path(folder)), place))
+        tables(Path(folder), wishes, place)
 
 
 def tables(folder: Path, wishes: argparse.Namespace, place: Machine) -> None:

@@ -144,7 +144,7 @@ class Recipe(Seed, Device, Split):
     micro_batch: int = setting(
         0,
         "images that pass the network at once, whose gradients add up to a step; 0 takes the whole batch,"
-        " and less when the memory runs out",
+        " and less when the memory runs out. Batch norm and the batch's Dice see these images alone",
         least=0,
     )
     learning_rate: float = setting(3e-4, "AdamW's highest learning rate", sample=1e-3, least=0)

@@ -7,7 +7,6 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -172,15 +171,15 @@ def test_in_an_epoch_the_host_waits_for_its_sums_alone(dataset: Path, cache: str
     rows = np.arange(16)
     with Dataset.open(dataset) as opened:
         present = np.array([entry.area_px > 0 for entry in opened.entries])
-        where = str(machine.device) if cache == "device" else "cpu"
-        examples = load(opened, rows, present, 64, where)
-    if cache == "stream":
-        examples = Streamed(partial(Dataset.open, dataset), rows, present)
-    epochs = fit(build("tiny", "none", 0), examples, recipe, 2, machine)
-    next(epochs)
-    with counted_waits() as waits:
-        epoch = next(epochs)
-        found = dict(waits)
+        if cache == "stream":
+            examples = Streamed(opened, rows, present)
+        else:
+            examples = load(opened, rows, present, 64, str(machine.device) if cache == "device" else "cpu")
+        epochs = fit(build("tiny", "none", 0), examples, recipe, 2, machine)
+        next(epochs)
+        with counted_waits() as waits:
+            epoch = next(epochs)
+            found = dict(waits)
     assert epoch.skipped_steps == 0
     assert sorted(name.rpartition(":")[0] for name in found) == [
         "_local_scalar_dense learning/fit.py",  # how many steps were left out

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import threading
+import weakref
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -12,7 +15,15 @@ import torch
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.learning.device import Machine, choose_machine
 from pneumo_experiments.learning.fit import fit, rate
-from pneumo_experiments.learning.loader import Examples, Streamed, batches, choose_cache, draw, load
+from pneumo_experiments.learning.loader import (
+    Examples,
+    Streamed,
+    batches,
+    choose_cache,
+    draw,
+    load,
+    prefetch,
+)
 from pneumo_experiments.learning.loss import bce, criterion, focal, soft_dice
 from pneumo_experiments.learning.network import Output, PneumothoraxNet, build
 from pneumo_experiments.learning.predict import Predictor, to_native
@@ -139,13 +150,41 @@ def test_streamed_images_are_those_in_memory() -> None:
     held = load(Stored(), rows, present, 32, "cpu")
     assert torch.equal(held.images, squares(6).images[[5, 0, 3, 2]])
     one, two = (
-        list(batches(each, recipe, 1, 2, CPU.device)) for each in (held, Streamed(Stored, rows, present))
+        list(batches(each, recipe, 1, 2, CPU.device)) for each in (held, Streamed(Stored(), rows, present))
     )
     assert len(one) == 2
     for a, b in zip(one, two, strict=True):
         assert torch.equal(a.images, b.images)
         assert torch.equal(a.shares, b.shares)
         assert torch.equal(a.present, b.present)
+
+
+def test_what_is_fetched_ahead_comes_in_order_and_raises_where_it_was_asked_for() -> None:
+    def halved(number: int) -> float:
+        return 10 / number
+
+    assert list(prefetch(halved, range(1, 8))) == [10 / number for number in range(1, 8)]
+    fetched, answers = prefetch(halved, [1, 2, 0, 4]), list[float]()
+    with pytest.raises(ZeroDivisionError):
+        answers.extend(fetched)
+    assert answers == [10, 5]
+
+
+def test_an_iterator_that_is_dropped_ends_its_thread_and_what_it_held() -> None:
+    asked, item = list[int](), np.zeros(3)
+    kept = weakref.ref(item)
+
+    def fetch(number: int, item: np.ndarray = item) -> np.ndarray:
+        asked.append(number)
+        return item
+
+    fetched = prefetch(fetch, range(1000))
+    assert next(fetched) is item
+    del fetched, fetch, item
+    gc.collect()
+    assert len(asked) <= 4  # the one that was asked for and those ahead of it
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("prefetch")]
+    assert kept() is None
 
 
 def test_images_lie_where_there_is_room() -> None:

@@ -19,6 +19,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 from samples import stored_sample
 from test_chain import BIN, environment
+from tiny_network import add_tiny_network
 
 from pneumo_experiments.data.rle import decode
 from pneumo_experiments.data.store import Dataset
@@ -113,6 +114,27 @@ def test_the_run_holds_curves_pictures_and_how_the_time_was_spent(settings: Trai
         assert steps[:2] == [1, 2], name
     assert run.data.params["cache_used"] == ("device" if torch.cuda.is_available() else "host")
     assert not list(Path("output/checkpoints").glob("*"))
+
+
+def test_with_another_micro_batch_a_training_starts_anew(
+    settings: Train, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    add_tiny_network()
+    settings, save = replace(settings, network="tiny"), Checkpoint.save
+
+    def save_and_stop(self: Checkpoint, *state: Any) -> None:
+        save(self, *state)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoint, "save", save_and_stop)
+        with pytest.raises(KeyboardInterrupt):
+            train(settings)
+    capsys.readouterr()
+    train(replace(settings, micro_batch=2))  # batch norm and the batch's Dice see other images
+    assert "goes on" not in capsys.readouterr().out
+    train(settings)
+    assert "goes on after epoch 1 of 2" in capsys.readouterr().out
 
 
 def test_patience_ends_a_training_that_gets_no_better(

@@ -7,7 +7,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from typing import Protocol, TypeVar
 
 import numpy as np
@@ -15,7 +14,6 @@ import psutil
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from pneumo_experiments.learning import group
 from pneumo_experiments.learning.augment import augment
@@ -26,7 +24,6 @@ Indices = NDArray[np.int64]
 Item = TypeVar("Item")
 Fetched = TypeVar("Fetched")
 AHEAD = 2  # batches that are fetched while the device computes
-STREAMERS = 2  # processes that read a data set that fits no memory
 # Shares of the free memory that images may take; the network needs the rest.
 DEVICE_SHARE, HOST_SHARE = 0.4, 0.5
 POSITIVES, NEGATIVES, EVERY = 1, 2, 3  # streams of randomness under one seed
@@ -51,17 +48,27 @@ class Examples:
     def __len__(self) -> int:
         return len(self.present)
 
+    def take(self, indices: Indices) -> tuple[Tensor, Tensor]:
+        """Images and shares (k, S, S), where the examples lie."""
+        index = torch.from_numpy(indices).to(self.images.device, non_blocking=True)
+        return self.images[index], self.shares[index]
+
 
 @dataclass(frozen=True)
 class Streamed:
-    """Examples that are read as they are needed: rows of what ``open`` opens, in each reading process."""
+    """Examples that are read as they are needed: rows of an open data set."""
 
-    open: Callable[[], Pixels]
+    pixels: Pixels
     rows: Indices
     present: NDArray[np.bool_]
 
     def __len__(self) -> int:
         return len(self.present)
+
+    def take(self, indices: Indices) -> tuple[Tensor, Tensor]:
+        """Images and shares (k, S, S), in the host's memory."""
+        rows = self.rows[indices]
+        return torch.from_numpy(self.pixels.images(rows)), torch.from_numpy(self.pixels.shares(rows))
 
 
 @dataclass(frozen=True)
@@ -188,44 +195,15 @@ def _fetched(
     examples: Examples | Streamed, chunks: list[Indices], device: torch.device
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """8-bit images and shares of each chunk, on the device."""
-    if isinstance(examples, Streamed):
-        loader = DataLoader(
-            _Rows(examples),  # pyright: ignore[reportArgumentType]  # torch asks for its own base class
-            sampler=chunks,  # pyright: ignore[reportArgumentType]  # a sample is a whole batch
-            batch_size=None,
-            num_workers=STREAMERS,
-            prefetch_factor=AHEAD,
-            pin_memory=device.type == "cuda",
-            multiprocessing_context="spawn",  # a fork would copy this process's threads and open files
-        )
-        fetched: Iterator[tuple[Tensor, Tensor]] = iter(loader)
-    elif examples.images.device.type == device.type:
-        fetched = map(partial(_taken, examples), chunks)
+    is_cuda = device.type == "cuda"
+
+    def pinned(chunk: Indices) -> tuple[Tensor, Tensor]:
+        images, shares = examples.take(chunk)
+        return (images.pin_memory(), shares.pin_memory()) if is_cuda else (images, shares)
+
+    if isinstance(examples, Examples) and examples.images.device.type == device.type:
+        fetched = map(examples.take, chunks)
     else:
-        fetched = prefetch(partial(_pinned, examples), chunks)
+        fetched = prefetch(pinned, chunks)
     for images, shares in fetched:
-        yield images.to(device, non_blocking=True), shares.to(device, non_blocking=True)
-
-
-class _Rows:
-    """What a reading process holds; the file is opened there, with the first batch."""
-
-    def __init__(self, examples: Streamed) -> None:
-        self.examples, self.pixels = examples, None
-
-    def __getitem__(self, chunk: Indices) -> tuple[Tensor, Tensor]:
-        self.pixels = self.pixels or self.examples.open()
-        rows = self.examples.rows[chunk]
-        return torch.from_numpy(self.pixels.images(rows)), torch.from_numpy(self.pixels.shares(rows))
-
-
-def _taken(examples: Examples, chunk: Indices) -> tuple[Tensor, Tensor]:
-    """Images and shares of a chunk, where the examples lie."""
-    index = torch.from_numpy(chunk).to(examples.images.device, non_blocking=True)
-    return examples.images[index], examples.shares[index]
-
-
-def _pinned(examples: Examples, chunk: Indices) -> tuple[Tensor, Tensor]:
-    """The same from the host's memory into pinned memory, from which a copy need not be waited for."""
-    images, shares = _taken(examples, chunk)
-    return images.pin_memory(), shares.pin_memory()
+        yield images.to(device, non_blocking=is_cuda), shares.to(device, non_blocking=is_cuda)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
-from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -64,7 +63,7 @@ class Cohort:
         place = choose_cache(wish, 2 * len(self) * side**2, machine.device)
         tracking.log_found({"cache_used": place})
         if place == "stream":
-            return Streamed(partial(Dataset.open, self.dataset.path), self.indices, present)
+            return Streamed(self.dataset, self.indices, present)
         where = str(machine.device) if place == "device" else "cpu"
         return load(self.dataset, self.indices, present, side, where)
 
