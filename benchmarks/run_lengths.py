@@ -1,7 +1,7 @@
 """Milliseconds per annotation of decoding and encoding run lengths: ours, pycocotools, a loop over pixels.
 
-python benchmarks/rle.py              the real annotations where they lie, else masks of phantoms
-python benchmarks/rle.py TABLE        annotations of 1024 x 1024 images, a CSV or .csv.gz as Kaggle's
+python benchmarks/run_lengths.py              the real annotations where they lie, else masks of phantoms
+python benchmarks/run_lengths.py TABLE        annotations of 1024 x 1024 images, a CSV or .csv.gz as Kaggle's
 
 pycocotools is needed for the comparison only: pip install pycocotools
 """
