@@ -19,7 +19,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -34,11 +34,12 @@ SEAL_VERSION = 1
 TAIL = re.compile(rb"([0-9a-f]{64}) ([0-9]{16}) pneumo_experiments seal ([0-9]{4})\n")
 TAIL_BYTES = 64 + 1 + 16 + len(" pneumo_experiments seal ") + 4 + 1
 HDF5_MAGIC = b"\x89HDF\r\n\x1a\n"
-MEND = "run preprocess to write it anew, with overwrite=true"
+MEND = "delete it and run preprocess again"
 PIXEL_DTYPES = ("float32", "float16", "uint8")
 # What a file may ask of this machine. Nothing that preprocess makes comes near.
 LARGEST_SIDE = 2**13  # pixels
 LARGEST_PICTURE = 10**9  # native pixels of one mask
+MOST_IMAGES = 2**20
 LARGEST_SEAL, LONGEST_LINE, LONGEST_RUNS = 2**29, 2**20, 2**25  # bytes
 ENTRY_TYPES = [str if f.type == "str" else int for f in fields(Entry)]
 
@@ -80,8 +81,10 @@ class Row(NamedTuple):
     rle: str
 
 
-def append_seal(path: Path, header: Header, rows: Iterable[Row]) -> None:
+def append_seal(path: Path, header: Header, rows: Sequence[Row]) -> None:
     """Seals a finished HDF5 file. OSError where it cannot be written."""
+    if len(rows) > MOST_IMAGES:
+        raise UserError(f"{path}: {len(rows):,} images; a data set holds at most {MOST_IMAGES:,}")
     digest, length = hashlib.sha256(), 0
     with path.open("ab") as file:
         for line in _lines(header, rows):
@@ -116,7 +119,7 @@ def read_seal(path: Path, file: BinaryIO) -> tuple[Header, list[Row]]:
     try:
         header = _header(json.loads(file.readline(LONGEST_LINE)))
         rows = list(_rows(file, header, start, end))
-    except (ValueError, TypeError, RecursionError):
+    except (ValueError, TypeError, LookupError, RecursionError):
         raise UserError(f"{path}: damaged, or not made by this project; {MEND}") from None
     return header, rows
 
@@ -160,46 +163,50 @@ def _digest(file: BinaryIO, start: int, length: int) -> str:
 
 def _header(values: dict[str, Any]) -> Header:
     header = Header(**values)
-    texts: list[Any] = [*header.settings, *header.settings.values(), header.fingerprint]
-    sound = (
-        type(header.image_size) is int
-        and 0 < header.image_size <= LARGEST_SIDE
-        and header.pixel_dtype in PIXEL_DTYPES
-        and type(header.labelled) is bool
-        and all(isinstance(text, str) for text in texts)
-    )
-    if not sound:
-        raise ValueError("header")
+    if [type(value) for value in vars(header).values()] != [int, str, bool, dict, str]:
+        raise ValueError("types of the header")
+    if not 0 < header.image_size <= LARGEST_SIDE or header.pixel_dtype not in PIXEL_DTYPES:
+        raise ValueError("pixels")
+    _require_text(header.fingerprint, *header.settings, *header.settings.values())
     return header
 
 
 def _rows(file: BinaryIO, header: Header, start: int, end: int) -> Iterator[Row]:
     """Rows from the lines between the header, behind which the file stands, and ``end``."""
     largest_chunk = header.chunk_bytes + header.chunk_bytes // 64 + 1024  # deflate never adds more
-    while True:
+    for _ in range(MOST_IMAGES):
         values = json.loads(file.readline(LONGEST_LINE))
         entry = _entry(values[: len(ENTRY_TYPES)])
         chunks = dict(zip(header.kinds, (Chunk(*place) for place in values[len(ENTRY_TYPES) :]), strict=True))
         for chunk in chunks.values():
             if {type(number) for number in chunk} != {int}:
-                raise ValueError("chunk")
+                raise ValueError("place of a picture")
             if min(chunk) < 0 or chunk.size > largest_chunk or chunk.offset + chunk.size > start:
-                raise ValueError("chunk")
+                raise ValueError("place of a picture")
         runs = file.readline(LONGEST_RUNS) if header.labelled else b"\n"
         if not runs.endswith(b"\n"):
             raise ValueError("run lengths")
         yield Row(entry, chunks, runs[:-1].decode())
-        if file.tell() >= end:
+        if file.tell() == end:
             return
+        if file.tell() > end:
+            raise ValueError("lines beyond the seal")
+    raise ValueError("too many images")
 
 
 def _entry(values: list[Any]) -> Entry:
     if [type(value) for value in values] != ENTRY_TYPES:
-        raise ValueError("entry")
+        raise ValueError("types of an entry")
     entry = Entry(*values)
+    _require_text(entry.image_id, entry.patient, entry.view, entry.sex)
     pixels = entry.rows * entry.columns
     if min(entry.rows, entry.columns) < 1 or pixels > LARGEST_PICTURE:
-        raise ValueError("size")
-    if entry.annotations < 0 or not 0 <= entry.area_px <= pixels or abs(entry.age) > 2**31:
-        raise ValueError("entry")
+        raise ValueError("size of a picture")
+    if not 0 <= entry.annotations < 2**31 or not 0 <= entry.area_px <= pixels or abs(entry.age) > 2**31:
+        raise ValueError("numbers of an entry")
     return entry
+
+
+def _require_text(*values: Any) -> None:
+    for value in values:
+        str.encode(value)  # TypeError for what is no text, ValueError for half a character
