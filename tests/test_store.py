@@ -9,7 +9,7 @@ import h5py
 import numpy as np
 import pytest
 
-from pneumo_experiments.data import rle, store
+from pneumo_experiments.data import rle
 from pneumo_experiments.data.packed import Entry, Example, Packed, hash_patient, pack
 from pneumo_experiments.data.resample import shrink
 from pneumo_experiments.data.store import Dataset, write_dataset
@@ -77,6 +77,22 @@ def test_every_pixel_type_reads_back_the_same_greys_shares_and_masks(
             assert dataset.rle(index) == example.rle
             assert dataset.mask(index).shape == (40, 30)
             assert np.count_nonzero(dataset.mask(index)) == example.entry.area_px
+
+
+@pytest.mark.parametrize("pixel_dtype", ["float32", "float16", "uint8"])
+def test_pictures_are_to_the_bit_those_that_plain_h5py_reads(tmp_path: Path, pixel_dtype: str) -> None:
+    write(tmp_path / "d.h5", 60, pixel_dtype=pixel_dtype)
+    order = np.random.default_rng(0).integers(-60, 60, 300)
+    with Dataset.open(tmp_path / "d.h5") as dataset:
+        found = {"images_0": dataset.images(order), "ann_0": dataset.shares(order)}
+    with h5py.File(tmp_path / "d.h5") as file:
+        for name, pictures in found.items():
+            stored = file[name][()][order]
+            if pixel_dtype != "uint8":
+                stored = np.rint(stored.astype(np.float32) * 255).astype(np.uint8)
+            assert pictures.dtype == np.uint8
+            assert np.array_equal(pictures, stored)
+            assert len(np.unique(pictures)) > 10
 
 
 def test_all_256_greys_survive_every_pixel_type(tmp_path: Path) -> None:
@@ -234,20 +250,20 @@ def test_a_file_that_is_not_ours_is_one_line_with_the_mend(tmp_path: Path) -> No
     assert "not an HDF5 file" in complaint()
     with h5py.File(path, "w") as file:
         file["images_0"] = np.zeros((1, 4, 4))
-    assert "not a data set of pneumo_experiments" in complaint()
+    assert "no data set of pneumo_experiments" in complaint()
     write(path)
     with h5py.File(path, "a") as file:
-        file.attrs["format_version"] = store.FORMAT_VERSION + 1
-    assert "format version 2 instead of 1" in complaint()
-    write(path)
-    with h5py.File(path, "a") as file:
-        del file["index"]
-    assert "damaged or incomplete" in complaint()
+        file.attrs["image_size"] = 2 * SIZE
+    assert "changed by another program" in complaint()
     write(path)
     content = path.read_bytes()
-    for share in (0.3, 0.9, 0.999):
-        path.write_bytes(content[: int(share * len(content))])
-        assert "damaged or cut short" in complaint()
+    for part in (0.3, 0.9, 0.999):
+        path.write_bytes(content[: int(part * len(content))])
+        assert "cut short" in complaint()
+    path.write_bytes(content.replace(b"pneumo_experiments seal 0001", b"pneumo_experiments seal 0002"))
+    assert "format version 2 instead of 1" in complaint()
+    path.write_bytes(content.replace(b'"image-3"', b'"image-4"'))
+    assert "damaged" in complaint()
 
 
 def test_a_damaged_picture_is_named_and_not_returned(tmp_path: Path) -> None:

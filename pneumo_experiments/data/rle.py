@@ -25,6 +25,8 @@ def decode(text: str, shape: tuple[int, int], image_id: str = "") -> NDArray[np.
     Raises UserError for anything but pairs of whole numbers, and for runs past the last pixel.
     """
     rows, columns = shape
+    if text == EMPTY:  # most images: memory that the system zeroes when it is first read
+        return np.zeros((columns, rows), bool).T
     lengths = _lengths(text, image_id)
     reached = sum(lengths.tolist())  # of Python's numbers: a sum of int64 could overflow
     rest = rows * columns - reached

@@ -1,4 +1,4 @@
-"""The data set file: one HDF5 that plain h5py reads.
+"""The data set file: one HDF5 that plain h5py reads, with a seal at its end.
 
 - ``images_<k>`` (n, S, S): greys / 255, 512 images per block, the last one fewer; one image per chunk.
 - ``ann_<k>``, same shape: share of each pixel that is annotated, in [0, 1]. As float32 it is exact, as
@@ -8,6 +8,9 @@
 - Attributes of the file: format, format_version, image_size, labelled, settings (JSON), fingerprint.
 
 A set without labels has neither ``ann_<k>`` nor ``rle``.
+
+Behind the HDF5 part lies a seal (see ``seal``): index, run lengths and attributes once more, and place and
+checksum of every picture. ``Dataset`` reads by it, with several threads, and never by HDF5.
 """
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 # pyright: reportMissingTypeStubs=false
@@ -19,22 +22,35 @@ import json
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import h5py
 import numpy as np
+from isal import isal_zlib
 from numpy.typing import NDArray
 
 from pneumo_experiments.data import rle
 from pneumo_experiments.data.packed import Entry, Packed, to_bytes
+from pneumo_experiments.data.seal import (
+    LARGEST_SIDE,
+    MEND,
+    Chunk,
+    Header,
+    Row,
+    append_seal,
+    read_chunk,
+    read_seal,
+)
+from pneumo_experiments.data.workers import available_cores
 from pneumo_experiments.errors import UserError
 
 FORMAT = "pneumo_experiments"
 FORMAT_VERSION = 1
 BLOCK = 512  # images
-MEND = "run preprocess to write it"
+THREADS = 8  # that inflate pictures, at most: more only wait for memory
 ERRNO = re.compile(r"errno = (\d+)")
 
 INDEX = np.dtype([(f.name, h5py.string_dtype() if f.type == "str" else np.int64) for f in fields(Entry)])
@@ -56,6 +72,10 @@ def write_dataset(
     """
     if path.is_dir():
         raise UserError(f"{path}: is a folder; name a file, such as {path / 'dataset.h5'}")
+    if image_size > LARGEST_SIDE:
+        raise UserError(
+            f"image_size={image_size}: more than the {LARGEST_SIDE} pixels that a data set can hold"
+        )
     part = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -66,29 +86,31 @@ def write_dataset(
         with file:
             essence = {"format_version": FORMAT_VERSION, "image_size": image_size, "pixel_dtype": pixel_dtype}
             digest = hashlib.sha256(json.dumps(essence | {"labelled": labelled}).encode())
-            index: list[tuple[Any, ...]] = []
-            runs: list[str] = []
+            rows: list[Row] = []
             for image in images:
-                block, row = divmod(len(index), BLOCK)
+                block, row = divmod(len(rows), BLOCK)
                 chunks = {"images": image.image_chunk}
                 if labelled:
                     assert image.rle is not None and image.share_chunk is not None
                     chunks["ann"] = image.share_chunk
-                    runs.append(image.rle)
+                places: dict[str, Chunk] = {}
                 for kind, chunk in chunks.items():
                     if row == 0:
                         _create_block(file, f"{kind}_{block}", image_size, pixel_dtype)
-                    file[f"{kind}_{block}"].id.write_direct_chunk((row, 0, 0), chunk)
-                index.append(tuple(vars(image.entry).values()))
+                    pictures = file[f"{kind}_{block}"].id
+                    pictures.write_direct_chunk((row, 0, 0), chunk)
+                    offset = pictures.get_chunk_info_by_coord((row, 0, 0)).byte_offset
+                    places[kind] = Chunk(offset, len(chunk), isal_zlib.crc32(chunk))
+                rows.append(Row(image.entry, places, image.rle or ""))
                 digest.update(image.digest.encode())
-            if not index:
+            if not rows:
                 raise UserError(f"{path}: no images to write; see why the input was rejected")
             for kind in ("images", "ann") if labelled else ("images",):
-                block, row = divmod(len(index) - 1, BLOCK)
+                block, row = divmod(len(rows) - 1, BLOCK)
                 file[f"{kind}_{block}"].resize(row + 1, axis=0)
-            file["index"] = np.array(index, INDEX)
+            file["index"] = np.array([tuple(vars(row.entry).values()) for row in rows], INDEX)
             if labelled:
-                file.create_dataset("rle", data=runs, dtype=h5py.string_dtype())
+                file.create_dataset("rle", data=[row.rle for row in rows], dtype=h5py.string_dtype())
             file.attrs.update(
                 {
                     "format": FORMAT,
@@ -99,6 +121,8 @@ def write_dataset(
                     "fingerprint": digest.hexdigest(),
                 }
             )
+        header = Header(image_size, pixel_dtype, labelled, dict(settings), digest.hexdigest())
+        append_seal(part, header, rows)
         part.replace(path)
     except (OSError, RuntimeError) as error:
         reason = _refusal(error)
@@ -114,43 +138,34 @@ def write_dataset(
 class Dataset:
     """An open data set file; images are addressed by their row in the index."""
 
-    def __init__(self, path: Path, file: Any) -> None:
+    def __init__(self, path: Path, file: BinaryIO) -> None:
         self.path, self._file = path, file
-        self.image_size = int(file.attrs["image_size"])
-        self.labelled = bool(file.attrs["labelled"])
-        self.settings: dict[str, str] = json.loads(file.attrs["settings"])
-        self.fingerprint = str(file.attrs["fingerprint"])
-        text = [f.name for f in fields(Entry) if f.type == "str"]
-        rows = [dict(zip(INDEX.names or (), row, strict=True)) for row in file["index"][()].tolist()]
-        self.entries: list[Entry] = [
-            Entry(**(row | {name: row[name].decode() for name in text})) for row in rows
-        ]
+        self._header, self._rows = read_seal(path, file)
+        self._pool = ThreadPoolExecutor(min(available_cores(), THREADS), "pictures")
+        self.image_size, self.labelled = self._header.image_size, self._header.labelled
+        self.settings, self.fingerprint = self._header.settings, self._header.fingerprint
+        self.entries: list[Entry] = [row.entry for row in self._rows]
 
     @classmethod
     def open(cls, path: Path) -> Dataset:
-        """Open a data set to read; close it, or use it in ``with``."""
+        """Open a data set to read; close it, or use it in ``with``. UserError unless its seal is whole."""
         if not path.is_file():
-            raise UserError(f"{path}: no such data set; {MEND}")
-        if not h5py.is_hdf5(path):
-            raise UserError(f"{path}: not an HDF5 file; {MEND}, or name another dataset")
+            raise UserError(f"{path}: no such data set; run preprocess to write it")
         try:
-            file: Any = h5py.File(path, "r")
-        except OSError:
-            raise UserError(f"{path}: damaged or cut short; {MEND} anew") from None
+            file = path.open("rb")
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror}); see who may read it") from None
         try:
-            if file.attrs.get("format") != FORMAT:
-                raise UserError(f"{path}: not a data set of {FORMAT}; {MEND}, or name another dataset")
-            if (version := file.attrs.get("format_version")) != FORMAT_VERSION:
-                raise UserError(f"{path}: format version {version} instead of {FORMAT_VERSION}; {MEND} anew")
             return cls(path, file)
-        except UserError:
+        except OSError as error:
+            file.close()
+            raise UserError(f"{path}: cannot be read ({error.strerror}); {MEND}") from None
+        except BaseException:
             file.close()
             raise
-        except (OSError, LookupError, RuntimeError, TypeError, ValueError):
-            file.close()
-            raise UserError(f"{path}: damaged or incomplete; {MEND} anew") from None
 
     def close(self) -> None:
+        self._pool.shutdown()
         self._file.close()
 
     def __enter__(self) -> Dataset:
@@ -163,18 +178,18 @@ class Dataset:
         return len(self.entries)
 
     def images(self, indices: Sequence[int] | NDArray[np.int64]) -> NDArray[np.uint8]:
-        """Greys (n, S, S)."""
+        """Greys (n, S, S); UserError where one is damaged."""
         return self._read("images", indices)
 
     def shares(self, indices: Sequence[int] | NDArray[np.int64]) -> NDArray[np.uint8]:
-        """Annotated share of each pixel (n, S, S), 255 is all of it."""
+        """Annotated share of each pixel (n, S, S), 255 is all of it; UserError where one is damaged."""
         self.require_labels()
         return self._read("ann", indices)
 
     def rle(self, index: int) -> str:
         """Run lengths of one image's united annotations, at native size."""
         self.require_labels()
-        return self._file["rle"].asstr()[range(len(self))[index]]
+        return self._rows[index].rle
 
     def mask(self, index: int) -> NDArray[np.bool_]:
         """One image's united annotations (rows, columns), at native size."""
@@ -187,14 +202,25 @@ class Dataset:
             raise UserError(f"{self.path}: has no annotations; run preprocess with rle_csv")
 
     def _read(self, kind: str, indices: Sequence[int] | NDArray[np.int64]) -> NDArray[np.uint8]:
-        pictures = np.empty((len(indices), self.image_size, self.image_size), np.uint8)
-        for picture, index in zip(pictures, indices, strict=True):
-            block, row = divmod(range(len(self))[index], BLOCK)
-            try:
-                picture[:] = to_bytes(self._file[f"{kind}_{block}"][row])
-            except (OSError, KeyError):
-                raise UserError(f"{self.path}: damaged at {kind}_{block}, row {row}; {MEND} anew") from None
+        rows = [range(len(self))[index] for index in indices]
+        pictures = np.empty((len(rows), self.image_size, self.image_size), np.uint8)
+
+        def fill(place: int) -> None:
+            pictures[place] = self._picture(kind, rows[place])
+
+        # A thread needs longer to start than one picture takes.
+        for _ in self._pool.map(fill, range(len(rows))) if len(rows) > 1 else map(fill, range(len(rows))):
+            pass
         return pictures
+
+    def _picture(self, kind: str, row: int) -> NDArray[np.uint8]:
+        try:
+            content = read_chunk(self._file, self._rows[row].chunks[kind], self._header.chunk_bytes)
+        except (OSError, ValueError):
+            block, row = divmod(row, BLOCK)
+            raise UserError(f"{self.path}: damaged at {kind}_{block}, row {row}; {MEND}") from None
+        stored = np.frombuffer(content, self._header.pixel_dtype)
+        return to_bytes(stored).reshape(self.image_size, self.image_size)
 
 
 def _refusal(error: OSError | RuntimeError) -> str:
