@@ -63,7 +63,7 @@ DEFAULTS = {
     "cpu": {"sizes": [128, 256], "batches": [8], "images": 8, "epochs": 3, "linear": [40, 400]},
 }
 LINEAR_SIZE = {"cuda": 384, "cpu": 64}
-CHECKED_SIZE = {"cuda": 384, "cpu": 32}
+CHECKED_SIZE, CHECKED_BATCH = {"cuda": 384, "cpu": 32}, {"cuda": 8, "cpu": 2}
 CHECKED_STEPS = 20
 
 
@@ -246,26 +246,25 @@ def linear(path: Path, size: int, wishes: argparse.Namespace, place: Machine) ->
     )
 
 
-def check(path: Path, place: Machine) -> bool:
-    """Trains 20 steps in each way that the device has, and prints a line for each; whether all went well."""
+def check(path: Path, place: Machine, recipe: Recipe, count: int = CHECKED_STEPS) -> bool:
+    """Trains so many steps in each way that the device has, a line for each; whether all went well."""
     cuda = place.device.type == "cuda"
-    recipe = Recipe(weights="none", batch_size=8 if cuda else 2)
     caches = ("device", "host", "stream") if cuda else ("host", "stream")
     precisions = ("bf16", "fp16", "fp32") if cuda else ("bf16", "fp32")
     ways: dict[str, Callable[[], object]] = {}
     for cache in caches:
         for precision in precisions:
             where = Machine(place.device, precision)
-            ways[f"cache={cache} precision={precision}"] = partial(steps, path, cache, recipe, where)
+            ways[f"cache={cache} precision={precision}"] = partial(steps, path, cache, recipe, where, count)
     best = Machine(place.device, place.precision)
-    ways["compile=true"] = partial(steps, path, caches[0], replace(recipe, compile=True), best)
+    ways["compile=true"] = partial(steps, path, caches[0], replace(recipe, compile=True), best, count)
     ways["ema=0.9 micro_batch"] = partial(
-        steps, path, caches[0], replace(recipe, ema=0.9, micro_batch=recipe.batch_size // 2), best
+        steps, path, caches[0], replace(recipe, ema=0.9, micro_batch=recipe.batch_size // 2), best, count
     )
-    ways["interrupted and resumed"] = partial(resumed, path, caches[0], recipe, best)
-    ways["validation"] = partial(validated, path, best)
+    ways["interrupted and resumed"] = partial(resumed, path, caches[0], recipe, best, count // 2)
+    ways["validation"] = partial(validated, path, recipe.network, best)
     processes = min(2, torch.cuda.device_count()) if cuda else 2
-    ways["processes=2"] = partial(launch, processes, member, path, recipe, place.precision)
+    ways["processes=2"] = partial(launch, processes, member, path, recipe, place.precision, count)
     if processes < 2:
         del ways["processes=2"]
         print("processes=2: not checked, it needs two GPUs")
@@ -290,18 +289,18 @@ def examples_of(dataset: store.Dataset, cache: str, place: Machine, count: int) 
     return load(dataset, rows, present, dataset.image_size, where)
 
 
-def steps(path: Path, cache: str, recipe: Recipe, place: Machine) -> str:
-    """An epoch of 20 steps."""
+def steps(path: Path, cache: str, recipe: Recipe, place: Machine, count: int) -> str:
+    """An epoch of so many steps."""
     with store.Dataset.open(path) as dataset:
-        examples = examples_of(dataset, cache, place, CHECKED_STEPS * recipe.batch_size)
+        examples = examples_of(dataset, cache, place, count * recipe.batch_size)
         (epoch,) = fit(build(recipe.network, "none", 0), examples, recipe, 1, place)
     return f"loss {epoch.losses['loss']:.3f}, {epoch.skipped_steps} steps left out"
 
 
-def resumed(path: Path, cache: str, recipe: Recipe, place: Machine) -> str:
-    """10 steps, and from what they left 10 more by a new network."""
+def resumed(path: Path, cache: str, recipe: Recipe, place: Machine, count: int) -> str:
+    """So many steps, and from what they left as many by a new network."""
     with store.Dataset.open(path) as dataset, tempfile.TemporaryDirectory() as folder:
-        examples = examples_of(dataset, cache, place, CHECKED_STEPS // 2 * recipe.batch_size)
+        examples = examples_of(dataset, cache, place, count * recipe.batch_size)
         checkpoint = Checkpoint(Path(folder))
         first = next(fit(build(recipe.network, "none", 0), examples, recipe, 2, place))
         checkpoint.save({"state": first.state()}, {})
@@ -312,10 +311,10 @@ def resumed(path: Path, cache: str, recipe: Recipe, place: Machine) -> str:
     return f"loss {first.losses['loss']:.3f}, then {epoch.losses['loss']:.3f}"
 
 
-def validated(path: Path, place: Machine) -> str:
+def validated(path: Path, network: str, place: Machine) -> str:
     """Predictions of all images, and their counts of pixels."""
     with store.Dataset.open(path) as dataset:
-        counter = Counter(Predictor(build(Recipe().network, "none", 0), place, mirror=True), HUNDREDTHS)
+        counter = Counter(Predictor(build(network, "none", 0), place, mirror=True), HUNDREDTHS)
         counter.add(dataset.images(range(SAMPLE)), map(dataset.mask, range(SAMPLE)))
         tables, _ = counter.read()
         areas = [entry.area_px for entry in dataset.entries]
@@ -323,11 +322,11 @@ def validated(path: Path, place: Machine) -> str:
     return f"{len(tables)} images"
 
 
-def member(path: Path, recipe: Recipe, precision: str) -> str:
+def member(path: Path, recipe: Recipe, precision: str, count: int) -> str:
     """What each of two processes does in a check."""
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     place = Machine(group.device_of(kind), precision)
-    return steps(path, "device" if kind == "cuda" else "host", recipe, place)
+    return steps(path, "device" if kind == "cuda" else "host", recipe, place, count)
 
 
 def main() -> None:
@@ -354,7 +353,8 @@ def main() -> None:
             print(
                 f"{torch.cuda.get_device_name() if kind == 'cuda' else machine()}, torch {torch.__version__}"
             )
-            sys.exit(not check(dataset_of(CHECKED_SIZE[kind], Path(folder)), place))
+            recipe = Recipe(weights="none", batch_size=CHECKED_BATCH[kind])
+            sys.exit(not check(dataset_of(CHECKED_SIZE[kind], Path(folder)), place, recipe))
         tables(Path(folder), wishes, place)
 
 

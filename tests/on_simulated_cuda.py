@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -202,6 +203,22 @@ def test_the_host_waits_once_for_all_predictions_of_a_validation(dataset: Path, 
         assert tally.truth_area.tolist() == [entry.area_px for entry in opened.entries]
     assert [name.rpartition(":")[0] for name in found] == ["device to host learning/tables.py"], found
     assert set(found.values()) == {1}
+
+
+def test_the_benchmark_s_check_tries_every_way_to_train(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    benchmark = importlib.import_module("train")
+    path = stored_sample(tmp_path, images=benchmark.SAMPLE, image_size=32)
+    benchmark.check(path, choose_machine(Recipe()), Recipe(network="tiny", weights="none", batch_size=4), 2)
+    told = capsys.readouterr().out.splitlines()
+    assert told.pop(0) == "processes=2: not checked, it needs two GPUs"
+    failed = [line for line in told if ": ok, " not in line]
+    assert [line.partition(":")[0] for line in failed] in ([], ["compile=true"]), failed  # not simulated
+    ways = [f"cache={cache} precision={format}" for cache in CACHES for format in ("bf16", "fp16", "fp32")]
+    ways += ["compile=true", "ema=0.9 micro_batch", "interrupted and resumed", "validation"]
+    assert [line.partition(":")[0] for line in told] == ways
 
 
 def test_a_dropped_iterator_of_batches_ends_its_thread_and_frees_its_images() -> None:

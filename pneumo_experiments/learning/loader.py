@@ -98,13 +98,24 @@ def fits_host(size_bytes: int) -> bool:
     return size_bytes * group.on_this_machine() < HOST_SHARE * psutil.virtual_memory().available
 
 
-def load(pixels: Pixels, rows: Indices, present: NDArray[np.bool_], side: int, place: str) -> Examples:
-    """Examples in the memory of the host, or of the device that ``place`` names; read in parts."""
+def load(
+    pixels: Pixels,
+    rows: Indices,
+    present: NDArray[np.bool_],
+    side: int,
+    place: str,
+    progress: Callable[[int], None] = lambda images: None,
+) -> Examples:
+    """Examples in the memory of the host, or of the device that ``place`` names; read in parts.
+
+    ``progress`` is called with the number of images after each part.
+    """
     both = torch.empty((2, len(rows), side, side), dtype=torch.uint8, device=place)
     for start in range(0, len(rows), 256):
         some = rows[start : start + 256]
         both[0, start : start + len(some)] = torch.from_numpy(pixels.images(some))
         both[1, start : start + len(some)] = torch.from_numpy(pixels.shares(some))
+        progress(len(some))
     return Examples(both[0], both[1], present)
 
 

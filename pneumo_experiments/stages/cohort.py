@@ -65,7 +65,13 @@ class Cohort:
         if place == "stream":
             return Streamed(self.dataset, self.indices, present)
         where = str(machine.device) if place == "device" else "cpu"
-        return load(self.dataset, self.indices, present, side, where)
+        quiet = None if group.leads() else True
+        with tqdm(total=len(self), desc="load", unit="image", disable=quiet, leave=False) as bar:
+
+            def advance(count: int) -> None:
+                bar.update(count)
+
+            return load(self.dataset, self.indices, present, side, where, advance)
 
     def in_memory(self, wish: str) -> Cohort:
         """The same with its images in memory, where there is room and ``cache`` does not ask for a stream."""
