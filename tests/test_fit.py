@@ -23,6 +23,7 @@ from pneumo_experiments.learning.network import Output, PneumothoraxNet, build
 from pneumo_experiments.settings import Recipe
 
 CPU = Machine(torch.device("cpu"), "fp32")
+add_tiny_network()
 
 
 def noise(count: int, side: int = 32) -> Examples:
@@ -46,10 +47,10 @@ def assert_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None
 @pytest.mark.parametrize("ema", [0.0, 0.9])
 def test_a_training_that_goes_on_ends_in_the_same_weights_bit_for_bit(ema: float, tmp_path: Path) -> None:
     recipe = Recipe(batch_size=4, augment=True, seed=3, ema=ema, learning_rate=1e-3)
-    whole = build("fcn_resnet50", "none", 0)
+    whole = build("tiny", "none", 0)
     epochs = list(fit(whole, noise(6), recipe, 3, CPU))
     checkpoint = Checkpoint(tmp_path / "one")
-    stopped = build("fcn_resnet50", "none", 0)
+    stopped = build("tiny", "none", 0)
     for epoch in fit(stopped, noise(6), recipe, 3, CPU):
         if epoch.number == 2:
             checkpoint.save({"state": epoch.state()}, {})
@@ -57,7 +58,7 @@ def test_a_training_that_goes_on_ends_in_the_same_weights_bit_for_bit(ema: float
     torch.rand(5)  # whatever another process drew
     last = checkpoint.last()
     assert last is not None
-    other = build("fcn_resnet50", "none", 1)
+    other = build("tiny", "none", 1)
     (final,) = list(fit(other, noise(6), recipe, 3, CPU, state=last["state"]))
     assert final.number == 3
     assert final.losses == epochs[-1].losses
@@ -77,7 +78,7 @@ class Cramped(PneumothoraxNet):
 
 
 def test_when_memory_runs_out_fewer_images_pass_at_once_and_a_step_stays_a_step() -> None:
-    network = Cramped("fcn_resnet50")
+    network = Cramped("tiny")
     network.room = 2
     recipe = Recipe(batch_size=6, augment=False, positive_share=0)
     with pytest.warns(UserWarning, match="2 images pass the network at once.*still takes batch_size=6"):
@@ -88,7 +89,7 @@ def test_when_memory_runs_out_fewer_images_pass_at_once_and_a_step_stays_a_step(
 
 
 def test_memory_too_small_for_one_image_is_an_error_with_a_mend() -> None:
-    network = Cramped("fcn_resnet50")
+    network = Cramped("tiny")
     network.room = 0
     with pytest.raises(UserError, match=r"micro_batch=1: .*smaller image_size"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -107,7 +108,7 @@ def test_pieces_of_a_batch_add_up_to_its_step() -> None:
     ends: list[dict[str, torch.Tensor]] = []
     for micro_batch in (0, 2):
         torch.manual_seed(0)
-        network = Still("fcn_resnet50")
+        network = Still("tiny")
         # Terms that are means over images; the Dice of a batch is not the mean over its pieces.
         recipe = Recipe(
             batch_size=6, micro_batch=micro_batch, augment=False, dice_weight=0, learning_rate=1e-3, warmup=0
@@ -116,12 +117,12 @@ def test_pieces_of_a_batch_add_up_to_its_step() -> None:
         ends.append(weights_of(network))
     moved = 0
     torch.manual_seed(0)
-    start = weights_of(Still("fcn_resnet50"))
+    start = weights_of(Still("tiny"))
     for name, tensor in ends[0].items():
         moved += not torch.equal(start[name], tensor)
         # Adam's first step is the sign of the gradient, where that is not zero but for rounding.
         assert (ends[1][name] - tensor).float().abs().mean() < 1e-4, name
-    assert moved > 100
+    assert moved >= 10
 
 
 class Torn(PneumothoraxNet):
@@ -141,7 +142,7 @@ class Torn(PneumothoraxNet):
 
 def test_a_step_without_a_finite_gradient_is_left_out_and_counted() -> None:
     torch.manual_seed(0)
-    network = Torn("fcn_resnet50")
+    network = Torn("tiny")
     network.bad = frozenset([3])
     recipe = Recipe(batch_size=2, augment=False, positive_share=0)
     epoch = next(iter(fit(network, noise(24), recipe, 1, CPU)))
@@ -151,7 +152,7 @@ def test_a_step_without_a_finite_gradient_is_left_out_and_counted() -> None:
 
 
 def test_too_many_steps_without_a_finite_gradient_end_the_training_with_advice() -> None:
-    network = Torn("fcn_resnet50")
+    network = Torn("tiny")
     network.bad = frozenset(range(2, 6))
     with pytest.raises(UserError, match=r"4 of 6 steps of epoch 1 gave no finite gradient; try a tenth"):
         list(fit(network, noise(12), Recipe(batch_size=2, augment=False, positive_share=0), 1, CPU))
@@ -159,7 +160,6 @@ def test_too_many_steps_without_a_finite_gradient_end_the_training_with_advice()
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_steps_that_are_left_out_do_not_wear_down_the_scale_of_the_gradients(precision: str) -> None:
-    add_tiny_network()
     network = build("tiny", "none", 0)
     trainer = _Trainer(network, Recipe(batch_size=2, learning_rate=1e-2), 400, Machine(CPU.device, precision))
     (batch,) = batches(noise(2), Recipe(batch_size=2, augment=False), 1, 1, CPU.device)
@@ -176,7 +176,7 @@ def test_steps_that_are_left_out_do_not_wear_down_the_scale_of_the_gradients(pre
 
 
 def test_the_moving_average_follows_the_weights_as_its_formula_says() -> None:
-    network = build("fcn_resnet50", "none", 0)
+    network = build("tiny", "none", 0)
     average = MovingAverage(network, 0.5)
     name = "presence_head.bias"
     expected = float(network.presence_head.bias.detach())

@@ -25,7 +25,8 @@ RECIPE = Recipe(batch_size=5, learning_rate=1e-3, augment=True, ema=0.9, seed=1)
 
 def trained(recipe: Recipe) -> dict[str, Any]:
     """Losses of each epoch and the last weights, of however many processes run this."""
-    network = build("fcn_resnet50", "none", 0)
+    add_tiny_network()
+    network = build("tiny", "none", 0)
     for module in network.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0  # each process draws its own
@@ -52,10 +53,8 @@ def learned(recipe: Recipe) -> float:
     return epoch.losses["loss"]
 
 
-@pytest.mark.parametrize("only", ["presence_weight", "bce_weight"])
-def test_processes_do_not_wait_for_a_head_whose_answer_has_no_weight(only: str) -> None:
-    weights = ("bce_weight", "dice_weight", "focal_weight", "aux_weight", "presence_weight")
-    recipe = replace(Recipe(batch_size=2, augment=False), **{name: float(name == only) for name in weights})
+def test_processes_do_not_wait_for_heads_whose_answers_have_no_weight() -> None:
+    recipe = Recipe(batch_size=2, augment=False, bce_weight=0, dice_weight=0, focal_weight=0, aux_weight=0)
     assert 0 < launch(2, learned, recipe) < 10
 
 
