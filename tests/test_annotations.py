@@ -2,10 +2,13 @@ from __future__ import annotations
 
 import csv
 import gzip
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import ROOT
 
 from pneumo_experiments.data.annotations import read_annotations, read_patients, unite
 from pneumo_experiments.errors import UserError
@@ -176,3 +179,37 @@ def test_183_real_images_overlap_and_the_areas_span_the_known_range(real_data: P
     assert min(areas.values()) == 55
     assert max(areas.values()) == 161421
     assert np.median(list(areas.values())) == 8630
+
+
+@pytest.mark.parametrize(
+    ("repeated", "fault"),
+    [
+        (b"\0", "unpacks to more than 100,000,000 bytes; check that it is the table"),
+        (b"\n", "unpacks to more than 100,000,000 bytes; check that it is the table"),
+        (b"a\n", "more than 1,048,576 rows; name the table of these images alone"),
+    ],
+)
+def test_a_table_that_unpacks_without_end_is_one_line_and_little_memory(
+    tmp_path: Path, repeated: bytes, fault: str
+) -> None:
+    path = tmp_path / "train-rle.csv.gz"
+    size = 2**28 if "unpacks" in fault else 2**25
+    with gzip.open(path, "wb", compresslevel=1) as file:
+        for _ in range(size // 2**20):
+            file.write(repeated * (2**20 // len(repeated)))
+    code = """
+import resource, sys
+from pathlib import Path
+from pneumo_experiments.data.annotations import read_annotations
+from pneumo_experiments.errors import UserError
+resource.setrlimit(resource.RLIMIT_AS, (2**30, 2**30))
+try:
+    read_annotations(Path(sys.argv[1]))
+except UserError as error:
+    print(error)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, path], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == f"{path}: {fault}\n"

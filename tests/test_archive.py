@@ -2,14 +2,21 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+import sys
 import zipfile
+import zlib
+from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
+from conftest import ROOT
 
 from pneumo_experiments.data.archive import Archive, open_archive, read_member
 from pneumo_experiments.errors import Rejected, UserError
 
+MUTANTS = int(os.environ.get("PNEUMO_ZIP_MUTANTS") or 300)
 DICOM = bytes(128) + b"DICM" + bytes(40)
 
 
@@ -142,6 +149,167 @@ def test_damage_and_encryption_in_a_zip_file_reject_one_file(tmp_path: Path) -> 
         read_member(path, bad, 10)
     with pytest.raises(Rejected, match="secret: encrypted or compressed in an unknown way"):
         read_member(path, secret, 10)
+
+
+def test_of_differing_files_with_one_name_in_a_zip_file_none_is_used(tmp_path: Path) -> None:
+    path = tmp_path / "a.zip"
+    with zipfile.ZipFile(path, "w") as file, pytest.warns(UserWarning, match="Duplicate name"):
+        for name, content in [("x/one.dcm", b"1"), ("x/one.dcm", b"2"), ("same.dcm", b""), ("same.dcm", b"")]:
+            file.writestr(name, DICOM + content)
+    archive = open_archive(path)
+    assert (ids(archive), archive.differing) == (["same"], ("one",))
+    assert archive.doubles == {"one": 2, "same": 2}
+    assert [read_member(path, member, 10) for member in archive.members] == [DICOM]
+
+
+def test_a_file_in_a_zip_file_may_have_any_path(tmp_path: Path) -> None:
+    path = tmp_path / "a.zip"
+    names = {"a": "./a.dcm", "b": "x//b.dcm", "c": "/c.dcm", "d": "../d.dcm", "e": "x/./e.dcm", "f": "f.dcm"}
+    with zipfile.ZipFile(path, "w") as file:
+        for image_id, name in names.items():
+            file.writestr(name, DICOM + image_id.encode())
+        file.writestr(".", DICOM)
+    archive = open_archive(path)
+    assert ids(archive) == list(names)
+    assert archive.skipped == {"other files": 1}
+    for member in archive.members:
+        assert read_member(path, member, 10) == DICOM + member.image_id.encode()
+
+
+def test_a_zip_file_that_this_python_does_not_read_is_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "a.zip"
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("ä.dcm", DICOM)
+    content = path.read_bytes()
+    entry = content.rindex(b"PK\x01\x02")
+    path.write_bytes(content[: entry + 6] + b"\x63\x00" + content[entry + 8 :])
+    with pytest.raises(UserError, match=r"a\.zip: made in a newer way than this Python reads; unpack it"):
+        open_archive(path)
+    path.write_bytes(content.replace("ä".encode(), b"\xff\xfe"))
+    with pytest.raises(UserError, match=r"a\.zip: names in it are not UTF-8; unpack it"):
+        open_archive(path)
+    # In the file's own header alone, the name costs no more than the file.
+    path.write_bytes(content.replace("ä".encode(), b"\xff\xfe", 1))
+    with pytest.raises(Rejected, match="ä: damaged in the zip file"):
+        read_member(path, open_archive(path).members[0], 10)
+
+
+METHODS = [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_of_zip_is_read_and_its_damage_rejects_one_file(tmp_path: Path, method: int) -> None:
+    path = tmp_path / "a.zip"
+    noise = DICOM + np.random.default_rng(0).bytes(20_000)
+    with zipfile.ZipFile(path, "w", method) as file:
+        file.writestr("bad.dcm", noise)
+        file.writestr("good", noise)  # known by its first bytes
+    content = bytearray(path.read_bytes())
+    bad, good = open_archive(path).members
+    assert read_member(path, bad, 10_000) == read_member(path, good, 10_000) == noise
+    for place in (46, 60, 9000):
+        changed = content.copy()
+        changed[place] ^= 0xFF
+        other = tmp_path / f"{place}.zip"
+        other.write_bytes(changed)
+        bad, good = open_archive(other).members
+        assert read_member(other, good, 10_000) == noise
+        with pytest.raises(Rejected, match=r"bad: (damaged in the zip file|cannot be read \(damaged\))"):
+            read_member(other, bad, 10_000)
+
+
+def test_mutants_of_a_zip_file_end_in_one_line_or_the_files_as_they_were(tmp_path: Path) -> None:
+    path, rng = tmp_path / "a.zip", np.random.default_rng(0)
+    with zipfile.ZipFile(path, "w") as file:
+        for number, method in enumerate(METHODS):
+            file.writestr(f"{number}.dcm", DICOM + bytes([number]) * 300, method)
+            file.writestr(f"plain{number}", DICOM + bytes([number]), method)
+    content, outcomes = path.read_bytes(), Counter[str]()
+    for number in range(MUTANTS):
+        changed = bytearray(content)
+        for place in rng.integers(0, len(content), rng.integers(1, 4)).tolist():
+            changed[place] = int(rng.integers(256))
+        mutant = tmp_path / f"{number}.zip"  # an open zip file is kept by its path
+        mutant.write_bytes(changed)
+        try:
+            archive = open_archive(mutant)
+        except UserError as error:
+            assert str(error).isprintable()
+            outcomes["refused"] += 1
+            mutant.unlink()
+            continue
+        for member in archive.members:
+            try:
+                read = read_member(mutant, member, 10)
+                outcomes["read"] += 1
+                assert read[:132] == DICOM[:132]
+                assert zlib.crc32(read) == member.stamp
+            except Rejected:
+                outcomes["rejected"] += 1
+        mutant.unlink()
+    print(f"{MUTANTS} mutants of a zip file: {dict(outcomes)}")
+    assert min(outcomes.values()) > MUTANTS / 20
+    assert len(outcomes) == 3
+
+
+BOMBER = """
+import resource, sys
+from pathlib import Path
+from pneumo_experiments.data.archive import open_archive, read_member
+from pneumo_experiments.errors import UserError
+pages = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (pages + 48 * 2**20,) * 2)
+root = Path(sys.argv[1])
+try:
+    archive = open_archive(root)
+    print(archive.skipped)
+    print(*(len(read_member(root, member, 10**6)) for member in archive.members))
+except UserError as error:
+    print(error)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs to know how much memory is in use")
+@pytest.mark.parametrize("method", METHODS[1:])
+def test_a_bomb_in_a_zip_file_inflates_no_further_than_its_told_size(tmp_path: Path, method: int) -> None:
+    path, size = tmp_path / "a.zip", 96 * 2**20
+    with zipfile.ZipFile(path, "w", method) as file:
+        file.writestr("bomb.dcm", bytes(size), compresslevel=1)
+    content, told = path.read_bytes(), size.to_bytes(4, "little")
+    assert len(content) < 2**19
+    assert content.count(told) == 2
+    content = content.replace(told, (999).to_bytes(4, "little"))
+    outcomes = [
+        ["{}", "bomb: damaged in the zip file"],
+        [f"{path}: no .dcm files in it; name the folder that holds them"],
+    ]
+    for name, outcome in zip((b"bomb.dcm", b"nosuffix"), outcomes, strict=True):
+        path.write_bytes(content.replace(b"bomb.dcm", name))
+        done = subprocess.run(
+            [sys.executable, "-c", BOMBER, path], capture_output=True, text=True, cwd=ROOT, check=False
+        )
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout.splitlines() == outcome
+
+
+def test_a_linked_folder_is_read_and_each_folder_once(tmp_path: Path) -> None:
+    place(tmp_path / "elsewhere", "1.dcm", "deep/2.dcm")
+    place(tmp_path / "root", "z/3.dcm")
+    (tmp_path / "root" / "a-link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "root" / "b-link").symlink_to(tmp_path / "elsewhere" / "deep")
+    (tmp_path / "root" / "c-link").symlink_to(tmp_path / "root" / "z")
+    (tmp_path / "root" / "z" / "up").symlink_to(tmp_path / "root")
+    (tmp_path / "elsewhere" / "again").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "root" / "round.dcm").symlink_to("round.dcm")
+    (tmp_path / "root" / "broken").symlink_to("nowhere")
+    archive = open_archive(tmp_path / "root")
+    assert {member.image_id: member.name for member in archive.members} == {
+        "1": "a-link/1.dcm",
+        "2": "b-link/2.dcm",
+        "3": "z/3.dcm",
+    }
+    assert (archive.files, archive.doubles, archive.skipped) == (3, {}, {})
+    assert [read_member(archive.root, member, 10) for member in archive.members] == [DICOM] * 3
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may open every folder")

@@ -1,4 +1,4 @@
-"""Data set files that are damaged or hostile: each is refused in one line, or read as it was written."""
+"""Data set files that are damaged, or made to do harm: refused in one line, or read as they were written."""
 
 from __future__ import annotations
 

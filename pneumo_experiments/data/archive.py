@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import bz2
 import hashlib
+import lzma
 import os
+import stat
+import struct
 import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 
@@ -20,6 +25,9 @@ ZIPS = (".zip",)
 LARGEST_PIXEL, LARGEST_HEADER = 4, 2**24  # bytes: a file larger than its pixels can be is not read
 SEVERAL = "several files have this id, and they differ"
 PREAMBLE_BYTES, MAGIC = 128, b"DICM"  # DICOM PS3.10 7.1
+# What damage in a zip file raises; ValueError where it is in a name or place.
+DAMAGE = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, EOFError, ValueError)
+FEED = 2**12  # bytes of LZMA to inflate at once: they give 30 MB at most
 
 
 @dataclass(frozen=True)
@@ -30,6 +38,7 @@ class Member:
     name: str  # below the folder, or within the zip file
     size: int  # bytes
     stamp: int  # changes when the file does: time of its last change in ns, or its checksum in the zip file
+    number: int = 0  # in the zip file's list, since several of its files can have one name
 
 
 @dataclass(frozen=True)
@@ -56,9 +65,9 @@ def open_archive(root: Path) -> Archive:
     """
     skipped = Counter[str]()
     if root.is_dir():
-        found = _scan(_walk(root, skipped), lambda name: _head(root / name), skipped)
+        found = _scan(_walk(root, skipped), lambda member: _head(root / member.name), skipped)
     elif root.is_file() and zipfile.is_zipfile(root):
-        found = _scan(_list(root), lambda name: _zip(root).open(name).read(PREAMBLE_BYTES + 4), skipped)
+        found = _scan(_list(root), lambda member: _unzipped(root, member, PREAMBLE_BYTES + 4), skipped)
     elif root.exists():
         raise UserError(f"{root}: neither a folder nor a zip file; name the one that holds the DICOM files")
     else:
@@ -78,26 +87,32 @@ def read_member(root: Path, member: Member, max_pixels: int) -> bytes:
             f"{member.image_id}: {member.size:,} bytes, more than a picture of max_pixels can need"
         )
     try:
-        return _zip(root).read(member.name) if root.is_file() else (root / member.name).read_bytes()
-    except (FileNotFoundError, KeyError):
+        if root.is_dir():
+            return (root / member.name).read_bytes()
+        content = _unzipped(root, member, member.size)
+    except UserError:
+        raise  # the whole zip file does not open
+    except (FileNotFoundError, LookupError):
         # Its path may hold a patient's name.
         raise UserError(
             f"{member.image_id}: its file was there and is gone; run the same command again when it is back"
         ) from None
     except OSError as error:
-        raise Rejected(f"{member.image_id}: cannot be read ({error.strerror})") from None
+        raise Rejected(f"{member.image_id}: cannot be read ({error.strerror or 'damaged'})") from None
     except RuntimeError:  # zipfile's word for encryption; NotImplementedError for an unknown compression
         raise Rejected(f"{member.image_id}: encrypted or compressed in an unknown way in the zip") from None
-    except (zipfile.BadZipFile, zlib.error, EOFError):
-        raise Rejected(f"{member.image_id}: damaged in the zip file") from None
+    except DAMAGE:
+        content = b""
+    if len(content) != member.size or zlib.crc32(content) != member.stamp:
+        raise Rejected(f"{member.image_id}: damaged in the zip file")
+    return content
 
 
-def _scan(
-    files: Iterator[tuple[PurePosixPath, int, int]], head: Callable[[str], bytes], skipped: Counter[str]
-) -> list[Member]:
-    """Members; counts the other files by kind. ``head`` gives the first bytes of a file."""
+def _scan(files: Iterator[Member], head: Callable[[Member], bytes], skipped: Counter[str]) -> list[Member]:
+    """Members with their ids; counts the other files by kind. ``head`` gives the first bytes of a file."""
     members = list[Member]()
-    for path, size, stamp in files:
+    for file in files:
+        path = PurePosixPath(file.name)
         known = path.suffix.lower() in SUFFIXES
         if "__MACOSX" in path.parts or path.name.startswith("._"):
             skipped["__MACOSX and ._ files"] += 1
@@ -107,17 +122,17 @@ def _scan(
             skipped["zip files"] += 1
         elif path.name == "DICOMDIR":
             skipped["DICOMDIR"] += 1
-        elif known or _begins_like_dicom(head, path):
-            members.append(Member(path.stem if known else path.name, str(path), size, stamp))
+        elif path.name and (known or _begins_like_dicom(head, file)):
+            members.append(replace(file, image_id=path.stem if known else path.name))
         else:
             skipped["other files"] += 1
     return members
 
 
-def _begins_like_dicom(head: Callable[[str], bytes], path: PurePosixPath) -> bool:
+def _begins_like_dicom(head: Callable[[Member], bytes], file: Member) -> bool:
     try:
-        return head(str(path))[PREAMBLE_BYTES : PREAMBLE_BYTES + 4] == MAGIC
-    except (OSError, RuntimeError, zipfile.BadZipFile, zlib.error, EOFError):
+        return head(file)[PREAMBLE_BYTES : PREAMBLE_BYTES + 4] == MAGIC
+    except (OSError, RuntimeError, *DAMAGE):
         return False
 
 
@@ -126,36 +141,82 @@ def _head(path: Path) -> bytes:
         return file.read(PREAMBLE_BYTES + 4)
 
 
-def _walk(folder: Path, skipped: Counter[str]) -> Iterator[tuple[PurePosixPath, int, int]]:
-    """Name, size and stamp of every file below a folder; counts the folders that cannot be opened."""
+def _walk(folder: Path, skipped: Counter[str]) -> Iterator[Member]:
+    """Every file below a folder, through links, too, each folder once; counts what may not be opened."""
+    walked = set[tuple[int, int]]()
+
+    def status(path: Path, kind: str) -> os.stat_result | None:
+        try:
+            return path.stat()
+        except PermissionError:
+            skipped[f"{kind} without permission"] += 1
+        except OSError:  # a broken link, or gone by now
+            pass
+        return None
+
+    def is_new(path: Path) -> bool:
+        found = status(path, "folders")
+        if found is None or (found.st_dev, found.st_ino) in walked:
+            return False
+        walked.add((found.st_dev, found.st_ino))
+        return True
 
     def closed(_: OSError) -> None:
         skipped["folders without permission"] += 1
 
-    for parent, _, names in os.walk(folder, onerror=closed):
-        for name in names:
-            path = Path(parent, name)
-            if path.is_file():  # no broken link, socket or the like
-                status = path.stat()
-                yield (
-                    PurePosixPath(path.relative_to(folder).as_posix()),
-                    status.st_size,
-                    status.st_mtime_ns,
-                )
+    is_new(folder)
+    for parent, folders, names in os.walk(folder, onerror=closed, followlinks=True):
+        # Links last: a file is best known by its own place.
+        folders.sort(key=lambda name: (Path(parent, name).is_symlink(), name))
+        folders[:] = [name for name in folders if is_new(Path(parent, name))]
+        for path in (Path(parent, name) for name in names):
+            found = status(path, "files")
+            if found is not None and stat.S_ISREG(found.st_mode):  # no socket or the like
+                yield Member("", path.relative_to(folder).as_posix(), found.st_size, found.st_mtime_ns)
 
 
-def _list(path: Path) -> Iterator[tuple[PurePosixPath, int, int]]:
-    """Name, size and stamp of every file in a zip file."""
-    for info in _zip(path).infolist():
-        if not info.is_dir():
-            yield PurePosixPath(info.filename), info.file_size, info.CRC
+def _list(path: Path) -> Iterator[Member]:
+    """Every file in a zip file."""
+    for number, info in enumerate(_zip(path).infolist()):
+        if not info.filename.endswith("/"):  # a folder
+            yield Member("", info.filename, info.file_size, info.CRC, number)
+
+
+def _unzipped(path: Path, member: Member, most: int) -> bytes:
+    """The first ``most`` bytes of a file in a zip file; no more is inflated, whatever size it tells."""
+    archive = _zip(path)
+    info = archive.infolist()[member.number]
+    if (info.filename, info.file_size, info.CRC) != (member.name, member.size, member.stamp):
+        raise LookupError(member.number)
+    if info.compress_type == zipfile.ZIP_BZIP2:  # zipfile would inflate whatever it has read
+        stored = copy(info)
+        stored.compress_type, stored.file_size = zipfile.ZIP_STORED, info.compress_size
+        del stored.CRC  # it is that of the inflated bytes
+        with archive.open(stored) as raw, bz2.open(raw) as file:
+            return file.read(most)
+    with archive.open(info) as file:
+        if info.compress_type != zipfile.ZIP_LZMA:
+            return file.read(most)
+        content = bytearray()
+        try:
+            while len(content) < most and (part := file.read(min(FEED, most - len(content)))):
+                content += part
+        except MemoryError:  # the room that it asks for before it gives a byte, up to 4 GB
+            raise lzma.LZMAError from None
+        return bytes(content)
 
 
 @lru_cache(maxsize=2)
 def _zip(path: Path) -> zipfile.ZipFile:
     try:
         return zipfile.ZipFile(path)
-    except (OSError, zipfile.BadZipFile):
+    except NotImplementedError:
+        raise UserError(
+            f"{path}: made in a newer way than this Python reads; unpack it and name the folder"
+        ) from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: names in it are not UTF-8; unpack it and name the folder") from None
+    except (OSError, *DAMAGE):
         raise UserError(f"{path}: damaged or cut short zip file; fetch it again") from None
 
 
