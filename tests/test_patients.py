@@ -27,6 +27,7 @@ from pneumo_experiments.data.patients import (
     SHIPPED,
     Grouping,
     count_sources,
+    describe_sources,
     grouping_fault,
     shipped_grouping,
 )
@@ -268,6 +269,7 @@ def entries_of(patients: list[str]) -> list[Entry]:
         (list("abcdef"), {}, "each of the 6 images counts"),
         (list("abcdef"), {"PatientID": 6}, "each of the 6 images counts"),
         (list("abcdef"), {"shipped table": 5, "unknown": 1}, "each of the 6 images counts"),
+        (list("abcdef"), {"shipped table": 5, "PatientID": 1}, "each of the 6 images counts"),
         (list("abcdef"), {"shipped table": 6}, ""),  # whoever made the table knows
         (list("abcdef"), {"patients_csv": 6}, ""),
         (list("abcdee"), {"PatientID": 6}, ""),
@@ -281,7 +283,7 @@ def entries_of(patients: list[str]) -> list[Entry]:
 def test_a_grouping_is_doubted_where_nobody_grouped_or_all_are_one(
     patients: list[str], sources: dict[str, int], fault: str
 ) -> None:
-    told = grouping_fault(entries_of(patients), sources)
+    told = grouping_fault(entries_of(patients), describe_sources(sources))
     assert told.startswith(fault) if fault else told == ""
     assert ("patients_csv" in told) == bool(fault)
 
@@ -405,7 +407,7 @@ def test_the_13_real_files_have_their_patients_from_the_shipped_table_by_default
     nih = read_patients(real_data / "labels" / "patients.csv.gz")
     assert len(patient) == len(set(patient.values())) == len({nih[name] for name in patient}) == 13
     with Dataset.open(desk / "real.h5") as dataset:
-        assert json.loads(dataset.settings[SOURCES]) == {"shipped table": 13}
+        assert dataset.settings[SOURCES] == "shipped table: 13"
         parts = parts_of(dataset, Train())
     assert [len(part) for part in vars(parts).values()].count(0) == 0
     assert warnings_of(caplog) == []  # one image each, and that is known

@@ -196,7 +196,7 @@ def test_a_table_of_patients_that_names_no_image_is_an_error_and_one_that_names_
     )
     assert told == f"Warning: {expected}"
     with Dataset.open(desk / "d.h5") as dataset:
-        assert json.loads(dataset.settings["patient_sources"]) == {"patients_csv": 19, "PatientID": 21}
+        assert dataset.settings["patient_sources"] == "patients_csv: 19, PatientID: 21"
 
 
 def test_too_many_rejects_fail_with_a_report_and_what_was_read_is_kept(

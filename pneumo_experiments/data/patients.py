@@ -84,10 +84,15 @@ def count_sources(entries: Sequence[Entry], grouping: Grouping) -> dict[str, int
     return {source: n for source, n in counts.items() if n}
 
 
-def grouping_fault(entries: Sequence[Entry], sources: Mapping[str, int]) -> str:
+def describe_sources(sources: Mapping[str, int]) -> str:
+    """'shipped table: 12,040, PatientID: 7'."""
+    return ", ".join(f"{source}: {n:,}" for source, n in sources.items())
+
+
+def grouping_fault(entries: Sequence[Entry], sources: str) -> str:
     """Why a split by these patients may not be what is meant; empty where nothing speaks against it.
 
-    ``sources`` are those of the images, as far as they are known.
+    ``sources`` are those of the images, described as above; empty where that is unknown.
     """
     images = Counter(entry.patient for entry in entries)
     most = max(images.values(), default=0)
@@ -96,8 +101,8 @@ def grouping_fault(entries: Sequence[Entry], sources: Mapping[str, int]) -> str:
             f"{most:,} of {len(entries):,} images share one patient, and one part of the split gets them all;"
             " if that is a placeholder, name the patients in patients_csv"
         )
-    told = sum(sources.get(table, 0) for table in TABLES)
-    if len(entries) > 1 and most == 1 and told < len(entries):
+    all_told = any(sources == describe_sources({table: len(entries)}) for table in TABLES)
+    if len(entries) > 1 and most == 1 and not all_told:
         return (
             f"each of the {len(entries):,} images counts as a patient of its own, so images of one patient"
             " may lie on both sides of a split; if a patient has several, name the patients in patients_csv"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 from collections.abc import Sequence
 from functools import cache
@@ -48,8 +47,8 @@ def grouping_of(patients_csv: str, image_ids: Sequence[str]) -> Grouping:
 
 def warn_of_grouping(dataset: Dataset) -> None:
     """Warns where the patients of a labelled data set look as if nobody had grouped its images."""
-    told = json.loads(dataset.settings.get(SOURCES, "{}"))
-    if dataset.labelled and (fault := grouping_fault(dataset.entries, told)):
+    fault = grouping_fault(dataset.entries, dataset.settings.get(SOURCES, "")) if dataset.labelled else ""
+    if fault:
         warn(f"dataset={dataset.path}: {fault}")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from pneumo_experiments.data.annotations import ANNOTATIONS, read_annotations, r
 from pneumo_experiments.data.archive import Archive, Member, open_archive, read_member
 from pneumo_experiments.data.batches import Recipe, Result, is_made, make_jobs, results
 from pneumo_experiments.data.packed import Packed, salted
-from pneumo_experiments.data.patients import Grouping, count_sources, source_of
+from pneumo_experiments.data.patients import Grouping, count_sources, describe_sources, source_of
 from pneumo_experiments.data.report import Report
 from pneumo_experiments.data.report_summary import many
 from pneumo_experiments.data.store import Dataset, write_dataset
@@ -193,7 +192,7 @@ def _make(settings: Preprocess, source: Source, work: Path) -> Report:
                     yield result.packed
         made_from[FILES] = _digest(f"{result.image_id} {result.content}" for result in found)
         report.append(report_of(source.archive, source.annotations, source.patients, found))
-        made_from[SOURCES] = json.dumps(report[0].patients.sources)
+        made_from[SOURCES] = describe_sources(report[0].patients.sources)
         _refuse_too_many(settings, report[0])
 
     write_dataset(
@@ -238,7 +237,7 @@ def _describe(path: Path, grouping: Grouping) -> None:
         tracking.log_metrics({"images": len(entries), "positives": positives, "patients": patients})
         labels = f"{positives:,} with pneumothorax" if dataset.labelled else "without labels"
         size = dataset.image_size
-        told = ", ".join(f"{source}: {n:,}" for source, n in count_sources(entries, grouping).items())
+        told = describe_sources(count_sources(entries, grouping))
         tracking.log_found({"patients_from": told})
         warn_of_grouping(dataset)
     line = f"{many(len(entries), 'image')} of {many(patients, 'patient')} ({told}), {labels}, at {size} px"
