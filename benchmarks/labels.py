@@ -24,11 +24,13 @@ from tqdm import tqdm
 
 from pneumo_experiments.data import rle
 from pneumo_experiments.data.annotations import read_annotations, read_patients
-from pneumo_experiments.data.folds import assign_folds, audit
+from pneumo_experiments.data.folds import assign_folds, audit, split
+from pneumo_experiments.data.patients import shipped_grouping
 from pneumo_experiments.data.resample import shrink
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.learning.predict import to_native
 from pneumo_experiments.scoring.metrics import dice
+from pneumo_experiments.settings import Split
 
 REAL_DATA = Path(os.environ.get("PNEUMO_REAL_DATA") or ROOT.parent / "shared" / "siim")
 SHAPE = (1024, 1024)
@@ -116,6 +118,7 @@ def main() -> None:
     agreeing = sum(area_of.get(image_id) == area for image_id, area in known.items())
     print(f"- united area as counted in known_areas.csv: {agreeing} of its {len(known)} images")
     print_folds(patients, areas)
+    print_holdout(list(annotations), patients, areas)
     print(f"\n{len(positives):,} positive masks, stored at {SIZE} x {SIZE}, enlarged to their own size:\n")
     print("| stored as | enlarged | mean Dice with the truth | least, and the area of that mask |")
     print("|---|---|---|---|")
@@ -163,6 +166,31 @@ def print_folds(patients: list[str], areas: np.ndarray) -> None:
     print(f"  - of all {len(patients):,} images: {percent([one.separated_share for one in by_chance])}")
     shares = [one.separated_images / several for one in by_chance]
     print(f"  - of the {several:,} images whose patient has two or more: {percent(shares)}")
+
+
+def print_holdout(image_ids: list[str], patients: list[str], areas: np.ndarray) -> None:
+    """The hold-out of the default settings with the table that ships, and where each file is a patient."""
+    chosen, names = Split(), np.array(patients)
+    shipped = shipped_grouping(image_ids).hashes
+    groupings = {
+        "the table that ships": [shipped.get(image_id, image_id) for image_id in image_ids],
+        "PatientID, of which each file has its own": image_ids,
+    }
+    for source, grouping in groupings.items():
+        parts = split(
+            grouping,
+            areas,
+            holdout=chosen.holdout,
+            folds=chosen.folds,
+            fold=int(chosen.fold),
+            seed=chosen.split_seed,
+        )
+        sibling = np.isin(names[parts.holdout], names[parts.train])
+        positive = areas[parts.holdout] > 0
+        print(
+            f"- hold-out of {len(parts.holdout):,} images by {source}; their patient has another image in"
+            f" training: {sibling.mean():.1%} of all, {sibling[positive].mean():.1%} of the positives"
+        )
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 NONE = "none"  # how an absent value is written on the command line, in MLproject and in params
+AUTO = "auto"  # how the choice of what suits best is written
 
 Settings = TypeVar("Settings")
 
@@ -45,8 +46,10 @@ class Source:
     rle_csv: Path | None = setting(
         None, "run-length annotations (train-rle.csv); none for a set without labels"
     )
-    patients_csv: Path | None = setting(
-        None, "table of image id and patient, for grouping; none takes each file's PatientID"
+    patients_csv: str = setting(
+        AUTO,
+        "table of image id and patient, for grouping; auto takes the table that ships with the package for"
+        " SIIM-ACR's images and PatientID for others, none takes PatientID for all",
     )
 
 
@@ -84,7 +87,7 @@ class Stored:
 
 @dataclass(frozen=True)
 class Seed:
-    seed: int = setting(0, "start of every random choice: same seed, same result", least=0)
+    seed: int = setting(0, "start of every random choice but the split: same seed, same result", least=0)
 
 
 @dataclass(frozen=True)
@@ -109,6 +112,9 @@ class Split:
     folds: int = setting(5, "parts into which the other patients are divided", least=2)
     fold: str = setting(
         "0", "the part that validates, from 0; the others train. all: train validates each part in turn"
+    )
+    split_seed: int = setting(
+        0, "start of the division into parts: same split_seed, same hold-out, whatever the seed", least=0
     )
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import resource
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import h5py
@@ -126,8 +129,9 @@ def test_other_input_or_settings_are_named_and_refused_until_overwrite(sample: P
         image_size=32, pixel_dtype="uint8"
     )
     assert "was made with other annotations;" in refusal(rle_csv=None)
-    (desk / "patients.csv").write_text("id,patient\na,b\n")
-    assert "was made with other patients;" in refusal(patients_csv=Path("patients.csv"))
+    ids = [path.stem for path in own.rglob("*.dcm")]
+    (desk / "patients.csv").write_text("id,patient\n" + "".join(f"{image_id},b\n" for image_id in ids))
+    assert "was made with patients by PatientID, not by patients_csv;" in refusal(patients_csv="patients.csv")
     path = sorted(own.rglob("*.dcm"))[0]
     content = bytearray(path.read_bytes())
     content[-400] ^= 1  # within the picture, and the size stays
@@ -138,6 +142,61 @@ def test_other_input_or_settings_are_named_and_refused_until_overwrite(sample: P
     preprocess(settings_of(own, overwrite=True))
     with Dataset.open(desk / "d.h5") as dataset:
         assert len(dataset) == IMAGES - 1
+
+
+@contextmanager
+def piped(content: bytes) -> Generator[Path]:
+    """What ``<(cat table)`` is to a program: the content can be read once, then the pipe is empty."""
+    source, sink = os.pipe()
+    os.write(sink, content)
+    os.close(sink)
+    yield Path(f"/dev/fd/{source}")
+    os.close(source)
+
+
+def test_tables_from_pipes_are_read_once_and_others_from_them_are_noticed(
+    sample: Path, desk: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = (sample / "train-rle.csv").read_bytes()
+    ids = sorted(path.stem for path in sample.rglob("*.dcm"))
+    who = ("id,patient\n" + "".join(f"{image_id},{n // 2}\n" for n, image_id in enumerate(ids))).encode()
+
+    def again(annotations: bytes, patients: bytes) -> None:
+        with piped(annotations) as rle_csv, piped(patients) as patients_csv:
+            preprocess(settings_of(sample, rle_csv=rle_csv, patients_csv=str(patients_csv)))
+
+    again(table, who)
+    with Dataset.open(desk / "d.h5") as dataset:
+        assert dataset.settings["rle_csv"] == hashlib.sha256(table).hexdigest()
+        assert dataset.settings["patients_csv"] == hashlib.sha256(who).hexdigest()
+    capsys.readouterr()
+    again(table, who)
+    assert "d.h5 is there already, from the same files and settings" in capsys.readouterr().out
+    with pytest.raises(UserError, match="was made with other annotations; overwrite"):
+        again(table + b"another,-1\n", who)
+    with pytest.raises(UserError, match="was made with other patients; overwrite"):
+        again(table, who.replace(b",0\n", b",-1\n", 1))
+
+
+def test_a_table_of_patients_that_names_no_image_is_an_error_and_one_that_names_few_a_warning(
+    sample: Path, desk: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (desk / "other.csv").write_text("id,patient\nelsewhere,Zaphod\n")
+    with pytest.raises(UserError) as caught:
+        preprocess(settings_of(sample, patients_csv="other.csv"))
+    assert str(caught.value).startswith("patients_csv=other.csv: names none of the 40 images; name the table")
+    assert last_run().info.status == "FAILED"
+    assert not list(desk.glob("d.h5*"))
+    ids = [path.stem for path in sample.rglob("*.dcm")][:19]
+    (desk / "few.csv").write_text("id,patient\n" + "".join(f"{image_id},Zaphod\n" for image_id in ids))
+    preprocess(settings_of(sample, patients_csv="few.csv"))
+    (told,) = (r.getMessage() for r in caplog.records if r.name.startswith("pneumo_experiments.stages"))
+    expected = (
+        "patients_csv=few.csv: names only 19 of the 40 images; each of the others goes by its PatientID"
+    )
+    assert told == f"Warning: {expected}"
+    with Dataset.open(desk / "d.h5") as dataset:
+        assert dataset.settings["patient_sources"] == "patients_csv: 19, PatientID: 21"
 
 
 def test_too_many_rejects_fail_with_a_report_and_what_was_read_is_kept(
@@ -234,12 +293,10 @@ def test_nothing_of_a_patient_is_written_anywhere(
     shutil.move(files[1], named / files[1].name)
     table = "Kaggle_ID,NIH_ID\n" + "".join(f"{path.stem},{family} {number} {birth}\n" for path in files[:20])
     (desk.parent / "patients.csv").write_text(table)
-    settings = settings_of(own, patients_csv=desk.parent / "patients.csv")
+    settings = settings_of(own, patients_csv=str(desk.parent / "patients.csv"))
     with pytest.raises(UserError) as caught:
         preprocess(settings)  # leaves the work folder and a report
-    preprocess(
-        settings_of(own, patients_csv=desk.parent / "patients.csv", dataset=Path("e.h5"), max_rejected=1)
-    )
+    preprocess(replace(settings, dataset=Path("e.h5"), max_rejected=1))
     out, err = capfd.readouterr()
     written = {str(path): path.read_bytes() for path in desk.rglob("*") if path.is_file()}
     assert len([name for name in written if "d.h5.work" in name]) >= 2

@@ -38,6 +38,7 @@ CLEAN: dict[str, Any] = {
     "doubles": {},
     "rejected": [],
     "entries": ENTRIES,
+    "patient_sources": {"shipped table": 4, "unknown": 2},
     "pictures": ["p0", "p1", "p2", "p3", "p4", "p5"],
     "formats": [JPEG, JPEG, JPEG, JPEG, PLAIN, JPEG],
     "annotated": [entry.image_id for entry in ENTRIES],

@@ -52,10 +52,13 @@ PATIENTS = Form(
 )
 
 
-def read_annotations(path: Path) -> dict[str, list[str]]:
-    """Run-length texts of each image, in the table's order; an empty list where it has only -1."""
+def read_annotations(path: Path, content: bytes | None = None) -> dict[str, list[str]]:
+    """Run-length texts of each image, in the table's order; an empty list where it has only -1.
+
+    ``content`` is what ``read_table`` gave of the path, where the caller needs the bytes, too.
+    """
     annotations: dict[str, list[str]] = {}
-    for line, image_id, text in _pairs(path, ANNOTATIONS):
+    for line, image_id, text in _pairs(path, ANNOTATIONS, content):
         if not text:
             raise UserError(
                 f"{path}, line {line}: no run lengths for {image_id}; an empty mask is written {rle.EMPTY}"
@@ -76,10 +79,10 @@ def unite(texts: Sequence[str], shape: tuple[int, int], image_id: str) -> tuple[
     return mask, overlapping
 
 
-def read_patients(path: Path) -> dict[str, str]:
-    """Patient of each image; images without one are left out."""
+def read_patients(path: Path, content: bytes | None = None) -> dict[str, str]:
+    """Patient of each image; images without one are left out. ``content`` as in ``read_annotations``."""
     patients: dict[str, str] = {}
-    for line, image_id, value in _pairs(path, PATIENTS):
+    for line, image_id, value in _pairs(path, PATIENTS, content):
         nih_file = NIH_FILE.fullmatch(value)
         patient = nih_file[1] if nih_file else value
         if patient and patients.setdefault(image_id, patient) != patient:
@@ -87,9 +90,21 @@ def read_patients(path: Path) -> dict[str, str]:
     return patients
 
 
-def _pairs(path: Path, form: Form) -> Iterator[tuple[int, str, str]]:
+def read_table(path: Path, form: Form) -> bytes:
+    """A table's bytes as they are. A pipe gives them only once: take digest and rows from the same ones."""
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; expected a CSV table with {form.expected}") from None
+    except IsADirectoryError:
+        raise UserError(f"{path}: a folder; expected a CSV table with {form.expected}") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); expected {form.expected}") from None
+
+
+def _pairs(path: Path, form: Form, content: bytes | None) -> Iterator[tuple[int, str, str]]:
     """Line number, image id and value of each row."""
-    rows = _rows(path, form)
+    rows = _rows(path, form, read_table(path, form) if content is None else content)
     if not rows:
         raise UserError(f"{path}: the table is empty; expected {form.expected}")
     first = rows[0][1]
@@ -110,11 +125,10 @@ def _pairs(path: Path, form: Form) -> Iterator[tuple[int, str, str]]:
         yield line, row[id_column].removesuffix(".dcm"), row[value_column]
 
 
-def _rows(path: Path, form: Form) -> list[tuple[int, list[str]]]:
+def _rows(path: Path, form: Form, content: bytes) -> list[tuple[int, list[str]]]:
     """Line number and stripped fields of each row of a CSV file that is not blank; .gz is unpacked."""
     csv.field_size_limit(LONGEST_FIELD)
     try:
-        content = path.read_bytes()
         if content.startswith(GZIP_MAGIC):
             content = _unpacked(content, path)
         reader = csv.reader(io.StringIO(content.decode("utf-8-sig"), newline=""), skipinitialspace=True)
@@ -125,15 +139,10 @@ def _rows(path: Path, form: Form) -> list[tuple[int, list[str]]]:
                 rows.append((reader.line_num, fields))
             if len(rows) > MOST_ROWS:
                 raise UserError(f"{path}: more than {MOST_ROWS:,} rows; name the table of these images alone")
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; expected a CSV table with {form.expected}") from None
-    except IsADirectoryError:
-        raise UserError(f"{path}: a folder; expected a CSV table with {form.expected}") from None
     except (UnicodeDecodeError, csv.Error):
         raise UserError(f"{path}: not a CSV table in UTF-8; expected {form.expected}") from None
-    except (OSError, EOFError, zlib.error) as error:
-        reason = getattr(error, "strerror", None) or "damaged or cut short"
-        raise UserError(f"{path}: cannot be read ({reason}); expected {form.expected}") from None
+    except (gzip.BadGzipFile, EOFError, zlib.error):
+        raise UserError(f"{path}: cannot be read (damaged or cut short); expected {form.expected}") from None
     return rows
 
 

@@ -10,10 +10,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,7 @@ class Job:
     recipe: Recipe
     members: tuple[Member, ...]
     annotations: tuple[tuple[str, ...], ...] | None  # None for a set without labels
-    patients: tuple[str, ...] = field(repr=False)  # empty: the file's own PatientID
+    patients: tuple[str, ...]  # hashes; empty: the file's own PatientID
     fatal: frozenset[str] = frozenset()  # ids of files that ended a worker
 
     @property
@@ -85,9 +85,9 @@ def make_jobs(
     recipe: Recipe,
     members: Sequence[Member],
     annotations: dict[str, list[str]] | None,
-    patients: dict[str, str],
+    patients: Mapping[str, str],
 ) -> list[Job]:
-    """The members in batches, in order."""
+    """The members in batches, in order; ``patients`` are hashes by image id, of those that a table tells."""
     parts = [tuple(members[i : i + BATCH]) for i in range(0, len(members), BATCH)]
     return [
         Job(
@@ -231,7 +231,7 @@ def _result(job: Job, index: int) -> Result:
     size, labelled = recipe.image_size, job.annotations is not None
     entry = Entry(
         image_id=member.image_id,
-        patient=hash_patient(job.patients[index] or radiograph.patient, member.image_id),
+        patient=job.patients[index] or hash_patient(radiograph.patient, member.image_id),
         view=radiograph.view,
         sex=radiograph.sex,
         age=radiograph.age,

@@ -90,6 +90,7 @@ class Patients:
     count: int
     most_images: int  # of one patient
     images_per_patient: dict[str, int]  # number of images: patients who have so many
+    sources: dict[str, int]  # who tells the patients: images
 
 
 @dataclass(frozen=True)
@@ -138,6 +139,7 @@ def make_report(
     doubles: Mapping[str, int],
     rejected: Sequence[tuple[str, str]],
     entries: Sequence[Entry],
+    patient_sources: Mapping[str, int],
     pictures: Sequence[str],
     formats: Sequence[str],
     annotated: Collection[str] | None,
@@ -175,7 +177,7 @@ def make_report(
         ages=_ages(entries),
         sizes=_counts(f"{entry.rows} x {entry.columns}" for entry in entries),
         formats=_counts(formats),
-        patients=_patients(entries),
+        patients=_patients(entries, patient_sources),
         annotated=None if annotated is None else _annotated(entries, overlapping),
     )
 
@@ -231,9 +233,9 @@ def _ages(entries: Sequence[Entry]) -> Ages:
     )
 
 
-def _patients(entries: Sequence[Entry]) -> Patients:
+def _patients(entries: Sequence[Entry], sources: Mapping[str, int]) -> Patients:
     images = Counter(entry.patient for entry in entries).values()
-    return Patients(len(images), max(images, default=0), _numbers(images))
+    return Patients(len(images), max(images, default=0), _numbers(images), dict(sources))
 
 
 def _annotated(entries: Sequence[Entry], overlapping: Sequence[str]) -> Annotated:

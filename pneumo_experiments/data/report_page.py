@@ -154,6 +154,7 @@ def _images(report: Report) -> str:
             f"The bars count patients; one has at most {many(report.patients.most_images, 'image')}."
             " An image of an unknown patient counts as a patient of its own.",
         ),
+        bars("Patients told by", report.patients.sources, "The bars count images."),
         bars("Size in pixels, rows x columns", report.sizes),
         bars("Format of the files", report.formats),
     ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 
 import numpy as np
@@ -31,7 +31,8 @@ from pneumo_experiments.learning.tables import Counter
 from pneumo_experiments.scoring.figures import contact_sheet, overlay
 from pneumo_experiments.scoring.scores import Scores, score
 from pneumo_experiments.scoring.thresholds import HUNDREDTHS, Tally, Thresholds, best_on_grid, outline
-from pneumo_experiments.settings import Recipe
+from pneumo_experiments.settings import Recipe, Split
+from pneumo_experiments.stages.patients import warn_of_grouping
 
 SHOWN = 12  # images of the first batch
 CHUNK = 64  # images read from the file at once, so that a large validation part needs little memory
@@ -124,20 +125,32 @@ class Cohort:
         return score(tally, thresholds, [entry.patient for entry in self.entries])
 
 
-def parts_of(dataset: Dataset, recipe: Recipe) -> Parts:
+def parts_of(dataset: Dataset, recipe: Split) -> Parts:
     """The recipe's division of the data set's patients: the same for the same data set and settings."""
     dataset.require_labels()
     if not recipe.fold.isdecimal():
         raise UserError(f"fold={recipe.fold}: give a part from 0 to {recipe.folds - 1}; only train takes all")
     entries = dataset.entries
     areas = np.array([entry.area_px for entry in entries])
+    if group.leads():
+        warn_of_grouping(dataset)
     return split(
         [entry.patient for entry in entries],
         areas,
         holdout=recipe.holdout,
         folds=recipe.folds,
         fold=int(recipe.fold),
-        seed=recipe.seed,
+        seed=recipe.split_seed,
+    )
+
+
+def split_of(model: Mapping[str, str]) -> Split:
+    """The division that the settings stored in a model tell; of old models, ``seed`` drew it, too."""
+    return Split(
+        holdout=float(model["holdout"]),
+        folds=int(model["folds"]),
+        fold=model["fold"],
+        split_seed=int(model.get("split_seed", model["seed"])),
     )
 
 

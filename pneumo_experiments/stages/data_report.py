@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pneumo_experiments import tracking
-from pneumo_experiments.data.report import Report
+from pneumo_experiments.data.archive import SEVERAL, Archive
+from pneumo_experiments.data.batches import Result
+from pneumo_experiments.data.patients import Grouping, count_sources
+from pneumo_experiments.data.report import Report, make_report
 from pneumo_experiments.data.report_page import page
 from pneumo_experiments.data.report_summary import summary
 from pneumo_experiments.data.store import Dataset
@@ -17,6 +21,33 @@ from pneumo_experiments.scoring.figures import contact_sheet, jpeg_uri, overlay
 
 POSITIVES = 12  # on the contact sheet
 PANEL_PX = 256
+
+
+def report_of(
+    archive: Archive, annotated: Collection[str] | None, grouping: Grouping, found: Sequence[Result]
+) -> Report:
+    """The report on what became of an archive's files; ``annotated`` is None for a set without labels."""
+    used = [result for result in found if result.packed is not None]
+    packed = [result.packed for result in found if result.packed is not None]
+    entries = [image.entry for image in packed]
+    rejected = [(result.image_id, result.reason) for result in found if result.reason]
+    rejected += [
+        (image_id, SEVERAL) for image_id in archive.differing if annotated is None or image_id in annotated
+    ]
+    return make_report(
+        files=archive.files,
+        skipped=archive.skipped,
+        doubles=archive.doubles,
+        rejected=rejected,
+        entries=entries,
+        patient_sources=count_sources(entries, grouping),
+        pictures=[image.picture for image in packed],
+        formats=[result.format for result in used],
+        annotated=annotated,
+        file_ids=archive.image_ids,
+        overlapping=[result.image_id for result in used if result.overlapping],
+        invalid_run_lengths=[result.image_id for result in found if result.bad_run_lengths],
+    )
 
 
 def leave_report(path: Path, report: Report, dataset: Dataset | None) -> Path:

@@ -4,25 +4,27 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from pneumo_experiments import tracking
-from pneumo_experiments.data.annotations import read_annotations, read_patients
-from pneumo_experiments.data.archive import SEVERAL, Archive, Member, open_archive, read_member
+from pneumo_experiments.data.annotations import ANNOTATIONS, read_annotations, read_table
+from pneumo_experiments.data.archive import Archive, Member, open_archive, read_member
 from pneumo_experiments.data.batches import Recipe, Result, is_made, make_jobs, results
 from pneumo_experiments.data.packed import Packed, salted
-from pneumo_experiments.data.report import Report, make_report
+from pneumo_experiments.data.patients import Grouping, count_sources, describe_sources, source_of
+from pneumo_experiments.data.report import Report
 from pneumo_experiments.data.report_summary import many
 from pneumo_experiments.data.store import Dataset, write_dataset
 from pneumo_experiments.data.workers import available_cores
 from pneumo_experiments.errors import Rejected, UserError
-from pneumo_experiments.settings import Preprocess
-from pneumo_experiments.stages.data_report import leave_report, log_left_report
+from pneumo_experiments.settings import NONE, Preprocess
+from pneumo_experiments.stages.data_report import leave_report, log_left_report, report_of
+from pneumo_experiments.stages.patients import SOURCES, grouping_of, warn_of_grouping
 
 # What a data set was made from, as its file keeps it, and how a difference is called.
 FILES = "files"
@@ -42,7 +44,7 @@ class Source:
 
     archive: Archive
     annotations: dict[str, list[str]] | None
-    patients: dict[str, str] = field(repr=False)
+    patients: Grouping
     members: tuple[Member, ...]
     made_from: dict[str, str]
 
@@ -64,7 +66,7 @@ def preprocess(settings: Preprocess) -> Path:
             log_left_report(settings.dataset)
         else:
             _write(settings, source)
-        _describe(settings.dataset)
+        _describe(settings.dataset, source.patients)
     return settings.dataset
 
 
@@ -72,23 +74,20 @@ def _source(settings: Preprocess) -> Source:
     if settings.dicom_dir is None:
         raise UserError("dicom_dir: none given; name the folder that holds the DICOM files")
     archive = open_archive(settings.dicom_dir)
-    annotations = None if settings.rle_csv is None else read_annotations(settings.rle_csv)
-    patients = {} if settings.patients_csv is None else read_patients(settings.patients_csv)
+    annotations, digest = None, NONE
+    if settings.rle_csv is not None:
+        content = read_table(settings.rle_csv, ANNOTATIONS)
+        annotations, digest = read_annotations(settings.rle_csv, content), hashlib.sha256(content).hexdigest()
     if annotations is not None and not archive.image_ids & set(annotations):
         raise UserError(
             f"rle_csv={settings.rle_csv}: names none of the {len(archive.image_ids)} files in"
             f" {settings.dicom_dir}; name the table and the folder that belong together"
         )
+    members = tuple(m for m in archive.members if annotations is None or m.image_id in annotations)
+    patients = grouping_of(settings.patients_csv, [member.image_id for member in members])
     made_from = {name: str(getattr(settings, name)) for name in ("image_size", "pixel_dtype", "max_pixels")}
-    for name, table in (("rle_csv", settings.rle_csv), ("patients_csv", settings.patients_csv)):
-        made_from[name] = hashlib.sha256(table.read_bytes()).hexdigest() if table else "none"
-    return Source(
-        archive=archive,
-        annotations=annotations,
-        patients=patients,
-        members=tuple(m for m in archive.members if annotations is None or m.image_id in annotations),
-        made_from=made_from | {"salt": salted("salt")},
-    )
+    made_from |= {"rle_csv": digest, "patients_csv": patients.digest, "salt": salted("salt")}
+    return Source(archive, annotations, patients, members, made_from)
 
 
 def _is_there(settings: Preprocess, source: Source) -> bool:
@@ -104,8 +103,8 @@ def _is_there(settings: Preprocess, source: Source) -> bool:
             return False
         raise
     differing = [
-        f"{title} {there.get(name)}, not {source.made_from[name]}" if name == title else f"other {title[4:]}"
-        for name, title in MADE_FROM.items()
+        _difference(name, str(there.get(name)), source.made_from[name])
+        for name in MADE_FROM
         if there.get(name) != source.made_from[name]
     ]
     # Files that were only copied or touched are still the same, and a look into them tells.
@@ -143,6 +142,14 @@ def _digest(lines: Iterator[str]) -> str:
     return digest.hexdigest()
 
 
+def _difference(name: str, there: str, wanted: str) -> str:
+    if name == MADE_FROM[name]:
+        return f"{name} {there}, not {wanted}"
+    if name == "patients_csv" and source_of(there) != source_of(wanted):
+        return f"patients by {source_of(there)}, not by {source_of(wanted)}"
+    return f"other {MADE_FROM[name].removeprefix('the ')}"
+
+
 def _write(settings: Preprocess, source: Source) -> None:
     """Makes the data set by way of its work folder, and the report; the folder goes when all is done."""
     path, work = settings.dataset, _work_folder(settings)
@@ -168,7 +175,7 @@ def _write(settings: Preprocess, source: Source) -> None:
 
 def _make(settings: Preprocess, source: Source, work: Path) -> Report:
     recipe = Recipe(settings.image_size, settings.pixel_dtype, settings.max_pixels)
-    jobs = make_jobs(source.archive.root, recipe, source.members, source.annotations, source.patients)
+    jobs = make_jobs(source.archive.root, recipe, source.members, source.annotations, source.patients.hashes)
     made_from = source.made_from | {"stamp": source.stamp}
     found, report = list[Result](), list[Report]()
 
@@ -184,7 +191,8 @@ def _make(settings: Preprocess, source: Source, work: Path) -> Report:
                 if result.packed is not None:
                     yield result.packed
         made_from[FILES] = _digest(f"{result.image_id} {result.content}" for result in found)
-        report.append(_report(source, found))
+        report.append(report_of(source.archive, source.annotations, source.patients, found))
+        made_from[SOURCES] = describe_sources(report[0].patients.sources)
         _refuse_too_many(settings, report[0])
 
     write_dataset(
@@ -200,29 +208,6 @@ def _make(settings: Preprocess, source: Source, work: Path) -> Report:
 
 def _work_folder(settings: Preprocess) -> Path:
     return settings.dataset.with_name(settings.dataset.name + ".work")
-
-
-def _report(source: Source, found: Sequence[Result]) -> Report:
-    archive, annotated = source.archive, source.annotations
-    used = [result for result in found if result.packed is not None]
-    packed = [result.packed for result in found if result.packed is not None]
-    rejected = [(result.image_id, result.reason) for result in found if result.reason]
-    rejected += [
-        (image_id, SEVERAL) for image_id in archive.differing if annotated is None or image_id in annotated
-    ]
-    return make_report(
-        files=archive.files,
-        skipped=archive.skipped,
-        doubles=archive.doubles,
-        rejected=rejected,
-        entries=[image.entry for image in packed],
-        pictures=[image.picture for image in packed],
-        formats=[result.format for result in used],
-        annotated=annotated,
-        file_ids=archive.image_ids,
-        overlapping=[result.image_id for result in used if result.overlapping],
-        invalid_run_lengths=[result.image_id for result in found if result.bad_run_lengths],
-    )
 
 
 def _refuse_too_many(settings: Preprocess, report: Report) -> None:
@@ -242,7 +227,7 @@ def _refuse_too_many(settings: Preprocess, report: Report) -> None:
     )
 
 
-def _describe(path: Path) -> None:
+def _describe(path: Path, grouping: Grouping) -> None:
     """The data set's numbers, in the active run and on the terminal."""
     with Dataset.open(path) as dataset:
         entries, fingerprint = dataset.entries, dataset.fingerprint
@@ -252,6 +237,9 @@ def _describe(path: Path) -> None:
         tracking.log_metrics({"images": len(entries), "positives": positives, "patients": patients})
         labels = f"{positives:,} with pneumothorax" if dataset.labelled else "without labels"
         size = dataset.image_size
-    line = f"{many(len(entries), 'image')} of {many(patients, 'patient')}, {labels}, at {size} px"
+        told = describe_sources(count_sources(entries, grouping))
+        tracking.log_found({"patients_from": told})
+        warn_of_grouping(dataset)
+    line = f"{many(len(entries), 'image')} of {many(patients, 'patient')} ({told}), {labels}, at {size} px"
     tracking.describe(f"{line}.\nFile {path}, fingerprint {fingerprint[:16]}.")
     print(f"preprocess: {line}: {path}")

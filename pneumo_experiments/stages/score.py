@@ -20,8 +20,8 @@ from pneumo_experiments.learning.device import choose_machine
 from pneumo_experiments.scoring.scores import Scores
 from pneumo_experiments.scoring.submission import write_submission
 from pneumo_experiments.serving import Detector
-from pneumo_experiments.settings import Recipe, Score
-from pneumo_experiments.stages.cohort import Cohort, log_overlays, parts_of
+from pneumo_experiments.settings import Score
+from pneumo_experiments.stages.cohort import Cohort, log_overlays, parts_of, split_of
 
 
 @dataclass(frozen=True)
@@ -85,13 +85,7 @@ def _indices(settings: Score, detector: Detector, dataset: Dataset) -> NDArray[n
             f"subset={settings.subset}: the model was trained on another data set than {settings.dataset};"
             " subset=all scores every image"
         )
-    text = detector.settings
-    made = Recipe(
-        holdout=float(text["holdout"]),
-        folds=int(text["folds"]),
-        fold=text["fold"],
-        seed=int(text["seed"]),
-    )
+    made = split_of(detector.settings)
     indices: NDArray[np.int64] = getattr(parts_of(dataset, made), settings.subset)
     if not len(indices):
         raise UserError(
