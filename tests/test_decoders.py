@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -45,7 +46,12 @@ def outcomes(*files: File) -> list[Small | Rejected]:
 
 
 def decoders() -> list[psutil.Process]:
-    return [child for child in psutil.Process().children() if "data.decoder" in " ".join(child.cmdline())]
+    found = list[psutil.Process]()
+    for child in psutil.Process().children():
+        with suppress(psutil.NoSuchProcess):  # it has just ended
+            if "data.decoder" in " ".join(child.cmdline()):
+                found.append(child)
+    return found
 
 
 def peak_bytes(process: psutil.Process) -> int:
