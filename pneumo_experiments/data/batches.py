@@ -22,7 +22,9 @@ from isal import isal_zlib
 
 from pneumo_experiments.data.annotations import unite
 from pneumo_experiments.data.archive import Member, read_member
-from pneumo_experiments.data.dicom import read_radiograph
+from pneumo_experiments.data.decoders import read_all
+from pneumo_experiments.data.dicom import Radiograph, read_radiograph
+from pneumo_experiments.data.limits import limited_time, most_seconds, too_much_memory
 from pneumo_experiments.data.packed import Entry, Example, Packed, hash_patient, pack, salted
 from pneumo_experiments.data.resample import shrink, shrink_image
 from pneumo_experiments.data.rle import EMPTY, encode
@@ -51,7 +53,7 @@ class Job:
     members: tuple[Member, ...]
     annotations: tuple[tuple[str, ...], ...] | None  # None for a set without labels
     patients: tuple[str, ...]  # hashes; empty: the file's own PatientID
-    fatal: frozenset[str] = frozenset()  # ids of files that ended a worker
+    fatal: Mapping[str, str] = field(default_factory=dict[str, str])  # why a file ended a worker, by its id
 
     @property
     def name(self) -> str:
@@ -110,14 +112,14 @@ def results(jobs: Sequence[Job], work: Path, workers: int) -> Iterator[Result]:
     """What became of each file, in order, whatever the number of workers.
 
     Finished batches are taken from the ``work`` folder, the others made there. A file that ends its worker
-    (a decoder's crash) is rejected, and the rest goes on.
+    (its decoder crashes, or takes too long) is rejected, and the rest goes on.
     """
     jobs = list(jobs)
     done = 0
     while done < len(jobs):
         missing = [job for job in jobs[done:] if not is_made(job, work)]
         try:
-            with worker_pool(max(1, min(workers, len(missing)))) as pool:
+            with worker_pool(max(1, min(workers, len(missing))), jobs[0].recipe.max_pixels) as pool:
                 futures: dict[str, Future[None]] = {j.name: pool.submit(_make, j, work) for j in missing}
                 while done < len(jobs):
                     job = jobs[done]
@@ -127,28 +129,30 @@ def results(jobs: Sequence[Job], work: Path, workers: int) -> Iterator[Result]:
                     done += 1
         except BrokenProcessPool:
             fatal = _find_fatal(jobs[done:], work)
-            jobs[done:] = [replace(job, fatal=job.fatal | fatal) for job in jobs[done:]]
+            jobs[done:] = [replace(job, fatal={**job.fatal, **fatal}) for job in jobs[done:]]
 
 
-def _find_fatal(jobs: Sequence[Job], work: Path) -> frozenset[str]:
-    """Of the files that were being read when a worker ended, those that end another one, too."""
-    fatal = set[str]()
+def _find_fatal(jobs: Sequence[Job], work: Path) -> dict[str, str]:
+    """Of the files that were being read when a worker ended, those that cannot be read, and why not."""
+    fatal = dict[str, str]()
     by_name = {job.name: job for job in jobs}
     for mark in list(work.glob("*.now")):
         job = by_name[mark.stem]
-        index = int(mark.read_text() or 0)
+        member = job.members[int(mark.read_text() or 0)]
         mark.unlink()
         try:
-            with worker_pool(1) as pool:
-                pool.submit(_result, job, index).result()
-        except BrokenProcessPool:
-            fatal.add(job.members[index].image_id)
+            file = (member.image_id, read_member(job.root, member, job.recipe.max_pixels))
+        except Rejected:
+            continue
+        for image_id, outcome in read_all([file], job.recipe.image_size, job.recipe.max_pixels):
+            if isinstance(outcome, Rejected):
+                fatal[image_id] = str(outcome)
     if not fatal:
         raise UserError(
             "workers: a process was ended from outside, by lack of memory perhaps; set workers to fewer"
             " and run the same command again: what is finished is kept"
         )
-    return frozenset(fatal)
+    return fatal
 
 
 def _make(job: Job, work: Path) -> None:
@@ -212,16 +216,24 @@ def _row(result: Result) -> dict[str, Any]:
 
 
 def _result(job: Job, index: int) -> Result:
-    member, recipe = job.members[index], job.recipe
+    member, most = job.members[index], job.recipe.max_pixels
     result = Result(member.image_id, content="")
     try:
-        content = read_member(job.root, member, recipe.max_pixels)
+        content = read_member(job.root, member, most)
         result = replace(result, content=hashlib.sha256(content).hexdigest())
         if member.image_id in job.fatal:
-            raise Rejected(f"{member.image_id}: its decoder crashed")
-        radiograph = read_radiograph(content, member.image_id, recipe.max_pixels)
+            raise Rejected(job.fatal[member.image_id])
+        with limited_time(most_seconds(len(content))):
+            radiograph = read_radiograph(content, member.image_id, most)
+        return _packed(job, index, result, radiograph)
     except Rejected as reason:
         return replace(result, reason=str(reason))
+    except MemoryError:
+        return replace(result, reason=f"{member.image_id}: {too_much_memory(most)}")
+
+
+def _packed(job: Job, index: int, result: Result, radiograph: Radiograph) -> Result:
+    member, recipe = job.members[index], job.recipe
     shape = (radiograph.pixels.shape[0], radiograph.pixels.shape[1])
     texts = job.annotations[index] if job.annotations is not None else ()
     try:

@@ -51,6 +51,8 @@ def decode(
         stored = codec.decode(frame, stated)
     except ImportError as error:
         raise Rejected(f"{codec.name}, {stated.bits} bit, needs {codec.needs}") from error
+    except MemoryError:
+        raise
     except Exception as error:  # of whatever kind the decoder has
         raise Rejected(f"its {codec.name} picture cannot be decoded: damaged, or of a rare kind") from error
     if stored.shape != size:

@@ -39,7 +39,8 @@ class Radiograph:
 def read_radiograph(content: bytes, image_id: str, max_pixels: int = MAX_PIXELS) -> Radiograph:
     """A single grey picture as 8-bit greys (H, W); anything else is ``Rejected`` with the reason.
 
-    Memory beside the file: a copy of its pixel data and 1 byte per pixel; up to 7 where it is compressed.
+    Memory beside the file: a copy of its pixel data and 1 byte per pixel; up to 8 where it is compressed.
+    What a hostile file takes has no limit here: ``decoders`` and ``batches`` read in processes that have one.
     """
     try:
         with warnings.catch_warnings():
@@ -58,6 +59,8 @@ def read_radiograph(content: bytes, image_id: str, max_pixels: int = MAX_PIXELS)
             )
     except Rejected as error:
         reason = str(error)
+    except MemoryError:
+        raise
     except Exception as error:  # damaged bytes make pydicom and the decoders raise nearly anything
         # Only the kind of error: its text may quote the header.
         reason = f"cannot be decoded: damaged, cut short or not supported ({type(error).__name__})"

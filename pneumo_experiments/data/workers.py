@@ -8,13 +8,14 @@ import threading
 from collections.abc import Generator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from multiprocessing import get_context, parent_process
+from multiprocessing import active_children, get_context, parent_process
 from multiprocessing.connection import wait
 
-ENVIRONMENT = {
-    # A worker's matrix products are small: more threads than workers would only wait for each other.
-    "OMP_NUM_THREADS": "1",
-    "OPENBLAS_NUM_THREADS": "1",
+from pneumo_experiments.data.limits import limit_memory
+
+# A worker's matrix products are small: more threads than workers would only wait for each other.
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+ENVIRONMENT = ONE_THREAD | {
     # glibc would return each picture's memory and take it anew, page by page: as much work as resampling.
     "MALLOC_MMAP_THRESHOLD_": str(2**30),
     "MALLOC_TRIM_THRESHOLD_": str(2**30),
@@ -27,15 +28,24 @@ def available_cores() -> int:
 
 
 @contextmanager
-def worker_pool(workers: int) -> Generator[ProcessPoolExecutor]:
-    """Processes that end with this one, however it ends; leaving the block drops what they have not begun."""
+def worker_pool(workers: int, max_pixels: int | None = None) -> Generator[ProcessPoolExecutor]:
+    """Processes that end with this one, however it ends; an exception in the block ends them at once.
+
+    Those that read files get no more memory than a picture of ``max_pixels`` may take.
+    """
     # Spawned, since a fork would copy whatever threads the caller has.
-    executor = ProcessPoolExecutor(workers, get_context("spawn"), _begin)
+    executor = ProcessPoolExecutor(workers, get_context("spawn"), _begin, (max_pixels,))
+    others = set(active_children())
     before = {name: os.environ.get(name) for name in ENVIRONMENT}
     os.environ.update(ENVIRONMENT)  # processes start until all are there
     try:
         _start(executor, workers)
         yield executor
+    except BaseException:
+        # What they have in hand may take minutes, and a decoder in C heeds nothing else.
+        for process in set(active_children()) - others:
+            process.kill()
+        raise
     finally:
         executor.shutdown(cancel_futures=True)
         for name, value in before.items():
@@ -57,8 +67,10 @@ def _start(executor: ProcessPoolExecutor, workers: int) -> None:
             signal.signal(signal.SIGINT, handler)
 
 
-def _begin() -> None:
+def _begin(max_pixels: int | None) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if max_pixels is not None:
+        limit_memory(max_pixels)
     # Workers wait for work that a parent killed by -9 never sends.
     parent = parent_process()
     if parent is not None:

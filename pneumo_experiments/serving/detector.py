@@ -5,8 +5,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Generator, Iterable, Mapping
+from contextlib import closing
 from dataclasses import asdict, dataclass
+from itertools import islice
+from math import nan
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -14,17 +17,17 @@ import numpy as np
 import pandas as pd
 import torch
 
-from pneumo_experiments.data.dicom import read_radiograph
-from pneumo_experiments.data.resample import shrink_image
+from pneumo_experiments.data.decoders import File, Small, read_all
 from pneumo_experiments.data.rle import encode
-from pneumo_experiments.errors import Rejected, UserError
+from pneumo_experiments.errors import UserError
 from pneumo_experiments.learning.device import choose_machine
 from pneumo_experiments.learning.network import PneumothoraxNet
-from pneumo_experiments.learning.predict import Predictor, to_native
+from pneumo_experiments.learning.predict import Prediction, Predictor, to_native
 from pneumo_experiments.scoring.thresholds import Thresholds, outline
 from pneumo_experiments.settings import Device
 
 WEIGHTS, DESCRIPTION = "weights.pt", "model.json"
+BATCH = 16  # radiographs
 
 
 class Row(TypedDict):
@@ -47,16 +50,23 @@ class Detector:
     settings: Mapping[str, Any]
     data_fingerprint: str
 
-    def detect(self, dicom: bytes, image_id: str) -> Row:
-        """Presence and outline of one radiograph; a file that cannot be used gives a row with its error."""
-        try:
-            radiograph = read_radiograph(dicom, image_id)
-        except Rejected as error:
-            return Row(image_id=image_id, presence=float("nan"), area_px=0, rle="-1", error=str(error))
-        small = shrink_image(radiograph.pixels, self.image_size)
-        prediction = next(self.predictor.predict(small[None]))
-        rows, columns = radiograph.pixels.shape
-        mask = outline(to_native(prediction.mask, (rows, columns)), prediction.presence, self.thresholds)
+    def detect(self, files: Iterable[File]) -> Generator[Row]:
+        """Presence and outline of each radiograph, in order; what cannot be used gives a row with its error.
+
+        Files (image id, DICOM bytes) are drawn a little ahead, decoded side by side and predicted in batches.
+        """
+        with closing(read_all(files, self.image_size)) as found:
+            while batch := list(islice(found, BATCH)):
+                small = [one.pixels for _, one in batch if isinstance(one, Small)]
+                predictions = self.predictor.predict(np.stack(small), BATCH) if small else iter(())
+                for image_id, one in batch:
+                    if isinstance(one, Small):
+                        yield self._row(image_id, (one.rows, one.columns), next(predictions))
+                    else:
+                        yield Row(image_id=image_id, presence=nan, area_px=0, rle="-1", error=str(one))
+
+    def _row(self, image_id: str, shape: tuple[int, int], prediction: Prediction) -> Row:
+        mask = outline(to_native(prediction.mask, shape), prediction.presence, self.thresholds)
         return Row(
             image_id=image_id,
             presence=prediction.presence,
@@ -68,8 +78,8 @@ class Detector:
     def predict(self, frame: pd.DataFrame, params: Mapping[str, Any] | None = None) -> pd.DataFrame:
         """MLflow's call: columns ``image_id`` and ``dicom`` (bytes) in, the columns of Row out."""
         image_ids, files = frame["image_id"].tolist(), frame["dicom"].tolist()
-        rows = [self.detect(bytes(f), str(i)) for i, f in zip(image_ids, files, strict=True)]
-        return pd.DataFrame(rows, columns=list(Row.__annotations__))
+        pairs = ((str(i), bytes(f)) for i, f in zip(image_ids, files, strict=True))
+        return pd.DataFrame(list(self.detect(pairs)), columns=list(Row.__annotations__))
 
     def get_raw_model(self) -> Detector:
         """MLflow's call for the object behind its wrapper."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from tqdm import tqdm
 
 from pneumo_experiments import tracking
 from pneumo_experiments.data.archive import SEVERAL, open_archive, read_member
+from pneumo_experiments.data.decoders import File
 from pneumo_experiments.data.dicom import MAX_PIXELS
 from pneumo_experiments.data.rle import EMPTY
 from pneumo_experiments.data.store import Dataset
@@ -97,24 +99,29 @@ def _indices(settings: Score, detector: Detector, dataset: Dataset) -> NDArray[n
 def _submit(settings: Score, detector: Detector, folder: Path) -> Judged:
     archive, errors = open_archive(folder), list[str]()
 
-    def rows() -> Iterator[tuple[str, str]]:
+    def files() -> Iterator[File]:
+        for member in archive.members:
+            try:
+                yield member.image_id, read_member(archive.root, member, MAX_PIXELS)
+            except Rejected as reason:
+                yield member.image_id, reason
+
+    def rows() -> Generator[tuple[str, str]]:
         for image_id in archive.differing:
             errors.append(f"{image_id}: {SEVERAL}")
             yield image_id, EMPTY
-        for member in tqdm(archive.members, desc="submission", unit="image", disable=None):
-            try:
-                row = detector.detect(read_member(archive.root, member, MAX_PIXELS), member.image_id)
-            except Rejected as reason:
-                errors.append(str(reason))
-                yield member.image_id, EMPTY
-                continue
-            if row["error"]:
-                errors.append(row["error"])
-            yield row["image_id"], row["rle"]
+        bar = tqdm(total=len(archive.members), desc="submission", unit="image", disable=None)
+        with bar, closing(detector.detect(files())) as found:
+            for row in found:
+                bar.update()
+                if row["error"]:
+                    errors.append(row["error"])
+                yield row["image_id"], row["rle"]
         if len(errors) == len(archive.image_ids):
             raise UserError(f"dicom_dir={folder}: no file can be used; the first: {errors[0]}")
 
-    count = write_submission(settings.submission, rows())
+    with closing(rows()) as lines:
+        count = write_submission(settings.submission, lines)
     tracking.log_file(settings.submission)
     tracking.log_metrics({"images": count, "rejected": len(errors)})
     tracking.describe(

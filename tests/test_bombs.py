@@ -1,0 +1,230 @@
+"""Files that take gigabytes or hours cost their own row, and a command that is at one can be stopped."""
+
+from __future__ import annotations
+
+import csv
+import os
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlflow
+import pandas as pd
+import psutil
+import pytest
+import torch
+from bombs import deflated_header, many_scans, tiny_precincts
+from conftest import ROOT
+from dicom_files import GREYS, jpeg_file
+from mlflow import MlflowClient
+
+from pneumo_experiments import tracking
+from pneumo_experiments.data import limits
+from pneumo_experiments.data.archive import open_archive
+from pneumo_experiments.data.batches import Recipe, make_jobs, results
+from pneumo_experiments.learning.device import Machine
+from pneumo_experiments.learning.network import PneumothoraxNet
+from pneumo_experiments.learning.predict import Predictor
+from pneumo_experiments.scoring.thresholds import Thresholds
+from pneumo_experiments.serving import Detector, save
+from pneumo_experiments.settings import Score, Train, as_params
+from pneumo_experiments.stages.score import score
+
+GOOD = jpeg_file(GREYS)
+PATIENCE_SECONDS = 15  # a bomb takes 20 at least
+MOST_BYTES = 3 * 10**9
+TOO_LONG = "takes more than 1 s of processor time to decode"
+# make soak waits for the real limits, too.
+SOAK = int(os.environ.get("PNEUMO_KILLS") or 0) >= 10
+
+
+@dataclass(frozen=True)
+class Desk:
+    """A store with a model, and a folder of radiographs."""
+
+    uri: str
+    model: str
+    detector: Detector
+    radiographs: Path
+
+
+@pytest.fixture(scope="module")
+def bombs() -> dict[str, bytes]:
+    return {"header": deflated_header(), "precincts": tiny_precincts(), "scans": many_scans()}
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory: pytest.TempPathFactory, bombs: dict[str, bytes]) -> Iterator[Desk]:
+    folder = tmp_path_factory.mktemp("desk")
+    radiographs = folder / "radiographs"
+    radiographs.mkdir()
+    for name, content in {"a": GOOD, **bombs, "z": GOOD}.items():
+        (radiographs / f"{name}.dcm").write_bytes(content)
+    uri = f"sqlite:///{folder / 'mlflow.db'}"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("MLFLOW_TRACKING_URI", uri)
+        mlflow.set_tracking_uri(None)  # pyright: ignore[reportArgumentType]
+        with tracking.run("train", Train()):
+            predictor = Predictor(
+                PneumothoraxNet("fcn_resnet50"), Machine(torch.device("cpu"), "fp32"), mirror=False
+            )
+            detector = Detector(predictor, 32, Thresholds(presence_threshold=0), as_params(Train()), "")
+            (folder / "weights").mkdir()
+            save(folder / "weights", detector)
+            model = tracking.log_model(folder / "weights")
+        yield Desk(uri, model, detector, radiographs)
+    mlflow.set_tracking_uri(None)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is started here decodes a second at most; not what workers of preprocess do."""
+    monkeypatch.setattr(limits, "OWN_SECONDS", 1)
+    monkeypatch.setattr(limits, "SECONDS_PER_MEGABYTE", 0)
+
+
+def peak_bytes(process: psutil.Process) -> int:
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024
+
+
+def family_peak_bytes() -> int:
+    return sum(peak_bytes(process) for process in (psutil.Process(), *psutil.Process().children()))
+
+
+def at_work(parent: psutil.Process, name: str) -> list[psutil.Process]:
+    """Children whose command line has this in it and that have used more than their start takes."""
+    found = list[psutil.Process]()
+    for child in parent.children():
+        with suppress(psutil.NoSuchProcess):  # it has just ended
+            if name in " ".join(child.cmdline()) and sum(child.cpu_times()[:2]) > 1.5:
+                found.append(child)
+    return found
+
+
+def test_a_model_answers_all_rows_of_a_batch_with_bombs_in_it(
+    desk: Desk, bombs: dict[str, bytes], impatient: None
+) -> None:
+    files = {"a": GOOD, **bombs, "z": GOOD}
+    frame = pd.DataFrame({"image_id": list(files), "dicom": list(files.values())})
+    rows = {row["image_id"]: row for row in desk.detector.predict(frame).to_dict("records")}
+    assert list(rows) == list(files)
+    assert [rows[name]["error"] for name in ("a", "z")] == ["", ""]
+    assert rows["a"]["presence"] == pytest.approx(rows["z"]["presence"])
+    assert rows["header"]["error"] == f"header: {TOO_LONG}"
+    assert rows["scans"]["error"] == f"scans: {TOO_LONG}"
+    assert rows["precincts"]["error"]  # which limit it reaches first depends on the machine
+    assert {rows[name]["rle"] for name in bombs} == {"-1"}
+    assert family_peak_bytes() < MOST_BYTES
+
+
+def test_a_batch_of_any_size_keeps_its_order_and_its_answers(desk: Desk) -> None:
+    files = {str(n): (b"no DICOM" if n % 5 == 4 else GOOD) for n in range(37)}
+    frame = pd.DataFrame({"image_id": list(files), "dicom": list(files.values())})
+    answer = desk.detector.predict(frame)
+    assert answer["image_id"].tolist() == list(files)
+    assert [bool(error) for error in answer["error"]] == [n % 5 == 4 for n in range(37)]
+    alone = desk.detector.predict(frame[:1])
+    good = answer[answer["error"] == ""]
+    assert good["presence"].to_numpy() == pytest.approx(alone["presence"][0], abs=1e-5)
+    assert desk.detector.predict(frame[4:5])["error"].tolist() == ["4: not a DICOM file"]
+    assert desk.detector.predict(frame[:0]).empty
+
+
+def test_a_submission_has_a_row_for_every_bomb(
+    desk: Desk, tmp_path: Path, impatient: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    score(Score(model=desk.model, dicom_dir=desk.radiographs, submission=tmp_path / "sub.csv"))
+    with (tmp_path / "sub.csv").open(newline="") as file:
+        rows = {row["ImageId"]: row["EncodedPixels"] for row in csv.DictReader(file)}
+    assert set(rows) == {"a", "header", "precincts", "scans", "z"}
+    assert {rows[name] for name in ("header", "precincts", "scans")} == {"-1"}
+    said = capsys.readouterr().out
+    assert f"submitted as empty: header: {TOO_LONG}" in said
+    assert "5 images" in said
+    assert "3 could not be read" in said
+    (run,) = MlflowClient().search_runs(["0"], "attributes.run_name = 'score'")
+    assert run.info.status == "FINISHED"
+    assert family_peak_bytes() < MOST_BYTES
+
+
+def test_a_data_set_is_made_without_the_bombs(tmp_path: Path, impatient: None) -> None:
+    folder, work = tmp_path / "files", tmp_path / "work"
+    folder.mkdir()
+    work.mkdir()
+    files = {"a": GOOD, "header": deflated_header(2_000_000), "precincts": tiny_precincts(2000)}
+    for name, content in (files | {"scans": many_scans(), "z": GOOD}).items():
+        (folder / f"{name}.dcm").write_bytes(content)
+
+    def end_the_slow_one() -> None:
+        """As its timer would, half a minute later."""
+        while not any(mark.read_text().strip() == "3" for mark in work.glob("*.now")):
+            time.sleep(0.01)
+        while not (workers := at_work(psutil.Process(), "spawn_main")):
+            time.sleep(0.01)
+        (worker,) = workers
+        worker.send_signal(signal.SIGPROF)
+
+    killer = threading.Thread(target=end_the_slow_one)
+    if not SOAK:
+        killer.start()
+    jobs = make_jobs(folder, Recipe(32, "uint8", 2**22), open_archive(folder).members, None, {})
+    found = {result.image_id: result for result in results(jobs, work, workers=2)}
+    assert [image_id for image_id, result in found.items() if result.packed] == ["a", "z"]
+    assert found["header"].reason == "header: takes more than 0.3 GB of memory to decode"
+    assert "cannot be decoded" in found["precincts"].reason
+    assert found["scans"].reason == f"scans: {TOO_LONG}"
+    assert all(len(result.content) == 64 for result in found.values())
+    peak_kilobytes = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss  # of the workers that have ended
+    assert peak_kilobytes * 1024 < MOST_BYTES
+
+
+@pytest.mark.parametrize("stage", ["score", "preprocess"])
+@pytest.mark.parametrize(
+    ("number", "code", "status"),
+    [
+        (signal.SIGINT, 130, "KILLED"),
+        (signal.SIGTERM, 143, "KILLED"),
+        (signal.SIGKILL, -signal.SIGKILL, "RUNNING"),
+    ],
+    ids=lambda value: getattr(value, "name", ""),
+)
+def test_a_command_in_the_midst_of_a_bomb_can_be_stopped(
+    stage: str, number: signal.Signals, code: int, status: str, desk: Desk, tmp_path: Path
+) -> None:
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files" / "scans.dcm").write_bytes(many_scans())
+    words = ["--dicom_dir", "files"]
+    words += ["--model", desk.model, "--submission", "sub.csv"] if stage == "score" else ["--dataset", "d.h5"]
+    with subprocess.Popen(
+        [sys.executable, "-m", "pneumo_experiments", stage, *words],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "MLFLOW_TRACKING_URI": desk.uri},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        command = psutil.Process(process.pid)
+        while not at_work(command, "data.decoder" if stage == "score" else "spawn_main"):
+            assert process.poll() is None, process.stdout and process.stdout.read()
+            time.sleep(0.02)
+        children = command.children(recursive=True)
+        # As a terminal sends Ctrl-C: to the whole group.
+        os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)
+        said, _ = process.communicate(timeout=PATIENCE_SECONDS)
+    assert process.returncode == code, said
+    assert "Traceback" not in said
+    assert psutil.wait_procs(children, timeout=PATIENCE_SECONDS)[1] == []
+    run = MlflowClient().search_runs(["0"], order_by=["attributes.start_time DESC"])[0]
+    assert (run.info.run_name, run.info.status) == (stage, status)
+    if number != signal.SIGKILL:
+        assert not [*tmp_path.glob("*.csv*"), *tmp_path.glob("*.h5"), *tmp_path.glob("*.part")]
