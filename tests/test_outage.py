@@ -30,7 +30,7 @@ from mlflow.exceptions import MlflowException, RestException
 
 from pneumo_experiments import tracking
 from pneumo_experiments.errors import UserError
-from pneumo_experiments.settings import Train
+from pneumo_experiments.settings import Preprocess, Train
 from pneumo_experiments.tracking import delivery
 from pneumo_experiments.tracking.__main__ import deliver
 
@@ -441,6 +441,135 @@ def test_one_call_that_the_store_refuses_holds_up_no_other(client: MlflowClient,
         assert history(client, run_id, "dice") == [(0, 0.5), (2, 0.5)]
         (missing,) = calls_in(box.file)
         assert (missing["run_id"], missing["step"]) == ("0" * 32, 1)
+
+
+# A file of calls that is not what it seems
+
+
+def artifacts_of(client: MlflowClient, run_id: str) -> Path:
+    return Path(client.get_run(run_id).info.artifact_uri.removeprefix("file://"))
+
+
+def documents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b'{"call": "tags", "run_',  # torn by a kill
+        b"rubbish",
+        b"rubbish\n\xff\n",
+        b"[]\n7\nnull\n{}\n",
+        b'{"call": "exit"}\n{"call": ["tags"]}\n',
+        b"[" * 100_000 + b"\n",
+        b'{"call": "tags"}\n{"call": "tags", "run_id": 7, "values": 8}\n{"call": "artifact", "path": 9}\n',
+    ],
+)
+def test_lines_that_are_no_calls_are_told_and_nothing_else_is_touched(
+    line: bytes, client: MlflowClient, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run_id = client.create_run("0").info.run_id
+    folder = tmp_path / "documents"
+    (folder / "files").mkdir(parents=True)
+    for name in ("letter.txt", "files/picture.png"):
+        (folder / name).write_bytes(b"mine")
+    kept = json.dumps({"call": "tags", "run_id": run_id, "values": {"a": "b"}}) + "\n"
+    (folder / "calls.jsonl").write_bytes(kept.encode() + line)
+    torn = line.startswith(b'{"call": "tags", "run_')
+    if torn:
+        deliver(folder / "calls.jsonl")
+    else:
+        with pytest.raises(
+            UserError, match=r"calls\.jsonl: \d lines? (are no calls|calls)|are still missing"
+        ):
+            deliver(folder / "calls.jsonl")
+    assert client.get_run(run_id).data.tags["a"] == "b"
+    left = documents(folder)
+    assert left.pop("letter.txt") == left.pop("files/picture.png") == b"mine"
+    assert set(left) == (set() if torn else {"calls.jsonl"})
+    if not torn:
+        assert line.strip(b"\n") in left["calls.jsonl"]
+    assert ("its last line is torn" in caplog.text) == torn
+
+
+@pytest.mark.parametrize("kind", ["artifact", "model"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/etc/passwd",
+        "../secret",
+        "box/files/../../secret",
+        "box/files",
+        "box/letter.txt",
+        "secret",
+        "box/files/1/link",
+        "box/files/linked/secret",
+        "box/files/2",
+        "model-{run_id}/data/link",
+        "model-{run_id}/MLmodel",
+        "model-../data",
+    ],
+)
+def test_a_file_that_no_run_kept_is_neither_uploaded_nor_removed(
+    path: str, kind: str, client: MlflowClient, tmp_path: Path
+) -> None:
+    run_id = client.create_run("0").info.run_id
+    above = tmp_path / "a" / "b"
+    box, model = above / "box", above / f"model-{run_id}"
+    for folder in (box / "files" / "1", box / "files" / "2", model / "data"):
+        folder.mkdir(parents=True)
+    for name in (above / "secret", above.parent / "secret", box / "letter.txt", model / "MLmodel"):
+        name.write_text("secret")
+    for link in (box / "files" / "1" / "link", box / "files" / "2" / "link", model / "data" / "link"):
+        link.symlink_to(above / "secret")
+    (box / "files" / "linked").symlink_to(above)
+    call = {"call": kind, "run_id": run_id, "path": path.format(run_id=run_id)}
+    call |= {"folder": ""} if kind == "artifact" else {"requirements": []}
+    (box / "calls.jsonl").write_text(json.dumps(call) + "\n")
+    before = documents(above)
+    with pytest.raises(UserError, match="1 calls are still missing"):
+        deliver(box / "calls.jsonl")
+    assert documents(above) == before
+    assert documents(artifacts_of(client, run_id)) == {}
+
+
+def test_what_was_kept_is_delivered_from_a_folder_that_was_moved_and_only_that_is_removed(
+    client: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_id = client.create_run("0").info.run_id
+    box = delivery.Outbox(tmp_path / "output" / "box")
+    (tmp_path / "a.txt").write_text("kept")
+    for folder in ("x", "y"):
+        box.keep("artifact", run_id=run_id, path=box.copy(tmp_path / "a.txt"), folder=folder)
+    (tmp_path / "output").rename(tmp_path / "moved")
+    (tmp_path / "moved" / "box" / "letter.txt").write_text("mine")
+    monkeypatch.chdir(tmp_path / "moved" / "box")
+    deliver(Path("calls.jsonl"))
+    assert documents(tmp_path / "moved") == {"box/letter.txt": b"mine"}
+    assert list((tmp_path / "moved" / "box").iterdir()) == [tmp_path / "moved" / "box" / "letter.txt"]
+    assert documents(artifacts_of(client, run_id)) == {"x/a.txt": b"kept", "y/a.txt": b"kept"}
+
+
+def test_a_name_that_is_not_utf_8_holds_up_no_delivery(client: MlflowClient, tmp_path: Path) -> None:
+    odd = os.fsdecode(b"x\xff")
+    with tracking.run("preprocess", Preprocess(dicom_dir=Path(odd), dataset=Path(f"{odd}.h5"))) as run_id:
+        tracking.describe(f"File {odd}")
+        tracking.log_found({"place": Path(odd)})
+        tracking.log_dataset(Path(f"{odd}.h5"), "0123456789abcdef0123", "training")
+        (tmp_path / f"{odd}.txt").write_text("here")
+        tracking.log_file(tmp_path / f"{odd}.txt")
+        box = delivery.Outbox(tmp_path / "box")
+        box.keep("tags", run_id=run_id, values={"odd": odd})
+        box.keep("artifact", run_id=run_id, path=box.copy(tmp_path / f"{odd}.txt"), folder="kept")
+        box.keep("tags", run_id=run_id, values={"last": "one"})
+        box.flush()
+    run = client.get_run(run_id)
+    assert run.data.params["dicom_dir"] == run.data.params["place"] == "x\\udcff"
+    assert run.data.tags["mlflow.note.content"] == "File x\\udcff"
+    assert (run.data.tags["odd"], run.data.tags["last"]) == ("x\\udcff", "one")
+    assert run.inputs.dataset_inputs[0].dataset.name == "x\\udcff"
+    assert (artifacts_of(client, run_id) / "x\\udcff.txt").read_text() == "here"
 
 
 @pytest.mark.parametrize("name", ["a:\nb", "../../a.json"])

@@ -78,7 +78,10 @@ class Outbox:
         self._told = False
         self._lock = RLock()  # system metrics come from a thread of their own
         if torn:
+            log.warning("%s: its last line is torn, by a kill: left out", self.file)
             self._write()
+        if self.foreign:
+            log.warning("%s: %d lines are no calls: left as they are", self.file, len(self.foreign))
 
     def __len__(self) -> int:
         """How many calls are missing in the store."""
