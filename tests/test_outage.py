@@ -15,9 +15,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from mlflow.exceptions import MlflowException, RestException
 
 from pneumo_experiments import tracking
 from pneumo_experiments.errors import UserError
-from pneumo_experiments.settings import Preprocess, Train
+from pneumo_experiments.settings import Preprocess, Sample, Train
 from pneumo_experiments.tracking import delivery
 from pneumo_experiments.tracking.__main__ import deliver
 
@@ -337,6 +338,128 @@ def test_what_was_left_is_delivered_by_hand(outage: Outage) -> None:
     assert (model.source_run_id, str(model.status)) == (alone.run_id, "READY")
     assert model.model_uri in outage.delivered.stderr
     assert not alone.file.parent.exists()
+
+
+# A server that answers, but not as it should
+
+
+class Network(ThreadingHTTPServer):
+    """What stands between the program and a server: passes on, or answers in its own ways all but HEAD."""
+
+    def __init__(self, server: Server) -> None:
+        super().__init__(("127.0.0.1", 0), Passage)
+        self.behind, self.mood, self.ended = server, "passes on", threading.Event()
+        self.uri = f"http://127.0.0.1:{self.server_port}"
+
+
+class Passage(BaseHTTPRequestHandler):
+    server: Network
+
+    def handle_any(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        mood = "passes on" if self.command == "HEAD" else self.server.mood
+        if mood == "hangs":
+            self.server.ended.wait()
+        elif mood == "passes on":
+            address = self.server.behind.uri + self.path
+            headers = {name: text for name, text in self.headers.items() if name.lower() != "host"}
+            answer = requests.request(self.command, address, data=body, headers=headers, timeout=60)
+            self.answer(answer.status_code, answer.headers.get("Content-Type", ""), answer.content)
+        else:
+            page = b"<html>\n<body>gateway, log in first</body>\n</html>"
+            self.answer(int(mood), "text/html", page)
+
+    def answer(self, status: int, kind: str, content: bytes) -> None:
+        with suppress(OSError):  # the program may have given up
+            self.send_response(status)
+            self.send_header("Content-Type", kind)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(content)
+
+    do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = handle_any  # noqa: N815
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def network(outage: Outage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Network]:
+    monkeypatch.chdir(tmp_path)
+    for name in ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID", "MLFLOW_EXPERIMENT_NAME"):
+        monkeypatch.delenv(name, raising=False)
+    with Network(outage.server) as between:
+        threading.Thread(target=between.serve_forever, daemon=True).start()
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", between.uri)
+        monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+        monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+        mlflow.set_tracking_uri(None)
+        yield between
+        between.ended.set()
+        between.shutdown()
+    mlflow.set_tracking_uri(None)
+
+
+MOODS = ["500", "503", "403", "404", "200", "hangs"]
+
+
+@pytest.mark.parametrize("mood", MOODS)
+def test_a_server_that_turns_nasty_ends_the_next_stage_with_one_line(mood: str, network: Network) -> None:
+    asked: dict[str, Callable[[], object]] = {
+        "start": lambda: tracking.run("sample", Sample()).__enter__(),
+        "best": tracking.best_model,
+        "data": lambda: tracking.model_data("models:/nobody@champion"),
+        "register": lambda: tracking.register_model("models:/m-1", "lungs", "auto", {}),
+    }
+    for name, call in asked.items():
+        with pytest.raises(UserError) as error, tracking.run("main", Sample()) as run_id:
+            network.mood = mood
+            call()
+        line = str(error.value)
+        assert len(line.splitlines()) == 1, name
+        assert "<body>" not in line, name
+        assert line.startswith((f"MLFLOW_TRACKING_URI={network.uri}: ", "model=models:/")), name
+        network.mood = "passes on"
+        file = Path("output") / f"undelivered-{run_id}" / "calls.jsonl"
+        deliver(file)
+        assert MlflowClient().get_run(run_id).info.status == "FAILED", name
+
+
+@pytest.mark.parametrize("mood", MOODS)
+def test_a_server_that_is_nasty_from_the_start_is_named(mood: str, network: Network) -> None:
+    network.mood = mood
+    with pytest.raises(
+        UserError, match=f"MLFLOW_TRACKING_URI={network.uri}: the store does not open"
+    ) as error:
+        tracking.open_store()
+    assert "\n" not in str(error.value)
+
+
+def test_a_server_that_hangs_does_not_hold_up_a_run_and_gets_everything_later(
+    network: Network, tmp_path: Path
+) -> None:
+    (tmp_path / "made").mkdir()
+    (tmp_path / "made" / "model.json").write_text("{}")
+    with tracking.run("train", Train(), system_metrics=True) as run_id:
+        tracking.log_metrics({"dice": 0.1}, step=1)
+        network.mood = "hangs"
+        for step in range(2, 50):
+            tracking.log_metrics({"dice": step / 100}, step=step)
+        tracking.log_json({"a": 1}, "sheets/a.json")
+        kept = tracking.log_model(tmp_path / "made")
+    assert kept == f"output/model-{run_id}"
+    file = tmp_path / "output" / f"undelivered-{run_id}" / "calls.jsonl"
+    names = [call["call"] for call in calls_in(file)]
+    assert names == ["metrics"] * 48 + ["artifact", "model", "end"]
+    network.mood = "passes on"
+    deliver(file)
+    run = MlflowClient().get_run(run_id)
+    assert run.info.status == "FINISHED"
+    assert [m.step for m in MlflowClient().get_metric_history(run_id, "dice")] == list(range(1, 50))
+    models = MlflowClient().search_logged_models(["0"])
+    assert [str(m.status) for m in models if m.source_run_id == run_id] == ["READY"]
+    assert not file.parent.exists()
 
 
 # A database in a file

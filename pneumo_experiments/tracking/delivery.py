@@ -37,7 +37,12 @@ class Away(Exception):
 
 
 def is_outage(error: Exception) -> bool:
-    """Whether the same call may succeed later: no answer, a locked database, a server in trouble."""
+    """Whether the same call may succeed later: no answer, a locked database, a server in trouble.
+
+    A page instead of MLflow's answer comes from what stands before the server, whatever its status.
+    """
+    if str(error).startswith("API request to endpoint"):
+        return True
     if isinstance(error, MlflowException):  # also what MLflow makes of requests' and SQLAlchemy's errors
         status = error.get_http_status_code()
     elif isinstance(error, requests.HTTPError) and error.response is not None:  # from an upload
