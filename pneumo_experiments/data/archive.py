@@ -108,7 +108,10 @@ def _scan(
         elif path.name == "DICOMDIR":
             skipped["DICOMDIR"] += 1
         elif known or _begins_like_dicom(head, path):
-            members.append(Member(path.stem if known else path.name, str(path), size, stamp))
+            image_id = path.stem if known else path.name
+            # Bytes that are no UTF-8 would stop whatever writes the id.
+            image_id = image_id.encode("utf-8", "backslashreplace").decode()
+            members.append(Member(image_id, str(path), size, stamp))
         else:
             skipped["other files"] += 1
     return members

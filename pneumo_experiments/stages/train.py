@@ -139,7 +139,7 @@ def _train(name: str, settings: Train, parent: str | None) -> tuple[Trained, Pre
     An interrupted training with the same settings goes on after its last whole epoch, in the same run.
     """
     checkpoint = _checkpoint(settings)
-    last = group.shared(_last(checkpoint) if checkpoint and settings.resume and group.leads() else None)
+    last = group.shared(left_by(checkpoint) if checkpoint and settings.resume and group.leads() else None)
     with (
         tracking.run(
             name, settings, continues=last["run_id"] if last else None, parent=parent, system_metrics=True
@@ -226,7 +226,7 @@ def _checkpoint(settings: Train) -> Checkpoint | None:
     return Checkpoint(settings.checkpoints / hashlib.sha256(key.encode()).hexdigest()[:16])
 
 
-def _last(checkpoint: Checkpoint) -> dict[str, Any] | None:
+def left_by(checkpoint: Checkpoint) -> dict[str, Any] | None:
     """What an interrupted training left; None where there is nothing, or nothing that this version saves."""
     last = checkpoint.last()
     if last is None:

@@ -20,8 +20,9 @@ from mlflow.models import get_model_info
 from mlflow.models.model import MLMODEL_FILE_NAME
 
 from pneumo_experiments.errors import UserError
+from pneumo_experiments.tracking.addresses import without_password
 from pneumo_experiments.tracking.calls import LOADER, save_model
-from pneumo_experiments.tracking.delivery import Away, current, is_outage
+from pneumo_experiments.tracking.delivery import Away, current
 from pneumo_experiments.tracking.kept import model_folder
 from pneumo_experiments.tracking.store import open_store
 
@@ -86,9 +87,7 @@ def model_data(address: str) -> Path:
         folder = Path(mlflow.artifacts.download_artifacts(address))
         described: Any = yaml.safe_load((folder / MLMODEL_FILE_NAME).read_text(encoding="utf-8"))
     except (MlflowException, OSError, ValueError, ImportError) as error:  # e.g. no library for s3://
-        if isinstance(error, MlflowException) and is_outage(error):
-            raise
-        raise _cannot_be_loaded(address, str(error).split("\n")[0]) from error
+        raise _cannot_be_loaded(address, without_password(str(error).split("\n")[0])) from error
     except (yaml.YAMLError, RecursionError) as error:
         raise _cannot_be_loaded(address, f"its {MLMODEL_FILE_NAME} is damaged") from error
     try:
