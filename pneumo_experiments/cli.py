@@ -121,8 +121,8 @@ def main() -> NoReturn:
     """Runs the command line; a user's mistake is one line on stderr and exit code 2."""
     heed_signals()
     if isinstance(sys.stdout, TextIOWrapper):
-        # Progress shows at once in a pipe, too.
-        sys.stdout.reconfigure(line_buffering=True)  # pyright: ignore[reportUnknownMemberType]
+        # Progress shows at once in a pipe, too; a file name that is not UTF-8 is no reason to end.
+        sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")  # pyright: ignore[reportUnknownMemberType]
     try:
         cli.main(prog_name="python -m pneumo_experiments", standalone_mode=False)
     except click.UsageError as error:
@@ -132,6 +132,8 @@ def main() -> NoReturn:
         _complain(str(error))
         sys.exit(2)
     except (KeyboardInterrupt, click.Abort) as stop:
+        if isinstance(stop.__cause__, EOFError):  # a bug of ours: click makes an Abort of it, too
+            raise stop.__cause__ from None
         terminated = isinstance(stop.__cause__, Terminated)  # click makes an Abort of every interrupt
         _complain(f"stopped{' by SIGTERM' if terminated else ''}; the same command again does the rest")
         sys.exit(128 + (signal.SIGTERM if terminated else signal.SIGINT))

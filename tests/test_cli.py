@@ -6,6 +6,7 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 
+import click
 import pytest
 
 from pneumo_experiments import cli
@@ -56,6 +57,16 @@ def test_a_mistyped_value_or_name_is_one_line_and_exit_code_2(
     line = error_of(words, monkeypatch, capsys)
     assert culprit in line
     assert mend in line
+
+
+def test_an_end_of_file_that_is_our_bug_is_not_told_as_an_interrupt(monkeypatch: pytest.MonkeyPatch) -> None:
+    def read_on() -> None:
+        raise EOFError("a bug")
+
+    monkeypatch.setitem(cli.cli.commands, "buggy", click.Command("buggy", callback=read_on))
+    monkeypatch.setattr("sys.argv", ["pneumo_experiments", "buggy"])
+    with pytest.raises(EOFError, match="a bug"):
+        cli.main()
 
 
 def test_main_takes_the_small_values_on_the_sample_and_the_full_ones_on_real_data() -> None:

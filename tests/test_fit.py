@@ -17,10 +17,11 @@ from pneumo_experiments.errors import UserError
 from pneumo_experiments.learning.average import MovingAverage, mean_of
 from pneumo_experiments.learning.checkpoint import Checkpoint
 from pneumo_experiments.learning.device import Machine
-from pneumo_experiments.learning.fit import Epoch, _Trainer, fit
+from pneumo_experiments.learning.fit import Epoch, State, _Trainer, fit
 from pneumo_experiments.learning.loader import Examples, batches
 from pneumo_experiments.learning.network import Output, PneumothoraxNet, build
 from pneumo_experiments.settings import Recipe
+from pneumo_experiments.stages.train import left_by
 
 CPU = Machine(torch.device("cpu"), "fp32")
 add_tiny_network()
@@ -227,6 +228,29 @@ def test_a_checkpoint_that_is_damaged_or_cannot_be_written_is_a_warning(tmp_path
     (tmp_path / "file").touch()
     with pytest.warns(UserWarning, match="cannot be written .*the training goes on"):
         Checkpoint(tmp_path / "file" / "one").save({"steps": 1}, {})
+
+
+def test_a_checkpoint_of_another_version_is_a_warning_and_no_start(tmp_path: Path) -> None:
+    state = dict.fromkeys(State.__annotations__, 0)
+    saved: dict[str, Any] = {"run_id": "a", "history": [], "dices": {}, "state": state}
+    checkpoint = Checkpoint(tmp_path / "one")
+    checkpoint.save(saved, {})
+    assert left_by(checkpoint) == saved | {"networks": {}}
+    others: list[dict[str, Any]] = [
+        {name: value for name, value in saved.items() if name != "run_id"},
+        {name: value for name, value in saved.items() if name != "state"},
+        saved | {"unknown": 1},
+        saved | {"state": state | {"unknown": 1}},
+        saved | {"state": {name: value for name, value in state.items() if name != "scaler"}},
+        saved | {"state": [1]},
+    ]
+    for other in others:
+        checkpoint.save(other, {})
+        with pytest.warns(UserWarning, match="of another version; the training starts anew"):
+            assert left_by(checkpoint) is None
+    torch.save([1, 2], checkpoint.folder / "last.pt")
+    with pytest.warns(UserWarning, match=r"last\.pt: cannot be read"):
+        assert left_by(checkpoint) is None
 
 
 def test_pretrained_layers_learn_at_their_own_rate() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import signal
 import socket
 import threading
@@ -239,6 +241,24 @@ def test_a_folder_of_broken_files_only_writes_nothing(
     assert "the report: d.report.html" in line
     line = error_of("score", "--model", desk.model, "--dicom_dir", "broken", "--submission", "s.csv")
     assert line.startswith("dicom_dir=broken: no file can be used; the first:")
+
+
+def test_names_that_are_not_utf_8_are_written_in_ascii(command: Command, desk: Desk, tmp_path: Path) -> None:
+    odd = os.fsdecode(b"x\xff")
+    (tmp_path / odd).mkdir()
+    shutil.copy(desk.files[0], tmp_path / odd / f"{odd}.dcm")
+    end = command("preprocess", *SMALL, "--dicom_dir", odd, "--dataset", f"{odd}.h5")
+    assert (end.code, end.err) == (0, "")
+    assert "without labels, at 32 px: x\\udcff.h5" in end.out
+    with h5py.File(tmp_path / f"{odd}.h5") as file:
+        assert [row["image_id"] for row in file["index"]] == [b"x\\udcff"]  # type: ignore[index]
+    end = command("score", "--model", desk.model, "--dicom_dir", odd, "--submission", f"{odd}.csv")
+    assert end.code == 0, end.err
+    assert "score: 1 images in x\\udcff.csv" in end.out
+    assert (tmp_path / f"{odd}.csv").read_text().splitlines()[1].startswith("x\\udcff,")
+    score, preprocess = desk.runs()[:2]
+    assert score.data.params["submission"] == "x\\udcff.csv"
+    assert preprocess.data.params["dicom_dir"] == "x\\udcff"
 
 
 @pytest.mark.parametrize("words", [("sample", "--output_dir"), ("preprocess", "--dataset")])

@@ -15,9 +15,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from mlflow.exceptions import MlflowException, RestException
 
 from pneumo_experiments import tracking
 from pneumo_experiments.errors import UserError
-from pneumo_experiments.settings import Train
+from pneumo_experiments.settings import Preprocess, Sample, Train
 from pneumo_experiments.tracking import delivery
 from pneumo_experiments.tracking.__main__ import deliver
 
@@ -339,6 +340,130 @@ def test_what_was_left_is_delivered_by_hand(outage: Outage) -> None:
     assert not alone.file.parent.exists()
 
 
+# A server that answers, but not as it should
+
+
+class Network(ThreadingHTTPServer):
+    """What stands between the program and a server: passes on, or answers in its own ways all but HEAD."""
+
+    def __init__(self, server: Server) -> None:
+        super().__init__(("127.0.0.1", 0), Passage)
+        self.behind, self.mood, self.ended = server, "passes on", threading.Event()
+        self.uri = f"http://127.0.0.1:{self.server_port}"
+
+
+class Passage(BaseHTTPRequestHandler):
+    server: Network
+
+    def handle_any(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        mood = "passes on" if self.command == "HEAD" else self.server.mood
+        if mood == "hangs":
+            self.server.ended.wait()
+        elif mood == "passes on":
+            address = self.server.behind.uri + self.path
+            headers = {name: text for name, text in self.headers.items() if name.lower() != "host"}
+            answer = requests.request(self.command, address, data=body, headers=headers, timeout=60)
+            self.answer(answer.status_code, answer.headers.get("Content-Type", ""), answer.content)
+        else:
+            page = b"<html>\n<body>gateway, log in first</body>\n</html>"
+            self.answer(int(mood), "text/html", page)
+
+    def answer(self, status: int, kind: str, content: bytes) -> None:
+        with suppress(OSError):  # the program may have given up
+            self.send_response(status)
+            self.send_header("Content-Type", kind)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(content)
+
+    do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = handle_any  # noqa: N815
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def network(outage: Outage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Network]:
+    monkeypatch.chdir(tmp_path)
+    for name in ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID", "MLFLOW_EXPERIMENT_NAME"):
+        monkeypatch.delenv(name, raising=False)
+    with Network(outage.server) as between:
+        threading.Thread(target=between.serve_forever, daemon=True).start()
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", between.uri)
+        monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+        monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+        mlflow.set_tracking_uri(None)
+        yield between
+        between.ended.set()
+        between.shutdown()
+    mlflow.set_tracking_uri(None)
+
+
+MOODS = ["500", "403", "404", "200", "hangs"]
+
+
+@pytest.mark.parametrize("mood", MOODS)
+def test_a_server_that_turns_nasty_ends_the_next_stage_with_one_line(mood: str, network: Network) -> None:
+    asked: dict[str, Callable[[], object]] = {
+        "start": lambda: tracking.run("sample", Sample()).__enter__(),
+        "best": tracking.best_model,
+        "data": lambda: tracking.model_data("models:/nobody@champion"),
+        "register": lambda: tracking.register_model("models:/m-1", "lungs", "auto", {}),
+    }
+    if mood == "hangs":  # each call takes seconds
+        asked = {"start": asked["start"]}
+    for name, call in asked.items():
+        with pytest.raises(UserError) as error, tracking.run("main", Sample()) as run_id:
+            network.mood = mood
+            call()
+        line = str(error.value)
+        assert len(line.splitlines()) == 1, name
+        assert "<body>" not in line, name
+        assert line.startswith((f"MLFLOW_TRACKING_URI={network.uri}: ", "model=models:/")), name
+        network.mood = "passes on"
+        file = Path("output") / f"undelivered-{run_id}" / "calls.jsonl"
+        deliver(file)
+        assert MlflowClient().get_run(run_id).info.status == "FAILED", name
+
+
+@pytest.mark.parametrize("mood", MOODS)
+def test_a_server_that_is_nasty_from_the_start_is_named(mood: str, network: Network) -> None:
+    network.mood = mood
+    with pytest.raises(
+        UserError, match=f"MLFLOW_TRACKING_URI={network.uri}: the store does not open"
+    ) as error:
+        tracking.open_store()
+    assert "\n" not in str(error.value)
+
+
+def test_a_server_that_hangs_does_not_hold_up_a_run_and_gets_everything_later(
+    network: Network, tmp_path: Path
+) -> None:
+    (tmp_path / "made").mkdir()
+    (tmp_path / "made" / "model.json").write_text("{}")
+    with tracking.run("train", Train(), system_metrics=True) as run_id:
+        tracking.log_metrics({"dice": 0.1}, step=1)
+        network.mood = "hangs"
+        for step in range(2, 50):
+            tracking.log_metrics({"dice": step / 100}, step=step)
+        tracking.log_json({"a": 1}, "sheets/a.json")
+        kept = tracking.log_model(tmp_path / "made")
+    assert kept == f"output/model-{run_id}"
+    file = tmp_path / "output" / f"undelivered-{run_id}" / "calls.jsonl"
+    names = [call["call"] for call in calls_in(file)]
+    assert names == ["metrics"] * 48 + ["artifact", "model", "end"]
+    network.mood = "passes on"
+    deliver(file)
+    run = MlflowClient().get_run(run_id)
+    assert run.info.status == "FINISHED"
+    assert [m.step for m in MlflowClient().get_metric_history(run_id, "dice")] == list(range(1, 50))
+    models = MlflowClient().search_logged_models(["0"])
+    assert [str(m.status) for m in models if m.source_run_id == run_id] == ["READY"]
+    assert not file.parent.exists()
+
+
 # A database in a file
 
 
@@ -441,6 +566,135 @@ def test_one_call_that_the_store_refuses_holds_up_no_other(client: MlflowClient,
         assert history(client, run_id, "dice") == [(0, 0.5), (2, 0.5)]
         (missing,) = calls_in(box.file)
         assert (missing["run_id"], missing["step"]) == ("0" * 32, 1)
+
+
+# A file of calls that is not what it seems
+
+
+def artifacts_of(client: MlflowClient, run_id: str) -> Path:
+    return Path(client.get_run(run_id).info.artifact_uri.removeprefix("file://"))
+
+
+def documents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b'{"call": "tags", "run_',  # torn by a kill
+        b"rubbish",
+        b"rubbish\n\xff\n",
+        b"[]\n7\nnull\n{}\n",
+        b'{"call": "exit"}\n{"call": ["tags"]}\n',
+        b"[" * 100_000 + b"\n",
+        b'{"call": "tags"}\n{"call": "tags", "run_id": 7, "values": 8}\n{"call": "artifact", "path": 9}\n',
+    ],
+)
+def test_lines_that_are_no_calls_are_told_and_nothing_else_is_touched(
+    line: bytes, client: MlflowClient, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run_id = client.create_run("0").info.run_id
+    folder = tmp_path / "documents"
+    (folder / "files").mkdir(parents=True)
+    for name in ("letter.txt", "files/picture.png"):
+        (folder / name).write_bytes(b"mine")
+    kept = json.dumps({"call": "tags", "run_id": run_id, "values": {"a": "b"}}) + "\n"
+    (folder / "calls.jsonl").write_bytes(kept.encode() + line)
+    torn = line.startswith(b'{"call": "tags", "run_')
+    if torn:
+        deliver(folder / "calls.jsonl")
+    else:
+        with pytest.raises(
+            UserError, match=r"calls\.jsonl: \d lines? (are no calls|calls)|are still missing"
+        ):
+            deliver(folder / "calls.jsonl")
+    assert client.get_run(run_id).data.tags["a"] == "b"
+    left = documents(folder)
+    assert left.pop("letter.txt") == left.pop("files/picture.png") == b"mine"
+    assert set(left) == (set() if torn else {"calls.jsonl"})
+    if not torn:
+        assert line.strip(b"\n") in left["calls.jsonl"]
+    assert ("its last line is torn" in caplog.text) == torn
+
+
+@pytest.mark.parametrize("kind", ["artifact", "model"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/etc/passwd",
+        "../secret",
+        "box/files/../../secret",
+        "box/files",
+        "box/letter.txt",
+        "secret",
+        "box/files/1/link",
+        "box/files/linked/secret",
+        "box/files/2",
+        "model-{run_id}/data/link",
+        "model-{run_id}/MLmodel",
+        "model-../data",
+    ],
+)
+def test_a_file_that_no_run_kept_is_neither_uploaded_nor_removed(
+    path: str, kind: str, client: MlflowClient, tmp_path: Path
+) -> None:
+    run_id = client.create_run("0").info.run_id
+    above = tmp_path / "a" / "b"
+    box, model = above / "box", above / f"model-{run_id}"
+    for folder in (box / "files" / "1", box / "files" / "2", model / "data"):
+        folder.mkdir(parents=True)
+    for name in (above / "secret", above.parent / "secret", box / "letter.txt", model / "MLmodel"):
+        name.write_text("secret")
+    for link in (box / "files" / "1" / "link", box / "files" / "2" / "link", model / "data" / "link"):
+        link.symlink_to(above / "secret")
+    (box / "files" / "linked").symlink_to(above)
+    call = {"call": kind, "run_id": run_id, "path": path.format(run_id=run_id)}
+    call |= {"folder": ""} if kind == "artifact" else {"requirements": []}
+    (box / "calls.jsonl").write_text(json.dumps(call) + "\n")
+    before = documents(above)
+    with pytest.raises(UserError, match="1 calls are still missing"):
+        deliver(box / "calls.jsonl")
+    assert documents(above) == before
+    assert documents(artifacts_of(client, run_id)) == {}
+
+
+def test_what_was_kept_is_delivered_from_a_folder_that_was_moved_and_only_that_is_removed(
+    client: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_id = client.create_run("0").info.run_id
+    box = delivery.Outbox(tmp_path / "output" / "box")
+    (tmp_path / "a.txt").write_text("kept")
+    for folder in ("x", "y"):
+        box.keep("artifact", run_id=run_id, path=box.copy(tmp_path / "a.txt"), folder=folder)
+    (tmp_path / "output").rename(tmp_path / "moved")
+    (tmp_path / "moved" / "box" / "letter.txt").write_text("mine")
+    monkeypatch.chdir(tmp_path / "moved" / "box")
+    deliver(Path("calls.jsonl"))
+    assert documents(tmp_path / "moved") == {"box/letter.txt": b"mine"}
+    assert list((tmp_path / "moved" / "box").iterdir()) == [tmp_path / "moved" / "box" / "letter.txt"]
+    assert documents(artifacts_of(client, run_id)) == {"x/a.txt": b"kept", "y/a.txt": b"kept"}
+
+
+def test_a_name_that_is_not_utf_8_holds_up_no_delivery(client: MlflowClient, tmp_path: Path) -> None:
+    odd = os.fsdecode(b"x\xff")
+    with tracking.run("preprocess", Preprocess(dicom_dir=Path(odd), dataset=Path(f"{odd}.h5"))) as run_id:
+        tracking.describe(f"File {odd}")
+        tracking.log_found({"place": Path(odd)})
+        tracking.log_dataset(Path(f"{odd}.h5"), "0123456789abcdef0123", "training")
+        (tmp_path / f"{odd}.txt").write_text("here")
+        tracking.log_file(tmp_path / f"{odd}.txt")
+        box = delivery.Outbox(tmp_path / "box")
+        box.keep("tags", run_id=run_id, values={"odd": odd})
+        box.keep("artifact", run_id=run_id, path=box.copy(tmp_path / f"{odd}.txt"), folder="kept")
+        box.keep("tags", run_id=run_id, values={"last": "one"})
+        box.flush()
+    run = client.get_run(run_id)
+    assert run.data.params["dicom_dir"] == run.data.params["place"] == "x\\udcff"
+    assert run.data.tags["mlflow.note.content"] == "File x\\udcff"
+    assert (run.data.tags["odd"], run.data.tags["last"]) == ("x\\udcff", "one")
+    assert run.inputs.dataset_inputs[0].dataset.name == "x\\udcff"
+    assert (artifacts_of(client, run_id) / "x\\udcff.txt").read_text() == "here"
 
 
 @pytest.mark.parametrize("name", ["a:\nb", "../../a.json"])

@@ -22,6 +22,7 @@ from mlflow.entities import Run
 from pneumo_experiments import interrupts, tracking
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.settings import Preprocess, Register, Sample, Search, Train
+from pneumo_experiments.tracking.processes import is_gone, process_tags
 
 PATIENCE_SECONDS = 60
 
@@ -150,11 +151,17 @@ def test_a_signal_kills_every_nested_run_and_a_second_one_disturbs_nothing(
 
 def test_only_orphans_of_this_machine_are_marked_killed(store: Store) -> None:
     mine, gone = f"{os.getpid()}:{psutil.Process().create_time()}", f"{os.getpid()}:1.0"
-    host = os.uname().nodename
+    tags = process_tags()
+    machine, boot, namespace = tags["pneumo.machine"].split("/")
     tags = {
-        "gone": {"pneumo.host": host, "pneumo.process": gone},
-        "alive": {"pneumo.host": host, "pneumo.process": mine},
-        "elsewhere": {"pneumo.host": "another machine", "pneumo.process": gone},
+        "gone": tags | {"pneumo.process": gone},
+        "alive": tags | {"pneumo.process": mine},
+        "elsewhere": tags | {"pneumo.host": "another machine", "pneumo.process": gone},
+        # Such a process is alive as far as anyone here can tell, whatever has its pid here.
+        "in a container": tags
+        | {"pneumo.machine": f"{machine}/{boot}/pid:[4026532999]", "pneumo.process": gone},
+        "on a machine of the same name": tags
+        | {"pneumo.machine": f"{machine[:-1]}?/{boot[:-1]}?/{namespace}", "pneumo.process": gone},
         "another's": {},
     }
     for name, its in tags.items():
@@ -165,9 +172,27 @@ def test_only_orphans_of_this_machine_are_marked_killed(store: Store) -> None:
         "gone": "KILLED",
         "alive": "RUNNING",
         "elsewhere": "RUNNING",
+        "in a container": "RUNNING",
+        "on a machine of the same name": "RUNNING",
         "another's": "RUNNING",
         "train": "FINISHED",
     }
+
+
+@pytest.mark.parametrize(
+    ("machine", "here", "gone"),
+    [
+        ("m/boot 1/pid:[4026531836]", "m/boot 2/pid:[4026531836]", True),  # after a power cut
+        ("m/boot 1/pid:[7]", "m/boot 1/pid:[8]", False),  # two containers, or one that was started again
+        ("m/boot 1/pid:[7]", "m/boot 2/pid:[7]", False),  # two machines from one image number alike
+        ("m/boot 1/pid:[4026531836]", "m/boot 1/pid:[7]", False),
+        ("/boot 1/pid:[4026531836]", "/boot 2/pid:[4026531836]", False),  # two machines without an id
+        ("", "m/boot 1/pid:[4026531836]", False),
+        ("//", "//", True),  # a system without /proc: the pid tells
+    ],
+)
+def test_only_what_surely_ran_on_this_machine_is_gone(machine: str, here: str, gone: bool) -> None:
+    assert is_gone(machine, f"{os.getpid()}:1.0", here) == gone
 
 
 def test_artifacts_of_a_new_experiment_lie_beside_the_database(

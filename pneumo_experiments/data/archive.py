@@ -123,7 +123,10 @@ def _scan(files: Iterator[Member], head: Callable[[Member], bytes], skipped: Cou
         elif path.name == "DICOMDIR":
             skipped["DICOMDIR"] += 1
         elif path.name and (known or _begins_like_dicom(head, file)):
-            members.append(replace(file, image_id=path.stem if known else path.name))
+            image_id = path.stem if known else path.name
+            # Bytes that are no UTF-8 would stop whatever writes the id.
+            image_id = image_id.encode("utf-8", "backslashreplace").decode()
+            members.append(replace(file, image_id=image_id))
         else:
             skipped["other files"] += 1
     return members

@@ -28,7 +28,7 @@ class Checkpoint:
         removed: it would pass for that of the same epoch, trained again.
         """
         last = self._load(LAST)
-        if last is None or "kept" not in last:
+        if last is None or not isinstance(last.get("kept"), list):
             return None
         kept = last.pop("kept")
         self._remove_all_but(kept)
@@ -63,7 +63,7 @@ class Checkpoint:
 
     def _load(self, name: str) -> dict[str, Any] | None:
         try:
-            return torch.load(self.folder / name, map_location="cpu", weights_only=True)
+            return dict(torch.load(self.folder / name, map_location="cpu", weights_only=True))
         except FileNotFoundError:
             return None
         except Exception as error:  # whatever damaged bytes make the reader raise

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, cast
+from typing import Any, TypedDict, cast
 
 import torch
 from torch import Tensor
@@ -27,7 +27,17 @@ from pneumo_experiments.settings import Recipe
 
 SKIPPED_AT_MOST = 0.1  # of an epoch's steps: beyond that the training has diverged
 
-State = dict[str, Any]
+
+class State(TypedDict):
+    """Everything that changes with a step, as tensors and numbers."""
+
+    network: dict[str, Any]
+    optimiser: dict[str, Any]
+    scaler: dict[str, Any]
+    average: dict[str, Any] | None
+    pretrained: list[str]
+    steps: int
+    micro_batch: int
 
 
 @dataclass(frozen=True)
@@ -239,7 +249,7 @@ class _Trainer:
         self.scaler.load_state_dict(state["scaler"])
         self.steps, self.micro_batch = state["steps"], min(self.micro_batch, state["micro_batch"])
         if self.average is not None:
-            self.average.network.load_state_dict(state["average"])
+            self.average.network.load_state_dict(state["average"] or {})
             self.average.steps = self.steps
 
 

@@ -21,13 +21,14 @@ from pneumo_experiments.data.decoders import File, Small, read_all
 from pneumo_experiments.data.rle import encode
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.learning.device import choose_machine
-from pneumo_experiments.learning.network import PneumothoraxNet
+from pneumo_experiments.learning.network import NETWORKS, PneumothoraxNet
 from pneumo_experiments.learning.predict import Prediction, Predictor, to_native
 from pneumo_experiments.scoring.thresholds import Thresholds, outline
-from pneumo_experiments.settings import Device
+from pneumo_experiments.settings import Device, Recipe
 
 WEIGHTS, DESCRIPTION = "weights.pt", "model.json"
 BATCH = 16  # radiographs
+LARGEST_PX = 16_384  # side of a network's input: a damaged number must not fill the memory
 
 
 class Row(TypedDict):
@@ -99,20 +100,62 @@ def save(folder: Path, detector: Detector) -> None:
 
 
 def load(folder: Path) -> Detector:
-    """The detector that save wrote, on the best device that is there."""
-    description = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
-    settings = description["settings"]
+    """The detector that save wrote, on the best device that is there.
+
+    Raises UserError where something of it is missing or damaged.
+    """
+    try:
+        made = _described(json.loads((folder / DESCRIPTION).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, LookupError, OverflowError, RecursionError) as error:
+        raise _damaged(folder / DESCRIPTION, error) from error
+    settings, path = made["settings"], folder / WEIGHTS
     network = PneumothoraxNet(settings["network"])
     try:
-        network.load_state_dict(torch.load(folder / WEIGHTS, map_location="cpu", weights_only=True))
-    except RuntimeError as error:
-        raise UserError(
-            f"{folder}: the weights do not fit {settings['network']}; log the model anew with `train`"
-        ) from error
+        network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    except Exception as error:  # whatever damaged bytes make the reader raise
+        raise _damaged(path, error) from error
     return Detector(
-        predictor=Predictor(network, choose_machine(Device()), settings["mirror"] == "true"),
-        image_size=int(description["image_size"]),
-        thresholds=Thresholds(**description["thresholds"]),
-        settings=settings,
-        data_fingerprint=description["data_fingerprint"],
+        predictor=Predictor(network, choose_machine(Device()), settings["mirror"] == "true"), **made
+    )
+
+
+def _described(found: Any) -> dict[str, Any]:
+    """What a description holds, by the names of Detector's fields; raises many errors where it is damaged."""
+    settings = {str(name): _checked(text, str) for name, text in _checked(found["settings"], dict).items()}
+    if settings["network"] not in NETWORKS:
+        raise ValueError(f"unknown network {settings['network'][:40]}")
+    # What score makes the model's split from.
+    Recipe(
+        holdout=float(settings["holdout"]),
+        folds=int(settings["folds"]),
+        fold=settings["fold"],
+        seed=int(settings["seed"]),
+    )
+    thresholds = {
+        name: _checked(value, int if name == "min_area_px" else (int, float))
+        for name, value in _checked(found["thresholds"], dict).items()
+    }
+    image_size = _checked(found["image_size"], int)
+    if not 1 <= image_size <= LARGEST_PX:
+        raise ValueError("image_size is no number of pixels")
+    _checked(settings["mirror"], str)
+    return {
+        "image_size": image_size,
+        "thresholds": Thresholds(**thresholds),
+        "settings": settings,
+        "data_fingerprint": _checked(found["data_fingerprint"], str),
+    }
+
+
+def _checked(value: Any, kind: type | tuple[type, ...]) -> Any:
+    """The value itself; raises TypeError where it is of another kind."""
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise TypeError(f"{type(value).__name__} in a wrong place")
+    return value
+
+
+def _damaged(path: Path, error: Exception) -> UserError:
+    reason = str(error).split("\n")[0][:200]
+    return UserError(
+        f"{path}: missing or damaged ({type(error).__name__}: {reason}); log the model anew with `train`"
     )

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from pneumo_experiments import tracking
-from pneumo_experiments.errors import UserError
-from pneumo_experiments.serving import Detector
+from pneumo_experiments.serving import load
 from pneumo_experiments.settings import Register
 
 
@@ -12,9 +11,7 @@ def register(settings: Register) -> tracking.Version:
     """Registers the model, or the experiment's best one, as a new version."""
     with tracking.run("register", settings):
         model = tracking.best_model() if settings.model == "best" else settings.model
-        detector = tracking.load_model(model)  # what cannot be loaded must not be registered
-        if not isinstance(detector, Detector):
-            raise UserError(f"model={model}: was not made by this project; `train` logs one")
+        detector = load(tracking.model_data(model))  # what cannot be loaded must not be registered
         tags = {"data_fingerprint": detector.data_fingerprint, "network": str(detector.settings["network"])}
         version = tracking.register_model(model, settings.name, settings.promote, tags)
         state = "champion" if version.champion else "not champion"

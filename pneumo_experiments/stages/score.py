@@ -21,7 +21,7 @@ from pneumo_experiments.errors import Rejected, UserError
 from pneumo_experiments.learning.device import choose_machine
 from pneumo_experiments.scoring.scores import Scores
 from pneumo_experiments.scoring.submission import write_submission
-from pneumo_experiments.serving import Detector
+from pneumo_experiments.serving import Detector, load
 from pneumo_experiments.settings import Score
 from pneumo_experiments.stages.cohort import Cohort, log_overlays, parts_of, split_of
 
@@ -38,9 +38,7 @@ class Judged:
 def score(settings: Score) -> Judged:
     """Scores the model on one part of a data set, or writes the submission for ``dicom_dir``."""
     with tracking.run("score", settings):
-        detector = tracking.load_model(settings.model)
-        if not isinstance(detector, Detector):
-            raise UserError(f"model={settings.model}: was not made by this project; `train` logs one")
+        detector = load(tracking.model_data(settings.model))
         detector = replace(detector, predictor=replace(detector.predictor, machine=choose_machine(settings)))
         if settings.dicom_dir is not None:
             return _submit(settings, detector, settings.dicom_dir)

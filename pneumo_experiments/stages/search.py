@@ -83,6 +83,7 @@ def search(settings: Search) -> Found:
 
 def _study(settings: Search) -> optuna.Study:
     storage = None if settings.storage in ("", NONE) else settings.storage
+    tracking.check_address("storage", settings.storage)
     try:
         study = optuna.create_study(
             study_name=settings.study,
@@ -92,7 +93,7 @@ def _study(settings: Search) -> optuna.Study:
             load_if_exists=True,
         )
     except Exception as error:  # SQLAlchemy and its drivers raise errors of many kinds
-        reason = str(error).split("\n")[0]
+        reason = tracking.without_password(str(error).split("\n")[0])
         address = tracking.without_password(settings.storage)
         raise UserError(
             f"storage={address}: the study's database does not open ({reason});"

@@ -6,8 +6,9 @@ import hashlib
 import json
 import os
 import tempfile
+import warnings
 from contextlib import redirect_stdout
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from pneumo_experiments.learning import group
 from pneumo_experiments.learning.average import mean_of
 from pneumo_experiments.learning.checkpoint import Checkpoint
 from pneumo_experiments.learning.device import choose_machine
+from pneumo_experiments.learning.fit import State
 from pneumo_experiments.learning.launch import is_launched, launch
 from pneumo_experiments.learning.network import build
 from pneumo_experiments.learning.predict import Predictor
@@ -136,7 +138,7 @@ def _train(name: str, settings: Train, parent: str | None) -> tuple[Trained, Pre
     An interrupted training with the same settings goes on after its last whole epoch, in the same run.
     """
     checkpoint = _checkpoint(settings)
-    last = group.shared(checkpoint.last() if checkpoint and settings.resume and group.leads() else None)
+    last = group.shared(left_by(checkpoint) if checkpoint and settings.resume and group.leads() else None)
     with (
         tracking.run(
             name, settings, continues=last["run_id"] if last else None, parent=parent, system_metrics=True
@@ -221,6 +223,18 @@ def _checkpoint(settings: Train) -> Checkpoint | None:
     shaping = {name: text for name, text in as_params(settings).items() if name not in BESIDES}
     key = json.dumps([fingerprint, shaping], sort_keys=True)
     return Checkpoint(settings.checkpoints / hashlib.sha256(key.encode()).hexdigest()[:16])
+
+
+def left_by(checkpoint: Checkpoint) -> dict[str, Any] | None:
+    """What an interrupted training left; None where there is nothing, or nothing that this version saves."""
+    last = checkpoint.last()
+    if last is None:
+        return None
+    state, names = last.get("state"), {f.name for f in fields(Progress)} | {"state"}
+    if last.keys() != names or not isinstance(state, dict) or state.keys() != State.__annotations__.keys():
+        warnings.warn(f"{checkpoint.folder}: of another version; the training starts anew", stacklevel=2)
+        return None
+    return last
 
 
 def _progress(last: dict[str, Any], run_id: str) -> Progress:

@@ -6,13 +6,16 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # a hospital's networ
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 # By default MLflow tries eight times, for minutes; tracking.delivery knows better what to do.
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")  # seconds without an answer, also to an upload
+os.environ.setdefault("PGCONNECT_TIMEOUT", "10")  # libpq would wait forever
 os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")  # a machine without git is no reason to complain
 
+from pneumo_experiments.tracking.addresses import check_address, without_password
 from pneumo_experiments.tracking.models import (
     Version,
     best_model,
-    load_model,
     log_model,
+    model_data,
     register_model,
 )
 from pneumo_experiments.tracking.runs import (
@@ -28,7 +31,7 @@ from pneumo_experiments.tracking.runs import (
     log_picture,
     run,
 )
-from pneumo_experiments.tracking.store import open_store, tracking_uri, without_password
+from pneumo_experiments.tracking.store import open_store, tracking_uri
 
 __all__ = [
     "Version",
@@ -36,8 +39,8 @@ __all__ = [
     "artifacts_of_active_run",
     "be_silent",
     "best_model",
+    "check_address",
     "describe",
-    "load_model",
     "log_dataset",
     "log_file",
     "log_found",
@@ -45,6 +48,7 @@ __all__ = [
     "log_metrics",
     "log_model",
     "log_picture",
+    "model_data",
     "open_store",
     "register_model",
     "run",

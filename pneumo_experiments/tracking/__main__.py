@@ -7,20 +7,25 @@ from pathlib import Path
 
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.tracking.delivery import Outbox
+from pneumo_experiments.tracking.kept import FILE
 from pneumo_experiments.tracking.store import open_store
 
 
 def deliver(path: Path) -> None:
-    """Makes the calls of a file that tracking.delivery wrote; the folder is gone when all are made.
+    """Makes the calls of a file that tracking.delivery wrote; the file is gone when all are made.
 
-    Raises UserError where some are not.
+    Raises UserError where some are not, and where the file holds other lines, too.
     """
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; a run that could not deliver everything names it at its end")
+    if not path.is_file() or path.name != FILE:
+        raise UserError(
+            f"{path}: no such file of calls; a run that could not deliver everything names it at its end"
+        )
     open_store()
-    box = Outbox(path.parent)
+    box = Outbox(path.absolute().parent)
     if not box.flush():
         raise UserError(f"{path}: {len(box)} calls are still missing in {box.store}; try again later")
+    if box.foreign:
+        raise UserError(f"{path}: {len(box.foreign)} lines are no calls; look at them: all else is delivered")
 
 
 if __name__ == "__main__":

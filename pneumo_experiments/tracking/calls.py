@@ -20,6 +20,7 @@ from mlflow.entities import Dataset, DatasetInput, InputTag, Param, RunTag
 from mlflow.models import ModelSignature
 from mlflow.types import ColSpec, DataType, Schema
 
+LOADER = "pneumo_experiments.serving"
 SIGNATURE = ModelSignature(
     inputs=Schema([ColSpec(DataType.string, "image_id"), ColSpec(DataType.binary, "dicom")]),
     outputs=Schema(
@@ -89,7 +90,7 @@ def _no_example() -> Generator[None]:
 
 def _pyfunc_of(path: str, requirements: Sequence[str]) -> dict[str, Any]:
     return {
-        "loader_module": "pneumo_experiments.serving",
+        "loader_module": LOADER,
         "data_path": path,
         "code_paths": [str(Path(__file__).parents[1])],
         "signature": SIGNATURE,

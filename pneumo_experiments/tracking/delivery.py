@@ -3,9 +3,7 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import shutil
 import time
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
@@ -17,10 +15,16 @@ import mlflow
 import requests
 from mlflow.exceptions import MlflowException
 
+from pneumo_experiments.errors import UserError
+from pneumo_experiments.tracking import kept
+from pneumo_experiments.tracking.addresses import printable, without_password
 from pneumo_experiments.tracking.calls import CALLS
 from pneumo_experiments.tracking.store import reach, tracking_uri
 
 PAUSE_SECONDS = 30  # between attempts while the store is away: the training shall not wait for it
+PAUSE_FACTOR = (
+    10  # and so many times as long as an attempt took: a store that hangs costs a tenth of the time
+)
 FOLDER = Path("output")
 # Access withdrawn, a timeout, too many requests; from 500 on it is the server's own fault.
 PASSING_STATUSES = (401, 403, 408, 429)
@@ -33,7 +37,12 @@ class Away(Exception):
 
 
 def is_outage(error: Exception) -> bool:
-    """Whether the same call may succeed later: no answer, a locked database, a server in trouble."""
+    """Whether the same call may succeed later: no answer, a locked database, a server in trouble.
+
+    A page instead of MLflow's answer comes from what stands before the server, whatever its status.
+    """
+    if str(error).startswith("API request to endpoint"):
+        return True
     if isinstance(error, MlflowException):  # also what MLflow makes of requests' and SQLAlchemy's errors
         status = error.get_http_status_code()
     elif isinstance(error, requests.HTTPError) and error.response is not None:  # from an upload
@@ -43,26 +52,41 @@ def is_outage(error: Exception) -> bool:
     return status in PASSING_STATUSES or status >= 500
 
 
+@contextmanager
+def outages_told() -> Generator[None]:
+    """Makes a UserError of an outage that meets a call whose answer is needed at once."""
+    try:
+        yield
+    except (MlflowException, requests.RequestException) as error:
+        if not is_outage(error):
+            raise
+        raise UserError(
+            f"MLFLOW_TRACKING_URI={tracking_uri()}: does not work at the moment ({_reason(error)});"
+            " the same command again goes on when it does"
+        ) from error
+
+
 class Outbox:
     """Calls on their way to the store. What waits lies in ``calls.jsonl`` of the folder, a call per line.
 
-    The folder exists only while something waits. Files that calls name are copied into it; paths are
+    The file exists only while something waits. Files that calls name are copied into the folder; paths are
     relative to the folder above, which may be moved.
     """
 
     def __init__(self, folder: Path) -> None:
         """Takes up what an earlier process left in the folder."""
         self.folder = folder
-        self.file = folder / "calls.jsonl"
-        text = self.file.read_text(encoding="utf-8") if self.file.is_file() else ""
-        *lines, torn = text.split("\n")
-        self._waiting: list[dict[str, Any]] = [json.loads(line) for line in lines]
-        self._refused: list[dict[str, Any]] = []  # waited, and the store will never take them
+        self.file = folder / kept.FILE
+        self._waiting, self.foreign, torn = kept.read(folder, CALLS)  # foreign: lines that are no calls
+        self._refused: list[kept.Call] = []  # waited, and the store will never take them
         self._next_attempt = 0.0
         self._told = False
         self._lock = RLock()  # system metrics come from a thread of their own
-        if torn:  # its process was killed while it wrote
+        if torn:
+            log.warning("%s: its last line is torn, by a kill: left out", self.file)
             self._write()
+        if self.foreign:
+            log.warning("%s: %d lines are no calls: left as they are", self.file, len(self.foreign))
 
     def __len__(self) -> int:
         """How many calls are missing in the store."""
@@ -91,9 +115,7 @@ class Outbox:
         """Writes a call to the file, to be made later."""
         with self._lock:
             self._waiting.append({"call": call} | arguments)
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with self.file.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(self._waiting[-1]) + "\n")
+            kept.append(self.folder, self._waiting[-1])
             if not self._told:
                 self._told = True
                 log.warning("%s takes nothing at the moment: kept in %s until it does", self.store, self.file)
@@ -107,10 +129,7 @@ class Outbox:
 
     def copy(self, path: Path) -> str:
         """A lasting copy of a file that a kept call names."""
-        place = self.folder / "files" / str(time.time_ns()) / path.name
-        place.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(path, place)
-        return str(place.relative_to(self.folder.parent))
+        return kept.copy(self.folder, path)
 
     def hurry(self) -> None:
         """Lets the next call be attempted at once, however short ago the store was away."""
@@ -133,56 +152,53 @@ class Outbox:
     def _flush(self) -> None:
         if not self._waiting:
             return
-        before = len(self._waiting)
+        before, made = len(self._waiting), list[kept.Call]()
         try:
             while self._waiting:
-                arguments = dict(self._waiting[0])
-                call = arguments.pop("call")
-                if "path" in arguments:
-                    arguments["path"] = str(self.folder.parent / arguments["path"])
+                entry = self._waiting[0]
+                name = entry["call"]
                 try:
-                    answer = self._attempt(call, arguments)
+                    answer = self._attempt(name, kept.arguments_of(self.folder, entry))
+                    made.append(entry)
                     if answer is not None:
-                        log.warning("%s: the %s that was kept is now logged as %s", self.store, call, answer)
+                        log.warning("%s: the %s that was kept is now logged as %s", self.store, name, answer)
                 except Away:
                     raise
                 except Exception as error:  # whatever it is, it must not end the work or hold up the rest
-                    self._refused.append(self._waiting[0])
-                    log.warning("%s: refused %s that were kept (%s)", self.store, call, _reason(error))
+                    self._refused.append(entry)
+                    log.warning("%s: refused %s that were kept (%s)", self.store, name, _reason(error))
                 del self._waiting[0]
         finally:
             if len(self._waiting) < before:
                 self._write()
+            for entry in made:  # only now: an interruption before makes the calls again
+                kept.remove_copy(self.folder, entry)
         log.warning("%s answers again: delivered what was kept", self.store)
         self._told = False
 
     def _attempt(self, call: str, arguments: Mapping[str, Any]) -> str | None:
         if time.monotonic() < self._next_attempt:
             raise Away
+        began = time.monotonic()
         try:
             reach(mlflow.get_tracking_uri())  # MLflow itself would wait for minutes
         except OSError as error:
-            raise self._away() from error
+            raise self._away(began) from error
         try:
-            return CALLS[call](**arguments)
+            path = {name: value for name, value in arguments.items() if name == "path"}  # as the disk has it
+            return CALLS[call](**printable(arguments) | path)
         except (MlflowException, requests.RequestException) as error:
             if not is_outage(error):
                 raise
-            raise self._away() from error
+            raise self._away(began) from error
 
-    def _away(self) -> Away:
-        self._next_attempt = time.monotonic() + PAUSE_SECONDS
+    def _away(self, began: float) -> Away:
+        now = time.monotonic()
+        self._next_attempt = now + max(PAUSE_SECONDS, PAUSE_FACTOR * (now - began))
         return Away()
 
     def _write(self) -> None:
-        if not len(self):
-            shutil.rmtree(self.folder)
-            return
-        part = self.file.with_suffix(".part")
-        part.write_text(
-            "".join(json.dumps(entry) + "\n" for entry in [*self._refused, *self._waiting]), "utf-8"
-        )
-        part.replace(self.file)
+        kept.write(self.folder, [*self._refused, *self._waiting], self.foreign)
 
 
 _current: Outbox | None = None
@@ -218,4 +234,4 @@ def outbox(run_id: str) -> Generator[Outbox]:
 
 
 def _reason(error: Exception) -> str:
-    return str(error).split("\n")[0]
+    return without_password(str(error).split("\n")[0])[:300]

@@ -12,14 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import mlflow
-import mlflow.pyfunc
+import mlflow.artifacts
+import yaml
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from mlflow.models import get_model_info
+from mlflow.models.model import MLMODEL_FILE_NAME
 
 from pneumo_experiments.errors import UserError
-from pneumo_experiments.tracking.calls import save_model
+from pneumo_experiments.tracking.addresses import without_password
+from pneumo_experiments.tracking.calls import LOADER, save_model
 from pneumo_experiments.tracking.delivery import Away, current
+from pneumo_experiments.tracking.kept import model_folder
 from pneumo_experiments.tracking.store import open_store
 
 log = logging.getLogger(__name__)
@@ -63,7 +67,7 @@ def log_model(folder: Path) -> str:
     try:
         return str(box.offer("model", run_id=run_id, path=str(folder), requirements=requirements))
     except Away:
-        kept = box.folder.with_name(f"model-{run_id}")
+        kept = model_folder(box.folder, run_id)
         shutil.rmtree(kept, ignore_errors=True)  # of an earlier process of this run
         save_model(kept, str(folder), requirements)
         data = kept / "data" / folder.name
@@ -72,16 +76,35 @@ def log_model(folder: Path) -> str:
         return str(kept)
 
 
-def load_model(address: str) -> Any:
-    """The object that serving's loader made for a logged or registered model."""
+def model_data(address: str) -> Path:
+    """The folder that serving.save wrote of a logged or registered model, made local where it is remote.
+
+    Nothing of the model is run: not its pickles, nor the code beside it. Raises UserError where it cannot be
+    had, and where it was not made by this project.
+    """
     open_store()
     try:
-        return mlflow.pyfunc.load_model(address).get_raw_model()
+        folder = Path(mlflow.artifacts.download_artifacts(address))
+        described: Any = yaml.safe_load((folder / MLMODEL_FILE_NAME).read_text(encoding="utf-8"))
     except (MlflowException, OSError, ValueError, ImportError) as error:  # e.g. no library for s3://
-        reason = str(error).split("\n")[0]
-        raise UserError(
-            f"model={address}: cannot be loaded ({reason}); `train` logs one, `register` names one"
-        ) from error
+        raise _cannot_be_loaded(address, without_password(str(error).split("\n")[0])) from error
+    except (yaml.YAMLError, RecursionError) as error:
+        raise _cannot_be_loaded(address, f"its {MLMODEL_FILE_NAME} is damaged") from error
+    try:
+        flavor = described["flavors"]["python_function"]
+        loader, data = flavor["loader_module"], flavor["data"]
+    except (TypeError, LookupError):
+        loader, data = None, None
+    if loader != LOADER or not isinstance(data, str):
+        raise UserError(f"model={address}: was not made by this project; `train` logs one")
+    place = (folder / data).resolve()
+    if not place.is_relative_to(folder.resolve()) or not place.is_dir():
+        raise _cannot_be_loaded(address, f"it has no folder {data}")
+    return place
+
+
+def _cannot_be_loaded(address: str, reason: str) -> UserError:
+    return UserError(f"model={address}: cannot be loaded ({reason}); `train` logs one, `register` names one")
 
 
 def model_id_of(address: str) -> str | None:

@@ -9,12 +9,16 @@ import signal
 import socket
 import threading
 import time
+from functools import cache
+from pathlib import Path
 
 import psutil
 from mlflow import MlflowClient
 
 PROCESS_TAG = "pneumo.process"  # pid:start of the process that writes the run
 HOST_TAG = "pneumo.host"
+MACHINE_TAG = "pneumo.machine"  # machine/boot/namespace in which the pid counts
+WHOLE_MACHINE = "pid:[4026531836]"  # the namespace outside of all containers; Linux gives it this number
 
 log = logging.getLogger(__name__)
 
@@ -22,7 +26,28 @@ log = logging.getLogger(__name__)
 def process_tags() -> dict[str, str]:
     """Tags by which end_orphans knows this process."""
     process = psutil.Process()
-    return {HOST_TAG: socket.gethostname(), PROCESS_TAG: f"{process.pid}:{process.create_time()}"}
+    return {
+        HOST_TAG: socket.gethostname(),
+        MACHINE_TAG: _machine(),
+        PROCESS_TAG: f"{process.pid}:{process.create_time()}",
+    }
+
+
+@cache
+def _machine() -> str:
+    """Of Linux its id, the id of its start and the namespace of pids; empty where a system has none."""
+
+    def content(path: str) -> str:
+        try:
+            return Path(path).read_text(encoding="ascii").strip()
+        except (OSError, ValueError):
+            return ""
+
+    try:
+        namespace = str(Path("/proc/self/ns/pid").readlink())
+    except OSError:
+        namespace = ""
+    return "/".join([content("/etc/machine-id"), content("/proc/sys/kernel/random/boot_id"), namespace])
 
 
 def end_with_mlflow_run() -> None:
@@ -44,15 +69,29 @@ def end_with_mlflow_run() -> None:
 
 
 def end_orphans(experiment_id: str) -> None:
-    """Marks as KILLED the runs whose process on this host is gone (kill -9, power cut)."""
+    """Marks as KILLED the runs whose process on this host is gone (kill -9, power cut).
+
+    A container of the same name on this or another machine is left alone, and so is one that was started
+    again: its processes cannot be told from those of a living one.
+    """
     client = MlflowClient()
     running = f"attributes.status = 'RUNNING' and tags.`{HOST_TAG}` = '{socket.gethostname()}'"
     for found in client.search_runs([experiment_id], running):
-        if not _is_alive(found.data.tags.get(PROCESS_TAG, "")):
+        tags = found.data.tags
+        if is_gone(tags.get(MACHINE_TAG, ""), tags.get(PROCESS_TAG, ""), _machine()):
             client.set_terminated(found.info.run_id, "KILLED")
             log.warning(
                 "run %s was left RUNNING by a process that is gone: marked KILLED", found.info.run_name
             )
+
+
+def is_gone(machine: str, process: str, here: str) -> bool:
+    """Whether a process on a machine of this name is known to have ended; ``here`` is this machine."""
+    if machine == here:
+        return not _is_alive(process)
+    ours, theirs = here.split("/"), machine.split("/")
+    # The same machine was started again. Two containers, or two machines without an id, may look like that.
+    return ours[0] != "" and ours[2] == WHOLE_MACHINE and theirs[::2] == ours[::2]
 
 
 def _is_alive(process: str) -> bool:

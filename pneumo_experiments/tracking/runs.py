@@ -6,13 +6,13 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path, PurePosixPath
 from typing import Any
-from urllib.parse import urlparse
 
 import mlflow
 import numpy as np
@@ -29,11 +29,12 @@ from PIL import Image
 
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.settings import as_params, as_text
-from pneumo_experiments.tracking.delivery import Away, Outbox, current, outbox
+from pneumo_experiments.tracking.addresses import local_path, printable, without_password
+from pneumo_experiments.tracking.delivery import Away, Outbox, current, outages_told, outbox
 from pneumo_experiments.tracking.models import model_id_of
 from pneumo_experiments.tracking.processes import process_tags
 from pneumo_experiments.tracking.samples import sampled
-from pneumo_experiments.tracking.store import check_server, open_store, without_password
+from pneumo_experiments.tracking.store import check_server, open_store
 
 _is_silent = False
 
@@ -75,22 +76,24 @@ def run(
     nested = mlflow.active_run() is not None or parent is not None
     if nested:
         check_server(mlflow.get_tracking_uri())  # it may have gone since the outer run began
-    earlier = None if nested or continues is None else _earlier(continues)
-    # With its tags from the first moment: end_orphans knows it whenever the process is killed.
-    started = mlflow.start_run(
-        earlier,
-        run_name=step,
-        nested=nested,
-        parent_run_id=parent,
-        tags=process_tags(),
-        log_system_metrics=False,
-    )
+    with outages_told():
+        earlier = None if nested or continues is None else _earlier(continues)
+        # With its tags from the first moment: end_orphans knows it whenever the process is killed.
+        started = mlflow.start_run(
+            earlier,
+            run_name=step,
+            nested=nested,
+            parent_run_id=parent,
+            tags=process_tags(),
+            log_system_metrics=False,
+        )
     # MLflow's own switch asks for them, too.
     system_metrics = system_metrics or bool(MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING.get())
     run_id, status = started.info.run_id, "FAILED"
     with outbox(run_id) as box:
         try:
-            with sampled(box, run_id, started.info.start_time) if system_metrics else nullcontext():
+            samples = sampled(box, run_id, started.info.start_time) if system_metrics else nullcontext()
+            with outages_told(), samples:
                 # `mlflow run` chose a random name; tags are for new runs only.
                 box.deliver("tags", run_id=run_id, values={"mlflow.runName": step} | process_tags())
                 describe(description)
@@ -103,7 +106,7 @@ def run(
             status = "KILLED"
             raise
         except UserError as error:
-            box.deliver("tags", run_id=run_id, values={"error": str(error)[:5000]})
+            box.deliver("tags", run_id=run_id, values={"error": without_password(str(error))[:5000]})
             raise
         finally:
             _end(box, run_id, status)
@@ -203,11 +206,14 @@ def _log_artifact(path: Path, name: str) -> None:
     verify_artifact_path(name)  # the store's refusal would look like a failure of the server
     if _is_silent:
         return
-    box, folder = current(), str(PurePosixPath(name).parent).removeprefix(".")
-    try:
-        box.offer("artifact", run_id=active_run(), path=str(path), folder=folder)
-    except Away:
-        box.keep("artifact", run_id=active_run(), path=box.copy(path), folder=folder)
+    box, folder = current(), str(PurePosixPath(printable(name)).parent).removeprefix(".")
+    with tempfile.TemporaryDirectory() as temporary:
+        if path.name != printable(path.name):  # no store takes it
+            path = Path(shutil.copy(path, Path(temporary, printable(path.name))))
+        try:
+            box.offer("artifact", run_id=active_run(), path=str(path), folder=folder)
+        except Away:
+            box.keep("artifact", run_id=active_run(), path=box.copy(path), folder=folder)
 
 
 def log_dataset(path: Path, fingerprint: str, context: str) -> None:
@@ -222,7 +228,8 @@ def artifacts_of_active_run() -> str:
     active = mlflow.active_run()
     assert active is not None
     uri = active.info.artifact_uri or ""
-    return _shown(Path(urlparse(uri).path)) if urlparse(uri).scheme in ("", "file") else uri
+    path = local_path(uri)
+    return _shown(path) if path else uri
 
 
 def _shown(path: Path) -> str:

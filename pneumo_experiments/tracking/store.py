@@ -1,32 +1,39 @@
 """The tracking store: found, checked and opened once per process."""
 # pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportPrivateUsage=false
 
 from __future__ import annotations
 
 import logging
 import os
-import re
 import socket
 from collections.abc import Generator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import cache
-from pathlib import Path
-from urllib.parse import urlsplit
 
 import mlflow
 import requests
 from filelock import FileLock
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
+from mlflow.tracking._tracking_service.utils import _get_store
 from sqlalchemy import NullPool, create_engine
 
 from pneumo_experiments.errors import UserError
+from pneumo_experiments.tracking.addresses import (
+    check_address,
+    database_file,
+    is_kept_elsewhere,
+    kind_of,
+    local_path,
+    server_of,
+    without_password,
+)
 from pneumo_experiments.tracking.processes import end_orphans, end_with_mlflow_run
 
 SERVER_TIMEOUT_SECONDS = 5
 LOCK_TIMEOUT_SECONDS = 60
 KIND_TAG = "mlflow.experimentKind"
-DATABASE_PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
 
 
 def open_store() -> None:
@@ -41,13 +48,16 @@ def _open(uri: str) -> None:
     logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # a line for each new attempt
     adopted = "MLFLOW_RUN_ID" in os.environ
     try:
+        check_address("MLFLOW_TRACKING_URI", uri)
         check_server(uri)
         with _creation_lock():
             if adopted:
                 experiment_id = mlflow.get_run(os.environ["MLFLOW_RUN_ID"]).info.experiment_id
             else:
                 experiment_id = _experiment()
+            _check_place(experiment_id)
             _mark(experiment_id)
+        end_orphans(experiment_id)
     except UserError:
         raise
     except Exception as error:  # MLflow, SQLAlchemy, its drivers and the file system: errors of many kinds
@@ -58,17 +68,16 @@ def _open(uri: str) -> None:
         ) from error
     if adopted:
         end_with_mlflow_run()
-    end_orphans(experiment_id)
 
 
 def _experiment() -> str:
     name = os.environ.get("MLFLOW_EXPERIMENT_NAME")
     if name is None:
         return os.environ.get("MLFLOW_EXPERIMENT_ID") or "0"
-    local = mlflow.get_tracking_uri().startswith("sqlite:")
-    if local and mlflow.get_experiment_by_name(name) is None:
+    file = database_file(mlflow.get_tracking_uri())
+    if file and mlflow.get_experiment_by_name(name) is None:
         # Without a location the artifacts land wherever the first process happened to be started.
-        mlflow.create_experiment(name, artifact_location=(_database_file().parent / "mlruns").as_uri())
+        mlflow.create_experiment(name, artifact_location=(file.parent / "mlruns").as_uri())
     return mlflow.set_experiment(name).experiment_id
 
 
@@ -79,33 +88,35 @@ def _mark(experiment_id: str) -> None:
             MlflowClient().set_experiment_tag(experiment_id, KIND_TAG, "custom_model_development")
 
 
-def _database_file() -> Path:
-    return Path(mlflow.get_tracking_uri().removeprefix("sqlite:///")).resolve()
+def _check_place(experiment_id: str) -> None:
+    location = mlflow.get_experiment(experiment_id).artifact_location
+    if is_kept_elsewhere(location):
+        raise UserError(
+            f"{location}: MLflow would put the files of the runs into {local_path(location)};"
+            " give the folder a name in UTF-8 without a % before two digits"
+        )
 
 
 @contextmanager
 def _creation_lock() -> Generator[None]:
     # Two processes that create the tables of one new database at once break it.
     with ExitStack() as stack:
-        if mlflow.get_tracking_uri().startswith("sqlite:///"):
-            path = _database_file()
+        if path := database_file(mlflow.get_tracking_uri()):
             if not path.parent.is_dir():
                 raise UserError(f"MLFLOW_TRACKING_URI={tracking_uri()}: no folder {path.parent}; create it")
             stack.enter_context(FileLock(path.with_name(path.name + ".lock"), LOCK_TIMEOUT_SECONDS))
             _connect()
-            MlflowClient().search_experiments(max_results=1)  # creates the tables
+            # Creates the tables, and the default experiment with an address: see local_path.
+            _get_store(artifact_uri=(path.parent / "mlruns").as_uri())
         yield
 
 
 def reach(uri: str) -> None:
     """Raises OSError within seconds where no server answers; MLflow itself would retry for minutes."""
-    parts = urlsplit(uri)
-    kind = parts.scheme.split("+")[0]
-    if kind in ("http", "https"):
+    if kind_of(uri) in ("http", "https"):
         requests.head(uri, timeout=SERVER_TIMEOUT_SECONDS)  # any answer will do
-    elif kind in DATABASE_PORTS and parts.hostname:
-        address = (parts.hostname, parts.port or DATABASE_PORTS[kind])
-        socket.create_connection(address, timeout=SERVER_TIMEOUT_SECONDS).close()
+    elif server := server_of(uri):
+        socket.create_connection(server, timeout=SERVER_TIMEOUT_SECONDS).close()
 
 
 def check_server(uri: str) -> None:
@@ -117,7 +128,7 @@ def check_server(uri: str) -> None:
             f"MLFLOW_TRACKING_URI={tracking_uri()}: nothing answers there;"
             " start the server, or unset the variable to use mlflow.db in this folder"
         ) from error
-    if urlsplit(uri).scheme.split("+")[0] in DATABASE_PORTS:
+    if server_of(uri):
         _connect()
 
 
@@ -129,8 +140,3 @@ def _connect() -> None:
 def tracking_uri() -> str:
     """Address of the store in use, without a password."""
     return without_password(mlflow.get_tracking_uri())
-
-
-def without_password(text: str) -> str:
-    """The text, with ``***`` for the password of an address in it."""
-    return re.sub(r"(://[^:/@]*:)[^/@]+@", r"\1***@", text)
