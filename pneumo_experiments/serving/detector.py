@@ -18,7 +18,7 @@ from pneumo_experiments.data.dicom import read_radiograph
 from pneumo_experiments.data.resample import shrink_image
 from pneumo_experiments.data.rle import encode
 from pneumo_experiments.errors import Rejected, UserError
-from pneumo_experiments.learning.device import choose_machine
+from pneumo_experiments.learning.device import choose_machine_for
 from pneumo_experiments.learning.network import PneumothoraxNet
 from pneumo_experiments.learning.predict import Predictor, to_native
 from pneumo_experiments.scoring.thresholds import Thresholds, outline
@@ -39,13 +39,17 @@ class Row(TypedDict):
 
 @dataclass(frozen=True)
 class Detector:
-    """A predictor, the size of its input, its thresholds and the settings that trained it."""
+    """A predictor, the size of its input, its thresholds and the settings that trained it.
+
+    ``seen`` are digests of the images that trained it or chose its epoch and thresholds.
+    """
 
     predictor: Predictor
     image_size: int
     thresholds: Thresholds
     settings: Mapping[str, Any]
     data_fingerprint: str
+    seen: frozenset[str] = frozenset()
 
     def detect(self, dicom: bytes, image_id: str) -> Row:
         """Presence and outline of one radiograph; a file that cannot be used gives a row with its error."""
@@ -84,6 +88,8 @@ def save(folder: Path, detector: Detector) -> None:
         "thresholds": asdict(detector.thresholds),
         "settings": dict(detector.settings),
         "data_fingerprint": detector.data_fingerprint,
+        "precision": detector.predictor.machine.precision,
+        "seen": sorted(detector.seen),
     }
     (folder / DESCRIPTION).write_text(json.dumps(description, indent=2), encoding="utf-8")
 
@@ -99,10 +105,13 @@ def load(folder: Path) -> Detector:
         raise UserError(
             f"{folder}: the weights do not fit {settings['network']}; log the model anew with `train`"
         ) from error
+    # Not timed anew: the thresholds suit the answers in this format.
+    machine = choose_machine_for(description.get("precision", "auto"), Device())
     return Detector(
-        predictor=Predictor(network, choose_machine(Device()), settings["mirror"] == "true"),
+        predictor=Predictor(network, machine, settings["mirror"] == "true"),
         image_size=int(description["image_size"]),
         thresholds=Thresholds(**description["thresholds"]),
         settings=settings,
         data_fingerprint=description["data_fingerprint"],
+        seen=frozenset(description.get("seen", ())),
     )

@@ -11,7 +11,10 @@ from pneumo_experiments.settings import Register
 def register(settings: Register) -> tracking.Version:
     """Registers the model, or the experiment's best one, as a new version."""
     with tracking.run("register", settings):
-        model = tracking.best_model() if settings.model == "best" else settings.model
+        model = settings.model
+        if model == "best":
+            model, why = tracking.best_model(settings.name)
+            print(f"register: {model} is the {why}")
         detector = tracking.load_model(model)  # what cannot be loaded must not be registered
         if not isinstance(detector, Detector):
             raise UserError(f"model={model}: was not made by this project; `train` logs one")

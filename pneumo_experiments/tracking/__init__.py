@@ -8,13 +8,8 @@ os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
 os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")  # a machine without git is no reason to complain
 
-from pneumo_experiments.tracking.models import (
-    Version,
-    best_model,
-    load_model,
-    log_model,
-    register_model,
-)
+from pneumo_experiments.tracking.models import load_model, log_model
+from pneumo_experiments.tracking.registry import EVIDENCE, Version, best_model, register_model
 from pneumo_experiments.tracking.runs import (
     active_run,
     artifacts_of_active_run,
@@ -26,11 +21,14 @@ from pneumo_experiments.tracking.runs import (
     log_json,
     log_metrics,
     log_picture,
+    log_scores,
+    log_table,
     run,
 )
 from pneumo_experiments.tracking.store import open_store, tracking_uri, without_password
 
 __all__ = [
+    "EVIDENCE",
     "Version",
     "active_run",
     "artifacts_of_active_run",
@@ -45,6 +43,8 @@ __all__ = [
     "log_metrics",
     "log_model",
     "log_picture",
+    "log_scores",
+    "log_table",
     "open_store",
     "register_model",
     "run",
