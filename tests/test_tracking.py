@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 import mlflow
@@ -21,7 +23,7 @@ from mlflow.entities import Run
 
 from pneumo_experiments import interrupts, tracking
 from pneumo_experiments.errors import UserError
-from pneumo_experiments.settings import Preprocess, Register, Sample, Search, Train
+from pneumo_experiments.settings import Preprocess, Register, Sample, Score, Search, Train
 
 PATIENCE_SECONDS = 60
 
@@ -189,48 +191,112 @@ def test_artifacts_of_a_new_experiment_lie_beside_the_database(
 # Models and versions
 
 
+HOLDOUT, EXTERNAL = "a" * 32, "b" * 32
+
+
+def evaluated(model: str, dice: float, identity: str = HOLDOUT, subset: str = "holdout") -> None:
+    """Scores a model as `score` does."""
+    facts = {"subset": subset, "images": 48, "dice_baseline": 0.75}
+    with tracking.run("score", Score(model=model)):
+        tracking.log_scores({"dice": dice}, model, Path("siim.h5"), identity, facts)
+
+
 def logged(store: Store, dice: float | None) -> str:
-    """Address of a model that scored ``dice``."""
+    """Address of a model that scored ``dice`` on the hold-out part."""
     folder = store.folder / "model"
     folder.mkdir(exist_ok=True)
     (folder / "model.json").write_text("{}")
     with tracking.run("train", Train()):
         model = tracking.log_model(folder)
-        if dice is not None:
-            tracking.log_metrics({"dice": dice, "dice_baseline": 0.75}, model=model)
+    if dice is not None:
+        evaluated(model, dice)
     return model
 
 
-def registered(model: str, promote: str = "auto", data: str = "the same") -> tracking.Version:
+def registered(model: str, promote: str = "auto") -> tracking.Version:
     with tracking.run("register", Register()):
-        return tracking.register_model(model, "lungs", promote, {"data_fingerprint": data})
+        return tracking.register_model(model, "lungs", promote, {"network": "small"})
 
 
-def test_the_champion_is_the_better_model_on_the_same_data(store: Store) -> None:
-    good, better, worse = logged(store, 0.8), logged(store, 0.9), logged(store, 0.7)
+def test_the_champion_is_the_better_model_on_the_same_images(store: Store) -> None:
+    good, better, worse, other = (logged(store, dice) for dice in (0.8, 0.9, 0.77, None))
+    evaluated(other, 0.99, EXTERNAL, "external")
     asked = [
         registered(good),
         registered(worse),
         registered(better),
         registered(better),
-        registered(logged(store, 0.99), data="other"),
+        registered(other),
         registered(logged(store, None)),
         registered(logged(store, 0.95), promote="never"),
     ]
     champions = [version.champion for version in asked]
     assert champions == [True, False, True, False, False, False, False]
     assert [version.number for version in asked] == ["1", "2", "3", "4", "5", "6", "7"]
-    assert asked[0].reason == "the first champion"
-    assert asked[1].reason == "Dice 0.7000 is not better than the champion's 0.8000"
-    assert "other data" in asked[4].reason
+    where = "on 48 holdout images (aaaaaaaa)"
+    assert asked[0].reason == (
+        f"the first champion: Dice 0.8000 {where} is above the all-empty baseline 0.7500"
+    )
+    assert asked[1].reason == (
+        f"Dice 0.7700 {where} is not better than the champion's 0.8000 on the same images"
+    )
+    assert "the champion, version 3, was not scored on these images" in asked[4].reason
+    assert asked[5].reason.startswith("no score on images that are new to it")
     held = store.client.get_model_version_by_alias("lungs", "champion")
     assert str(held.version) == "3"
     assert held.source == better
     assert f"Logged model {better.removeprefix('models:/')}" in held.description
-    assert held.tags == {"data_fingerprint": "the same", "dice": "0.9", "dice_baseline": "0.75"}
+    assert held.tags == {
+        **{"network": "small", "dice": "0.9", "dice_baseline": "0.75"},
+        **{"identity": HOLDOUT, "subset": "holdout"},
+    }
     assert "better than the champion's 0.8000" in held.description
-    assert registered(worse, promote="always").champion
+    forced = registered(worse, promote="always")
+    assert forced.champion
+    assert forced.reason.startswith("promote=always, although: Dice 0.7700")
     assert str(store.client.get_model_version_by_alias("lungs", "champion").version) == "8"
+
+
+def test_two_models_compare_on_any_images_that_both_were_scored_on(store: Store) -> None:
+    first, second = logged(store, 0.8), logged(store, None)
+    assert registered(first).champion
+    evaluated(second, 0.85, EXTERNAL, "external")
+    assert not registered(second).champion
+    evaluated(first, 0.84, EXTERNAL, "external")
+    assert registered(second).champion
+    tags = store.client.get_model_version_by_alias("lungs", "champion").tags
+    assert (tags["identity"], tags["subset"], tags["dice"]) == (EXTERNAL, "external", "0.85")
+    # On the hold-out part the first is better, but it is the champion's images that count.
+    evaluated(second, 0.79)
+    assert "Dice 0.8400 on 48 external images" in registered(first).reason
+
+
+@pytest.mark.parametrize("subset", ["train", "validation", "all"])
+def test_scores_on_images_that_a_model_knows_are_no_evidence(store: Store, subset: str) -> None:
+    first, second = logged(store, 0.8), logged(store, None)
+    assert registered(first).champion
+    evaluated(second, 0.99, HOLDOUT, subset)
+    assert not registered(second).champion
+
+
+@pytest.mark.parametrize("dice", [0.75, 0.7, None])
+def test_a_model_at_the_baseline_or_without_a_score_is_no_first_champion(
+    store: Store, dice: float | None
+) -> None:
+    version = registered(logged(store, dice))
+    reason = (
+        "no score on images"
+        if dice is None
+        else f"Dice {dice:.4f} on 48 holdout images (aaaaaaaa) is not above"
+    )
+    assert (version.champion, version.reason[: len(reason)]) == (False, reason)
+    assert store.client.get_registered_model("lungs").aliases == {}
+
+
+def test_the_last_score_on_the_same_images_counts(store: Store) -> None:
+    model = logged(store, 0.99)
+    evaluated(model, 0.7)
+    assert "Dice 0.7000" in registered(model).reason
 
 
 def test_never_leaves_the_first_version_without_an_alias(store: Store) -> None:
@@ -238,12 +304,67 @@ def test_never_leaves_the_first_version_without_an_alias(store: Store) -> None:
     assert store.client.get_registered_model("lungs").aliases == {}
 
 
-def test_the_best_model_is_the_one_with_the_highest_dice(store: Store) -> None:
-    logged(store, 0.8)
-    best = logged(store, 0.9)
-    logged(store, None)
+def test_the_best_model_is_the_one_with_the_highest_dice_on_one_set_of_images(store: Store) -> None:
+    def best() -> tuple[str, str]:
+        with tracking.run("register", Register()):
+            return tracking.best_model("lungs")
+
+    unscored = logged(store, None)
+    with pytest.raises(UserError, match="model=best: no model of this experiment was scored"):
+        best()
+    evaluated(unscored, 0.99, HOLDOUT, "train")
+    with pytest.raises(UserError, match="model=best: no model of this experiment was scored"):
+        best()
+    first, highest, other = logged(store, 0.8), logged(store, 0.9), logged(store, None)
+    assert best() == (highest, "best of 2 scored on the 48 holdout images (aaaaaaaa) which were scored last")
+    evaluated(other, 0.95, EXTERNAL, "external")
+    assert best()[0] == highest
+    evaluated(other, 0.95, "c" * 32, "holdout")
+    assert best() == (other, "best of 1 scored on the 48 holdout images (cccccccc) which were scored last")
+    assert registered(first).champion
+    assert best() == (
+        highest,
+        "best of 2 scored on the 48 holdout images (aaaaaaaa) by which the champion was registered",
+    )
+
+
+# Versions that are registered at the same time
+
+
+def register_at_once(uri: str, model: str, start: Barrier) -> None:
+    """What each of several processes does."""
+    mlflow.set_tracking_uri(uri)
     with tracking.run("register", Register()):
-        assert tracking.best_model() == best
+        start.wait(PATIENCE_SECONDS)
+        tracking.register_model(model, "lungs", "auto", {})
+
+
+def race(models: Sequence[str]) -> None:
+    """Registers the models at once, each in a process of its own."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["pneumo_experiments.tracking"])
+    start = context.Barrier(len(models))
+    arguments = [(mlflow.get_tracking_uri(), model, start) for model in models]
+    racers = [context.Process(target=register_at_once, args=each) for each in arguments]
+    for racer in racers:
+        racer.start()
+    for racer in racers:
+        racer.join(PATIENCE_SECONDS)
+    assert [racer.exitcode for racer in racers] == [0] * len(racers)
+
+
+def assert_that_the_best_wins(store: Store) -> None:
+    """In several races, each of which has a new best one and some that beat the last champion, too."""
+    client = MlflowClient()
+    models = [logged(store, 0.80 + number / 100) for number in range(12)]
+    for last in (4, 8, 12):
+        race(models[last - 4 : last][::-1])
+        assert client.get_model_version_by_alias("lungs", "champion").source == models[last - 1]
+    assert not [v for v in client.search_model_versions("name = 'lungs'") if "deciding" in v.tags]
+
+
+def test_of_versions_registered_at_once_the_best_is_the_champion(store: Store) -> None:
+    assert_that_the_best_wins(store)
 
 
 # Real processes

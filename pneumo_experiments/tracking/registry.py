@@ -146,9 +146,9 @@ def _champion(client: MlflowClient, name: str) -> Champion | None:
         version = client.get_model_version_by_alias(name, ALIAS)
     except MlflowException:  # no such model, or no such alias yet
         return None
-    try:
-        scores = _scores_of(client.get_logged_model(version.model_id)) if version.model_id else {}
-    except MlflowException:  # deleted meanwhile
+    try:  # the version itself does not keep the model's id
+        scores = _scores_of(client.get_logged_model((version.source or "").removeprefix("models:/")))
+    except MlflowException:  # deleted meanwhile, or never a logged model
         scores = {}
     return Champion(str(version.version), version.tags.get("identity"), scores)
 
