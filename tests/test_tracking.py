@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -20,6 +21,7 @@ import pytest
 from conftest import ROOT
 from mlflow import MlflowClient
 from mlflow.entities import Run
+from test_outage import Server
 
 from pneumo_experiments import interrupts, tracking
 from pneumo_experiments.errors import UserError
@@ -331,20 +333,20 @@ def test_the_best_model_is_the_one_with_the_highest_dice_on_one_set_of_images(st
 # Versions that are registered at the same time
 
 
-def register_at_once(uri: str, model: str, start: Barrier) -> None:
+def register_at_once(uri: str, model: str, name: str, start: Barrier) -> None:
     """What each of several processes does."""
     mlflow.set_tracking_uri(uri)
     with tracking.run("register", Register()):
         start.wait(PATIENCE_SECONDS)
-        tracking.register_model(model, "lungs", "auto", {})
+        tracking.register_model(model, name, "auto", {})
 
 
-def race(models: Sequence[str]) -> None:
+def race(models: Sequence[str], name: str) -> None:
     """Registers the models at once, each in a process of its own."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pneumo_experiments.tracking"])
+    context.set_forkserver_preload(["mlflow.pyfunc", "mlflow.store.tracking.sqlalchemy_store"])
     start = context.Barrier(len(models))
-    arguments = [(mlflow.get_tracking_uri(), model, start) for model in models]
+    arguments = [(mlflow.get_tracking_uri(), model, name, start) for model in models]
     racers = [context.Process(target=register_at_once, args=each) for each in arguments]
     for racer in racers:
         racer.start()
@@ -353,18 +355,46 @@ def race(models: Sequence[str]) -> None:
     assert [racer.exitcode for racer in racers] == [0] * len(racers)
 
 
-def assert_that_the_best_wins(store: Store) -> None:
-    """In several races, each of which has a new best one and some that beat the last champion, too."""
-    client = MlflowClient()
-    models = [logged(store, 0.80 + number / 100) for number in range(12)]
-    for last in (4, 8, 12):
-        race(models[last - 4 : last][::-1])
-        assert client.get_model_version_by_alias("lungs", "champion").source == models[last - 1]
-    assert not [v for v in client.search_model_versions("name = 'lungs'") if "deciding" in v.tags]
+def assert_that_the_best_wins_each_race(folder: Path) -> None:
+    client, models = MlflowClient(), [logged(Store(folder), dice) for dice in (0.8, 0.95, 0.85, 0.9)]
+    for name in ("left", "right", "both"):
+        race(models, name)
+        assert client.get_model_version_by_alias(name, "champion").source == models[1]
+        versions = client.search_model_versions(f"name = '{name}'")
+        assert len(versions) == len(models)
+        assert not [version for version in versions if "deciding" in version.tags]
 
 
 def test_of_versions_registered_at_once_the_best_is_the_champion(store: Store) -> None:
-    assert_that_the_best_wins(store)
+    assert_that_the_best_wins_each_race(store.folder)
+
+
+def test_of_versions_registered_at_once_on_a_server_the_best_is_the_champion(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        server = Server(tmp_path, free.getsockname()[1])
+    server.start()
+    try:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
+        mlflow.set_tracking_uri(None)
+        assert_that_the_best_wins_each_race(tmp_path)
+    finally:
+        server.kill()
+
+
+def test_a_version_that_was_never_decided_holds_up_no_other_for_good(
+    store: Store, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = logged(store, 0.8)
+    store.client.create_registered_model("lungs")
+    store.client.create_model_version("lungs", model, tags={"deciding": "true"})  # its process was killed
+    monkeypatch.setattr("pneumo_experiments.tracking.registry.TURN_SECONDS", 0)
+    assert registered(model).champion
+    assert "lungs version 1 was never decided: going on without it" in caplog.text
+    assert registered(model).number == "3"
+    assert caplog.text.count("never decided") == 1
 
 
 # Real processes
