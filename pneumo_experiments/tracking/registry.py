@@ -159,18 +159,21 @@ def _await_turn(client: MlflowClient, name: str, number: str) -> None:
     The store numbers them one by one, which makes the numbers a queue on any store, without a lock.
     """
     quote = '"' if "'" in name else "'"
-    end = time.monotonic() + TURN_SECONDS
+    waiting, end = 0, 0.0
     while True:
         versions = client.search_model_versions(f"name = {quote}{name}{quote}")
-        before = [v for v in versions if TURN_TAG in v.tags and int(v.version) < int(number)]
+        before = sorted(
+            int(v.version) for v in versions if TURN_TAG in v.tags and int(v.version) < int(number)
+        )
         if not before:
             return
-        if time.monotonic() > end:  # its process was killed, or its store is away
-            for version in before:
-                log.warning("%s version %s was never decided: going on without it", name, version.version)
-                client.delete_model_version_tag(name, version.version, TURN_TAG)
-            return
-        time.sleep(PAUSE_SECONDS)
+        if len(before) != waiting:
+            waiting, end = len(before), time.monotonic() + TURN_SECONDS
+        if time.monotonic() >= end:  # the process of the first was killed
+            log.warning("%s version %s was never decided: going on without it", name, before[0])
+            client.delete_model_version_tag(name, str(before[0]), TURN_TAG)
+        else:
+            time.sleep(PAUSE_SECONDS)
 
 
 def _verdict(
