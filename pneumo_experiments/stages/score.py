@@ -66,9 +66,9 @@ def _judge(settings: Score, detector: Detector) -> Judged:
             )
         tracking.log_dataset(settings.dataset, dataset.fingerprint, settings.subset)
         cohort = Cohort(dataset, _indices(settings, detector, dataset))
+        subset, images = _subset(settings, detector, cohort), identity(cohort)
         tally = cohort.tally(detector.predictor, desc="score")
         scores = cohort.score(tally, detector.thresholds)
-        subset, images = _subset(settings, detector, cohort), identity(cohort)
         facts = {"subset": subset, "data_fingerprint": dataset.fingerprint} | scores.as_facts()
         tracking.log_scores(
             scores.as_metrics(PREFIXES[subset]), settings.model, settings.dataset, images, facts
