@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import shutil
@@ -26,6 +27,7 @@ from test_outage import Server
 from pneumo_experiments import interrupts, tracking
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.settings import Preprocess, Register, Sample, Score, Search, Train
+from pneumo_experiments.tracking import delivery
 
 PATIENCE_SECONDS = 60
 
@@ -299,6 +301,30 @@ def test_the_last_score_on_the_same_images_counts(store: Store) -> None:
     model = logged(store, 0.99)
     evaluated(model, 0.7)
     assert "Dice 0.7000" in registered(model).reason
+
+
+def test_scores_and_their_table_outlast_an_outage_and_arrive_once_though_they_are_sent_twice(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, rows = logged(store, None), [("a", 0.5), ("b", 1.0)]
+    with tracking.run("score", Score()) as run_id:
+        box = delivery.current()
+        with monkeypatch.context() as patch:
+            patch.setattr(box, "_next_attempt", float("inf"))  # as after an attempt that found the store away
+            facts = {"subset": "holdout", "images": 2, "dice_baseline": 0.5}
+            tracking.log_scores({"dice": 0.75}, model, Path("siim.h5"), HOLDOUT, facts)
+            tracking.log_table(("image_id", "dice"), rows, "scores")
+        assert store.client.get_run(run_id).data.metrics == {}
+        for line in box.file.read_text().splitlines():  # the answer to the first attempt was lost
+            box.keep(**json.loads(line))
+        assert box.flush()
+    found = store.client.get_logged_model(model.removeprefix("models:/"))
+    metrics = [(m.key, m.value, m.dataset_name, m.dataset_digest) for m in found.metrics or []]
+    assert metrics == [("dice", 0.75, "siim holdout", HOLDOUT)]
+    assert json.loads(found.tags[f"score.{HOLDOUT}"])["subset"] == "holdout"
+    assert len(store.client.get_metric_history(run_id, "dice")) == 1
+    table = mlflow.load_table("scores.json", run_ids=[run_id])
+    assert list(table.itertuples(index=False, name=None)) == rows
 
 
 def test_never_leaves_the_first_version_without_an_alias(store: Store) -> None:
