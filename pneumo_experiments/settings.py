@@ -99,7 +99,8 @@ class Device:
     )
     precision: str = setting(
         "auto",
-        "number format of the network's arithmetic; auto takes what is fastest on the device",
+        "number format of the network's arithmetic; auto takes what is fastest on the device, or what the"
+        " model was trained in",
         choices=("auto", "fp32", "bf16", "fp16"),
     )
 
@@ -248,7 +249,8 @@ class Registry:
     name: str = setting("pneumothorax", "name of the registered model")
     promote: str = setting(
         "auto",
-        "alias champion: auto gives it to the better Dice on the same data (or where there is none yet)",
+        "alias champion: auto gives it for a higher Dice than the champion's on the same hold-out or external"
+        " images, and than all-empty masks",
         choices=("auto", "always", "never"),
     )
 
@@ -279,8 +281,8 @@ class Train(Pictures, Refine, Recipe, Schedule, Stored):
 
 
 @dataclass(frozen=True)
-class Search(Refine, Recipe, Trials, Stored):
-    """Search loss weights with Optuna by short trainings, then thresholds."""
+class Search(Recipe, Trials, Stored):
+    """Search loss weights with Optuna by short trainings."""
 
 
 @dataclass(frozen=True)
@@ -304,7 +306,8 @@ class Register(Registry):
     """Register a model, and make it the champion if it earned that."""
 
     model: str = setting(
-        "best", "model to register: a models:/ address, or best: the experiment's highest Dice"
+        "best",
+        "model to register: a models:/ address, or best: the experiment's highest Dice on one set of images",
     )
 
 

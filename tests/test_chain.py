@@ -125,14 +125,28 @@ def test_a_setting_is_one_param_of_every_run_that_uses_it(chain: Chain) -> None:
         assert {"bce_weight", "dice_weight", "focal_weight"} <= chain.only(trial).data.params.keys()
     best = json.loads(artifact(chain.only("search"), "best_settings.json").read_text())
     assert train["bce_weight"] == str(best["bce_weight"])
+    assert set(best) == {"bce_weight", "dice_weight", "focal_weight"}
 
 
 def test_loss_and_dice_are_curves_over_the_epochs(chain: Chain) -> None:
     run_id, client = chain.only("train").info.run_id, MlflowClient(chain.uri)
     assert [point.step for point in client.get_metric_history(run_id, "loss")] == [1, 2]
-    assert [point.step for point in client.get_metric_history(run_id, "dice")] == [1, 2, 3]
-    for name in ("loss_bce", "dice_positive", "dice_baseline", "seconds_per_epoch", "images_per_second"):
+    assert [point.step for point in client.get_metric_history(run_id, "val_dice")] == [1, 2]
+    for name in ("loss_bce", "val_dice_positive", "seconds_per_epoch", "images_per_second"):
         assert client.get_metric_history(run_id, name)
+
+
+def test_dice_is_what_score_measured_and_val_dice_what_training_did(chain: Chain) -> None:
+    for name in ("search", "trial 0", "trial 1", "train"):
+        (run,) = chain.runs[name]
+        assert "val_dice" in run.data.metrics, name
+        assert not [metric for metric in run.data.metrics if metric.startswith(("dice", "auroc"))], name
+    assert {"threshold_trials", "presence_threshold"}.isdisjoint(chain.only("search").data.params)
+    for name in ("preprocess", "train", "score", "main"):
+        constants = {"images", "positives", "patients", "dice_baseline", "val_images", "val_dice_baseline"}
+        assert constants.isdisjoint(chain.runs[name][0].data.metrics), name
+    assert chain.only("preprocess").data.params["images"] == str(SMALL["images"])
+    assert float(chain.only("main").data.params["dice_baseline"]) > 0
 
 
 def test_the_final_scores_stand_at_the_parent_and_the_model_and_on_the_terminal(chain: Chain) -> None:
@@ -252,7 +266,8 @@ def test_real_radiographs_go_through_the_same_command(real_data: Path, tmp_path:
         assert areas.pop(image_id) == (*numbers, row["view"], row["sex"], int(row["age"]))
     assert areas == {}
     assert masks == {image_id: int(row["union_area_px"]) for image_id, row in known.items()}
-    assert chain.only("main").data.metrics["images"] >= 2
+    judged = next(run for run in chain.runs["score"] if run.data.params["dicom_dir"] == "none")
+    assert int(judged.data.params["images"]) >= 2
     with (tmp_path / "output" / "submission.csv").open() as file:
         assert len(file.readlines()) == 1 + 10
 

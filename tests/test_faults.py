@@ -216,7 +216,7 @@ def test_killed_in_a_step_in_validation_and_in_the_checkpoint_a_training_ends_as
             assert ("goes on after epoch 1 of 3" in said) == (moment != "step")
             (run,) = runs()
             assert run.info.status == "RUNNING"
-            assert [step for step, _ in told(run)["dice"]] == epochs_told
+            assert [step for step, _ in told(run)["val_dice"]] == epochs_told
             (left,) = folder.glob("output/checkpoints/*")
             last = Checkpoint(left).last()
             assert last is not None
@@ -315,9 +315,11 @@ def test_a_data_set_without_a_finding_is_learned_and_undefined_numbers_are_left_
     (run,) = runs()
     assert run.info.status == "FINISHED"
     metrics = run.data.metrics
-    assert metrics["dice"] == metrics["dice_baseline"] == metrics["specificity"] == 1.0
-    assert (metrics["positives"], metrics["images"]) == (0, trained.scores.images)
-    assert not {"dice_positive", "sensitivity", "auroc"} & set(metrics)
+    assert metrics["val_dice"] == metrics["val_dice_final"] == metrics["val_specificity"] == 1.0
+    params = run.data.params
+    assert (params["val_positives"], params["val_images"]) == ("0", str(trained.scores.images))
+    assert params["val_dice_baseline"] == "1.0"
+    assert not {"val_dice_positive", "val_sensitivity", "val_auroc"} & set(metrics)
     assert metrics["loss"] < 10
     names = {item.path for item in MlflowClient().list_artifacts(run.info.run_id)}
     assert {"first_batch.png", "learning_curves.png", "overlays.png", "split.json"} <= names
@@ -371,7 +373,7 @@ def test_what_a_training_learned_after_its_server_died_is_delivered_when_that_is
         assert f"kept in {trained.model}" in model
         (file,) = re.findall(r"calls wait in (\S+); .* python -m pneumo_experiments\.tracking \1$", last)
         missing = calls_in(tmp_path / file)
-        assert [call["step"] for call in missing if call["call"] == "metrics"] == [2, 3, 4]
+        assert [call["step"] for call in missing if call["call"] == "metrics"] == [2, 3, 3]
         server.start()
         with desk(tmp_path, server.uri):
             (run,) = runs()

@@ -114,23 +114,28 @@ def test_a_perfect_prediction_scores_1_throughout() -> None:
     for mask in truth:
         tally.add(mask.astype(np.float32), float(mask.any()), mask)
     scores = score(tally, Thresholds(), patients=[str(i) for i in range(20)])
-    assert scores == Scores(1.0, 1.0, 1.0, 8 / 20, 1.0, 1.0, 1.0, 1.0, 20, 12)
+    assert scores == Scores(1.0, 1.0, 1.0, 8 / 20, 1.0, 1.0, 1.0, 1.0, 20, 12, 20)
+    assert scores.interval_reliable
 
 
 def test_without_positives_the_undefined_numbers_are_left_out_of_the_metrics() -> None:
-    metrics = score(tally_of([(0.1, 0.1, False), (0.9, 0.9, False)]), Thresholds(), ["a", "b"]).as_metrics()
-    assert set(metrics) == {
-        "dice",
-        "dice_low",
-        "dice_high",
-        "dice_baseline",
-        "specificity",
-        "images",
-        "positives",
-    }
-    assert metrics["dice"] == metrics["specificity"] == 0.5
-    assert metrics["positives"] == 0
+    scores = score(tally_of([(0.1, 0.1, False), (0.9, 0.9, False)]), Thresholds(), ["a", "b"])
+    metrics = scores.as_metrics("val_")
+    assert set(metrics) == {"val_dice", "val_dice_low", "val_dice_high", "val_specificity"}
+    assert metrics["val_dice"] == metrics["val_specificity"] == 0.5
     assert all(type(value) is float for value in metrics.values())
+    facts = {"images": 2, "positives": 0, "patients": 2, "dice_baseline": 1.0, "interval_reliable": False}
+    assert scores.as_facts() == facts
+
+
+def test_an_interval_from_fewer_than_20_patients_is_called_unreliable() -> None:
+    few, enough = (
+        score(tally_of([(0.1, 0.1, False)] * 40), Thresholds(), [str(i % patients) for i in range(40)])
+        for patients in (19, 20)
+    )
+    assert (few.interval_reliable, enough.interval_reliable) == (False, True)
+    assert few.interval == "95% 1.000 to 1.000, unreliable with 19 patients"
+    assert enough.interval == "95% 1.000 to 1.000"
 
 
 def test_no_images_and_a_wrong_number_of_patients_are_refused() -> None:

@@ -223,7 +223,7 @@ def test_ids_without_a_file_files_without_an_id_and_broken_files_are_left_out_an
     with h5py.File(tmp_path / "d.h5") as file:
         assert len(file["index"]) == 2  # type: ignore[arg-type]
     run = desk.runs()[0]
-    assert (run.info.status, run.data.metrics["images"]) == ("FINISHED", 2)
+    assert (run.info.status, run.data.params["images"]) == ("FINISHED", "2")
     report = mlflow.artifacts.load_dict(f"{run.info.artifact_uri}/d.report.json")
     assert "ghost" in report["annotated_without_file"]
     assert report["rejected"][0]["files"][0]["image_id"] == broken

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import math
 from collections.abc import Mapping
 from functools import cache
@@ -222,6 +223,7 @@ def test_imagenet_weights_replace_the_special_start_of_the_backbone_alone(
     drawn = fresh("fcn_resnet50").state_dict()
     heads = [name for name in drawn if not name.startswith("backbone.")]
     assert all(torch.equal(net.state_dict()[name], drawn[name]) for name in heads)
+    assert net.source == "imagenet resnet50-11ad3fa6.pth"
 
 
 @pytest.mark.parametrize("network", ARCHITECTURES)
@@ -259,6 +261,7 @@ def test_auto_weights_go_on_without_a_connection_and_say_what_it_costs(
 ) -> None:
     net = build("fcn_resnet50", "auto", seed=0)
     assert "random values, which needs many more epochs" in caplog.text
+    assert (net.source, net.source_sha256) == ("none", "none")
     assert net.pretrained == frozenset()
     assert torch.equal(net.mask_head[0].weight, fresh("fcn_resnet50").mask_head[0].weight)
 
@@ -284,6 +287,8 @@ def test_saved_weights_of_a_network_come_back_whole(tmp_path: Path) -> None:
     assert all(holds(tensor, state[name]) for name, tensor in net.state_dict().items())
     assert net.pretrained == {name for name, _ in net.named_parameters()}
     assert copy.deepcopy(net).pretrained == net.pretrained
+    assert net.source == "weights.pt"  # not its folder, which may be called after somebody
+    assert net.source_sha256 == hashlib.sha256((tmp_path / "weights.pt").read_bytes()).hexdigest()
 
 
 @pytest.mark.parametrize("old", [True, False])

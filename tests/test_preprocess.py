@@ -93,7 +93,7 @@ def test_the_report_lies_beside_the_data_set_and_in_the_run(
     assert not (desk / "d.h5.work").exists()
     with h5py.File(desk / "d.h5") as file:
         assert file["images_0"].shape == (IMAGES, 64, 64)
-    assert last_run().data.metrics["positives"] == 12
+    assert last_run().data.params["positives"] == "12"
 
 
 def test_the_same_again_says_so_and_writes_nothing(

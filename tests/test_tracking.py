@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import multiprocessing
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 import mlflow
@@ -18,10 +22,12 @@ import pytest
 from conftest import ROOT
 from mlflow import MlflowClient
 from mlflow.entities import Run
+from test_outage import Server
 
 from pneumo_experiments import interrupts, tracking
 from pneumo_experiments.errors import UserError
-from pneumo_experiments.settings import Preprocess, Register, Sample, Search, Train
+from pneumo_experiments.settings import Preprocess, Register, Sample, Score, Search, Train
+from pneumo_experiments.tracking import delivery
 from pneumo_experiments.tracking.processes import is_gone, process_tags
 
 PATIENCE_SECONDS = 60
@@ -214,48 +220,136 @@ def test_artifacts_of_a_new_experiment_lie_beside_the_database(
 # Models and versions
 
 
+HOLDOUT, EXTERNAL = "a" * 32, "b" * 32
+
+
+def evaluated(model: str, dice: float, identity: str = HOLDOUT, subset: str = "holdout") -> None:
+    """Scores a model as `score` does."""
+    facts = {"subset": subset, "images": 48, "dice_baseline": 0.75}
+    with tracking.run("score", Score(model=model)):
+        tracking.log_scores({"dice": dice}, model, Path("siim.h5"), identity, facts)
+
+
 def logged(store: Store, dice: float | None) -> str:
-    """Address of a model that scored ``dice``."""
+    """Address of a model that scored ``dice`` on the hold-out part."""
     folder = store.folder / "model"
     folder.mkdir(exist_ok=True)
     (folder / "model.json").write_text("{}")
     with tracking.run("train", Train()):
         model = tracking.log_model(folder)
-        if dice is not None:
-            tracking.log_metrics({"dice": dice, "dice_baseline": 0.75}, model=model)
+    if dice is not None:
+        evaluated(model, dice)
     return model
 
 
-def registered(model: str, promote: str = "auto", data: str = "the same") -> tracking.Version:
+def registered(model: str, promote: str = "auto") -> tracking.Version:
     with tracking.run("register", Register()):
-        return tracking.register_model(model, "lungs", promote, {"data_fingerprint": data})
+        return tracking.register_model(model, "lungs", promote, {"network": "small"})
 
 
-def test_the_champion_is_the_better_model_on_the_same_data(store: Store) -> None:
-    good, better, worse = logged(store, 0.8), logged(store, 0.9), logged(store, 0.7)
+def test_the_champion_is_the_better_model_on_the_same_images(store: Store) -> None:
+    good, better, worse, other = (logged(store, dice) for dice in (0.8, 0.9, 0.77, None))
+    evaluated(other, 0.99, EXTERNAL, "external")
     asked = [
         registered(good),
         registered(worse),
         registered(better),
         registered(better),
-        registered(logged(store, 0.99), data="other"),
+        registered(other),
         registered(logged(store, None)),
         registered(logged(store, 0.95), promote="never"),
     ]
     champions = [version.champion for version in asked]
     assert champions == [True, False, True, False, False, False, False]
     assert [version.number for version in asked] == ["1", "2", "3", "4", "5", "6", "7"]
-    assert asked[0].reason == "the first champion"
-    assert asked[1].reason == "Dice 0.7000 is not better than the champion's 0.8000"
-    assert "other data" in asked[4].reason
+    where = "on 48 holdout images (aaaaaaaa)"
+    assert asked[0].reason == (
+        f"the first champion: Dice 0.8000 {where} is above the all-empty baseline 0.7500"
+    )
+    assert asked[1].reason == (
+        f"Dice 0.7700 {where} is not better than the champion's 0.8000 on the same images"
+    )
+    assert "the champion, version 3, was not scored on these images" in asked[4].reason
+    assert asked[5].reason.startswith("no score on images that are new to it")
     held = store.client.get_model_version_by_alias("lungs", "champion")
     assert str(held.version) == "3"
     assert held.source == better
     assert f"Logged model {better.removeprefix('models:/')}" in held.description
-    assert held.tags == {"data_fingerprint": "the same", "dice": "0.9", "dice_baseline": "0.75"}
+    assert held.tags == {
+        **{"network": "small", "dice": "0.9", "dice_baseline": "0.75"},
+        **{"identity": HOLDOUT, "subset": "holdout"},
+    }
     assert "better than the champion's 0.8000" in held.description
-    assert registered(worse, promote="always").champion
+    forced = registered(worse, promote="always")
+    assert forced.champion
+    assert forced.reason.startswith("promote=always, although: Dice 0.7700")
     assert str(store.client.get_model_version_by_alias("lungs", "champion").version) == "8"
+
+
+def test_two_models_compare_on_any_images_that_both_were_scored_on(store: Store) -> None:
+    first, second = logged(store, 0.8), logged(store, None)
+    assert registered(first).champion
+    evaluated(second, 0.85, EXTERNAL, "external")
+    assert not registered(second).champion
+    evaluated(first, 0.84, EXTERNAL, "external")
+    assert registered(second).champion
+    tags = store.client.get_model_version_by_alias("lungs", "champion").tags
+    assert (tags["identity"], tags["subset"], tags["dice"]) == (EXTERNAL, "external", "0.85")
+    # On the hold-out part the first is better, but it is the champion's images that count.
+    evaluated(second, 0.79)
+    assert "Dice 0.8400 on 48 external images" in registered(first).reason
+
+
+@pytest.mark.parametrize("subset", ["train", "validation", "all"])
+def test_scores_on_images_that_a_model_knows_are_no_evidence(store: Store, subset: str) -> None:
+    first, second = logged(store, 0.8), logged(store, None)
+    assert registered(first).champion
+    evaluated(second, 0.99, HOLDOUT, subset)
+    assert not registered(second).champion
+
+
+@pytest.mark.parametrize("dice", [0.75, 0.7, None])
+def test_a_model_at_the_baseline_or_without_a_score_is_no_first_champion(
+    store: Store, dice: float | None
+) -> None:
+    version = registered(logged(store, dice))
+    reason = (
+        "no score on images"
+        if dice is None
+        else f"Dice {dice:.4f} on 48 holdout images (aaaaaaaa) is not above"
+    )
+    assert (version.champion, version.reason[: len(reason)]) == (False, reason)
+    assert store.client.get_registered_model("lungs").aliases == {}
+
+
+def test_the_last_score_on_the_same_images_counts(store: Store) -> None:
+    model = logged(store, 0.99)
+    evaluated(model, 0.7)
+    assert "Dice 0.7000" in registered(model).reason
+
+
+def test_scores_and_their_table_outlast_an_outage_and_arrive_once_though_they_are_sent_twice(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, rows = logged(store, None), [("a", 0.5), ("b", 1.0)]
+    with tracking.run("score", Score()) as run_id:
+        box = delivery.current()
+        with monkeypatch.context() as patch:
+            patch.setattr(box, "_next_attempt", float("inf"))  # as after an attempt that found the store away
+            facts = {"subset": "holdout", "images": 2, "dice_baseline": 0.5}
+            tracking.log_scores({"dice": 0.75}, model, Path("siim.h5"), HOLDOUT, facts)
+            tracking.log_table(("image_id", "dice"), rows, "scores")
+        assert store.client.get_run(run_id).data.metrics == {}
+        for line in box.file.read_text().splitlines():  # the answer to the first attempt was lost
+            box.keep(**json.loads(line))
+        assert box.flush()
+    found = store.client.get_logged_model(model.removeprefix("models:/"))
+    metrics = [(m.key, m.value, m.dataset_name, m.dataset_digest) for m in found.metrics or []]
+    assert metrics == [("dice", 0.75, "siim holdout", HOLDOUT)]
+    assert json.loads(found.tags[f"score.{HOLDOUT}"])["subset"] == "holdout"
+    assert len(store.client.get_metric_history(run_id, "dice")) == 1
+    table = mlflow.load_table("scores.json", run_ids=[run_id])
+    assert list(table.itertuples(index=False, name=None)) == rows
 
 
 def test_never_leaves_the_first_version_without_an_alias(store: Store) -> None:
@@ -263,12 +357,95 @@ def test_never_leaves_the_first_version_without_an_alias(store: Store) -> None:
     assert store.client.get_registered_model("lungs").aliases == {}
 
 
-def test_the_best_model_is_the_one_with_the_highest_dice(store: Store) -> None:
-    logged(store, 0.8)
-    best = logged(store, 0.9)
-    logged(store, None)
+def test_the_best_model_is_the_one_with_the_highest_dice_on_one_set_of_images(store: Store) -> None:
+    def best() -> tuple[str, str]:
+        with tracking.run("register", Register()):
+            return tracking.best_model("lungs")
+
+    unscored = logged(store, None)
+    with pytest.raises(UserError, match="model=best: no model of this experiment was scored"):
+        best()
+    evaluated(unscored, 0.99, HOLDOUT, "train")
+    with pytest.raises(UserError, match="model=best: no model of this experiment was scored"):
+        best()
+    first, highest, other = logged(store, 0.8), logged(store, 0.9), logged(store, None)
+    assert best() == (highest, "best of 2 scored on the 48 holdout images (aaaaaaaa) which were scored last")
+    evaluated(other, 0.95, EXTERNAL, "external")
+    assert best()[0] == highest
+    evaluated(other, 0.95, "c" * 32, "holdout")
+    assert best() == (other, "best of 1 scored on the 48 holdout images (cccccccc) which were scored last")
+    assert registered(first).champion
+    assert best() == (
+        highest,
+        "best of 2 scored on the 48 holdout images (aaaaaaaa) by which the champion was registered",
+    )
+
+
+# Versions that are registered at the same time
+
+
+def register_at_once(uri: str, model: str, name: str, start: Barrier) -> None:
+    """What each of several processes does."""
+    mlflow.set_tracking_uri(uri)
     with tracking.run("register", Register()):
-        assert tracking.best_model() == best
+        start.wait(PATIENCE_SECONDS)
+        tracking.register_model(model, name, "auto", {})
+
+
+def race(models: Sequence[str], name: str) -> None:
+    """Registers the models at once, each in a process of its own."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["mlflow.pyfunc", "mlflow.store.tracking.sqlalchemy_store"])
+    start = context.Barrier(len(models))
+    arguments = [(mlflow.get_tracking_uri(), model, name, start) for model in models]
+    racers = [context.Process(target=register_at_once, args=each) for each in arguments]
+    for racer in racers:
+        racer.start()
+    for racer in racers:
+        racer.join(PATIENCE_SECONDS)
+    assert [racer.exitcode for racer in racers] == [0] * len(racers)
+
+
+def assert_that_the_best_wins_each_race(folder: Path) -> None:
+    client, models = MlflowClient(), [logged(Store(folder), dice) for dice in (0.8, 0.95, 0.85, 0.9)]
+    for name in ("left", "right", "both"):
+        race(models, name)
+        assert client.get_model_version_by_alias(name, "champion").source == models[1]
+        versions = client.search_model_versions(f"name = '{name}'")
+        assert len(versions) == len(models)
+        assert not [version for version in versions if "deciding" in version.tags]
+
+
+def test_of_versions_registered_at_once_the_best_is_the_champion(store: Store) -> None:
+    assert_that_the_best_wins_each_race(store.folder)
+
+
+def test_of_versions_registered_at_once_on_a_server_the_best_is_the_champion(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        server = Server(tmp_path, free.getsockname()[1])
+    server.start()
+    try:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
+        mlflow.set_tracking_uri(None)
+        assert_that_the_best_wins_each_race(tmp_path)
+    finally:
+        server.kill()
+
+
+def test_a_version_that_was_never_decided_holds_up_no_other_for_good(
+    store: Store, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = logged(store, 0.8)
+    store.client.create_registered_model("lungs")
+    store.client.create_model_version("lungs", model, tags={"deciding": "true"})  # its process was killed
+    monkeypatch.setattr("pneumo_experiments.tracking.registry.TURN_SECONDS", 0)
+    assert registered(model).champion
+    assert "lungs version 1 was never decided: going on without it" in caplog.text
+    assert registered(model).number == "3"
+    assert caplog.text.count("never decided") == 1
 
 
 # Real processes

@@ -74,8 +74,9 @@ def test_all_folds_are_runs_below_one_and_each_image_is_judged_by_a_network_that
         assert np.count_nonzero(mask) == int(row["predicted_area_px"])
         assert dice(mask, truth) == pytest.approx(float(row["dice"]))
     mean = np.mean([float(row["dice"]) for row in rows])
-    assert parent.data.metrics["dice"] == pytest.approx(mean)
-    assert parent.data.metrics["images"] == len(rows)
+    assert parent.data.metrics["oof_dice"] == pytest.approx(mean)
+    assert parent.data.params["oof_images"] == str(len(rows))
+    assert not {"dice", "val_dice", "oof_images"} & parent.data.metrics.keys()
 
 
 def test_folds_that_had_ended_are_not_trained_again(
@@ -109,9 +110,16 @@ def test_the_run_holds_curves_pictures_and_how_the_time_was_spent(settings: Trai
     client = MlflowClient()
     names = {item.path for item in client.list_artifacts(run.info.run_id)}
     assert {"first_batch.png", "learning_curves.png", "overlays.png", "split.json"} <= names
-    for name in ("loss", "dice", "auroc", "images_per_second", "wait_share", "skipped_steps"):
+    for name in ("loss", "val_dice", "val_auroc", "images_per_second", "wait_share", "skipped_steps"):
         steps = [metric.step for metric in client.get_metric_history(run.info.run_id, name)]
-        assert steps[:2] == [1, 2], name
+        assert steps == [1, 2], name
+    final = [metric.step for metric in client.get_metric_history(run.info.run_id, "val_dice_final")]
+    assert final == [2]
+    constants = {"val_images", "val_positives", "val_dice_baseline", "best_epoch", "bottom_score"}
+    assert constants <= run.data.params.keys()
+    assert not constants & run.data.metrics.keys()
+    assert not {"dice", "dice_positive", "auroc"} & run.data.metrics.keys()
+    assert (run.data.params["weights_used"], run.data.params["weights_sha256"]) == ("none", "none")
     assert run.data.params["cache_used"] == ("device" if torch.cuda.is_available() else "host")
     assert not list(Path("output/checkpoints").glob("*"))
 
@@ -149,7 +157,7 @@ def test_two_processes_train_in_one_run(settings: Train, capfd: pytest.CaptureFi
     (run,) = runs()
     assert run.info.status == "FINISHED"
     assert {m.step for m in MlflowClient().get_metric_history(run.info.run_id, "loss")} == {1, 2}
-    assert run.data.metrics["dice"] == pytest.approx(trained.scores.dice)
+    assert run.data.metrics["val_dice_final"] == pytest.approx(trained.scores.dice)
     assert trained.model.startswith("models:/")
     told = capfd.readouterr()
     assert told.out.count("epoch 1/2") == 1

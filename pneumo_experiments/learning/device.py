@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,6 +16,8 @@ from pneumo_experiments.learning import group
 from pneumo_experiments.settings import Device
 
 FORMATS = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,20 @@ def choose_machine(settings: Device) -> Machine:
 def copied_to(device: torch.device, tensor: Tensor) -> Tensor:
     """A host tensor on the device; from pinned memory, since the host waits for a copy from any other."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def choose_machine_for(precision: str, settings: Device) -> Machine:
+    """The settings' device, in the format in which a network was trained and judged unless they name another.
+
+    A CPU cannot compute in fp16: fp32 takes its place, with a warning.
+    """
+    if settings.precision != "auto" or precision == "auto":
+        return choose_machine(settings)
+    device = choose_machine(replace(settings, precision="fp32")).device
+    if precision == "fp16" and device.type == "cpu":
+        log.warning("the model was trained in fp16, which a CPU does not compute in: fp32 is used here")
+        precision = "fp32"
+    return Machine(device, precision)
 
 
 def _fastest(device: torch.device) -> str:

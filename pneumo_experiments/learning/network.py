@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 import socket
@@ -74,7 +75,8 @@ class Output(NamedTuple):
 class PneumothoraxNet(nn.Module):
     """A torchvision segmentation network with one mask logit per pixel and one presence logit per image.
 
-    ``pretrained`` names the parameters, as named_parameters does, that ``build`` loaded and did not draw.
+    ``pretrained`` names the parameters, as named_parameters does, that ``build`` loaded and did not draw,
+    ``source`` says from where (none, or where and the file's name), with the SHA-256 of the file.
     """
 
     mean: Tensor
@@ -89,6 +91,7 @@ class PneumothoraxNet(nn.Module):
         # A pneumothorax fills a few percent of the picture, so the pooled maximum counts beside the mean.
         self.presence_head = nn.Linear(2 * 2048, 1)
         self.pretrained: frozenset[str] = frozenset()
+        self.source = self.source_sha256 = "none"
         # ImageNet's mean and standard deviation over its three channels: what pretrained weights expect.
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1))
@@ -152,6 +155,9 @@ def build(network: str, weights: str, seed: int) -> PneumothoraxNet:
             f"weights={path}: no such file; give auto, imagenet, coco, none or a file with a state dict"
         )
     net.pretrained = _fill(net, _our_names(_read(path)), path)
+    net.source = f"{name} {path.name}" if name in offered else path.name
+    with path.open("rb") as file:
+        net.source_sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     return net
 
 

@@ -75,8 +75,8 @@ def contact_sheet(pictures: Sequence[NDArray[np.uint8]], columns: int) -> NDArra
     return sheet
 
 
-def learning_curves(history: Sequence[Mapping[str, float]]) -> NDArray[np.uint8]:
-    """The losses, and the validation Dice with its baseline, of n >= 1 epochs, as RGB (h, w, 3)."""
+def learning_curves(history: Sequence[Mapping[str, float]], baseline: float) -> NDArray[np.uint8]:
+    """The losses, and the validation Dice with its all-empty baseline, of n >= 1 epochs, as RGB (h, w, 3)."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # half a second
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -85,12 +85,14 @@ def learning_curves(history: Sequence[Mapping[str, float]]) -> NDArray[np.uint8]
     canvas = FigureCanvasAgg(figure)
     epochs = range(1, len(history) + 1)
     losses = [name for name in history[-1] if name.startswith("loss")]
-    dices = [name for name in ("dice", "dice_positive", "dice_baseline") if name in history[-1]]
+    dices = [name for name in ("val_dice", "val_dice_positive") if name in history[-1]]
     for place, (title, names) in enumerate((("training loss", losses), ("validation", dices)), start=1):
         axes = figure.add_subplot(1, 2, place)
         for name in names:
             values = [told.get(name, float("nan")) for told in history]
             axes.plot(epochs, values, label=name.replace("_", " "), marker=".")
+        if names is dices:
+            axes.axhline(baseline, label="all-empty baseline", color="grey", linestyle="--")
         axes.set(title=title, xlabel="epoch")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)

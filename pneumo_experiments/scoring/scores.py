@@ -13,6 +13,9 @@ from pneumo_experiments.errors import UserError
 from pneumo_experiments.scoring.metrics import auroc, bootstrap_interval
 from pneumo_experiments.scoring.thresholds import Tally, Thresholds
 
+FEW_PATIENTS = 20  # with fewer the interval covers too seldom: see docs/training.md
+CONSTANTS = ("images", "positives", "patients", "dice_baseline")  # of the images, whatever is predicted
+
 
 @dataclass(frozen=True)
 class Scores:
@@ -36,15 +39,33 @@ class Scores:
     images: int
     positives: int
     """images with truth"""
+    patients: int
+
+    @property
+    def interval_reliable(self) -> bool:
+        """Whether there are patients enough for dice_low and dice_high to mean what they say."""
+        return self.patients >= FEW_PATIENTS
+
+    @property
+    def interval(self) -> str:
+        """dice_low and dice_high as text, with a warning where they are not reliable."""
+        few = "" if self.interval_reliable else f", unreliable with {self.patients} patients"
+        return f"95% {self.dice_low:.3f} to {self.dice_high:.3f}{few}"
 
     @property
     def on_positives(self) -> str:
         """dice_positive as text."""
         return f"{self.dice_positive:.4f}" if self.positives else "none there"
 
-    def as_metrics(self) -> dict[str, float]:
-        """Every number under its name, without the undefined ones."""
-        return {name: float(value) for name, value in asdict(self).items() if not isnan(value)}
+    def as_metrics(self, prefix: str = "") -> dict[str, float]:
+        """Every measured number under its name, without the undefined ones."""
+        measured = {name: value for name, value in asdict(self).items() if name not in CONSTANTS}
+        return {prefix + name: float(value) for name, value in measured.items() if not isnan(value)}
+
+    def as_facts(self, prefix: str = "") -> dict[str, object]:
+        """What the images alone decide, and no prediction, under its name."""
+        facts = {name: getattr(self, name) for name in (*CONSTANTS, "interval_reliable")}
+        return {prefix + name: value for name, value in facts.items()}
 
 
 def score(tally: Tally, thresholds: Thresholds, patients: Sequence[str], seed: int = 0) -> Scores:
@@ -78,6 +99,7 @@ def score_answers(
         auroc=auroc(truth, presence),
         images=len(values),
         positives=int(np.count_nonzero(truth)),
+        patients=len(set(patients)),
     )
 
 

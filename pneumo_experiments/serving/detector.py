@@ -20,7 +20,7 @@ import torch
 from pneumo_experiments.data.decoders import File, Small, read_all
 from pneumo_experiments.data.rle import encode
 from pneumo_experiments.errors import UserError
-from pneumo_experiments.learning.device import choose_machine
+from pneumo_experiments.learning.device import FORMATS, choose_machine_for
 from pneumo_experiments.learning.network import NETWORKS, PneumothoraxNet
 from pneumo_experiments.learning.predict import Prediction, Predictor, to_native
 from pneumo_experiments.scoring.thresholds import Thresholds, outline
@@ -43,13 +43,17 @@ class Row(TypedDict):
 
 @dataclass(frozen=True)
 class Detector:
-    """A predictor, the size of its input, its thresholds and the settings that trained it."""
+    """A predictor, the size of its input, its thresholds and the settings that trained it.
+
+    ``seen`` are digests of the images that trained it or chose its epoch and thresholds.
+    """
 
     predictor: Predictor
     image_size: int
     thresholds: Thresholds
     settings: Mapping[str, Any]
     data_fingerprint: str
+    seen: frozenset[str] = frozenset()
 
     def detect(self, files: Iterable[File]) -> Generator[Row]:
         """Presence and outline of each radiograph, in order; what cannot be used gives a row with its error.
@@ -95,6 +99,8 @@ def save(folder: Path, detector: Detector) -> None:
         "thresholds": asdict(detector.thresholds),
         "settings": dict(detector.settings),
         "data_fingerprint": detector.data_fingerprint,
+        "precision": detector.predictor.machine.precision,
+        "seen": sorted(detector.seen),
     }
     (folder / DESCRIPTION).write_text(json.dumps(description, indent=2), encoding="utf-8")
 
@@ -114,9 +120,9 @@ def load(folder: Path) -> Detector:
         network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # whatever damaged bytes make the reader raise
         raise _damaged(path, error) from error
-    return Detector(
-        predictor=Predictor(network, choose_machine(Device()), settings["mirror"] == "true"), **made
-    )
+    # Not timed anew: the thresholds suit the answers in this format.
+    machine = choose_machine_for(made.pop("precision"), Device())
+    return Detector(predictor=Predictor(network, machine, settings["mirror"] == "true"), **made)
 
 
 def _described(found: Any) -> dict[str, Any]:
@@ -139,11 +145,16 @@ def _described(found: Any) -> dict[str, Any]:
     if not 1 <= image_size <= LARGEST_PX:
         raise ValueError("image_size is no number of pixels")
     _checked(settings["mirror"], str)
+    precision = found.get("precision", "auto")
+    if precision not in ("auto", "fp32", *FORMATS):
+        raise ValueError("unknown precision")
     return {
         "image_size": image_size,
         "thresholds": Thresholds(**thresholds),
         "settings": settings,
         "data_fingerprint": _checked(found["data_fingerprint"], str),
+        "precision": precision,
+        "seen": frozenset(_checked(text, str) for text in _checked(found.get("seen", []), list)),
     }
 
 

@@ -238,8 +238,9 @@ def judged_epochs(
 ) -> Iterator[JudgedEpoch]:
     """Trains the predictor's network in place; logs each epoch in the active run and on the terminal.
 
-    Scores are those at the best thresholds of the coarse grid. The caller may stop at any time; from the
-    ``state`` of an epoch the training goes on.
+    Scores are those at the best thresholds of the coarse grid, logged as ``val_dice`` and so on: these images
+    choose the epoch and the thresholds. The caller may stop at any time; from the ``state`` of an epoch the
+    training goes on.
     """
     quiet = None if group.leads() else True  # None: where no terminal shows it
     with tqdm(total=len(examples) * epochs, desc=desc, unit="image", disable=quiet, leave=False) as bar:
@@ -252,12 +253,12 @@ def judged_epochs(
         for done, epoch in enumerate(trained, start=1):
             tally = validation.tally(replace(predictor, network=epoch.network))
             scores = validation.score(tally, best_on_grid(tally))
-            metrics = epoch.losses | scores.as_metrics() | epoch.speed
+            metrics = epoch.losses | scores.as_metrics("val_") | epoch.speed
             tracking.log_metrics(metrics, step=epoch.number)
             left = (time.perf_counter() - start) / done * (epochs - epoch.number)
             tqdm.write(
-                f"  epoch {epoch.number}/{epochs}  loss {epoch.losses['loss']:.4f}  Dice {scores.dice:.4f}"
-                f"  on positives {scores.on_positives}  {epoch.images_per_second:.1f} images/s"
-                f"  {tqdm.format_interval(left)} left"
+                f"  epoch {epoch.number}/{epochs}  loss {epoch.losses['loss']:.4f}  validation Dice"
+                f" {scores.dice:.4f}  on positives {scores.on_positives}"
+                f"  {epoch.images_per_second:.1f} images/s  {tqdm.format_interval(left)} left"
             )
             yield JudgedEpoch(epoch, tally, scores, metrics)

@@ -26,9 +26,9 @@ COLUMNS = ("image_id", "fold", "presence", "truth_area_px", "dice", "predicted_a
 def log_out_of_fold(folds: Sequence[tuple[Cohort, Tally, Predictor]], settings: Train) -> Scores:
     """Logs each image's out-of-fold answer as ``out_of_fold.csv`` and the scores of all as metrics.
 
-    A fold is given by its validation images, their tally and the network that never saw them. Its masks, at
-    native size in ``rle``, are drawn at thresholds that the other folds chose, so that no image takes part in
-    the choice that judges it.
+    A fold is given by its validation images, their tally and the network that never trained on them. Its
+    masks, at native size in ``rle``, are drawn at thresholds that the other folds chose. The network's epoch
+    was chosen on these very images, so the scores are validation scores, named ``oof_dice`` and so on.
     """
     patients = [entry.patient for cohort, _, _ in folds for entry in cohort.entries]
     dices, areas = np.empty(len(patients)), np.empty(len(patients), np.int64)
@@ -57,5 +57,6 @@ def log_out_of_fold(folds: Sequence[tuple[Cohort, Tally, Predictor]], settings: 
                     bar.update()
         tracking.log_file(path)
     scores = score_answers(dices, areas > 0, truths > 0, whole.presence, patients)
-    tracking.log_metrics(scores.as_metrics())
+    tracking.log_metrics(scores.as_metrics("oof_"))
+    tracking.log_found(scores.as_facts("oof_"))
     return scores

@@ -49,7 +49,9 @@ def pipeline(settings: Main) -> Judged:
             derive(Score, settings, dataset=dataset, model=trained.model, subset=subset, dicom_dir=None)
         )
         assert judged.scores is not None  # a labelled data set gives scores
-        tracking.log_metrics(judged.scores.as_metrics())
+        tracking.log_metrics(judged.scores.as_metrics(judged.prefix))
+        constant = {"dice_baseline": judged.scores.dice_baseline}
+        tracking.log_found(constant | {"interval_reliable": judged.scores.interval_reliable})
         if settings.test_dir is not None:
             submission = settings.output_dir / "submission.csv"
             unlabelled = derive(Score, settings, dataset=dataset, model=trained.model)
@@ -91,9 +93,9 @@ def _closing_words(judged: Judged, version: tracking.Version, settings: Main, on
     assert judged.scores is not None
     s = judged.scores
     whom = "patients never seen" if settings.holdout > 0 else "the patients that chose its thresholds"
-    alias = ", the champion" if version.champion else ""
+    alias = ", the champion" if version.champion else f", not the champion: {version.reason}"
     print(f"""
-Dice                {s.dice:.4f} (95% {s.dice_low:.3f} to {s.dice_high:.3f}), {s.images} images of {whom}
+Dice                {s.dice:.4f} ({s.interval}), {s.images} images of {whom}
 all-empty baseline  {s.dice_baseline:.4f}
 Dice on positives   {s.on_positives}, {s.positives} images
 

@@ -234,7 +234,7 @@ def _describe(path: Path, grouping: Grouping) -> None:
         positives = sum(entry.area_px > 0 for entry in entries)
         patients = len({entry.patient for entry in entries})
         tracking.log_dataset(path, fingerprint, "preprocessed")
-        tracking.log_metrics({"images": len(entries), "positives": positives, "patients": patients})
+        tracking.log_found({"images": len(entries), "positives": positives, "patients": patients})
         labels = f"{positives:,} with pneumothorax" if dataset.labelled else "without labels"
         size = dataset.image_size
         told = describe_sources(count_sources(entries, grouping))

@@ -10,7 +10,10 @@ from pneumo_experiments.settings import Register
 def register(settings: Register) -> tracking.Version:
     """Registers the model, or the experiment's best one, as a new version."""
     with tracking.run("register", settings):
-        model = tracking.best_model() if settings.model == "best" else settings.model
+        model = settings.model
+        if model == "best":
+            model, why = tracking.best_model(settings.name)
+            print(f"register: {model} is the {why}")
         detector = load(tracking.model_data(model))  # what cannot be loaded must not be registered
         tags = {"data_fingerprint": detector.data_fingerprint, "network": str(detector.settings["network"])}
         version = tracking.register_model(model, settings.name, settings.promote, tags)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,12 +18,17 @@ from pneumo_experiments.data.dicom import MAX_PIXELS
 from pneumo_experiments.data.rle import EMPTY
 from pneumo_experiments.data.store import Dataset
 from pneumo_experiments.errors import Rejected, UserError
-from pneumo_experiments.learning.device import choose_machine
+from pneumo_experiments.learning.device import choose_machine_for
 from pneumo_experiments.scoring.scores import Scores
 from pneumo_experiments.scoring.submission import write_submission
 from pneumo_experiments.serving import Detector, load
 from pneumo_experiments.settings import Score
 from pneumo_experiments.stages.cohort import Cohort, log_overlays, parts_of, split_of
+from pneumo_experiments.stages.scored import digests, identity, log_each
+
+# How names of metrics begin. Without a prefix they tell of images that neither trained the model nor chose
+# its epoch or thresholds; "external" is subset=all of another data set than that of the training.
+PREFIXES = dict.fromkeys(tracking.EVIDENCE, "") | {"validation": "val_", "train": "train_", "all": "all_"}
 
 
 @dataclass(frozen=True)
@@ -33,13 +38,16 @@ class Judged:
     scores: Scores | None
     overlays: str
     submission: Path | None
+    prefix: str = ""  # of the scores' names
 
 
 def score(settings: Score) -> Judged:
     """Scores the model on one part of a data set, or writes the submission for ``dicom_dir``."""
     with tracking.run("score", settings):
         detector = load(tracking.model_data(settings.model))
-        detector = replace(detector, predictor=replace(detector.predictor, machine=choose_machine(settings)))
+        machine = choose_machine_for(detector.predictor.machine.precision, settings)
+        detector = replace(detector, predictor=replace(detector.predictor, machine=machine))
+        tracking.log_found({"device_used": str(machine.device), "precision_used": machine.precision})
         if settings.dicom_dir is not None:
             return _submit(settings, detector, settings.dicom_dir)
         return _judge(settings, detector)
@@ -58,20 +66,42 @@ def _judge(settings: Score, detector: Detector) -> Judged:
             )
         tracking.log_dataset(settings.dataset, dataset.fingerprint, settings.subset)
         cohort = Cohort(dataset, _indices(settings, detector, dataset))
+        subset, images = _subset(settings, detector, cohort), identity(cohort)
         tally = cohort.tally(detector.predictor, desc="score")
         scores = cohort.score(tally, detector.thresholds)
-        tracking.log_metrics(scores.as_metrics(), model=settings.model)
+        facts = {"subset": subset, "data_fingerprint": dataset.fingerprint} | scores.as_facts()
+        tracking.log_scores(
+            scores.as_metrics(PREFIXES[subset]), settings.model, settings.dataset, images, facts
+        )
+        found = {name: value for name, value in facts.items() if name != "subset"}
+        tracking.log_found(found | {"identity": images} | asdict(detector.thresholds))
+        log_each(cohort, tally, detector.thresholds)
         where = log_overlays(cohort, tally, detector.predictor, detector.thresholds, settings.overlays)
         line = scores_line(scores)
-        tracking.describe(f"{settings.subset} images of {settings.dataset}, by {settings.model}.\n{line}.")
-        print(f"score: {settings.subset}: {line}")
-    return Judged(scores, where, None)
+        tracking.describe(f"{subset} images of {settings.dataset}, by {settings.model}.\n{line}.")
+        print(f"score: {subset}: {line}")
+    return Judged(scores, where, None, PREFIXES[subset])
+
+
+def _subset(settings: Score, detector: Detector, cohort: Cohort) -> str:
+    """The subset, or ``external`` where all images of another data set are new to the model."""
+    seen = len(detector.seen & digests(cohort))
+    if settings.subset == "holdout" and seen:
+        raise UserError(
+            f"subset=holdout: {seen} of {len(cohort)} images trained the model or chose its thresholds: its"
+            " split was drawn in another way; train anew to score a hold-out part"
+        )
+    if settings.subset != "all" or cohort.dataset.fingerprint == detector.data_fingerprint:
+        return settings.subset
+    if seen:
+        print(f"score: {seen} of {len(cohort)} images trained the model or chose its thresholds")
+    return "all" if seen else "external"
 
 
 def scores_line(scores: Scores) -> str:
     """Dice with its interval and company, for the terminal."""
     return (
-        f"Dice {scores.dice:.4f} (95% {scores.dice_low:.3f} to {scores.dice_high:.3f}), all-empty baseline"
+        f"Dice {scores.dice:.4f} ({scores.interval}), all-empty baseline"
         f" {scores.dice_baseline:.4f}, Dice on positives {scores.on_positives},"
         f" {scores.images} images, {scores.positives} with pneumothorax"
     )
@@ -121,7 +151,7 @@ def _submit(settings: Score, detector: Detector, folder: Path) -> Judged:
     with closing(rows()) as lines:
         count = write_submission(settings.submission, lines)
     tracking.log_file(settings.submission)
-    tracking.log_metrics({"images": count, "rejected": len(errors)})
+    tracking.log_found({"images": count, "rejected": len(errors)})
     tracking.describe(
         f"Submission of {count} images from {folder}, by {settings.model}.\n{len(errors)} could not be read."
     )

@@ -1,4 +1,4 @@
-"""Entry point ``search``: loss weights by short trainings, then thresholds, both with Optuna."""
+"""Entry point ``search``: loss weights by short trainings. Also Optuna's search for thresholds."""
 
 from __future__ import annotations
 
@@ -25,10 +25,9 @@ LOWEST, HIGHEST = 0.1, 3.0  # each weight's range, searched on a logarithmic sca
 
 @dataclass(frozen=True)
 class Found:
-    """The best loss weights by setting name, and thresholds that suit the best short training."""
+    """The best loss weights by setting name."""
 
     loss_weights: dict[str, float]
-    thresholds: Thresholds
 
 
 def search(settings: Search) -> Found:
@@ -44,7 +43,6 @@ def search(settings: Search) -> Found:
         chosen = Cohort(dataset, np.sort(drawn[: settings.search_images or len(drawn)]))
         examples = chosen.examples(settings.cache, machine)
         start = build(settings.network, settings.weights, settings.seed)  # every trial trains a copy
-        tallies: dict[int, Tally] = {}
 
         def objective(trial: optuna.Trial) -> float:
             weights = {name: trial.suggest_float(name, LOWEST, HIGHEST, log=True) for name in SEARCHED}
@@ -56,7 +54,9 @@ def search(settings: Search) -> Found:
                 for judged in judged_epochs(
                     name, predictor, examples, validation, tried, settings.search_epochs
                 ):
-                    tallies[trial.number], dice = judged.tally, judged.scores.dice
+                    dice = judged.scores.dice
+                    if judged.epoch.number == 1:
+                        tracking.log_found(judged.scores.as_facts("val_"))
                 tracking.describe(
                     f"{settings.search_epochs} epochs with {line}.\nValidation Dice {dice:.3f}."
                 )
@@ -65,20 +65,16 @@ def search(settings: Search) -> Found:
         study.optimize(objective, n_trials=settings.trials)
         best = study.best_trial
         weights = {name: float(best.params[name]) for name in SEARCHED}
-        found = Found(weights, Thresholds())
-        if best.number in tallies:  # else an earlier process of this study found it
-            tally = tallies[best.number]
-            found = replace(
-                found, thresholds=refine_thresholds(tally, settings.threshold_trials, settings.seed)
-            )
-        tracking.log_json(found.loss_weights | asdict(found.thresholds), "best_settings.json")
-        tracking.log_metrics({"dice": best.value or 0.0, "best_trial": best.number})
+        tracking.log_json(weights, "best_settings.json")
+        tracking.log_metrics({"val_dice": best.value or 0.0})
+        tracking.log_found({"best_trial": best.number})
         line = ", ".join(f"{name} {weight:.3f}" for name, weight in weights.items())
         tracking.describe(
-            f"{len(study.trials)} short trainings over the loss weights.\nBest: {line}; Dice {best.value}."
+            f"{len(study.trials)} short trainings over the loss weights.\nBest: {line}; validation"
+            f" Dice {best.value}."
         )
         print(f"search: best of {len(study.trials)} trials is number {best.number}: {line}")
-    return found
+    return Found(weights)
 
 
 def _study(settings: Search) -> optuna.Study:

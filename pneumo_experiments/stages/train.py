@@ -41,6 +41,7 @@ from pneumo_experiments.stages.cohort import (
     parts_of,
 )
 from pneumo_experiments.stages.folds import log_out_of_fold
+from pneumo_experiments.stages.scored import digests
 from pneumo_experiments.stages.search import refine_thresholds
 
 # Settings that do not change what is learned: a training goes on under others.
@@ -81,7 +82,7 @@ class Progress:
 
     def is_stuck(self, patience: int) -> bool:
         """Whether so many epochs have passed without a better Dice; never for a patience of 0."""
-        dices = [told["dice"] for told in self.history]
+        dices = [told["val_dice"] for told in self.history]
         return bool(dices) and 0 < patience < len(dices) - dices.index(max(dices))
 
 
@@ -154,6 +155,7 @@ def _train(name: str, settings: Train, parent: str | None) -> tuple[Trained, Pre
         examples = Cohort(dataset, parts.train).examples(settings.cache, machine)
         tracking.log_found({"device_used": str(machine.device), "precision_used": machine.precision})
         network = build(settings.network, settings.weights, settings.seed)
+        tracking.log_found({"weights_used": network.source, "weights_sha256": network.source_sha256})
         predictor = Predictor(network, machine, settings.mirror)
         print(
             f"train: {settings.network} at {dataset.image_size} px, {machine.device}, {machine.precision};"
@@ -184,14 +186,17 @@ def _train(name: str, settings: Train, parent: str | None) -> tuple[Trained, Pre
         scores = validation.score(tally, thresholds)
         if not group.leads():
             return Trained("", scores, parts.validation, tally), predictor
-        # One step past the last epoch: the weights that were kept, at their own thresholds.
-        final = scores.as_metrics() | {"best_epoch": next(iter(progress.dices)), "averaged_epochs": len(kept)}
-        tracking.log_metrics(final, step=settings.epochs + 1)
-        tracking.log_found(asdict(thresholds))
-        tracking.log_picture(learning_curves(progress.history), "learning_curves.png")
+        # Beside the curves, not on them: the weights that were kept, at their own thresholds.
+        final = {f"{name}_final": value for name, value in scores.as_metrics("val_").items()}
+        tracking.log_metrics(final, step=len(progress.history))
+        chosen_by = {"best_epoch": next(iter(progress.dices)), "averaged_epochs": len(kept)}
+        tracking.log_found(chosen_by | asdict(thresholds) | scores.as_facts("val_"))
+        curves = learning_curves(progress.history, scores.dice_baseline)
+        tracking.log_picture(curves, "learning_curves.png")
         log_overlays(validation, tally, predictor, thresholds, settings.overlays)
+        seen = digests(validation) | digests(Cohort(dataset, parts.train))
         detector = Detector(
-            predictor, dataset.image_size, thresholds, as_params(settings), dataset.fingerprint
+            predictor, dataset.image_size, thresholds, as_params(settings), dataset.fingerprint, seen
         )
         with tempfile.TemporaryDirectory() as folder:
             save(Path(folder), detector)

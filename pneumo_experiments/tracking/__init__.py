@@ -11,13 +11,8 @@ os.environ.setdefault("PGCONNECT_TIMEOUT", "10")  # libpq would wait forever
 os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")  # a machine without git is no reason to complain
 
 from pneumo_experiments.tracking.addresses import check_address, without_password
-from pneumo_experiments.tracking.models import (
-    Version,
-    best_model,
-    log_model,
-    model_data,
-    register_model,
-)
+from pneumo_experiments.tracking.models import log_model, model_data
+from pneumo_experiments.tracking.registry import EVIDENCE, Version, best_model, register_model
 from pneumo_experiments.tracking.runs import (
     active_run,
     artifacts_of_active_run,
@@ -29,11 +24,14 @@ from pneumo_experiments.tracking.runs import (
     log_json,
     log_metrics,
     log_picture,
+    log_scores,
+    log_table,
     run,
 )
 from pneumo_experiments.tracking.store import open_store, tracking_uri
 
 __all__ = [
+    "EVIDENCE",
     "Version",
     "active_run",
     "artifacts_of_active_run",
@@ -48,6 +46,8 @@ __all__ = [
     "log_metrics",
     "log_model",
     "log_picture",
+    "log_scores",
+    "log_table",
     "model_data",
     "open_store",
     "register_model",

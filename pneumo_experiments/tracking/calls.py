@@ -7,6 +7,7 @@ Each may be sent twice without harm: a call whose answer was lost is sent again.
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -21,6 +22,8 @@ from mlflow.models import ModelSignature
 from mlflow.types import ColSpec, DataType, Schema
 
 LOADER = "pneumo_experiments.serving"
+SCORE_TAG = "score."  # of a model: what is known of the images with the identity that follows
+
 SIGNATURE = ModelSignature(
     inputs=Schema([ColSpec(DataType.string, "image_id"), ColSpec(DataType.binary, "dicom")]),
     outputs=Schema(
@@ -40,6 +43,25 @@ def metrics(
 ) -> None:
     """Metrics of a run, and of the model where one is named; ``timestamp`` in ms since 1970."""
     mlflow.log_metrics(dict(values), step=step, run_id=run_id, timestamp=timestamp, model_id=model_id)
+
+
+def scores(
+    run_id: str,
+    values: Mapping[str, float],
+    timestamp: int,
+    model_id: str | None,
+    images: Mapping[str, Any],
+    facts: Mapping[str, str],
+) -> None:
+    """Metrics of a run, and of the model where one is named, that bear the identity of what was scored.
+
+    ``images`` is the ``to_dict`` of a data set whose digest is that identity. ``facts`` on them become a tag
+    of the model, before the metrics: a metric of the model never lacks them.
+    """
+    scored = Dataset(**images)
+    if model_id is not None:
+        MlflowClient().set_logged_model_tags(model_id, {SCORE_TAG + scored.digest: json.dumps(dict(facts))})
+    mlflow.log_metrics(dict(values), run_id=run_id, timestamp=timestamp, model_id=model_id, dataset=scored)
 
 
 def params(run_id: str, values: Mapping[str, str]) -> None:
@@ -106,6 +128,7 @@ def end(run_id: str, status: str, end_time: int) -> None:
 
 CALLS: dict[str, Callable[..., str | None]] = {
     "metrics": metrics,
+    "scores": scores,
     "params": params,
     "tags": tags,
     "dataset": dataset,

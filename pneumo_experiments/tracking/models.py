@@ -1,12 +1,10 @@
-"""Logged models and the model registry."""
+"""Logged models."""
 # pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false, reportUnknownVariableType=false
 
 from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,6 @@ from typing import Any
 import mlflow
 import mlflow.artifacts
 import yaml
-from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from mlflow.models import get_model_info
 from mlflow.models.model import MLMODEL_FILE_NAME
@@ -28,7 +25,6 @@ from pneumo_experiments.tracking.store import open_store
 
 log = logging.getLogger(__name__)
 
-ALIAS = "champion"
 MODEL_REQUIREMENTS = (
     "mlflow",
     "torch",
@@ -40,16 +36,6 @@ MODEL_REQUIREMENTS = (
     "pyjpegls",
     "pylibjpeg-openjpeg",
 )
-
-
-@dataclass(frozen=True)
-class Version:
-    """A registered version and whether it holds the alias champion."""
-
-    name: str
-    number: str
-    champion: bool
-    reason: str
 
 
 def log_model(folder: Path) -> str:
@@ -114,83 +100,3 @@ def model_id_of(address: str) -> str | None:
     except MlflowException as error:
         reason = str(error).split("\n")[0]
         raise UserError(f"model={address}: not found ({reason})") from error
-
-
-def best_model() -> str:
-    """Address of the experiment's model with the highest official Dice.
-
-    Raises UserError where no model has been scored.
-    """
-    experiment = _current_experiment()
-    found = mlflow.search_logged_models(
-        experiment_ids=[experiment],
-        order_by=[{"field_name": "metrics.dice", "ascending": False}],
-        max_results=1,
-        output_format="list",
-    )
-    if not found or _metric_of(found[0], "dice") is None:
-        raise UserError(
-            "model=best: no scored model in this experiment; `score` one first, or give models:/<id>"
-        )
-    return f"models:/{found[0].model_id}"
-
-
-def _current_experiment() -> str:
-    active = mlflow.active_run()
-    assert active is not None
-    return active.info.experiment_id
-
-
-def _metric_of(model: Any, key: str) -> float | None:
-    values: list[tuple[int, float]] = [
-        (metric.timestamp, metric.value) for metric in model.metrics or [] if metric.key == key
-    ]
-    return max(values)[1] if values else None
-
-
-def register_model(address: str, name: str, promote: str, tags: Mapping[str, str]) -> Version:
-    """A new version of ``name`` with its scores as tags, and the alias if ``promote`` grants it.
-
-    With ``auto`` the alias goes to the higher Dice on the same data, or to the first version.
-    """
-    client = MlflowClient()
-    model_id = model_id_of(address)
-    model = mlflow.get_logged_model(model_id) if model_id else None
-    scores = (
-        {key: _metric_of(model, key) for key in ("dice", "dice_baseline", "dice_positive")} if model else {}
-    )
-    noted = dict(tags) | {key: str(value) for key, value in scores.items() if value is not None}
-    before = _champion(client, name)
-    # By model id: a runs:/ address would take the run's last model, whatever was meant.
-    try:
-        made = mlflow.register_model(f"models:/{model_id}" if model_id else address, name, tags=noted)
-    except MlflowException as error:
-        reason = str(error).split("\n")[0]
-        raise UserError(f"name={name}: cannot be registered ({reason}); take a plain word") from error
-    champion, reason = _earned(noted, before, promote)
-    if champion:
-        client.set_registered_model_alias(name, ALIAS, made.version)
-    client.update_model_version(name, made.version, description=f"{reason}. Logged model {model_id}.")
-    return Version(name, str(made.version), champion, reason)
-
-
-def _champion(client: MlflowClient, name: str) -> dict[str, str] | None:
-    try:
-        return dict(client.get_model_version_by_alias(name, ALIAS).tags)
-    except MlflowException:  # no such model, or no such alias yet
-        return None
-
-
-def _earned(new: Mapping[str, str], old: Mapping[str, str] | None, promote: str) -> tuple[bool, str]:
-    if promote != "auto":
-        return promote == "always", f"promote={promote}"
-    if old is None:
-        return True, "the first champion"
-    if new.get("data_fingerprint") != old.get("data_fingerprint"):
-        return (
-            False,
-            "the champion was scored on other data, so the two do not compare (promote=always decides it)",
-        )
-    mine, theirs = float(new.get("dice", "-1")), float(old.get("dice", "-1"))
-    verdict = "better than" if mine > theirs else "not better than"
-    return mine > theirs, f"Dice {mine:.4f} is {verdict} the champion's {theirs:.4f}"

@@ -4,12 +4,13 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import shutil
 import tempfile
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -23,6 +24,7 @@ from mlflow.environment_variables import MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING
 from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.artifact_repo import verify_artifact_path
 from mlflow.tracking.fluent import _active_run_stack
+from mlflow.utils.mlflow_tags import MLFLOW_LOGGED_ARTIFACTS
 from mlflow.utils.validation import _validate_metric, _validate_param
 from numpy.typing import NDArray
 from PIL import Image
@@ -158,16 +160,30 @@ def describe(text: str) -> None:
         _deliver("tags", values={"mlflow.note.content": text})
 
 
-def log_metrics(values: Mapping[str, float], step: int | None = None, model: str | None = None) -> None:
-    """Metrics of the active run, also of the model where its address is given.
+def log_metrics(values: Mapping[str, float], step: int | None = None) -> None:
+    """Metrics of the active run.
 
     Raises MlflowException where the store would not take a name.
     """
     found, now = {name: float(value) for name, value in values.items()}, _now_ms()
     for name, value in found.items():
         _validate_metric(name, value, now, step or 0)  # not only when it is delivered
-    model_id = model_id_of(model) if model else None
-    _deliver("metrics", values=found, step=step, timestamp=now, model_id=model_id)
+    _deliver("metrics", values=found, step=step, timestamp=now, model_id=None)
+
+
+def log_scores(
+    values: Mapping[str, float], model: str, path: Path, identity: str, facts: Mapping[str, object]
+) -> None:
+    """Metrics of the active run and of the model at an address, tied to the images that were scored.
+
+    ``identity``, at most 36 characters, stands for images of the data set at ``path`` and their true masks.
+    The ``facts`` on them, among them the subset, stay with the model.
+    """
+    source = LocalArtifactDatasetSource(str(path.resolve()))
+    images = MetaDataset(source, name=f"{path.stem} {facts['subset']}", digest=identity).to_dict()
+    told = {name: as_text(value) for name, value in facts.items()}
+    model_id = model_id_of(model)
+    _deliver("scores", values=dict(values), timestamp=_now_ms(), model_id=model_id, images=images, facts=told)
 
 
 def log_found(values: Mapping[str, object]) -> None:
@@ -195,6 +211,23 @@ def log_json(value: Mapping[str, Any], name: str) -> None:
         path = Path(folder, PurePosixPath(name).name)
         path.write_text(json.dumps(value, indent=2), encoding="utf-8")
         _log_artifact(path, name)
+
+
+def log_table(columns: Sequence[str], rows: Sequence[Sequence[object]], name: str) -> None:
+    """A table as artifacts ``name``.csv and ``name``.json, the latter as mlflow.log_table leaves it.
+
+    log_table itself would add the rows once more where it is called again after a lost answer.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        as_csv, as_json = Path(folder, f"{name}.csv"), Path(folder, f"{name}.json")
+        with as_csv.open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([columns, *rows])
+        as_json.write_text(json.dumps({"columns": [*columns], "data": [*rows]}), encoding="utf-8")
+        log_file(as_csv)
+        log_file(as_json)
+    _deliver(
+        "tags", values={MLFLOW_LOGGED_ARTIFACTS: json.dumps([{"path": f"{name}.json", "type": "table"}])}
+    )
 
 
 def log_file(path: Path) -> None:

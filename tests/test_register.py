@@ -1,0 +1,279 @@
+"""The entry points ``score`` and ``register``: which scores make a champion."""
+
+from __future__ import annotations
+
+import csv
+import json
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import mlflow
+import numpy as np
+import pytest
+import torch
+from mlflow import MlflowClient
+from mlflow.entities import Run
+from mlflow.entities.model_registry import ModelVersion
+
+from pneumo_experiments import tracking
+from pneumo_experiments.data.annotations import read_annotations
+from pneumo_experiments.data.archive import open_archive
+from pneumo_experiments.data.batches import Recipe, make_jobs, results
+from pneumo_experiments.data.phantom_files import write_sample
+from pneumo_experiments.data.rle import EMPTY
+from pneumo_experiments.data.store import Dataset, write_dataset
+from pneumo_experiments.learning.device import Machine, choose_machine_for
+from pneumo_experiments.learning.network import PneumothoraxNet
+from pneumo_experiments.learning.predict import Predictor
+from pneumo_experiments.scoring.thresholds import Thresholds
+from pneumo_experiments.serving import Detector, load, save
+from pneumo_experiments.settings import Device, Register, Score, Train, as_params
+from pneumo_experiments.stages.cohort import Cohort, parts_of
+from pneumo_experiments.stages.register import register
+from pneumo_experiments.stages.score import score
+from pneumo_experiments.stages.scored import digests, identity
+
+EVERYTHING, NOTHING = 0.0, 1.0  # what a presence_threshold lets through, where the others are 0
+
+
+def stored(sample: Path, name: str, keep: Callable[[list[str]], bool], image_size: int = 32) -> Path:
+    """A data set of those images of a sample whose annotations are to be kept."""
+    archive = open_archive(sample / "dicom-images-train")
+    annotations = read_annotations(sample / "train-rle.csv")
+    members = [member for member in archive.members if keep(annotations[member.image_id])]
+    path = sample.parent / f"{name}.h5"
+    work = sample.parent / f"{name}.work"
+    work.mkdir()
+    jobs = make_jobs(archive.root, Recipe(image_size, "uint8", 2**20), members, annotations, patients={})
+    packed = (result.packed for result in results(jobs, work, 1) if result.packed is not None)
+    write_dataset(path, packed, image_size=image_size, pixel_dtype="uint8", settings={}, labelled=True)
+    return path
+
+
+def is_positive(annotations: list[str]) -> bool:
+    return any(text.strip() != EMPTY for text in annotations)
+
+
+def dice_of_all(dataset: Dataset, indices: np.ndarray) -> float:
+    """Mean Dice of outlining every pixel."""
+    truths = [dataset.mask(int(index)) for index in indices]
+    return float(np.mean([2 * truth.sum() / (truth.sum() + truth.size) for truth in truths]))
+
+
+@dataclass(frozen=True)
+class Ward:
+    """Data sets of positives alone, of both kinds, and of another sample's positives; models in a store.
+
+    The first is the champion of the positives' hold-out part, the second its twin without a score. To outline
+    everything, as both do, scores higher on their training images. The last outlines nothing.
+    """
+
+    positives: Path
+    mixed: Path
+    foreign: Path
+    settings: Train
+    first: str
+    second: str
+    empty: str
+    holdout: Run  # in which the first was scored
+
+
+def logged(network: PneumothoraxNet, settings: Train, threshold: float) -> str:
+    """A model as `train` logs it, but for the training."""
+    with Dataset.open(settings.dataset) as dataset:
+        parts = parts_of(dataset, settings)
+        detector = Detector(
+            predictor=Predictor(network, Machine(torch.device("cpu"), "fp32")),
+            image_size=32,
+            thresholds=Thresholds(threshold, 0, 0, 0),
+            settings=as_params(settings),
+            data_fingerprint=dataset.fingerprint,
+            seen=digests(Cohort(dataset, np.append(parts.train, parts.validation))),
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        save(Path(folder), detector)
+        with tracking.run("train", settings):
+            return tracking.log_model(Path(folder))
+
+
+@pytest.fixture(scope="module")
+def ward(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ward]:
+    folder = tmp_path_factory.mktemp("ward")
+    for name, seed in (("ours", 1), ("theirs", 2)):
+        (folder / name).mkdir()
+        write_sample(folder / name / "sample", 36, 0, seed=seed)
+    positives = stored(folder / "ours" / "sample", "positives", is_positive)
+    mixed = stored(folder / "ours" / "sample", "mixed", lambda _: True)
+    foreign = stored(folder / "theirs" / "sample", "foreign", is_positive)
+    settings = Train(dataset=positives, holdout=0.3, folds=2)
+    with Dataset.open(positives) as dataset:
+        for seed in range(100):
+            parts = parts_of(dataset, settings)
+            if dice_of_all(dataset, parts.train) > dice_of_all(dataset, parts.holdout):
+                break
+            settings = replace(settings, seed=seed)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for name in ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID", "MLFLOW_EXPERIMENT_NAME"):
+            patch.delenv(name, raising=False)
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
+        mlflow.set_tracking_uri(None)
+        network = PneumothoraxNet("fcn_resnet50")
+        first, second = (logged(network, settings, EVERYTHING) for _ in range(2))
+        empty = logged(network, replace(settings, dataset=mixed), NOTHING)
+        scored(first, positives)
+        holdout = last_run()
+        assert register(Register(model=first)).champion
+        yield Ward(positives, mixed, foreign, settings, first, second, empty, holdout)
+    mlflow.set_tracking_uri(None)
+
+
+def scored(model: str, dataset: Path, subset: str = "holdout", precision: str = "auto") -> float:
+    settings = Score(
+        model=model, dataset=dataset, subset=subset, precision=precision, device="cpu", overlays=0
+    )
+    judged = score(settings)
+    assert judged.scores is not None
+    return judged.scores.dice
+
+
+def champion() -> ModelVersion:
+    return MlflowClient().get_model_version_by_alias("pneumothorax", "champion")
+
+
+def last_run() -> Run:
+    return MlflowClient().search_runs(["0"], order_by=["attributes.start_time DESC"])[0]
+
+
+# The three cases that made a wrong champion
+
+
+def test_a_score_on_training_images_makes_no_champion(ward: Ward, capsys: pytest.CaptureFixture[str]) -> None:
+    assert scored(ward.second, ward.positives, "train") > float(champion().tags["dice"])
+    version = register(Register(model=ward.second))
+    assert not version.champion
+    assert champion().source == ward.first
+    assert "no score on images that are new to it (train and validation do not count)" in version.reason
+    assert "not champion: no score on images that are new" in capsys.readouterr().out
+
+
+def test_a_score_on_other_images_than_the_champions_makes_no_champion(
+    ward: Ward, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert scored(ward.second, ward.foreign, "all") > float(champion().tags["dice"])
+    version = register(Register(model=ward.second))
+    assert not version.champion
+    assert champion().source == ward.first
+    assert "the champion, version 1, was not scored on these images" in version.reason
+    assert "`score` both on one set" in capsys.readouterr().out
+
+
+def test_a_model_at_the_baseline_is_no_first_champion(ward: Ward, capsys: pytest.CaptureFixture[str]) -> None:
+    dice = scored(ward.empty, ward.mixed)
+    version = register(Register(model=ward.empty, name="another"))
+    assert not version.champion
+    assert f"is not above the all-empty baseline {dice:.4f}" in version.reason
+    assert MlflowClient().get_registered_model("another").aliases == {}
+    assert "is not above the all-empty baseline" in capsys.readouterr().out
+
+
+# What a score leaves
+
+
+def test_a_score_names_its_images_whatever_their_stored_size_format_and_order(ward: Ward) -> None:
+    sample = ward.positives.parent / "sample"
+    larger = stored(sample, "larger", is_positive, image_size=40)
+    with Dataset.open(ward.positives) as small, Dataset.open(larger) as large:
+        everyone = np.arange(len(small))
+        assert small.fingerprint != large.fingerprint
+        whole, first = identity(Cohort(small, everyone)), small.entries[0].image_id
+        assert whole == identity(Cohort(large, everyone)) == identity(Cohort(small, everyone[::-1]))
+        assert len(whole) == 32
+        assert whole != identity(Cohort(small, everyone[1:]))
+    # One pixel more in one true mask.
+    table = sample / "train-rle.csv"
+    before = table.read_text()
+    (run_lengths, *_) = (row.split(",")[1] for row in before.splitlines() if row.startswith(first))
+    table.write_text(f"{before.rstrip()}\n{first},{int(run_lengths.split()[0]) - 1} 1\n")
+    try:
+        with Dataset.open(stored(sample, "changed", is_positive)) as changed:
+            assert len(changed) == len(everyone)
+            assert identity(Cohort(changed, everyone)) != whole
+    finally:
+        table.write_text(before)
+
+
+def test_every_score_of_a_model_keeps_the_identity_of_its_images(ward: Ward) -> None:
+    scored(ward.first, ward.positives, "train")
+    train = last_run()
+    scored(ward.first, ward.foreign, "all", precision="bf16")
+    foreign = last_run()
+    logged = mlflow.get_logged_model(ward.first.removeprefix("models:/"))
+    found = {(metric.key, metric.dataset_digest): metric.value for metric in logged.metrics or []}
+    runs = {"holdout": (ward.holdout, "dice"), "train": (train, "train_dice"), "external": (foreign, "dice")}
+    for subset, (run, name) in runs.items():
+        params, metrics = run.data.params, run.data.metrics
+        assert found[name, params["identity"]] == metrics[name]
+        assert json.loads(logged.tags[f"score.{params['identity']}"])["subset"] == subset
+        assert {"images", "positives", "patients", "dice_baseline"} <= params.keys()
+        assert not {"images", "positives", "dice_baseline"} & metrics.keys()
+        assert float(params["presence_threshold"]) == EVERYTHING
+        assert params["precision_used"] == ("bf16" if subset == "external" else "fp32")
+    assert len({run.data.params["identity"] for run, _ in runs.values()}) == 3
+    assert "dice" not in train.data.metrics
+    tags = champion().tags
+    assert tags["identity"] == ward.holdout.data.params["identity"]
+    assert tags["subset"] == "holdout"
+    assert float(tags["dice"]) == ward.holdout.data.metrics["dice"]
+    assert float(tags["dice_baseline"]) == 0.0
+
+
+def test_a_score_leaves_a_row_for_each_image(ward: Ward) -> None:
+    table = mlflow.load_table("scores.json", run_ids=[ward.holdout.info.run_id])
+    with Path(
+        mlflow.artifacts.download_artifacts(f"{ward.holdout.info.artifact_uri}/scores.csv")
+    ).open() as file:
+        rows = list(csv.DictReader(file))
+    assert list(table.columns) == [*rows[0]]
+    assert [float(row["dice"]) for row in rows] == pytest.approx(table["dice"].tolist())
+    assert table["dice"].mean() == pytest.approx(ward.holdout.data.metrics["dice"])
+    with Dataset.open(ward.positives) as dataset:
+        entries = Cohort(dataset, parts_of(dataset, ward.settings).holdout).entries
+    assert [(row["image_id"], row["patient"]) for row in rows] == [(e.image_id, e.patient) for e in entries]
+    assert table["truth_area_px"].tolist() == [entry.area_px for entry in entries]
+    assert table["predicted_area_px"].tolist() == [entry.rows * entry.columns for entry in entries]
+    assert table["presence"].between(0, 1).all()
+
+
+def test_images_that_a_model_has_seen_are_not_external(
+    ward: Ward, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scored(ward.second, ward.mixed, "all")  # another file, with the images of the training among others
+    assert "trained the model or chose its thresholds" in capsys.readouterr().out
+    assert "all_dice" in last_run().data.metrics
+    assert "dice" not in last_run().data.metrics
+
+
+def test_an_interval_from_few_patients_is_marked(ward: Ward) -> None:
+    params = ward.holdout.data.params
+    assert int(params["patients"]) < 20
+    assert params["interval_reliable"] == "false"
+    told = ward.holdout.data.tags["mlflow.note.content"]
+    assert f", unreliable with {params['patients']} patients)" in told
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])  # of which this machine is faster in one
+def test_a_model_computes_as_its_training_did(ward: Ward, precision: str, tmp_path: Path) -> None:
+    predictor = Predictor(PneumothoraxNet("fcn_resnet50"), Machine(torch.device("cpu"), precision))
+    save(tmp_path, Detector(predictor, 32, Thresholds(), as_params(ward.settings), "a"))
+    assert load(tmp_path).predictor.machine == predictor.machine
+
+
+def test_what_was_trained_in_fp16_computes_in_fp32_on_a_cpu_and_says_so(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    assert choose_machine_for("fp16", Device(device="cpu")).precision == "fp32"
+    assert "fp32 is used here" in caplog.text
+    assert choose_machine_for("fp16", Device(device="cpu", precision="bf16")).precision == "bf16"
