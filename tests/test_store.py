@@ -275,7 +275,9 @@ def test_a_damaged_picture_is_named_and_not_returned(tmp_path: Path) -> None:
     (tmp_path / "d.h5").write_bytes(content)
     with Dataset.open(tmp_path / "d.h5") as dataset:
         assert len(dataset.images([0, 1, 3])) == 3
-        with pytest.raises(UserError, match=r"d\.h5: damaged at images_0, row 2; run preprocess"):
+        with pytest.raises(
+            UserError, match=r"d\.h5: damaged at images_0, row 2; delete it and run preprocess"
+        ):
             dataset.images([1, 2])
 
 
