@@ -32,6 +32,7 @@ MODEL_REQUIREMENTS = (
     "numpy",
     "pydicom",
     "pillow",
+    "psutil",
     "pandas",
     "pyjpegls",
     "pylibjpeg-openjpeg",
