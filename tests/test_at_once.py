@@ -134,6 +134,11 @@ def test_a_folder_of_the_users_that_has_the_name_of_unfinished_work_stays(tmp_pa
         (tmp_path / name / "thesis.txt").write_text("years")
     with pytest.raises(UserError, match=r"s\.part: is in the way, and not left by this program"):
         write_sample(tmp_path / "s", 1, 0, 0)
+    with (
+        pytest.raises(UserError, match=r"d\.h5\.work: is in the way"),
+        work_folder(tmp_path / "d.h5.work", ""),
+    ):
+        pass
     assert {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")} == {
         *("s.part", "s.part/thesis.txt", "d.h5.work", "d.h5.work/thesis.txt")
     }
