@@ -164,7 +164,7 @@ class Recipe(Seed, Device, Split):
         least=0,
         most=65_536,
     )
-    learning_rate: float = setting(3e-4, "AdamW's highest learning rate", sample=1e-3, least=0, most=1000)
+    learning_rate: float = setting(3e-4, "AdamW's highest learning rate", sample=1e-3, least=0, most=1e30)
     pretrained_rate: float = setting(
         0.3, "the share of it for layers that start from pretrained weights", least=0, most=1
     )
