@@ -2,24 +2,40 @@
 
 from __future__ import annotations
 
+import errno
 import math
+import os
+import re
+import shutil
 import signal
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import Field, fields
 from importlib import import_module
-from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, NoReturn
 
 import click
 
 from pneumo_experiments import __version__
-from pneumo_experiments.errors import UserError
+from pneumo_experiments.errors import UserError, reason_of
 from pneumo_experiments.interrupts import Terminated, heed_signals
 from pneumo_experiments.settings import ENTRY_POINTS, NONE, Main, as_text, from_names
+from pneumo_experiments.terminal import keep_streams
+
+# Of the system: no room, no permission, a disk that cannot be written, a name that is too long.
+REFUSALS = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG),
+    *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EMFILE, errno.EIO),
+}
+FULL_BYTES = 2**20
 
 STAGES = {name: "pipeline" if name == "main" else name for name in ENTRY_POINTS}
+
+
+LONGEST_NAME = 255  # bytes, of a file or folder: the limit of all usual file systems
+LONGEST_TEXT = 1000  # characters, of an address for example
 
 
 class Number(click.ParamType):  # pyright: ignore[reportMissingTypeArgument]  # older clicks take none
@@ -34,12 +50,12 @@ class Number(click.ParamType):  # pyright: ignore[reportMissingTypeArgument]  # 
             number = self.kind(value)
         except ValueError:
             self.fail(f"{value!r} is not a {self.name}", param, ctx)
-        if not math.isfinite(number):
+        if isinstance(number, float) and not math.isfinite(number):
             self.fail(f"{value!r} is not a finite number", param, ctx)
         if self.least is not None and number < self.least:
-            self.fail(f"{value} is less than {self.least:g}", param, ctx)
+            self.fail(f"{value} is less than {self.least}", param, ctx)
         if self.most is not None and number > self.most:
-            self.fail(f"{value} is more than {self.most:g}", param, ctx)
+            self.fail(f"{value} is more than {self.most}", param, ctx)
         return number
 
 
@@ -49,7 +65,45 @@ class PathOrNone(click.ParamType):  # pyright: ignore[reportMissingTypeArgument]
     name = "path"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path | None:
-        return None if value in ("", NONE) else Path(value).expanduser()
+        if value in ("", NONE):
+            return None
+        try:
+            path = Path(value).expanduser()
+        except RuntimeError:  # no such user
+            self.fail(f"{value!r} names the home of a user whom this machine does not know", param, ctx)
+        if "\0" in str(path):
+            self.fail(f"{value!r} holds a character that no path can have", param, ctx)
+        longest = max((len(os.fsencode(part)) for part in path.parts), default=0)
+        if longest > LONGEST_NAME:
+            self.fail(f"{value!r} has a name of {longest} bytes, more than {LONGEST_NAME}", param, ctx)
+        return path
+
+
+class Text(click.ParamType):  # pyright: ignore[reportMissingTypeArgument]
+    """One line of text, of a ``form`` (regular expression, words) where one is given."""
+
+    name = "text"
+
+    def __init__(self, form: tuple[str, str] | None) -> None:
+        self.form = form
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if self.form is not None and not re.fullmatch(self.form[0], value):
+            self.fail(f"{value!r} is not {self.form[1]}", param, ctx)
+        if len(value) > LONGEST_TEXT:
+            self.fail(f"{value!r} has {len(value)} characters, more than {LONGEST_TEXT}", param, ctx)
+        if not value.isprintable():  # line breaks, control characters, bytes that are not UTF-8
+            self.fail(f"{value!r} holds characters that cannot be shown", param, ctx)
+        return value
+
+
+class Bool(click.types.BoolParamType):
+    """True or false; nothing at all is neither."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if not str(value).strip():
+            self.fail(f"{value!r} is not a valid boolean; give true or false", param, ctx)
+        return super().convert(value, param, ctx)
 
 
 def _type_of(f: Field[Any]) -> Any:
@@ -61,11 +115,11 @@ def _type_of(f: Field[Any]) -> Any:
         case "float":
             return Number(float, f.metadata["least"], f.metadata["most"])
         case "bool":
-            return click.BOOL
+            return Bool()
         case "Path" | "Path | None":
             return PathOrNone()
         case _:
-            return click.STRING
+            return Text(f.metadata["form"])
 
 
 def _option_of(f: Field[Any], kind: type) -> click.Option:
@@ -120,9 +174,7 @@ def mlproject(path: Path) -> None:
 def main() -> NoReturn:
     """Runs the command line; a user's mistake is one line on stderr and exit code 2."""
     heed_signals()
-    if isinstance(sys.stdout, TextIOWrapper):
-        # Progress shows at once in a pipe, too; a file name that is not UTF-8 is no reason to end.
-        sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")  # pyright: ignore[reportUnknownMemberType]
+    keep_streams()
     try:
         cli.main(prog_name="python -m pneumo_experiments", standalone_mode=False)
     except click.UsageError as error:
@@ -130,6 +182,11 @@ def main() -> NoReturn:
         sys.exit(2)
     except (UserError, click.ClickException) as error:
         _complain(str(error))
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in REFUSALS:
+            raise
+        _complain(_refused(error))
         sys.exit(2)
     except (KeyboardInterrupt, click.Abort) as stop:
         if isinstance(stop.__cause__, EOFError):  # a bug of ours: click makes an Abort of it, too
@@ -140,6 +197,16 @@ def main() -> NoReturn:
     sys.exit(0)
 
 
+def _refused(error: OSError) -> str:
+    """What the system refused that no stage has put into words of its own, and where."""
+    if error.filename is not None:
+        return f"{error.filename}: {reason_of(error)}; make room or choose another place"
+    # A file that was open already: look where there is no room.
+    places = {"the working directory": Path.cwd(), "TMPDIR": Path(tempfile.gettempdir())}
+    full = [f"{name} {path}" for name, path in places.items() if shutil.disk_usage(path).free < FULL_BYTES]
+    return f"{reason_of(error)}: {' and '.join(full) or 'a disk'} is full; make room or choose another place"
+
+
 def _complain(message: str) -> None:
     click.echo(f"{click.style('Error:', fg='red', bold=True)} {' '.join(message.split())}", err=True)
 
@@ -147,5 +214,6 @@ def _complain(message: str) -> None:
 def _one_line(error: click.UsageError) -> str:
     path = error.ctx.command_path if error.ctx else "python -m pneumo_experiments"
     if isinstance(error, click.BadParameter) and error.param is not None:
-        return f"{error.param.name}: {error.message}; see {path} --help"
+        message = re.sub(r"\S{60,}", lambda found: found[0][:50] + "…", error.message)  # what a line can hold
+        return f"{error.param.name}: {message}; see {path} --help"
     return f"{error.format_message().rstrip('.')}; see {path} --help"

@@ -10,3 +10,8 @@ class UserError(ValueError):
 
 class Rejected(UserError):
     """One file that cannot be used; the message is the reason, the rest of the input goes on."""
+
+
+def reason_of(error: OSError) -> str:
+    """Why the system refused, in its words: ``No space left on device``."""
+    return error.strerror or str(error).split("\n")[0] or type(error).__name__

@@ -25,13 +25,22 @@ def setting(
     choices: tuple[str, ...] = (),
     least: float | None = None,
     most: float | None = None,
+    form: tuple[str, str] | None = None,
 ) -> Any:
     """A dataclass field with its meaning.
 
     ``sample`` is the value that ``main`` takes instead of the default when it runs on the small
-    synthetic data set; ``choices``, ``least`` and ``most`` limit what is accepted.
+    synthetic data set; ``choices``, ``least`` and ``most`` limit what is accepted, and so does ``form``: a
+    regular expression for a text, and its meaning in words.
     """
-    notes = {"meaning": meaning, "sample": sample, "choices": choices, "least": least, "most": most}
+    notes = {
+        "meaning": meaning,
+        "sample": sample,
+        "choices": choices,
+        "least": least,
+        "most": most,
+        "form": form,
+    }
     return field(default=default, metadata=notes)
 
 
@@ -55,7 +64,9 @@ class Source:
 
 @dataclass(frozen=True)
 class Pixels:
-    image_size: int = setting(384, "side of the stored square images, in pixels", sample=96, least=32)
+    image_size: int = setting(
+        384, "side of the stored square images, in pixels", sample=96, least=32, most=4096
+    )
     pixel_dtype: str = setting(
         "float32",
         "how pixels are stored; all three keep the same greys",
@@ -65,19 +76,22 @@ class Pixels:
 
 @dataclass(frozen=True)
 class Reading:
-    workers: int = setting(0, "processes that read DICOM files; 0 takes one per core", least=0)
+    workers: int = setting(0, "processes that read DICOM files; 0 takes one per core", least=0, most=1024)
     max_rejected: float = setting(
         0.01, "share of the annotated files that may be unusable before preprocess fails", least=0, most=1
     )
     max_pixels: int = setting(
-        100_000_000, "rows × columns of the largest picture to decode; larger ones are rejected", least=1
+        100_000_000,
+        "rows × columns of the largest picture to decode; larger ones are rejected",
+        least=1,
+        most=1_000_000_000,
     )
 
 
 @dataclass(frozen=True)
 class Phantoms:
-    images: int = setting(240, "labelled synthetic radiographs to write", least=10)
-    test_images: int = setting(16, "unlabelled synthetic radiographs to write", least=0)
+    images: int = setting(240, "labelled synthetic radiographs to write", least=10, most=1_000_000)
+    test_images: int = setting(16, "unlabelled synthetic radiographs to write", least=0, most=1_000_000)
 
 
 @dataclass(frozen=True)
@@ -87,7 +101,9 @@ class Stored:
 
 @dataclass(frozen=True)
 class Seed:
-    seed: int = setting(0, "start of every random choice but the split: same seed, same result", least=0)
+    seed: int = setting(
+        0, "start of every random choice but the split: same seed, same result", least=0, most=2**32 - 1
+    )
 
 
 @dataclass(frozen=True)
@@ -108,14 +124,19 @@ class Device:
 @dataclass(frozen=True)
 class Split:
     holdout: float = setting(
-        0.2, "share of the patients kept for the final score alone; 0 keeps none", least=0
+        0.2, "share of the patients kept for the final score alone; 0 keeps none", least=0, most=1
     )
-    folds: int = setting(5, "parts into which the other patients are divided", least=2)
+    folds: int = setting(5, "parts into which the other patients are divided", least=2, most=1000)
     fold: str = setting(
-        "0", "the part that validates, from 0; the others train. all: train validates each part in turn"
+        "0",
+        "the part that validates, from 0; the others train. all: train validates each part in turn",
+        form=("all|[0-9]{1,4}", "the number of a part, or all"),
     )
     split_seed: int = setting(
-        0, "start of the division into parts: same split_seed, same hold-out, whatever the seed", least=0
+        0,
+        "start of the division into parts: same split_seed, same hold-out, whatever the seed",
+        least=0,
+        most=2**32 - 1,
     )
 
 
@@ -147,14 +168,15 @@ class Recipe(Seed, Device, Split):
     final_positive_share: float = setting(
         0.4, "that share in the last epoch; it goes there evenly", sample=0.6, least=0, most=1
     )
-    batch_size: int = setting(16, "images per optimiser step", sample=8, least=2)
+    batch_size: int = setting(16, "images per optimiser step", sample=8, least=2, most=65_536)
     micro_batch: int = setting(
         0,
         "images that pass the network at once, whose gradients add up to a step; 0 takes the whole batch,"
         " and less when the memory runs out. Batch norm and the batch's Dice see these images alone",
         least=0,
+        most=65_536,
     )
-    learning_rate: float = setting(3e-4, "AdamW's highest learning rate", sample=1e-3, least=0)
+    learning_rate: float = setting(3e-4, "AdamW's highest learning rate", sample=1e-3, least=0, most=1e30)
     pretrained_rate: float = setting(
         0.3, "the share of it for layers that start from pretrained weights", least=0, most=1
     )
@@ -162,8 +184,8 @@ class Recipe(Seed, Device, Split):
         "cosine", "how the learning rate falls to zero after its rise", choices=("cosine", "polynomial")
     )
     warmup: float = setting(0.2, "share of all steps in which the learning rate rises", least=0, most=0.9)
-    weight_decay: float = setting(0.01, "AdamW's weight decay", least=0)
-    clip_norm: float = setting(5.0, "largest norm of a step's gradient; 0 sets no limit", least=0)
+    weight_decay: float = setting(0.01, "AdamW's weight decay", least=0, most=1000)
+    clip_norm: float = setting(5.0, "largest norm of a step's gradient; 0 sets no limit", least=0, most=1e6)
     ema: float = setting(
         0.0,
         "decay of a moving average of the weights, which is judged and kept; 0 keeps none",
@@ -171,17 +193,22 @@ class Recipe(Seed, Device, Split):
         most=1,
     )
     compile: bool = setting(False, "compile the network with torch.compile; pays in long trainings on a GPU")
-    bce_weight: float = setting(1.0, "weight of the pixels' binary cross-entropy in the loss", least=0)
-    dice_weight: float = setting(1.0, "weight of the soft Dice loss", least=0)
-    focal_weight: float = setting(1.0, "weight of the focal loss (gamma 2)", least=0)
+    bce_weight: float = setting(
+        1.0, "weight of the pixels' binary cross-entropy in the loss", least=0, most=1000
+    )
+    dice_weight: float = setting(1.0, "weight of the soft Dice loss", least=0, most=1000)
+    focal_weight: float = setting(1.0, "weight of the focal loss (gamma 2)", least=0, most=1000)
     dice_image_weight: float = setting(
-        0.0, "weight of the soft Dice loss of each image, where dice_weight's is of the batch", least=0
+        0.0,
+        "weight of the soft Dice loss of each image, where dice_weight's is of the batch",
+        least=0,
+        most=1000,
     )
     lovasz_weight: float = setting(
-        0.0, "weight of the Lovász hinge, a surrogate of the Jaccard index", least=0
+        0.0, "weight of the Lovász hinge, a surrogate of the Jaccard index", least=0, most=1000
     )
-    aux_weight: float = setting(0.4, "weight of the auxiliary head's mask loss", least=0)
-    presence_weight: float = setting(0.2, "weight of the cross-entropy of presence", least=0)
+    aux_weight: float = setting(0.4, "weight of the auxiliary head's mask loss", least=0, most=1000)
+    presence_weight: float = setting(0.2, "weight of the cross-entropy of presence", least=0, most=1000)
     augment: bool = setting(
         True,
         "flip, shift, scale, rotate and distort the training images, and change their gamma, contrast and"
@@ -194,7 +221,7 @@ class Recipe(Seed, Device, Split):
 @dataclass(frozen=True)
 class Refine:
     threshold_trials: int = setting(
-        200, "Optuna trials over the four thresholds on the validation images", least=0
+        200, "Optuna trials over the four thresholds on the validation images", least=0, most=100_000
     )
 
 
@@ -204,13 +231,20 @@ class Schedule:
         1,
         "processes that train together on this machine, each on a GPU of its own (or all on the CPU)",
         least=1,
+        most=64,
     )
-    epochs: int = setting(12, "passes over the training images", sample=4, least=1)
+    epochs: int = setting(12, "passes over the training images", sample=4, least=1, most=100_000)
     best_k: int = setting(
-        3, "take the mean weights of so many best epochs where it scores better than the best one", least=1
+        3,
+        "take the mean weights of so many best epochs where it scores better than the best one",
+        least=1,
+        most=1000,
     )
     patience: int = setting(
-        0, "stop after so many epochs without a better validation Dice; 0 never stops early", least=0
+        0,
+        "stop after so many epochs without a better validation Dice; 0 never stops early",
+        least=0,
+        most=100_000,
     )
     resume: bool = setting(
         True, "go on where an interrupted training with the same settings stopped; false starts anew"
@@ -220,10 +254,16 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Trials:
-    trials: int = setting(8, "short trainings that the search runs", sample=2, least=1)
-    search_epochs: int = setting(3, "passes over the training images in each of them", sample=1, least=1)
+    trials: int = setting(8, "short trainings that the search runs", sample=2, least=1, most=100_000)
+    search_epochs: int = setting(
+        3, "passes over the training images in each of them", sample=1, least=1, most=100_000
+    )
     search_images: int = setting(
-        0, "training images in each of them, drawn at random; 0 takes all", sample=24, least=0
+        0,
+        "training images in each of them, drawn at random; 0 takes all",
+        sample=24,
+        least=0,
+        most=10_000_000,
     )
     study: str = setting("loss-weights", "name of the Optuna study")
     storage: str = setting(NONE, "database of the study, e.g. sqlite:///optuna.db; none keeps it in memory")
@@ -231,7 +271,7 @@ class Trials:
 
 @dataclass(frozen=True)
 class Pictures:
-    overlays: int = setting(8, "pictures of radiograph, truth and prediction to log", least=0)
+    overlays: int = setting(8, "pictures of radiograph, truth and prediction to log", least=0, most=1000)
 
 
 @dataclass(frozen=True)

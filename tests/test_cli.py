@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 
 import click
 import pytest
+from conftest import ROOT
 
 from pneumo_experiments import cli
 from pneumo_experiments.settings import ENTRY_POINTS, Main, Train, as_params, derive, from_names
@@ -45,6 +50,22 @@ def error_of(words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
         (["train", "--lerning_rate", "1"], "'--lerning_rate'", "--learning_rate"),
         (["tain"], "'tain'", "'train'"),
         (["train", "stray"], "stray", "--help"),
+        (["train", "--seed", "1e20"], "seed: '1e20' is not a whole number", "--help"),
+        (["train", "--seed", "1" + "0" * 20], "is more than 4294967295", "--help"),
+        (["preprocess", "--image_size", "1000000"], "image_size: 1000000 is more than 4096", "--help"),
+        (["train", "--epochs", "9" * 5000], f"epochs: '{'9' * 49}… is not a whole number", "--help"),
+        (["train", "--fold", "9" * 5000], f"fold: '{'9' * 49}… is not the number of a part, or all", "help"),
+        (["train", "--augment", ""], "augment: '' is not a valid boolean", "true"),
+        (
+            ["score", "--dataset", "~nosuchuser/x"],
+            "dataset: '~nosuchuser/x' names the home of a user",
+            "help",
+        ),
+        (["score", "--dataset", f"x/{'é' * 128}"], "has a name of 256 bytes, more than 255", "--help"),
+        (["score", "--dataset", "a\0b"], "dataset: 'a\\x00b' holds a character that no path can", "--help"),
+        (["search", "--study", "a\nb"], "study: 'a\\nb' holds characters that cannot be shown", "--help"),
+        (["register", "--name", "\udcff"], "name: '\\udcff' holds characters that cannot", "--help"),
+        (["register", "--model", "m" * 1001], "has 1001 characters, more than 1000", "--help"),
     ],
 )
 def test_a_mistyped_value_or_name_is_one_line_and_exit_code_2(
@@ -67,6 +88,84 @@ def test_an_end_of_file_that_is_our_bug_is_not_told_as_an_interrupt(monkeypatch:
     monkeypatch.setattr("sys.argv", ["pneumo_experiments", "buggy"])
     with pytest.raises(EOFError, match="a bug"):
         cli.main()
+
+
+HOSTILE = [
+    *("", " ", "-1", "nan", "inf", "-inf", "1e20", "1e400", "0x10", "1" + "0" * 20, "9" * 5000, "x" * 300),
+    *(
+        "x" * 5000,
+        "a\nb",
+        "a\0b",
+        "\udcff",
+        "~nosuchuser/x",
+        "x/" * 3000,
+        "/dev/null",
+        "/",
+        "'; --",
+        "{x}",
+        "%s",
+    ),
+]
+
+
+@pytest.mark.parametrize("name", ENTRY_POINTS)
+def test_a_hostile_value_of_any_setting_is_one_short_line_or_within_the_limits(name: str) -> None:
+    """Only the reading of the command line; what stages make of paths and addresses is tested elsewhere."""
+    for f in fields(ENTRY_POINTS[name]):
+        notes, is_number = f.metadata, str(f.type) in ("int", "float")
+        assert not is_number or notes["most"] is not None, f"{f.name} may grow without limit"
+        for value in HOSTILE:
+            try:
+                taken = cli.cli.commands[name].make_context(name, [f"--{f.name}", value]).params[f.name]
+            except click.BadParameter as refused:
+                line = cli._one_line(refused)
+                assert line.startswith(f"{f.name}: ")
+                assert len(line) < 250, line
+                continue
+            if is_number:
+                assert notes["least"] <= taken <= notes["most"]
+            elif isinstance(taken, Path):
+                assert max(len(part.encode(errors="surrogateescape")) for part in taken.parts) < 256
+                assert "\0" not in str(taken)
+            else:
+                assert str(f.type) != "bool"
+                assert taken is None or (len(taken) <= 1000 and taken.isprintable())
+
+
+WRITES = """
+import os, sys
+from pneumo_experiments.terminal import keep_streams
+keep_streams()
+print("to stdout")
+file = open("file", "w+")
+print("to stderr", file=sys.stderr)
+sys.stdout.flush()
+assert file.read() == "" and os.fstat(file.fileno()).st_size == 0
+"""
+
+
+@pytest.mark.parametrize(
+    ("streams", "heard"),
+    [
+        ("> /dev/full", "stdout: cannot be written (No space left on device); the work goes on without it\n"),
+        ("2> /dev/full", ""),
+        (">&- 2>&-", ""),
+        ("<&- >&- 2>&-", ""),
+        ("2>&-", ""),
+    ],
+)
+def test_a_terminal_that_is_full_or_closed_ends_no_work(streams: str, heard: str, tmp_path: Path) -> None:
+    shell = f'"$0" -c "$1" {streams}'
+    done = subprocess.run(
+        ["sh", "-c", shell, sys.executable, WRITES],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0
+    assert done.stderr.replace("to stderr\n", "") == heard
+    assert ("to stdout" in done.stdout) == (streams in ("2> /dev/full", "2>&-"))
 
 
 def test_main_takes_the_small_values_on_the_sample_and_the_full_ones_on_real_data() -> None:

@@ -38,7 +38,7 @@ ROOMS = {
     "data": set[str](),
     "scoring": set[str](),
 }
-COMMON = {"errors.py", "interrupts.py", "settings.py", "__init__.py"}
+COMMON = {"errors.py", "interrupts.py", "locks.py", "settings.py", "terminal.py", "__init__.py"}
 
 
 def room_of(path: Path) -> str:

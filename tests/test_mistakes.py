@@ -14,6 +14,7 @@ from pathlib import Path
 
 import h5py
 import mlflow
+import optuna
 import pytest
 import torch
 from mlflow import MlflowClient
@@ -379,6 +380,48 @@ def test_a_study_whose_database_does_not_open_is_named_without_its_password(
     line = error_of("search", "--dataset", desk.labelled, "--weights", "none", "--storage", address)
     assert line.startswith("storage=postgresql://me:***@127.0.0.1:9/study: the study's database does not")
     assert "secret" not in str(desk.runs()[0].to_dictionary())
+
+
+def test_a_study_of_other_data_or_settings_or_of_another_program_is_named(
+    command: Command, error_of: Callable[..., str], desk: Desk, tmp_path: Path
+) -> None:
+    def search(run: Callable[..., str] | Command, *words: object) -> str | End:
+        found = ["search", "--dataset", desk.labelled, "--storage", "sqlite:///s.db", "--weights", "none"]
+        return run(*found, "--trials", "1", "--search_epochs", "1", "--search_images", "4", *words)
+
+    def trial(value: float, **params: float) -> optuna.trial.FrozenTrial:
+        ranges = dict.fromkeys(params, optuna.distributions.FloatDistribution(0.001, 10))
+        return optuna.trial.create_trial(value=value, params=params, distributions=ranges)
+
+    storage = f"sqlite:///{tmp_path / 's.db'}"
+    foreign = optuna.create_study(study_name="foreign", storage=storage, direction="maximize")
+    foreign.add_trial(trial(0.9, x=1.0))
+    optuna.create_study(study_name="least", storage=storage, direction="minimize")
+    same = optuna.create_study(study_name="same", storage=storage, direction="maximize")
+    same.add_trial(trial(0.99, bce_weight=5, dice_weight=5, focal_weight=5))
+    assert search(command).code == 0
+    assert search(command, "--batch_size", "16", "--storage", "none").code == 0
+    studies = {name: optuna.load_study(study_name=name, storage=storage) for name in ("foreign", "same")}
+    line = search(error_of, "--study", "foreign")
+    assert line.startswith(
+        "study=foreign: was made with no bce_weight, dice_weight, focal_weight; name another"
+    )
+    assert search(error_of, "--study", "same").startswith("study=same: was made with another program; name")
+    assert search(error_of, "--study", "least").startswith("study=least: was made with another program; name")
+    line = search(error_of, "--batch_size", "4", "--holdout", "0.25")
+    assert line.startswith(
+        "study=loss-weights: was made with holdout 0.2, not 0.25; batch_size 16, not 4; name"
+    )
+    with h5py.File(desk.labelled) as file, h5py.File(tmp_path / "other.h5", "w") as other:
+        for name in file:
+            file.copy(name, other)
+        other.attrs.update(file.attrs)
+        other.attrs["fingerprint"] = "f" * 64
+        line = f"data {file.attrs['fingerprint'][:16]}, not {'f' * 16}; name another study"
+    assert line in search(error_of, "--dataset", "other.h5")
+    for name, study in studies.items():
+        assert len(optuna.load_study(study_name=name, storage=storage).trials) == 1, study
+    assert search(command, "--learning_rate", "3e-4", "--bce_weight", "2").code == 0  # the same, to go on
 
 
 # The tracking store

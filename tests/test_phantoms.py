@@ -165,7 +165,9 @@ def test_an_empty_folder_is_filled_and_old_pieces_are_cleared(tmp_path: Path) ->
     folder, part = tmp_path / "sample", tmp_path / "sample.part"
     folder.mkdir()
     part.mkdir()
-    (part / "leftover.dcm").write_bytes(b"half")
+    (part / ".lock").touch()  # by which a killed process's folder is known
+    (part / "dicom-images-train").mkdir()
+    (part / "dicom-images-train" / "leftover.dcm").write_bytes(b"half")
     write_sample(folder, 1, 0, 0)
     assert is_sample(folder, 1, 0, 0)
     assert not list(tmp_path.rglob("leftover.dcm"))

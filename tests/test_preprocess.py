@@ -259,17 +259,6 @@ def test_a_report_that_an_interruption_left_out_is_made_by_the_next_run(sample: 
     assert fingerprint(desk / "d.h5") == before
 
 
-def test_a_second_preprocess_of_the_same_data_set_is_sent_away(sample: Path, desk: Path) -> None:
-    from filelock import FileLock
-
-    (desk / "d.h5.work").mkdir()
-    with (
-        FileLock(desk / "d.h5.work" / ".lock"),
-        pytest.raises(UserError, match=r"dataset=d\.h5: another preprocess is writing it"),
-    ):
-        preprocess(settings_of(sample))
-
-
 def test_nothing_of_a_patient_is_written_anywhere(
     sample: Path, desk: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -42,11 +42,12 @@ def test_no_images_leave_the_header_alone(tmp_path: Path) -> None:
 
 def test_an_image_that_comes_twice_is_named_and_the_old_file_stays(tmp_path: Path) -> None:
     path = tmp_path / "submission.csv"
-    path.write_text("old")
+    write_submission(path, ROWS[:2])
+    old = path.read_bytes()
     with pytest.raises(UserError, match="ID_003206608"):
         write_submission(path, [*ROWS, ROWS[1]])
-    assert path.read_text() == "old"
-    assert [file.name for file in tmp_path.iterdir()] == ["submission.csv"]
+    assert path.read_bytes() == old
+    assert {file.name for file in tmp_path.iterdir()} == {"submission.csv", ".submission.csv.sha256"}
 
 
 def test_nothing_is_left_when_the_rows_break_off(tmp_path: Path) -> None:

@@ -28,7 +28,8 @@ from pneumo_experiments.data import rle
 from pneumo_experiments.data.phantom_shapes import build
 from pneumo_experiments.data.phantoms import draw
 from pneumo_experiments.data.workers import available_cores, worker_pool
-from pneumo_experiments.errors import UserError
+from pneumo_experiments.errors import UserError, reason_of
+from pneumo_experiments.locks import LOCK, work_folder
 
 FORMAT = 1  # raise it when a seed gives other bytes than before
 POSITIVE_SHARE = 0.3
@@ -67,32 +68,52 @@ def write_sample(
     seed: int,
     progress: Callable[[], None] = lambda: None,
     workers: int | None = None,
-) -> None:
+) -> bool:
     """Write the data set to a new or empty folder, all or nothing; ``progress`` is called once per image.
 
-    A seed gives the same bytes whatever the number of workers (None: as many as pay).
+    A seed gives the same bytes whatever the number of workers (None: as many as pay). Waits for another
+    process that writes the folder; False where that one has written the same.
     """
+    _refuse_to_replace(folder)
+    part = folder.with_name(folder.name + ".part")
+    try:
+        with work_folder(part, f"sample: another process writes {folder}; waiting until it ends"):
+            if is_sample(folder, images, test_images, seed):
+                return False
+            _refuse_to_replace(folder)
+            try:
+                _write(part, images, test_images, seed, progress, workers)
+                if folder.exists():
+                    folder.rmdir()
+                part.rename(folder)
+            except BaseException:
+                shutil.rmtree(part, ignore_errors=True)
+                raise
+            (folder / LOCK).unlink()  # only now: a process that waits would take the folder for its own
+            return True
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({reason_of(error)}); name another folder") from error
+
+
+def _refuse_to_replace(folder: Path) -> None:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder}: exists and is not an empty folder; name another one or remove it")
-    part = folder.with_name(folder.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    try:
-        for name in ("dicom-images-train", "dicom-images-test"):
-            (part / name).mkdir(parents=True)
-        lines = ["ImageId, EncodedPixels"]
-        for image_id, texts in _write_images(part, plan(images, test_images, seed), seed, workers):
-            lines += [f"{image_id}, {text}" for text in texts]
-            progress()
-        (part / "train-rle.csv").write_text("\n".join(lines) + "\n", encoding="ascii", newline="\n")
-        settings = json.dumps(_settings(images, test_images, seed), indent=2) + "\n"
-        (part / "sample.json").write_text(settings, encoding="ascii", newline="\n")
-        if folder.exists():
-            folder.rmdir()
-        part.rename(folder)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({error.strerror}); name another folder") from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)  # there only when something went wrong
+
+
+def _write(
+    part: Path, images: int, test_images: int, seed: int, progress: Callable[[], None], workers: int | None
+) -> None:
+    """Fills the folder, which may hold what a killed process left."""
+    for name in ("dicom-images-train", "dicom-images-test"):
+        shutil.rmtree(part / name, ignore_errors=True)
+        (part / name).mkdir()
+    lines = ["ImageId, EncodedPixels"]
+    for image_id, texts in _write_images(part, plan(images, test_images, seed), seed, workers):
+        lines += [f"{image_id}, {text}" for text in texts]
+        progress()
+    (part / "train-rle.csv").write_text("\n".join(lines) + "\n", encoding="ascii", newline="\n")
+    settings = json.dumps(_settings(images, test_images, seed), indent=2) + "\n"
+    (part / "sample.json").write_text(settings, encoding="ascii", newline="\n")
 
 
 def is_sample(folder: Path, images: int, test_images: int, seed: int) -> bool:

@@ -3,14 +3,18 @@
 
 from __future__ import annotations
 
-import shutil
 import warnings
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import Timeout
+
+from pneumo_experiments.errors import UserError
+from pneumo_experiments.locks import LOCK, work_folder
 
 LAST = "last.pt"
 
@@ -58,8 +62,11 @@ class Checkpoint:
             )
 
     def clear(self) -> None:
-        """Removes the folder: the training has ended."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Forgets what was saved; the folder goes with its lock (see ``held``)."""
+        with suppress(OSError):
+            for path in self.folder.iterdir():
+                if path.name != LOCK:
+                    path.unlink()
 
     def _load(self, name: str) -> dict[str, Any] | None:
         try:
@@ -83,6 +90,27 @@ class Checkpoint:
             part.replace(self.folder / name)
         finally:
             part.unlink(missing_ok=True)
+
+
+@contextmanager
+def held(checkpoints: Iterable[Checkpoint], patience: float = -1) -> Generator[None]:
+    """Keeps a second training with the same settings waiting, and says so there.
+
+    Raises UserError after ``patience`` seconds (below 0: never). Where a folder cannot be made the training
+    goes on: with nothing saved, nothing is mixed.
+    """
+    waiting = "train: another training with the same settings is running; waiting until it ends"
+    with ExitStack() as stack:
+        for checkpoint in checkpoints:
+            try:
+                stack.enter_context(work_folder(checkpoint.folder, waiting, patience=patience))
+            except Timeout:
+                raise UserError(
+                    "train: another training with the same settings is running; wait until it ends"
+                ) from None
+            except OSError:
+                continue  # told when there is something to save
+        yield
 
 
 def _name(epoch: int) -> str:

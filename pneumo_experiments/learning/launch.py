@@ -6,11 +6,9 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import sys
 import uuid
 from collections.abc import Callable
-from io import TextIOWrapper
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -19,6 +17,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.interrupts import heed_signals, ignore_signals, stop
 from pneumo_experiments.learning import group
+from pneumo_experiments.terminal import keep_streams
 
 Answer = TypeVar("Answer")
 MISTAKE = "UserError: "
@@ -72,7 +71,7 @@ def _member(work: Callable[..., Answer], arguments: tuple[Any, ...]) -> Answer |
     heed_signals()
     try:
         group.join()
-        cast("TextIOWrapper", sys.stdout).reconfigure(line_buffering=True)
+        keep_streams()
         answer = work(*arguments)
         return answer if group.leads() else None
     finally:

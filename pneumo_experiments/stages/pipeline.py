@@ -9,6 +9,7 @@ from pathlib import Path
 from pneumo_experiments import tracking
 from pneumo_experiments.data.store import Dataset
 from pneumo_experiments.errors import UserError
+from pneumo_experiments.scoring.submission import refuse_to_replace
 from pneumo_experiments.settings import (
     Main,
     Preprocess,
@@ -25,7 +26,7 @@ from pneumo_experiments.stages.register import register
 from pneumo_experiments.stages.sample import sample
 from pneumo_experiments.stages.score import Judged, score, scores_line
 from pneumo_experiments.stages.search import search
-from pneumo_experiments.stages.train import train
+from pneumo_experiments.stages.train import forget, train
 
 
 def pipeline(settings: Main) -> Judged:
@@ -38,12 +39,16 @@ def pipeline(settings: Main) -> Judged:
             raise UserError(
                 "rle_csv: none given; the chain trains, so it needs dicom_dir's annotations (train-rle.csv)"
             )
+        submission = settings.output_dir / "submission.csv"
+        if settings.test_dir is not None:
+            refuse_to_replace(submission)  # not only when all is trained
         dataset = preprocess(derive(Preprocess, settings, dataset=_dataset_path(settings), overwrite=True))
         with Dataset.open(dataset) as opened:
             tracking.log_dataset(dataset, opened.fingerprint, "main")
         fold = "0" if settings.fold == "all" else settings.fold
         found = search(derive(Search, settings, dataset=dataset, fold=fold))
-        trained = train(derive(Train, settings, dataset=dataset, **found.loss_weights))
+        training = derive(Train, settings, dataset=dataset, **found.loss_weights)
+        trained = train(training, keep=True)  # until all is done: what ended is not trained again
         subset = "holdout" if settings.holdout > 0 else "validation"
         judged = score(
             derive(Score, settings, dataset=dataset, model=trained.model, subset=subset, dicom_dir=None)
@@ -53,7 +58,6 @@ def pipeline(settings: Main) -> Judged:
         constant = {"dice_baseline": judged.scores.dice_baseline}
         tracking.log_found(constant | {"interval_reliable": judged.scores.interval_reliable})
         if settings.test_dir is not None:
-            submission = settings.output_dir / "submission.csv"
             unlabelled = derive(Score, settings, dataset=dataset, model=trained.model)
             score(replace(unlabelled, dicom_dir=settings.test_dir, submission=submission))
         version = register(derive(Register, settings, model=trained.model))
@@ -61,6 +65,7 @@ def pipeline(settings: Main) -> Judged:
         source = "Synthetic sample" if on_sample else settings.dicom_dir
         tracking.describe(f"{source}: {settings.network} at {settings.image_size} px.\n{line}.")
         _closing_words(judged, version, settings, on_sample)
+    forget(training)
     return judged
 
 

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from pneumo_experiments import tracking
@@ -21,7 +20,8 @@ from pneumo_experiments.data.report import Report
 from pneumo_experiments.data.report_summary import many
 from pneumo_experiments.data.store import Dataset, write_dataset
 from pneumo_experiments.data.workers import available_cores
-from pneumo_experiments.errors import Rejected, UserError
+from pneumo_experiments.errors import Rejected, UserError, reason_of
+from pneumo_experiments.locks import LOCK, work_folder
 from pneumo_experiments.settings import NONE, Preprocess
 from pneumo_experiments.stages.data_report import leave_report, log_left_report, report_of
 from pneumo_experiments.stages.patients import SOURCES, grouping_of, warn_of_grouping
@@ -156,21 +156,22 @@ def _write(settings: Preprocess, source: Source) -> None:
     if path.is_dir():
         raise UserError(f"dataset={path}: is a folder; name a file, such as {path / 'dataset.h5'}")
     try:
-        work.mkdir(parents=True, exist_ok=True)
-        with FileLock(work / ".lock", timeout=0):
+        with work_folder(work, f"preprocess: another process writes {path}; waiting until it ends") as waited:
+            if waited and {item.name for item in work.iterdir()} == {LOCK} and _is_there(settings, source):
+                print(f"preprocess: {path} is there already, from the same files and settings")
+                log_left_report(path)
+                return
             for left in (*work.glob("*.now"), *work.glob("*.part")):
                 left.unlink(missing_ok=True)
             report = _make(settings, source, work)
             with Dataset.open(path) as dataset:
                 page = leave_report(path, report, dataset)
             print(f"preprocess: report: {page}")
-    except Timeout:
-        raise UserError(f"dataset={path}: another preprocess is writing it; wait until it ends") from None
+            shutil.rmtree(work, ignore_errors=True)
     except OSError as error:
         raise UserError(
-            f"{path}: cannot be written ({error.strerror}); make room or choose another place"
+            f"{path}: cannot be written ({reason_of(error)}); make room or choose another place"
         ) from error
-    shutil.rmtree(work, ignore_errors=True)
 
 
 def _make(settings: Preprocess, source: Source, work: Path) -> Report:

@@ -15,15 +15,14 @@ def sample(settings: Sample) -> Path:
     """Writes the sample, or keeps one that the same settings made; returns its folder."""
     folder = settings.output_dir
     with tracking.run("sample", settings, f"{settings.images} labelled synthetic radiographs in {folder}."):
-        if is_sample(folder, settings.images, settings.test_images, settings.seed):
-            print(f"sample: {folder} is there already")
-        else:
-            total = settings.images + settings.test_images
+        total, written = settings.images + settings.test_images, False
+        if not is_sample(folder, settings.images, settings.test_images, settings.seed):
             with tqdm(total=total, desc="sample", unit="image", disable=None) as bar:
 
                 def advance() -> None:
                     bar.update()
 
-                write_sample(folder, settings.images, settings.test_images, settings.seed, advance)
-            print(f"sample: {total} synthetic radiographs in {folder}")
+                written = write_sample(folder, settings.images, settings.test_images, settings.seed, advance)
+        found = f"{total} synthetic radiographs in {folder}" if written else f"{folder} is there already"
+        print(f"sample: {found}")
     return folder

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 from dataclasses import asdict, dataclass, replace
+from typing import cast
 
 import numpy as np
 import optuna
+from optuna.study import StudyDirection
 from tqdm import tqdm
 
 from pneumo_experiments import tracking
@@ -16,11 +18,26 @@ from pneumo_experiments.learning.device import choose_machine
 from pneumo_experiments.learning.network import build
 from pneumo_experiments.learning.predict import Predictor
 from pneumo_experiments.scoring.thresholds import Tally, Thresholds, best_on_grid
-from pneumo_experiments.settings import NONE, Search
+from pneumo_experiments.settings import NONE, Search, as_params
 from pneumo_experiments.stages.cohort import Cohort, judged_epochs, parts_of
 
 SEARCHED = ("bce_weight", "dice_weight", "focal_weight")
 LOWEST, HIGHEST = 0.1, 3.0  # each weight's range, searched on a logarithmic scale
+MADE_WITH = "made_with"  # the study's attribute that says so
+# Settings that may differ between the searches of one study: what a trial's Dice means stays the same.
+ASIDE = {
+    *(
+        "trials",
+        "study",
+        "storage",
+        "dataset",
+        "device",
+        "cache",
+        "micro_batch",
+        "threshold_trials",
+        *SEARCHED,
+    )
+}
 
 
 @dataclass(frozen=True)
@@ -35,7 +52,7 @@ def search(settings: Search) -> Found:
     optuna.logging.set_verbosity(optuna.logging.ERROR)  # a failed trial's error is raised, once is enough
     with tracking.run("search", settings), Dataset.open(settings.dataset) as dataset:
         tracking.log_dataset(settings.dataset, dataset.fingerprint, "search")
-        study = _study(settings)
+        study = _study(settings, dataset.fingerprint)
         parts = parts_of(dataset, settings)
         validation = Cohort(dataset, parts.validation).in_memory(settings.cache)
         drawn = np.random.default_rng(settings.seed).permutation(parts.train)
@@ -77,7 +94,7 @@ def search(settings: Search) -> Found:
     return Found(weights)
 
 
-def _study(settings: Search) -> optuna.Study:
+def _study(settings: Search, fingerprint: str) -> optuna.Study:
     storage = None if settings.storage in ("", NONE) else settings.storage
     tracking.check_address("storage", settings.storage)
     try:
@@ -95,11 +112,40 @@ def _study(settings: Search) -> optuna.Study:
             f"storage={address}: the study's database does not open ({reason});"
             " name another, such as sqlite:///optuna.db, or none"
         ) from error
+    _refuse_foreign(study, settings, fingerprint)
     # The weights of the settings are the first trial, so that the search is never worse than they are.
     study.enqueue_trial(
         {name: min(max(getattr(settings, name), LOWEST), HIGHEST) for name in SEARCHED}, skip_if_exists=True
     )
     return study
+
+
+def _refuse_foreign(study: optuna.Study, settings: Search, fingerprint: str) -> None:
+    """Raises UserError for a study of other data or settings: its Dice values do not compare with ours.
+
+    What a study is made with is noted in it by the first search that finds it empty.
+    """
+    ours = {name: text for name, text in as_params(settings).items() if name not in ASIDE}
+    ours |= {"data": fingerprint[:16], "search_space": f"{', '.join(SEARCHED)} from {LOWEST} to {HIGHEST}"}
+    trials = study.get_trials(deepcopy=False)
+    noted: object = study.user_attrs.get(MADE_WITH)
+    if noted is None and not trials and study.directions == [StudyDirection.MAXIMIZE]:
+        study.set_user_attr(MADE_WITH, ours)
+        return
+    if isinstance(noted, dict):
+        theirs = cast("dict[str, object]", noted)
+        names = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
+        differing = [
+            f"{name} {theirs.get(name, 'unknown')}, not {ours.get(name, 'unknown')}" for name in names
+        ]
+    else:
+        lacking = [name for name in SEARCHED if any(name not in trial.params for trial in trials)]
+        differing = [f"no {', '.join(lacking)}" if lacking else "another program"]
+    if differing:
+        raise UserError(
+            f"study={settings.study}: was made with {'; '.join(differing)}; name another study,"
+            " or search with the same data and settings"
+        )
 
 
 def refine_thresholds(tally: Tally, trials: int, seed: int) -> Thresholds:

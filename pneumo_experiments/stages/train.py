@@ -7,7 +7,7 @@ import json
 import os
 import tempfile
 import warnings
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from pneumo_experiments.data.store import Dataset
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.learning import group
 from pneumo_experiments.learning.average import mean_of
-from pneumo_experiments.learning.checkpoint import Checkpoint
+from pneumo_experiments.learning.checkpoint import Checkpoint, held
 from pneumo_experiments.learning.device import choose_machine
 from pneumo_experiments.learning.fit import State
 from pneumo_experiments.learning.launch import is_launched, launch
@@ -86,18 +86,35 @@ class Progress:
         return bool(dices) and 0 < patience < len(dices) - dices.index(max(dices))
 
 
-def train(settings: Train) -> Trained:
+def train(settings: Train, keep: bool = False) -> Trained:
     """Trains one network, or one per fold for ``fold=all``, and then returns that with the highest Dice.
 
-    With ``processes``, or started by torchrun, several processes do it together.
+    With ``processes``, or started by torchrun, several processes do it together. Waits while another training
+    with the same settings works. With ``keep`` the checkpoint stays until ``forget`` removes it.
     """
     if is_launched():
         group.join()
-        return _member(settings, None)
-    if settings.processes == 1:
-        return _train_all(settings, None)
-    tracking.open_store()  # says at once if it does not
-    return launch(settings.processes, _member, settings, tracking.active_run())
+    checkpoints = _checkpoints(settings) if group.leads() else []
+    with held(checkpoints, patience=0 if is_launched() else -1):
+        if is_launched():
+            trained = _member(settings, None)
+        elif settings.processes == 1:
+            trained = _train_all(settings, None)
+        else:
+            tracking.open_store()  # says at once if it does not
+            trained = launch(settings.processes, _member, settings, tracking.active_run())
+        # Only now: a fold that has ended is not trained again when a later one is interrupted.
+        for checkpoint in [] if keep else checkpoints:
+            checkpoint.clear()
+    return trained
+
+
+def forget(settings: Train) -> None:
+    """Removes what ``train`` kept, unless another training with the same settings has taken it over."""
+    checkpoints = _checkpoints(settings)
+    with suppress(UserError), held(checkpoints, patience=0):
+        for checkpoint in checkpoints:
+            checkpoint.clear()
 
 
 def _member(settings: Train, parent: str | None) -> Trained:
@@ -111,10 +128,8 @@ def _member(settings: Train, parent: str | None) -> Trained:
 
 def _train_all(settings: Train, parent: str | None) -> Trained:
     if settings.fold != "all":
-        trained, _ = _train("train", settings, parent)
-        _clear(settings)
-        return trained
-    alone = [replace(settings, fold=str(fold)) for fold in range(settings.folds)]
+        return _train("train", settings, parent)[0]
+    alone = _alone(settings)
     with tracking.run("train", settings, parent=parent), Dataset.open(settings.dataset) as dataset:
         tracking.log_dataset(settings.dataset, dataset.fingerprint, "training")
         folds = [_train(f"fold {one.fold}", one, None) for one in alone]
@@ -128,8 +143,6 @@ def _train_all(settings: Train, parent: str | None) -> Trained:
             f" on positives {scores.on_positives}."
         )
         print(f"train: {settings.folds} folds, out-of-fold Dice {scores.dice:.4f}")
-    for one in alone:  # only now: a fold that has ended is not trained again when a later one is interrupted
-        _clear(one)
     return max((fold for fold, _ in folds), key=lambda fold: fold.scores.dice)
 
 
@@ -212,10 +225,16 @@ def _train(name: str, settings: Train, parent: str | None) -> tuple[Trained, Pre
     return Trained(model, scores, parts.validation, tally), predictor
 
 
-def _clear(settings: Train) -> None:
-    """Forgets the state of a training that has ended."""
-    if group.leads() and (checkpoint := _checkpoint(settings)):
-        checkpoint.clear()
+def _alone(settings: Train) -> list[Train]:
+    """The settings of each network that is trained."""
+    if settings.fold != "all":
+        return [settings]
+    return [replace(settings, fold=str(fold)) for fold in range(settings.folds)]
+
+
+def _checkpoints(settings: Train) -> list[Checkpoint]:
+    found = [_checkpoint(one) for one in _alone(settings)]
+    return [checkpoint for checkpoint in found if checkpoint is not None]
 
 
 def _checkpoint(settings: Train) -> Checkpoint | None:

@@ -131,7 +131,9 @@ def _earlier(run_id: str) -> str | None:
     """
     client = MlflowClient()
     try:
-        if client.get_run(run_id).info.lifecycle_stage != "active":
+        info = client.get_run(run_id).info
+        # One that has finished holds everything: gone on in, it would hold its last results twice.
+        if info.lifecycle_stage != "active" or info.status == "FINISHED":
             return None
     except MlflowException:
         return None
