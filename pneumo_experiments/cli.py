@@ -204,7 +204,8 @@ def _refused(error: OSError) -> str:
     # A file that was open already: look where there is no room.
     places = {"the working directory": Path.cwd(), "TMPDIR": Path(tempfile.gettempdir())}
     full = [f"{name} {path}" for name, path in places.items() if shutil.disk_usage(path).free < FULL_BYTES]
-    return f"{reason_of(error)}: {' and '.join(full) or 'a disk'} is full; make room or choose another place"
+    where = f" (full: {' and '.join(full)})" if full else ""
+    return f"{reason_of(error)}{where}; make room or choose another place"
 
 
 def _complain(message: str) -> None:

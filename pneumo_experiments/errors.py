@@ -1,5 +1,7 @@
 """The one kind of error that is the user's to mend."""
 
+import re
+
 
 class UserError(ValueError):
     """A mistake in the input: its message is one line that names the culprit and the mend.
@@ -14,4 +16,7 @@ class Rejected(UserError):
 
 def reason_of(error: OSError) -> str:
     """Why the system refused, in its words: ``No space left on device``."""
-    return error.strerror or str(error).split("\n")[0] or type(error).__name__
+    if error.strerror:
+        return error.strerror
+    hidden = re.search(r"\[Errno \d+\] ([^:\n]+)", str(error))  # in a library's longer text
+    return hidden[1] if hidden else str(error).split("\n")[0] or type(error).__name__

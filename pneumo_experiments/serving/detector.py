@@ -92,8 +92,13 @@ class Detector:
 
 
 def save(folder: Path, detector: Detector) -> None:
-    """Writes weights and description into an existing folder."""
-    torch.save(detector.predictor.network.state_dict(), folder / WEIGHTS)
+    """Writes weights and description into an existing folder; raises UserError where it has no room."""
+    try:
+        torch.save(detector.predictor.network.state_dict(), folder / WEIGHTS)
+    except RuntimeError as error:  # torch's, where the disk is full
+        raise UserError(
+            f"{folder}: has no room for the model; make some, or name another place in TMPDIR"
+        ) from error
     description = {
         "image_size": detector.image_size,
         "thresholds": asdict(detector.thresholds),
