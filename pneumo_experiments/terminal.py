@@ -49,8 +49,10 @@ def keep_streams() -> None:
             os.open(os.devnull, os.O_RDWR)
     for number, name in ((1, "stdout"), (2, "stderr")):
         stream = getattr(sys, name)
-        if stream is not None and type(stream) is not TextIOWrapper:
-            continue  # somebody else's, in a test for example
+        if stream is not None and type(stream) is not TextIOWrapper:  # somebody else's, in a test for example
+            if isinstance(stream, TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")  # pyright: ignore[reportUnknownMemberType]
+            continue
         buffer = os.fdopen(number, "wb", closefd=False) if stream is None else stream.buffer
         # Errors: of a name that the terminal cannot show. Lines: progress shows at once in a pipe, too.
         encoding = "utf-8" if stream is None else stream.encoding

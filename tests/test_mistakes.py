@@ -22,6 +22,7 @@ from mlflow.entities import Run
 
 from pneumo_experiments import cli, tracking
 from pneumo_experiments.data.phantom_files import write_sample
+from pneumo_experiments.data.store import Dataset
 from pneumo_experiments.learning.device import Machine
 from pneumo_experiments.learning.network import PneumothoraxNet
 from pneumo_experiments.learning.predict import Predictor
@@ -366,7 +367,7 @@ def test_a_model_is_not_scored_where_that_means_nothing(error_of: Callable[..., 
 
 
 def test_the_best_model_cannot_be_registered_before_any_is_scored(error_of: Callable[..., str]) -> None:
-    assert error_of("register").startswith("model=best: no scored model in this experiment; `score` one")
+    assert error_of("register").startswith("model=best: no model of this experiment was scored on its")
 
 
 def test_a_name_that_the_registry_refuses_is_named(error_of: Callable[..., str], desk: Desk) -> None:
@@ -412,12 +413,9 @@ def test_a_study_of_other_data_or_settings_or_of_another_program_is_named(
     assert line.startswith(
         "study=loss-weights: was made with holdout 0.2, not 0.25; batch_size 16, not 4; name"
     )
-    with h5py.File(desk.labelled) as file, h5py.File(tmp_path / "other.h5", "w") as other:
-        for name in file:
-            file.copy(name, other)
-        other.attrs.update(file.attrs)
-        other.attrs["fingerprint"] = "f" * 64
-        line = f"data {file.attrs['fingerprint'][:16]}, not {'f' * 16}; name another study"
+    assert command("preprocess", *desk.source, "--pixel_dtype", "float16", "--dataset", "other.h5").code == 0
+    with Dataset.open(desk.labelled) as one, Dataset.open(tmp_path / "other.h5") as other:
+        line = f"data {one.fingerprint[:16]}, not {other.fingerprint[:16]}; name another study"
     assert line in search(error_of, "--dataset", "other.h5")
     for name, study in studies.items():
         assert len(optuna.load_study(study_name=name, storage=storage).trials) == 1, study
