@@ -179,7 +179,10 @@ def test_a_data_set_is_made_without_the_bombs(tmp_path: Path, impatient: None) -
     jobs = make_jobs(folder, Recipe(32, "uint8", 2**22), open_archive(folder).members, None, {})
     found = {result.image_id: result for result in results(jobs, work, workers=2)}
     assert [image_id for image_id, result in found.items() if result.packed] == ["a", "z"]
-    assert found["header"].reason == "header: takes more than 0.3 GB of memory to decode"
+    assert found["header"].reason in (
+        "header: takes more than 0.3 GB of memory to decode",
+        f"header: {TOO_LONG}",
+    )
     assert "cannot be decoded" in found["precincts"].reason
     assert found["scans"].reason == f"scans: {TOO_LONG}"
     assert all(len(result.content) == 64 for result in found.values())
