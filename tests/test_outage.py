@@ -348,7 +348,7 @@ class Network(ThreadingHTTPServer):
 
     def __init__(self, server: Server) -> None:
         super().__init__(("127.0.0.1", 0), Passage)
-        self.behind, self.mood, self.ended = server, "passes on", threading.Event()
+        self.behind, self.mood, self.ended, self.hung = server, "passes on", threading.Event(), 0
         self.uri = f"http://127.0.0.1:{self.server_port}"
 
 
@@ -359,6 +359,7 @@ class Passage(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         mood = "passes on" if self.command == "HEAD" else self.server.mood
         if mood == "hangs":
+            self.server.hung += 1
             self.server.ended.wait()
         elif mood == "passes on":
             address = self.server.behind.uri + self.path
@@ -438,9 +439,17 @@ def test_a_server_that_is_nasty_from_the_start_is_named(mood: str, network: Netw
     assert "\n" not in str(error.value)
 
 
+def test_no_call_waits_for_minutes_unless_the_user_says_so() -> None:
+    code = "from pneumo_experiments import tracking; from mlflow.environment_variables import *\n"
+    code += "print(MLFLOW_HTTP_REQUEST_TIMEOUT.get(), MLFLOW_HTTP_REQUEST_MAX_RETRIES.get())"
+    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True)
+    assert done.stdout.split() == ["30", "1"]
+
+
 def test_a_server_that_hangs_does_not_hold_up_a_run_and_gets_everything_later(
-    network: Network, tmp_path: Path
+    network: Network, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(delivery, "PAUSE_SECONDS", 0)  # the time that an attempt took sets the pause
     (tmp_path / "made").mkdir()
     (tmp_path / "made" / "model.json").write_text("{}")
     with tracking.run("train", Train(), system_metrics=True) as run_id:
@@ -451,6 +460,7 @@ def test_a_server_that_hangs_does_not_hold_up_a_run_and_gets_everything_later(
         tracking.log_json({"a": 1}, "sheets/a.json")
         kept = tracking.log_model(tmp_path / "made")
     assert kept == f"output/model-{run_id}"
+    assert 1 <= network.hung < 10
     file = tmp_path / "output" / f"undelivered-{run_id}" / "calls.jsonl"
     names = [call["call"] for call in calls_in(file)]
     assert names == ["metrics"] * 48 + ["artifact", "model", "end"]
