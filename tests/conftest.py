@@ -14,6 +14,16 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets ``network="tiny"`` name the network of tiny_network.py."""
+    from tiny_network import TINY
+
+    from pneumo_experiments.learning.network import NETWORKS
+
+    monkeypatch.setitem(NETWORKS, "tiny", TINY)
+
+
 @pytest.fixture(scope="session")
 def real_data() -> Path:
     """Folder of real SIIM radiographs and labels; tests that need it are skipped where there is none."""

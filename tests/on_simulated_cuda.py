@@ -124,7 +124,7 @@ def test_when_memory_runs_out_fewer_images_pass_at_once(
 
 
 def test_a_search_runs_its_trials(settings: Train) -> None:
-    names = ("dataset", "network", "weights", "batch_size", "threshold_trials")
+    names = ("dataset", "network", "weights", "batch_size")
     shared = {name: getattr(settings, name) for name in names}
     found = search(Search(**shared, search_epochs=1, trials=2))
     assert set(found.loss_weights) == {"bce_weight", "dice_weight", "focal_weight"}

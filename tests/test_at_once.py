@@ -211,7 +211,7 @@ def test_a_second_training_with_the_same_settings_waits_and_neither_enters_the_o
     assert "epoch 1/1" in said
     one, two = runs("train")
     assert steps_of(one) == steps_of(two) == [1]
-    assert steps_of(one, "dice") == steps_of(two, "dice") == [1, 2]
+    assert steps_of(one, "val_dice_final") == steps_of(two, "val_dice_final") == [1]
     assert one.data.metrics["loss"] == two.data.metrics["loss"]
     models = MlflowClient().search_logged_models(["0"])
     assert {model.source_run_id for model in models} == {one.info.run_id, two.info.run_id}
@@ -249,7 +249,7 @@ def test_main_killed_after_its_training_takes_it_as_it_ended(
     ended, taken = runs("train")
     assert ended.info.status == taken.info.status == "FINISHED"
     assert steps_of(ended) == steps_of(taken) == [1, 2]  # each run shows all, once
-    assert ended.data.metrics["dice"] == taken.data.metrics["dice"]
+    assert ended.data.metrics["val_dice_final"] == taken.data.metrics["val_dice_final"]
     assert [run.info.status for run in runs("main")] == ["KILLED", "FINISHED"]
     assert not [*Path("output").rglob("*.pt")]
 
@@ -262,7 +262,7 @@ def test_a_training_goes_on_in_no_run_that_has_finished(
     train(settings)
     assert "goes on after epoch 1 of 1" in capsys.readouterr().out
     one, two = runs("train")
-    assert steps_of(one, "dice") == steps_of(two, "dice") == [1, 2]
+    assert steps_of(one, "val_dice_final") == steps_of(two, "val_dice_final") == [1]
 
 
 # score

@@ -35,6 +35,7 @@ def trained(recipe: Recipe) -> dict[str, Any]:
     return {"losses": [epoch.losses for epoch in epochs], "weights": weights}
 
 
+@pytest.mark.usefixtures("tiny")
 def test_two_processes_learn_what_one_does_with_the_same_batches() -> None:
     # Two and three images at once, in one process or by one and two, and one and one, in two.
     one, two = trained(replace(RECIPE, micro_batch=3)), launch(2, trained, replace(RECIPE, micro_batch=2))

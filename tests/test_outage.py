@@ -528,8 +528,8 @@ def test_a_database_in_trouble_gets_its_metrics_later(
 def test_a_run_that_goes_on_takes_up_what_its_first_process_left(
     client: MlflowClient, tmp_path: Path
 ) -> None:
-    with tracking.run("train", Train()) as run_id:
-        pass
+    with suppress(KeyboardInterrupt), tracking.run("train", Train()) as run_id:
+        raise KeyboardInterrupt
     left = delivery.Outbox(Path("output") / f"undelivered-{run_id}")
     for step in (1, 2):
         left.keep("metrics", run_id=run_id, values={"dice": step}, step=step, timestamp=7, model_id=None)
@@ -744,8 +744,9 @@ def test_delivering_by_hand_needs_the_store_and_the_file(
 def test_samples_of_the_machine_arrive_and_go_on_with_the_run(
     client: MlflowClient, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    with tracking.run("train", Train(), system_metrics=True) as run_id:
+    with suppress(KeyboardInterrupt), tracking.run("train", Train(), system_metrics=True) as run_id:
         time.sleep(1.5)
+        raise KeyboardInterrupt
     first = client.get_metric_history(run_id, "system/cpu_utilization_percentage")
     assert len(first) >= 3
     with tracking.run("train", Train(), continues=run_id, system_metrics=True):

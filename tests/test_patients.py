@@ -306,7 +306,7 @@ def labelled(path: Path, patients: dict[str, str], areas: dict[str, int]) -> Pat
     one = Example(entries_of(["x"])[0], np.zeros((32, 32), np.uint8), np.zeros((32, 32), np.float32), "-1")
     packed = pack(one, "uint8")
     entries = (
-        Entry(image_id, patient, "PA", "F", 40, 32, 32, 1, areas.get(image_id, 0))
+        Entry(image_id, patient, "PA", "F", 40, 1024, 1024, 1, areas.get(image_id, 0))
         for image_id, patient in patients.items()
     )
     write_dataset(

@@ -19,7 +19,6 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 from samples import stored_sample
 from test_chain import BIN, environment
-from tiny_network import add_tiny_network
 
 from pneumo_experiments.data.rle import decode
 from pneumo_experiments.data.store import Dataset
@@ -124,10 +123,10 @@ def test_the_run_holds_curves_pictures_and_how_the_time_was_spent(settings: Trai
     assert not list(Path("output/checkpoints").glob("*"))
 
 
+@pytest.mark.usefixtures("tiny")
 def test_with_another_micro_batch_a_training_starts_anew(
     settings: Train, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    add_tiny_network()
     settings, save = replace(settings, network="tiny"), Checkpoint.save
 
     def save_and_stop(self: Checkpoint, *state: Any) -> None:

@@ -37,6 +37,9 @@ def _head(channels: int) -> nn.Sequential:
     return nn.Sequential(first, nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.1), nn.Conv2d(4, 1, 1))
 
 
+TINY = NETWORKS["fcn_resnet50"]._replace(make=Tiny)  # pyright: ignore[reportArgumentType]
+
+
 def add_tiny_network() -> None:
-    """Lets ``network="tiny"`` name it, in this process."""
-    NETWORKS["tiny"] = NETWORKS["fcn_resnet50"]._replace(make=Tiny)  # pyright: ignore[reportArgumentType]
+    """Lets ``network="tiny"`` name it, in this process; tests take the fixture ``tiny`` instead."""
+    NETWORKS["tiny"] = TINY
