@@ -191,7 +191,7 @@ print("once", flush=True)
 def read(name):
     ((_, outcome),) = read_all([(name, open(name, "rb").read())], 16)
     return outcome.rows, outcome.columns
-print(read("wide"))
+print(read("wide"), flush=True)  # what is buffered the child would print, too
 child = os.fork()
 for _ in range(20):
     assert read("wide" if child else "tall") == ((32, 48) if child else (48, 32))
