@@ -43,9 +43,8 @@ def keep_streams() -> None:
     for number in (0, 1, 2):
         try:
             os.fstat(number)
-        except (
-            OSError
-        ):  # else the next file that is opened would get the number, and be written to by mistake
+        except OSError:
+            # Else the next file that is opened would get the number, and be written to by mistake.
             os.open(os.devnull, os.O_RDWR)
     for number, name in ((1, "stdout"), (2, "stderr")):
         stream = getattr(sys, name)

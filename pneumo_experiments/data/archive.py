@@ -18,11 +18,11 @@ from functools import lru_cache
 from pathlib import Path, PurePosixPath
 
 from pneumo_experiments.data.dicom import MAX_PIXELS
+from pneumo_experiments.data.limits import LARGEST_HEADER, LARGEST_PIXEL
 from pneumo_experiments.errors import Rejected, UserError
 
 SUFFIXES = (".dcm", ".dicom")
 ZIPS = (".zip",)
-LARGEST_PIXEL, LARGEST_HEADER = 4, 2**24  # bytes: a file larger than its pixels can be is not read
 SEVERAL = "several files have this id, and they differ"
 PREAMBLE_BYTES, MAGIC = 128, b"DICM"  # DICOM PS3.10 7.1
 # What damage in a zip file raises; ValueError where it is in a name or place.

@@ -86,10 +86,6 @@ class Detector:
         pairs = ((str(i), bytes(f)) for i, f in zip(image_ids, files, strict=True))
         return pd.DataFrame(list(self.detect(pairs)), columns=list(Row.__annotations__))
 
-    def get_raw_model(self) -> Detector:
-        """MLflow's call for the object behind its wrapper."""
-        return self
-
 
 def save(folder: Path, detector: Detector) -> None:
     """Writes weights and description into an existing folder; raises UserError where it has no room."""
