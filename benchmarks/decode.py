@@ -20,17 +20,17 @@ from pathlib import Path
 import numpy as np
 from measure import machine
 
-from pneumo_experiments.data.decoders import DECODERS, read_all
-from pneumo_experiments.data.dicom import read_radiograph
-from pneumo_experiments.data.phantom_files import write_sample
-from pneumo_experiments.data.resample import shrink_image
-from pneumo_experiments.data.rle import encode
-from pneumo_experiments.learning.device import choose_machine
+from pneumo_experiments.dataset.decoder_pool import DECODERS, decode_all
+from pneumo_experiments.dataset.resize import resize_image
+from pneumo_experiments.dataset.rle import encode
+from pneumo_experiments.dicom.radiograph import read_radiograph
+from pneumo_experiments.learning.device import choose_compute
 from pneumo_experiments.learning.network import PneumothoraxNet
 from pneumo_experiments.learning.predict import Predictor, to_native
-from pneumo_experiments.scoring.thresholds import Thresholds, outline
+from pneumo_experiments.scoring.thresholds import Thresholds, apply_thresholds
 from pneumo_experiments.serving import Detector
 from pneumo_experiments.settings import Device
+from pneumo_experiments.synthetic.files import write_sample
 
 Files = list[tuple[str, bytes]]
 
@@ -39,10 +39,10 @@ def one_by_one(detector: Detector, files: Files) -> None:
     """All in one process: decode, predict, outline, and the next."""
     for image_id, content in files:
         pixels = read_radiograph(content, image_id).pixels
-        small = shrink_image(pixels, detector.image_size)
+        small = resize_image(pixels, detector.image_size)
         prediction = next(detector.predictor.predict(small[None]))
         mask = to_native(prediction.mask, (pixels.shape[0], pixels.shape[1]))
-        encode(outline(mask, prediction.presence, detector.thresholds))
+        encode(apply_thresholds(mask, prediction.presence, detector.thresholds))
 
 
 def in_batches(detector: Detector, files: Files) -> None:
@@ -54,12 +54,12 @@ def in_batches(detector: Detector, files: Files) -> None:
 def decode_here(detector: Detector, files: Files) -> None:
     """Decode and shrink alone, in this process."""
     for image_id, content in files:
-        shrink_image(read_radiograph(content, image_id).pixels, detector.image_size)
+        resize_image(read_radiograph(content, image_id).pixels, detector.image_size)
 
 
 def decode_aside(detector: Detector, files: Files) -> None:
     """Decode and shrink alone, in the decoders."""
-    for _ in read_all(files, detector.image_size):
+    for _ in decode_all(files, detector.image_size):
         pass
 
 
@@ -86,7 +86,7 @@ def main() -> None:
         contents = [path.read_bytes() for path in sorted(folder.rglob("*.dcm"))]
     files = [(str(k), content) for k, content in enumerate(islice(cycle(contents), arguments.images))]
     detector = Detector(
-        Predictor(PneumothoraxNet("fcn_resnet50"), choose_machine(Device())),
+        Predictor(PneumothoraxNet("fcn_resnet50"), choose_compute(Device())),
         arguments.image_size,
         Thresholds(presence_threshold=0),
         {},

@@ -22,15 +22,15 @@ import numpy as np
 from measure import ROOT, machine
 from tqdm import tqdm
 
-from pneumo_experiments.data import rle
-from pneumo_experiments.data.annotations import read_annotations, read_patients
-from pneumo_experiments.data.folds import assign_folds, audit, split
-from pneumo_experiments.data.patients import shipped_grouping
-from pneumo_experiments.data.resample import shrink
+from pneumo_experiments.dataset import rle
+from pneumo_experiments.dataset.annotations import read_annotations, read_patients
+from pneumo_experiments.dataset.patients import shipped_grouping
+from pneumo_experiments.dataset.resize import area_resize
+from pneumo_experiments.dataset.splits import assign_folds, audit, split
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.learning.predict import to_native
 from pneumo_experiments.scoring.metrics import dice
-from pneumo_experiments.settings import Split
+from pneumo_experiments.settings import SplitSettings
 
 REAL_DATA = Path(os.environ.get("PNEUMO_REAL_DATA") or ROOT.parent / "shared" / "siim")
 SHAPE = (1024, 1024)
@@ -50,7 +50,7 @@ def mask_of(texts: list[str], image_id: str) -> np.ndarray:
 
 def by_area(mask: np.ndarray) -> np.ndarray:
     """The project's way: area share of each small pixel as float32, enlarged bilinearly."""
-    return to_native(shrink(mask, SIZE), SHAPE) >= 0.5
+    return to_native(area_resize(mask, SIZE), SHAPE) >= 0.5
 
 
 def by_nearest_then_bilinear(mask: np.ndarray) -> np.ndarray:
@@ -89,9 +89,9 @@ def spread(counts: list[int]) -> str:
     return f"{', '.join(map(str, counts))} (the most is {max(counts) / min(counts) - 1:.1%} above the least)"
 
 
-def percent(shares: list[float]) -> str:
+def percent(targets: list[float]) -> str:
     """Mean of some shares, and their range."""
-    return f"{np.mean(shares):.1%} ({min(shares):.1%} to {max(shares):.1%})"
+    return f"{np.mean(targets):.1%} ({min(targets):.1%} to {max(targets):.1%})"
 
 
 def main() -> None:
@@ -164,13 +164,13 @@ def print_folds(patients: list[str], areas: np.ndarray) -> None:
         " images whose patient also has an image in another fold:"
     )
     print(f"  - of all {len(patients):,} images: {percent([one.separated_share for one in by_chance])}")
-    shares = [one.separated_images / several for one in by_chance]
-    print(f"  - of the {several:,} images whose patient has two or more: {percent(shares)}")
+    targets = [one.separated_images / several for one in by_chance]
+    print(f"  - of the {several:,} images whose patient has two or more: {percent(targets)}")
 
 
 def print_holdout(image_ids: list[str], patients: list[str], areas: np.ndarray) -> None:
     """The hold-out of the default settings with the table that ships, and where each file is a patient."""
-    chosen, names = Split(), np.array(patients)
+    chosen, names = SplitSettings(), np.array(patients)
     shipped = shipped_grouping(image_ids).hashes
     groupings = {
         "the table that ships": [shipped.get(image_id, image_id) for image_id in image_ids],

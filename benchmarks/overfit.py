@@ -23,17 +23,17 @@ from measure import machine
 from PIL import Image
 from torch.nn import functional
 
-from pneumo_experiments.data.store import Dataset
-from pneumo_experiments.learning.device import choose_machine
+from pneumo_experiments.dataset.hdf5 import Dataset
+from pneumo_experiments.experiment.subset import Subset
+from pneumo_experiments.learning.device import choose_compute
 from pneumo_experiments.learning.fit import fit
 from pneumo_experiments.learning.loader import load
 from pneumo_experiments.learning.network import build
 from pneumo_experiments.learning.predict import Predictor, to_native
 from pneumo_experiments.scoring.figures import contact_sheet, overlay
 from pneumo_experiments.scoring.scores import Scores
-from pneumo_experiments.scoring.thresholds import Thresholds, best_on_grid, outline
+from pneumo_experiments.scoring.thresholds import Thresholds, apply_thresholds, best_on_grid
 from pneumo_experiments.settings import Preprocess, Recipe
-from pneumo_experiments.stages.cohort import Cohort
 from pneumo_experiments.stages.preprocess import preprocess
 
 ENOUGH = 0.9
@@ -61,7 +61,7 @@ def main() -> None:
     recipe = Recipe(
         weights="none", augment=False, batch_size=4, learning_rate=1e-3, warmup=0.1, positive_share=0
     )
-    predictor = Predictor(build(recipe.network, recipe.weights, recipe.seed), choose_machine(recipe))
+    predictor = Predictor(build(recipe.network, recipe.weights, recipe.seed), choose_compute(recipe))
     print(f"{machine()}, {predictor.machine.device}, {predictor.machine.precision}")
     with tempfile.TemporaryDirectory() as folder:
         os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder}/mlflow.db"
@@ -72,7 +72,7 @@ def main() -> None:
                 Preprocess(dicom_dir=wishes.dicom_dir, rle_csv=wishes.rle_csv, dataset=path, image_size=size)
             )
             with Dataset.open(path) as dataset:
-                everything = Cohort(dataset, np.arange(len(dataset)))
+                everything = Subset(dataset, np.arange(len(dataset)))
                 overfit(everything, predictor, recipe, epochs, start)
                 dice = draw(everything, predictor, wishes.picture)
             print(f"{size} px: Dice on positives {dice:.4f}, {time.perf_counter() - start:.0f} s", flush=True)
@@ -80,7 +80,7 @@ def main() -> None:
     print(f"Dice on positives {dice:.4f}: {verdict} ({ENOUGH}); {wishes.picture}")
 
 
-def overfit(everything: Cohort, predictor: Predictor, recipe: Recipe, epochs: int, start: float) -> None:
+def overfit(everything: Subset, predictor: Predictor, recipe: Recipe, epochs: int, start: float) -> None:
     """Trains on all images of the data set, and judges them every few epochs."""
     dataset = everything.dataset
     present = np.array([entry.area_px > 0 for entry in everything.entries])
@@ -101,14 +101,14 @@ def overfit(everything: Cohort, predictor: Predictor, recipe: Recipe, epochs: in
         )
 
 
-def draw(everything: Cohort, predictor: Predictor, picture: Path) -> float:
+def draw(everything: Subset, predictor: Predictor, picture: Path) -> float:
     """Draws every image with truth and answer, and returns the Dice on positives."""
     dataset = everything.dataset
     scores, thresholds = judged(everything, predictor)
     drawn: list[np.ndarray] = []
     for index, answer in everything.predictions(predictor):
         truth = dataset.mask(index)
-        mask = outline(to_native(answer.mask, truth.shape), answer.presence, thresholds)
+        mask = apply_thresholds(to_native(answer.mask, truth.shape), answer.presence, thresholds)
         drawn.append(
             overlay(dataset.images(np.array([index]))[0], truth, mask, f"{np.count_nonzero(mask):,} px")
         )
@@ -141,11 +141,11 @@ def ceiling(dataset: Dataset) -> float:
     return float(np.mean(dice))
 
 
-def judged(cohort: Cohort, predictor: Predictor) -> tuple[Scores, Thresholds]:
+def judged(subset: Subset, predictor: Predictor) -> tuple[Scores, Thresholds]:
     """Scores at native size, at the best thresholds of the coarse grid."""
-    tally = cohort.tally(predictor)
-    thresholds = best_on_grid(tally)
-    return cohort.score(tally, thresholds), thresholds
+    counts = subset.count(predictor)
+    thresholds = best_on_grid(counts)
+    return subset.score(counts, thresholds), thresholds
 
 
 if __name__ == "__main__":

@@ -84,10 +84,10 @@ def decode_and_resize(folder: Path, rows: dict[str, list[str]], target: Path) ->
 
 def ours(folder: Path, rows: dict[str, list[str]], target: Path, pixel_dtype: str = "float32") -> None:
     """The data path of the entry point, on all cores."""
-    from pneumo_experiments.data.archive import open_archive
-    from pneumo_experiments.data.batches import Recipe, make_jobs, results
-    from pneumo_experiments.data.store import write_dataset
-    from pneumo_experiments.data.workers import available_cores
+    from pneumo_experiments.dataset.hdf5 import write_dataset
+    from pneumo_experiments.dataset.shards import Recipe, make_jobs, results
+    from pneumo_experiments.dicom.archive import open_archive
+    from pneumo_experiments.dicom.workers import available_cores
 
     work = target.with_suffix(".work")
     work.mkdir()
@@ -115,8 +115,8 @@ CHILDREN: dict[str, Callable[..., None]] = {
 
 def child(arguments: argparse.Namespace) -> None:
     """One measurement, in a process of its own; imports are done before the clock starts."""
-    import pneumo_experiments.data.batches
-    import pneumo_experiments.data.store  # noqa: F401
+    import pneumo_experiments.dataset.hdf5
+    import pneumo_experiments.dataset.shards  # noqa: F401
 
     rows = json.loads(Path(arguments.rows).read_text())
     wall, cpu = time.perf_counter(), cpu_seconds()
@@ -213,8 +213,8 @@ def main() -> None:
 
 def tables(arguments: argparse.Namespace, scratch: Path) -> None:
     """Measures in pairs and prints."""
-    from pneumo_experiments.data.annotations import read_annotations
-    from pneumo_experiments.data.phantom_files import write_sample
+    from pneumo_experiments.dataset.annotations import read_annotations
+    from pneumo_experiments.synthetic.files import write_sample
 
     if arguments.dicom_dir is None:
         write_sample(scratch / "sample", SAMPLE, 0, seed=0)

@@ -20,14 +20,14 @@ import numpy as np
 from measure import machine
 from numpy.typing import NDArray
 
-from pneumo_experiments.data.annotations import read_annotations
-from pneumo_experiments.data.archive import open_archive
-from pneumo_experiments.data.batches import Recipe, make_jobs, results
-from pneumo_experiments.data.packed import to_bytes
-from pneumo_experiments.data.phantom_files import write_sample
-from pneumo_experiments.data.rle import EMPTY
-from pneumo_experiments.data.store import BLOCK, Dataset, write_dataset
-from pneumo_experiments.data.workers import available_cores
+from pneumo_experiments.dataset.annotations import read_annotations
+from pneumo_experiments.dataset.hdf5 import BLOCK, Dataset, write_dataset
+from pneumo_experiments.dataset.packed import to_bytes
+from pneumo_experiments.dataset.rle import EMPTY
+from pneumo_experiments.dataset.shards import Recipe, make_jobs, results
+from pneumo_experiments.dicom.archive import open_archive
+from pneumo_experiments.dicom.workers import available_cores
+from pneumo_experiments.synthetic.files import write_sample
 
 REPEATS, IMAGES, SIZE = 9, 200, 384
 

@@ -23,9 +23,10 @@ import numpy as np
 from measure import ROOT, machine
 from tqdm import tqdm
 
-from pneumo_experiments.data import phantom_shapes, phantoms, rle
-from pneumo_experiments.data.annotations import read_annotations
+from pneumo_experiments.dataset import rle
+from pneumo_experiments.dataset.annotations import read_annotations
 from pneumo_experiments.errors import UserError
+from pneumo_experiments.synthetic import anatomy, radiographs
 
 try:
     from pycocotools import mask as coco
@@ -88,8 +89,10 @@ def phantom_annotations() -> tuple[list[str], list[str]]:
     united: list[str] = []
     for number in range(PHANTOMS):
         rng = np.random.default_rng(number)
-        phantom = phantoms.draw(rng, phantom_shapes.build(rng, "F"), "PA", "F", annotations=1 + number % 3)
-        of_phantom = [rle.encode(mask) for mask in phantom.annotations]
+        radiograph = radiographs.draw_radiograph(
+            rng, anatomy.build(rng, "F"), "PA", "F", annotations=1 + number % 3
+        )
+        of_phantom = [rle.encode(mask) for mask in radiograph.annotations]
         texts += of_phantom
         united.append(unite(of_phantom))
     return texts, united

@@ -35,25 +35,25 @@ from torchvision import tv_tensors
 from torchvision.models.segmentation import fcn_resnet50
 from torchvision.transforms import v2
 
-from pneumo_experiments.data import store
-from pneumo_experiments.data.annotations import read_annotations
-from pneumo_experiments.data.archive import open_archive
-from pneumo_experiments.data.batches import Recipe as Stored
-from pneumo_experiments.data.batches import make_jobs, results
-from pneumo_experiments.data.phantom_files import write_sample
-from pneumo_experiments.data.workers import available_cores
-from pneumo_experiments.learning import group
+from pneumo_experiments.dataset import hdf5
+from pneumo_experiments.dataset.annotations import read_annotations
+from pneumo_experiments.dataset.shards import Recipe as Stored
+from pneumo_experiments.dataset.shards import make_jobs, results
+from pneumo_experiments.dicom.archive import open_archive
+from pneumo_experiments.dicom.workers import available_cores
+from pneumo_experiments.learning import distributed
 from pneumo_experiments.learning.checkpoint import Checkpoint
-from pneumo_experiments.learning.device import Machine, choose_machine
+from pneumo_experiments.learning.device import ComputeConfig, choose_compute
+from pneumo_experiments.learning.evaluate import ThresholdCounter
 from pneumo_experiments.learning.fit import Epoch, fit
 from pneumo_experiments.learning.launch import launch
-from pneumo_experiments.learning.loader import Examples, Streamed, choose_cache, load
+from pneumo_experiments.learning.loader import InMemoryData, StreamedData, choose_cache, load
 from pneumo_experiments.learning.loss import criterion
 from pneumo_experiments.learning.network import PneumothoraxNet, build
 from pneumo_experiments.learning.predict import Predictor
-from pneumo_experiments.learning.tables import Counter
 from pneumo_experiments.scoring.thresholds import HUNDREDTHS
 from pneumo_experiments.settings import Recipe
+from pneumo_experiments.synthetic.files import write_sample
 
 SAMPLE = 48  # synthetic radiographs, before they are repeated
 LINEAR_WITHIN = 0.05
@@ -82,7 +82,7 @@ class Radiographs(Dataset):
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         if self.file is None:  # in each worker its own
             self.file = h5py.File(self.path, "r")
-        block, row = divmod(int(self.rows[index]), store.BLOCK)
+        block, row = divmod(int(self.rows[index]), hdf5.BLOCK)
         image = tv_tensors.Image(self.file[f"images_{block}"][row][None])
         mask = tv_tensors.Mask(self.file[f"ann_{block}"][row][None])
         image, mask = self.change(image, mask)
@@ -134,11 +134,11 @@ def ours(
     rows: NDArray[np.int64],
     batch: int,
     epochs: int,
-    place: Machine,
+    place: ComputeConfig,
     progress: Callable[[int], None] = lambda images: None,
 ) -> Iterator[Epoch]:
     """The project's training by its defaults, from random weights; images lie where ``train`` puts them."""
-    with store.Dataset.open(path) as dataset:
+    with hdf5.Dataset.open(path) as dataset:
         present = np.array([dataset.entries[row].area_px > 0 for row in rows.tolist()])
         side = dataset.image_size
         cache = choose_cache("auto", 2 * len(rows) * side**2, place.device)
@@ -158,7 +158,7 @@ def dataset_of(size: int, folder: Path) -> Path:
         members = open_archive(dicom_dir).members
         jobs = make_jobs(dicom_dir, Stored(size, "float32", 10**8), members, rows, patients={})
         images = (result.packed for result in results(jobs, work, available_cores()) if result.packed)
-        store.write_dataset(path, images, image_size=size, pixel_dtype="float32", settings={}, labelled=True)
+        hdf5.write_dataset(path, images, image_size=size, pixel_dtype="float32", settings={}, labelled=True)
     return path
 
 
@@ -188,7 +188,9 @@ def measured_matrix_rate(device: torch.device, side: int = 8192, products: int =
     return statistics.median(rates[3:])
 
 
-def compare(path: Path, batch: int, wishes: argparse.Namespace, place: Machine) -> tuple[list[str], float]:
+def compare(
+    path: Path, batch: int, wishes: argparse.Namespace, place: ComputeConfig
+) -> tuple[list[str], float]:
     """Cells of the table, and our images per second."""
     rows = np.arange(wishes.images) % SAMPLE
     mine = ours(path, rows, batch, wishes.epochs, place)
@@ -209,7 +211,7 @@ def compare(path: Path, batch: int, wishes: argparse.Namespace, place: Machine) 
     ], our_rate
 
 
-def linear(path: Path, size: int, wishes: argparse.Namespace, place: Machine) -> str:
+def linear(path: Path, size: int, wishes: argparse.Namespace, place: ComputeConfig) -> str:
     """Images per second of few and of many images.
 
     Within the epoch of many, an epoch of few follows each as many images: a machine whose speed changes over
@@ -246,7 +248,7 @@ def linear(path: Path, size: int, wishes: argparse.Namespace, place: Machine) ->
     )
 
 
-def check(path: Path, place: Machine, recipe: Recipe, count: int = CHECKED_STEPS) -> bool:
+def check(path: Path, place: ComputeConfig, recipe: Recipe, count: int = CHECKED_STEPS) -> bool:
     """Trains so many steps in each way that the device has, a line for each; whether all went well."""
     cuda = place.device.type == "cuda"
     caches = ("device", "host", "stream") if cuda else ("host", "stream")
@@ -254,9 +256,9 @@ def check(path: Path, place: Machine, recipe: Recipe, count: int = CHECKED_STEPS
     ways: dict[str, Callable[[], object]] = {}
     for cache in caches:
         for precision in precisions:
-            where = Machine(place.device, precision)
+            where = ComputeConfig(place.device, precision)
             ways[f"cache={cache} precision={precision}"] = partial(steps, path, cache, recipe, where, count)
-    best = Machine(place.device, place.precision)
+    best = ComputeConfig(place.device, place.precision)
     ways["compile=true"] = partial(steps, path, caches[0], replace(recipe, compile=True), best, count)
     ways["ema=0.9 micro_batch"] = partial(
         steps, path, caches[0], replace(recipe, ema=0.9, micro_batch=recipe.batch_size // 2), best, count
@@ -279,27 +281,29 @@ def check(path: Path, place: Machine, recipe: Recipe, count: int = CHECKED_STEPS
     return well
 
 
-def examples_of(dataset: store.Dataset, cache: str, place: Machine, count: int) -> Examples | Streamed:
+def examples_of(
+    dataset: hdf5.Dataset, cache: str, place: ComputeConfig, count: int
+) -> InMemoryData | StreamedData:
     """So many images of the data set, repeated, where ``cache`` says."""
     rows = np.arange(count) % SAMPLE
     present = np.array([dataset.entries[row].area_px > 0 for row in rows.tolist()])
     if cache == "stream":
-        return Streamed(dataset, rows, present)
+        return StreamedData(dataset, rows, present)
     where = str(place.device) if cache == "device" else "cpu"
     return load(dataset, rows, present, dataset.image_size, where)
 
 
-def steps(path: Path, cache: str, recipe: Recipe, place: Machine, count: int) -> str:
+def steps(path: Path, cache: str, recipe: Recipe, place: ComputeConfig, count: int) -> str:
     """An epoch of so many steps."""
-    with store.Dataset.open(path) as dataset:
+    with hdf5.Dataset.open(path) as dataset:
         examples = examples_of(dataset, cache, place, count * recipe.batch_size)
         (epoch,) = fit(build(recipe.network, "none", 0), examples, recipe, 1, place)
     return f"loss {epoch.losses['loss']:.3f}, {epoch.skipped_steps} steps left out"
 
 
-def resumed(path: Path, cache: str, recipe: Recipe, place: Machine, count: int) -> str:
+def resumed(path: Path, cache: str, recipe: Recipe, place: ComputeConfig, count: int) -> str:
     """So many steps, and from what they left as many by a new network."""
-    with store.Dataset.open(path) as dataset, tempfile.TemporaryDirectory() as folder:
+    with hdf5.Dataset.open(path) as dataset, tempfile.TemporaryDirectory() as folder:
         examples = examples_of(dataset, cache, place, count * recipe.batch_size)
         checkpoint = Checkpoint(Path(folder))
         first = next(fit(build(recipe.network, "none", 0), examples, recipe, 2, place))
@@ -311,10 +315,10 @@ def resumed(path: Path, cache: str, recipe: Recipe, place: Machine, count: int) 
     return f"loss {first.losses['loss']:.3f}, then {epoch.losses['loss']:.3f}"
 
 
-def validated(path: Path, network: str, place: Machine) -> str:
+def validated(path: Path, network: str, place: ComputeConfig) -> str:
     """Predictions of all images, and their counts of pixels."""
-    with store.Dataset.open(path) as dataset:
-        counter = Counter(Predictor(build(network, "none", 0), place, mirror=True), HUNDREDTHS)
+    with hdf5.Dataset.open(path) as dataset:
+        counter = ThresholdCounter(Predictor(build(network, "none", 0), place, tta_flip=True), HUNDREDTHS)
         counter.add(dataset.images(range(SAMPLE)), map(dataset.mask, range(SAMPLE)))
         tables, _ = counter.read()
         areas = [entry.area_px for entry in dataset.entries]
@@ -325,7 +329,7 @@ def validated(path: Path, network: str, place: Machine) -> str:
 def member(path: Path, recipe: Recipe, precision: str, count: int) -> str:
     """What each of two processes does in a check."""
     kind = "cuda" if torch.cuda.is_available() else "cpu"
-    place = Machine(group.device_of(kind), precision)
+    place = ComputeConfig(distributed.local_device(kind), precision)
     return steps(path, "device" if kind == "cuda" else "host", recipe, place, count)
 
 
@@ -348,7 +352,7 @@ def main() -> None:
     if wishes.epochs < 2:
         parser.error("--epochs: the first epoch is not counted, so take 2 or more")
     with tempfile.TemporaryDirectory() as folder:
-        place = choose_machine(Recipe(device=kind))
+        place = choose_compute(Recipe(device=kind))
         if wishes.check:
             print(
                 f"{torch.cuda.get_device_name() if kind == 'cuda' else machine()}, torch {torch.__version__}"
@@ -358,7 +362,7 @@ def main() -> None:
         tables(Path(folder), wishes, place)
 
 
-def tables(folder: Path, wishes: argparse.Namespace, place: Machine) -> None:
+def tables(folder: Path, wishes: argparse.Namespace, place: ComputeConfig) -> None:
     """Measures and prints."""
     kind = place.device.type
     gpu = f"{torch.cuda.get_device_name()}; " if kind == "cuda" else ""

@@ -20,9 +20,9 @@ import click
 
 from pneumo_experiments import __version__
 from pneumo_experiments.errors import UserError, reason_of
-from pneumo_experiments.interrupts import Terminated, heed_signals
+from pneumo_experiments.interrupts import Terminated, handle_signals
 from pneumo_experiments.settings import ENTRY_POINTS, NONE, Main, as_text, from_names
-from pneumo_experiments.terminal import keep_streams
+from pneumo_experiments.terminal import make_streams_unfailing
 
 # Of the system: no room, no permission, a disk that cannot be written, a name that is too long.
 REFUSALS = {
@@ -30,8 +30,6 @@ REFUSALS = {
     *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EMFILE, errno.EIO),
 }
 FULL_BYTES = 2**20
-
-STAGES = {name: "pipeline" if name == "main" else name for name in ENTRY_POINTS}
 
 
 LONGEST_NAME = 255  # bytes, of a file or folder: the limit of all usual file systems
@@ -139,8 +137,8 @@ def _command_of(name: str) -> click.Command:
         # because the default of every optional path is none.
         chosen = {key: value for key, value in given.items() if value is not None}
         settings: Any = from_names(kind, chosen)
-        stage = import_module(f"pneumo_experiments.stages.{STAGES[name]}")  # heavy libraries load only now
-        run: Callable[[Any], object] = getattr(stage, STAGES[name])
+        stage = import_module(f"pneumo_experiments.stages.{name}")  # heavy libraries load only now
+        run: Callable[[Any], object] = getattr(stage, name)
         run(settings)
 
     options: list[click.Parameter] = [_option_of(f, kind) for f in fields(kind)]
@@ -173,8 +171,8 @@ def mlproject(path: Path) -> None:
 
 def main() -> NoReturn:
     """Runs the command line; a user's mistake is one line on stderr and exit code 2."""
-    heed_signals()
-    keep_streams()
+    handle_signals()
+    make_streams_unfailing()
     try:
         cli.main(prog_name="python -m pneumo_experiments", standalone_mode=False)
     except click.UsageError as error:

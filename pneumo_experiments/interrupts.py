@@ -11,7 +11,7 @@ class Terminated(KeyboardInterrupt):
     """The process was asked to end (SIGTERM)."""
 
 
-def heed_signals() -> None:
+def handle_signals() -> None:
     """Lets both signals raise, once."""
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)

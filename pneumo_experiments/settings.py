@@ -89,7 +89,7 @@ class Reading:
 
 
 @dataclass(frozen=True)
-class Phantoms:
+class SampleSize:
     images: int = setting(240, "labelled synthetic radiographs to write", least=10, most=1_000_000)
     test_images: int = setting(16, "unlabelled synthetic radiographs to write", least=0, most=1_000_000)
 
@@ -122,7 +122,7 @@ class Device:
 
 
 @dataclass(frozen=True)
-class Split:
+class SplitSettings:
     holdout: float = setting(
         0.2, "share of the patients kept for the final score alone; 0 keeps none", least=0, most=1
     )
@@ -141,7 +141,7 @@ class Split:
 
 
 @dataclass(frozen=True)
-class Recipe(Seed, Device, Split):
+class Recipe(Seed, Device, SplitSettings):
     network: str = setting(
         "fcn_resnet50",
         "torchvision segmentation network",
@@ -177,7 +177,7 @@ class Recipe(Seed, Device, Split):
         most=65_536,
     )
     learning_rate: float = setting(3e-4, "AdamW's highest learning rate", sample=1e-3, least=0, most=1e30)
-    pretrained_rate: float = setting(
+    pretrained_lr_scale: float = setting(
         0.3, "the share of it for layers that start from pretrained weights", least=0, most=1
     )
     schedule: str = setting(
@@ -215,7 +215,7 @@ class Recipe(Seed, Device, Split):
         " brightness",
         sample=False,
     )
-    mirror: bool = setting(True, "predict each image and its mirror image, and take the mean of both")
+    tta_flip: bool = setting(True, "predict each image and its mirror image, and take the mean of both")
 
 
 @dataclass(frozen=True)
@@ -300,7 +300,7 @@ class Registry:
 
 
 @dataclass(frozen=True)
-class Sample(Seed, Phantoms):
+class Sample(Seed, SampleSize):
     """Write a synthetic data set in the layout of the SIIM-ACR pneumothorax task."""
 
     output_dir: Path = setting(Path("output/sample"), "folder to write")
@@ -359,7 +359,7 @@ class Main(
     Trials,
     Recipe,
     Schedule,
-    Phantoms,
+    SampleSize,
     Reading,
     Pixels,
     Outputs,

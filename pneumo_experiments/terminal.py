@@ -9,7 +9,7 @@ from io import TextIOWrapper
 from pneumo_experiments.errors import reason_of
 
 
-class _Steadfast(TextIOWrapper):
+class _UnfailingStream(TextIOWrapper):
     """A text stream that turns to nowhere, with a word on stderr, when the system takes no more."""
 
     def write(self, s: str, /) -> int:
@@ -38,7 +38,7 @@ class _Steadfast(TextIOWrapper):
             )
 
 
-def keep_streams() -> None:
+def make_streams_unfailing() -> None:
     """Makes stdout and stderr streams that never fail, line by line, also where they are closed."""
     for number in (0, 1, 2):
         try:
@@ -55,5 +55,7 @@ def keep_streams() -> None:
         buffer = os.fdopen(number, "wb", closefd=False) if stream is None else stream.buffer
         # Errors: of a name that the terminal cannot show. Lines: progress shows at once in a pipe, too.
         encoding = "utf-8" if stream is None else stream.encoding
-        steadfast = _Steadfast(buffer, encoding=encoding, errors="backslashreplace", line_buffering=True)
+        steadfast = _UnfailingStream(
+            buffer, encoding=encoding, errors="backslashreplace", line_buffering=True
+        )
         setattr(sys, name, steadfast)

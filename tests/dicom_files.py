@@ -23,7 +23,7 @@ from pydicom.uid import (
     generate_uid,
 )
 
-from pneumo_experiments.data.dicom import read_radiograph
+from pneumo_experiments.dicom.radiograph import read_radiograph
 from pneumo_experiments.errors import Rejected
 
 ITEM = b"\xfe\xff\x00\xe0"

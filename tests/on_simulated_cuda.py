@@ -19,23 +19,22 @@ import simulated_cuda
 import torch
 from mlflow import MlflowClient
 from samples import stored_sample
-from simulated_cuda import counted_waits
+from simulated_cuda import count_syncs
 from tiny_network import add_tiny_network
-from torch import distributed
 
 simulated_cuda.install()
 add_tiny_network()
 
-from pneumo_experiments.data.store import Dataset  # noqa: E402  # torch is asked for its devices from now on
-from pneumo_experiments.learning import group  # noqa: E402
+from pneumo_experiments.dataset.hdf5 import Dataset  # noqa: E402  # torch is asked for its devices from now on
+from pneumo_experiments.experiment.subset import Subset  # noqa: E402
+from pneumo_experiments.learning import distributed  # noqa: E402
 from pneumo_experiments.learning.checkpoint import Checkpoint  # noqa: E402
-from pneumo_experiments.learning.device import Machine, choose_machine  # noqa: E402
-from pneumo_experiments.learning.fit import Sums, _Trainer, fit  # noqa: E402
-from pneumo_experiments.learning.loader import Batch, Examples, Streamed, batches, load  # noqa: E402
+from pneumo_experiments.learning.device import ComputeConfig, choose_compute  # noqa: E402
+from pneumo_experiments.learning.fit import RunningMeans, _Trainer, fit  # noqa: E402
+from pneumo_experiments.learning.loader import Batch, InMemoryData, StreamedData, batches, load  # noqa: E402
 from pneumo_experiments.learning.network import PneumothoraxNet, build  # noqa: E402
 from pneumo_experiments.learning.predict import Predictor  # noqa: E402
 from pneumo_experiments.settings import Recipe, Score, Search, Train  # noqa: E402
-from pneumo_experiments.stages.cohort import Cohort  # noqa: E402
 from pneumo_experiments.stages.score import score  # noqa: E402
 from pneumo_experiments.stages.search import search  # noqa: E402
 from pneumo_experiments.stages.train import train  # noqa: E402
@@ -150,17 +149,17 @@ STEPS = [("tiny", "fp32"), ("tiny", "fp16"), ("fcn_resnet50", "bf16"), ("deeplab
 
 @pytest.mark.parametrize(("network", "precision"), STEPS)
 def test_the_host_waits_for_nothing_in_a_step(network: str, precision: str) -> None:
-    device = choose_machine(Recipe()).device
+    device = choose_compute(Recipe()).device
     net = PneumothoraxNet(network).to(device, memory_format=torch.channels_last)
     recipe = Recipe(
         network=network, ema=0.9, lovasz_weight=1.0, dice_image_weight=1.0, focal_weight=1.0, micro_batch=2
     )
-    trainer = _Trainer(net, recipe, 10, Machine(device, precision))
+    trainer = _Trainer(net, recipe, 10, ComputeConfig(device, precision))
     drawn = torch.Generator().manual_seed(0)
-    images, shares = (torch.rand(4, 64, 64, generator=drawn) for _ in range(2))
-    batch = Batch(images[:, None].cuda(), (shares > 0.9).float().cuda(), torch.ones(4).cuda(), 4)
+    images, targets = (torch.rand(4, 64, 64, generator=drawn) for _ in range(2))
+    batch = Batch(images[:, None].cuda(), (targets > 0.9).float().cuda(), torch.ones(4).cuda(), 4)
     trainer.step(batch)  # the optimiser makes its state
-    with counted_waits() as waits:
+    with count_syncs() as waits:
         _, finite = trainer.step(batch)
         assert not waits, waits
     assert bool(finite)
@@ -168,17 +167,17 @@ def test_the_host_waits_for_nothing_in_a_step(network: str, precision: str) -> N
 
 @pytest.mark.parametrize("cache", CACHES)
 def test_in_an_epoch_the_host_waits_for_its_sums_alone(dataset: Path, cache: str) -> None:
-    recipe, machine = Recipe(network="tiny", batch_size=4, ema=0.9), choose_machine(Recipe())
+    recipe, compute = Recipe(network="tiny", batch_size=4, ema=0.9), choose_compute(Recipe())
     rows = np.arange(16)
     with Dataset.open(dataset) as opened:
         present = np.array([entry.area_px > 0 for entry in opened.entries])
         if cache == "stream":
-            examples = Streamed(opened, rows, present)
+            examples = StreamedData(opened, rows, present)
         else:
-            examples = load(opened, rows, present, 64, str(machine.device) if cache == "device" else "cpu")
-        epochs = fit(build("tiny", "none", 0), examples, recipe, 2, machine)
+            examples = load(opened, rows, present, 64, str(compute.device) if cache == "device" else "cpu")
+        epochs = fit(build("tiny", "none", 0), examples, recipe, 2, compute)
         next(epochs)
-        with counted_waits() as waits:
+        with count_syncs() as waits:
             epoch = next(epochs)
             found = dict(waits)
     assert epoch.skipped_steps == 0
@@ -192,15 +191,15 @@ def test_in_an_epoch_the_host_waits_for_its_sums_alone(dataset: Path, cache: str
 @pytest.mark.parametrize("cache", ["auto", "stream"])
 def test_the_host_waits_once_for_all_predictions_of_a_validation(dataset: Path, cache: str) -> None:
     with Dataset.open(dataset) as opened:
-        cohort = Cohort(opened, np.arange(16)).in_memory(cache)
-        assert (cohort.greys is None) == (cache == "stream")
-        predictor = Predictor(build("tiny", "none", 0), choose_machine(Recipe()), mirror=True)
-        cohort.tally(predictor)
-        with counted_waits() as waits:
-            tally = cohort.tally(predictor)
+        subset = Subset(opened, np.arange(16)).in_memory(cache)
+        assert (subset.greys is None) == (cache == "stream")
+        predictor = Predictor(build("tiny", "none", 0), choose_compute(Recipe()), tta_flip=True)
+        subset.count(predictor)
+        with count_syncs() as waits:
+            counts = subset.count(predictor)
             found = dict(waits)
-        assert len(tally) == 16
-        assert tally.truth_area.tolist() == [entry.area_px for entry in opened.entries]
+        assert len(counts) == 16
+        assert counts.truth_area.tolist() == [entry.area_px for entry in opened.entries]
     assert [name.rpartition(":")[0] for name in found] == ["device to host learning/tables.py"], found
     assert set(found.values()) == {1}
 
@@ -211,7 +210,7 @@ def test_the_benchmark_s_check_tries_every_way_to_train(
     monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
     benchmark = importlib.import_module("train")
     path = stored_sample(tmp_path, images=benchmark.SAMPLE, image_size=32)
-    benchmark.check(path, choose_machine(Recipe()), Recipe(network="tiny", weights="none", batch_size=4), 2)
+    benchmark.check(path, choose_compute(Recipe()), Recipe(network="tiny", weights="none", batch_size=4), 2)
     told = capsys.readouterr().out.splitlines()
     assert told.pop(0) == "processes=2: not checked, it needs two GPUs"
     failed = [line for line in told if ": ok, " not in line]
@@ -222,9 +221,9 @@ def test_the_benchmark_s_check_tries_every_way_to_train(
 
 
 def test_a_dropped_iterator_of_batches_ends_its_thread_and_frees_its_images() -> None:
-    device = choose_machine(Recipe()).device
+    device = choose_compute(Recipe()).device
     images = torch.zeros(64, 64, 64, dtype=torch.uint8)
-    examples = Examples(images, images, np.arange(64) % 2 == 0)
+    examples = InMemoryData(images, images, np.arange(64) % 2 == 0)
     kept = weakref.ref(examples)
     iterator = batches(examples, Recipe(batch_size=4), 1, 1, device)
     assert next(iterator).images.device == device
@@ -248,12 +247,12 @@ def test_sums_over_processes_wait_for_nothing_but_their_numbers(monkeypatch: pyt
     for name, answer in answers.items():
         monkeypatch.setattr(distributed, name, answer)
     values = torch.arange(3.0).cuda()
-    with counted_waits() as waits:
-        sums = group.joint_sums(values, 4)
+    with count_syncs() as waits:
+        sums = distributed.all_reduce_means(values, 4)
         assert not waits, waits
     assert sums.tolist() == [0, 2, 4]
-    terms = Sums()
+    terms = RunningMeans()
     terms.add({"loss": values.sum()}, 4)
-    with counted_waits() as waits:
+    with count_syncs() as waits:
         assert terms.means() == {"loss": 3.0}
         assert [name.rpartition(" ")[0] for name in waits] == ["device to host"], waits

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pneumo_experiments.data.annotations import read_annotations
-from pneumo_experiments.data.archive import open_archive
-from pneumo_experiments.data.batches import Recipe, make_jobs, results
-from pneumo_experiments.data.phantom_files import write_sample
-from pneumo_experiments.data.store import write_dataset
+from pneumo_experiments.dataset.annotations import read_annotations
+from pneumo_experiments.dataset.hdf5 import write_dataset
+from pneumo_experiments.dataset.shards import Recipe, make_jobs, results
+from pneumo_experiments.dicom.archive import open_archive
+from pneumo_experiments.synthetic.files import write_sample
 
 
 def stored_sample(folder: Path, images: int, image_size: int) -> Path:

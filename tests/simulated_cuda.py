@@ -372,7 +372,7 @@ def _believe_in_cuda() -> None:
 
 
 @contextmanager
-def counted_waits() -> Iterator[Counter[str]]:
+def count_syncs() -> Iterator[Counter[str]]:
     """Counts where the host waits for the device within the block."""
     waits.clear()
     yield waits

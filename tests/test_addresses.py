@@ -18,7 +18,7 @@ from mlflow import MlflowClient
 from pneumo_experiments import tracking
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.settings import Search
-from pneumo_experiments.tracking.addresses import check_address, without_password
+from pneumo_experiments.tracking.addresses import check_address, hide_passwords
 
 UNKNOWN = "postgresql://***"  # where the login cannot be told from a query
 passwords = st.text(st.characters(exclude_categories=["Cs"]), min_size=1) | st.from_regex(
@@ -28,21 +28,21 @@ passwords = st.text(st.characters(exclude_categories=["Cs"]), min_size=1) | st.f
 
 @given(passwords)
 def test_no_piece_of_a_password_in_the_login_is_shown(password: str) -> None:
-    hidden = without_password(f"postgresql://me:{password}@host:5432/study?sslmode=require")
+    hidden = hide_passwords(f"postgresql://me:{password}@host:5432/study?sslmode=require")
     assert hidden in ("postgresql://me:***@host:5432/study?sslmode=require", UNKNOWN)
 
 
 @given(passwords, st.sampled_from(["password", "sslpassword", "PWD", "pass%77ord", "token", "secret"]))
 def test_no_secret_of_a_query_is_shown(password: str, name: str) -> None:
-    hidden = without_password(f"postgresql://host/study?user=me&{name}={quote_plus(password)}&x=1")
+    hidden = hide_passwords(f"postgresql://host/study?user=me&{name}={quote_plus(password)}&x=1")
     assert hidden == f"postgresql://host/study?user=me&{name}=***&x=1"
 
 
 @given(st.text(st.characters(codec="ascii", exclude_characters=" &;\t\r\n\v\f\x1c\x1d\x1e\x1f")))
 def test_an_unquoted_secret_of_a_query_is_not_shown_either(password: str) -> None:
     secret = f"Se{password}cr3t"
-    assert "cr3t" not in without_password(f"postgresql://host/study?user=me&password={secret}")
-    assert "cr3t" not in without_password(f"postgresql://me:{secret}@host/study?a=b")
+    assert "cr3t" not in hide_passwords(f"postgresql://host/study?user=me&password={secret}")
+    assert "cr3t" not in hide_passwords(f"postgresql://me:{secret}@host/study?a=b")
 
 
 @pytest.mark.parametrize(
@@ -56,13 +56,13 @@ def test_an_unquoted_secret_of_a_query_is_not_shown_either(password: str) -> Non
     ],
 )
 def test_an_address_without_a_password_stays_as_it_is(text: str) -> None:
-    assert without_password(text) == text
+    assert hide_passwords(text) == text
 
 
 def test_addresses_in_a_message_lose_their_passwords() -> None:
     text = "http://me:se/cr3t@host:1/api failed, and so did postgresql://u:Se@cr3t@h/db?password=x (twice)"
     hidden = "http://me:***@host:1/api failed, and so did postgresql://u:***@h/db?password=*** (twice)"
-    assert without_password(f"API request to {text}") == f"API request to {hidden}"
+    assert hide_passwords(f"API request to {text}") == f"API request to {hidden}"
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from pneumo_experiments.data.annotations import read_annotations, read_patients, unite
+from pneumo_experiments.dataset.annotations import read_annotations, read_patients, unite
 from pneumo_experiments.errors import UserError
 
 ROWS = "a.1,3 2\r\nb.2, -1\r\na.1, 0 1 4 2\r\n"
@@ -200,7 +200,7 @@ def test_a_table_that_unpacks_without_end_is_one_line_and_little_memory(
     code = """
 import resource, sys
 from pathlib import Path
-from pneumo_experiments.data.annotations import read_annotations
+from pneumo_experiments.dataset.annotations import read_annotations
 from pneumo_experiments.errors import UserError
 resource.setrlimit(resource.RLIMIT_AS, (2**30, 2**30))
 try:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from pneumo_experiments.data.archive import Archive, open_archive, read_member
+from pneumo_experiments.dicom.archive import Archive, open_archive, read_member
 from pneumo_experiments.errors import Rejected, UserError
 
 MUTANTS = int(os.environ.get("PNEUMO_ZIP_MUTANTS") or 300)
@@ -65,7 +65,7 @@ def test_of_equal_files_with_one_id_the_first_is_kept_and_of_differing_ones_none
         ("single", "single.dcm"),
     ]
     assert archive.differing == ("other", "swapped")
-    assert archive.doubles == {"same": 2, "other": 2, "swapped": 2}
+    assert archive.duplicates == {"same": 2, "other": 2, "swapped": 2}
     assert archive.image_ids == {"same", "single", "other", "swapped"}
     assert archive.files == 7
 
@@ -158,7 +158,7 @@ def test_of_differing_files_with_one_name_in_a_zip_file_none_is_used(tmp_path: P
             file.writestr(name, DICOM + content)
     archive = open_archive(path)
     assert (ids(archive), archive.differing) == (["same"], ("one",))
-    assert archive.doubles == {"one": 2, "same": 2}
+    assert archive.duplicates == {"one": 2, "same": 2}
     assert [read_member(path, member, 10) for member in archive.members] == [DICOM]
 
 
@@ -255,7 +255,7 @@ def test_mutants_of_a_zip_file_end_in_one_line_or_the_files_as_they_were(tmp_pat
 BOMBER = """
 import resource, sys
 from pathlib import Path
-from pneumo_experiments.data.archive import open_archive, read_member
+from pneumo_experiments.dicom.archive import open_archive, read_member
 from pneumo_experiments.errors import UserError
 pages = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (pages + 48 * 2**20,) * 2)
@@ -308,7 +308,7 @@ def test_a_linked_folder_is_read_and_each_folder_once(tmp_path: Path) -> None:
         "2": "b-link/2.dcm",
         "3": "z/3.dcm",
     }
-    assert (archive.files, archive.doubles, archive.skipped) == (3, {}, {})
+    assert (archive.files, archive.duplicates, archive.skipped) == (3, {}, {})
     assert [read_member(archive.root, member, 10) for member in archive.members] == [DICOM] * 3
 
 

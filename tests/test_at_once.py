@@ -19,15 +19,15 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 from samples import stored_sample
 
-from pneumo_experiments.data.phantom_files import is_sample, write_sample
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.learning.checkpoint import Checkpoint
 from pneumo_experiments.locks import work_folder
 from pneumo_experiments.scoring.submission import write_submission
 from pneumo_experiments.settings import Main, Preprocess, Train, as_params, derive
-from pneumo_experiments.stages import pipeline
+from pneumo_experiments.stages import main
 from pneumo_experiments.stages.preprocess import preprocess
 from pneumo_experiments.stages.train import train
+from pneumo_experiments.synthetic.files import is_sample, write_sample
 
 PATIENCE_SECONDS = 120
 
@@ -50,7 +50,7 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 def settings_of(dataset: Path, **changes: Any) -> Train:
     short = Train(dataset=dataset, weights="none", precision="fp32", epochs=1, batch_size=8, best_k=1)
-    return replace(short, mirror=False, threshold_trials=0, overlays=0, **changes)
+    return replace(short, tta_flip=False, threshold_trials=0, overlays=0, **changes)
 
 
 def runs(name: str) -> list[Run]:
@@ -237,12 +237,12 @@ def test_main_killed_after_its_training_takes_it_as_it_ended(
         image_size=32,
     )
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "score", killed)
+        patch.setattr(main, "score", killed)
         with pytest.raises(KeyboardInterrupt):
-            pipeline.pipeline(settings)
+            main.main(settings)
     assert len([*Path("output/checkpoints").iterdir()]) == 1
     assert "epoch 2/2" in capsys.readouterr().out
-    pipeline.pipeline(settings)
+    main.main(settings)
     said = capsys.readouterr().out
     assert "train: goes on after epoch 2 of 2" in said
     assert "/2  loss" not in said  # the search has one epoch
@@ -308,6 +308,6 @@ def test_main_refuses_a_submission_of_others_before_it_trains(dataset: Path, des
         test_dir=source / "dicom-images-test",
     )
     with pytest.raises(UserError, match=r"output/submission\.csv: exists"):
-        pipeline.pipeline(settings)
+        main.main(settings)
     assert [run.info.status for run in runs("main")] == ["FAILED"]
     assert not runs("preprocess")

@@ -21,11 +21,11 @@ from pneumo_experiments.learning.augment import (
     ROTATION_DEGREES,
     SCALE,
     SHIFT,
+    adjust_intensity,
     augment,
     random_affine,
     random_displacement,
-    random_tones,
-    regrade,
+    random_intensity,
     warp,
 )
 
@@ -48,11 +48,11 @@ def discs(count: int, side: int, radius: float, x: float = 0, y: float = 0) -> T
     return ((radius - distance) * side / 2 + 0.5).clamp(0, 1).expand(count, side, side).clone()
 
 
-def centroids_px(shares: Tensor) -> Tensor:
+def centroids_px(targets: Tensor) -> Tensor:
     """Column and row (n, 2) of the middle of each share, 0 in the picture's middle."""
-    places = torch.arange(shares.shape[-1]) - (shares.shape[-1] - 1) / 2
-    moments = torch.stack([(shares * places).sum((1, 2)), (shares.mT * places).sum((1, 2))], dim=1)
-    return moments / shares.sum((1, 2))[:, None]
+    places = torch.arange(targets.shape[-1]) - (targets.shape[-1] - 1) / 2
+    moments = torch.stack([(targets * places).sum((1, 2)), (targets.mT * places).sum((1, 2))], dim=1)
+    return moments / targets.sum((1, 2))[:, None]
 
 
 # Geometry
@@ -155,7 +155,7 @@ def test_half_of_the_pictures_are_distorted_within_the_strength() -> None:
 
 def test_greys_change_by_gamma_then_contrast_then_brightness() -> None:
     grey = torch.tensor([0.0, 0.25, 0.5, 1.0]).view(1, 1, 1, 4)
-    found = regrade(grey, torch.tensor([[2.0], [1.2], [-0.1]]))
+    found = adjust_intensity(grey, torch.tensor([[2.0], [1.2], [-0.1]]))
     expected = [0, (1 / 16 - 0.5) * 1.2 + 0.4, (0.25 - 0.5) * 1.2 + 0.4, 1.0]
     torch.testing.assert_close(found.flatten(), torch.tensor(expected).clamp(0, 1))
 
@@ -163,11 +163,11 @@ def test_greys_change_by_gamma_then_contrast_then_brightness() -> None:
 def test_each_image_has_its_own_tone() -> None:
     grey = torch.full((3, 1, 1, 1), 0.5)
     tones = torch.tensor([[1.0, 2.0, 1.0], [1.0, 1.0, 2.0], [0.1, 0.0, 0.0]])
-    torch.testing.assert_close(regrade(grey, tones).flatten(), torch.tensor([0.6, 0.25, 0.5]))
+    torch.testing.assert_close(adjust_intensity(grey, tones).flatten(), torch.tensor([0.6, 0.25, 0.5]))
 
 
 def test_tones_keep_within_their_strengths_and_lean_to_neither_side() -> None:
-    gamma, contrast, brightness = random_tones(4000, seeded(0))
+    gamma, contrast, brightness = random_intensity(4000, seeded(0))
     for values, high in (
         (gamma.log(), math.log(GAMMA)),
         (contrast - 1, CONTRAST),
@@ -182,19 +182,19 @@ def test_tones_keep_within_their_strengths_and_lean_to_neither_side() -> None:
 
 
 def test_image_and_share_move_alike() -> None:
-    shares = torch.zeros(64, 64, 64)
-    shares[:, 20:44, 10:30] = 1
-    images, moved = augment(0.15 + 0.7 * shares[:, None], shares, seeded(0))
+    targets = torch.zeros(64, 64, 64)
+    targets[:, 20:44, 10:30] = 1
+    images, moved = augment(0.15 + 0.7 * targets[:, None], targets, seeded(0))
     bright = (images[:, 0] > 0.5).float()
     overlap = (bright * moved).sum((1, 2)) / torch.maximum(bright, moved).sum((1, 2))
     assert overlap.min() > 0.9
-    kept = (moved * shares).sum((1, 2)) / torch.maximum(moved, shares).sum((1, 2))
+    kept = (moved * targets).sum((1, 2)) / torch.maximum(moved, targets).sum((1, 2))
     assert kept.mean() < 0.6  # they did move
 
 
 def test_a_disc_and_its_mask_stay_within_a_pixel() -> None:
-    shares = discs(64, 96, radius=0.4)
-    images, moved = augment(0.1 + 0.65 * shares[:, None], shares, seeded(1))
+    targets = discs(64, 96, radius=0.4)
+    images, moved = augment(0.1 + 0.65 * targets[:, None], targets, seeded(1))
     bright = (images[:, 0] > 0.5).float()  # no tone lifts the ground or lowers the disc that far
     apart_px = (centroids_px(bright) - centroids_px(moved)).norm(dim=1)
     assert apart_px.max() < 0.5
@@ -203,9 +203,9 @@ def test_a_disc_and_its_mask_stay_within_a_pixel() -> None:
 
 
 def test_masks_keep_their_area_and_place_on_average() -> None:
-    shares = discs(800, 64, radius=0.3)
-    moved = augment(shares[:, None], shares, seeded(2))[1]
-    areas = moved.sum((1, 2)) / shares.sum((1, 2))
+    targets = discs(800, 64, radius=0.3)
+    moved = augment(targets[:, None], targets, seeded(2))[1]
+    areas = moved.sum((1, 2)) / targets.sum((1, 2))
     assert areas.mean().item() == pytest.approx(1, abs=0.02)
     assert areas.std() > 0.05
     drift_px = centroids_px(moved).mean(0)
@@ -215,8 +215,8 @@ def test_masks_keep_their_area_and_place_on_average() -> None:
 
 @pytest.mark.parametrize(("x", "y"), [(0.5, -0.5), (-0.5, 0.4), (0.0, 0.6)])
 def test_off_the_middle_heights_stay_and_sides_change_half_of_the_time(x: float, y: float) -> None:
-    shares = discs(800, 64, radius=0.15, x=x, y=y)
-    centres = centroids_px(augment(shares[:, None], shares, seeded(3))[1])
+    targets = discs(800, 64, radius=0.15, x=x, y=y)
+    centres = centroids_px(augment(targets[:, None], targets, seeded(3))[1])
     error_px = 4 * 64 * (SHIFT + SCALE * 0.5) / math.sqrt(3 * 800)
     assert centres[:, 1].mean().item() == pytest.approx(
         32 * y, abs=error_px + 0.2
@@ -226,11 +226,11 @@ def test_off_the_middle_heights_stay_and_sides_change_half_of_the_time(x: float,
 
 
 def test_outside_of_the_picture_is_black_and_unmarked() -> None:
-    images, shares = augment(torch.ones(32, 1, 48, 48), torch.ones(32, 48, 48), seeded(4))
-    outside = shares == 0
+    images, targets = augment(torch.ones(32, 1, 48, 48), torch.ones(32, 48, 48), seeded(4))
+    outside = targets == 0
     assert 0.01 < outside.float().mean() < 0.2
     assert images[:, 0][outside].max() == 0
-    inside = images[:, 0][shares == 1]
+    inside = images[:, 0][targets == 1]
     assert len(inside.unique()) > 8  # each white picture has its own tone, unless it stays white
     assert inside.min() >= 1 - CONTRAST / 2 - BRIGHTNESS - 1e-6
 
@@ -246,10 +246,10 @@ def test_values_stay_in_range_and_what_was_given_is_not_changed(seed: int, kind:
         "white": torch.ones_like(noise),
         "chequered": (noise > 0.5).float(),
     }[kind]
-    images, shares = given_shares[:, None].clone(), given_shares.clone()
-    moved, moved_shares = augment(images, shares, seeded(seed))
-    assert torch.equal(images[:, 0], given_shares) and torch.equal(shares, given_shares)
-    assert moved.shape == images.shape and moved_shares.shape == shares.shape
+    images, targets = given_shares[:, None].clone(), given_shares.clone()
+    moved, moved_shares = augment(images, targets, seeded(seed))
+    assert torch.equal(images[:, 0], given_shares) and torch.equal(targets, given_shares)
+    assert moved.shape == images.shape and moved_shares.shape == targets.shape
     for values in (moved, moved_shares):
         assert values.dtype == torch.float32
         assert values.min() >= 0 and values.max() <= 1
@@ -277,18 +277,18 @@ def test_the_generator_alone_is_the_source_of_randomness() -> None:
 
 
 def test_the_place_is_as_exact_where_products_are_rounded_to_half_the_bits() -> None:
-    shares = discs(16, 128, radius=0.3)
-    expected = augment(shares[:, None], shares, seeded(5))[1]
+    targets = discs(16, 128, radius=0.3)
+    expected = augment(targets[:, None], targets, seeded(5))[1]
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        moved = augment(shares[:, None], shares, seeded(5))[1]
+        moved = augment(targets[:, None], targets, seeded(5))[1]
     # A disc's edge falls from 1 to 0 within a pixel: a difference of 0.02 is a move of 0.02 pixels.
     torch.testing.assert_close(moved, expected, atol=0.02, rtol=0)
 
 
 def test_a_batch_is_changed_without_reading_a_value_back() -> None:
     # Tensors on meta have no values: whatever would wait for the device fails on them.
-    images, shares = augment(
+    images, targets = augment(
         torch.empty(2, 1, 32, 32, device="meta"), torch.empty(2, 32, 32, device="meta"), seeded(0)
     )
-    assert images.shape == (2, 1, 32, 32) and shares.shape == (2, 32, 32)
-    assert images.device.type == shares.device.type == "meta"
+    assert images.shape == (2, 1, 32, 32) and targets.shape == (2, 32, 32)
+    assert images.device.type == targets.device.type == "meta"

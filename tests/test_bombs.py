@@ -26,10 +26,10 @@ from dicom_files import GREYS, jpeg_file
 from mlflow import MlflowClient
 
 from pneumo_experiments import tracking
-from pneumo_experiments.data import limits
-from pneumo_experiments.data.archive import open_archive
-from pneumo_experiments.data.batches import Recipe, make_jobs, results
-from pneumo_experiments.learning.device import Machine
+from pneumo_experiments.dataset.shards import Recipe, make_jobs, results
+from pneumo_experiments.dicom import limits
+from pneumo_experiments.dicom.archive import open_archive
+from pneumo_experiments.learning.device import ComputeConfig
 from pneumo_experiments.learning.network import PneumothoraxNet
 from pneumo_experiments.learning.predict import Predictor
 from pneumo_experiments.scoring.thresholds import Thresholds
@@ -74,7 +74,7 @@ def desk(tmp_path_factory: pytest.TempPathFactory, bombs: dict[str, bytes]) -> I
         mlflow.set_tracking_uri(None)  # pyright: ignore[reportArgumentType]
         with tracking.run("train", Train()):
             predictor = Predictor(
-                PneumothoraxNet("fcn_resnet50"), Machine(torch.device("cpu"), "fp32"), mirror=False
+                PneumothoraxNet("fcn_resnet50"), ComputeConfig(torch.device("cpu"), "fp32"), tta_flip=False
             )
             detector = Detector(predictor, 32, Thresholds(presence_threshold=0), as_params(Train()), "")
             (folder / "weights").mkdir()
@@ -87,7 +87,7 @@ def desk(tmp_path_factory: pytest.TempPathFactory, bombs: dict[str, bytes]) -> I
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is started here decodes a second at most; not what workers of preprocess do."""
-    monkeypatch.setattr(limits, "OWN_SECONDS", 1)
+    monkeypatch.setattr(limits, "BASE_SECONDS", 1)
     monkeypatch.setattr(limits, "SECONDS_PER_MEGABYTE", 0)
 
 

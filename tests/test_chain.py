@@ -26,8 +26,8 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 from PIL import Image
 
-from pneumo_experiments.data.rle import decode
-from pneumo_experiments.data.store import Dataset
+from pneumo_experiments.dataset.hdf5 import Dataset
+from pneumo_experiments.dataset.rle import decode
 
 BIN = Path(sys.executable).parent
 SMALL = {

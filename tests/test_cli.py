@@ -134,8 +134,8 @@ def test_a_hostile_value_of_any_setting_is_one_short_line_or_within_the_limits(n
 
 WRITES = """
 import os, sys
-from pneumo_experiments.terminal import keep_streams
-keep_streams()
+from pneumo_experiments.terminal import make_streams_unfailing
+make_streams_unfailing()
 print("to stdout")
 file = open("file", "w+")
 print("to stderr", file=sys.stderr)

@@ -27,9 +27,9 @@ from hypothesis.extra import numpy as npst
 from PIL import Image
 from pydicom import uid
 
-from pneumo_experiments.data.codecs import CUT_SHORT, DECODERS
-from pneumo_experiments.data.dicom import read_radiograph
-from pneumo_experiments.data.frames import frame_header
+from pneumo_experiments.dicom.codecs import CUT_SHORT, DECODERS
+from pneumo_experiments.dicom.frames import frame_header
+from pneumo_experiments.dicom.radiograph import read_radiograph
 
 SMOOTH = np.add.outer(np.arange(40) * 3, np.arange(50) * 2).astype(np.uint8)
 # The start of a JPEG whose first segment holds another one, as a camera's does.

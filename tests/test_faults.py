@@ -27,16 +27,16 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 from test_outage import Server, calls_in, environment
 
-from pneumo_experiments.data.annotations import read_annotations
-from pneumo_experiments.data.archive import open_archive
-from pneumo_experiments.data.batches import Recipe, make_jobs, results
-from pneumo_experiments.data.phantom_files import write_sample
-from pneumo_experiments.data.store import Dataset, write_dataset
+from pneumo_experiments.dataset.annotations import read_annotations
+from pneumo_experiments.dataset.hdf5 import Dataset, write_dataset
+from pneumo_experiments.dataset.shards import Recipe, make_jobs, results
+from pneumo_experiments.dicom.archive import open_archive
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.learning.checkpoint import Checkpoint
 from pneumo_experiments.settings import Score, Train, as_params
 from pneumo_experiments.stages.score import score
 from pneumo_experiments.stages.train import train
+from pneumo_experiments.synthetic.files import write_sample
 
 IMAGES = 24
 # How the time was spent, which no two trainings share.
@@ -49,7 +49,7 @@ from io import BytesIO
 from pathlib import Path
 import torch
 from pneumo_experiments import cli
-from pneumo_experiments.data.store import Dataset
+from pneumo_experiments.dataset.hdf5 import Dataset
 from pneumo_experiments.stages import train
 
 def half(content, path):
@@ -135,7 +135,7 @@ def settings_of(dataset: Path, **changes: Any) -> Train:
         epochs=3,
         batch_size=8,  # two steps
         best_k=2,
-        mirror=False,
+        tta_flip=False,
         threshold_trials=5,
         overlays=1,
     )
@@ -246,8 +246,8 @@ def test_a_full_disk_costs_the_checkpoint_not_the_training(
         if len(last["history"]) != 2:
             return save(self, last, kept)
         # No file may grow beyond so many bytes: the kept network does not fit, then only the last state.
-        for most_bytes in (2**20, 200 * 2**20):
-            resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, unlimited[1]))
+        for max_bytes in (2**20, 200 * 2**20):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (max_bytes, unlimited[1]))
             try:
                 save(self, last, kept)
             finally:

@@ -13,25 +13,25 @@ import pytest
 import torch
 
 from pneumo_experiments.errors import UserError
-from pneumo_experiments.learning.average import MovingAverage, mean_of
+from pneumo_experiments.learning.averaging import MovingAverage, mean_state
 from pneumo_experiments.learning.checkpoint import Checkpoint
-from pneumo_experiments.learning.device import Machine
+from pneumo_experiments.learning.device import ComputeConfig
 from pneumo_experiments.learning.fit import Epoch, State, _Trainer, fit
-from pneumo_experiments.learning.loader import Examples, batches
+from pneumo_experiments.learning.loader import InMemoryData, batches
 from pneumo_experiments.learning.network import Output, PneumothoraxNet, build
 from pneumo_experiments.settings import Recipe
-from pneumo_experiments.stages.train import left_by
+from pneumo_experiments.stages.train import read_checkpoint
 
-CPU = Machine(torch.device("cpu"), "fp32")
+CPU = ComputeConfig(torch.device("cpu"), "fp32")
 pytestmark = pytest.mark.usefixtures("tiny")
 
 
-def noise(count: int, side: int = 32) -> Examples:
+def noise(count: int, side: int = 32) -> InMemoryData:
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (count, side, side), dtype=torch.uint8, generator=generator)
-    shares = torch.zeros_like(images)
-    shares[::2, 8:20, 8:20] = 255
-    return Examples(images, shares, shares.numpy().any(axis=(1, 2)))
+    targets = torch.zeros_like(images)
+    targets[::2, 8:20, 8:20] = 255
+    return InMemoryData(images, targets, targets.numpy().any(axis=(1, 2)))
 
 
 def weights_of(network: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -161,7 +161,9 @@ def test_too_many_steps_without_a_finite_gradient_end_the_training_with_advice()
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_steps_that_are_left_out_do_not_wear_down_the_scale_of_the_gradients(precision: str) -> None:
     network = build("tiny", "none", 0)
-    trainer = _Trainer(network, Recipe(batch_size=2, learning_rate=1e-2), 400, Machine(CPU.device, precision))
+    trainer = _Trainer(
+        network, Recipe(batch_size=2, learning_rate=1e-2), 400, ComputeConfig(CPU.device, precision)
+    )
     (batch,) = batches(noise(2), Recipe(batch_size=2, augment=False), 1, 1, CPU.device)
     torn = replace(batch, images=batch.images * float("nan"))
     trainer.step(batch)
@@ -195,7 +197,7 @@ def test_the_mean_of_states_is_that_of_each_tensor() -> None:
         {"w": torch.tensor([1.0, 5.0]), "n": torch.tensor(3)},
         {"w": torch.tensor([3.0, 7.0]), "n": torch.tensor(9)},
     ]
-    mean = mean_of(states)
+    mean = mean_state(states)
     assert mean["w"].tolist() == [2.0, 6.0]
     assert mean["n"] == 3
     assert states[0]["w"].tolist() == [1.0, 5.0]
@@ -234,7 +236,7 @@ def test_a_checkpoint_of_another_version_is_a_warning_and_no_start(tmp_path: Pat
     saved: dict[str, Any] = {"run_id": "a", "history": [], "dices": {}, "state": state}
     checkpoint = Checkpoint(tmp_path / "one")
     checkpoint.save(saved, {})
-    assert left_by(checkpoint) == saved | {"networks": {}}
+    assert read_checkpoint(checkpoint) == saved | {"networks": {}}
     others: list[dict[str, Any]] = [
         {name: value for name, value in saved.items() if name != "run_id"},
         {name: value for name, value in saved.items() if name != "state"},
@@ -246,17 +248,17 @@ def test_a_checkpoint_of_another_version_is_a_warning_and_no_start(tmp_path: Pat
     for other in others:
         checkpoint.save(other, {})
         with pytest.warns(UserWarning, match="of another version; the training starts anew"):
-            assert left_by(checkpoint) is None
+            assert read_checkpoint(checkpoint) is None
     torch.save([1, 2], checkpoint.folder / "last.pt")
     with pytest.warns(UserWarning, match=r"last\.pt: cannot be read"):
-        assert left_by(checkpoint) is None
+        assert read_checkpoint(checkpoint) is None
 
 
 def test_pretrained_layers_learn_at_their_own_rate() -> None:
     network = build("fcn_resnet50", "none", 0)
     before = weights_of(network)
     network.pretrained = frozenset(name for name, _ in network.named_parameters() if "backbone" in name)
-    recipe = Recipe(batch_size=4, augment=False, pretrained_rate=0, weight_decay=0.01)
+    recipe = Recipe(batch_size=4, augment=False, pretrained_lr_scale=0, weight_decay=0.01)
     epoch: Epoch = next(iter(fit(network, noise(4), recipe, 1, CPU)))
     after = copy.deepcopy(epoch.network).state_dict()
     assert torch.equal(after["backbone.layer4.0.conv1.weight"], before["backbone.layer4.0.conv1.weight"])

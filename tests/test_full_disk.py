@@ -16,22 +16,22 @@ import pytest
 import torch
 
 from pneumo_experiments import cli
-from pneumo_experiments.data.phantom_files import write_sample
 from pneumo_experiments.errors import UserError, reason_of
 from pneumo_experiments.learning.checkpoint import Checkpoint, held
-from pneumo_experiments.learning.device import Machine
+from pneumo_experiments.learning.device import ComputeConfig
 from pneumo_experiments.learning.network import PneumothoraxNet
 from pneumo_experiments.learning.predict import Predictor
 from pneumo_experiments.scoring.submission import write_submission
 from pneumo_experiments.scoring.thresholds import Thresholds
 from pneumo_experiments.serving import Detector, save
 from pneumo_experiments.settings import Train, as_params
+from pneumo_experiments.synthetic.files import write_sample
 
 
 @contextmanager
-def no_file_beyond(most_bytes: int) -> Iterator[None]:
+def no_file_beyond(max_bytes: int) -> Iterator[None]:
     unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, unlimited[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (max_bytes, unlimited[1]))
     try:
         yield
     finally:
@@ -70,7 +70,9 @@ def test_an_error_of_reading_is_not_told_as_one_of_writing(tmp_path: Path) -> No
 
 
 def test_a_model_names_the_folder_without_room(tmp_path: Path) -> None:
-    predictor = Predictor(PneumothoraxNet("fcn_resnet50"), Machine(torch.device("cpu"), "fp32"), mirror=False)
+    predictor = Predictor(
+        PneumothoraxNet("fcn_resnet50"), ComputeConfig(torch.device("cpu"), "fp32"), tta_flip=False
+    )
     detector = Detector(predictor, 32, Thresholds(), as_params(Train()), "x")
     with (
         no_file_beyond(2**20),

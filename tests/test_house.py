@@ -20,23 +20,39 @@ PACKAGE = ROOT / "pneumo_experiments"
 LIBRARIES = {
     "click": {"cli.py"},
     "mlflow": {"tracking"},
-    "optuna": {"stages/search.py"},
+    "optuna": {"stages/search.py", "experiment/threshold_search.py"},
     "torch": {"learning", "serving"},
     "torchvision": {"learning"},
-    "pydicom": {"data"},
-    "h5py": {"data"},
+    "pydicom": {"dicom", "synthetic"},
+    "h5py": {"dataset"},
     "pandas": {"serving"},
     "matplotlib": {"scoring"},
 }
 # Rooms of the package, and the rooms that each may import besides itself, errors and settings.
 ROOMS = {
     "cli.py": {"stages", "mlproject.py"},
-    "stages": {"tracking", "data", "learning", "scoring", "serving"},
-    "serving": {"data", "learning", "scoring"},
+    "stages": {
+        *(
+            "experiment",
+            "serving",
+            "tracking",
+            "learning",
+            "report",
+            "synthetic",
+            "dataset",
+            "scoring",
+            "dicom",
+        )
+    },
+    "experiment": {"serving", "tracking", "learning", "report", "dataset", "scoring", "dicom"},
+    "serving": {"learning", "dataset", "scoring"},
     "tracking": set[str](),
     "learning": set[str](),
-    "data": set[str](),
+    "report": {"dataset"},
+    "synthetic": {"dataset", "dicom"},
+    "dataset": {"dicom"},
     "scoring": set[str](),
+    "dicom": set[str](),
 }
 COMMON = {"errors.py", "interrupts.py", "locks.py", "settings.py", "terminal.py", "__init__.py"}
 
@@ -112,3 +128,12 @@ for words in (["--help"], ["main", "--help"], ["train", "--help"]):
 print(sorted({heavy} & set(sys.modules)))"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_stages_holds_the_entry_points_and_nothing_else() -> None:
+    assert {path.stem for path in (PACKAGE / "stages").glob("*.py")} == {*ENTRY_POINTS, "__init__"}
+
+
+def test_no_two_modules_have_one_name() -> None:
+    names = [path.name for path in PACKAGE.rglob("*.py") if not path.name.startswith("__")]
+    assert sorted(set(names)) == sorted(names)

@@ -18,9 +18,9 @@ import psutil
 import pytest
 from conftest import ROOT
 
-from pneumo_experiments.data.phantom_files import write_sample
-from pneumo_experiments.data.store import Dataset
+from pneumo_experiments.dataset.hdf5 import Dataset
 from pneumo_experiments.errors import UserError
+from pneumo_experiments.synthetic.files import write_sample
 
 KILLS = int(os.environ.get("PNEUMO_KILLS") or 4)
 IMAGES = 160  # five batches

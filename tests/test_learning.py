@@ -13,14 +13,14 @@ import pytest
 import torch
 
 from pneumo_experiments.errors import UserError
-from pneumo_experiments.learning.device import Machine, choose_machine
+from pneumo_experiments.learning.device import ComputeConfig, choose_compute
 from pneumo_experiments.learning.fit import fit, rate
 from pneumo_experiments.learning.loader import (
-    Examples,
-    Streamed,
+    InMemoryData,
+    StreamedData,
     batches,
     choose_cache,
-    draw,
+    epoch_indices,
     load,
     prefetch,
 )
@@ -29,7 +29,7 @@ from pneumo_experiments.learning.network import Output, PneumothoraxNet, build
 from pneumo_experiments.learning.predict import Predictor, to_native
 from pneumo_experiments.settings import Device, Recipe
 
-CPU = Machine(torch.device("cpu"), "fp32")
+CPU = ComputeConfig(torch.device("cpu"), "fp32")
 LOGIT = math.log(3)  # of probability 0.75
 
 
@@ -38,36 +38,36 @@ def network() -> PneumothoraxNet:
     return build("fcn_resnet50", "none", seed=0)
 
 
-def squares(count: int, side: int = 32, seed: int = 0) -> Examples:
+def squares(count: int, side: int = 32, seed: int = 0) -> InMemoryData:
     """Grey noise; every other image has a bright square, which is the mask."""
     rng = np.random.default_rng(seed)
     images = rng.integers(60, 100, (count, side, side), dtype=np.uint8)
-    shares = np.zeros_like(images)
+    targets = np.zeros_like(images)
     for i in range(0, count, 2):
         x, y = rng.integers(0, side // 2, 2)
         images[i, y : y + side // 2, x : x + side // 2] += 120
-        shares[i, y : y + side // 2, x : x + side // 2] = 255
-    return Examples(torch.from_numpy(images), torch.from_numpy(shares), shares.any(axis=(1, 2)))
+        targets[i, y : y + side // 2, x : x + side // 2] = 255
+    return InMemoryData(torch.from_numpy(images), torch.from_numpy(targets), targets.any(axis=(1, 2)))
 
 
 # Losses: values by hand
 
 
 def test_cross_entropy_of_a_quarter_missed_is_the_logarithm() -> None:
-    logits, share = torch.full((1, 2, 2), LOGIT), torch.ones(1, 2, 2)
-    assert bce(logits, share).item() == pytest.approx(-math.log(0.75))
-    assert focal(logits, share).item() == pytest.approx(0.25**2 * -math.log(0.75))
+    logits, target = torch.full((1, 2, 2), LOGIT), torch.ones(1, 2, 2)
+    assert bce(logits, target).item() == pytest.approx(-math.log(0.75))
+    assert focal(logits, target).item() == pytest.approx(0.25**2 * -math.log(0.75))
 
 
 def test_cross_entropy_of_a_half_annotated_pixel_takes_both_sides() -> None:
-    logits, share = torch.full((1, 1, 1), LOGIT), torch.full((1, 1, 1), 0.5)
-    assert bce(logits, share).item() == pytest.approx(-0.5 * math.log(0.75) - 0.5 * math.log(0.25))
+    logits, target = torch.full((1, 1, 1), LOGIT), torch.full((1, 1, 1), 0.5)
+    assert bce(logits, target).item() == pytest.approx(-0.5 * math.log(0.75) - 0.5 * math.log(0.25))
 
 
 def test_soft_dice_counts_the_whole_batch() -> None:
     logits = torch.full((2, 2, 2), LOGIT)
-    share = torch.tensor([1.0, 0.0])[:, None, None].expand(2, 2, 2)
-    assert soft_dice(logits, share).item() == pytest.approx(1 - (2 * 3 + 1) / (6 + 4 + 1))
+    target = torch.tensor([1.0, 0.0])[:, None, None].expand(2, 2, 2)
+    assert soft_dice(logits, target).item() == pytest.approx(1 - (2 * 3 + 1) / (6 + 4 + 1))
 
 
 def test_soft_dice_of_an_empty_prediction_of_an_empty_truth_is_zero() -> None:
@@ -87,20 +87,20 @@ def test_a_weight_of_zero_leaves_the_term_out() -> None:
 
 def test_each_batch_has_the_epoch_s_share_of_positives_which_changes_evenly() -> None:
     present, recipe = np.arange(100) < 10, Recipe(positive_share=0.8, final_positive_share=0.4)
-    for epoch, share in ((1, 0.8), (2, 0.6), (3, 0.4)):
-        order = draw(present, recipe, epoch, epochs=3)
+    for epoch, target in ((1, 0.8), (2, 0.6), (3, 0.4)):
+        order = epoch_indices(present, recipe, epoch, epochs=3)
         assert len(order) == 100
-        assert present[order].sum() == share * 100
+        assert present[order].sum() == target * 100
         for batch in np.split(order, 10):
-            assert present[batch].sum() == pytest.approx(share * 10, abs=1)
-    assert present[draw(present, recipe, 1, epochs=1)].sum() == 80
+            assert present[batch].sum() == pytest.approx(target * 10, abs=1)
+    assert present[epoch_indices(present, recipe, 1, epochs=1)].sum() == 80
 
 
 def test_over_the_epochs_every_image_of_a_class_is_seen_equally_often() -> None:
     present, recipe = np.arange(50) < 20, Recipe(positive_share=0.8, final_positive_share=0.4)
     seen = np.zeros(50, int)
     for epoch in range(1, 6):
-        seen += np.bincount(draw(present, recipe, epoch, epochs=5), minlength=50)
+        seen += np.bincount(epoch_indices(present, recipe, epoch, epochs=5), minlength=50)
         for part in (seen[:20], seen[20:]):
             assert part.max() - part.min() <= 1
     assert seen.min() >= 3
@@ -109,7 +109,8 @@ def test_over_the_epochs_every_image_of_a_class_is_seen_equally_often() -> None:
 def test_the_order_follows_from_seed_and_epoch() -> None:
     present = np.arange(30) < 11
     first, again, other, later = (
-        draw(present, Recipe(seed=seed), epoch, epochs=4) for seed, epoch in ((1, 2), (1, 2), (2, 2), (1, 3))
+        epoch_indices(present, Recipe(seed=seed), epoch, epochs=4)
+        for seed, epoch in ((1, 2), (1, 2), (2, 2), (1, 3))
     )
     assert np.array_equal(first, again)
     assert not np.array_equal(first, other)
@@ -119,7 +120,7 @@ def test_the_order_follows_from_seed_and_epoch() -> None:
 @pytest.mark.parametrize("present", [np.zeros(7, np.bool_), np.ones(7, np.bool_), np.arange(7) < 3])
 def test_share_zero_or_a_missing_class_takes_every_image_once(present: np.ndarray) -> None:
     recipe = Recipe(positive_share=0.0 if 0 < present.sum() < 7 else 0.5)
-    assert sorted(draw(present, recipe, 2, epochs=3)) == list(range(7))
+    assert sorted(epoch_indices(present, recipe, 2, epochs=3)) == list(range(7))
 
 
 def test_batches_give_greys_and_shares_from_zero_to_one() -> None:
@@ -140,8 +141,8 @@ class Stored:
     def images(self, indices: np.ndarray) -> np.ndarray:
         return squares(6).images.numpy()[indices]
 
-    def shares(self, indices: np.ndarray) -> np.ndarray:
-        return squares(6).shares.numpy()[indices]
+    def targets(self, indices: np.ndarray) -> np.ndarray:
+        return squares(6).targets.numpy()[indices]
 
 
 def test_streamed_images_are_those_in_memory() -> None:
@@ -150,12 +151,13 @@ def test_streamed_images_are_those_in_memory() -> None:
     held = load(Stored(), rows, present, 32, "cpu")
     assert torch.equal(held.images, squares(6).images[[5, 0, 3, 2]])
     one, two = (
-        list(batches(each, recipe, 1, 2, CPU.device)) for each in (held, Streamed(Stored(), rows, present))
+        list(batches(each, recipe, 1, 2, CPU.device))
+        for each in (held, StreamedData(Stored(), rows, present))
     )
     assert len(one) == 2
     for a, b in zip(one, two, strict=True):
         assert torch.equal(a.images, b.images)
-        assert torch.equal(a.shares, b.shares)
+        assert torch.equal(a.targets, b.targets)
         assert torch.equal(a.present, b.present)
 
 
@@ -199,15 +201,15 @@ def test_images_lie_where_there_is_room() -> None:
 def test_training_finds_bright_squares() -> None:
     recipe = Recipe(batch_size=8, learning_rate=1e-3, augment=False, positive_share=0, seed=1)
     network = build("fcn_resnet50", "none", recipe.seed)
-    machine = choose_machine(Device())
-    epochs = list(fit(network, squares(16), recipe, 12, machine))
+    compute = choose_compute(Device())
+    epochs = list(fit(network, squares(16), recipe, 12, compute))
     assert [epoch.number for epoch in epochs] == list(range(1, 13))
     assert epochs[-1].losses["loss"] < 0.7 * epochs[0].losses["loss"]
     unseen = squares(8, seed=5)
-    found = [p.mask for p in Predictor(network, machine).predict(unseen.images.numpy())]
-    pairs = list(zip(found, unseen.shares.numpy(), strict=True))
-    inside = np.mean([mask[share > 0].mean() for mask, share in pairs if share.any()])
-    outside = np.mean([mask[share == 0].mean() for mask, share in pairs])
+    found = [p.mask for p in Predictor(network, compute).predict(unseen.images.numpy())]
+    pairs = list(zip(found, unseen.targets.numpy(), strict=True))
+    inside = np.mean([mask[target > 0].mean() for mask, target in pairs if target.any()])
+    outside = np.mean([mask[target == 0].mean() for mask, target in pairs])
     assert inside > outside + 0.2
 
 
@@ -248,7 +250,7 @@ def test_predictions_do_not_depend_on_the_batch(network: PneumothoraxNet) -> Non
 
 def test_the_mirrored_mean_treats_both_sides_alike(network: PneumothoraxNet) -> None:
     images = squares(2).images.numpy()
-    predictor = Predictor(network, CPU, mirror=True)
+    predictor = Predictor(network, CPU, tta_flip=True)
     (a, _), (b, _) = list(predictor.predict(images)), list(predictor.predict(images[:, :, ::-1]))
     np.testing.assert_allclose(a.mask, b.mask[:, ::-1], atol=1e-5)
     assert a.presence == pytest.approx(b.presence, abs=1e-5)
@@ -265,4 +267,4 @@ def test_a_device_that_is_not_there_is_named() -> None:
     if torch.cuda.is_available():
         pytest.skip("this machine has CUDA")
     with pytest.raises(UserError, match="device=cuda"):
-        choose_machine(replace(Device(), device="cuda"))
+        choose_compute(replace(Device(), device="cuda"))

@@ -47,8 +47,8 @@ def batch(seed: int, count: int = 3, side: int = 4) -> tuple[Tensor, Tensor]:
     """Random logits and shares in float64; a third of the shares is exactly 0, a third exactly 1."""
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(count, side, side, generator=generator, dtype=torch.float64) * 2
-    shares = torch.rand(count, side, side, generator=generator, dtype=torch.float64) * 3 - 1
-    return logits, shares.clamp(0, 1)
+    targets = torch.rand(count, side, side, generator=generator, dtype=torch.float64) * 3 - 1
+    return logits, targets.clamp(0, 1)
 
 
 # Dice
@@ -56,9 +56,9 @@ def batch(seed: int, count: int = 3, side: int = 4) -> tuple[Tensor, Tensor]:
 
 def test_dice_of_each_image_is_the_mean_over_the_images() -> None:
     logits = torch.full((2, 2, 2), LOGIT)
-    share = torch.tensor([1.0, 0.0])[:, None, None].expand(2, 2, 2)
+    target = torch.tensor([1.0, 0.0])[:, None, None].expand(2, 2, 2)
     dices = (2 * 3 + 1) / (3 + 4 + 1), 1 / (3 + 0 + 1)
-    assert soft_dice_per_image(logits, share).item() == pytest.approx(1 - sum(dices) / 2)
+    assert soft_dice_per_image(logits, target).item() == pytest.approx(1 - sum(dices) / 2)
 
 
 def test_an_empty_truth_asks_for_an_empty_prediction() -> None:
@@ -69,17 +69,17 @@ def test_an_empty_truth_asks_for_an_empty_prediction() -> None:
 
 
 def test_a_small_finding_that_is_missed_costs_its_whole_image_and_little_of_the_batch() -> None:
-    share = torch.zeros(2, 32, 32)
-    share[0, :, :16], share[1, 0, :3] = 1, 1
-    logits = torch.where(share.bool(), 50.0, -50.0)
+    target = torch.zeros(2, 32, 32)
+    target[0, :, :16], target[1, 0, :3] = 1, 1
+    logits = torch.where(target.bool(), 50.0, -50.0)
     logits[1] = -50
-    assert soft_dice(logits, share).item() == pytest.approx(3 / (512 + 515 + 1), abs=1e-6)
-    assert soft_dice_per_image(logits, share).item() == pytest.approx((1 - 1 / 4) / 2)
+    assert soft_dice(logits, target).item() == pytest.approx(3 / (512 + 515 + 1), abs=1e-6)
+    assert soft_dice_per_image(logits, target).item() == pytest.approx((1 - 1 / 4) / 2)
 
 
 def test_dice_of_one_image_is_that_of_its_batch() -> None:
-    logits, share = batch(0, count=1)
-    assert soft_dice_per_image(logits, share).item() == pytest.approx(soft_dice(logits, share).item())
+    logits, target = batch(0, count=1)
+    assert soft_dice_per_image(logits, target).item() == pytest.approx(soft_dice(logits, target).item())
 
 
 # Focal loss
@@ -184,19 +184,19 @@ def test_lovasz_hinge_takes_a_pixel_for_true_when_half_of_it_is_annotated() -> N
 @every_loss
 def test_gradients_equal_differences(loss: Callable[[Tensor, Tensor], Tensor]) -> None:
     for seed in range(3):
-        logits, share = batch(seed)
-        share[0] = 0
-        assert torch.autograd.gradcheck(lambda x, share=share: loss(x, share), logits.requires_grad_())
+        logits, target = batch(seed)
+        target[0] = 0
+        assert torch.autograd.gradcheck(lambda x, target=target: loss(x, target), logits.requires_grad_())
 
 
 @every_loss
 def test_the_order_of_pixels_and_images_does_not_count(loss: Callable[[Tensor, Tensor], Tensor]) -> None:
-    logits, share = batch(4)
+    logits, target = batch(4)
     logits = logits.round()  # equal errors, too
     generator = torch.Generator().manual_seed(0)
     places, order = torch.randperm(16, generator=generator), torch.randperm(3, generator=generator)
-    shuffled = [x.flatten(1)[order][:, places].reshape(3, 4, 4) for x in (logits, share)]
-    assert loss(*shuffled).item() == pytest.approx(loss(logits, share).item(), rel=1e-12)
+    shuffled = [x.flatten(1)[order][:, places].reshape(3, 4, 4) for x in (logits, target)]
+    assert loss(*shuffled).item() == pytest.approx(loss(logits, target).item(), rel=1e-12)
 
 
 @every_loss
@@ -205,10 +205,10 @@ def test_extreme_logits_give_finite_losses_and_gradients(
     loss: Callable[[Tensor, Tensor], Tensor], dtype: torch.dtype
 ) -> None:
     logits = torch.tensor([100.0, -100.0, 100.0, -100.0, 0.0, 0.0]).repeat(2, 3, 1).to(dtype)
-    share = torch.tensor([1.0, 0.0, 0.0, 1.0, 0.0, 1.0]).repeat(2, 3, 1)
-    share[1] = 0
+    target = torch.tensor([1.0, 0.0, 0.0, 1.0, 0.0, 1.0]).repeat(2, 3, 1)
+    target[1] = 0
     logits.requires_grad_()
-    value = loss(logits, share.to(dtype))
+    value = loss(logits, target.to(dtype))
     value.backward()
     assert value.dtype == torch.float32
     assert math.isfinite(value.item()) and value.item() > 0
@@ -219,8 +219,8 @@ def test_extreme_logits_give_finite_losses_and_gradients(
     ("loss", "expected"), [(bce, 100), (focal, 100), (lovasz_hinge, 101), (soft_dice_per_image, 4 / 5)]
 )
 def test_a_sure_mistake_costs_its_logit(loss: Callable[[Tensor, Tensor], Tensor], expected: float) -> None:
-    for logit, share in ((100.0, 0.0), (-100.0, 1.0)):
-        found = loss(torch.full((1, 2, 2), logit), torch.full((1, 2, 2), share))
+    for logit, target in ((100.0, 0.0), (-100.0, 1.0)):
+        found = loss(torch.full((1, 2, 2), logit), torch.full((1, 2, 2), target))
         assert found.item() == pytest.approx(expected, rel=1e-5)
 
 
@@ -232,9 +232,9 @@ def test_sums_over_large_images_are_exact_in_half_the_bits(
     generator = torch.Generator().manual_seed(0)
     # 90,000 pixels: more than float16 can count.
     logits = torch.where(torch.rand(1, 300, 300, generator=generator) < 0.9, 4.0, -4.0)
-    share = (torch.rand(1, 300, 300, generator=generator) < 0.8).float()
-    exact = loss(logits.double(), share.double()).item()
-    assert loss(logits.to(dtype), share.to(dtype)).item() == pytest.approx(exact, rel=1e-5)
+    target = (torch.rand(1, 300, 300, generator=generator) < 0.8).float()
+    exact = loss(logits.double(), target.double()).item()
+    assert loss(logits.to(dtype), target.to(dtype)).item() == pytest.approx(exact, rel=1e-5)
 
 
 # The criterion
@@ -242,41 +242,41 @@ def test_sums_over_large_images_are_exact_in_half_the_bits(
 
 def outputs(seed: int) -> tuple[Output, Tensor, Tensor]:
     """Logits of three images of 8 pixels a side, their shares and presence."""
-    (mask, share), (aux, _) = batch(seed, side=8), batch(seed + 100, side=8)
+    (mask, target), (aux, _) = batch(seed, side=8), batch(seed + 100, side=8)
     presence, present = torch.tensor([0.3, -1.0, 2.0]), torch.tensor([1.0, 0.0, 1.0])
-    return Output(mask.float(), aux.float(), presence), share.float(), present
+    return Output(mask.float(), aux.float(), presence), target.float(), present
 
 
 def test_every_term_is_returned_unweighted_under_its_name() -> None:
-    output, share, present = outputs(0)
-    terms = criterion(output, share, present, EVERY_TERM)
+    output, target, present = outputs(0)
+    terms = criterion(output, target, present, EVERY_TERM)
     by_name = {"bce": bce, "dice": soft_dice, "dice_image": soft_dice_per_image}
     by_name |= {"focal": focal, "lovasz": lovasz_hinge}
     assert set(terms) == {"loss", "loss_aux", "loss_presence", *(f"loss_{name}" for name in by_name)}
     total = aux = 0.0
     for name, loss in by_name.items():
-        assert terms[f"loss_{name}"].item() == loss(output.mask, share).item()
-        total += getattr(EVERY_TERM, f"{name}_weight") * loss(output.mask, share).item()
-        aux += getattr(EVERY_TERM, f"{name}_weight") * loss(output.aux, share).item()
+        assert terms[f"loss_{name}"].item() == loss(output.mask, target).item()
+        total += getattr(EVERY_TERM, f"{name}_weight") * loss(output.mask, target).item()
+        aux += getattr(EVERY_TERM, f"{name}_weight") * loss(output.aux, target).item()
     assert terms["loss_aux"].item() == pytest.approx(aux, rel=1e-5)
     total += 0.4 * aux + 0.7 * terms["loss_presence"].item()
     assert terms["loss"].item() == pytest.approx(total, rel=1e-5)
 
 
 def test_presence_is_the_mean_cross_entropy_of_the_images() -> None:
-    output, share, present = outputs(0)
-    terms = criterion(output, share, present, EVERY_TERM)
+    output, target, present = outputs(0)
+    terms = criterion(output, target, present, EVERY_TERM)
     sure = [1 / (1 + math.exp(-x)) for x in (0.3, 1.0, 2.0)]  # of the right answer
     assert terms["loss_presence"].item() == pytest.approx(-sum(map(math.log, sure)) / 3)
 
 
 def test_terms_without_a_weight_are_left_out_and_the_new_ones_have_none_unasked() -> None:
-    output, share, present = outputs(1)
+    output, target, present = outputs(1)
     unasked = {"loss_dice_image", "loss_lovasz"}
-    assert not unasked & set(criterion(output, share, present, Recipe()))
+    assert not unasked & set(criterion(output, target, present, Recipe()))
     nothing = dict.fromkeys((*MASK_LOSSES, "aux_weight", "presence_weight"), 0.0)
     for name in MASK_LOSSES:
-        terms = criterion(output, share, present, Recipe(**nothing | {name: 2.0}))
+        terms = criterion(output, target, present, Recipe(**nothing | {name: 2.0}))
         term = f"loss_{name.removesuffix('_weight')}"
         assert set(terms) == {"loss", term}
         assert terms["loss"].item() == pytest.approx(2 * terms[term].item())
@@ -284,22 +284,22 @@ def test_terms_without_a_weight_are_left_out_and_the_new_ones_have_none_unasked(
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_the_loss_is_float32_whatever_the_network_computes_in(dtype: torch.dtype) -> None:
-    output, share, present = outputs(2)
+    output, target, present = outputs(2)
     half = Output(*(logits.to(dtype) for logits in output))
     rounded = Output(*(logits.float() for logits in half))
-    expected = criterion(rounded, share, present, EVERY_TERM)
+    expected = criterion(rounded, target, present, EVERY_TERM)
     context = nullcontext() if dtype == torch.float32 else torch.autocast("cpu", dtype=dtype)
     with context:
-        terms = criterion(half, share, present, EVERY_TERM)
+        terms = criterion(half, target, present, EVERY_TERM)
     for name, term in terms.items():
         assert term.dtype == torch.float32, name
         assert term.item() == expected[name].item(), name
 
 
 def test_the_loss_is_computed_without_reading_a_value_back() -> None:
-    output, share, present = outputs(3)
+    output, target, present = outputs(3)
     # Tensors on meta have no values: whatever would wait for the device fails on them.
     nowhere = Output(*(logits.to("meta").requires_grad_() for logits in output))
-    loss = criterion(nowhere, share.to("meta"), present.to("meta"), EVERY_TERM)["loss"]
+    loss = criterion(nowhere, target.to("meta"), present.to("meta"), EVERY_TERM)["loss"]
     loss.backward()
-    assert nowhere.mask.grad is not None and nowhere.mask.grad.shape == share.shape
+    assert nowhere.mask.grad is not None and nowhere.mask.grad.shape == target.shape

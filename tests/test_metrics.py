@@ -14,7 +14,7 @@ from hypothesis.extra.numpy import arrays
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.scoring.metrics import auroc, bootstrap_interval, dice
 from pneumo_experiments.scoring.scores import Scores, score
-from pneumo_experiments.scoring.thresholds import Tally, Thresholds
+from pneumo_experiments.scoring.thresholds import ThresholdCounts, Thresholds
 
 pairs = st.tuples(st.integers(1, 9), st.integers(1, 9)).flatmap(
     lambda shape: st.tuples(arrays(np.bool_, shape), arrays(np.bool_, shape))
@@ -29,12 +29,12 @@ def slow_dice(truth: np.ndarray, prediction: np.ndarray) -> float:
     return 2 * len(x & y) / (len(x) + len(y)) if x or y else 1.0
 
 
-def tally_of(images: list[tuple[float, float, bool]]) -> Tally:
+def tally_of(images: list[tuple[float, float, bool]]) -> ThresholdCounts:
     """A tally of one-pixel images: probability, presence, truth."""
-    tally = Tally()
+    counts = ThresholdCounts()
     for probability, presence, truth in images:
-        tally.add(np.full((1, 1), probability, np.float32), presence, np.full((1, 1), truth))
-    return tally
+        counts.add(np.full((1, 1), probability, np.float32), presence, np.full((1, 1), truth))
+    return counts
 
 
 @given(pairs)
@@ -86,7 +86,7 @@ def test_auroc_is_the_share_of_pairs_in_the_right_order(cases: list[tuple[bool, 
 
 
 def test_scores_of_six_images_are_those_counted_by_hand() -> None:
-    tally = tally_of(
+    counts = tally_of(
         [
             (0.9, 0.9, True),  # found
             (0.9, 0.2, True),  # missed by presence
@@ -96,7 +96,7 @@ def test_scores_of_six_images_are_those_counted_by_hand() -> None:
             (0.9, 0.1, False),
         ]
     )
-    scores = score(tally, Thresholds(), patients=list("aabbcc"))
+    scores = score(counts, Thresholds(), patients=list("aabbcc"))
     assert scores.dice == pytest.approx(3 / 6)
     assert scores.dice_baseline == pytest.approx(3 / 6)
     assert scores.dice_positive == pytest.approx(1 / 3)
@@ -110,10 +110,10 @@ def test_scores_of_six_images_are_those_counted_by_hand() -> None:
 def test_a_perfect_prediction_scores_1_throughout() -> None:
     truth = np.random.default_rng(0).random((20, 16, 16)) < 0.3
     truth[:8] = False
-    tally = Tally()
+    counts = ThresholdCounts()
     for mask in truth:
-        tally.add(mask.astype(np.float32), float(mask.any()), mask)
-    scores = score(tally, Thresholds(), patients=[str(i) for i in range(20)])
+        counts.add(mask.astype(np.float32), float(mask.any()), mask)
+    scores = score(counts, Thresholds(), patients=[str(i) for i in range(20)])
     assert scores == Scores(1.0, 1.0, 1.0, 8 / 20, 1.0, 1.0, 1.0, 1.0, 20, 12, 20)
     assert scores.interval_reliable
 
@@ -140,7 +140,7 @@ def test_an_interval_from_fewer_than_20_patients_is_called_unreliable() -> None:
 
 def test_no_images_and_a_wrong_number_of_patients_are_refused() -> None:
     with pytest.raises(UserError, match="no images"):
-        score(Tally(), Thresholds(), [])
+        score(ThresholdCounts(), Thresholds(), [])
     with pytest.raises(ValueError, match="1 patients for 2 images"):
         score(tally_of([(0.1, 0.1, False)] * 2), Thresholds(), ["a"])
 
@@ -170,9 +170,9 @@ def test_the_bootstrap_weighs_patients_by_their_images_as_a_slow_one_does() -> N
 
 def test_a_seed_gives_the_same_interval() -> None:
     rng = np.random.default_rng(3)
-    tally = tally_of([(rng.random(), rng.random(), rng.random() < 0.4) for _ in range(300)])
+    counts = tally_of([(rng.random(), rng.random(), rng.random() < 0.4) for _ in range(300)])
     patients = [str(int(i**0.8)) for i in range(300)]
-    first, again, other = (score(tally, Thresholds(), patients, seed=seed) for seed in (5, 5, 6))
+    first, again, other = (score(counts, Thresholds(), patients, seed=seed) for seed in (5, 5, 6))
     assert first == again
     assert (first.dice_low, first.dice_high) != (other.dice_low, other.dice_high)
 
@@ -187,9 +187,9 @@ def test_predicting_nothing_scores_0_7785_on_all_real_labels(real_data: Path) ->
             positive[image_id] = positive.get(image_id, False) or text.strip() != "-1"
     with gzip.open(real_data / "labels" / "patients.csv.gz", "rt", encoding="utf-8") as stream:
         patient = {image_id: name.split("_")[0] for image_id, name in list(csv.reader(stream))[1:]}
-    tally = tally_of([(0.0, 0.0, truth) for truth in positive.values()])
+    counts = tally_of([(0.0, 0.0, truth) for truth in positive.values()])
     patients = [patient.get(image_id, image_id) for image_id in positive]
-    scores = score(tally, Thresholds(), patients)
+    scores = score(counts, Thresholds(), patients)
     assert (scores.images, scores.positives) == (12_047, 2_669)
     assert round(scores.dice, 4) == round(scores.dice_baseline, 4) == 0.7785
     assert scores.dice_positive == scores.sensitivity == 0.0

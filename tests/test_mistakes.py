@@ -21,14 +21,14 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 
 from pneumo_experiments import cli, tracking
-from pneumo_experiments.data.phantom_files import write_sample
-from pneumo_experiments.data.store import Dataset
+from pneumo_experiments.dataset.hdf5 import Dataset
 from pneumo_experiments.learning.device import Machine
 from pneumo_experiments.learning.network import PneumothoraxNet
 from pneumo_experiments.learning.predict import Predictor
 from pneumo_experiments.scoring.thresholds import Thresholds
 from pneumo_experiments.serving import Detector, save
 from pneumo_experiments.settings import Train, as_params
+from pneumo_experiments.synthetic.files import write_sample
 
 SMALL = ["--image_size", "32"]
 UNTRAINED = ["--weights", "none", "--epochs", "1"]
@@ -98,7 +98,7 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Desk]:
         mlflow.set_tracking_uri(None)
         with tracking.run("train", Train()):
             network, machine = PneumothoraxNet("fcn_resnet50"), Machine(torch.device("cpu"), "fp32")
-            predictor = Predictor(network, machine, mirror=False)
+            predictor = Predictor(network, machine, tta_flip=False)
             weights = folder / "weights"
             weights.mkdir()
             save(weights, Detector(predictor, 32, Thresholds(), as_params(Train()), "another"))

@@ -19,11 +19,11 @@ from pydicom import uid
 from pydicom.dataelem import DataElement
 from pydicom.dataset import Dataset
 
-from pneumo_experiments.data.codecs import DECODERS
-from pneumo_experiments.data.dicom import read_radiograph
-from pneumo_experiments.data.header import UNCOMPRESSED
-from pneumo_experiments.data.phantom_files import write_sample
+from pneumo_experiments.dicom.codecs import DECODERS
+from pneumo_experiments.dicom.header import UNCOMPRESSED
+from pneumo_experiments.dicom.radiograph import read_radiograph
 from pneumo_experiments.errors import Rejected
+from pneumo_experiments.synthetic.files import write_sample
 
 TEST_FILES = Path(pydicom.__file__).parent / "data" / "test_files"
 MUTANTS_PER_SOURCE = 50
@@ -60,8 +60,8 @@ def sources() -> dict[str, bytes]:
     files = {name: (TEST_FILES / name).read_bytes() for name in SOURCES}
     folder = Path(sys.argv[1])
     write_sample(folder / "sample", images=1, test_images=0, seed=0)
-    (phantom,) = folder.rglob("*.dcm")
-    files["phantom"] = phantom.read_bytes()
+    (radiograph,) = folder.rglob("*.dcm")
+    files["phantom"] = radiograph.read_bytes()
     for name, syntax, encode in (
         ("12 bit JPEG 2000", uid.JPEG2000Lossless, jpeg_2000),
         ("12 bit JPEG-LS", uid.JPEGLSLossless, jpeg_ls_frame),
@@ -145,7 +145,7 @@ def cases() -> Iterator[tuple[str, bytes]]:
             yield f"{name}, mutant {k}", mutant
 
 
-def read_all() -> None:
+def decode_all() -> None:
     """Read every case under a limit of memory; a line with each name before, and with its outcome after."""
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     for name, content in cases():
@@ -168,7 +168,7 @@ def read_all() -> None:
 
 
 def test_files_damaged_in_any_way_are_used_or_rejected_and_nothing_breaks(tmp_path: Path) -> None:
-    call = "import sys; sys.path[:0] = ['.', 'tests']; import test_mutants; test_mutants.read_all()"
+    call = "import sys; sys.path[:0] = ['.', 'tests']; import test_mutants; test_mutants.decode_all()"
     child = subprocess.run(
         [sys.executable, "-c", call, str(tmp_path)],
         cwd=Path(__file__).parents[1],

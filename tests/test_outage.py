@@ -64,7 +64,7 @@ with tracking.run("train", Train(epochs=9), system_metrics=sys.argv[2] == "sampl
         tracking.log_metrics({"no: such\\nname": 1.0})
     except MlflowException as error:
         print(error.error_code)
-    tracking.log_found({"device_used": "none", "epochs": "77"})
+    tracking.log_params({"device_used": "none", "epochs": "77"})
     tracking.log_dataset(Path("data.h5"), "0123456789abcdef0123", "training")
     tracking.log_json({"parts": [1, 2]}, "sheets/split.json")
     tracking.log_picture(np.full((4, 5, 3), 200, np.uint8), "sheets/sheet.png")
@@ -690,7 +690,7 @@ def test_a_name_that_is_not_utf_8_holds_up_no_delivery(client: MlflowClient, tmp
     odd = os.fsdecode(b"x\xff")
     with tracking.run("preprocess", Preprocess(dicom_dir=Path(odd), dataset=Path(f"{odd}.h5"))) as run_id:
         tracking.describe(f"File {odd}")
-        tracking.log_found({"place": Path(odd)})
+        tracking.log_params({"place": Path(odd)})
         tracking.log_dataset(Path(f"{odd}.h5"), "0123456789abcdef0123", "training")
         (tmp_path / f"{odd}.txt").write_text("here")
         tracking.log_file(tmp_path / f"{odd}.txt")

@@ -20,22 +20,22 @@ from dicom_files import GREYS, dicom_bytes
 from mlflow import MlflowClient
 from pydicom.uid import generate_uid
 
-from pneumo_experiments.data.annotations import read_annotations, read_patients
-from pneumo_experiments.data.folds import Parts, split
-from pneumo_experiments.data.packed import Entry, Example, hash_patient, pack
-from pneumo_experiments.data.patients import (
+from pneumo_experiments.dataset.annotations import read_annotations, read_patients
+from pneumo_experiments.dataset.hdf5 import Dataset, write_dataset
+from pneumo_experiments.dataset.packed import Entry, Example, hash_patient, pack
+from pneumo_experiments.dataset.patients import (
     SHIPPED,
     Grouping,
     count_sources,
     describe_sources,
-    grouping_fault,
+    grouping_problem,
     shipped_grouping,
 )
-from pneumo_experiments.data.store import Dataset, write_dataset
+from pneumo_experiments.dataset.splits import Split, split
 from pneumo_experiments.errors import UserError
+from pneumo_experiments.experiment.grouping import SOURCES, make_grouping
+from pneumo_experiments.experiment.subset import make_split, split_settings_of
 from pneumo_experiments.settings import Preprocess, Recipe, Train, as_params, from_names
-from pneumo_experiments.stages.cohort import parts_of, split_of
-from pneumo_experiments.stages.patients import SOURCES, grouping_of
 from pneumo_experiments.stages.preprocess import preprocess
 
 # Four of the contest's images, of two patients.
@@ -86,7 +86,7 @@ def sources_in(report: Path) -> dict[str, int]:
 
 
 def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [r.getMessage() for r in caplog.records if r.name == "pneumo_experiments.stages.patients"]
+    return [r.getMessage() for r in caplog.records if r.name == "pneumo_experiments.experiment.grouping"]
 
 
 def random_ids(count: int) -> dict[str, str]:
@@ -218,8 +218,8 @@ def test_a_data_set_with_other_patients_is_named_and_one_that_the_table_would_no
 def test_a_home_folder_and_an_empty_value_are_understood(desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(desk))
     (desk / "own.csv").write_text("id,patient\na,1\n")
-    assert grouping_of("~/own.csv", ["a"]).hashes == {"a": hash_patient("1")}
-    assert grouping_of("", list(ANNA)) == grouping_of("none", list(ANNA)) == Grouping()
+    assert make_grouping("~/own.csv", ["a"]).hashes == {"a": hash_patient("1")}
+    assert make_grouping("", list(ANNA)) == make_grouping("none", list(ANNA)) == Grouping()
 
 
 # Warnings.
@@ -234,7 +234,7 @@ def test_images_that_each_count_as_a_patient_are_a_warning_once_for_preprocess_a
     assert told.endswith("name the patients in patients_csv")
     with Dataset.open(desk / "alone.h5") as dataset:
         for fold in range(5):
-            parts_of(dataset, Recipe(fold=str(fold)))
+            make_split(dataset, Recipe(fold=str(fold)))
     assert len(warnings_of(caplog)) == 1
 
 
@@ -244,7 +244,7 @@ def test_a_split_of_a_data_set_made_earlier_warns_once(
     path = labelled(tmp_path / "earlier.h5", {f"i{n}": f"p{n}" for n in range(30)}, {})
     with Dataset.open(path) as dataset:
         for fold in range(5):
-            parts_of(dataset, Recipe(fold=str(fold)))
+            make_split(dataset, Recipe(fold=str(fold)))
     (told,) = warnings_of(caplog)
     assert "each of the 30 images counts as a patient of its own" in told
 
@@ -283,7 +283,7 @@ def entries_of(patients: list[str]) -> list[Entry]:
 def test_a_grouping_is_doubted_where_nobody_grouped_or_all_are_one(
     patients: list[str], sources: dict[str, int], fault: str
 ) -> None:
-    told = grouping_fault(entries_of(patients), describe_sources(sources))
+    told = grouping_problem(entries_of(patients), describe_sources(sources))
     assert told.startswith(fault) if fault else told == ""
     assert ("patients_csv" in told) == bool(fault)
 
@@ -320,7 +320,7 @@ def labelled(path: Path, patients: dict[str, str], areas: dict[str, int]) -> Pat
     return path
 
 
-def equal(one: Parts, other: Parts) -> bool:
+def equal(one: Split, other: Split) -> bool:
     return all(np.array_equal(a, b) for a, b in zip(vars(one).values(), vars(other).values(), strict=True))
 
 
@@ -334,20 +334,20 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_seeds_share_their_split_and_another_split_seed_has_another(pairs: Path) -> None:
     with Dataset.open(pairs) as dataset:
-        first = parts_of(dataset, Train(seed=0))
-        assert equal(parts_of(dataset, Train(seed=1)), first)
-        other = parts_of(dataset, Train(seed=0, split_seed=1))
+        first = make_split(dataset, Train(seed=0))
+        assert equal(make_split(dataset, Train(seed=1)), first)
+        other = make_split(dataset, Train(seed=0, split_seed=1))
         assert not np.array_equal(other.holdout, first.holdout)
 
 
 def test_a_model_is_scored_on_the_split_that_it_was_trained_with(pairs: Path) -> None:
     with Dataset.open(pairs) as dataset:
         trained = Train(seed=7, split_seed=3, holdout=0.3, folds=3, fold="2")
-        assert equal(parts_of(dataset, split_of(as_params(trained))), parts_of(dataset, trained))
+        assert equal(make_split(dataset, split_settings_of(as_params(trained))), make_split(dataset, trained))
         # A model of a time without split_seed: its seed drew the split.
         old = as_params(replace(trained, seed=3, split_seed=99))
         del old["split_seed"]
-        assert equal(parts_of(dataset, split_of(old)), parts_of(dataset, trained))
+        assert equal(make_split(dataset, split_settings_of(old)), make_split(dataset, trained))
 
 
 # The real data.
@@ -370,12 +370,12 @@ def test_with_default_settings_no_real_patient_is_in_two_parts(
     labels: tuple[dict[str, str], dict[str, int]], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     patients, areas = labels
-    grouping = grouping_of(Preprocess().patients_csv, list(patients))
+    grouping = make_grouping(Preprocess().patients_csv, list(patients))
     hashes = {name: grouping.hashes.get(name) or hash_patient("", name) for name in patients}
     path = labelled(tmp_path / "all.h5", hashes, areas)
     nih = np.array(list(patients.values()))
     with Dataset.open(path) as dataset:
-        parts = parts_of(dataset, Train())
+        parts = make_split(dataset, Train())
     assert [len(part) for part in vars(parts).values()] == [7712, 1928, 2407]
     names = [set(nih[part].tolist()) for part in vars(parts).values()]
     assert sum(map(len, names)) == len(set().union(*names)) == 6171
@@ -408,7 +408,7 @@ def test_the_13_real_files_have_their_patients_from_the_shipped_table_by_default
     assert len(patient) == len(set(patient.values())) == len({nih[name] for name in patient}) == 13
     with Dataset.open(desk / "real.h5") as dataset:
         assert dataset.settings[SOURCES] == "shipped table: 13"
-        parts = parts_of(dataset, Train())
+        parts = make_split(dataset, Train())
     assert [len(part) for part in vars(parts).values()].count(0) == 0
     assert warnings_of(caplog) == []  # one image each, and that is known
     made(source | {"patients_csv": "none"}, desk / "none.h5")

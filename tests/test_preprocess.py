@@ -23,11 +23,11 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 
 from pneumo_experiments import tracking
-from pneumo_experiments.data.phantom_files import write_sample
-from pneumo_experiments.data.store import Dataset
+from pneumo_experiments.dataset.hdf5 import Dataset
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.settings import Preprocess
 from pneumo_experiments.stages.preprocess import preprocess
+from pneumo_experiments.synthetic.files import write_sample
 
 IMAGES = 40
 PLANTED = ("Zaphod", "Beeblebrox", "PID-4711-X", "19520311", "Betelgeuse")
@@ -190,7 +190,7 @@ def test_a_table_of_patients_that_names_no_image_is_an_error_and_one_that_names_
     ids = [path.stem for path in sample.rglob("*.dcm")][:19]
     (desk / "few.csv").write_text("id,patient\n" + "".join(f"{image_id},Zaphod\n" for image_id in ids))
     preprocess(settings_of(sample, patients_csv="few.csv"))
-    (told,) = (r.getMessage() for r in caplog.records if r.name.startswith("pneumo_experiments.stages"))
+    (told,) = (r.getMessage() for r in caplog.records if r.name.startswith("pneumo_experiments.experiment"))
     expected = (
         "patients_csv=few.csv: names only 19 of the 40 images; each of the others goes by its PatientID"
     )
@@ -241,7 +241,7 @@ def test_pixel_types_differ_in_fingerprint_and_size_only(sample: Path, desk: Pat
     first = sets[0]
     for other in sets[1:]:
         assert (other.images(range(IMAGES)) == first.images(range(IMAGES))).all()
-        assert (other.shares(range(IMAGES)) == first.shares(range(IMAGES))).all()
+        assert (other.targets(range(IMAGES)) == first.targets(range(IMAGES))).all()
         assert other.entries == first.entries
     assert len({each.fingerprint for each in sets}) == 3
     for each in sets:
@@ -302,11 +302,11 @@ def test_nothing_of_a_patient_is_written_anywhere(
         assert len({of[path.stem].patient for path in files[1:20]}) == 1
 
 
-def limited(sample: Path, desk: Path, words: list[str], most_bytes: int) -> subprocess.CompletedProcess[str]:
+def limited(sample: Path, desk: Path, words: list[str], max_bytes: int) -> subprocess.CompletedProcess[str]:
     """The command where no file may grow beyond so many bytes, as on a full disk."""
 
     def limit() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, most_bytes))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (max_bytes, max_bytes))
 
     source = ["--dicom_dir", sample / "dicom-images-train", "--rle_csv", sample / "train-rle.csv"]
     return subprocess.run(
@@ -319,9 +319,9 @@ def limited(sample: Path, desk: Path, words: list[str], most_bytes: int) -> subp
     )
 
 
-@pytest.mark.parametrize(("most_bytes", "whole_batches"), [(1_300_000, 1), (3_000_000, 2)])
+@pytest.mark.parametrize(("max_bytes", "whole_batches"), [(1_300_000, 1), (3_000_000, 2)])
 def test_a_full_disk_is_a_clear_end_and_the_old_data_set_stays(
-    most_bytes: int, whole_batches: int, sample: Path, desk: Path
+    max_bytes: int, whole_batches: int, sample: Path, desk: Path
 ) -> None:
     """The first limit stops a worker at a batch, the second the file of all batches."""
     with tracking.run("store", settings_of(sample)):
@@ -329,7 +329,7 @@ def test_a_full_disk_is_a_clear_end_and_the_old_data_set_stays(
     preprocess(settings_of(sample))
     old = (desk / "d.h5").read_bytes()
     words = ["--dataset", "d.h5", "--image_size", "256", "--overwrite", "true"]
-    end = limited(sample, desk, words, most_bytes)
+    end = limited(sample, desk, words, max_bytes)
     assert end.returncode == 2, end.stderr
     assert end.stderr.count("\n") == 1
     assert "d.h5: cannot be written (File too large); make room or choose another place" in end.stderr

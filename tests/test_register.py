@@ -18,22 +18,22 @@ from mlflow.entities import Run
 from mlflow.entities.model_registry import ModelVersion
 
 from pneumo_experiments import tracking
-from pneumo_experiments.data.annotations import read_annotations
-from pneumo_experiments.data.archive import open_archive
-from pneumo_experiments.data.batches import Recipe, make_jobs, results
-from pneumo_experiments.data.phantom_files import write_sample
-from pneumo_experiments.data.rle import EMPTY
-from pneumo_experiments.data.store import Dataset, write_dataset
-from pneumo_experiments.learning.device import Machine, choose_machine_for
+from pneumo_experiments.dataset.annotations import read_annotations
+from pneumo_experiments.dataset.hdf5 import Dataset, write_dataset
+from pneumo_experiments.dataset.rle import EMPTY
+from pneumo_experiments.dataset.shards import Recipe, make_jobs, results
+from pneumo_experiments.dicom.archive import open_archive
+from pneumo_experiments.experiment.scored_images import digests, identity
+from pneumo_experiments.experiment.subset import Subset, make_split
+from pneumo_experiments.learning.device import ComputeConfig, choose_compute_for
 from pneumo_experiments.learning.network import PneumothoraxNet
 from pneumo_experiments.learning.predict import Predictor
 from pneumo_experiments.scoring.thresholds import Thresholds
 from pneumo_experiments.serving import Detector, load, save
 from pneumo_experiments.settings import Device, Register, Score, Train, as_params
-from pneumo_experiments.stages.cohort import Cohort, parts_of
 from pneumo_experiments.stages.register import register
 from pneumo_experiments.stages.score import score
-from pneumo_experiments.stages.scored import digests, identity
+from pneumo_experiments.synthetic.files import write_sample
 
 EVERYTHING, NOTHING = 0.0, 1.0  # what a presence_threshold lets through, where the others are 0
 
@@ -83,14 +83,14 @@ class Ward:
 def logged(network: PneumothoraxNet, settings: Train, threshold: float) -> str:
     """A model as `train` logs it, but for the training."""
     with Dataset.open(settings.dataset) as dataset:
-        parts = parts_of(dataset, settings)
+        parts = make_split(dataset, settings)
         detector = Detector(
-            predictor=Predictor(network, Machine(torch.device("cpu"), "fp32")),
+            predictor=Predictor(network, ComputeConfig(torch.device("cpu"), "fp32")),
             image_size=32,
             thresholds=Thresholds(threshold, 0, 0, 0),
             settings=as_params(settings),
             data_fingerprint=dataset.fingerprint,
-            seen=digests(Cohort(dataset, np.append(parts.train, parts.validation))),
+            seen=digests(Subset(dataset, np.append(parts.train, parts.validation))),
         )
     with tempfile.TemporaryDirectory() as folder:
         save(Path(folder), detector)
@@ -110,7 +110,7 @@ def ward(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ward]:
     settings = Train(dataset=positives, holdout=0.3, folds=2)
     with Dataset.open(positives) as dataset:
         for seed in range(100):
-            parts = parts_of(dataset, settings)
+            parts = make_split(dataset, settings)
             if dice_of_all(dataset, parts.train) > dice_of_all(dataset, parts.holdout):
                 break
             settings = replace(settings, seed=seed)
@@ -188,10 +188,10 @@ def test_a_score_names_its_images_whatever_their_stored_size_format_and_order(wa
     with Dataset.open(ward.positives) as small, Dataset.open(larger) as large:
         everyone = np.arange(len(small))
         assert small.fingerprint != large.fingerprint
-        whole, first = identity(Cohort(small, everyone)), small.entries[0].image_id
-        assert whole == identity(Cohort(large, everyone)) == identity(Cohort(small, everyone[::-1]))
+        whole, first = identity(Subset(small, everyone)), small.entries[0].image_id
+        assert whole == identity(Subset(large, everyone)) == identity(Subset(small, everyone[::-1]))
         assert len(whole) == 32
-        assert whole != identity(Cohort(small, everyone[1:]))
+        assert whole != identity(Subset(small, everyone[1:]))
     # One pixel more in one true mask.
     table = sample / "train-rle.csv"
     before = table.read_text()
@@ -200,7 +200,7 @@ def test_a_score_names_its_images_whatever_their_stored_size_format_and_order(wa
     try:
         with Dataset.open(stored(sample, "changed", is_positive)) as changed:
             assert len(changed) == len(everyone)
-            assert identity(Cohort(changed, everyone)) != whole
+            assert identity(Subset(changed, everyone)) != whole
     finally:
         table.write_text(before)
 
@@ -240,7 +240,7 @@ def test_a_score_leaves_a_row_for_each_image(ward: Ward) -> None:
     assert [float(row["dice"]) for row in rows] == pytest.approx(table["dice"].tolist())
     assert table["dice"].mean() == pytest.approx(ward.holdout.data.metrics["dice"])
     with Dataset.open(ward.positives) as dataset:
-        entries = Cohort(dataset, parts_of(dataset, ward.settings).holdout).entries
+        entries = Subset(dataset, make_split(dataset, ward.settings).holdout).entries
     assert [(row["image_id"], row["patient"]) for row in rows] == [(e.image_id, e.patient) for e in entries]
     assert table["truth_area_px"].tolist() == [entry.area_px for entry in entries]
     assert table["predicted_area_px"].tolist() == [entry.rows * entry.columns for entry in entries]
@@ -266,14 +266,14 @@ def test_an_interval_from_few_patients_is_marked(ward: Ward) -> None:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])  # of which this machine is faster in one
 def test_a_model_computes_as_its_training_did(ward: Ward, precision: str, tmp_path: Path) -> None:
-    predictor = Predictor(PneumothoraxNet("fcn_resnet50"), Machine(torch.device("cpu"), precision))
+    predictor = Predictor(PneumothoraxNet("fcn_resnet50"), ComputeConfig(torch.device("cpu"), precision))
     save(tmp_path, Detector(predictor, 32, Thresholds(), as_params(ward.settings), "a"))
-    assert load(tmp_path).predictor.machine == predictor.machine
+    assert load(tmp_path).predictor.compute == predictor.compute
 
 
 def test_what_was_trained_in_fp16_computes_in_fp32_on_a_cpu_and_says_so(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    assert choose_machine_for("fp16", Device(device="cpu")).precision == "fp32"
+    assert choose_compute_for("fp16", Device(device="cpu")).precision == "fp32"
     assert "fp32 is used here" in caplog.text
-    assert choose_machine_for("fp16", Device(device="cpu", precision="bf16")).precision == "bf16"
+    assert choose_compute_for("fp16", Device(device="cpu", precision="bf16")).precision == "bf16"

@@ -13,12 +13,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pneumo_experiments.data.annotations import read_annotations
-from pneumo_experiments.data.packed import Entry, hash_patient
-from pneumo_experiments.data.report import Report, make_report
-from pneumo_experiments.data.report_page import page
-from pneumo_experiments.data.report_summary import summary
-from pneumo_experiments.data.rle import decode
+from pneumo_experiments.dataset.annotations import read_annotations
+from pneumo_experiments.dataset.packed import Entry, hash_patient
+from pneumo_experiments.dataset.rle import decode
+from pneumo_experiments.report.page import page
+from pneumo_experiments.report.statistics import Report, make_report
+from pneumo_experiments.report.summary import summary
 
 HOSTILE = '<script>alert("1")</script>'
 ANNA, BERT, CARL = (hash_patient(name) for name in ("Anna", "Bert", "Carl"))
@@ -35,7 +35,7 @@ ENTRIES = [
 CLEAN: dict[str, Any] = {
     "files": 6,
     "skipped": {},
-    "doubles": {},
+    "duplicates": {},
     "rejected": [],
     "entries": ENTRIES,
     "patient_sources": {"shipped table": 4, "unknown": 2},
@@ -56,7 +56,7 @@ REJECTED = [
 FULL = CLEAN | {
     "files": 15,
     "skipped": {"__MACOSX and ._ files": 3, "zip files": 1, ".DS_Store": 0},
-    "doubles": {"u1": 2, "b1": 3},
+    "duplicates": {"u1": 2, "b1": 3},
     "rejected": REJECTED,
     "pictures": ["same", "p1", "p1", "p3", "same", "same"],
     "annotated": {*CLEAN["annotated"], "r1", "r2", "r5", "gone2", "gone1", "late"},
@@ -147,9 +147,9 @@ def test_what_does_not_fit_together_is_listed_in_full_and_sorted() -> None:
     assert report.annotated_without_file == ["gone1", "gone2"]
     assert report.files_without_annotation == ["u0", "u1"]  # r3 is rejected already
     assert report.invalid_run_lengths == ["r5"]
-    assert list(report.doubles) == ["b1", "u1"]
-    assert report.doubles["b1"].files == 3
-    assert [double.used for double in report.doubles.values()] == [True, False]
+    assert list(report.duplicates) == ["b1", "u1"]
+    assert report.duplicates["b1"].files == 3
+    assert [double.used for double in report.duplicates.values()] == [True, False]
 
 
 def test_a_table_without_rows_leaves_every_file_without_annotation() -> None:
@@ -159,11 +159,11 @@ def test_a_table_without_rows_leaves_every_file_without_annotation() -> None:
 
 
 def test_the_same_picture_is_found_with_its_patients_and_areas() -> None:
-    assert full_report().as_json()["same_picture"] == [
+    assert full_report().as_json()["identical_images"] == [
         {"image_ids": ["a1", "b3", "c1"], "patients": 3, "areas_px": [0, 500, 0]},
         {"image_ids": ["b1", "b2"], "patients": 1, "areas_px": [1000, 4000]},
     ]
-    assert make_report(**CLEAN).same_picture == []
+    assert make_report(**CLEAN).identical_images == []
 
 
 def test_views_sexes_sizes_and_formats_are_counted_the_most_frequent_first() -> None:
@@ -259,7 +259,7 @@ def test_the_json_has_all_fields_and_survives_a_file() -> None:
     assert json.loads(json.dumps(told)) == told
     assert list(told) == [
         *("files", "images", "outcome", "skipped", "rejected", "invalid_run_lengths"),
-        *("annotated_without_file", "files_without_annotation", "doubles", "same_picture"),
+        *("annotated_without_file", "files_without_annotation", "duplicates", "identical_images"),
         *("views", "sexes", "ages", "sizes", "formats", "patients", "annotated"),
     ]
 
@@ -368,7 +368,7 @@ def test_a_hostile_name_is_shown_and_not_run() -> None:
         "pictures": ["p"] * 6,
         "formats": [HOSTILE] * 6,
         "skipped": {HOSTILE: 1},
-        "doubles": {HOSTILE: 2},
+        "duplicates": {HOSTILE: 2},
         "rejected": [(HOSTILE + "2", HOSTILE)],
         "annotated": [entry.image_id for entry in entries] + [HOSTILE + "3"],
         "file_ids": [entry.image_id for entry in entries] + [HOSTILE + "2", HOSTILE + "4"],
@@ -459,7 +459,7 @@ def test_counts_add_up_to_the_images(draws: list[tuple[int, int, int]]) -> None:
     report = make_report(**CLEAN | whole | {"file_ids": ids, "annotated": ids, "files": len(ids)})
     assert sum(report.ages.decades.values()) + report.ages.unknown + len(report.ages.implausible) == len(ids)
     assert sum(int(n) * k for n, k in report.patients.images_per_patient.items()) == len(ids)
-    twins = [image_id for group in report.same_picture for image_id in group.image_ids]
+    twins = [image_id for group in report.identical_images for image_id in group.image_ids]
     lonely = sum(n == 1 for n in Counter(area % 3 for _, _, area in draws).values())
     assert len(twins) == len(set(twins)) == len(ids) - lonely
     assert report.annotated is not None

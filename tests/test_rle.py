@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
-from pneumo_experiments.data.rle import decode, encode
+from pneumo_experiments.dataset.rle import decode, encode
 from pneumo_experiments.errors import UserError
 
 MASKS = arrays(np.bool_, array_shapes(min_dims=2, max_dims=2, min_side=1, max_side=12))

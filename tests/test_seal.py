@@ -18,8 +18,8 @@ from conftest import ROOT
 from isal import isal_zlib
 from test_store import SIZE, write
 
-from pneumo_experiments.data.seal import append_seal, read_seal
-from pneumo_experiments.data.store import Dataset
+from pneumo_experiments.dataset.hdf5 import Dataset
+from pneumo_experiments.dataset.seal import append_seal, read_seal
 from pneumo_experiments.errors import UserError
 
 ATTACKS = int(os.environ.get("PNEUMO_DAMAGED_FILES") or 300)
@@ -32,7 +32,7 @@ def content_of(path: Path) -> list[Any]:
         return [
             *(dataset.image_size, dataset.labelled, dataset.settings, dataset.fingerprint, dataset.entries),
             dataset.images(rows).tolist(),
-            dataset.shares(rows).tolist(),
+            dataset.targets(rows).tolist(),
             [dataset.rle(row) for row in rows],
             [dataset.mask(row).tolist() for row in rows],
         ]
@@ -171,7 +171,7 @@ def test_another_hdf5_structure_is_refused_and_under_the_right_seal_never_looked
 READER = """
 import resource, sys
 from pathlib import Path
-from pneumo_experiments.data.store import Dataset
+from pneumo_experiments.dataset.hdf5 import Dataset
 from pneumo_experiments.errors import UserError
 resource.setrlimit(resource.RLIMIT_AS, (2**30, 2**30))
 for name in sys.argv[1:]:

@@ -15,11 +15,11 @@ from pneumo_experiments.scoring.thresholds import (
     BOTTOM_GRID,
     PRESENCE_GRID,
     TOP_GRID,
-    Tally,
+    ThresholdCounts,
     Thresholds,
+    apply_thresholds,
     best_on_grid,
     levels,
-    outline,
 )
 
 hundredths = st.integers(0, 100).map(lambda k: k / 100)
@@ -57,10 +57,10 @@ def slow_outline(probability: np.ndarray, presence: float, thresholds: Threshold
     return np.array(mask, bool).reshape(probability.shape)
 
 
-def random_tally(images: int, seed: int = 0, size: int = 24) -> Tally:
+def random_tally(images: int, seed: int = 0, size: int = 24) -> ThresholdCounts:
     """Blurred guesses at random squares; presence and pixels are informative but often wrong."""
     rng = np.random.default_rng(seed)
-    tally = Tally()
+    counts = ThresholdCounts()
     for _ in range(images):
         truth = np.zeros((size, size), bool)
         if rng.random() < 0.5:
@@ -68,8 +68,8 @@ def random_tally(images: int, seed: int = 0, size: int = 24) -> Tally:
             truth[top : top + side, left : left + side] = True
         noise = rng.normal(0, 0.35, truth.shape)
         probability = np.clip(0.25 + 0.4 * truth + noise, 0, 1).astype(np.float32)
-        tally.add(probability, float(np.clip(0.3 + 0.4 * truth.any() + rng.normal(0, 0.2), 0, 1)), truth)
-    return tally
+        counts.add(probability, float(np.clip(0.3 + 0.4 * truth.any() + rng.normal(0, 0.2), 0, 1)), truth)
+    return counts
 
 
 def test_a_level_is_the_number_of_hundredths_reached_even_next_to_them() -> None:
@@ -90,7 +90,7 @@ def test_probabilities_that_are_none_are_refused(wrong: float) -> None:
     with pytest.raises(ValueError, match=r"outside \[0, 1\]"):
         levels(probability)
     with pytest.raises(ValueError, match=r"outside \[0, 1\]"):
-        Tally().add(np.zeros((1, 2), np.float32), wrong, np.zeros((1, 2), bool))
+        ThresholdCounts().add(np.zeros((1, 2), np.float32), wrong, np.zeros((1, 2), bool))
 
 
 def test_rounding_of_an_upsampled_1_does_no_harm() -> None:
@@ -103,35 +103,35 @@ def test_an_outline_follows_the_rules_pixel_by_pixel(
 ) -> None:
     probability, presence, _ = picture
     expected = slow_outline(probability, float(presence), thresholds)
-    assert np.array_equal(outline(probability, float(presence), thresholds), expected)
+    assert np.array_equal(apply_thresholds(probability, float(presence), thresholds), expected)
 
 
 @given(st.lists(pictures, min_size=1, max_size=4), thresholds_on_grid)
 def test_a_tally_gives_exactly_the_dice_of_the_outlines(
     images: list[tuple[np.ndarray, np.float32, np.ndarray]], thresholds: Thresholds
 ) -> None:
-    tally = Tally()
+    counts = ThresholdCounts()
     for probability, presence, truth in images:
-        tally.add(probability, float(presence), truth)
+        counts.add(probability, float(presence), truth)
     masks = [slow_outline(probability, float(presence), thresholds) for probability, presence, _ in images]
     truths = [truth for _, _, truth in images]
-    assert tally.dice(thresholds).tolist() == [dice(t, m) for t, m in zip(truths, masks, strict=True)]
-    assert tally.predicted_area(thresholds).tolist() == [int(mask.sum()) for mask in masks]
-    assert tally.truth_area.tolist() == [int(truth.sum()) for truth in truths]
-    assert tally.presence.tolist() == [float(presence) for _, presence, _ in images]
+    assert counts.dice(thresholds).tolist() == [dice(t, m) for t, m in zip(truths, masks, strict=True)]
+    assert counts.predicted_area(thresholds).tolist() == [int(mask.sum()) for mask in masks]
+    assert counts.truth_area.tolist() == [int(truth.sum()) for truth in truths]
+    assert counts.presence.tolist() == [float(presence) for _, presence, _ in images]
 
 
 def test_presence_and_core_area_empty_a_mask_only_from_below() -> None:
     probability = np.array([[0.9, 0.9, 0.4, 0.1]], np.float32)
     rules = Thresholds(presence_threshold=0.7, top_score=0.9, min_area_px=2, bottom_score=0.4)
-    assert outline(probability, 0.7, rules).tolist() == [[True, True, True, False]]
-    assert not outline(probability, 0.69, rules).any()
-    assert not outline(np.array([[0.9, 0.89, 0.4, 0.1]], np.float32), 0.7, rules).any()
+    assert apply_thresholds(probability, 0.7, rules).tolist() == [[True, True, True, False]]
+    assert not apply_thresholds(probability, 0.69, rules).any()
+    assert not apply_thresholds(np.array([[0.9, 0.89, 0.4, 0.1]], np.float32), 0.7, rules).any()
 
 
 def test_a_least_area_of_0_never_empties_a_mask() -> None:
     rules = Thresholds(top_score=0.9, min_area_px=0, bottom_score=0.3)
-    assert outline(np.full((2, 2), 0.3, np.float32), 1.0, rules).all()
+    assert apply_thresholds(np.full((2, 2), 0.3, np.float32), 1.0, rules).all()
 
 
 @pytest.mark.parametrize(
@@ -153,41 +153,41 @@ def test_thresholds_off_the_grid_are_refused_by_name(setting: str, value: float)
 
 def test_a_hundredth_that_arithmetic_left_a_little_off_is_still_that_hundredth() -> None:
     off = Thresholds(top_score=0.1 + 0.2, bottom_score=0.1 + 0.2)
-    assert outline(np.array([[0.3]], np.float32), 1.0, off).all()
+    assert apply_thresholds(np.array([[0.3]], np.float32), 1.0, off).all()
 
 
 def test_selecting_keeps_the_images_and_their_order() -> None:
-    tally = random_tally(9)
+    counts = random_tally(9)
     rules = Thresholds(bottom_score=0.4)
-    chosen = tally.select(np.array([7, 2, 2]))
+    chosen = counts.select(np.array([7, 2, 2]))
     assert len(chosen) == 3
-    assert chosen.dice(rules).tolist() == tally.dice(rules)[[7, 2, 2]].tolist()
-    assert chosen.presence.tolist() == tally.presence[[7, 2, 2]].tolist()
-    assert len(tally) == 9
+    assert chosen.dice(rules).tolist() == counts.dice(rules)[[7, 2, 2]].tolist()
+    assert chosen.presence.tolist() == counts.presence[[7, 2, 2]].tolist()
+    assert len(counts) == 9
 
 
 def test_an_empty_tally_gives_empty_arrays_and_the_default_thresholds() -> None:
-    tally = Tally()
-    assert len(tally) == 0
-    assert tally.dice(Thresholds()).shape == tally.predicted_area(Thresholds()).shape == (0,)
-    assert tally.presence.shape == tally.truth_area.shape == (0,)
-    assert best_on_grid(tally) == Thresholds()
+    counts = ThresholdCounts()
+    assert len(counts) == 0
+    assert counts.dice(Thresholds()).shape == counts.predicted_area(Thresholds()).shape == (0,)
+    assert counts.presence.shape == counts.truth_area.shape == (0,)
+    assert best_on_grid(counts) == Thresholds()
 
 
 def test_truth_of_another_shape_is_refused() -> None:
     with pytest.raises(ValueError, match="must match"):
-        Tally().add(np.zeros((4, 4), np.float32), 0.5, np.zeros((2, 8), bool))
+        ThresholdCounts().add(np.zeros((4, 4), np.float32), 0.5, np.zeros((2, 8), bool))
 
 
 def test_a_tally_keeps_less_than_2_kb_of_a_large_image() -> None:
     probability = np.random.default_rng(0).random((1024, 1024), dtype=np.float32)
     truth = probability > 0.8
-    tally = Tally()
-    tally.add(probability, 0.5, truth)
+    counts = ThresholdCounts()
+    counts.add(probability, 0.5, truth)
     tracemalloc.start()
     try:
         for _ in range(10):
-            tally.add(probability, 0.5, truth)
+            counts.add(probability, 0.5, truth)
         kept, _ = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
@@ -195,26 +195,26 @@ def test_a_tally_keeps_less_than_2_kb_of_a_large_image() -> None:
 
 
 def test_the_best_on_the_grid_is_what_trying_all_of_it_finds() -> None:
-    tally = random_tally(40, size=80)
+    counts = random_tally(40, size=80)
     tried: dict[Thresholds, float] = {}
     for presence, top, area, bottom in itertools.product(PRESENCE_GRID, TOP_GRID, AREA_GRID, BOTTOM_GRID):
         if bottom <= top:
             rules = Thresholds(float(presence), float(top), int(area), float(bottom))
-            tried[rules] = float(tally.dice(rules).mean())
-    best = best_on_grid(tally)
+            tried[rules] = float(counts.dice(rules).mean())
+    best = best_on_grid(counts)
     assert tried[best] == pytest.approx(max(tried.values()), abs=1e-9)
-    assert tried[best] > tally.dice(Thresholds()).mean() + 0.05
+    assert tried[best] > counts.dice(Thresholds()).mean() + 0.05
 
 
 def test_of_equal_thresholds_the_middle_is_taken() -> None:
-    tally = Tally()
+    counts = ThresholdCounts()
     truth = np.zeros((100, 100), bool)
     truth[:, :40] = True  # 4000 px at 0.85, so each top up to 0.8, each area and each bottom is right
     for present in (0.05, 0.85):
         is_positive = present > 0.5
-        tally.add(np.where(truth, 0.85, 0.05).astype(np.float32), present, truth & is_positive)
-    best = best_on_grid(tally)
-    assert tally.dice(best).tolist() == [1.0, 1.0]
+        counts.add(np.where(truth, 0.85, 0.05).astype(np.float32), present, truth & is_positive)
+    best = best_on_grid(counts)
+    assert counts.dice(best).tolist() == [1.0, 1.0]
     assert best.presence_threshold in (0.4, 0.5)
     assert best.top_score in (0.5, 0.6)
     assert best.min_area_px in (500, 1000)
@@ -222,9 +222,9 @@ def test_of_equal_thresholds_the_middle_is_taken() -> None:
 
 
 def test_where_everything_is_equal_the_defaults_decide_between_two_middles() -> None:
-    tally = Tally()
-    tally.add(np.zeros((8, 8), np.float32), 0.0, np.zeros((8, 8), bool))
-    best = best_on_grid(tally)
+    counts = ThresholdCounts()
+    counts.add(np.zeros((8, 8), np.float32), 0.0, np.zeros((8, 8), bool))
+    best = best_on_grid(counts)
     assert (best.presence_threshold, best.min_area_px) == (0.5, 1000)  # of 0.4 and 0.5, of 1000 and 2000
 
 

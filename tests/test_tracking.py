@@ -28,7 +28,7 @@ from pneumo_experiments import interrupts, tracking
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.settings import Preprocess, Register, Sample, Score, Search, Train
 from pneumo_experiments.tracking import delivery
-from pneumo_experiments.tracking.processes import is_gone, process_tags
+from pneumo_experiments.tracking.processes import is_dead, process_tags
 
 PATIENCE_SECONDS = 60
 
@@ -84,7 +84,7 @@ def test_runs_nest_under_their_step_and_hold_every_setting(store: Store) -> None
         with tracking.run("trial 0", Train(epochs=3)):
             tracking.log_metrics({"dice": 0.25}, step=1)
             tracking.log_metrics({"dice": 0.5}, step=2)
-        tracking.log_found({"best": 0, "path": None})
+        tracking.log_params({"best": 0, "path": None})
     runs = store.runs()
     assert store.statuses() == {"search": "FINISHED", "trial 0": "FINISHED"}
     assert runs["trial 0"].data.tags["mlflow.parentRunId"] == runs["search"].info.run_id
@@ -198,7 +198,7 @@ def test_only_orphans_of_this_machine_are_marked_killed(store: Store) -> None:
     ],
 )
 def test_only_what_surely_ran_on_this_machine_is_gone(machine: str, here: str, gone: bool) -> None:
-    assert is_gone(machine, f"{os.getpid()}:1.0", here) == gone
+    assert is_dead(machine, f"{os.getpid()}:1.0", here) == gone
 
 
 def test_artifacts_of_a_new_experiment_lie_beside_the_database(

@@ -20,8 +20,8 @@ from mlflow.entities import Run
 from samples import stored_sample
 from test_chain import BIN, environment
 
-from pneumo_experiments.data.rle import decode
-from pneumo_experiments.data.store import Dataset
+from pneumo_experiments.dataset.hdf5 import Dataset
+from pneumo_experiments.dataset.rle import decode
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.learning.checkpoint import Checkpoint
 from pneumo_experiments.scoring.metrics import dice

@@ -4,7 +4,7 @@ python tools/siim_patients.py TABLE            TABLE is patients.csv(.gz) with t
 python tools/siim_patients.py TABLE OUTPUT     another place than the package
 
 The patients are numbered from 1 in the order of the hashed image ids, so that nothing of their NIH numbers is
-left. See pneumo_experiments/data/patients.py for the format.
+left. See pneumo_experiments/dataset/patients.py for the format.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the package is used from its folder, not installed
 
-from pneumo_experiments.data.annotations import read_patients
-from pneumo_experiments.data.patients import ROW, SHIPPED, image_number
+from pneumo_experiments.dataset.annotations import read_patients
+from pneumo_experiments.dataset.patients import ROW, SHIPPED, image_number
 from pneumo_experiments.errors import UserError
 
 

@@ -25,7 +25,7 @@ BRIGHTNESS = 0.1  # of the full grey range
 
 
 def augment(
-    images: Tensor, shares: Tensor, generator: torch.Generator, part: slice = slice(None), of: int = 0
+    images: Tensor, targets: Tensor, generator: torch.Generator, part: slice = slice(None), of: int = 0
 ) -> tuple[Tensor, Tensor]:
     """Images (n, 1, S, S) and shares (n, S, S) with other greys and moved alike, all values in [0, 1].
 
@@ -36,9 +36,9 @@ def augment(
     count = of or len(images)
     affine = random_affine(count, generator)[part]
     displacement = random_displacement(count, generator)[part]
-    images = regrade(images, random_tones(count, generator)[:, part])
+    images = adjust_intensity(images, random_intensity(count, generator)[:, part])
     # Greys change first: the outside stays black.
-    moved = warp(torch.cat([images, shares[:, None]], dim=1), affine, displacement)
+    moved = warp(torch.cat([images, targets[:, None]], dim=1), affine, displacement)
     return moved[:, :1], moved[:, 1]
 
 
@@ -59,8 +59,8 @@ def random_displacement(count: int, generator: torch.Generator) -> Tensor:
     return displacement * (torch.rand(count, 1, 1, 1, generator=generator) < DISTORTED)
 
 
-def random_tones(count: int, generator: torch.Generator) -> Tensor:
-    """Gamma, contrast and brightness (3, n), for ``regrade``."""
+def random_intensity(count: int, generator: torch.Generator) -> Tensor:
+    """Gamma, contrast and brightness (3, n), for ``adjust_intensity``."""
     gamma, contrast, brightness = _signed((3, count), generator)
     return torch.stack([GAMMA**gamma, 1 + CONTRAST * contrast, BRIGHTNESS * brightness])
 
@@ -89,7 +89,7 @@ def warp(pictures: Tensor, affine: Tensor, displacement: Tensor) -> Tensor:
     return moved.clamp_(0, 1)  # the four weights of a sample may add up to a little more than 1
 
 
-def regrade(images: Tensor, tones: Tensor) -> Tensor:
+def adjust_intensity(images: Tensor, tones: Tensor) -> Tensor:
     """Images (n, 1, S, S) in [0, 1] with gamma, then contrast and brightness (3, n) changed; in [0, 1]."""
     gamma, contrast, brightness = tones.to(images.device, non_blocking=True)[..., None, None, None]
     middle = 0.5  # what contrast leaves as it is

@@ -62,7 +62,7 @@ class Checkpoint:
             )
 
     def clear(self) -> None:
-        """Forgets what was saved; the folder goes with its lock (see ``held``)."""
+        """Forgets what was saved; the folder goes with its lock (see ``lock_checkpoints``)."""
         with suppress(OSError):
             for path in self.folder.iterdir():
                 if path.name != LOCK:
@@ -93,7 +93,7 @@ class Checkpoint:
 
 
 @contextmanager
-def held(checkpoints: Iterable[Checkpoint], patience: float = -1) -> Generator[None]:
+def lock_checkpoints(checkpoints: Iterable[Checkpoint], patience: float = -1) -> Generator[None]:
     """Keeps a second training with the same settings waiting, and says so there.
 
     Raises UserError after ``patience`` seconds (below 0: never). Where a folder cannot be made the training

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from pneumo_experiments.errors import UserError
-from pneumo_experiments.learning import group
+from pneumo_experiments.learning import distributed
 from pneumo_experiments.settings import Device
 
 FORMATS = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Machine:
+class ComputeConfig:
     """A device and the format of its matrix products (fp32, bf16 or fp16)."""
 
     device: torch.device
@@ -34,7 +34,7 @@ class Machine:
         return torch.autocast(self.device.type, dtype=FORMATS[self.precision])
 
 
-def choose_machine(settings: Device) -> Machine:
+def choose_compute(settings: Device) -> ComputeConfig:
     """The device and format that the settings name, or the best that are there.
 
     Raises UserError where the named device is missing.
@@ -43,13 +43,13 @@ def choose_machine(settings: Device) -> Machine:
     name = next(kind for kind in there if there[kind]) if settings.device == "auto" else settings.device
     if not there[name]:
         raise UserError(f"device={name}: torch finds none here; device=auto takes what is there")
-    device = group.device_of(name)
+    device = distributed.local_device(name)
     precision = settings.precision
     if precision == "auto":
-        precision = str(group.shared({"precision": _fastest(device)})["precision"])
+        precision = str(distributed.broadcast({"precision": _fastest(device)})["precision"])
     if precision == "fp16" and name == "cpu":
         raise UserError("precision=fp16: not on a CPU; precision=auto takes what is fastest there")
-    return Machine(device, precision)
+    return ComputeConfig(device, precision)
 
 
 def copied_to(device: torch.device, tensor: Tensor) -> Tensor:
@@ -57,18 +57,18 @@ def copied_to(device: torch.device, tensor: Tensor) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
-def choose_machine_for(precision: str, settings: Device) -> Machine:
+def choose_compute_for(precision: str, settings: Device) -> ComputeConfig:
     """The settings' device, in the format in which a network was trained and judged unless they name another.
 
     A CPU cannot compute in fp16: fp32 takes its place, with a warning.
     """
     if settings.precision != "auto" or precision == "auto":
-        return choose_machine(settings)
-    device = choose_machine(replace(settings, precision="fp32")).device
+        return choose_compute(settings)
+    device = choose_compute(replace(settings, precision="fp32")).device
     if precision == "fp16" and device.type == "cpu":
         log.warning("the model was trained in fp16, which a CPU does not compute in: fp32 is used here")
         precision = "fp32"
-    return Machine(device, precision)
+    return ComputeConfig(device, precision)
 
 
 def _fastest(device: torch.device) -> str:

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from pneumo_experiments.errors import UserError
-from pneumo_experiments.learning import group
-from pneumo_experiments.learning.average import MovingAverage
-from pneumo_experiments.learning.device import Machine
-from pneumo_experiments.learning.loader import Batch, Examples, Streamed, batches, count_batches
+from pneumo_experiments.learning import distributed
+from pneumo_experiments.learning.averaging import MovingAverage
+from pneumo_experiments.learning.device import ComputeConfig
+from pneumo_experiments.learning.loader import Batch, InMemoryData, StreamedData, batches, count_batches
 from pneumo_experiments.learning.loss import MASK_LOSSES, criterion
 from pneumo_experiments.learning.network import PneumothoraxNet
-from pneumo_experiments.learning.rates import parameter_groups, rate
+from pneumo_experiments.learning.schedule import parameter_groups, rate
 from pneumo_experiments.settings import Recipe
 
 SKIPPED_AT_MOST = 0.1  # of an epoch's steps: beyond that the training has diverged
@@ -68,10 +68,10 @@ class Epoch:
 
 def fit(
     network: PneumothoraxNet,
-    examples: Examples | Streamed,
+    examples: InMemoryData | StreamedData,
     recipe: Recipe,
     epochs: int,
-    machine: Machine,
+    compute: ComputeConfig,
     progress: Callable[[int], None] = lambda images: None,
     state: State | None = None,
 ) -> Iterator[Epoch]:
@@ -85,29 +85,30 @@ def fit(
     weights = (*MASK_LOSSES, "presence_weight")
     if not any(getattr(recipe, name) > 0 for name in weights):
         raise UserError(f"{', '.join(weights)}: all are 0, so nothing is learned; set one above 0")
-    network.to(device=machine.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    network.to(device=compute.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     # Shapes hardly change from step to step: cuDNN may time its algorithms once and keep the fastest.
-    torch.backends.cudnn.benchmark = machine.device.type == "cuda"
-    group.synchronised(network, machine.device)
+    torch.backends.cudnn.benchmark = compute.device.type == "cuda"
+    distributed.convert_sync_batchnorm(network, compute.device)
     # Not every process may have found the weights' file.
-    network.pretrained = frozenset(group.shared(sorted(network.pretrained)))
+    network.pretrained = frozenset(distributed.broadcast(sorted(network.pretrained)))
     steps = count_batches(len(examples), recipe.batch_size)
-    if len(examples) // steps < group.size():
+    if len(examples) // steps < distributed.world_size():
         raise UserError(
-            f"batch_size={recipe.batch_size}: fewer images than the {group.size()} processes; give each one"
+            f"batch_size={recipe.batch_size}: fewer images than the {distributed.world_size()} processes;"
+            " give each one"
         )
     if state is not None:
         network.pretrained = frozenset(state["pretrained"])
-    trainer = _Trainer(network, recipe, epochs * steps, machine)
+    trainer = _Trainer(network, recipe, epochs * steps, compute)
     if state is not None:
         trainer.load(state)
     for number in range(1 + trainer.steps // steps, epochs + 1):
         # Dropout draws from torch's own generator: each epoch starts it anew, so that it needs no keeping.
-        torch.manual_seed((recipe.seed * 1_000_003 + number) * group.size() + group.rank())
+        torch.manual_seed((recipe.seed * 1_000_003 + number) * distributed.world_size() + distributed.rank())
         network.train()
-        sums, skipped, waited = Sums(), torch.zeros((), device=machine.device), 0.0
+        sums, skipped, waited = RunningMeans(), torch.zeros((), device=compute.device), 0.0
         start = asked = time.perf_counter()
-        for batch in batches(examples, recipe, number, epochs, machine.device):
+        for batch in batches(examples, recipe, number, epochs, compute.device):
             waited += time.perf_counter() - asked
             terms, finite = trainer.step(batch)
             sums.add(terms, len(batch.images))
@@ -137,9 +138,9 @@ def fit(
 class _Trainer:
     """A network with its optimiser, schedule, scaler and moving average; takes one step at a time."""
 
-    def __init__(self, network: PneumothoraxNet, recipe: Recipe, steps: int, machine: Machine) -> None:
-        self.network, self.recipe, self.machine = network, recipe, machine
-        self.together = group.together(network)
+    def __init__(self, network: PneumothoraxNet, recipe: Recipe, steps: int, compute: ComputeConfig) -> None:
+        self.network, self.recipe, self.compute = network, recipe, compute
+        self.together = distributed.wrap_ddp(network)
         self.forward = torch.compile(self.together) if recipe.compile else self.together
         self.all_steps, self.steps = steps, 0
         self.micro_batch = recipe.micro_batch or recipe.batch_size
@@ -147,12 +148,12 @@ class _Trainer:
             parameter_groups(network, recipe),
             lr=recipe.learning_rate,
             weight_decay=recipe.weight_decay,
-            fused=machine.device.type != "mps",
+            fused=compute.device.type != "mps",
         )
         # Whatever the format: it leaves out steps without a finite gradient, and nobody waits for the answer.
         self.scaler = torch.amp.GradScaler(
-            machine.device.type,
-            init_scale=2.0**16 if machine.precision == "fp16" else 1.0,
+            compute.device.type,
+            init_scale=2.0**16 if compute.precision == "fp16" else 1.0,
         )
         self.average = MovingAverage(network, recipe.ema) if recipe.ema > 0 else None
 
@@ -168,7 +169,7 @@ class _Trainer:
         norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.recipe.clip_norm or math.inf)
         self.scaler.step(self.optimiser)
         # It halves its scale after each step left out. Only fp16 needs a scale, and lets it grow again.
-        self.scaler.update(None if self.machine.precision == "fp16" else 1.0)
+        self.scaler.update(None if self.compute.precision == "fp16" else 1.0)
         self.steps += 1
         self._set_rate()
         if self.average is not None:
@@ -178,25 +179,27 @@ class _Trainer:
     def _backward(self, batch: Batch) -> dict[str, Tensor]:
         """Gradients of the batch's mean loss, in equal pieces of at most ``micro_batch`` images."""
         self.optimiser.zero_grad(set_to_none=True)
-        sums = Sums()
+        sums = RunningMeans()
         pieces = _pieces(len(batch.images), batch.size, self.micro_batch)
         for some in pieces:
             images = batch.images[some].contiguous(memory_format=torch.channels_last)
             # Until the last piece each process adds up its own gradients.
-            with nullcontext() if some is pieces[-1] else group.apart(self.together):
+            with nullcontext() if some is pieces[-1] else distributed.no_sync(self.together):
                 try:
-                    with self.machine.autocast():
+                    with self.compute.autocast():
                         output = self.forward(images)
                 except ValueError as error:  # batch norm of DeepLab's pooled features
                     raise UserError(
                         f"batch_size={self.recipe.batch_size}: a single image passed {self.recipe.network},"
                         " which needs two at once; choose another batch_size or micro_batch"
                     ) from error
-                terms = criterion(output, batch.shares[some], batch.present[some], self.recipe)
+                terms = criterion(output, batch.targets[some], batch.present[some], self.recipe)
                 # The processes' gradients are averaged: their mean shall be that of the whole batch.
-                share = len(images) * group.size() / batch.size
-                loss = terms["loss"] * share
-                if group.size() > 1:  # they wait for a gradient of each layer, also of a head without weight
+                target = len(images) * distributed.world_size() / batch.size
+                loss = terms["loss"] * target
+                if (
+                    distributed.world_size() > 1
+                ):  # they wait for a gradient of each layer, also of a head without weight
                     loss = loss + 0 * sum(answer.mean() for answer in output)
                 self.scaler.scale(loss).backward()
             sums.add(terms, len(images))
@@ -206,7 +209,7 @@ class _Trainer:
         """Half the images at once after the memory ran out; raises what is another error."""
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise error
-        if group.size() > 1:  # the others are waiting for this piece's sums
+        if distributed.world_size() > 1:  # the others are waiting for this piece's sums
             raise UserError(
                 f"micro_batch={self.recipe.micro_batch}: the memory ran out with"
                 f" {self.micro_batch} images per process at once; set a smaller one and train again"
@@ -218,7 +221,7 @@ class _Trainer:
             ) from None
         self.micro_batch = -(-self.micro_batch // 2)
         self.optimiser.zero_grad(set_to_none=True)
-        if self.machine.device.type == "cuda":
+        if self.compute.device.type == "cuda":
             torch.cuda.empty_cache()
         warnings.warn(
             f"the memory ran out: {self.micro_batch} images pass the network at once from now on;"
@@ -227,9 +230,9 @@ class _Trainer:
         )
 
     def _set_rate(self) -> None:
-        share = rate(self.recipe, min(1.0, self.steps / self.all_steps))
+        target = rate(self.recipe, min(1.0, self.steps / self.all_steps))
         for params in self.optimiser.param_groups:
-            params["lr"] = params["peak"] * share
+            params["lr"] = params["peak"] * target
 
     def state(self) -> State:
         """Everything that changes with a step, as tensors and numbers."""
@@ -253,7 +256,7 @@ class _Trainer:
             self.average.steps = self.steps
 
 
-class Sums:
+class RunningMeans:
     """Sums of loss terms over images, kept on the device: reading each step's would make it wait."""
 
     def __init__(self) -> None:
@@ -273,14 +276,14 @@ class Sums:
     def means(self) -> dict[str, float]:
         """Means over the images of all processes as numbers; waits for the device."""
         sums = torch.stack([*self._sums.values()])
-        totals = group.total(torch.cat([sums, sums.new_full((1,), self._images)]))
+        totals = distributed.all_reduce_sum(torch.cat([sums, sums.new_full((1,), self._images)]))
         means = cast("list[float]", (totals[:-1] / totals[-1]).tolist())
         return dict(zip(self._sums, means, strict=True))
 
 
 def _pieces(count: int, size: int, micro_batch: int) -> list[slice]:
     """Slices of ``count`` images: as many in each process that takes a part of a batch of ``size``."""
-    most = -(-size // group.size())
-    pieces = min(count_batches(most, micro_batch), size // group.size())
+    most = -(-size // distributed.world_size())
+    pieces = min(count_batches(most, micro_batch), size // distributed.world_size())
     ends = [count * number // pieces for number in range(pieces + 1)]
     return [slice(start, end) for start, end in pairwise(ends)]

@@ -15,9 +15,9 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from pneumo_experiments.errors import UserError
-from pneumo_experiments.interrupts import heed_signals, ignore_signals, stop
-from pneumo_experiments.learning import group
-from pneumo_experiments.terminal import keep_streams
+from pneumo_experiments.interrupts import handle_signals, ignore_signals, stop
+from pneumo_experiments.learning import distributed
+from pneumo_experiments.terminal import make_streams_unfailing
 
 Answer = TypeVar("Answer")
 MISTAKE = "UserError: "
@@ -68,11 +68,11 @@ def launch(processes: int, work: Callable[..., Answer], *arguments: Any) -> Answ
 
 
 def _member(work: Callable[..., Answer], arguments: tuple[Any, ...]) -> Answer | None:
-    heed_signals()
+    handle_signals()
     try:
-        group.join()
-        keep_streams()
+        distributed.init_process_group()
+        make_streams_unfailing()
         answer = work(*arguments)
-        return answer if group.leads() else None
+        return answer if distributed.is_main_process() else None
     finally:
         ignore_signals()

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pneumo_experiments.learning import group
+from pneumo_experiments.learning import distributed
 from pneumo_experiments.learning.augment import augment
 from pneumo_experiments.learning.device import copied_to
 from pneumo_experiments.settings import Recipe
@@ -34,15 +34,15 @@ class Pixels(Protocol):
 
     def images(self, indices: Indices) -> NDArray[np.uint8]: ...
 
-    def shares(self, indices: Indices) -> NDArray[np.uint8]: ...
+    def targets(self, indices: Indices) -> NDArray[np.uint8]: ...
 
 
 @dataclass(frozen=True)
-class Examples:
+class InMemoryData:
     """Images and annotated shares (n, S, S) as 0-255 in the memory of device or host; presence (n,)."""
 
     images: Tensor
-    shares: Tensor
+    targets: Tensor
     present: NDArray[np.bool_]
 
     def __len__(self) -> int:
@@ -51,11 +51,11 @@ class Examples:
     def take(self, indices: Indices) -> tuple[Tensor, Tensor]:
         """Images and shares (k, S, S), where the examples lie."""
         index = torch.from_numpy(indices).to(self.images.device, non_blocking=True)
-        return self.images[index], self.shares[index]
+        return self.images[index], self.targets[index]
 
 
 @dataclass(frozen=True)
-class Streamed:
+class StreamedData:
     """Examples that are read as they are needed: rows of an open data set."""
 
     pixels: Pixels
@@ -68,7 +68,7 @@ class Streamed:
     def take(self, indices: Indices) -> tuple[Tensor, Tensor]:
         """Images and shares (k, S, S), in the host's memory."""
         rows = self.rows[indices]
-        return torch.from_numpy(self.pixels.images(rows)), torch.from_numpy(self.pixels.shares(rows))
+        return torch.from_numpy(self.pixels.images(rows)), torch.from_numpy(self.pixels.targets(rows))
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Batch:
     """
 
     images: Tensor
-    shares: Tensor
+    targets: Tensor
     present: Tensor
     size: int
 
@@ -95,7 +95,7 @@ def choose_cache(wish: str, size_bytes: int, device: torch.device) -> str:
 
 def fits_host(size_bytes: int) -> bool:
     """Whether so many bytes, in each process on this machine, leave the host memory enough."""
-    return size_bytes * group.on_this_machine() < HOST_SHARE * psutil.virtual_memory().available
+    return size_bytes * distributed.local_world_size() < HOST_SHARE * psutil.virtual_memory().available
 
 
 def load(
@@ -105,7 +105,7 @@ def load(
     side: int,
     place: str,
     progress: Callable[[int], None] = lambda images: None,
-) -> Examples:
+) -> InMemoryData:
     """Examples in the memory of the host, or of the device that ``place`` names; read in parts.
 
     ``progress`` is called with the number of images after each part.
@@ -114,13 +114,13 @@ def load(
     for start in range(0, len(rows), 256):
         some = rows[start : start + 256]
         both[0, start : start + len(some)] = torch.from_numpy(pixels.images(some))
-        both[1, start : start + len(some)] = torch.from_numpy(pixels.shares(some))
+        both[1, start : start + len(some)] = torch.from_numpy(pixels.targets(some))
         progress(len(some))
-    return Examples(both[0], both[1], present)
+    return InMemoryData(both[0], both[1], present)
 
 
 def batches(
-    examples: Examples | Streamed, recipe: Recipe, epoch: int, epochs: int, device: torch.device
+    examples: InMemoryData | StreamedData, recipe: Recipe, epoch: int, epochs: int, device: torch.device
 ) -> Iterator[Batch]:
     """As many examples as there are, in batches of nearly equal size; equal for equal seed and epoch.
 
@@ -129,19 +129,19 @@ def batches(
     generator = torch.Generator().manual_seed(
         int(np.random.default_rng([recipe.seed, epoch]).integers(2**62))
     )
-    order = draw(examples.present, recipe, epoch, epochs)
+    order = epoch_indices(examples.present, recipe, epoch, epochs)
     chunks = np.array_split(order, count_batches(len(examples), recipe.batch_size))
-    ours = slice(group.rank(), None, group.size())
+    ours = slice(distributed.rank(), None, distributed.world_size())
     mine = [chunk[ours] for chunk in chunks]
-    for whole, chunk, (images, shares) in zip(chunks, mine, _fetched(examples, mine, device), strict=True):
-        image, share = images[:, None].float() / 255, shares.float() / 255
+    for whole, chunk, (images, targets) in zip(chunks, mine, _fetched(examples, mine, device), strict=True):
+        image, target = images[:, None].float() / 255, targets.float() / 255
         if recipe.augment:
-            image, share = augment(image, share, generator, ours, len(whole))
+            image, target = augment(image, target, generator, ours, len(whole))
         present = torch.from_numpy(examples.present[chunk]).to(device, torch.float32, non_blocking=True)
-        yield Batch(image, share, present, len(whole))
+        yield Batch(image, target, present, len(whole))
 
 
-def draw(present: NDArray[np.bool_], recipe: Recipe, epoch: int, epochs: int) -> Indices:
+def epoch_indices(present: NDArray[np.bool_], recipe: Recipe, epoch: int, epochs: int) -> Indices:
     """Indices (n,) for an epoch (from 1) over n images, with the epoch's share of positives in each batch.
 
     The share goes evenly from ``positive_share`` in the first epoch to ``final_positive_share`` in the last.
@@ -153,11 +153,13 @@ def draw(present: NDArray[np.bool_], recipe: Recipe, epoch: int, epochs: int) ->
     if recipe.positive_share == 0 or not len(positives) or not len(negatives):
         return np.random.default_rng([recipe.seed, EVERY, epoch]).permutation(count)
     done = np.arange(epoch) / max(1, epochs - 1)
-    shares = recipe.positive_share + (recipe.final_positive_share - recipe.positive_share) * done
-    wanted = np.rint(shares * count).astype(int)
+    targets = recipe.positive_share + (recipe.final_positive_share - recipe.positive_share) * done
+    wanted = np.rint(targets * count).astype(int)
     dealt = [
-        _dealt(positives, [recipe.seed, POSITIVES], int(wanted[:-1].sum()), int(wanted[-1])),
-        _dealt(
+        _sample_without_replacement(
+            positives, [recipe.seed, POSITIVES], int(wanted[:-1].sum()), int(wanted[-1])
+        ),
+        _sample_without_replacement(
             negatives, [recipe.seed, NEGATIVES], int((count - wanted[:-1]).sum()), int(count - wanted[-1])
         ),
     ]
@@ -194,7 +196,7 @@ def prefetch(fetch: Callable[[Item], Fetched], items: Iterable[Item]) -> Iterato
         pool.shutdown(cancel_futures=True)
 
 
-def _dealt(indices: Indices, seed: list[int], start: int, count: int) -> Indices:
+def _sample_without_replacement(indices: Indices, seed: list[int], start: int, count: int) -> Indices:
     """Cards ``start`` to ``start + count`` of a pack that is shuffled anew whenever it is used up."""
     first, last = start // len(indices), (start + count - 1) // len(indices)
     packs = [np.random.default_rng([*seed, k]).permutation(indices) for k in range(first, last + 1)]
@@ -203,18 +205,18 @@ def _dealt(indices: Indices, seed: list[int], start: int, count: int) -> Indices
 
 
 def _fetched(
-    examples: Examples | Streamed, chunks: list[Indices], device: torch.device
+    examples: InMemoryData | StreamedData, chunks: list[Indices], device: torch.device
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """8-bit images and shares of each chunk, on the device."""
     is_cuda = device.type == "cuda"
 
     def pinned(chunk: Indices) -> tuple[Tensor, Tensor]:
-        images, shares = examples.take(chunk)
-        return (images.pin_memory(), shares.pin_memory()) if is_cuda else (images, shares)
+        images, targets = examples.take(chunk)
+        return (images.pin_memory(), targets.pin_memory()) if is_cuda else (images, targets)
 
-    if isinstance(examples, Examples) and examples.images.device.type == device.type:
+    if isinstance(examples, InMemoryData) and examples.images.device.type == device.type:
         fetched = map(examples.take, chunks)
     else:
         fetched = prefetch(pinned, chunks)
-    for images, shares in fetched:
-        yield images.to(device, non_blocking=is_cuda), shares.to(device, non_blocking=is_cuda)
+    for images, targets in fetched:
+        yield images.to(device, non_blocking=is_cuda), targets.to(device, non_blocking=is_cuda)

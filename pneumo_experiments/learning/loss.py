@@ -8,47 +8,47 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pneumo_experiments.learning.group import joint_sums
+from pneumo_experiments.learning.distributed import all_reduce_means
 from pneumo_experiments.learning.network import Output
 from pneumo_experiments.settings import Recipe
 
 
-def bce(logits: Tensor, share: Tensor) -> Tensor:
+def bce(logits: Tensor, target: Tensor) -> Tensor:
     """Mean binary cross-entropy of mask logits (n, S, S) and annotated shares in [0, 1]."""
-    return functional.binary_cross_entropy_with_logits(_wide(logits), _wide(share))
+    return functional.binary_cross_entropy_with_logits(_wide(logits), _wide(target))
 
 
-def soft_dice(logits: Tensor, share: Tensor) -> Tensor:
+def soft_dice(logits: Tensor, target: Tensor) -> Tensor:
     """1 minus the Dice of probabilities over the whole batch; 0 when batch and truth are empty.
 
     Milletari et al. 2016, V-Net, with the plain sums of Sudre et al. 2017 in the denominator:
     1 - (2 Σpt + 1) / (Σp + Σt + 1) over all pixels of the batch, in a group of processes over all of theirs.
     """
-    both, probable, true = joint_sums(_sums(logits, share, (0, 1, 2)), len(logits))
+    both, probable, true = all_reduce_means(_sums(logits, target, (0, 1, 2)), len(logits))
     return 1 - (2 * both + 1) / (probable + true + 1)
 
 
-def soft_dice_per_image(logits: Tensor, share: Tensor) -> Tensor:
+def soft_dice_per_image(logits: Tensor, target: Tensor) -> Tensor:
     """Mean over the images of 1 minus the Dice of probabilities; small findings count as much as large.
 
     ``soft_dice``'s formula with the sums over each image, as the contest's metric takes them: an empty
     truth gives 0 when the prediction is empty and A / (A + 1), near 1, when it holds A pixels.
     """
-    both, probable, true = _sums(logits, share, (1, 2))
+    both, probable, true = _sums(logits, target, (1, 2))
     return (1 - (2 * both + 1) / (probable + true + 1)).mean()
 
 
-def focal(logits: Tensor, share: Tensor, gamma: float = 2.0) -> Tensor:
+def focal(logits: Tensor, target: Tensor, gamma: float = 2.0) -> Tensor:
     """Mean cross-entropy weighted by |share - probability|^gamma.
 
     Lin et al. 2017, Focal Loss; for shares between 0 and 1 as in Li et al. 2020, Quality Focal Loss.
     """
-    logits, share = _wide(logits), _wide(share)
-    cross_entropy = functional.binary_cross_entropy_with_logits(logits, share, reduction="none")
-    return ((share - torch.sigmoid(logits)).abs() ** gamma * cross_entropy).mean()
+    logits, target = _wide(logits), _wide(target)
+    cross_entropy = functional.binary_cross_entropy_with_logits(logits, target, reduction="none")
+    return ((target - torch.sigmoid(logits)).abs() ** gamma * cross_entropy).mean()
 
 
-def lovasz_hinge(logits: Tensor, share: Tensor) -> Tensor:
+def lovasz_hinge(logits: Tensor, target: Tensor) -> Tensor:
     """Mean over the images of the Lovász hinge; 0 where every pixel is right by a logit of 1 or more.
 
     Berman, Rannen Triki & Blaschko 2018, The Lovász-Softmax loss, algorithm 1. A pixel is true where at
@@ -56,7 +56,7 @@ def lovasz_hinge(logits: Tensor, share: Tensor) -> Tensor:
     pixel costs the whole Jaccard index, so theirs is the largest hinge error. Left out, the term would
     teach nothing about healthy lungs, which are most images.
     """
-    truth = share.flatten(1) >= 0.5
+    truth = target.flatten(1) >= 0.5
     margin = _wide(logits).flatten(1)
     errors, order = torch.where(truth, 1 - margin, 1 + margin).sort(dim=1, descending=True)
     truth = truth.gather(1, order)
@@ -78,24 +78,24 @@ MASK_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-def criterion(output: Output, share: Tensor, present: Tensor, recipe: Recipe) -> dict[str, Tensor]:
+def criterion(output: Output, target: Tensor, present: Tensor, recipe: Recipe) -> dict[str, Tensor]:
     """Loss terms of a batch, unweighted, and their weighted sum as ``loss``; a weight of 0 leaves one out.
 
-    ``share`` (n, S, S) holds annotated shares, ``present`` (n,) is 1 where there is a pneumothorax.
+    ``target`` (n, S, S) holds annotated shares, ``present`` (n,) is 1 where there is a pneumothorax.
     ``loss_aux`` is the weighted sum of the mask's terms for the auxiliary head.
     """
     weights = {name: getattr(recipe, name) for name in MASK_LOSSES if getattr(recipe, name) > 0}
     terms = {
-        f"loss_{name.removesuffix('_weight')}": MASK_LOSSES[name](output.mask, share) for name in weights
+        f"loss_{name.removesuffix('_weight')}": MASK_LOSSES[name](output.mask, target) for name in weights
     }
     total = sum(
         (weight * term for weight, term in zip(weights.values(), terms.values(), strict=True)),
-        _wide(share.new_zeros(())),
+        _wide(target.new_zeros(())),
     )
     if recipe.aux_weight > 0:
         aux = sum(
-            (weight * MASK_LOSSES[name](output.aux, share) for name, weight in weights.items()),
-            _wide(share.new_zeros(())),
+            (weight * MASK_LOSSES[name](output.aux, target) for name, weight in weights.items()),
+            _wide(target.new_zeros(())),
         )
         terms["loss_aux"] = aux
         total = total + recipe.aux_weight * aux
@@ -106,13 +106,13 @@ def criterion(output: Output, share: Tensor, present: Tensor, recipe: Recipe) ->
     return {"loss": total, **terms}
 
 
-def _sums(logits: Tensor, share: Tensor, over: tuple[int, ...]) -> Tensor:
+def _sums(logits: Tensor, target: Tensor, over: tuple[int, ...]) -> Tensor:
     """Sums (3, …) of Σpt, Σp and Σt over those dimensions of probabilities and shares (n, S, S).
 
     Their Dice takes one pixel more on both sides: an empty truth then asks for an empty prediction.
     """
-    probability, share = torch.sigmoid(_wide(logits)), _wide(share)
-    return torch.stack([(probability * share).sum(over), probability.sum(over), share.sum(over)])
+    probability, target = torch.sigmoid(_wide(logits)), _wide(target)
+    return torch.stack([(probability * target).sum(over), probability.sum(over), target.sum(over)])
 
 
 def _wide(tensor: Tensor) -> Tensor:

@@ -1,1 +1,1 @@
-"""Judging: the metric, the thresholds, the submission and the pictures. Numpy and Pillow only."""
+"""Judging: the metric, the thresholds, the submission and the pictures. Numpy, Pillow and Matplotlib."""

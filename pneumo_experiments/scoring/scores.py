@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.scoring.metrics import auroc, bootstrap_interval
-from pneumo_experiments.scoring.thresholds import Tally, Thresholds
+from pneumo_experiments.scoring.thresholds import ThresholdCounts, Thresholds
 
 FEW_PATIENTS = 20  # with fewer the interval covers too seldom: see docs/training.md
 CONSTANTS = ("images", "positives", "patients", "dice_baseline")  # of the images, whatever is predicted
@@ -68,14 +68,14 @@ class Scores:
         return {prefix + name: value for name, value in facts.items()}
 
 
-def score(tally: Tally, thresholds: Thresholds, patients: Sequence[str], seed: int = 0) -> Scores:
+def score(counts: ThresholdCounts, thresholds: Thresholds, patients: Sequence[str], seed: int = 0) -> Scores:
     """Scores of n >= 1 tallied images; ``patients`` names the patient of each."""
-    if len(tally) == 0:
+    if len(counts) == 0:
         raise UserError("no images to score: choose a subset that has some")
-    if len(patients) != len(tally):
-        raise ValueError(f"{len(patients)} patients for {len(tally)} images")
-    found, truth = tally.predicted_area(thresholds) > 0, tally.truth_area > 0
-    return score_answers(tally.dice(thresholds), found, truth, tally.presence, patients, seed)
+    if len(patients) != len(counts):
+        raise ValueError(f"{len(patients)} patients for {len(counts)} images")
+    found, truth = counts.predicted_area(thresholds) > 0, counts.truth_area > 0
+    return score_answers(counts.dice(thresholds), found, truth, counts.presence, patients, seed)
 
 
 def score_answers(

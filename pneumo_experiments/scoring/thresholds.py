@@ -1,6 +1,6 @@
 """From probabilities to masks, and the choice of the thresholds in between.
 
-A ``Tally`` remembers of each image only how many pixels reach each hundredth of probability, so
+A ``ThresholdCounts`` remembers of each image only how many pixels reach each hundredth of probability, so
 any thresholds can be judged in milliseconds without keeping the predictions. That is why pixel
 thresholds are whole hundredths.
 """
@@ -65,7 +65,9 @@ def levels(probability: NDArray[np.float32]) -> NDArray[np.uint8]:
     return level
 
 
-def outline(probability: NDArray[np.float32], presence: float, thresholds: Thresholds) -> NDArray[np.bool_]:
+def apply_thresholds(
+    probability: NDArray[np.float32], presence: float, thresholds: Thresholds
+) -> NDArray[np.bool_]:
     """Mask (H, W) of a probability map at native size; all False when the thresholds call it empty."""
     top, bottom = (HUNDREDTHS[_level(score)] for score in (thresholds.top_score, thresholds.bottom_score))
     present = np.float32(presence) >= np.float32(thresholds.presence_threshold)
@@ -74,7 +76,7 @@ def outline(probability: NDArray[np.float32], presence: float, thresholds: Thres
     return np.zeros(probability.shape, dtype=np.bool_)
 
 
-class Tally:
+class ThresholdCounts:
     """Per image: pixels at or above each level, in all and within the truth; about 1 kB each."""
 
     def __init__(self) -> None:
@@ -93,7 +95,7 @@ class Tally:
         self._hit.append(_at_or_above(level[truth]))
         self._presence.append(presence)
 
-    def add_tables(self, tables: NDArray[np.int32], presence: NDArray[np.float32]) -> None:
+    def append(self, tables: NDArray[np.int32], presence: NDArray[np.float32]) -> None:
         """Add images that were counted elsewhere, with the comparisons of ``levels``.
 
         Tables (n, 2, 101) hold pixels at or above each level, in all and within the truth; presence is (n,).
@@ -121,22 +123,22 @@ class Tally:
         """Annotated pixels of each image (n,)."""
         return _column(self._hit, 0)
 
-    def counts(self, score: float) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def at(self, score: float) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Pixels of each image that reach a score: in all (n,), and within the truth (n,)."""
         return _column(self._reached, _level(score)), _column(self._hit, _level(score))
 
     def predicted_area(self, thresholds: Thresholds) -> NDArray[np.int64]:
-        """Pixels of each image's mask (n,), as ``outline`` draws it."""
+        """Pixels of each image's mask (n,), as ``apply_thresholds`` draws it."""
         return self._masked(thresholds)[0]
 
     def dice(self, thresholds: Thresholds) -> NDArray[np.float64]:
-        """Dice of each image (n,) of truth and ``outline``."""
+        """Dice of each image (n,) of truth and ``apply_thresholds``."""
         area, overlap = self._masked(thresholds)
         return dice_of_areas(overlap, area, self.truth_area)
 
-    def select(self, indices: Iterable[int]) -> Tally:
+    def select(self, indices: Iterable[int]) -> ThresholdCounts:
         """The tally of some of the images, in the order given."""
-        chosen = Tally()
+        chosen = ThresholdCounts()
         for i in indices:
             chosen._reached.append(self._reached[i])
             chosen._hit.append(self._hit[i])
@@ -144,44 +146,44 @@ class Tally:
         return chosen
 
     @staticmethod
-    def joined(tallies: Iterable[Tally]) -> Tally:
+    def joined(parts: Iterable[ThresholdCounts]) -> ThresholdCounts:
         """The images of several tallies, one after the other."""
-        whole = Tally()
-        for tally in tallies:
-            whole._reached += tally._reached
-            whole._hit += tally._hit
-            whole._presence += tally._presence
+        whole = ThresholdCounts()
+        for counts in parts:
+            whole._reached += counts._reached
+            whole._hit += counts._hit
+            whole._presence += counts._presence
         return whole
 
     def _masked(self, thresholds: Thresholds) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Area of each image's mask (n,), and of its overlap with the truth (n,)."""
-        core, _ = self.counts(thresholds.top_score)
+        core, _ = self.at(thresholds.top_score)
         present = self.presence >= np.float32(thresholds.presence_threshold)
         kept = present & (core >= thresholds.min_area_px)
-        area, overlap = self.counts(thresholds.bottom_score)
+        area, overlap = self.at(thresholds.bottom_score)
         return area * kept, overlap * kept
 
 
-def best_on_grid(tally: Tally) -> Thresholds:
+def best_on_grid(counts: ThresholdCounts) -> Thresholds:
     """The thresholds of a coarse grid with the highest mean Dice; the defaults for an empty tally.
 
     On few images many thresholds do equally well. Of those the one nearest to their common centre,
     counted in grid steps, is taken, since it keeps away from where Dice falls; of several such the one
     nearest to the defaults.
     """
-    if len(tally) == 0:
+    if len(counts) == 0:
         return Thresholds()
-    truth = tally.truth_area
+    truth = counts.truth_area
     if_empty = (truth == 0).astype(np.float64)
-    present = tally.presence >= PRESENCE_GRID.astype(np.float32)[:, None]
-    tops = np.stack([tally.counts(top)[0] for top in TOP_GRID])
+    present = counts.presence >= PRESENCE_GRID.astype(np.float32)[:, None]
+    tops = np.stack([counts.at(top)[0] for top in TOP_GRID])
     cored = tops[:, None] >= AREA_GRID[:, None]  # (top, area, image)
     mean = np.empty((len(PRESENCE_GRID), len(TOP_GRID), len(AREA_GRID), len(BOTTOM_GRID)))
     for i, bottom in enumerate(BOTTOM_GRID):
-        area, overlap = tally.counts(bottom)
+        area, overlap = counts.at(bottom)
         gain = dice_of_areas(overlap, area, truth) - if_empty
-        gains = (present * gain) @ cored.reshape(-1, len(tally)).T
-        mean[..., i] = (gains.reshape(mean.shape[:3]) + if_empty.sum()) / len(tally)
+        gains = (present * gain) @ cored.reshape(-1, len(counts)).T
+        mean[..., i] = (gains.reshape(mean.shape[:3]) + if_empty.sum()) / len(counts)
     mean = np.where(TOP_GRID[:, None, None] >= BOTTOM_GRID, mean, -np.inf)
     # Grid steps (combinations, 4) of equal means, whose sums may differ in the last bits.
     tied = np.argwhere(mean >= mean.max() - 1e-9)

@@ -17,13 +17,13 @@ import numpy as np
 import pandas as pd
 import torch
 
-from pneumo_experiments.data.decoders import File, Small, read_all
-from pneumo_experiments.data.rle import encode
+from pneumo_experiments.dataset.decoder_pool import DecodedImage, File, decode_all
+from pneumo_experiments.dataset.rle import encode
 from pneumo_experiments.errors import UserError
-from pneumo_experiments.learning.device import FORMATS, choose_machine_for
+from pneumo_experiments.learning.device import FORMATS, choose_compute_for
 from pneumo_experiments.learning.network import NETWORKS, PneumothoraxNet
 from pneumo_experiments.learning.predict import Prediction, Predictor, to_native
-from pneumo_experiments.scoring.thresholds import Thresholds, outline
+from pneumo_experiments.scoring.thresholds import Thresholds, apply_thresholds
 from pneumo_experiments.settings import Device, Recipe
 
 WEIGHTS, DESCRIPTION = "weights.pt", "model.json"
@@ -60,18 +60,18 @@ class Detector:
 
         Files (image id, DICOM bytes) are drawn a little ahead, decoded side by side and predicted in batches.
         """
-        with closing(read_all(files, self.image_size)) as found:
+        with closing(decode_all(files, self.image_size)) as found:
             while batch := list(islice(found, BATCH)):
-                small = [one.pixels for _, one in batch if isinstance(one, Small)]
+                small = [one.pixels for _, one in batch if isinstance(one, DecodedImage)]
                 predictions = self.predictor.predict(np.stack(small), BATCH) if small else iter(())
                 for image_id, one in batch:
-                    if isinstance(one, Small):
+                    if isinstance(one, DecodedImage):
                         yield self._row(image_id, (one.rows, one.columns), next(predictions))
                     else:
                         yield Row(image_id=image_id, presence=nan, area_px=0, rle="-1", error=str(one))
 
     def _row(self, image_id: str, shape: tuple[int, int], prediction: Prediction) -> Row:
-        mask = outline(to_native(prediction.mask, shape), prediction.presence, self.thresholds)
+        mask = apply_thresholds(to_native(prediction.mask, shape), prediction.presence, self.thresholds)
         return Row(
             image_id=image_id,
             presence=prediction.presence,
@@ -100,7 +100,7 @@ def save(folder: Path, detector: Detector) -> None:
         "thresholds": asdict(detector.thresholds),
         "settings": dict(detector.settings),
         "data_fingerprint": detector.data_fingerprint,
-        "precision": detector.predictor.machine.precision,
+        "precision": detector.predictor.compute.precision,
         "seen": sorted(detector.seen),
     }
     (folder / DESCRIPTION).write_text(json.dumps(description, indent=2), encoding="utf-8")
@@ -122,8 +122,8 @@ def load(folder: Path) -> Detector:
     except Exception as error:  # whatever damaged bytes make the reader raise
         raise _damaged(path, error) from error
     # Not timed anew: the thresholds suit the answers in this format.
-    machine = choose_machine_for(made.pop("precision"), Device())
-    return Detector(predictor=Predictor(network, machine, settings["mirror"] == "true"), **made)
+    compute = choose_compute_for(made.pop("precision"), Device())
+    return Detector(predictor=Predictor(network, compute, settings["tta_flip"] == "true"), **made)
 
 
 def _described(found: Any) -> dict[str, Any]:
@@ -145,7 +145,7 @@ def _described(found: Any) -> dict[str, Any]:
     image_size = _checked(found["image_size"], int)
     if not 1 <= image_size <= LARGEST_PX:
         raise ValueError("image_size is no number of pixels")
-    _checked(settings["mirror"], str)
+    _checked(settings["tta_flip"], str)
     precision = found.get("precision", "auto")
     if precision not in ("auto", "fp32", *FORMATS):
         raise ValueError("unknown precision")

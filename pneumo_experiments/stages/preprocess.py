@@ -11,20 +11,20 @@ from pathlib import Path
 from tqdm import tqdm
 
 from pneumo_experiments import tracking
-from pneumo_experiments.data.annotations import ANNOTATIONS, read_annotations, read_table
-from pneumo_experiments.data.archive import Archive, Member, open_archive, read_member
-from pneumo_experiments.data.batches import Recipe, Result, is_made, make_jobs, results
-from pneumo_experiments.data.packed import Packed, salted
-from pneumo_experiments.data.patients import Grouping, count_sources, describe_sources, source_of
-from pneumo_experiments.data.report import Report
-from pneumo_experiments.data.report_summary import many
-from pneumo_experiments.data.store import Dataset, write_dataset
-from pneumo_experiments.data.workers import available_cores
+from pneumo_experiments.dataset.annotations import ANNOTATIONS, read_annotations, read_table
+from pneumo_experiments.dataset.hdf5 import Dataset, write_dataset
+from pneumo_experiments.dataset.packed import Packed, salted
+from pneumo_experiments.dataset.patients import Grouping, count_sources, describe_sources, source_of
+from pneumo_experiments.dataset.shards import Recipe, Result, is_made, make_jobs, results
+from pneumo_experiments.dicom.archive import Archive, Member, open_archive, read_member
+from pneumo_experiments.dicom.workers import available_cores
 from pneumo_experiments.errors import Rejected, UserError, reason_of
+from pneumo_experiments.experiment.data_report import build_report, log_existing_report, write_report
+from pneumo_experiments.experiment.grouping import SOURCES, make_grouping, warn_about_grouping
 from pneumo_experiments.locks import LOCK, work_folder
+from pneumo_experiments.report.statistics import Report
+from pneumo_experiments.report.summary import many
 from pneumo_experiments.settings import NONE, Preprocess
-from pneumo_experiments.stages.data_report import leave_report, log_left_report, report_of
-from pneumo_experiments.stages.patients import SOURCES, grouping_of, warn_of_grouping
 
 # What a data set was made from, as its file keeps it, and how a difference is called.
 FILES = "files"
@@ -63,7 +63,7 @@ def preprocess(settings: Preprocess) -> Path:
         source = _source(settings)
         if _is_there(settings, source) and not _work_folder(settings).exists():
             print(f"preprocess: {settings.dataset} is there already, from the same files and settings")
-            log_left_report(settings.dataset)
+            log_existing_report(settings.dataset)
         else:
             _write(settings, source)
         _describe(settings.dataset, source.patients)
@@ -84,7 +84,7 @@ def _source(settings: Preprocess) -> Source:
             f" {settings.dicom_dir}; name the table and the folder that belong together"
         )
     members = tuple(m for m in archive.members if annotations is None or m.image_id in annotations)
-    patients = grouping_of(settings.patients_csv, [member.image_id for member in members])
+    patients = make_grouping(settings.patients_csv, [member.image_id for member in members])
     made_from = {name: str(getattr(settings, name)) for name in ("image_size", "pixel_dtype", "max_pixels")}
     made_from |= {"rle_csv": digest, "patients_csv": patients.digest, "salt": salted("salt")}
     return Source(archive, annotations, patients, members, made_from)
@@ -159,13 +159,13 @@ def _write(settings: Preprocess, source: Source) -> None:
         with work_folder(work, f"preprocess: another process writes {path}; waiting until it ends") as waited:
             if waited and {item.name for item in work.iterdir()} == {LOCK} and _is_there(settings, source):
                 print(f"preprocess: {path} is there already, from the same files and settings")
-                log_left_report(path)
+                log_existing_report(path)
                 return
             for left in (*work.glob("*.now"), *work.glob("*.part")):
                 left.unlink(missing_ok=True)
             report = _make(settings, source, work)
             with Dataset.open(path) as dataset:
-                page = leave_report(path, report, dataset)
+                page = write_report(path, report, dataset)
             print(f"preprocess: report: {page}")
             shutil.rmtree(work, ignore_errors=True)
     except OSError as error:
@@ -192,7 +192,7 @@ def _make(settings: Preprocess, source: Source, work: Path) -> Report:
                 if result.packed is not None:
                     yield result.packed
         made_from[FILES] = _digest(f"{result.image_id} {result.content}" for result in found)
-        report.append(report_of(source.archive, source.annotations, source.patients, found))
+        report.append(build_report(source.archive, source.annotations, source.patients, found))
         made_from[SOURCES] = describe_sources(report[0].patients.sources)
         _refuse_too_many(settings, report[0])
 
@@ -216,7 +216,7 @@ def _refuse_too_many(settings: Preprocess, report: Report) -> None:
     used, rejected = report.outcome.used, report.outcome.rejected
     if used and rejected <= settings.max_rejected * (used + rejected):
         return
-    where = leave_report(settings.dataset, report, None)
+    where = write_report(settings.dataset, report, None)
     first = report.rejected[0].files[0]
     culprit = f"dicom_dir={settings.dicom_dir}"
     example = f"for example {first.image_id}: {first.reason}; the report: {where}"
@@ -235,12 +235,12 @@ def _describe(path: Path, grouping: Grouping) -> None:
         positives = sum(entry.area_px > 0 for entry in entries)
         patients = len({entry.patient for entry in entries})
         tracking.log_dataset(path, fingerprint, "preprocessed")
-        tracking.log_found({"images": len(entries), "positives": positives, "patients": patients})
+        tracking.log_params({"images": len(entries), "positives": positives, "patients": patients})
         labels = f"{positives:,} with pneumothorax" if dataset.labelled else "without labels"
         size = dataset.image_size
         told = describe_sources(count_sources(entries, grouping))
-        tracking.log_found({"patients_from": told})
-        warn_of_grouping(dataset)
+        tracking.log_params({"patients_from": told})
+        warn_about_grouping(dataset)
     line = f"{many(len(entries), 'image')} of {many(patients, 'patient')} ({told}), {labels}, at {size} px"
     tracking.describe(f"{line}.\nFile {path}, fingerprint {fingerprint[:16]}.")
     print(f"preprocess: {line}: {path}")

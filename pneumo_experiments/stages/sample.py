@@ -7,8 +7,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from pneumo_experiments import tracking
-from pneumo_experiments.data.phantom_files import is_sample, write_sample
 from pneumo_experiments.settings import Sample
+from pneumo_experiments.synthetic.files import is_sample, write_sample
 
 
 def sample(settings: Sample) -> Path:

@@ -12,19 +12,19 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from pneumo_experiments import tracking
-from pneumo_experiments.data.archive import SEVERAL, open_archive, read_member
-from pneumo_experiments.data.decoders import File
-from pneumo_experiments.data.dicom import MAX_PIXELS
-from pneumo_experiments.data.rle import EMPTY
-from pneumo_experiments.data.store import Dataset
+from pneumo_experiments.dataset.decoder_pool import File
+from pneumo_experiments.dataset.hdf5 import Dataset
+from pneumo_experiments.dataset.rle import EMPTY
+from pneumo_experiments.dicom.archive import SEVERAL, open_archive, read_member
+from pneumo_experiments.dicom.radiograph import MAX_PIXELS
 from pneumo_experiments.errors import Rejected, UserError
-from pneumo_experiments.learning.device import choose_machine_for
+from pneumo_experiments.experiment.scored_images import digests, identity, log_per_image
+from pneumo_experiments.experiment.subset import Subset, log_overlays, make_split, split_settings_of
+from pneumo_experiments.learning.device import choose_compute_for
 from pneumo_experiments.scoring.scores import Scores
 from pneumo_experiments.scoring.submission import write_submission
 from pneumo_experiments.serving import Detector, load
 from pneumo_experiments.settings import Score
-from pneumo_experiments.stages.cohort import Cohort, log_overlays, parts_of, split_of
-from pneumo_experiments.stages.scored import digests, identity, log_each
 
 # How names of metrics begin. Without a prefix they tell of images that neither trained the model nor chose
 # its epoch or thresholds; "external" is subset=all of another data set than that of the training.
@@ -32,7 +32,7 @@ PREFIXES = dict.fromkeys(tracking.EVIDENCE, "") | {"validation": "val_", "train"
 
 
 @dataclass(frozen=True)
-class Judged:
+class ScoreResult:
     """What score left: scores and pictures of labelled images, or the submission."""
 
     scores: Scores | None
@@ -41,19 +41,19 @@ class Judged:
     prefix: str = ""  # of the scores' names
 
 
-def score(settings: Score) -> Judged:
+def score(settings: Score) -> ScoreResult:
     """Scores the model on one part of a data set, or writes the submission for ``dicom_dir``."""
     with tracking.run("score", settings):
         detector = load(tracking.model_data(settings.model))
-        machine = choose_machine_for(detector.predictor.machine.precision, settings)
-        detector = replace(detector, predictor=replace(detector.predictor, machine=machine))
-        tracking.log_found({"device_used": str(machine.device), "precision_used": machine.precision})
+        compute = choose_compute_for(detector.predictor.compute.precision, settings)
+        detector = replace(detector, predictor=replace(detector.predictor, compute=compute))
+        tracking.log_params({"device_used": str(compute.device), "precision_used": compute.precision})
         if settings.dicom_dir is not None:
             return _submit(settings, detector, settings.dicom_dir)
         return _judge(settings, detector)
 
 
-def _judge(settings: Score, detector: Detector) -> Judged:
+def _judge(settings: Score, detector: Detector) -> ScoreResult:
     with Dataset.open(settings.dataset) as dataset:
         if not dataset.labelled:
             raise UserError(
@@ -65,36 +65,36 @@ def _judge(settings: Score, detector: Detector) -> Judged:
                 f" {detector.image_size} px; run preprocess with image_size={detector.image_size}"
             )
         tracking.log_dataset(settings.dataset, dataset.fingerprint, settings.subset)
-        cohort = Cohort(dataset, _indices(settings, detector, dataset))
-        subset, images = _subset(settings, detector, cohort), identity(cohort)
-        tally = cohort.tally(detector.predictor, desc="score")
-        scores = cohort.score(tally, detector.thresholds)
-        facts = {"subset": subset, "data_fingerprint": dataset.fingerprint} | scores.as_facts()
+        subset = Subset(dataset, _indices(settings, detector, dataset))
+        name, images = _name_subset(settings, detector, subset), identity(subset)
+        counts = subset.count(detector.predictor, desc="score")
+        scores = subset.score(counts, detector.thresholds)
+        facts = {"subset": name, "data_fingerprint": dataset.fingerprint} | scores.as_facts()
         tracking.log_scores(
-            scores.as_metrics(PREFIXES[subset]), settings.model, settings.dataset, images, facts
+            scores.as_metrics(PREFIXES[name]), settings.model, settings.dataset, images, facts
         )
-        found = {name: value for name, value in facts.items() if name != "subset"}
-        tracking.log_found(found | {"identity": images} | asdict(detector.thresholds))
-        log_each(cohort, tally, detector.thresholds)
-        where = log_overlays(cohort, tally, detector.predictor, detector.thresholds, settings.overlays)
+        constants = {key: value for key, value in facts.items() if key != "subset"}
+        tracking.log_params(constants | {"identity": images} | asdict(detector.thresholds))
+        log_per_image(subset, counts, detector.thresholds)
+        where = log_overlays(subset, counts, detector.predictor, detector.thresholds, settings.overlays)
         line = scores_line(scores)
-        tracking.describe(f"{subset} images of {settings.dataset}, by {settings.model}.\n{line}.")
-        print(f"score: {subset}: {line}")
-    return Judged(scores, where, None, PREFIXES[subset])
+        tracking.describe(f"{name} images of {settings.dataset}, by {settings.model}.\n{line}.")
+        print(f"score: {name}: {line}")
+    return ScoreResult(scores, where, None, PREFIXES[name])
 
 
-def _subset(settings: Score, detector: Detector, cohort: Cohort) -> str:
+def _name_subset(settings: Score, detector: Detector, subset: Subset) -> str:
     """The subset, or ``external`` where all images of another data set are new to the model."""
-    seen = len(detector.seen & digests(cohort))
+    seen = len(detector.seen & digests(subset))
     if settings.subset == "holdout" and seen:
         raise UserError(
-            f"subset=holdout: {seen} of {len(cohort)} images trained the model or chose its thresholds: its"
+            f"subset=holdout: {seen} of {len(subset)} images trained the model or chose its thresholds: its"
             " split was drawn in another way; train anew to score a hold-out part"
         )
-    if settings.subset != "all" or cohort.dataset.fingerprint == detector.data_fingerprint:
+    if settings.subset != "all" or subset.dataset.fingerprint == detector.data_fingerprint:
         return settings.subset
     if seen:
-        print(f"score: {seen} of {len(cohort)} images trained the model or chose its thresholds")
+        print(f"score: {seen} of {len(subset)} images trained the model or chose its thresholds")
     return "all" if seen else "external"
 
 
@@ -115,8 +115,8 @@ def _indices(settings: Score, detector: Detector, dataset: Dataset) -> NDArray[n
             f"subset={settings.subset}: the model was trained on another data set than {settings.dataset};"
             " subset=all scores every image"
         )
-    made = split_of(detector.settings)
-    indices: NDArray[np.int64] = getattr(parts_of(dataset, made), settings.subset)
+    made = split_settings_of(detector.settings)
+    indices: NDArray[np.int64] = getattr(make_split(dataset, made), settings.subset)
     if not len(indices):
         raise UserError(
             f"subset={settings.subset}: the model's split has none, holdout={made.holdout}; try validation"
@@ -124,7 +124,7 @@ def _indices(settings: Score, detector: Detector, dataset: Dataset) -> NDArray[n
     return indices
 
 
-def _submit(settings: Score, detector: Detector, folder: Path) -> Judged:
+def _submit(settings: Score, detector: Detector, folder: Path) -> ScoreResult:
     archive, errors = open_archive(folder), list[str]()
 
     def files() -> Iterator[File]:
@@ -151,11 +151,11 @@ def _submit(settings: Score, detector: Detector, folder: Path) -> Judged:
     with closing(rows()) as lines:
         count = write_submission(settings.submission, lines)
     tracking.log_file(settings.submission)
-    tracking.log_found({"images": count, "rejected": len(errors)})
+    tracking.log_params({"images": count, "rejected": len(errors)})
     tracking.describe(
         f"Submission of {count} images from {folder}, by {settings.model}.\n{len(errors)} could not be read."
     )
     for error in errors[:3]:
         print(f"score: submitted as empty: {error}")
     print(f"score: {count} images in {settings.submission}, {len(errors)} could not be read")
-    return Judged(None, "", settings.submission)
+    return ScoreResult(None, "", settings.submission)

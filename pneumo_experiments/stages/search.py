@@ -1,9 +1,9 @@
-"""Entry point ``search``: loss weights by short trainings. Also Optuna's search for thresholds."""
+"""Entry point ``search``: loss weights by short trainings."""
 
 from __future__ import annotations
 
 import copy
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import cast
 
 import numpy as np
@@ -12,14 +12,14 @@ from optuna.study import StudyDirection
 from tqdm import tqdm
 
 from pneumo_experiments import tracking
-from pneumo_experiments.data.store import Dataset
+from pneumo_experiments.dataset.hdf5 import Dataset
 from pneumo_experiments.errors import UserError
-from pneumo_experiments.learning.device import choose_machine
+from pneumo_experiments.experiment.subset import Subset, make_split
+from pneumo_experiments.experiment.training_loop import train_and_validate
+from pneumo_experiments.learning.device import choose_compute
 from pneumo_experiments.learning.network import build
 from pneumo_experiments.learning.predict import Predictor
-from pneumo_experiments.scoring.thresholds import Tally, Thresholds, best_on_grid
 from pneumo_experiments.settings import NONE, Search, as_params
-from pneumo_experiments.stages.cohort import Cohort, judged_epochs, parts_of
 
 SEARCHED = ("bce_weight", "dice_weight", "focal_weight")
 LOWEST, HIGHEST = 0.1, 3.0  # each weight's range, searched on a logarithmic scale
@@ -41,24 +41,24 @@ ASIDE = {
 
 
 @dataclass(frozen=True)
-class Found:
+class SearchResult:
     """The best loss weights by setting name."""
 
     loss_weights: dict[str, float]
 
 
-def search(settings: Search) -> Found:
+def search(settings: Search) -> SearchResult:
     """Runs the study: each trial is a short training in a child run, judged by its validation Dice."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)  # a failed trial's error is raised, once is enough
     with tracking.run("search", settings), Dataset.open(settings.dataset) as dataset:
         tracking.log_dataset(settings.dataset, dataset.fingerprint, "search")
         study = _study(settings, dataset.fingerprint)
-        parts = parts_of(dataset, settings)
-        validation = Cohort(dataset, parts.validation).in_memory(settings.cache)
+        parts = make_split(dataset, settings)
+        validation = Subset(dataset, parts.validation).in_memory(settings.cache)
         drawn = np.random.default_rng(settings.seed).permutation(parts.train)
-        machine = choose_machine(settings)
-        chosen = Cohort(dataset, np.sort(drawn[: settings.search_images or len(drawn)]))
-        examples = chosen.examples(settings.cache, machine)
+        compute = choose_compute(settings)
+        chosen = Subset(dataset, np.sort(drawn[: settings.search_images or len(drawn)]))
+        examples = chosen.examples(settings.cache, compute)
         start = build(settings.network, settings.weights, settings.seed)  # every trial trains a copy
 
         def objective(trial: optuna.Trial) -> float:
@@ -66,14 +66,14 @@ def search(settings: Search) -> Found:
             line = ", ".join(f"{name} {weight:.3f}" for name, weight in weights.items())
             tqdm.write(f"search: trial {trial.number}: {line}")
             tried, name = replace(settings, **weights), f"trial {trial.number}"
-            predictor, dice = Predictor(copy.deepcopy(start), machine, settings.mirror), 0.0
+            predictor, dice = Predictor(copy.deepcopy(start), compute, settings.tta_flip), 0.0
             with tracking.run(name, tried):
-                for judged in judged_epochs(
+                for judged in train_and_validate(
                     name, predictor, examples, validation, tried, settings.search_epochs
                 ):
                     dice = judged.scores.dice
                     if judged.epoch.number == 1:
-                        tracking.log_found(judged.scores.as_facts("val_"))
+                        tracking.log_params(judged.scores.as_facts("val_"))
                 tracking.describe(
                     f"{settings.search_epochs} epochs with {line}.\nValidation Dice {dice:.3f}."
                 )
@@ -84,14 +84,14 @@ def search(settings: Search) -> Found:
         weights = {name: float(best.params[name]) for name in SEARCHED}
         tracking.log_json(weights, "best_settings.json")
         tracking.log_metrics({"val_dice": best.value or 0.0})
-        tracking.log_found({"best_trial": best.number})
+        tracking.log_params({"best_trial": best.number})
         line = ", ".join(f"{name} {weight:.3f}" for name, weight in weights.items())
         tracking.describe(
             f"{len(study.trials)} short trainings over the loss weights.\nBest: {line}; validation"
             f" Dice {best.value}."
         )
         print(f"search: best of {len(study.trials)} trials is number {best.number}: {line}")
-    return Found(weights)
+    return SearchResult(weights)
 
 
 def _study(settings: Search, fingerprint: str) -> optuna.Study:
@@ -106,8 +106,8 @@ def _study(settings: Search, fingerprint: str) -> optuna.Study:
             load_if_exists=True,
         )
     except Exception as error:  # SQLAlchemy and its drivers raise errors of many kinds
-        reason = tracking.without_password(str(error).split("\n")[0])
-        address = tracking.without_password(settings.storage)
+        reason = tracking.hide_passwords(str(error).split("\n")[0])
+        address = tracking.hide_passwords(settings.storage)
         raise UserError(
             f"storage={address}: the study's database does not open ({reason});"
             " name another, such as sqlite:///optuna.db, or none"
@@ -146,25 +146,3 @@ def _refuse_foreign(study: optuna.Study, settings: Search, fingerprint: str) -> 
             f"study={settings.study}: was made with {'; '.join(differing)}; name another study,"
             " or search with the same data and settings"
         )
-
-
-def refine_thresholds(tally: Tally, trials: int, seed: int) -> Thresholds:
-    """Thresholds with the highest mean Dice on a tally: the best of a coarse grid, then Optuna's search."""
-    start = best_on_grid(tally)
-    if trials == 0 or not len(tally):
-        return start
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    study = optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler(seed=seed))
-    study.enqueue_trial(asdict(start))
-
-    def objective(trial: optuna.Trial) -> float:
-        thresholds = Thresholds(
-            presence_threshold=trial.suggest_float("presence_threshold", 0.0, 0.95, step=0.01),
-            top_score=trial.suggest_float("top_score", 0.05, 0.95, step=0.01),
-            min_area_px=trial.suggest_int("min_area_px", 0, 10_000, step=50),
-            bottom_score=trial.suggest_float("bottom_score", 0.05, 0.95, step=0.01),
-        )
-        return float(tally.dice(thresholds).mean())
-
-    study.optimize(objective, n_trials=trials)
-    return Thresholds(**study.best_params)

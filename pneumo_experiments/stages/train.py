@@ -16,46 +16,44 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pneumo_experiments import tracking
-from pneumo_experiments.data.store import Dataset
+from pneumo_experiments.dataset.hdf5 import Dataset
 from pneumo_experiments.errors import UserError
-from pneumo_experiments.learning import group
-from pneumo_experiments.learning.average import mean_of
-from pneumo_experiments.learning.checkpoint import Checkpoint, held
-from pneumo_experiments.learning.device import choose_machine
+from pneumo_experiments.experiment.out_of_fold import log_out_of_fold
+from pneumo_experiments.experiment.scored_images import digests
+from pneumo_experiments.experiment.subset import (
+    Subset,
+    log_overlays,
+    log_split,
+    make_split,
+)
+from pneumo_experiments.experiment.threshold_search import refine_thresholds
+from pneumo_experiments.experiment.training_loop import EpochResult, log_first_batch, train_and_validate
+from pneumo_experiments.learning import distributed
+from pneumo_experiments.learning.averaging import mean_state
+from pneumo_experiments.learning.checkpoint import Checkpoint, lock_checkpoints
+from pneumo_experiments.learning.device import choose_compute
 from pneumo_experiments.learning.fit import State
 from pneumo_experiments.learning.launch import is_launched, launch
 from pneumo_experiments.learning.network import build
 from pneumo_experiments.learning.predict import Predictor
 from pneumo_experiments.scoring.figures import learning_curves
 from pneumo_experiments.scoring.scores import Scores
-from pneumo_experiments.scoring.thresholds import Tally, best_on_grid
+from pneumo_experiments.scoring.thresholds import ThresholdCounts, best_on_grid
 from pneumo_experiments.serving import Detector, save
 from pneumo_experiments.settings import Train, as_params
-from pneumo_experiments.stages.cohort import (
-    Cohort,
-    JudgedEpoch,
-    judged_epochs,
-    log_first_batch,
-    log_overlays,
-    log_split,
-    parts_of,
-)
-from pneumo_experiments.stages.folds import log_out_of_fold
-from pneumo_experiments.stages.scored import digests
-from pneumo_experiments.stages.search import refine_thresholds
 
 # Settings that do not change what is learned: a training goes on under others.
 BESIDES = (*("resume", "checkpoints", "device", "cache", "processes", "overlays", "threshold_trials"),)
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainResult:
     """Address of the logged model, its scores on the validation images, and how it answered each of them."""
 
     model: str
     scores: Scores
     validation: NDArray[np.int64]  # indices
-    tally: Tally
+    counts: ThresholdCounts
 
 
 @dataclass
@@ -67,7 +65,7 @@ class Progress:
     dices: dict[int, float] = field(default_factory=dict[int, float])  # of the kept epochs
     networks: dict[int, dict[str, Any]] = field(default_factory=dict[int, dict[str, Any]])
 
-    def add(self, judged: JudgedEpoch, best_k: int) -> None:
+    def add(self, judged: EpochResult, best_k: int) -> None:
         """Keeps the epoch's network if it is among the best; of equals the later: it has learned longer."""
         number = judged.epoch.number
         self.history.append(judged.metrics)
@@ -86,16 +84,16 @@ class Progress:
         return bool(dices) and 0 < patience < len(dices) - dices.index(max(dices))
 
 
-def train(settings: Train, keep: bool = False) -> Trained:
+def train(settings: Train, keep: bool = False) -> TrainResult:
     """Trains one network, or one per fold for ``fold=all``, and then returns that with the highest Dice.
 
     With ``processes``, or started by torchrun, several processes do it together. Waits while another training
-    with the same settings works. With ``keep`` the checkpoint stays until ``forget`` removes it.
+    with the same settings works. With ``keep`` the checkpoint stays until ``clear_checkpoints`` removes it.
     """
     if is_launched():
-        group.join()
-    checkpoints = _checkpoints(settings) if group.leads() else []
-    with held(checkpoints, patience=0 if is_launched() else -1):
+        distributed.init_process_group()
+    checkpoints = _checkpoints(settings) if distributed.is_main_process() else []
+    with lock_checkpoints(checkpoints, patience=0 if is_launched() else -1):
         if is_launched():
             trained = _member(settings, None)
         elif settings.processes == 1:
@@ -109,33 +107,33 @@ def train(settings: Train, keep: bool = False) -> Trained:
     return trained
 
 
-def forget(settings: Train) -> None:
+def clear_checkpoints(settings: Train) -> None:
     """Removes what ``train`` kept, unless another training with the same settings has taken it over."""
     checkpoints = _checkpoints(settings)
-    with suppress(UserError), held(checkpoints, patience=0):
+    with suppress(UserError), lock_checkpoints(checkpoints, patience=0):
         for checkpoint in checkpoints:
             checkpoint.clear()
 
 
-def _member(settings: Train, parent: str | None) -> Trained:
+def _member(settings: Train, parent: str | None) -> TrainResult:
     """What each of the processes does; the first one speaks for all."""
-    if group.leads():
+    if distributed.is_main_process():
         return _train_all(settings, parent)
     tracking.be_silent()
     with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):
         return _train_all(settings, parent)
 
 
-def _train_all(settings: Train, parent: str | None) -> Trained:
+def _train_all(settings: Train, parent: str | None) -> TrainResult:
     if settings.fold != "all":
         return _train("train", settings, parent)[0]
     alone = _alone(settings)
     with tracking.run("train", settings, parent=parent), Dataset.open(settings.dataset) as dataset:
         tracking.log_dataset(settings.dataset, dataset.fingerprint, "training")
         folds = [_train(f"fold {one.fold}", one, None) for one in alone]
-        if not group.leads():
+        if not distributed.is_main_process():
             return folds[0][0]
-        judges = [(Cohort(dataset, fold.validation), fold.tally, predictor) for fold, predictor in folds]
+        judges = [(Subset(dataset, fold.validation), fold.counts, predictor) for fold, predictor in folds]
         scores = log_out_of_fold(judges, settings)
         tracking.describe(
             f"{settings.network} at {dataset.image_size} px, one for each of {settings.folds} folds.\n"
@@ -146,13 +144,17 @@ def _train_all(settings: Train, parent: str | None) -> Trained:
     return max((fold for fold, _ in folds), key=lambda fold: fold.scores.dice)
 
 
-def _train(name: str, settings: Train, parent: str | None) -> tuple[Trained, Predictor]:
+def _train(name: str, settings: Train, parent: str | None) -> tuple[TrainResult, Predictor]:
     """Trains, keeps the weights with the best Dice on the validation images, and logs them as a model.
 
     An interrupted training with the same settings goes on after its last whole epoch, in the same run.
     """
     checkpoint = _checkpoint(settings)
-    last = group.shared(left_by(checkpoint) if checkpoint and settings.resume and group.leads() else None)
+    last = distributed.broadcast(
+        read_checkpoint(checkpoint)
+        if checkpoint and settings.resume and distributed.is_main_process()
+        else None
+    )
     with (
         tracking.run(
             name, settings, continues=last["run_id"] if last else None, parent=parent, system_metrics=True
@@ -161,17 +163,17 @@ def _train(name: str, settings: Train, parent: str | None) -> tuple[Trained, Pre
     ):
         assert checkpoint is not None  # the data set opens
         tracking.log_dataset(settings.dataset, dataset.fingerprint, "training")
-        parts = parts_of(dataset, settings)
+        parts = make_split(dataset, settings)
         log_split(dataset, parts)
-        validation = Cohort(dataset, parts.validation).in_memory(settings.cache)
-        machine = choose_machine(settings)
-        examples = Cohort(dataset, parts.train).examples(settings.cache, machine)
-        tracking.log_found({"device_used": str(machine.device), "precision_used": machine.precision})
+        validation = Subset(dataset, parts.validation).in_memory(settings.cache)
+        compute = choose_compute(settings)
+        examples = Subset(dataset, parts.train).examples(settings.cache, compute)
+        tracking.log_params({"device_used": str(compute.device), "precision_used": compute.precision})
         network = build(settings.network, settings.weights, settings.seed)
-        tracking.log_found({"weights_used": network.source, "weights_sha256": network.source_sha256})
-        predictor = Predictor(network, machine, settings.mirror)
+        tracking.log_params({"weights_used": network.source, "weights_sha256": network.source_sha256})
+        predictor = Predictor(network, compute, settings.tta_flip)
         print(
-            f"train: {settings.network} at {dataset.image_size} px, {machine.device}, {machine.precision};"
+            f"train: {settings.network} at {dataset.image_size} px, {compute.device}, {compute.precision};"
             f" {len(examples)} images, {examples.present.sum()} positive; {len(validation)} to validate"
         )
 
@@ -181,33 +183,33 @@ def _train(name: str, settings: Train, parent: str | None) -> tuple[Trained, Pre
             progress, state = _progress(last, run_id), last["state"]
             print(f"train: goes on after epoch {len(progress.history)} of {settings.epochs}")
         else:
-            if group.leads():
+            if distributed.is_main_process():
                 checkpoint.clear()
-            log_first_batch(examples, settings, settings.epochs, machine)
-        epochs = judged_epochs(name, predictor, examples, validation, settings, settings.epochs, state)
+            log_first_batch(examples, settings, settings.epochs, compute)
+        epochs = train_and_validate(name, predictor, examples, validation, settings, settings.epochs, state)
         while not progress.is_stuck(settings.patience) and (judged := next(epochs, None)):
             progress.add(judged, settings.best_k)
-            if group.leads():
+            if distributed.is_main_process():
                 written = asdict(progress)
                 networks = written.pop("networks")
                 checkpoint.save(written | {"state": judged.epoch.state()}, networks)
         if len(progress.history) < settings.epochs:
             print(f"train: no better Dice in {settings.patience} epochs: stopped early")
-        tally, kept = _best(progress, predictor, validation)
+        counts, kept = _best(progress, predictor, validation)
 
-        thresholds = refine_thresholds(tally, settings.threshold_trials, settings.seed)
-        scores = validation.score(tally, thresholds)
-        if not group.leads():
-            return Trained("", scores, parts.validation, tally), predictor
+        thresholds = refine_thresholds(counts, settings.threshold_trials, settings.seed)
+        scores = validation.score(counts, thresholds)
+        if not distributed.is_main_process():
+            return TrainResult("", scores, parts.validation, counts), predictor
         # Beside the curves, not on them: the weights that were kept, at their own thresholds.
         final = {f"{name}_final": value for name, value in scores.as_metrics("val_").items()}
         tracking.log_metrics(final, step=len(progress.history))
         chosen_by = {"best_epoch": next(iter(progress.dices)), "averaged_epochs": len(kept)}
-        tracking.log_found(chosen_by | asdict(thresholds) | scores.as_facts("val_"))
+        tracking.log_params(chosen_by | asdict(thresholds) | scores.as_facts("val_"))
         curves = learning_curves(progress.history, scores.dice_baseline)
         tracking.log_picture(curves, "learning_curves.png")
-        log_overlays(validation, tally, predictor, thresholds, settings.overlays)
-        seen = digests(validation) | digests(Cohort(dataset, parts.train))
+        log_overlays(validation, counts, predictor, thresholds, settings.overlays)
+        seen = digests(validation) | digests(Subset(dataset, parts.train))
         detector = Detector(
             predictor, dataset.image_size, thresholds, as_params(settings), dataset.fingerprint, seen
         )
@@ -222,7 +224,7 @@ def _train(name: str, settings: Train, parent: str | None) -> tuple[Trained, Pre
             f"Validation Dice {scores.dice:.3f} (all-empty {scores.dice_baseline:.3f}),"
             f" on positives {scores.on_positives}."
         )
-    return Trained(model, scores, parts.validation, tally), predictor
+    return TrainResult(model, scores, parts.validation, counts), predictor
 
 
 def _alone(settings: Train) -> list[Train]:
@@ -249,7 +251,7 @@ def _checkpoint(settings: Train) -> Checkpoint | None:
     return Checkpoint(settings.checkpoints / hashlib.sha256(key.encode()).hexdigest()[:16])
 
 
-def left_by(checkpoint: Checkpoint) -> dict[str, Any] | None:
+def read_checkpoint(checkpoint: Checkpoint) -> dict[str, Any] | None:
     """What an interrupted training left; None where there is nothing, or nothing that this version saves."""
     last = checkpoint.last()
     if last is None:
@@ -269,18 +271,18 @@ def _progress(last: dict[str, Any], run_id: str) -> Progress:
     return Progress(run_id, last["history"], last["dices"], last["networks"])
 
 
-def _best(progress: Progress, predictor: Predictor, validation: Cohort) -> tuple[Tally, list[int]]:
+def _best(progress: Progress, predictor: Predictor, validation: Subset) -> tuple[ThresholdCounts, list[int]]:
     """Loads the best epoch's weights, or the mean of the kept ones where that scores better.
 
     Returns the validation images' tally, and the epochs that were taken.
     """
     epochs = list(progress.networks)
     candidates = [epochs[:1], epochs] if len(epochs) > 1 else [epochs]
-    found: list[tuple[float, Tally]] = []
+    found: list[tuple[float, ThresholdCounts]] = []
     for chosen in candidates:
-        predictor.network.load_state_dict(mean_of([progress.networks[epoch] for epoch in chosen]))
-        tally = validation.tally(predictor)
-        found.append((validation.score(tally, best_on_grid(tally)).dice, tally))
+        predictor.network.load_state_dict(mean_state([progress.networks[epoch] for epoch in chosen]))
+        counts = validation.count(predictor)
+        found.append((validation.score(counts, best_on_grid(counts)).dice, counts))
     best = max(range(len(found)), key=lambda place: found[place][0])  # of equals the single one
-    predictor.network.load_state_dict(mean_of([progress.networks[epoch] for epoch in candidates[best]]))
+    predictor.network.load_state_dict(mean_state([progress.networks[epoch] for epoch in candidates[best]]))
     return found[best][1], candidates[best]

@@ -10,7 +10,7 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")  # seconds without an
 os.environ.setdefault("PGCONNECT_TIMEOUT", "10")  # libpq would wait forever
 os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")  # a machine without git is no reason to complain
 
-from pneumo_experiments.tracking.addresses import check_address, without_password
+from pneumo_experiments.tracking.addresses import check_address, hide_passwords
 from pneumo_experiments.tracking.models import log_model, model_data
 from pneumo_experiments.tracking.registry import EVIDENCE, Version, best_model, register_model
 from pneumo_experiments.tracking.runs import (
@@ -20,9 +20,9 @@ from pneumo_experiments.tracking.runs import (
     describe,
     log_dataset,
     log_file,
-    log_found,
     log_json,
     log_metrics,
+    log_params,
     log_picture,
     log_scores,
     log_table,
@@ -39,12 +39,13 @@ __all__ = [
     "best_model",
     "check_address",
     "describe",
+    "hide_passwords",
     "log_dataset",
     "log_file",
-    "log_found",
     "log_json",
     "log_metrics",
     "log_model",
+    "log_params",
     "log_picture",
     "log_scores",
     "log_table",
@@ -53,5 +54,4 @@ __all__ = [
     "register_model",
     "run",
     "tracking_uri",
-    "without_password",
 ]

@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 
 from pneumo_experiments.errors import UserError
+from pneumo_experiments.tracking.buffer import FILE
 from pneumo_experiments.tracking.delivery import Outbox
-from pneumo_experiments.tracking.kept import FILE
 from pneumo_experiments.tracking.store import open_store
 
 

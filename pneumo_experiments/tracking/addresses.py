@@ -36,7 +36,7 @@ def local_path(address: str) -> Path | None:
     return Path(local_file_uri_to_path(address)) if is_local_uri(address) else None
 
 
-def is_kept_elsewhere(address: str) -> bool:
+def is_misread_by_mlflow(address: str) -> bool:
     """Whether MLflow keeps the files of a local address in another folder than meant."""
     read = unquote(address)
     return is_local_uri(address) and ("\ufffd" in read or (read != address and not urlsplit(address).scheme))
@@ -68,12 +68,12 @@ def check_address(setting: str, address: str) -> None:
         broken = True
     if broken:
         raise UserError(
-            f"{setting}={without_password(address)}: cannot be read; write @ / : ? # of a password as"
+            f"{setting}={hide_passwords(address)}: cannot be read; write @ / : ? # of a password as"
             " %40 %2F %3A %3F %23"
         )
 
 
-def without_password(text: str) -> str:
+def hide_passwords(text: str) -> str:
     """An address, or a text with addresses in it, with ``***`` for each password."""
     if re.match(r"[\w+.-]+://", text):
         return _hidden(text)

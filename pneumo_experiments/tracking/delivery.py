@@ -16,8 +16,8 @@ import requests
 from mlflow.exceptions import MlflowException
 
 from pneumo_experiments.errors import UserError
-from pneumo_experiments.tracking import kept
-from pneumo_experiments.tracking.addresses import printable, without_password
+from pneumo_experiments.tracking import buffer
+from pneumo_experiments.tracking.addresses import hide_passwords, printable
 from pneumo_experiments.tracking.calls import CALLS
 from pneumo_experiments.tracking.store import reach, tracking_uri
 
@@ -32,7 +32,7 @@ PASSING_STATUSES = (401, 403, 408, 429)
 log = logging.getLogger(__name__)
 
 
-class Away(Exception):
+class StoreUnreachable(Exception):
     """The store cannot take it now."""
 
 
@@ -53,7 +53,7 @@ def is_outage(error: Exception) -> bool:
 
 
 @contextmanager
-def outages_told() -> Generator[None]:
+def log_outages() -> Generator[None]:
     """Makes a UserError of an outage that meets a call whose answer is needed at once."""
     try:
         yield
@@ -76,9 +76,9 @@ class Outbox:
     def __init__(self, folder: Path) -> None:
         """Takes up what an earlier process left in the folder."""
         self.folder = folder
-        self.file = folder / kept.FILE
-        self._waiting, self.foreign, torn = kept.read(folder, CALLS)  # foreign: lines that are no calls
-        self._refused: list[kept.Call] = []  # waited, and the store will never take them
+        self.file = folder / buffer.FILE
+        self._waiting, self.foreign, torn = buffer.read(folder, CALLS)  # foreign: lines that are no calls
+        self._refused: list[buffer.Call] = []  # waited, and the store will never take them
         self._next_attempt = 0.0
         self._told = False
         self._lock = RLock()  # system metrics come from a thread of their own
@@ -106,7 +106,7 @@ class Outbox:
         if not self._waiting and self._lock.acquire(blocking=False):
             try:
                 self._attempt(call, arguments)
-            except Away:
+            except StoreUnreachable:
                 pass
             finally:
                 self._lock.release()
@@ -115,7 +115,7 @@ class Outbox:
         """Writes a call to the file, to be made later."""
         with self._lock:
             self._waiting.append({"call": call} | arguments)
-            kept.append(self.folder, self._waiting[-1])
+            buffer.append(self.folder, self._waiting[-1])
             if not self._told:
                 self._told = True
                 log.warning("%s takes nothing at the moment: kept in %s until it does", self.store, self.file)
@@ -124,12 +124,12 @@ class Outbox:
         """Makes a call now, or keeps it where the store is away."""
         try:
             self.offer(call, **arguments)
-        except Away:
+        except StoreUnreachable:
             self.keep(call, **arguments)
 
     def copy(self, path: Path) -> str:
         """A lasting copy of a file that a kept call names."""
-        return kept.copy(self.folder, path)
+        return buffer.copy(self.folder, path)
 
     def hurry(self) -> None:
         """Lets the next call be attempted at once, however short ago the store was away."""
@@ -140,7 +140,7 @@ class Outbox:
         with self._lock:
             try:
                 self._flush()
-            except Away:
+            except StoreUnreachable:
                 return False
             return not self._refused
 
@@ -152,17 +152,17 @@ class Outbox:
     def _flush(self) -> None:
         if not self._waiting:
             return
-        before, made = len(self._waiting), list[kept.Call]()
+        before, made = len(self._waiting), list[buffer.Call]()
         try:
             while self._waiting:
                 entry = self._waiting[0]
                 name = entry["call"]
                 try:
-                    answer = self._attempt(name, kept.arguments_of(self.folder, entry))
+                    answer = self._attempt(name, buffer.arguments_of(self.folder, entry))
                     made.append(entry)
                     if answer is not None:
                         log.warning("%s: the %s that was kept is now logged as %s", self.store, name, answer)
-                except Away:
+                except StoreUnreachable:
                     raise
                 except Exception as error:  # whatever it is, it must not end the work or hold up the rest
                     self._refused.append(entry)
@@ -172,13 +172,13 @@ class Outbox:
             if len(self._waiting) < before:
                 self._write()
             for entry in made:  # only now: an interruption before makes the calls again
-                kept.remove_copy(self.folder, entry)
+                buffer.remove_copy(self.folder, entry)
         log.warning("%s answers again: delivered what was kept", self.store)
         self._told = False
 
     def _attempt(self, call: str, arguments: Mapping[str, Any]) -> str | None:
         if time.monotonic() < self._next_attempt:
-            raise Away
+            raise StoreUnreachable
         began = time.monotonic()
         try:
             reach(mlflow.get_tracking_uri())  # MLflow itself would wait for minutes
@@ -192,13 +192,13 @@ class Outbox:
                 raise
             raise self._away(began) from error
 
-    def _away(self, began: float) -> Away:
+    def _away(self, began: float) -> StoreUnreachable:
         now = time.monotonic()
         self._next_attempt = now + max(PAUSE_SECONDS, PAUSE_FACTOR * (now - began))
-        return Away()
+        return StoreUnreachable()
 
     def _write(self) -> None:
-        kept.write(self.folder, [*self._refused, *self._waiting], self.foreign)
+        buffer.write(self.folder, [*self._refused, *self._waiting], self.foreign)
 
 
 _current: Outbox | None = None
@@ -234,4 +234,4 @@ def outbox(run_id: str) -> Generator[Outbox]:
 
 
 def _reason(error: Exception) -> str:
-    return without_password(str(error).split("\n")[0])[:300]
+    return hide_passwords(str(error).split("\n")[0])[:300]

@@ -17,10 +17,10 @@ from mlflow.models import get_model_info
 from mlflow.models.model import MLMODEL_FILE_NAME
 
 from pneumo_experiments.errors import UserError
-from pneumo_experiments.tracking.addresses import without_password
+from pneumo_experiments.tracking.addresses import hide_passwords
+from pneumo_experiments.tracking.buffer import model_folder
 from pneumo_experiments.tracking.calls import LOADER, save_model
-from pneumo_experiments.tracking.delivery import Away, current
-from pneumo_experiments.tracking.kept import model_folder
+from pneumo_experiments.tracking.delivery import StoreUnreachable, current
 from pneumo_experiments.tracking.store import open_store
 
 log = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ def log_model(folder: Path) -> str:
     box.hurry()
     try:
         return str(box.offer("model", run_id=run_id, path=str(folder), requirements=requirements))
-    except Away:
+    except StoreUnreachable:
         kept = model_folder(box.folder, run_id)
         shutil.rmtree(kept, ignore_errors=True)  # of an earlier process of this run
         save_model(kept, str(folder), requirements)
@@ -74,7 +74,7 @@ def model_data(address: str) -> Path:
         folder = Path(mlflow.artifacts.download_artifacts(address))
         described: Any = yaml.safe_load((folder / MLMODEL_FILE_NAME).read_text(encoding="utf-8"))
     except (MlflowException, OSError, ValueError, ImportError) as error:  # e.g. no library for s3://
-        raise _cannot_be_loaded(address, without_password(str(error).split("\n")[0])) from error
+        raise _cannot_be_loaded(address, hide_passwords(str(error).split("\n")[0])) from error
     except (yaml.YAMLError, RecursionError) as error:
         raise _cannot_be_loaded(address, f"its {MLMODEL_FILE_NAME} is damaged") from error
     try:

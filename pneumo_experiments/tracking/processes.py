@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 
 def process_tags() -> dict[str, str]:
-    """Tags by which end_orphans knows this process."""
+    """Tags by which end_orphaned_runs knows this process."""
     process = psutil.Process()
     return {
         HOST_TAG: socket.gethostname(),
@@ -68,7 +68,7 @@ def end_with_mlflow_run() -> None:
     threading.Thread(target=watch, name="watch-mlflow-run", daemon=True).start()
 
 
-def end_orphans(experiment_id: str) -> None:
+def end_orphaned_runs(experiment_id: str) -> None:
     """Marks as KILLED the runs whose process on this host is gone (kill -9, power cut).
 
     A container of the same name on this or another machine is left alone, and so is one that was started
@@ -78,14 +78,14 @@ def end_orphans(experiment_id: str) -> None:
     running = f"attributes.status = 'RUNNING' and tags.`{HOST_TAG}` = '{socket.gethostname()}'"
     for found in client.search_runs([experiment_id], running):
         tags = found.data.tags
-        if is_gone(tags.get(MACHINE_TAG, ""), tags.get(PROCESS_TAG, ""), _machine()):
+        if is_dead(tags.get(MACHINE_TAG, ""), tags.get(PROCESS_TAG, ""), _machine()):
             client.set_terminated(found.info.run_id, "KILLED")
             log.warning(
                 "run %s was left RUNNING by a process that is gone: marked KILLED", found.info.run_name
             )
 
 
-def is_gone(machine: str, process: str, here: str) -> bool:
+def is_dead(machine: str, process: str, here: str) -> bool:
     """Whether a process on a machine of this name is known to have ended; ``here`` is this machine."""
     if machine == here:
         return not _is_alive(process)

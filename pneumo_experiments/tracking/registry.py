@@ -105,8 +105,8 @@ def register_model(address: str, name: str, promote: str, tags: Mapping[str, str
         reason = str(error).split("\n")[0]
         raise UserError(f"name={name}: cannot be registered ({reason}); take a plain word") from error
     try:
-        _await_turn(client, name, number)
-        champion, reason, by = _verdict(promote, scores, _champion(client, name))
+        _wait_for_turn(client, name, number)
+        champion, reason, by = _decide(promote, scores, _champion(client, name))
         if by is not None:
             noted = {"dice": by.dice, "dice_baseline": by.dice_baseline}
             for key, value in (noted | {"identity": by.identity, "subset": by.subset}).items():
@@ -153,7 +153,7 @@ def _champion(client: MlflowClient, name: str) -> Champion | None:
     return Champion(str(version.version), version.tags.get("identity"), scores)
 
 
-def _await_turn(client: MlflowClient, name: str, number: str) -> None:
+def _wait_for_turn(client: MlflowClient, name: str, number: str) -> None:
     """Waits until the versions before this one are decided.
 
     The store numbers them one by one, which makes the numbers a queue on any store, without a lock.
@@ -176,7 +176,7 @@ def _await_turn(client: MlflowClient, name: str, number: str) -> None:
             time.sleep(PAUSE_SECONDS)
 
 
-def _verdict(
+def _decide(
     promote: str, scores: Mapping[str, Evidence], champion: Champion | None
 ) -> tuple[bool, str, Evidence | None]:
     """Whether a model with these scores becomes the champion, why, and by which of them."""
@@ -185,7 +185,7 @@ def _verdict(
         last = _latest([scores[identity] for identity in common]).identity
         compared = champion.identity if champion.identity in common else last
         mine, theirs = scores[compared], champion.scores[compared]
-    earned, reason = _earned(mine, champion, theirs)
+    earned, reason = _is_better(mine, champion, theirs)
     if promote == "never":
         return False, "promote=never", mine
     if promote == "always":
@@ -193,7 +193,7 @@ def _verdict(
     return earned, reason, mine
 
 
-def _earned(mine: Evidence | None, champion: Champion | None, theirs: Evidence | None) -> tuple[bool, str]:
+def _is_better(mine: Evidence | None, champion: Champion | None, theirs: Evidence | None) -> tuple[bool, str]:
     if mine is None:
         return False, (
             "no score on images that are new to it (train and validation do not count); `score` it with"

@@ -31,12 +31,12 @@ from PIL import Image
 
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.settings import as_params, as_text
-from pneumo_experiments.tracking.addresses import local_path, printable, without_password
-from pneumo_experiments.tracking.delivery import Away, Outbox, current, outages_told, outbox
+from pneumo_experiments.tracking.addresses import hide_passwords, local_path, printable
+from pneumo_experiments.tracking.delivery import Outbox, StoreUnreachable, current, log_outages, outbox
 from pneumo_experiments.tracking.models import model_id_of
 from pneumo_experiments.tracking.processes import process_tags
-from pneumo_experiments.tracking.samples import sampled
 from pneumo_experiments.tracking.store import check_server, open_store
+from pneumo_experiments.tracking.system_metrics import log_system_metrics
 
 _is_silent = False
 
@@ -78,7 +78,7 @@ def run(
     nested = mlflow.active_run() is not None or parent is not None
     if nested:
         check_server(mlflow.get_tracking_uri())  # it may have gone since the outer run began
-    with outages_told():
+    with log_outages():
         earlier = None if nested or continues is None else _earlier(continues)
         # With its tags from the first moment: end_orphans knows it whenever the process is killed.
         started = mlflow.start_run(
@@ -94,13 +94,15 @@ def run(
     run_id, status = started.info.run_id, "FAILED"
     with outbox(run_id) as box:
         try:
-            samples = sampled(box, run_id, started.info.start_time) if system_metrics else nullcontext()
-            with outages_told(), samples:
+            samples = (
+                log_system_metrics(box, run_id, started.info.start_time) if system_metrics else nullcontext()
+            )
+            with log_outages(), samples:
                 # `mlflow run` chose a random name; tags are for new runs only.
                 box.deliver("tags", run_id=run_id, values={"mlflow.runName": step} | process_tags())
                 describe(description)
                 # Those that `mlflow run` has logged stay as they are.
-                params = {name: without_password(text) for name, text in as_params(settings).items()}
+                params = {name: hide_passwords(text) for name, text in as_params(settings).items()}
                 box.deliver("params", run_id=run_id, values=params)
                 yield run_id
             status = "FINISHED"
@@ -108,7 +110,7 @@ def run(
             status = "KILLED"
             raise
         except UserError as error:
-            box.deliver("tags", run_id=run_id, values={"error": without_password(str(error))[:5000]})
+            box.deliver("tags", run_id=run_id, values={"error": hide_passwords(str(error))[:5000]})
             raise
         finally:
             _end(box, run_id, status)
@@ -188,7 +190,7 @@ def log_scores(
     _deliver("scores", values=dict(values), timestamp=_now_ms(), model_id=model_id, images=images, facts=told)
 
 
-def log_found(values: Mapping[str, object]) -> None:
+def log_params(values: Mapping[str, object]) -> None:
     """Params that the step found rather than was told; in a run that goes on, the first ones stand.
 
     Raises MlflowException where the store would not take a name.
@@ -247,7 +249,7 @@ def _log_artifact(path: Path, name: str) -> None:
             path = Path(shutil.copy(path, Path(temporary, printable(path.name))))
         try:
             box.offer("artifact", run_id=active_run(), path=str(path), folder=folder)
-        except Away:
+        except StoreUnreachable:
             box.keep("artifact", run_id=active_run(), path=box.copy(path), folder=folder)
 
 

@@ -23,13 +23,13 @@ from pneumo_experiments.errors import UserError
 from pneumo_experiments.tracking.addresses import (
     check_address,
     database_file,
-    is_kept_elsewhere,
+    hide_passwords,
+    is_misread_by_mlflow,
     kind_of,
     local_path,
     server_of,
-    without_password,
 )
-from pneumo_experiments.tracking.processes import end_orphans, end_with_mlflow_run
+from pneumo_experiments.tracking.processes import end_orphaned_runs, end_with_mlflow_run
 
 SERVER_TIMEOUT_SECONDS = 5
 LOCK_TIMEOUT_SECONDS = 60
@@ -57,13 +57,13 @@ def _open(uri: str) -> None:
                 experiment_id = _experiment()
             _check_place(experiment_id)
             _mark(experiment_id)
-        end_orphans(experiment_id)
+        end_orphaned_runs(experiment_id)
     except UserError:
         raise
     except Exception as error:  # MLflow, SQLAlchemy, its drivers and the file system: errors of many kinds
         reason = str(error).split("\n")[0].split(". ")[0]
         raise UserError(
-            f"MLFLOW_TRACKING_URI={tracking_uri()}: the store does not open ({without_password(reason)});"
+            f"MLFLOW_TRACKING_URI={tracking_uri()}: the store does not open ({hide_passwords(reason)});"
             " name another in that variable, such as sqlite:///runs.db"
         ) from error
     if adopted:
@@ -90,7 +90,7 @@ def _mark(experiment_id: str) -> None:
 
 def _check_place(experiment_id: str) -> None:
     location = mlflow.get_experiment(experiment_id).artifact_location
-    if is_kept_elsewhere(location):
+    if is_misread_by_mlflow(location):
         raise UserError(
             f"{location}: MLflow would put the files of the runs into {local_path(location)};"
             " give the folder a name in UTF-8 without a % before two digits"
@@ -139,4 +139,4 @@ def _connect() -> None:
 
 def tracking_uri() -> str:
     """Address of the store in use, without a password."""
-    return without_password(mlflow.get_tracking_uri())
+    return hide_passwords(mlflow.get_tracking_uri())

@@ -1,1 +1,0 @@
-"""From DICOM files and annotation tables to one data set file, and its division into folds."""

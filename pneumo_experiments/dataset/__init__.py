@@ -1,0 +1,1 @@
+"""The data set: annotations, run lengths, resizing, splits and the HDF5 file."""

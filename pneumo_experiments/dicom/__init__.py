@@ -1,0 +1,1 @@
+"""DICOM files, in folders and zip archives, to 8-bit greys: numpy and pydicom."""

@@ -1,0 +1,1 @@
+"""What the entry points share: subsets, the train-and-validate loop, out-of-fold scores, reports."""

@@ -1,0 +1,42 @@
+"""Which images were scored, and how each of them fared."""
+
+from __future__ import annotations
+
+import hashlib
+
+from pneumo_experiments import tracking
+from pneumo_experiments.dataset.packed import salted
+from pneumo_experiments.experiment.subset import Subset
+from pneumo_experiments.scoring.thresholds import ThresholdCounts, Thresholds
+
+COLUMNS = ("image_id", "patient", "truth_area_px", "predicted_area_px", "dice", "presence")
+
+
+def identity(subset: Subset) -> str:
+    """Digest, 32 hex digits, of the image ids and the true masks at native size.
+
+    Whatever their order, the stored image size and pixel format: scores with one identity can be compared.
+    """
+    lines = [
+        f"{entry.image_id} {entry.rows}x{entry.columns} {subset.dataset.rle(index)}\n"
+        for entry, index in zip(subset.entries, subset.indices.tolist(), strict=True)
+    ]
+    return hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()[:32]
+
+
+def digests(subset: Subset) -> frozenset[str]:
+    """A keyed digest of each image id, by which a model remembers which images it has seen."""
+    return frozenset(salted(f"image {entry.image_id}") for entry in subset.entries)
+
+
+def log_per_image(subset: Subset, counts: ThresholdCounts, thresholds: Thresholds) -> None:
+    """Logs the table of all images: who, true and predicted area, Dice and probability of presence."""
+    columns = (
+        [entry.image_id for entry in subset.entries],
+        [entry.patient for entry in subset.entries],
+        counts.truth_area.tolist(),
+        counts.predicted_area(thresholds).tolist(),
+        counts.dice(thresholds).tolist(),
+        counts.presence.tolist(),
+    )
+    tracking.log_table(COLUMNS, [*zip(*columns, strict=True)], "scores")

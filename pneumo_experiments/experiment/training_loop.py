@@ -1,0 +1,82 @@
+"""The train-and-validate loop that train and search share."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from tqdm import tqdm
+
+from pneumo_experiments import tracking
+from pneumo_experiments.experiment.subset import Subset
+from pneumo_experiments.learning import distributed
+from pneumo_experiments.learning.device import ComputeConfig
+from pneumo_experiments.learning.fit import Epoch, State, fit
+from pneumo_experiments.learning.loader import InMemoryData, StreamedData, batches
+from pneumo_experiments.learning.predict import Predictor
+from pneumo_experiments.scoring.figures import contact_sheet, overlay
+from pneumo_experiments.scoring.scores import Scores
+from pneumo_experiments.scoring.thresholds import ThresholdCounts, best_on_grid
+from pneumo_experiments.settings import Recipe
+
+SHOWN = 12  # images of the first batch
+
+
+def log_first_batch(
+    examples: InMemoryData | StreamedData, recipe: Recipe, epochs: int, compute: ComputeConfig
+) -> None:
+    """Logs what the network sees: the first images of its first batch, with the outline of the annotation."""
+    batch = next(batches(examples, recipe, 1, epochs, compute.device))
+    greys = (batch.images[:SHOWN, 0] * 255).round().byte().cpu().numpy()
+    truths = (batch.targets[:SHOWN] >= 0.5).cpu().numpy()
+    pairs = zip(greys, truths, strict=True)
+    drawn = [overlay(grey, truth, None, f"annotated {truth.mean():.1%}", 256) for grey, truth in pairs]
+    tracking.log_picture(contact_sheet(drawn, columns=3), "first_batch.png")
+
+
+@dataclass(frozen=True)
+class EpochResult:
+    """An epoch of training, and its predictions and scores on the validation images."""
+
+    epoch: Epoch
+    counts: ThresholdCounts
+    scores: Scores
+    metrics: dict[str, float]  # all that was logged
+
+
+def train_and_validate(
+    desc: str,
+    predictor: Predictor,
+    examples: InMemoryData | StreamedData,
+    validation: Subset,
+    recipe: Recipe,
+    epochs: int,
+    state: State | None = None,
+) -> Iterator[EpochResult]:
+    """Trains the predictor's network in place; logs each epoch in the active run and on the terminal.
+
+    Scores are those at the best thresholds of the coarse grid, logged as ``val_dice`` and so on: these images
+    choose the epoch and the thresholds. The caller may stop at any time; from the ``state`` of an epoch the
+    training goes on.
+    """
+    quiet = None if distributed.is_main_process() else True  # None: where no terminal shows it
+    with tqdm(total=len(examples) * epochs, desc=desc, unit="image", disable=quiet, leave=False) as bar:
+
+        def advance(count: int) -> None:
+            bar.update(count)
+
+        trained = fit(predictor.network, examples, recipe, epochs, predictor.compute, advance, state)
+        start = time.perf_counter()
+        for done, epoch in enumerate(trained, start=1):
+            counts = validation.count(replace(predictor, network=epoch.network))
+            scores = validation.score(counts, best_on_grid(counts))
+            metrics = epoch.losses | scores.as_metrics("val_") | epoch.speed
+            tracking.log_metrics(metrics, step=epoch.number)
+            left = (time.perf_counter() - start) / done * (epochs - epoch.number)
+            tqdm.write(
+                f"  epoch {epoch.number}/{epochs}  loss {epoch.losses['loss']:.4f}  validation Dice"
+                f" {scores.dice:.4f}  on positives {scores.on_positives}"
+                f"  {epoch.images_per_second:.1f} images/s  {tqdm.format_interval(left)} left"
+            )
+            yield EpochResult(epoch, counts, scores, metrics)

@@ -1,0 +1,46 @@
+"""Averages of weights."""
+# pyright: reportUnknownMemberType=false
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pneumo_experiments.learning.network import PneumothoraxNet
+
+
+class MovingAverage:
+    """An exponential moving average of a network's weights and batch statistics.
+
+    The decay rises as (1 + steps) / (10 + steps) up to its value, so that the random start is soon
+    forgotten (as in TensorFlow's ExponentialMovingAverage).
+    """
+
+    def __init__(self, network: PneumothoraxNet, decay: float) -> None:
+        self.network = copy.deepcopy(network).requires_grad_(False)
+        self.decay, self.steps = decay, 0
+
+    def update(self, network: PneumothoraxNet) -> None:
+        """Takes the weights after one optimiser step into the average; no synchronisation."""
+        self.steps += 1
+        decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
+        ours, theirs = _floats(self.network), _floats(network)
+        torch._foreach_lerp_(ours, theirs, 1 - decay)  # pyright: ignore  # as torch's own averages do
+
+
+def mean_state(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The mean of n >= 1 state dicts; counters are the first one's."""
+    mean = dict(states[0])
+    for name, value in mean.items():
+        if value.is_floating_point():
+            mean[name] = torch.stack([state[name].float() for state in states]).mean(dim=0).to(value.dtype)
+    return mean
+
+
+def _floats(network: PneumothoraxNet) -> list[Tensor]:
+    with torch.no_grad():
+        return [tensor for tensor in network.state_dict().values() if tensor.is_floating_point()]

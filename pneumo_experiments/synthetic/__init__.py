@@ -1,0 +1,1 @@
+"""Synthetic radiographs with pneumothorax, in the layout of the SIIM-ACR data."""

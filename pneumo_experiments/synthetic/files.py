@@ -1,0 +1,235 @@
+"""A synthetic data set in the layout of the SIIM-ACR task on Kaggle.
+
+dicom-images-train/<study>/<series>/<UID>.dcm    dicom-images-test/ID_xxxxxxxxx.dcm
+train-rle.csv                                    sample.json (the settings that made it)
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from pydicom import config
+from pydicom.dataelem import DataElement
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.encaps import encapsulate
+from pydicom.uid import UID, JPEGBaseline8Bit, SecondaryCaptureImageStorage
+
+from pneumo_experiments.dataset import rle
+from pneumo_experiments.dicom.workers import available_cores, worker_pool
+from pneumo_experiments.errors import UserError, reason_of
+from pneumo_experiments.locks import LOCK, work_folder
+from pneumo_experiments.synthetic.anatomy import build
+from pneumo_experiments.synthetic.radiographs import draw_radiograph
+
+FORMAT = 1  # raise it when a seed gives other bytes than before
+POSITIVE_SHARE = 0.3
+IMAGES_PER_PATIENT = (0.55, 0.25, 0.12, 0.08)  # share of the patients with 1, 2, 3, 4 images
+SEVERAL = (
+    (2, True),
+    (2, False),
+    (3, True),
+    (3, False),
+)  # annotations, overlapping: in turn, every fourth positive
+SERIAL_IMAGES = 20  # fewer are written before worker processes have started
+JPEG_QUALITY = 88
+OUR_UID = UID("2.25.226184077938124406379519113107846412253")  # as the program that wrote the files
+
+PLAN, PATIENT, PICTURE = 1, 2, 3  # streams of randomness under one seed
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one file shows; its place is ``number``, training images first."""
+
+    number: int
+    test: bool
+    patient: int
+    sex: str
+    age: int
+    view: str
+    annotations: int
+    overlap: bool
+
+
+def write_sample(
+    folder: Path,
+    images: int,
+    test_images: int,
+    seed: int,
+    progress: Callable[[], None] = lambda: None,
+    workers: int | None = None,
+) -> bool:
+    """Write the data set to a new or empty folder, all or nothing; ``progress`` is called once per image.
+
+    A seed gives the same bytes whatever the number of workers (None: as many as pay). Waits for another
+    process that writes the folder; False where that one has written the same.
+    """
+    _refuse_to_replace(folder)
+    part = folder.with_name(folder.name + ".part")
+    try:
+        with work_folder(part, f"sample: another process writes {folder}; waiting until it ends"):
+            if is_sample(folder, images, test_images, seed):
+                return False
+            _refuse_to_replace(folder)
+            try:
+                _write(part, images, test_images, seed, progress, workers)
+                if folder.exists():
+                    folder.rmdir()
+                part.rename(folder)
+            except BaseException:
+                shutil.rmtree(part, ignore_errors=True)
+                raise
+            (folder / LOCK).unlink()  # only now: a process that waits would take the folder for its own
+            return True
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({reason_of(error)}); name another folder") from error
+
+
+def _refuse_to_replace(folder: Path) -> None:
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder}: exists and is not an empty folder; name another one or remove it")
+
+
+def _write(
+    part: Path, images: int, test_images: int, seed: int, progress: Callable[[], None], workers: int | None
+) -> None:
+    """Fills the folder, which may hold what a killed process left."""
+    for name in ("dicom-images-train", "dicom-images-test"):
+        shutil.rmtree(part / name, ignore_errors=True)
+        (part / name).mkdir()
+    lines = ["ImageId, EncodedPixels"]
+    for image_id, texts in _write_images(part, plan(images, test_images, seed), seed, workers):
+        lines += [f"{image_id}, {text}" for text in texts]
+        progress()
+    (part / "train-rle.csv").write_text("\n".join(lines) + "\n", encoding="ascii", newline="\n")
+    settings = json.dumps(_settings(images, test_images, seed), indent=2) + "\n"
+    (part / "sample.json").write_text(settings, encoding="ascii", newline="\n")
+
+
+def is_sample(folder: Path, images: int, test_images: int, seed: int) -> bool:
+    """Whether the folder holds the finished data set that ``write_sample`` makes of these settings."""
+    try:
+        return json.loads((folder / "sample.json").read_bytes()) == _settings(images, test_images, seed)
+    except (OSError, ValueError):
+        return False
+
+
+def plan(images: int, test_images: int, seed: int) -> list[Plan]:
+    """What each file is to show; no patient has both training and test images."""
+    rng = np.random.default_rng([seed, PLAN])
+    plans = list[Plan]()
+    for test, count in ((False, images), (True, test_images)):
+        patient = plans[-1].patient + 1 if plans else 0
+        findings = _findings(count, rng)
+        while findings:
+            sex, age = str(rng.choice(["F", "M"], p=[0.45, 0.55])), int(np.clip(rng.normal(48, 17), 12, 92))
+            for _ in range(min(len(findings), rng.choice(4, p=IMAGES_PER_PATIENT) + 1)):
+                view = str(rng.choice(["PA", "AP"], p=[0.6, 0.4]))
+                plans.append(Plan(len(plans), test, patient, sex, age, view, *findings.pop()))
+            patient += 1
+    return plans
+
+
+def _findings(count: int, rng: np.random.Generator) -> list[tuple[int, bool]]:
+    """Number of annotations, and whether they overlap, of that many images in random order."""
+    positives = [
+        SEVERAL[k // 4 % len(SEVERAL)] if k % 4 == 1 else (1, False)
+        for k in range(round(POSITIVE_SHARE * count))
+    ]
+    findings = positives + [(0, False)] * (count - len(positives))
+    return [findings[k] for k in rng.permutation(count)]
+
+
+def _settings(images: int, test_images: int, seed: int) -> dict[str, int]:
+    return {"format": FORMAT, "images": images, "test_images": test_images, "seed": seed}
+
+
+def _write_images(
+    folder: Path, plans: list[Plan], seed: int, workers: int | None
+) -> Iterator[tuple[str, list[str]]]:
+    """Image id and rows of each plan, in order, as its file is written."""
+    write = partial(_write_image, folder, seed)
+    if workers is None:
+        workers = available_cores() if len(plans) >= SERIAL_IMAGES else 1
+    if workers == 1:
+        yield from map(write, plans)
+        return
+    with worker_pool(workers) as pool:
+        yield from pool.map(write, plans, chunksize=4)
+
+
+def _write_image(folder: Path, seed: int, plan: Plan) -> tuple[str, list[str]]:
+    """Write one DICOM file; its image id and its rows of the CSV (none for a test image)."""
+    rng = np.random.default_rng([seed, PICTURE, plan.number])
+    patient_rng = np.random.default_rng([seed, PATIENT, plan.patient])
+    patient_id = str(_uuid(patient_rng))
+    study, series, uid = (UID(f"2.25.{_uuid(rng).int}") for _ in range(3))
+    radiograph = draw_radiograph(
+        rng,
+        build(patient_rng, plan.sex),
+        plan.view,
+        plan.sex,
+        annotations=plan.annotations,
+        overlap=plan.overlap,
+    )
+    if plan.test:
+        image_id = f"ID_{rng.integers(16**9):09x}"
+        path = folder / "dicom-images-test" / f"{image_id}.dcm"
+    else:
+        image_id = uid
+        path = folder / "dicom-images-train" / study / series / f"{uid}.dcm"
+        path.parent.mkdir(parents=True)
+    _dicom(plan, patient_id, study, series, uid, radiograph.pixels).save_as(path, enforce_file_format=True)
+    if plan.test:
+        return image_id, []
+    return image_id, [rle.encode(mask) for mask in radiograph.annotations] or [rle.EMPTY]
+
+
+def _uuid(rng: np.random.Generator) -> uuid.UUID:
+    return uuid.UUID(bytes=rng.bytes(16), version=4)
+
+
+def _dicom(
+    plan: Plan, patient_id: str, study: UID, series: UID, uid: UID, pixels: NDArray[np.uint8]
+) -> Dataset:
+    """The tags of the real files, with a synthetic patient."""
+    jpeg = BytesIO()
+    Image.fromarray(pixels).save(jpeg, "JPEG", quality=JPEG_QUALITY)
+    meta = FileMetaDataset()
+    meta.MediaStorageSOPClassUID = SecondaryCaptureImageStorage
+    meta.MediaStorageSOPInstanceUID = uid
+    meta.TransferSyntaxUID = JPEGBaseline8Bit
+    meta.ImplementationClassUID = OUR_UID
+    meta.ImplementationVersionName = "PNEUMO_SAMPLE"
+    file = Dataset()
+    file.file_meta = meta
+    file.SpecificCharacterSet = "ISO_IR 100"
+    file.SOPClassUID, file.SOPInstanceUID = SecondaryCaptureImageStorage, uid
+    file.StudyInstanceUID, file.SeriesInstanceUID = study, series
+    file.StudyDate, file.StudyTime, file.AccessionNumber, file.StudyID = "19010101", "000000.00", "", ""
+    file.Modality, file.ConversionType, file.BodyPartExamined = "CR", "WSD", "CHEST"
+    file.SeriesDescription, file.ViewPosition = f"view: {plan.view}", plan.view
+    file.SeriesNumber, file.InstanceNumber, file.PatientOrientation = 1, 1, ""
+    file.ReferringPhysicianName = ""
+    file.PatientName, file.PatientID, file.PatientBirthDate = patient_id, patient_id, ""
+    file.PatientSex = plan.sex
+    # SIIM writes 62 where the standard wants 062Y.
+    file["PatientAge"] = DataElement("PatientAge", "AS", str(plan.age), validation_mode=config.IGNORE)
+    file.Rows, file.Columns = pixels.shape
+    file.SamplesPerPixel, file.PhotometricInterpretation = 1, "MONOCHROME2"
+    file.BitsAllocated, file.BitsStored, file.HighBit, file.PixelRepresentation = 8, 8, 7, 0
+    file.PixelSpacing = [0.143, 0.143]
+    file.LossyImageCompression, file.LossyImageCompressionMethod = "01", "ISO_10918_1"
+    file.PixelData = encapsulate([jpeg.getvalue()])
+    file["PixelData"].VR = "OB"
+    return file

@@ -1,0 +1,111 @@
+"""Several processes that train one network together."""
+
+from __future__ import annotations
+
+import signal
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from test_fit import CPU, noise, weights_of
+from tiny_network import add_tiny_network
+from torch import nn
+
+from pneumo_experiments.errors import UserError
+from pneumo_experiments.learning import distributed
+from pneumo_experiments.learning.fit import fit
+from pneumo_experiments.learning.launch import launch
+from pneumo_experiments.learning.network import build
+from pneumo_experiments.settings import Recipe
+
+# Odd batches, so that one process has more images than the other.
+RECIPE = Recipe(batch_size=5, learning_rate=1e-3, augment=True, ema=0.9, seed=1)
+
+
+def trained(recipe: Recipe) -> dict[str, Any]:
+    """Losses of each epoch and the last weights, of however many processes run this."""
+    add_tiny_network()
+    network = build("tiny", "none", 0)
+    for module in network.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0  # each process draws its own
+    epochs = list(fit(network, noise(10), recipe, 3, CPU))
+    weights = {name: tensor.numpy() for name, tensor in weights_of(epochs[-1].network).items()}
+    return {"losses": [epoch.losses for epoch in epochs], "weights": weights}
+
+
+@pytest.mark.usefixtures("tiny")
+def test_two_processes_learn_what_one_does_with_the_same_batches() -> None:
+    # Two and three images at once, in one process or by one and two, and one and one, in two.
+    one, two = trained(replace(RECIPE, micro_batch=3)), launch(2, trained, replace(RECIPE, micro_batch=2))
+    for alone, together in zip(one["losses"], two["losses"], strict=True):
+        print({name: (round(alone[name], 5), round(together[name], 5)) for name in alone})
+        assert together == pytest.approx(alone, abs=1e-3)
+    for name, weight in one["weights"].items():
+        if "running_mean" in name:
+            assert two["weights"][name] == pytest.approx(weight, rel=0.02, abs=0.02), name
+
+
+def learned(recipe: Recipe) -> float:
+    """Loss of an epoch of a tiny network."""
+    add_tiny_network()
+    (epoch,) = fit(build("tiny", "none", 0), noise(4), recipe, 1, CPU)
+    return epoch.losses["loss"]
+
+
+def test_processes_do_not_wait_for_heads_whose_answers_have_no_weight() -> None:
+    recipe = Recipe(batch_size=2, augment=False, bce_weight=0, dice_weight=0, focal_weight=0, aux_weight=0)
+    assert 0 < launch(2, learned, recipe) < 10
+
+
+def joined(values: torch.Tensor) -> dict[str, Any]:
+    """What the functions of learning.group make of rows that the processes share."""
+    rows = values[distributed.rank() :: distributed.world_size()].clone().requires_grad_()
+    norm = distributed.SyncBatchNormOnCPU(values.shape[1]).train()
+    norm(rows[..., None, None]).pow(3).sum().backward()
+    assert rows.grad is not None and norm.running_var is not None
+    given = {"a": values, "b": [1, "x", None]} if distributed.is_main_process() else None
+    return {
+        "rows": distributed.all_gather_rows(rows.detach().numpy(), len(values)).tolist(),
+        "gradient": distributed.all_gather_rows(rows.grad.numpy(), len(values)).tolist(),
+        "variance": norm.running_var.tolist(),
+        "shared": distributed.broadcast(given)["b"],
+    }
+
+
+def test_joint_batch_normalisation_is_that_of_all_rows() -> None:
+    values = torch.randn(7, 3, generator=torch.Generator().manual_seed(0)) * 3 + 100
+    answer = launch(2, joined, values)
+    assert answer["rows"] == values.tolist()
+    assert answer["shared"] == [1, "x", None]
+    alone, norm = values.clone().requires_grad_(), nn.BatchNorm2d(3).train()
+    norm(alone[..., None, None]).pow(3).sum().backward()
+    assert alone.grad is not None and norm.running_var is not None
+    assert torch.tensor(answer["gradient"]) == pytest.approx(alone.grad, abs=1e-3)
+    assert answer["variance"] == pytest.approx(norm.running_var.tolist(), rel=1e-4)
+
+
+def spoilt(kind: str) -> None:
+    """One process fails while the other waits for it."""
+    if distributed.rank() == 1:
+        if kind == "mistake":
+            raise UserError("epochs: none left")
+        raise ZeroDivisionError(kind)
+    torch.distributed.barrier()
+
+
+@pytest.mark.parametrize(
+    ("kind", "error", "words"),
+    [
+        ("mistake", UserError, "^epochs: none left$"),
+        ("a bug", RuntimeError, "(?s)process 1 of 2 failed: ZeroDivisionError: a bug.*in spoilt"),
+    ],
+)
+def test_the_failure_of_one_process_ends_all_and_is_told(
+    kind: str, error: type[Exception], words: str
+) -> None:
+    handler = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(error, match=words):
+        launch(2, spoilt, kind)
+    assert signal.getsignal(signal.SIGTERM) is handler

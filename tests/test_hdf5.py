@@ -1,0 +1,304 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+
+from pneumo_experiments.dataset import rle
+from pneumo_experiments.dataset.hdf5 import Dataset, write_dataset
+from pneumo_experiments.dataset.packed import Entry, Example, Packed, hash_patient, pack
+from pneumo_experiments.dataset.resize import area_resize
+from pneumo_experiments.errors import UserError
+
+SIZE = 16
+
+
+def examples(count: int, seed: int = 0) -> Iterator[Example]:
+    """Random greys; every other image is annotated."""
+    rng = np.random.default_rng(seed)
+    for number in range(count):
+        mask = np.zeros((40, 30), bool)
+        mask[3 : 3 + number % 30, 5:17] = number % 2
+        entry = Entry(
+            image_id=f"image-{number}",
+            patient=hash_patient(str(number // 2)),
+            view="PA",
+            sex="F",
+            age=number - 1,
+            rows=40,
+            columns=30,
+            annotations=number % 2,
+            area_px=int(mask.sum()),
+        )
+        image = rng.integers(0, 256, (SIZE, SIZE), np.uint8)
+        yield Example(entry, image, area_resize(mask, SIZE), rle.encode(mask))
+
+
+def packed(examples: Iterable[Example], pixel_dtype: str, labelled: bool = True) -> Iterator[Packed]:
+    for example in examples:
+        yield pack(example if labelled else replace(example, target=None, rle=None), pixel_dtype)
+
+
+def write(
+    path: Path, count: int = 5, seed: int = 0, pixel_dtype: str = "float32", labelled: bool = True
+) -> str:
+    settings = {"rle_csv": "train-rle.csv"}
+    return write_dataset(
+        path,
+        packed(examples(count, seed), pixel_dtype, labelled),
+        image_size=SIZE,
+        pixel_dtype=pixel_dtype,
+        settings=settings,
+        labelled=labelled,
+    )
+
+
+@pytest.mark.parametrize("pixel_dtype", ["float32", "float16", "uint8"])
+def test_every_pixel_type_reads_back_the_same_greys_shares_and_masks(
+    tmp_path: Path, pixel_dtype: str
+) -> None:
+    fingerprint = write(tmp_path / "d.h5", 7, pixel_dtype=pixel_dtype)
+    written = list(examples(7))
+    with Dataset.open(tmp_path / "d.h5") as dataset:
+        assert dataset.entries == [example.entry for example in written]
+        assert (dataset.image_size, dataset.labelled, dataset.fingerprint) == (SIZE, True, fingerprint)
+        assert dataset.settings == {"rle_csv": "train-rle.csv"}
+        order = np.array([6, 0, 3, 3])
+        assert np.array_equal(dataset.images(order), [written[i].image for i in order])
+        targets = [np.rint(written[i].target * 255) for i in order]
+        assert dataset.targets(order).dtype == np.uint8
+        assert np.array_equal(dataset.targets(order), targets)
+        for index, example in enumerate(written):
+            assert dataset.rle(index) == example.rle
+            assert dataset.mask(index).shape == (40, 30)
+            assert np.count_nonzero(dataset.mask(index)) == example.entry.area_px
+
+
+@pytest.mark.parametrize("pixel_dtype", ["float32", "float16", "uint8"])
+def test_pictures_are_to_the_bit_those_that_plain_h5py_reads(tmp_path: Path, pixel_dtype: str) -> None:
+    write(tmp_path / "d.h5", 60, pixel_dtype=pixel_dtype)
+    order = np.random.default_rng(0).integers(-60, 60, 300)
+    with Dataset.open(tmp_path / "d.h5") as dataset:
+        found = {"images_0": dataset.images(order), "ann_0": dataset.targets(order)}
+    with h5py.File(tmp_path / "d.h5") as file:
+        for name, pictures in found.items():
+            stored = file[name][()][order]
+            if pixel_dtype != "uint8":
+                stored = np.rint(stored.astype(np.float32) * 255).astype(np.uint8)
+            assert pictures.dtype == np.uint8
+            assert np.array_equal(pictures, stored)
+            assert len(np.unique(pictures)) > 10
+
+
+def test_all_256_greys_survive_every_pixel_type(tmp_path: Path) -> None:
+    greys = np.arange(256, dtype=np.uint8).reshape(SIZE, SIZE)
+    example = next(examples(1))
+    example = replace(example, image=greys, target=(greys / 255).astype(np.float32))
+    for pixel_dtype in ("float32", "float16", "uint8"):
+        write_dataset(
+            tmp_path / "d.h5",
+            packed([example], pixel_dtype),
+            image_size=SIZE,
+            pixel_dtype=pixel_dtype,
+            settings={},
+            labelled=True,
+        )
+        with Dataset.open(tmp_path / "d.h5") as dataset:
+            assert np.array_equal(dataset.images([0])[0], greys)
+            assert np.array_equal(dataset.targets([0])[0], greys)
+
+
+def test_plain_h5py_finds_the_promised_layout(tmp_path: Path) -> None:
+    fingerprint = write(tmp_path / "d.h5", 515)
+    written = list(examples(515))
+    with h5py.File(tmp_path / "d.h5") as file:
+        assert set(file) == {"images_0", "images_1", "ann_0", "ann_1", "index", "rle"}
+        for kind in ("images", "ann"):
+            assert file[f"{kind}_0"].shape == (512, SIZE, SIZE)
+            assert file[f"{kind}_1"].shape == (3, SIZE, SIZE)
+            assert file[f"{kind}_1"].chunks == (1, SIZE, SIZE)
+            assert file[f"{kind}_1"].dtype == np.float32
+            assert (file[f"{kind}_1"].compression, file[f"{kind}_1"].shuffle) == ("gzip", False)
+        assert np.array_equal(file["images_1"][1], written[513].image.astype(np.float32) / np.float32(255))
+        assert np.array_equal(file["ann_1"][1], written[513].target)
+        assert file["index"].dtype.names == (
+            *("image_id", "patient", "view", "sex", "age", "rows", "columns", "annotations", "area_px"),
+        )
+        assert file["index"]["image_id"][513] == b"image-513"
+        assert file["index"]["area_px"][513] == written[513].entry.area_px
+        assert file["rle"].asstr()[513] == written[513].rle
+        assert file.attrs["format"] == "pneumo_experiments"
+        assert file.attrs["image_size"] == SIZE
+        assert json.loads(file.attrs["settings"]) == {"rle_csv": "train-rle.csv"}
+        assert file.attrs["fingerprint"] == fingerprint
+    with Dataset.open(tmp_path / "d.h5") as dataset:
+        assert len(dataset) == 515
+        across = dataset.images([514, 511, 512, 0])
+        assert np.array_equal(across, [written[i].image for i in (514, 511, 512, 0)])
+
+
+def test_smaller_pixel_types_say_how_they_are_scaled(tmp_path: Path) -> None:
+    write(tmp_path / "d.h5", 2, pixel_dtype="uint8")
+    image = next(examples(1)).image
+    with h5py.File(tmp_path / "d.h5") as file:
+        assert file["images_0"].dtype == file["ann_0"].dtype == np.uint8
+        assert file["images_0"].attrs["scale"] == file["ann_0"].attrs["scale"] == 1 / 255
+        assert np.array_equal(file["images_0"][0], image)
+    write(tmp_path / "d.h5", 2, pixel_dtype="float16")
+    with h5py.File(tmp_path / "d.h5") as file:
+        assert file["images_0"].dtype == file["ann_0"].dtype == np.float16
+        assert np.array_equal(np.rint(file["images_0"][0].astype(np.float32) * 255), image)
+
+
+def test_a_set_without_labels_has_no_annotations_and_says_so(tmp_path: Path) -> None:
+    write(tmp_path / "d.h5", 3, labelled=False)
+    with h5py.File(tmp_path / "d.h5") as file:
+        assert set(file) == {"images_0", "index"}
+    with Dataset.open(tmp_path / "d.h5") as dataset:
+        assert not dataset.labelled
+        assert dataset.images([2]).shape == (1, SIZE, SIZE)
+        for ask in (lambda: dataset.targets([0]), lambda: dataset.rle(0), lambda: dataset.mask(0)):
+            with pytest.raises(UserError, match=r"d\.h5: has no annotations; run preprocess with rle_csv"):
+                ask()
+
+
+def test_the_fingerprint_is_that_of_the_content_and_pixel_format(tmp_path: Path) -> None:
+    def fingerprint(changed: list[Example], pixel_dtype: str = "float32", labelled: bool = True) -> str:
+        return write_dataset(
+            tmp_path / "d.h5",
+            packed(changed, pixel_dtype, labelled),
+            image_size=SIZE,
+            pixel_dtype=pixel_dtype,
+            settings={"workers": str(len(changed))},
+            labelled=labelled,
+        )
+
+    same = list(examples(3))
+    first, second, third = same
+    brighter, shifted = first.image.copy(), second.target.copy()
+    brighter[0, 0] ^= 1
+    shifted[0, 0] += 0.01
+    older = replace(third.entry, age=99)
+    found = [
+        fingerprint(same),
+        fingerprint(same, pixel_dtype="uint8"),
+        fingerprint(same, labelled=False),
+        fingerprint([second, first, third]),
+        fingerprint([replace(first, image=brighter), second, third]),
+        fingerprint([first, replace(second, target=shifted), third]),
+        fingerprint([first, second, replace(third, entry=older)]),
+        fingerprint([first, replace(second, rle="0 1"), third]),
+        fingerprint(same[:2]),
+    ]
+    assert len(set(found)) == len(found)
+    assert all(len(digest) == 64 for digest in found)
+    assert write(tmp_path / "again.h5", 3) == found[0]
+
+
+def test_an_interrupted_write_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
+    old = write(tmp_path / "d.h5", 2)
+
+    def broken() -> Iterator[Example]:
+        yield from examples(3)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_dataset(
+            tmp_path / "d.h5",
+            packed(broken(), "uint8"),
+            image_size=SIZE,
+            pixel_dtype="uint8",
+            settings={},
+            labelled=True,
+        )
+    assert [path.name for path in tmp_path.iterdir()] == ["d.h5"]
+    with Dataset.open(tmp_path / "d.h5") as dataset:
+        assert dataset.fingerprint == old
+
+
+def test_nothing_is_written_of_no_images_or_in_a_place_that_cannot_be(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"d\.h5: no images to write"):
+        write(tmp_path / "new" / "d.h5", 0)
+    assert not list((tmp_path / "new").iterdir())
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot be written"):
+        write(tmp_path / "file" / "d.h5")
+
+
+def test_a_file_that_is_not_ours_is_one_line_with_the_mend(tmp_path: Path) -> None:
+    path = tmp_path / "d.h5"
+
+    def complaint() -> str:
+        with pytest.raises(UserError) as caught:
+            Dataset.open(path)
+        message = str(caught.value)
+        assert message.startswith(f"{path}: ")
+        assert "run preprocess" in message
+        assert "\n" not in message
+        return message
+
+    assert "no such data set" in complaint()
+    path.mkdir()
+    assert "no such data set" in complaint()
+    path.rmdir()
+    path.write_text("ImageId,EncodedPixels\n")
+    assert "not an HDF5 file" in complaint()
+    with h5py.File(path, "w") as file:
+        file["images_0"] = np.zeros((1, 4, 4))
+    assert "no data set of pneumo_experiments" in complaint()
+    write(path)
+    with h5py.File(path, "a") as file:
+        file.attrs["image_size"] = 2 * SIZE
+    assert "changed by another program" in complaint()
+    write(path)
+    content = path.read_bytes()
+    for part in (0.3, 0.9, 0.999):
+        path.write_bytes(content[: int(part * len(content))])
+        assert "cut short" in complaint()
+    path.write_bytes(content.replace(b"pneumo_experiments seal 0001", b"pneumo_experiments seal 0002"))
+    assert "format version 2 instead of 1" in complaint()
+    path.write_bytes(content.replace(b'"image-3"', b'"image-4"'))
+    assert "damaged" in complaint()
+
+
+def test_a_damaged_picture_is_named_and_not_returned(tmp_path: Path) -> None:
+    write(tmp_path / "d.h5", 4)
+    with h5py.File(tmp_path / "d.h5") as file:
+        chunk = file["images_0"].id.get_chunk_info(2)
+    content = bytearray((tmp_path / "d.h5").read_bytes())
+    content[chunk.byte_offset + chunk.size // 2] ^= 0xFF
+    (tmp_path / "d.h5").write_bytes(content)
+    with Dataset.open(tmp_path / "d.h5") as dataset:
+        assert len(dataset.images([0, 1, 3])) == 3
+        with pytest.raises(
+            UserError, match=r"d\.h5: damaged at images_0, row 2; delete it and run preprocess"
+        ):
+            dataset.images([1, 2])
+
+
+def test_an_index_beyond_the_images_is_an_error_and_minus_one_is_the_last(tmp_path: Path) -> None:
+    write(tmp_path / "d.h5", 3)
+    with Dataset.open(tmp_path / "d.h5") as dataset:
+        assert np.array_equal(dataset.images([-1]), dataset.images([2]))
+        with pytest.raises(IndexError):
+            dataset.images([3])
+
+
+def test_a_patient_is_a_salted_hash_and_a_stranger_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PNEUMO_PATIENT_SALT", raising=False)
+    plain = hash_patient("00028864")
+    assert len(plain) == 16
+    assert int(plain, 16) >= 0
+    assert hash_patient(" 00028864 ", "another image") == plain
+    assert hash_patient("00015606") != plain
+    assert hash_patient("", "image-1") != hash_patient("", "image-2")
+    assert hash_patient(" ", "image-1") == hash_patient("", "image-1") != hash_patient("image-1")
+    with pytest.raises(ValueError, match="neither"):
+        hash_patient("")
+    monkeypatch.setenv("PNEUMO_PATIENT_SALT", "ward 7")
+    assert hash_patient("00028864") != plain

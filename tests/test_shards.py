@@ -1,0 +1,237 @@
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from io import BytesIO
+from pathlib import Path
+
+import jpeg_ls
+import numpy as np
+import psutil
+import pydicom
+import pytest
+from PIL import Image
+from pydicom.encaps import encapsulate, get_frame
+from pydicom.uid import JPEGLSLossless
+
+from pneumo_experiments.dataset.annotations import read_annotations
+from pneumo_experiments.dataset.hdf5 import Dataset, write_dataset
+from pneumo_experiments.dataset.packed import hash_patient
+from pneumo_experiments.dataset.rle import decode
+from pneumo_experiments.dataset.shards import BATCH, Job, Recipe, is_made, make_jobs, results
+from pneumo_experiments.dicom.archive import open_archive
+from pneumo_experiments.errors import UserError
+from pneumo_experiments.synthetic.files import write_sample
+
+IMAGES = 2 * BATCH + 6
+RECIPE = Recipe(image_size=64, pixel_dtype="float32", max_pixels=2**20)
+
+
+@pytest.fixture(scope="module")
+def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sample") / "data"
+    write_sample(folder, IMAGES, 0, seed=3)
+    return folder
+
+
+def jobs_of(sample: Path, recipe: Recipe = RECIPE) -> list[Job]:
+    archive = open_archive(sample / "dicom-images-train")
+    return make_jobs(
+        archive.root, recipe, archive.members, read_annotations(sample / "train-rle.csv"), patients={}
+    )
+
+
+def written(jobs: Sequence[Job], path: Path, workers: int) -> bytes:
+    work = path.with_suffix(".work")
+    work.mkdir(exist_ok=True)
+    packed = (result.packed for result in results(jobs, work, workers) if result.packed is not None)
+    write_dataset(
+        path, packed, image_size=RECIPE.image_size, pixel_dtype="float32", settings={}, labelled=True
+    )
+    return path.read_bytes()
+
+
+def test_the_file_is_the_same_to_the_byte_whatever_the_number_of_workers(
+    sample: Path, tmp_path: Path
+) -> None:
+    one, two, five = (written(jobs_of(sample), tmp_path / f"{n}.h5", n) for n in (1, 2, 5))
+    assert one == two == five
+
+
+def test_pixels_shares_and_index_are_those_of_a_plain_reading(sample: Path, tmp_path: Path) -> None:
+    written(jobs_of(sample), tmp_path / "d.h5", 2)
+    rows = read_annotations(sample / "train-rle.csv")
+    files = {path.stem: path for path in sample.rglob("*.dcm")}
+    with Dataset.open(tmp_path / "d.h5") as dataset:
+        assert [entry.image_id for entry in dataset.entries] == sorted(files)
+        for index, entry in enumerate(dataset.entries):
+            header = pydicom.dcmread(files[entry.image_id])
+            jpeg = get_frame(header.PixelData, 0, number_of_frames=1)
+            pixels = np.asarray(Image.open(BytesIO(jpeg))).astype(float)
+            cells = pixels.reshape(64, 16, 64, 16).mean(axis=(1, 3))
+            assert np.array_equal(dataset.images([index])[0], np.rint(cells))
+            mask = np.zeros(pixels.shape, bool)
+            for text in rows[entry.image_id]:
+                mask |= decode(text, (1024, 1024))
+            assert np.array_equal(dataset.mask(index), mask)
+            targets = np.rint(mask.reshape(64, 16, 64, 16).mean(axis=(1, 3)) * 255)
+            assert np.array_equal(dataset.targets([index])[0], targets)
+            assert (entry.area_px, entry.annotations) == (mask.sum(), len(rows[entry.image_id]))
+            assert (entry.rows, entry.columns, entry.sex) == (1024, 1024, header.PatientSex)
+            assert entry.patient == hash_patient(header.PatientID)
+
+
+def test_an_interrupted_run_keeps_what_was_finished(sample: Path, tmp_path: Path) -> None:
+    jobs, whole = jobs_of(sample), written(jobs_of(sample), tmp_path / "whole.h5", 1)
+    work = tmp_path / "d.work"
+    work.mkdir()
+    begun = results(jobs, work, 1)
+    assert len(list(itertools.islice(begun, BATCH + 1))) == BATCH + 1
+    begun.close()
+    kept = {path.name: path.stat() for path in work.iterdir() if not path.suffix}
+    assert {job.name for job in jobs[:2]} <= set(kept)
+    assert written(jobs, tmp_path / "d.h5", 2) == whole
+    for name, status in kept.items():
+        assert (work / name).stat().st_mtime_ns == status.st_mtime_ns
+        assert (work / name).stat().st_ino == status.st_ino
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "zeros"])
+def test_a_batch_that_a_power_cut_damaged_is_made_again(damage: str, sample: Path, tmp_path: Path) -> None:
+    jobs = jobs_of(sample)[-1:]
+    whole = written(jobs, tmp_path / "d.h5", 1)
+    batch = tmp_path / "d.work" / jobs[0].name
+    content = bytearray(batch.read_bytes())
+    if damage == "flipped":
+        content[len(content) // 2] ^= 1
+    batch.write_bytes({"cut": content[:-1], "empty": b"", "zeros": bytes(4096)}.get(damage, content))
+    assert written(jobs, tmp_path / "d.h5", 1) == whole
+
+
+def test_a_batch_is_found_again_only_for_the_same_files_tables_and_settings(
+    sample: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = jobs_of(sample)[0]
+    first = job.members[0]
+    assert job.annotations is not None
+    others = [
+        replace(job, recipe=replace(RECIPE, image_size=65)),
+        replace(job, recipe=replace(RECIPE, pixel_dtype="uint8")),
+        replace(job, recipe=replace(RECIPE, max_pixels=1)),
+        replace(job, members=job.members[:-1]),
+        replace(job, members=(replace(first, stamp=1), *job.members[1:])),
+        replace(job, members=(replace(first, size=1), *job.members[1:])),
+        replace(job, annotations=(("0 1",), *job.annotations[1:])),
+        replace(job, annotations=None),
+        replace(job, patients=("Doe", *job.patients[1:])),
+    ]
+    names = {job.name, *(other.name for other in others)}
+    assert len(names) == 1 + len(others)
+    assert replace(job, root=tmp_path).name == job.name
+    monkeypatch.setenv("PNEUMO_PATIENT_SALT", "ward 7")
+    assert job.name not in names
+
+
+def test_what_cannot_be_used_is_told_with_its_reason(sample: Path, tmp_path: Path) -> None:
+    (job,) = jobs_of(sample)[-1:]
+    broken, odd, tall, twice = (member.image_id for member in job.members[:4])
+    folder = tmp_path / "files"
+    for member in job.members:
+        content = (sample / "dicom-images-train" / member.name).read_bytes()
+        (folder / member.name).parent.mkdir(parents=True)
+        (folder / member.name).write_bytes(content[:5000] if member.image_id == broken else content)
+    texts = dict(zip((m.image_id for m in job.members), job.annotations or (), strict=True))
+    texts |= {odd: ("5 6 7",), tall: ("1048570 10",), twice: ("0 10", "5 10")}
+    annotations = {image_id: list(each) for image_id, each in texts.items()}
+    jobs = make_jobs(folder, RECIPE, open_archive(folder).members, annotations, {})
+    found = {result.image_id: result for result in results(jobs, tmp_path, 1)}
+    assert [found[i].packed is None for i in (broken, odd, tall, twice)] == [True, True, True, False]
+    assert "cut short" in found[broken].reason
+    assert not found[broken].invalid_run_lengths
+    assert found[odd].reason.startswith(f"{odd}: odd number of run lengths (3)")
+    assert found[tall].reason.startswith(f"{tall}: run lengths reach pixel 1048580 of an image with 1048576")
+    assert found[odd].invalid_run_lengths
+    assert found[tall].invalid_run_lengths
+    packed = found[twice].packed
+    assert packed is not None
+    assert found[twice].overlapping
+    assert (packed.rle, packed.entry.area_px, packed.entry.annotations) == ("0 15", 15, 2)
+    assert [result.overlapping for result in found.values()].count(True) == 1 + sum(
+        sum(decode(text, (1024, 1024)).sum() for text in texts[i]) > found[i].packed.entry.area_px  # type: ignore[union-attr]
+        for i in texts
+        if i not in (broken, odd, tall, twice)
+    )
+
+
+def test_a_file_that_ends_its_worker_is_rejected_and_the_rest_goes_on(
+    sample: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs = jobs_of(sample)
+    folder = tmp_path / "files"
+    culprit = jobs[1].members[7]
+    for member in open_archive(jobs[0].root).members:
+        (folder / member.name).parent.mkdir(parents=True)
+        os.link(jobs[0].root / member.name, folder / member.name)
+    header = pydicom.dcmread(folder / culprit.name)
+    header.PixelData = encapsulate([jpeg_ls.encode(header.pixel_array).tobytes()])
+    header.file_meta.TransferSyntaxUID = JPEGLSLossless
+    (folder / culprit.name).unlink()
+    header.save_as(folder / culprit.name)
+    # A decoder that crashes as a C library does; the workers find it first on their path.
+    (tmp_path / "crash").mkdir()
+    (tmp_path / "crash" / "jpeg_ls.py").write_text(
+        "import os, signal\n\ndef decode_pixel_data(frame):\n    os.kill(os.getpid(), signal.SIGSEGV)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path / "crash")
+    annotations = read_annotations(sample / "train-rle.csv")
+    jobs = make_jobs(folder, RECIPE, open_archive(folder).members, annotations, {})
+    found = list(results(jobs, tmp_path, 2))
+    assert [result.image_id for result in found] == [m.image_id for job in jobs for m in job.members]
+    assert [result.reason for result in found if result.packed is None] == [
+        f"{culprit.image_id}: its decoder crashed"
+    ]
+
+
+def test_a_worker_ended_from_outside_is_an_error_and_the_rest_is_kept(sample: Path, tmp_path: Path) -> None:
+    jobs = jobs_of(sample)
+    killed = threading.Event()
+
+    def kill_a_worker() -> None:
+        while not list(tmp_path.glob("*.now")):
+            time.sleep(0.002)
+        workers = [
+            child
+            for child in psutil.Process().children()
+            if "resource_tracker" not in " ".join(child.cmdline())
+        ]
+        workers[-1].send_signal(signal.SIGKILL)
+        killed.set()
+
+    killer = threading.Thread(target=kill_a_worker)
+    killer.start()
+    with pytest.raises(UserError, match=r"workers: a process was ended from outside.*set workers to fewer"):
+        list(results(jobs, tmp_path, 1))
+    killer.join()
+    assert killed.is_set()
+    assert len(list(results(jobs, tmp_path, 2))) == IMAGES
+    assert all(is_made(job, tmp_path) for job in jobs)
+
+
+def test_a_file_that_vanishes_ends_the_work_with_its_name(sample: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "files"
+    folder.mkdir()
+    for path in sorted(sample.rglob("*.dcm"))[: BATCH + 2]:
+        os.link(path, folder / path.name)
+    members = open_archive(folder).members
+    (folder / members[-1].name).unlink()
+    work = tmp_path / "work"
+    work.mkdir()
+    jobs = make_jobs(folder, RECIPE, members, None, {})
+    with pytest.raises(UserError, match=rf"{members[-1].image_id}: its file was there and is gone"):
+        list(results(jobs, work, 1))
+    assert [is_made(job, work) for job in jobs] == [True, False]

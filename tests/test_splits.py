@@ -1,0 +1,218 @@
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pneumo_experiments.dataset.annotations import read_annotations, read_patients
+from pneumo_experiments.dataset.splits import assign_folds, audit, split
+from pneumo_experiments.errors import UserError
+
+# The 13 real images of the shared folder: one each of 13 patients.
+FEW_AREAS = np.array([10133, 69274, 0, 0, 0, 0, 0, 2071, 29079, 2486, 9418, 5232, 0])
+FEW_PATIENTS = [f"patient-{number}" for number in range(13)]
+
+
+@pytest.fixture(scope="module")
+def subset(real_data: Path) -> tuple[list[str], np.ndarray]:
+    """Patients and areas of the 12,047 real images (overlaps counted twice, which is near enough here)."""
+    annotations = read_annotations(real_data / "labels" / "train-rle.csv.gz")
+    patients = read_patients(real_data / "labels" / "patients.csv.gz")
+    areas = [sum(map(int, " ".join(texts).split()[1::2])) for texts in annotations.values()]
+    return [patients[image_id] for image_id in annotations], np.array(areas)
+
+
+def assert_no_patient_twice(patients: list[str], parts: list[np.ndarray]) -> None:
+    names = [{patients[index] for index in part} for part in parts]
+    assert sum(map(len, names)) == len(set().union(*names))
+
+
+@pytest.mark.parametrize("folds", [2, 5, 10])
+def test_real_folds_share_no_patient_and_are_alike(subset: tuple[list[str], np.ndarray], folds: int) -> None:
+    patients, areas = subset
+    start = time.perf_counter()
+    fold = assign_folds(patients, areas, folds, seed=0)
+    assert time.perf_counter() - start < 2
+    parts = [np.flatnonzero(fold == number) for number in range(folds)]
+    assert_no_patient_twice(patients, parts)
+    images = [len(part) for part in parts]
+    positives = [np.count_nonzero(areas[part]) for part in parts]
+    assert max(images) <= 1.01 * min(images)
+    assert max(positives) <= 1.02 * min(positives)
+    edges = np.quantile(areas[areas > 0], np.linspace(0, 1, 11))
+    in_decile = np.array([np.histogram(areas[part][areas[part] > 0], edges)[0] for part in parts])
+    assert (in_decile.max(axis=0) - in_decile.min(axis=0)).max() <= 3
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_audit_of_real_folds_finds_no_shared_patient_and_like_parts(
+    subset: tuple[list[str], np.ndarray], seed: int
+) -> None:
+    patients, areas = subset
+    found = audit(patients, areas, assign_folds(patients, areas, 5, seed=seed))
+    assert (found.shared_patients, found.separated_images, found.separated_share) == (0, 0, 0.0)
+    assert [facts.part for facts in found.parts] == [0, 1, 2, 3, 4]
+    assert sum(facts.images for facts in found.parts) == found.images == 12047
+    assert sum(facts.patients for facts in found.parts) == len(set(patients)) == 6171
+    positives = [facts.positives for facts in found.parts]
+    assert sum(positives) == 2669
+    assert max(positives) <= 1.02 * min(positives)
+    deciles = np.array([facts.area_deciles_px for facts in found.parts])
+    of_all = np.quantile(areas[areas > 0], np.arange(1, 10) / 10)
+    assert np.abs(deciles / of_all - 1).max() < 0.05
+
+
+def test_the_audit_of_real_random_folds_counts_separated_images_as_a_slow_count_does(
+    subset: tuple[list[str], np.ndarray],
+) -> None:
+    patients, areas = subset
+    parts = np.random.default_rng(0).permutation(len(patients)) % 5
+    of_patient: dict[str, set[int]] = {}
+    for patient, part in zip(patients, parts.tolist(), strict=True):
+        of_patient.setdefault(patient, set()).add(part)
+    found = audit(patients, areas, parts)
+    assert found.separated_images == sum(len(of_patient[patient]) > 1 for patient in patients)
+    assert found.shared_patients == sum(len(inside) > 1 for inside in of_patient.values()) > 1000
+
+
+def test_an_audit_of_a_few_images_has_the_values_counted_by_hand() -> None:
+    patients = ["a", "a", "a", "b", "b", "c", "d", "d"]
+    areas = np.array([100, 0, 300, 0, 0, 0, 20, 10])
+    parts = np.array([7, 7, 2, 2, 2, 7, -1, 2])
+    found = audit(patients, areas, parts)
+    assert found.images == 8
+    assert found.shared_patients == 2  # a in 7 and 2, d in -1 and 2
+    assert found.separated_images == 5  # three of a, two of d
+    assert found.separated_share == 5 / 8
+    kept = [(facts.part, facts.images, facts.patients, facts.positives) for facts in found.parts]
+    assert kept == [(-1, 1, 1, 1), (2, 4, 3, 2), (7, 3, 2, 1)]
+    assert found.parts[0].area_deciles_px == (20.0,) * 9
+    # Of 10 and 300: 10 + 290 k/10.
+    assert found.parts[1].area_deciles_px == pytest.approx((39, 68, 97, 126, 155, 184, 213, 242, 271))
+
+
+def test_an_audit_of_parts_without_positives_or_images_is_plain_json() -> None:
+    found = audit(["a", "b"], np.array([0, 0]), np.array([0, 1]))
+    assert json.loads(json.dumps(found.as_dict())) == {
+        "images": 2,
+        "shared_patients": 0,
+        "separated_images": 0,
+        "separated_share": 0.0,
+        "parts": [
+            {"part": 0, "images": 1, "patients": 1, "positives": 0, "area_deciles_px": []},
+            {"part": 1, "images": 1, "patients": 1, "positives": 0, "area_deciles_px": []},
+        ],
+    }
+    nothing = audit([], np.zeros(0), np.zeros(0, np.int64))
+    assert (nothing.images, nothing.separated_share, nothing.parts) == (0, 0.0, ())
+
+
+def test_an_audit_wants_one_patient_area_and_part_of_each_image() -> None:
+    with pytest.raises(ValueError, match="2 patients, 2 areas and 1 part numbers"):
+        audit(["a", "b"], np.array([0, 1]), np.array([0]))
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 3), st.integers(-2, 2)), max_size=25))
+def test_an_audit_agrees_with_a_slow_count(images: list[tuple[int, int, int]]) -> None:
+    patients = [str(patient) for patient, _, _ in images]
+    areas, parts = np.array([[area, part] for _, area, part in images], int).reshape(-1, 2).T
+    found = audit(patients, areas, parts)
+    separated = [
+        any(other == patient and elsewhere != part for other, _, elsewhere in images)
+        for patient, _, part in images
+    ]
+    assert found.separated_images == sum(separated)
+    assert found.shared_patients == len({p for p, apart in zip(patients, separated, strict=True) if apart})
+    for facts in found.parts:
+        inside = [(patient, area) for patient, area, part in images if part == facts.part]
+        assert facts.images == len(inside)
+        assert facts.patients == len({patient for patient, _ in inside})
+        assert facts.positives == sum(area > 0 for _, area in inside)
+
+
+def test_a_real_split_keeps_the_holdout_whatever_the_fold(subset: tuple[list[str], np.ndarray]) -> None:
+    patients, areas = subset
+    splits = [split(patients, areas, holdout=0.2, folds=5, fold=fold, seed=3) for fold in range(5)]
+    holdout = splits[0].holdout
+    assert len(holdout) == pytest.approx(0.2 * len(areas), rel=0.01)
+    assert np.count_nonzero(areas[holdout]) == pytest.approx(0.2 * np.count_nonzero(areas), rel=0.02)
+    assert np.median(areas[holdout][areas[holdout] > 0]) == pytest.approx(
+        np.median(areas[areas > 0]), rel=0.05
+    )
+    for parts in splits:
+        assert np.array_equal(parts.holdout, holdout)
+        assert_no_patient_twice(patients, [parts.train, parts.validation, parts.holdout])
+    validated = np.concatenate([parts.validation for parts in splits])
+    assert np.array_equal(np.sort(np.concatenate([validated, holdout])), np.arange(len(areas)))
+    other_folds = split(patients, areas, holdout=0.2, folds=3, fold=2, seed=3)
+    assert np.array_equal(other_folds.holdout, holdout)
+
+
+def test_a_seed_gives_the_same_folds_and_another_seed_others() -> None:
+    patients = [f"p{number}" for number in range(100)]
+    areas = np.random.default_rng(0).integers(-500, 1000, 100).clip(0)
+    first = assign_folds(patients, areas, 5, seed=1)
+    assert np.array_equal(assign_folds(patients, areas, 5, seed=1), first)
+    assert not np.array_equal(assign_folds(patients, areas, 5, seed=2), first)
+    order = np.random.default_rng(1).permutation(100)
+    shuffled = assign_folds([patients[index] for index in order], areas[order], 5, seed=1)
+    assert np.array_equal(shuffled, first[order])
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize(("holdout", "folds"), [(0.2, 5), (0.2, 2), (0.1, 4), (0.4, 3), (0.0, 5)])
+def test_13_images_leave_no_part_without_a_positive(holdout: float, folds: int, seed: int) -> None:
+    for fold in range(folds):
+        parts = split(FEW_PATIENTS, FEW_AREAS, holdout=holdout, folds=folds, fold=fold, seed=seed)
+        indices = [parts.train, parts.validation] + [parts.holdout] * (holdout > 0)
+        assert all(np.count_nonzero(FEW_AREAS[part]) for part in indices)
+        assert np.array_equal(np.sort(np.concatenate(indices)), np.arange(13))
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 8), st.integers(0, 5)), min_size=1, max_size=40), st.integers(2, 5))
+def test_any_data_set_with_enough_patients_fills_every_fold(
+    images: list[tuple[int, int]], folds: int
+) -> None:
+    patients = [str(patient) for patient, _ in images]
+    areas = np.array([area for _, area in images])
+    if len(set(patients)) < folds:
+        with pytest.raises(UserError):
+            assign_folds(patients, areas, folds, seed=0)
+        return
+    fold = assign_folds(patients, areas, folds, seed=0)
+    assert set(fold.tolist()) == set(range(folds))
+    assert_no_patient_twice(patients, [np.flatnonzero(fold == number) for number in range(folds)])
+
+
+def test_many_images_of_one_patient_stay_together() -> None:
+    patients = ["a"] * 50 + [f"p{number}" for number in range(150)]
+    areas = np.tile([0, 0, 0, 900], 50)
+    parts = split(patients, areas, holdout=0.25, folds=3, fold=1, seed=0)
+    assert_no_patient_twice(patients, [parts.train, parts.validation, parts.holdout])
+    assert len(parts.holdout) == pytest.approx(50, abs=2)
+
+
+@pytest.mark.parametrize(
+    ("wish", "message"),
+    [
+        ({"fold": 5}, r"fold=5: there is no such part; set fold from 0 to 4"),
+        ({"fold": -1}, r"fold=-1: there is no such part"),
+        ({"holdout": 1.0}, r"holdout=1: no share"),
+        ({"holdout": -0.1}, r"holdout=-0\.1: no share"),
+        ({"holdout": 0.001}, r"holdout=0\.001: too small"),
+        ({"folds": 1}, r"folds=1: one part must validate"),
+        ({"folds": 13}, r"folds=13 and a holdout: needs 14 patients, the data set has 13"),
+        ({"folds": 14, "holdout": 0.0}, r"folds=14: needs 14 patients, the data set has 13 .*patients_csv"),
+    ],
+)
+def test_a_split_that_cannot_be_is_one_line_with_the_mend(wish: dict[str, float], message: str) -> None:
+    settings = {"holdout": 0.2, "folds": 5, "fold": 0, "seed": 0} | wish
+    with pytest.raises(UserError, match=message):
+        split(FEW_PATIENTS, FEW_AREAS, **settings)
