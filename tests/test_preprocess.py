@@ -144,6 +144,25 @@ def test_other_input_or_settings_are_named_and_refused_until_overwrite(sample: P
         assert len(dataset) == IMAGES - 1
 
 
+def test_a_damaged_picture_is_named_and_made_anew_on_overwrite(
+    sample: Path, desk: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    preprocess(settings_of(sample))
+    whole = (desk / "d.h5").read_bytes()
+    with h5py.File(desk / "d.h5") as file:
+        chunk = file["ann_0"].id.get_chunk_info(2)
+    damaged = bytearray(whole)
+    damaged[chunk.byte_offset + chunk.size // 2] ^= 1
+    (desk / "d.h5").write_bytes(damaged)
+    with pytest.raises(UserError, match=r"d\.h5: damaged at ann_0, row 2; delete it and run preprocess again"):
+        preprocess(settings_of(sample))
+    assert (desk / "d.h5").read_bytes() == damaged
+    capsys.readouterr()
+    preprocess(settings_of(sample, overwrite=True))
+    assert "preprocess: makes it anew: d.h5: damaged at ann_0, row 2" in capsys.readouterr().out
+    assert (desk / "d.h5").read_bytes() == whole
+
+
 @contextmanager
 def piped(content: bytes) -> Generator[Path]:
     """What ``<(cat table)`` is to a program: the content can be read once, then the pipe is empty."""

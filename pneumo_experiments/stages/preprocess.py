@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -97,11 +97,24 @@ def _is_there(settings: Preprocess, source: Source) -> bool:
         return False
     try:
         with Dataset.open(path) as dataset:
-            there = dataset.settings
-    except UserError:
+            differing = _differing(dataset.settings, settings, source)
+            if not differing:
+                dataset.verify()
+    except UserError as error:
         if settings.overwrite:
+            print(f"preprocess: makes it anew: {error}")
             return False
         raise
+    if differing and not settings.overwrite:
+        raise UserError(
+            f"dataset={path}: was made with {', '.join(differing)};"
+            " overwrite=true replaces it, another dataset=… keeps it"
+        )
+    return not differing
+
+
+def _differing(there: Mapping[str, str], settings: Preprocess, source: Source) -> list[str]:
+    """In what the data set that stands there is another one; empty where it is the same."""
     differing = [
         _difference(name, str(there.get(name)), source.made_from[name])
         for name in MADE_FROM
@@ -114,12 +127,7 @@ def _is_there(settings: Preprocess, source: Source) -> bool:
         and there.get(FILES) != _contents(source, settings.max_pixels)
     ):
         differing = ["other DICOM files"]
-    if differing and not settings.overwrite:
-        raise UserError(
-            f"dataset={path}: was made with {', '.join(differing)};"
-            " overwrite=true replaces it, another dataset=… keeps it"
-        )
-    return not differing
+    return differing
 
 
 def _contents(source: Source, max_pixels: int) -> str:
