@@ -21,6 +21,7 @@ import hashlib
 import json
 import os
 import re
+import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
@@ -65,9 +66,11 @@ def write_dataset(
     pixel_dtype: str,
     settings: Mapping[str, str],
     labelled: bool,
+    work: Path | None = None,
 ) -> str:
     """Write a data set, one image in memory at a time; returns its fingerprint.
 
+    Until it is complete it lies in the folder ``work``, as a file with ``.part`` at the end; else beside ``path``.
     The fingerprint is that of greys, annotations, index and pixel format, whatever the compression.
     ``settings`` are read after the last image, so that drawing the images may add to them.
     """
@@ -77,10 +80,10 @@ def write_dataset(
         raise UserError(
             f"image_size={image_size}: more than the {LARGEST_SIDE} pixels that a data set can hold"
         )
-    part = path.with_name(path.name + ".part")
+    part = (work or path.parent) / f"{path.name}.{uuid.uuid4().hex[:8]}.part"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file: Any = h5py.File(part, "w")
+        file: Any = h5py.File(part, "x")
     except OSError as error:
         raise UserError(f"{path}: cannot be written; make room or choose another place") from error
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -163,8 +164,10 @@ def _write(settings: Preprocess, source: Source) -> None:
     path, work = settings.dataset, _work_folder(settings)
     if path.is_dir():
         raise UserError(f"dataset={path}: is a folder; name a file, such as {path / 'dataset.h5'}")
-    try:
-        with work_folder(work, f"preprocess: another process writes {path}; waiting until it ends") as waited:
+    with ExitStack() as stack:
+        try:
+            waiting = f"preprocess: another process writes {path}; waiting until it ends"
+            waited = stack.enter_context(work_folder(work, waiting))
             if waited and {item.name for item in work.iterdir()} == {LOCK} and _is_there(settings, source):
                 print(f"preprocess: {path} is there already, from the same files and settings")
                 log_left_report(path)
@@ -172,14 +175,14 @@ def _write(settings: Preprocess, source: Source) -> None:
             for left in (*work.glob("*.now"), *work.glob("*.part")):
                 left.unlink(missing_ok=True)
             report = _make(settings, source, work)
-            with Dataset.open(path) as dataset:
-                page = leave_report(path, report, dataset)
-            print(f"preprocess: report: {page}")
-            shutil.rmtree(work, ignore_errors=True)
-    except OSError as error:
-        raise UserError(
-            f"{path}: cannot be written ({reason_of(error)}); make room or choose another place"
-        ) from error
+        except OSError as error:
+            raise UserError(
+                f"{path}: cannot be written ({reason_of(error)}); make room or choose another place"
+            ) from error
+        with Dataset.open(path) as dataset:
+            page = leave_report(path, report, dataset)
+        print(f"preprocess: report: {page}")
+        shutil.rmtree(work, ignore_errors=True)
 
 
 def _make(settings: Preprocess, source: Source, work: Path) -> Report:
@@ -211,6 +214,7 @@ def _make(settings: Preprocess, source: Source, work: Path) -> Report:
         pixel_dtype=settings.pixel_dtype,
         settings=made_from,
         labelled=source.annotations is not None,
+        work=work,
     )
     return report[0]
 
