@@ -70,7 +70,7 @@ def write_dataset(
 ) -> str:
     """Write a data set, one image in memory at a time; returns its fingerprint.
 
-    Until it is complete it is a file with ``.part`` at the end, in the folder ``work`` or else beside ``path``.
+    Until it is complete it is a file that ends in ``.part``, in the folder ``work`` or else beside ``path``.
     The fingerprint is that of greys, annotations, index and pixel format, whatever the compression.
     ``settings`` are read after the last image, so that drawing the images may add to them.
     """
