@@ -154,7 +154,7 @@ def _unpacked(content: bytes, path: Path) -> bytes:
         return _limited(file, path, "unpacks to")
 
 
-def _limited(file: IO[bytes], path: Path, verb: str) -> bytes:
+def _limited(file: IO[bytes] | gzip.GzipFile, path: Path, verb: str) -> bytes:
     """All that a file gives; a device has no end, so no more than a table can need is read."""
     content = file.read(LARGEST_TABLE + 1)
     if len(content) > LARGEST_TABLE:

@@ -258,7 +258,7 @@ def left_by(checkpoint: Checkpoint) -> dict[str, Any] | None:
     if last.keys() != names or not isinstance(state, dict) or state.keys() != State.__annotations__.keys():
         warnings.warn(f"{checkpoint.folder}: of another version; the training starts anew", stacklevel=2)
         return None
-    networks = [state["network"], *last["networks"].values()]
+    networks: list[Any] = [last["state"]["network"], *last["networks"].values()]
     if any(_shapes(network) != _shapes(networks[0]) for network in networks):
         warnings.warn(f"{checkpoint.folder}: of several networks; the training starts anew", stacklevel=2)
         return None
