@@ -254,6 +254,23 @@ def test_main_killed_after_its_training_takes_it_as_it_ended(
     assert not [*Path("output").rglob("*.pt")]
 
 
+def test_two_whole_chains_at_once_in_one_folder_both_end_well(desk: Path) -> None:
+    chosen = {"images": 24, "test_images": 2, "image_size": 32, "epochs": 1, "trials": 1, "search_images": 8}
+    chosen |= {"threshold_trials": 0, "overlays": 1, "weights": "none", "precision": "fp32", "device": "cpu"}
+    words = [word for name, value in chosen.items() for word in (f"--{name}", str(value))]
+    both = [start("main", words, desk) for _ in range(2)]
+    for process in both:
+        said, _ = process.communicate(timeout=PATIENCE_SECONDS)
+        assert process.returncode == 0, said
+    found = MlflowClient().search_runs(["0"])
+    assert {run.info.status for run in found} == {"FINISHED"}
+    assert len(found) == 18
+    assert len({run.data.metrics["dice"] for run in runs("main")}) == 1
+    assert {v.version for v in MlflowClient().search_model_versions("name = 'pneumothorax'")} == {1, 2}
+    left = {path.suffix for path in (desk / "output").rglob("*")}
+    assert not left & {".part", ".work", ".pt"}
+
+
 def test_a_training_goes_on_in_no_run_that_has_finished(
     dataset: Path, desk: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

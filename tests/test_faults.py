@@ -308,6 +308,41 @@ def test_a_data_set_that_changed_meanwhile_starts_anew_and_leaves_the_stale_chec
     assert of_run == {first.info.run_id, second.info.run_id}
 
 
+@pytest.mark.parametrize("damaged", ["state", "kept"])
+def test_a_checkpoint_of_another_network_is_refused_in_one_line_or_starts_anew(
+    damaged: str, datasets: dict[str, Path], folder: Path, monkeypatch: pytest.MonkeyPatch, tiny: None
+) -> None:
+    settings = settings_of(datasets["usual"], network="tiny", epochs=2, batch_size=16)
+    save = Checkpoint.save
+
+    def save_and_stop(self: Checkpoint, last: dict[str, Any], kept: dict[int, Any]) -> None:
+        save(self, last, kept)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoint, "save", save_and_stop)
+        with pytest.raises(KeyboardInterrupt):
+            train(settings)
+    (left,) = folder.glob("output/checkpoints/*")
+    for path in left.glob("epoch-*.pt" if damaged == "kept" else "*.pt"):
+        content = torch.load(path, weights_only=True)
+        network = content["state"]["network"] if path.name == "last.pt" else content
+        network[next(iter(network))] = torch.ones(2, 3)
+        torch.save(content, path)
+    if damaged == "state":
+        with pytest.raises(
+            UserError, match=r"^resume=true: the checkpoint does not fit .*; resume=false"
+        ) as e:
+            train(settings)
+        assert "\n" not in str(e.value)
+        settings = replace(settings, resume=False)
+        train(settings)
+    else:
+        with pytest.warns(UserWarning, match="of several networks; the training starts anew"):
+            train(settings)
+    assert {run.info.status for run in runs()} <= {"FINISHED", "FAILED", "KILLED"}
+
+
 def test_a_data_set_without_a_finding_is_learned_and_undefined_numbers_are_left_out(
     datasets: dict[str, Path], folder: Path
 ) -> None:

@@ -7,13 +7,18 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import resource
+import subprocess
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
+from mlflow import MlflowClient
 
 from pneumo_experiments import cli
 from pneumo_experiments.errors import UserError, reason_of
@@ -86,6 +91,35 @@ def test_checkpoints_that_cannot_be_held_do_not_end_a_training(tmp_path: Path) -
     with held([Checkpoint(tmp_path / "file" / "a"), Checkpoint(tmp_path / "b")]):
         assert (tmp_path / "b" / ".lock").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_store_on_a_full_disk_is_one_line_and_with_room_the_same_command_ends_well(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """New, it has no room for its tables; made, none for a run: with either limit no database can change."""
+    monkeypatch.chdir(tmp_path)
+    command = [sys.executable, "-m", "pneumo_experiments"]
+    sample = [*command, "sample", "--output_dir", "s", "--images", "10", "--test_images", "0"]
+    register = [*command, "register"]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
+    environment["PYTHONPATH"] = str(ROOT)
+
+    def ended(words: list[str], most_bytes: int | None = None) -> tuple[int, str]:
+        with nullcontext() if most_bytes is None else no_file_beyond(most_bytes):
+            code = subprocess.call(words, env=environment)
+        return code, capfd.readouterr().err
+
+    for words, most_bytes in ((sample, 65_536), (sample, 4096), (register, 4096)):
+        code, said = ended(words, most_bytes)
+        assert (code, said.count("\n")) == (2, 1), said
+        assert said.startswith(f"Error: MLFLOW_TRACKING_URI=sqlite:///{tmp_path}/mlflow.db: ")
+        assert re.search(r"disk I/O error|is full", said)
+        if words == sample:
+            assert ended(sample)[0] == 0
+    code, said = ended(register)
+    assert (code, "no model of this experiment was scored" in said) == (2, True)
+    runs = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db").search_runs(["0"])
+    assert {run.info.status for run in runs} <= {"FINISHED", "FAILED"}
 
 
 def test_what_no_stage_put_into_words_names_the_file_or_the_full_disk(

@@ -200,6 +200,13 @@ def test_the_fingerprint_is_that_of_the_content_and_pixel_format(tmp_path: Path)
     assert write(tmp_path / "again.h5", 3) == found[0]
 
 
+def test_a_file_of_the_users_that_is_named_like_an_unfinished_one_stays(tmp_path: Path) -> None:
+    (tmp_path / "d.h5.part").write_text("mine")
+    write(tmp_path / "d.h5", 2)
+    assert (tmp_path / "d.h5.part").read_text() == "mine"
+    assert {path.name for path in tmp_path.iterdir()} == {"d.h5", "d.h5.part"}
+
+
 def test_an_interrupted_write_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
     old = write(tmp_path / "d.h5", 2)
 

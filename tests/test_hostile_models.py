@@ -156,6 +156,20 @@ def test_a_damaged_mlmodel_is_one_line(
     assert not (tmp_path / "sprung").exists()
 
 
+@pytest.mark.parametrize("name", ["MLmodel", "data/made/model.json", "data/made/weights.pt"])
+@pytest.mark.parametrize("kind", ["device", "pipe"])
+def test_a_model_with_a_file_without_end_is_one_line(
+    kind: str, name: str, error_of: Callable[..., str], tmp_path: Path
+) -> None:
+    path = our_model(tmp_path, json.dumps(DESCRIPTION)) / name
+    path.unlink()
+    if kind == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        os.mkfifo(path)
+    assert path.name in error_of("score", "--model", str(tmp_path / "model"))
+
+
 def without(name: str) -> dict[str, Any]:
     return {key: value for key, value in DESCRIPTION.items() if key != name}
 

@@ -35,9 +35,7 @@ def stage(dataset: Path) -> str:
         return "starting"
     if dataset.exists():
         return "reporting"
-    return (
-        "assembling" if dataset.with_name(f"{dataset.name}.part").exists() and all_made(work) else "reading"
-    )
+    return "assembling" if [*work.glob(f"{dataset.name}.*.part")] and all_made(work) else "reading"
 
 
 def all_made(work: Path) -> bool:

@@ -144,6 +144,27 @@ def test_other_input_or_settings_are_named_and_refused_until_overwrite(sample: P
         assert len(dataset) == IMAGES - 1
 
 
+def test_a_damaged_picture_is_named_and_made_anew_on_overwrite(
+    sample: Path, desk: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    preprocess(settings_of(sample))
+    whole = (desk / "d.h5").read_bytes()
+    with h5py.File(desk / "d.h5") as file:
+        chunk = file["ann_0"].id.get_chunk_info(2)
+    damaged = bytearray(whole)
+    damaged[chunk.byte_offset + chunk.size // 2] ^= 1
+    (desk / "d.h5").write_bytes(damaged)
+    with pytest.raises(
+        UserError, match=r"d\.h5: damaged at ann_0, row 2; delete it and run preprocess again"
+    ):
+        preprocess(settings_of(sample))
+    assert (desk / "d.h5").read_bytes() == damaged
+    capsys.readouterr()
+    preprocess(settings_of(sample, overwrite=True))
+    assert "preprocess: makes it anew: d.h5: damaged at ann_0, row 2" in capsys.readouterr().out
+    assert (desk / "d.h5").read_bytes() == whole
+
+
 @contextmanager
 def piped(content: bytes) -> Generator[Path]:
     """What ``<(cat table)`` is to a program: the content can be read once, then the pipe is empty."""
@@ -340,6 +361,18 @@ def test_a_full_disk_is_a_clear_end_and_the_old_data_set_stays(
     preprocess(settings_of(sample, image_size=256, overwrite=True))
     with Dataset.open(desk / "d.h5") as dataset:
         assert (dataset.image_size, len(dataset)) == (256, IMAGES)
+
+
+def test_a_report_that_finds_no_temporary_folder_does_not_blame_the_data_set(
+    sample: Path, desk: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (desk / "file").touch()
+    with monkeypatch.context() as patch, pytest.raises(OSError, match=f"{desk}/file/tmp"):
+        patch.setattr("tempfile.tempdir", f"{desk}/file")
+        preprocess(settings_of(sample))
+    preprocess(settings_of(sample))
+    assert "goes on: 40 of 40 files are read already" in capsys.readouterr().out
+    assert (desk / "d.report.html").exists()
 
 
 @pytest.mark.parametrize("target", ["/proc/d.h5", "file/d.h5"])

@@ -15,6 +15,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -93,7 +94,8 @@ def read_patients(path: Path, content: bytes | None = None) -> dict[str, str]:
 def read_table(path: Path, form: Form) -> bytes:
     """A table's bytes as they are. A pipe gives them only once: take digest and rows from the same ones."""
     try:
-        return path.read_bytes()
+        with path.open("rb") as file:
+            return _limited(file, path, "holds")
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; expected a CSV table with {form.expected}") from None
     except IsADirectoryError:
@@ -149,10 +151,15 @@ def _rows(path: Path, form: Form, content: bytes) -> list[tuple[int, list[str]]]
 def _decompressed(content: bytes, path: Path) -> bytes:
     """What gzip holds. A few kB can unpack to many GB, so no more than a table can need is unpacked."""
     with gzip.open(io.BytesIO(content)) as file:
-        unpacked = file.read(LARGEST_TABLE + 1)
-    if len(unpacked) > LARGEST_TABLE:
-        raise UserError(f"{path}: unpacks to more than {LARGEST_TABLE:,} bytes; check that it is the table")
-    return unpacked
+        return _limited(file, path, "unpacks to")
+
+
+def _limited(file: IO[bytes] | gzip.GzipFile, path: Path, verb: str) -> bytes:
+    """All that a file gives; a device has no end, so no more than a table can need is read."""
+    content = file.read(LARGEST_TABLE + 1)
+    if len(content) > LARGEST_TABLE:
+        raise UserError(f"{path}: {verb} more than {LARGEST_TABLE:,} bytes; check that it is the table")
+    return content
 
 
 def _described(row: list[str]) -> str:

@@ -21,6 +21,7 @@ import hashlib
 import json
 import os
 import re
+import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
@@ -42,6 +43,7 @@ from pneumo_experiments.dataset.seal import (
     Row,
     append_seal,
     read_chunk,
+    read_deflated,
     read_seal,
 )
 from pneumo_experiments.dicom.workers import available_cores
@@ -64,9 +66,11 @@ def write_dataset(
     pixel_dtype: str,
     settings: Mapping[str, str],
     labelled: bool,
+    work: Path | None = None,
 ) -> str:
     """Write a data set, one image in memory at a time; returns its fingerprint.
 
+    Until it is complete it is a file that ends in ``.part``, in the folder ``work`` or else beside ``path``.
     The fingerprint is that of greys, annotations, index and pixel format, whatever the compression.
     ``settings`` are read after the last image, so that drawing the images may add to them.
     """
@@ -76,10 +80,10 @@ def write_dataset(
         raise UserError(
             f"image_size={image_size}: more than the {MAX_SIDE_PX} pixels that a data set can hold"
         )
-    part = path.with_name(path.name + ".part")
+    part = (work or path.parent) / f"{path.name}.{uuid.uuid4().hex[:8]}.part"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file: Any = h5py.File(part, "w")
+        file: Any = h5py.File(part, "x")
     except OSError as error:
         raise UserError(f"{path}: cannot be written; make room or choose another place") from error
     try:
@@ -196,6 +200,19 @@ class Dataset:
         entry = self.entries[index]
         return rle.decode(self.rle(index), (entry.rows, entry.columns), entry.image_id)
 
+    def verify(self) -> None:
+        """UserError where a picture is damaged; reads the whole file, but inflates nothing."""
+
+        def check(row: int) -> None:
+            for kind, chunk in self._rows[row].chunks.items():
+                try:
+                    read_deflated(self._file, chunk)
+                except (OSError, ValueError):
+                    raise self._damaged(kind, row) from None
+
+        for _ in self._pool.map(check, range(len(self))):
+            pass
+
     def require_labels(self) -> None:
         """UserError for a set without annotations."""
         if not self.labelled:
@@ -217,10 +234,13 @@ class Dataset:
         try:
             content = read_chunk(self._file, self._rows[row].chunks[kind], self._header.chunk_bytes)
         except (OSError, ValueError):
-            block, row = divmod(row, BLOCK)
-            raise UserError(f"{self.path}: damaged at {kind}_{block}, row {row}; {REMEDY}") from None
+            raise self._damaged(kind, row) from None
         stored = np.frombuffer(content, self._header.pixel_dtype)
         return to_bytes(stored).reshape(self.image_size, self.image_size)
+
+    def _damaged(self, kind: str, row: int) -> UserError:
+        block, row = divmod(row, BLOCK)
+        return UserError(f"{self.path}: damaged at {kind}_{block}, row {row}; {REMEDY}")
 
 
 def _refusal(error: OSError | RuntimeError) -> str:

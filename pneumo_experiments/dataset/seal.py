@@ -124,11 +124,17 @@ def read_seal(path: Path, file: BinaryIO) -> tuple[Header, list[Row]]:
     return header, rows
 
 
-def read_chunk(file: BinaryIO, chunk: Chunk, size: int) -> bytes:
-    """The ``size`` bytes of a chunk; ValueError unless they are what was written. Any thread may call it."""
+def read_deflated(file: BinaryIO, chunk: Chunk) -> bytes:
+    """A chunk as it lies in the file; ValueError where its checksum is wrong. Any thread may call it."""
     deflated = os.pread(file.fileno(), chunk.size, chunk.offset)
     if isal_zlib.crc32(deflated) != chunk.crc:
         raise ValueError("wrong checksum")
+    return deflated
+
+
+def read_chunk(file: BinaryIO, chunk: Chunk, size: int) -> bytes:
+    """The ``size`` bytes of a chunk; ValueError unless they are what was written. Any thread may call it."""
+    deflated = read_deflated(file, chunk)
     inflater = isal_zlib.decompressobj()
     try:
         # One byte more than is due: only so is the stream's end, with its own checksum, read and checked.

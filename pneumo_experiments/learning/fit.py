@@ -101,7 +101,13 @@ def fit(
         network.pretrained = frozenset(state["pretrained"])
     trainer = _Trainer(network, recipe, epochs * steps, compute)
     if state is not None:
-        trainer.load(state)
+        try:
+            trainer.load(state)
+        except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(
+                f"resume=true: the checkpoint does not fit the network ({reason}); resume=false starts anew"
+            ) from error
     for number in range(1 + trainer.steps // steps, epochs + 1):
         # Dropout draws from torch's own generator: each epoch starts it anew, so that it needs no keeping.
         torch.manual_seed((recipe.seed * 1_000_003 + number) * distributed.world_size() + distributed.rank())

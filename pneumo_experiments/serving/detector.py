@@ -111,6 +111,9 @@ def load(folder: Path) -> Detector:
 
     Raises UserError where something of it is missing or damaged.
     """
+    for path in (folder / DESCRIPTION, folder / WEIGHTS):
+        if path.exists() and not path.is_file():  # a device has no end, a pipe no beginning
+            raise _damaged(path, FileNotFoundError("no file"))
     try:
         made = _described(json.loads((folder / DESCRIPTION).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, LookupError, OverflowError, RecursionError) as error:

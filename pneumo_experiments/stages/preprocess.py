@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -97,11 +98,24 @@ def _is_there(settings: Preprocess, source: Source) -> bool:
         return False
     try:
         with Dataset.open(path) as dataset:
-            there = dataset.settings
-    except UserError:
+            differing = _differing(dataset.settings, settings, source)
+            if not differing:
+                dataset.verify()
+    except UserError as error:
         if settings.overwrite:
+            print(f"preprocess: makes it anew: {error}")
             return False
         raise
+    if differing and not settings.overwrite:
+        raise UserError(
+            f"dataset={path}: was made with {', '.join(differing)};"
+            " overwrite=true replaces it, another dataset=… keeps it"
+        )
+    return not differing
+
+
+def _differing(there: Mapping[str, str], settings: Preprocess, source: Source) -> list[str]:
+    """In what the data set that stands there is another one; empty where it is the same."""
     differing = [
         _difference(name, str(there.get(name)), source.made_from[name])
         for name in MADE_FROM
@@ -114,12 +128,7 @@ def _is_there(settings: Preprocess, source: Source) -> bool:
         and there.get(FILES) != _contents(source, settings.max_pixels)
     ):
         differing = ["other DICOM files"]
-    if differing and not settings.overwrite:
-        raise UserError(
-            f"dataset={path}: was made with {', '.join(differing)};"
-            " overwrite=true replaces it, another dataset=… keeps it"
-        )
-    return not differing
+    return differing
 
 
 def _contents(source: Source, max_pixels: int) -> str:
@@ -155,8 +164,10 @@ def _write(settings: Preprocess, source: Source) -> None:
     path, work = settings.dataset, _work_folder(settings)
     if path.is_dir():
         raise UserError(f"dataset={path}: is a folder; name a file, such as {path / 'dataset.h5'}")
-    try:
-        with work_folder(work, f"preprocess: another process writes {path}; waiting until it ends") as waited:
+    with ExitStack() as stack:
+        try:
+            waiting = f"preprocess: another process writes {path}; waiting until it ends"
+            waited = stack.enter_context(work_folder(work, waiting))
             if waited and {item.name for item in work.iterdir()} == {LOCK} and _is_there(settings, source):
                 print(f"preprocess: {path} is there already, from the same files and settings")
                 log_existing_report(path)
@@ -164,14 +175,14 @@ def _write(settings: Preprocess, source: Source) -> None:
             for left in (*work.glob("*.now"), *work.glob("*.part")):
                 left.unlink(missing_ok=True)
             report = _make(settings, source, work)
-            with Dataset.open(path) as dataset:
-                page = write_report(path, report, dataset)
-            print(f"preprocess: report: {page}")
-            shutil.rmtree(work, ignore_errors=True)
-    except OSError as error:
-        raise UserError(
-            f"{path}: cannot be written ({reason_of(error)}); make room or choose another place"
-        ) from error
+        except OSError as error:
+            raise UserError(
+                f"{path}: cannot be written ({reason_of(error)}); make room or choose another place"
+            ) from error
+        with Dataset.open(path) as dataset:
+            page = write_report(path, report, dataset)
+        print(f"preprocess: report: {page}")
+        shutil.rmtree(work, ignore_errors=True)
 
 
 def _make(settings: Preprocess, source: Source, work: Path) -> Report:
@@ -203,6 +214,7 @@ def _make(settings: Preprocess, source: Source, work: Path) -> Report:
         pixel_dtype=settings.pixel_dtype,
         settings=made_from,
         labelled=source.annotations is not None,
+        work=work,
     )
     return report[0]
 

@@ -10,7 +10,7 @@ import warnings
 from contextlib import redirect_stdout, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -260,7 +260,16 @@ def read_checkpoint(checkpoint: Checkpoint) -> dict[str, Any] | None:
     if last.keys() != names or not isinstance(state, dict) or state.keys() != State.__annotations__.keys():
         warnings.warn(f"{checkpoint.folder}: of another version; the training starts anew", stacklevel=2)
         return None
+    networks: list[Any] = [last["state"]["network"], *last["networks"].values()]
+    if any(_shapes(network) != _shapes(networks[0]) for network in networks):
+        warnings.warn(f"{checkpoint.folder}: of several networks; the training starts anew", stacklevel=2)
+        return None
     return last
+
+
+def _shapes(network: Any) -> dict[str, Any]:
+    tensors = cast("dict[str, Any]", network) if isinstance(network, dict) else {}
+    return {name: getattr(tensor, "shape", None) for name, tensor in tensors.items()}
 
 
 def _progress(last: dict[str, Any], run_id: str) -> Progress:

@@ -234,4 +234,6 @@ def outbox(run_id: str) -> Generator[Outbox]:
 
 
 def _reason(error: Exception) -> str:
-    return hide_passwords(str(error).split("\n")[0])[:300]
+    lines = str(error).split("\n")
+    aside = lines[0].startswith("(raised as a result of")  # SQLAlchemy's, before the reason itself
+    return hide_passwords(lines[1 if aside and len(lines) > 1 else 0])[:300]

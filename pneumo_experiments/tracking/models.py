@@ -72,6 +72,8 @@ def model_data(address: str) -> Path:
     open_store()
     try:
         folder = Path(mlflow.artifacts.download_artifacts(address))
+        if not (folder / MLMODEL_FILE_NAME).is_file():  # a device has no end, a pipe no beginning
+            raise FileNotFoundError(f"no file {folder / MLMODEL_FILE_NAME}")
         described: Any = yaml.safe_load((folder / MLMODEL_FILE_NAME).read_text(encoding="utf-8"))
     except (MlflowException, OSError, ValueError, ImportError) as error:  # e.g. no library for s3://
         raise _cannot_be_loaded(address, hide_passwords(str(error).split("\n")[0])) from error

@@ -62,9 +62,10 @@ def _open(uri: str) -> None:
         raise
     except Exception as error:  # MLflow, SQLAlchemy, its drivers and the file system: errors of many kinds
         reason = str(error).split("\n")[0].split(". ")[0]
+        room = "make room there, or " if "is full" in reason else ""
         raise UserError(
             f"MLFLOW_TRACKING_URI={tracking_uri()}: the store does not open ({hide_passwords(reason)});"
-            " name another in that variable, such as sqlite:///runs.db"
+            f" {room}name another in that variable, such as sqlite:///runs.db"
         ) from error
     if adopted:
         end_with_mlflow_run()
