@@ -33,7 +33,7 @@ from pneumo_experiments.learning.predict import Predictor, to_native
 from pneumo_experiments.scoring.figures import contact_sheet, overlay
 from pneumo_experiments.scoring.scores import Scores
 from pneumo_experiments.scoring.thresholds import Thresholds, apply_thresholds, best_on_grid
-from pneumo_experiments.settings import Preprocess, Recipe
+from pneumo_experiments.settings import Device, ImageFormat, Preprocess, Recipe, SourceFiles, from_flat
 from pneumo_experiments.stages.preprocess import preprocess
 
 ENOUGH = 0.9
@@ -58,18 +58,21 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, nargs="+", default=[60, 50, 75], help="at each of the sizes")
     parser.add_argument("--picture", type=Path, default=Path("overlays.png"))
     wishes = parser.parse_args()
-    recipe = Recipe(
-        weights="none", augment=False, batch_size=4, learning_rate=1e-3, warmup=0.1, positive_share=0
-    )
-    predictor = Predictor(build(recipe.network, recipe.weights, recipe.seed), choose_compute(recipe))
-    print(f"{machine()}, {predictor.machine.device}, {predictor.machine.precision}")
+    values = {"weights": "none", "augment": False, "batch_size": 4, "learning_rate": 1e-3, "warmup": 0.1}
+    recipe = from_flat(Recipe, values | {"positive_share": 0.0})
+    predictor = Predictor(build(recipe.network.network, "none", recipe.seed), choose_compute(Device()))
+    print(f"{machine()}, {predictor.compute.device}, {predictor.compute.precision}")
     with tempfile.TemporaryDirectory() as folder:
         os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder}/mlflow.db"
         start, dice = time.perf_counter(), 0.0
         for size, epochs in zip(wishes.sizes, wishes.epochs, strict=True):
             path = Path(folder) / f"{size}.h5"
             preprocess(
-                Preprocess(dicom_dir=wishes.dicom_dir, rle_csv=wishes.rle_csv, dataset=path, image_size=size)
+                Preprocess(
+                    source=SourceFiles(wishes.dicom_dir, wishes.rle_csv),
+                    dataset=path,
+                    format=ImageFormat(size),
+                )
             )
             with Dataset.open(path) as dataset:
                 everything = Subset(dataset, np.arange(len(dataset)))
@@ -90,7 +93,7 @@ def overfit(everything: Subset, predictor: Predictor, recipe: Recipe, epochs: in
         f" ceiling of the Dice on positives {ceiling(dataset):.4f}",
         flush=True,
     )
-    for epoch in fit(predictor.network, examples, recipe, epochs, predictor.machine):
+    for epoch in fit(predictor.network, examples, recipe, epochs, predictor.compute):
         if epoch.number % EVERY:
             continue
         scores, _ = judged(everything, predictor)

@@ -52,7 +52,7 @@ from pneumo_experiments.learning.loss import criterion
 from pneumo_experiments.learning.network import PneumothoraxNet, build
 from pneumo_experiments.learning.predict import Predictor
 from pneumo_experiments.scoring.thresholds import HUNDREDTHS
-from pneumo_experiments.settings import Recipe
+from pneumo_experiments.settings import Batches, Device, Recipe
 from pneumo_experiments.synthetic.files import write_sample
 
 SAMPLE = 48  # synthetic radiographs, before they are repeated
@@ -143,8 +143,8 @@ def ours(
         side = dataset.image_size
         cache = choose_cache("auto", 2 * len(rows) * side**2, place.device)
         examples = load(dataset, rows, present, side, str(place.device) if cache == "device" else "cpu")
-    recipe = Recipe(weights="none", batch_size=batch)
-    return fit(build(recipe.network, recipe.weights, recipe.seed), examples, recipe, epochs, place, progress)
+    recipe = Recipe(batches=Batches(batch_size=batch))
+    return fit(build(recipe.network.network, "none", recipe.seed), examples, recipe, epochs, place, progress)
 
 
 def dataset_of(size: int, folder: Path) -> Path:
@@ -168,7 +168,7 @@ def flops_per_image(size: int) -> float:
     Counted in one step on torch's meta device, whose tensors have shapes but no values.
     """
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        output = PneumothoraxNet(Recipe().network)(torch.empty(2, 1, size, size))
+        output = PneumothoraxNet(Recipe().network.network)(torch.empty(2, 1, size, size))
         criterion(output, torch.empty(2, size, size), torch.empty(2), Recipe())["loss"].backward()
     return counter.get_total_flops() / 2
 
@@ -259,10 +259,15 @@ def check(path: Path, place: ComputeConfig, recipe: Recipe, count: int = CHECKED
             where = ComputeConfig(place.device, precision)
             ways[f"cache={cache} precision={precision}"] = partial(steps, path, cache, recipe, where, count)
     best = ComputeConfig(place.device, place.precision)
-    ways["compile=true"] = partial(steps, path, caches[0], replace(recipe, compile=True), best, count)
-    ways["ema=0.9 micro_batch"] = partial(
-        steps, path, caches[0], replace(recipe, ema=0.9, micro_batch=recipe.batch_size // 2), best, count
+    ways["compile=true"] = partial(
+        steps, path, caches[0], replace(recipe, network=replace(recipe.network, compile=True)), best, count
     )
+    averaged = replace(
+        recipe,
+        optimizer=replace(recipe.optimizer, ema=0.9),
+        batches=replace(recipe.batches, micro_batch=recipe.batches.batch_size // 2),
+    )
+    ways["ema=0.9 micro_batch"] = partial(steps, path, caches[0], averaged, best, count)
     ways["interrupted and resumed"] = partial(resumed, path, caches[0], recipe, best, count // 2)
     ways["validation"] = partial(validated, path, recipe.network, best)
     processes = min(2, torch.cuda.device_count()) if cuda else 2
@@ -296,21 +301,21 @@ def examples_of(
 def steps(path: Path, cache: str, recipe: Recipe, place: ComputeConfig, count: int) -> str:
     """An epoch of so many steps."""
     with hdf5.Dataset.open(path) as dataset:
-        examples = examples_of(dataset, cache, place, count * recipe.batch_size)
-        (epoch,) = fit(build(recipe.network, "none", 0), examples, recipe, 1, place)
+        examples = examples_of(dataset, cache, place, count * recipe.batches.batch_size)
+        (epoch,) = fit(build(recipe.network.network, "none", 0), examples, recipe, 1, place)
     return f"loss {epoch.losses['loss']:.3f}, {epoch.skipped_steps} steps left out"
 
 
 def resumed(path: Path, cache: str, recipe: Recipe, place: ComputeConfig, count: int) -> str:
     """So many steps, and from what they left as many by a new network."""
     with hdf5.Dataset.open(path) as dataset, tempfile.TemporaryDirectory() as folder:
-        examples = examples_of(dataset, cache, place, count * recipe.batch_size)
+        examples = examples_of(dataset, cache, place, count * recipe.batches.batch_size)
         checkpoint = Checkpoint(Path(folder))
-        first = next(fit(build(recipe.network, "none", 0), examples, recipe, 2, place))
+        first = next(fit(build(recipe.network.network, "none", 0), examples, recipe, 2, place))
         checkpoint.save({"state": first.state()}, {})
         last = checkpoint.last()
         assert last is not None
-        second = build(recipe.network, "none", 1)
+        second = build(recipe.network.network, "none", 1)
         (epoch,) = fit(second, examples, recipe, 2, place, state=last["state"])
     return f"loss {first.losses['loss']:.3f}, then {epoch.losses['loss']:.3f}"
 
@@ -352,12 +357,12 @@ def main() -> None:
     if wishes.epochs < 2:
         parser.error("--epochs: the first epoch is not counted, so take 2 or more")
     with tempfile.TemporaryDirectory() as folder:
-        place = choose_compute(Recipe(device=kind))
+        place = choose_compute(Device(kind))
         if wishes.check:
             print(
                 f"{torch.cuda.get_device_name() if kind == 'cuda' else machine()}, torch {torch.__version__}"
             )
-            recipe = Recipe(weights="none", batch_size=CHECKED_BATCH[kind])
+            recipe = Recipe(batches=Batches(batch_size=CHECKED_BATCH[kind]))
             sys.exit(not check(dataset_of(CHECKED_SIZE[kind], Path(folder)), place, recipe))
         tables(Path(folder), wishes, place)
 

@@ -10,18 +10,31 @@ import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Callable
-from dataclasses import Field, fields
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NoReturn
+from types import MappingProxyType
+from typing import Any, Literal, NoReturn, get_args, get_origin
 
 import click
+from click.core import ParameterSource
 
 from pneumo_experiments import __version__
 from pneumo_experiments.errors import UserError, reason_of
 from pneumo_experiments.interrupts import Terminated, handle_signals
-from pneumo_experiments.settings import ENTRY_POINTS, NONE, Main, as_text, from_names
+from pneumo_experiments.settings import (
+    CONFIG,
+    DEMO,
+    ENTRY_POINTS,
+    NONE,
+    Leaf,
+    Main,
+    Settings,
+    as_text,
+    from_flat,
+    leaves,
+    read_config,
+)
 from pneumo_experiments.terminal import make_streams_unfailing
 
 # Of the system: no room, no permission, a disk that cannot be written, a name that is too long.
@@ -36,35 +49,37 @@ LONGEST_NAME = 255  # bytes, of a file or folder: the limit of all usual file sy
 LONGEST_TEXT = 1000  # characters, of an address for example
 
 
-class Number(click.ParamType):  # pyright: ignore[reportMissingTypeArgument]  # older clicks take none
-    """A finite number from ``least`` to ``most``."""
+class WholeNumber(click.IntRange):
+    """A whole number within limits."""
 
-    def __init__(self, kind: type[int] | type[float], least: float | None, most: float | None) -> None:
-        self.kind, self.least, self.most = kind, least, most
-        self.name = "whole number" if kind is int else "number"
+    name = "whole number"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | float:
-        try:
-            number = self.kind(value)
-        except ValueError:
-            self.fail(f"{value!r} is not a {self.name}", param, ctx)
-        if isinstance(number, float) and not math.isfinite(number):
+
+class Number(click.FloatRange):
+    """A number within limits; click's own range lets nan pass."""
+
+    name = "number"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
             self.fail(f"{value!r} is not a finite number", param, ctx)
-        if self.least is not None and number < self.least:
-            self.fail(f"{value} is less than {self.least}", param, ctx)
-        if self.most is not None and number > self.most:
-            self.fail(f"{value} is more than {self.most}", param, ctx)
         return number
 
 
-class PathOrNone(click.ParamType):  # pyright: ignore[reportMissingTypeArgument]
-    """A path; empty or ``none`` where there is none."""
+class PathType(click.ParamType):  # pyright: ignore[reportMissingTypeArgument]
+    """A path; where it is optional, empty or ``none`` is None."""
 
     name = "path"
 
+    def __init__(self, optional: bool) -> None:
+        self.optional = optional
+
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path | None:
         if value in ("", NONE):
-            return None
+            if self.optional:
+                return None
+            self.fail("give a path", param, ctx)
         try:
             path = Path(value).expanduser()
         except RuntimeError:  # no such user
@@ -78,16 +93,16 @@ class PathOrNone(click.ParamType):  # pyright: ignore[reportMissingTypeArgument]
 
 
 class Text(click.ParamType):  # pyright: ignore[reportMissingTypeArgument]
-    """One line of text, of a ``form`` (regular expression, words) where one is given."""
+    """One line of text that matches ``pattern`` (regular expression, its meaning) where one is given."""
 
     name = "text"
 
-    def __init__(self, form: tuple[str, str] | None) -> None:
-        self.form = form
+    def __init__(self, pattern: tuple[str, str] | None) -> None:
+        self.pattern = pattern
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        if self.form is not None and not re.fullmatch(self.form[0], value):
-            self.fail(f"{value!r} is not {self.form[1]}", param, ctx)
+        if self.pattern is not None and not re.fullmatch(self.pattern[0], value):
+            self.fail(f"{value!r} is not {self.pattern[1]}", param, ctx)
         if len(value) > LONGEST_TEXT:
             self.fail(f"{value!r} has {len(value)} characters, more than {LONGEST_TEXT}", param, ctx)
         if not value.isprintable():  # line breaks, control characters, bytes that are not UTF-8
@@ -104,53 +119,107 @@ class Bool(click.types.BoolParamType):
         return super().convert(value, param, ctx)
 
 
-def _type_of(f: Field[Any]) -> Any:
-    if f.metadata["choices"]:
-        return click.Choice(f.metadata["choices"])
-    match str(f.type):
-        case "int":
-            return Number(int, f.metadata["least"], f.metadata["most"])
-        case "float":
-            return Number(float, f.metadata["least"], f.metadata["most"])
-        case "bool":
-            return Bool()
-        case "Path" | "Path | None":
-            return PathOrNone()
-        case _:
-            return Text(f.metadata["form"])
+class EntryPoint(click.Command):
+    """An entry point; its help shows the options by group."""
+
+    headings: Mapping[str, str] = MappingProxyType({})  # by option name
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for param in self.get_params(ctx):
+            if record := param.get_help_record(ctx):
+                sections.setdefault(self.headings.get(param.name or "", "Options"), []).append(record)
+        for heading, records in sections.items():
+            with formatter.section(heading):
+                formatter.write_dl(records)
 
 
-def _option_of(f: Field[Any], kind: type) -> click.Option:
-    default = as_text(f.default)
-    if kind is Main and f.metadata["sample"] is not None:
-        default += f"; on the synthetic sample: {as_text(f.metadata['sample'])}"
+def _type_of(leaf: Leaf) -> Any:
+    if get_origin(leaf.type) is Literal:
+        return click.Choice(get_args(leaf.type))
+    if leaf.type is bool:
+        return Bool()
+    if leaf.type is int:
+        return WholeNumber(_whole(leaf.arg.min), _whole(leaf.arg.max))
+    if leaf.type is float:
+        return Number(leaf.arg.min, leaf.arg.max)
+    if leaf.type is str:
+        return Text(leaf.arg.pattern)
+    return PathType(optional=leaf.type is not Path)
+
+
+def _option_of(leaf: Leaf) -> click.Option:
     return click.Option(
-        [f"--{f.name}"], type=_type_of(f), help=f"{f.metadata['meaning']}  [default: {default}]"
+        [f"--{leaf.name}"],
+        type=_type_of(leaf),
+        help=f"{leaf.arg.help}  [default: {as_text(leaf.default)}]",
+        show_default=False,
     )
 
 
 def _command_of(name: str) -> click.Command:
     kind: type[Any] = ENTRY_POINTS[name]
 
-    def call(**given: Any) -> None:
-        # Options that were not given are None, and so is a path given as "none": both mean the default,
-        # because the default of every optional path is none.
-        chosen = {key: value for key, value in given.items() if value is not None}
-        settings: Any = from_names(kind, chosen)
+    @click.pass_context
+    def call(ctx: click.Context, **_: Any) -> None:
+        settings = resolve(ctx, kind)
         stage = import_module(f"pneumo_experiments.stages.{name}")  # heavy libraries load only now
         run: Callable[[Any], object] = getattr(stage, name)
         run(settings)
 
-    options: list[click.Parameter] = [_option_of(f, kind) for f in fields(kind)]
-    return click.Command(
-        name, params=options, callback=call, help=kind.__doc__, short_help=(kind.__doc__ or "").split("\n")[0]
+    config = click.Option(["--config"], type=PathType(optional=True), help=CONFIG.help + "  [default: none]")
+    command = EntryPoint(
+        name,
+        params=[config, *map(_option_of, leaves(kind))],
+        callback=call,
+        help=kind.__doc__,
+        short_help=(kind.__doc__ or "").split("\n")[0],
     )
+    command.headings = {leaf.name: leaf.heading for leaf in leaves(kind) if leaf.heading}
+    return command
+
+
+def resolve(ctx: click.Context, kind: type[Settings]) -> Settings:
+    """The settings of a command: an option beats the config file, the file beats the default."""
+    given = {n for n in ctx.params if ctx.get_parameter_source(n) is ParameterSource.COMMANDLINE}
+    path: Path | None = ctx.params["config"]
+    if kind is Main and path is None and ctx.params["dicom_dir"] is None and DEMO.is_file():
+        click.echo(
+            f"main: no dicom_dir and no config: synthetic radiographs, with {DEMO.parent.name}/{DEMO.name}"
+        )
+        path = DEMO
+    types = {param.name: param for param in ctx.command.params}
+    values: dict[str, Any] = {}
+    for name, text in (read_config(path, kind) if path else {}).items():
+        try:
+            values[name] = types[name].type.convert(text, types[name], ctx)
+        except click.BadParameter as error:
+            raise UserError(f"config={path}: {name}: {error.message.rstrip('.')}") from None
+    defaults = {leaf.name: leaf.default for leaf in leaves(kind) if leaf.arg.declared}
+    for name in given - {"config"}:
+        # `mlflow run` passes the defaults in MLproject like explicit choices: the config file beats these.
+        is_passed_default = "MLFLOW_RUN_ID" in os.environ and name in defaults
+        if not (name in values and is_passed_default and ctx.params[name] == defaults[name]):
+            values[name] = ctx.params[name]
+    return from_flat(kind, values)
+
+
+def _whole(limit: float | None) -> int | None:
+    return None if limit is None else int(limit)
+
+
+def _underscored(word: str) -> str:
+    return word.replace("-", "_")  # --learning-rate is --learning_rate
 
 
 @click.group(
     help="Find and outline pneumothorax on chest radiographs: every step tracked with MLflow.",
     epilog="The same names work as `mlflow run . -e NAME -P setting=value`; without -e it is main.",
-    context_settings={"max_content_width": 110},
+    context_settings={
+        "max_content_width": 110,
+        "help_option_names": ["-h", "--help"],
+        "token_normalize_func": _underscored,
+    },
 )
 @click.version_option(package_name=None, version=__version__)
 def cli() -> None: ...
@@ -161,7 +230,7 @@ for _name in ENTRY_POINTS:
 
 
 @cli.command(short_help="Write MLproject anew from the settings.")
-@click.argument("path", type=PathOrNone(), default="MLproject")
+@click.argument("path", type=PathType(optional=False), default="MLproject")
 def mlproject(path: Path) -> None:
     """Write MLproject anew from the settings."""
     from pneumo_experiments.mlproject import mlproject_text
@@ -175,6 +244,9 @@ def main() -> NoReturn:
     make_streams_unfailing()
     try:
         cli.main(prog_name="python -m pneumo_experiments", standalone_mode=False)
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        sys.exit(error.exit_code)
     except click.UsageError as error:
         _complain(_one_line(error))
         sys.exit(2)
@@ -212,7 +284,9 @@ def _complain(message: str) -> None:
 
 def _one_line(error: click.UsageError) -> str:
     path = error.ctx.command_path if error.ctx else "python -m pneumo_experiments"
+    message = error.format_message()
     if isinstance(error, click.BadParameter) and error.param is not None:
-        message = re.sub(r"\S{60,}", lambda found: found[0][:50] + "…", error.message)  # what a line can hold
-        return f"{error.param.name}: {message}; see {path} --help"
-    return f"{error.format_message().rstrip('.')}; see {path} --help"
+        short = re.sub(r"\S{60,}", lambda match: match[0][:50] + "…", error.message)  # what a line can hold
+        message = f"{error.param.name}: {short}"
+    message = message.rstrip(". ")
+    return f"{message} See {path} --help" if message.endswith("?") else f"{message}; see {path} --help"

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
-from dataclasses import Field, fields
-from typing import Any
 
-from pneumo_experiments.settings import ENTRY_POINTS, Main, as_text
+from pneumo_experiments.settings import CONFIG, ENTRY_POINTS, NONE, as_text, leaves
 
 HEAD = """\
-# Written by `python -m pneumo_experiments mlproject` from pneumo_experiments/settings.py: change it there.
+# Written by `python -m pneumo_experiments mlproject` from pneumo_experiments/settings: change it there.
+#
+# Declared here is only what goes in and out, and config, a YAML file of settings. Every other setting of
+# `python -m pneumo_experiments NAME --help` is accepted as -P name=value as well: MLflow appends it to the
+# command. Their defaults are not declared: MLflow would pass them like explicit choices, which beat a config
+# file.
 name: pneumo_experiments
 conda_env: conda.yaml
 entry_points:
@@ -17,32 +20,22 @@ entry_points:
 
 
 def mlproject_text() -> str:
-    """MLproject as YAML: each entry point's parameters with meaning and default, and its command."""
+    """MLproject as YAML: what goes in and out of each entry point, and its command."""
     return HEAD + "".join(_entry_point(name, kind) for name, kind in ENTRY_POINTS.items())
 
 
 def _entry_point(name: str, kind: type) -> str:
-    declared = [f for f in fields(kind) if not _depends_on_data(f, kind)]
+    declared = [("config", CONFIG.help, NONE)]
+    declared += [
+        (leaf.name, leaf.arg.help, as_text(leaf.default)) for leaf in leaves(kind) if leaf.arg.declared
+    ]
     lines = [f"  {name}:", "    parameters:"]
-    for f in declared:
+    for parameter, meaning, default in declared:
+        # A path of MLflow's type "path" that does not exist would end `mlflow run` before this program can
+        # explain, and leave the run RUNNING: all are strings, and the stages check them.
         lines += [
-            f"      # {f.metadata['meaning']}",
-            f"      {f.name}: {{type: {_type_of(f)}, default: {json.dumps(as_text(f.default))}}}",
+            f"      # {meaning}",
+            f"      {parameter}: {{type: string, default: {json.dumps(default)}}}",
         ]
-    others = [f.name for f in fields(kind) if _depends_on_data(f, kind)]
-    if others:
-        # A declared default is logged before the program can choose, so these must not have one.
-        lines += ["      # these too can be given; their defaults are smaller on the synthetic sample:"]
-        lines += [f"      #   {other}" for other in others]
-    options = " ".join(f"--{f.name} {{{f.name}}}" for f in declared)
+    options = " ".join(f"--{parameter} {{{parameter}}}" for parameter, _, _ in declared)
     return "\n".join([*lines, f'    command: "python -m pneumo_experiments {name} {options}"', ""])
-
-
-def _depends_on_data(f: Field[Any], kind: type) -> bool:
-    return kind is Main and f.metadata["sample"] is not None
-
-
-def _type_of(f: Field[Any]) -> str:
-    # A parameter of MLflow's type "path" that does not exist ends `mlflow run` before this program can
-    # explain, and leaves the run RUNNING: paths are strings here and checked by the stages.
-    return "float" if str(f.type) in ("int", "float") else "string"

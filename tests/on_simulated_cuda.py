@@ -7,7 +7,6 @@ import importlib
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import pandas as pd
 import pytest
 import simulated_cuda
 import torch
+from helpers import changed, make
 from mlflow import MlflowClient
 from samples import stored_sample
 from simulated_cuda import count_syncs
@@ -34,7 +34,7 @@ from pneumo_experiments.learning.fit import RunningMeans, _Trainer, fit  # noqa:
 from pneumo_experiments.learning.loader import Batch, InMemoryData, StreamedData, batches, load  # noqa: E402
 from pneumo_experiments.learning.network import PneumothoraxNet, build  # noqa: E402
 from pneumo_experiments.learning.predict import Predictor  # noqa: E402
-from pneumo_experiments.settings import Recipe, Score, Search, Train  # noqa: E402
+from pneumo_experiments.settings import Device, Recipe, Score, Search, Train  # noqa: E402
 from pneumo_experiments.stages.score import score  # noqa: E402
 from pneumo_experiments.stages.search import search  # noqa: E402
 from pneumo_experiments.stages.train import train  # noqa: E402
@@ -53,7 +53,8 @@ def settings(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
     mlflow.set_tracking_uri(None)
-    yield Train(
+    yield make(
+        Train,
         dataset=dataset,
         network="tiny",
         weights="none",
@@ -74,7 +75,7 @@ def params() -> dict[str, str]:
 @pytest.mark.parametrize("cache", CACHES)
 def test_a_training_ends_in_a_model_that_is_logged(settings: Train, cache: str) -> None:
     torch.backends.cudnn.benchmark = False
-    trained = train(replace(settings, cache=cache, epochs=1))
+    trained = train(changed(settings, cache=cache, epochs=1))
     told = params()
     assert (told["device_used"], told["precision_used"], told["cache_used"]) == ("cuda:0", "bf16", cache)
     assert trained.model.startswith("models:/")
@@ -83,7 +84,7 @@ def test_a_training_ends_in_a_model_that_is_logged(settings: Train, cache: str) 
 
 
 def test_someone_who_sets_nothing_trains_on_images_in_the_gpu_s_memory(settings: Train) -> None:
-    train(replace(settings, epochs=1))
+    train(changed(settings, epochs=1))
     assert params()["cache_used"] == "device"
 
 
@@ -91,7 +92,7 @@ def test_someone_who_sets_nothing_trains_on_images_in_the_gpu_s_memory(settings:
 def test_an_interrupted_training_goes_on_and_averages_its_best_epochs(
     settings: Train, cache: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    settings = replace(settings, cache=cache, epochs=3, best_k=3)
+    settings = changed(settings, cache=cache, epochs=3, best_k=3)
     save = Checkpoint.save
 
     def save_and_stop(self: Checkpoint, last: dict[str, Any], kept: dict[int, dict[str, Any]]) -> None:
@@ -119,18 +120,18 @@ def test_when_memory_runs_out_fewer_images_pass_at_once(
 
     monkeypatch.setattr(PneumothoraxNet, "forward", cramped)
     with pytest.warns(UserWarning, match="memory ran out: 2 images"):
-        train(replace(settings, epochs=1))
+        train(changed(settings, epochs=1))
 
 
 def test_a_search_runs_its_trials(settings: Train) -> None:
     names = ("dataset", "network", "weights", "batch_size")
     shared = {name: getattr(settings, name) for name in names}
-    found = search(Search(**shared, search_epochs=1, trials=2))
+    found = search(make(Search, **shared, search_epochs=1, trials=2))
     assert set(found.loss_weights) == {"bce_weight", "dice_weight", "focal_weight"}
 
 
 def test_a_model_scores_writes_a_submission_and_answers_bytes(settings: Train, dataset: Path) -> None:
-    model = train(replace(settings, epochs=1)).model
+    model = train(changed(settings, epochs=1)).model
     judged = score(Score(dataset=settings.dataset, model=model, subset="all", overlays=2))
     assert judged.scores is not None and judged.scores.images == 16
     folder = dataset.parent / "sample" / "dicom-images-train"
@@ -149,10 +150,16 @@ STEPS = [("tiny", "fp32"), ("tiny", "fp16"), ("fcn_resnet50", "bf16"), ("deeplab
 
 @pytest.mark.parametrize(("network", "precision"), STEPS)
 def test_the_host_waits_for_nothing_in_a_step(network: str, precision: str) -> None:
-    device = choose_compute(Recipe()).device
+    device = choose_compute(Device()).device
     net = PneumothoraxNet(network).to(device, memory_format=torch.channels_last)
-    recipe = Recipe(
-        network=network, ema=0.9, lovasz_weight=1.0, dice_image_weight=1.0, focal_weight=1.0, micro_batch=2
+    recipe = make(
+        Recipe,
+        network=network,
+        ema=0.9,
+        lovasz_weight=1.0,
+        dice_image_weight=1.0,
+        focal_weight=1.0,
+        micro_batch=2,
     )
     trainer = _Trainer(net, recipe, 10, ComputeConfig(device, precision))
     drawn = torch.Generator().manual_seed(0)
@@ -167,7 +174,7 @@ def test_the_host_waits_for_nothing_in_a_step(network: str, precision: str) -> N
 
 @pytest.mark.parametrize("cache", CACHES)
 def test_in_an_epoch_the_host_waits_for_its_sums_alone(dataset: Path, cache: str) -> None:
-    recipe, compute = Recipe(network="tiny", batch_size=4, ema=0.9), choose_compute(Recipe())
+    recipe, compute = make(Recipe, network="tiny", batch_size=4, ema=0.9), choose_compute(Device())
     rows = np.arange(16)
     with Dataset.open(dataset) as opened:
         present = np.array([entry.area_px > 0 for entry in opened.entries])
@@ -193,7 +200,7 @@ def test_the_host_waits_once_for_all_predictions_of_a_validation(dataset: Path, 
     with Dataset.open(dataset) as opened:
         subset = Subset(opened, np.arange(16)).in_memory(cache)
         assert (subset.greys is None) == (cache == "stream")
-        predictor = Predictor(build("tiny", "none", 0), choose_compute(Recipe()), tta_flip=True)
+        predictor = Predictor(build("tiny", "none", 0), choose_compute(Device()), tta_flip=True)
         subset.count(predictor)
         with count_syncs() as waits:
             counts = subset.count(predictor)
@@ -210,7 +217,9 @@ def test_the_benchmark_s_check_tries_every_way_to_train(
     monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
     benchmark = importlib.import_module("train")
     path = stored_sample(tmp_path, images=benchmark.SAMPLE, image_size=32)
-    benchmark.check(path, choose_compute(Recipe()), Recipe(network="tiny", weights="none", batch_size=4), 2)
+    benchmark.check(
+        path, choose_compute(Device()), make(Recipe, network="tiny", weights="none", batch_size=4), 2
+    )
     told = capsys.readouterr().out.splitlines()
     assert told.pop(0) == "processes=2: not checked, it needs two GPUs"
     failed = [line for line in told if ": ok, " not in line]
@@ -221,11 +230,11 @@ def test_the_benchmark_s_check_tries_every_way_to_train(
 
 
 def test_a_dropped_iterator_of_batches_ends_its_thread_and_frees_its_images() -> None:
-    device = choose_compute(Recipe()).device
+    device = choose_compute(Device()).device
     images = torch.zeros(64, 64, 64, dtype=torch.uint8)
     examples = InMemoryData(images, images, np.arange(64) % 2 == 0)
     kept = weakref.ref(examples)
-    iterator = batches(examples, Recipe(batch_size=4), 1, 1, device)
+    iterator = batches(examples, make(Recipe, batch_size=4), 1, 1, device)
     assert next(iterator).images.device == device
     del iterator, examples
     gc.collect()
@@ -245,7 +254,7 @@ def test_sums_over_processes_wait_for_nothing_but_their_numbers(monkeypatch: pyt
         "all_reduce": doubled,
     }
     for name, answer in answers.items():
-        monkeypatch.setattr(distributed, name, answer)
+        monkeypatch.setattr(torch.distributed, name, answer)
     values = torch.arange(3.0).cuda()
     with count_syncs() as waits:
         sums = distributed.all_reduce_means(values, 4)

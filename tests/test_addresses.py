@@ -11,6 +11,7 @@ from urllib.parse import quote_plus
 import mlflow
 import pytest
 from conftest import ROOT
+from helpers import make
 from hypothesis import given
 from hypothesis import strategies as st
 from mlflow import MlflowClient
@@ -173,7 +174,7 @@ def test_a_password_is_neither_a_param_nor_in_the_error_of_a_run(
         monkeypatch.delenv(name, raising=False)
     mlflow.set_tracking_uri(None)
     address = "postgresql://u:Se/cr3t@h/db?user=u&password=cr3t"
-    with pytest.raises(UserError), tracking.run("search", Search(storage=address)):
+    with pytest.raises(UserError), tracking.run("search", make(Search, storage=address)):
         raise UserError(f"storage: {address} does not open")
     (run,) = MlflowClient().search_runs(["0"])
     assert run.data.params["storage"] == "postgresql://u:***@h/db?user=u&password=***"

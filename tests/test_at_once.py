@@ -8,13 +8,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import mlflow
 import pytest
 from conftest import ROOT
+from helpers import changed, make
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from samples import stored_sample
@@ -23,7 +23,7 @@ from pneumo_experiments.errors import UserError
 from pneumo_experiments.learning.checkpoint import Checkpoint
 from pneumo_experiments.locks import work_folder
 from pneumo_experiments.scoring.submission import write_submission
-from pneumo_experiments.settings import Main, Preprocess, Train, as_params, derive
+from pneumo_experiments.settings import Main, Preprocess, Train, as_params, flat
 from pneumo_experiments.stages import main
 from pneumo_experiments.stages.preprocess import preprocess
 from pneumo_experiments.stages.train import train
@@ -49,8 +49,8 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def settings_of(dataset: Path, **changes: Any) -> Train:
-    short = Train(dataset=dataset, weights="none", precision="fp32", epochs=1, batch_size=8, best_k=1)
-    return replace(short, tta_flip=False, threshold_trials=0, overlays=0, **changes)
+    short = make(Train, dataset=dataset, weights="none", precision="fp32", epochs=1, batch_size=8, best_k=1)
+    return changed(short, tta_flip=False, threshold_trials=0, overlays=0, **changes)
 
 
 def runs(name: str) -> list[Run]:
@@ -148,7 +148,8 @@ def test_a_second_preprocess_waits_for_the_first_and_takes_what_it_made(
     dataset: Path, desk: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = dataset.with_name("sample")
-    settings = Preprocess(
+    settings = make(
+        Preprocess,
         dicom_dir=source / "dicom-images-train",
         rle_csv=source / "train-rle.csv",
         dataset=desk / "d.h5",
@@ -158,7 +159,7 @@ def test_a_second_preprocess_waits_for_the_first_and_takes_what_it_made(
     with work_folder(desk / "d.h5.work", ""):
         second = start("preprocess", words, desk)
         heard = hear(second, "waiting until it ends")
-        preprocess(replace(settings, dataset=desk / "made.h5"))
+        preprocess(changed(settings, dataset=desk / "made.h5"))
         (desk / "made.h5").rename(desk / "d.h5")
     rest, _ = second.communicate(timeout=PATIENCE_SECONDS)
     assert second.returncode == 0, rest
@@ -226,15 +227,18 @@ def test_main_killed_after_its_training_takes_it_as_it_ended(
         raise KeyboardInterrupt
 
     source = dataset.with_name("sample")
-    settings = derive(
+    short = changed(settings_of(dataset), epochs=2)
+    settings = make(
         Main,
-        replace(settings_of(dataset), epochs=2),
-        dicom_dir=source / "dicom-images-train",
-        rle_csv=source / "train-rle.csv",
-        trials=1,
-        search_epochs=1,
-        search_images=8,
-        image_size=32,
+        **{name: value for name, value in flat(short).items() if name != "dataset"}
+        | {
+            "dicom_dir": source / "dicom-images-train",
+            "rle_csv": source / "train-rle.csv",
+            "trials": 1,
+            "search_epochs": 1,
+            "search_images": 8,
+            "image_size": 32,
+        },
     )
     with monkeypatch.context() as patch:
         patch.setattr(main, "score", killed)
@@ -319,7 +323,8 @@ def test_main_refuses_a_submission_of_others_before_it_trains(dataset: Path, des
     (desk / "output").mkdir()
     (desk / "output" / "submission.csv").write_text("ImageId,EncodedPixels\na,-1\n")
     source = dataset.with_name("sample")
-    settings = Main(
+    settings = make(
+        Main,
         dicom_dir=source / "dicom-images-train",
         rle_csv=source / "train-rle.csv",
         test_dir=source / "dicom-images-test",

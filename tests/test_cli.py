@@ -7,15 +7,18 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
+import yaml
 from conftest import ROOT
+from helpers import make
 
 from pneumo_experiments import cli
-from pneumo_experiments.settings import ENTRY_POINTS, Main, Train, as_params, derive, from_names
+from pneumo_experiments.errors import UserError
+from pneumo_experiments.settings import ENTRY_POINTS, Main, Train, as_config, as_params, flat, leaves
 
 
 @pytest.fixture(autouse=True)
@@ -40,20 +43,20 @@ def error_of(words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
 @pytest.mark.parametrize(
     ("words", "culprit", "mend"),
     [
-        (["train", "--learning_rate", "banana"], "learning_rate: 'banana' is not a number", "--help"),
+        (["train", "--learning_rate", "banana"], "learning_rate: 'banana' is not a valid number", "--help"),
         (["train", "--learning_rate", "nan"], "learning_rate: 'nan' is not a finite number", "--help"),
-        (["train", "--epochs", "1.5"], "epochs: '1.5' is not a whole number", "--help"),
-        (["train", "--epochs", "0"], "epochs: 0 is less than 1", "--help"),
-        (["train", "--positive_share", "2"], "positive_share: 2 is more than 1", "--help"),
+        (["train", "--epochs", "1.5"], "epochs: '1.5' is not a valid whole number", "--help"),
+        (["train", "--epochs", "0"], "epochs: 0 is not in the range", "--help"),
+        (["train", "--positive_share", "2"], "positive_share: 2.0 is not in the range", "--help"),
         (["train", "--network", "unet"], "network: 'unet' is not one of", "fcn_resnet50"),
         (["train", "--augment", "perhaps"], "augment: 'perhaps' is not a valid boolean", "true"),
         (["train", "--lerning_rate", "1"], "'--lerning_rate'", "--learning_rate"),
         (["tain"], "'tain'", "'train'"),
         (["train", "stray"], "stray", "--help"),
-        (["train", "--seed", "1e20"], "seed: '1e20' is not a whole number", "--help"),
-        (["train", "--seed", "1" + "0" * 20], "is more than 4294967295", "--help"),
-        (["preprocess", "--image_size", "1000000"], "image_size: 1000000 is more than 4096", "--help"),
-        (["train", "--epochs", "9" * 5000], f"epochs: '{'9' * 49}… is not a whole number", "--help"),
+        (["train", "--seed", "1e20"], "seed: '1e20' is not a valid whole number", "--help"),
+        (["train", "--seed", "1" + "0" * 20], "is not in the range 0<=x<=4294967295", "--help"),
+        (["preprocess", "--image_size", "1000000"], "image_size: 1000000 is not in the range", "--help"),
+        (["train", "--epochs", "9" * 5000], f"epochs: '{'9' * 49}… is not a valid whole number", "--help"),
         (["train", "--fold", "9" * 5000], f"fold: '{'9' * 49}… is not the number of a part, or all", "help"),
         (["train", "--augment", ""], "augment: '' is not a valid boolean", "true"),
         (
@@ -111,9 +114,9 @@ HOSTILE = [
 @pytest.mark.parametrize("name", ENTRY_POINTS)
 def test_a_hostile_value_of_any_setting_is_one_short_line_or_within_the_limits(name: str) -> None:
     """Only the reading of the command line; what stages make of paths and addresses is tested elsewhere."""
-    for f in fields(ENTRY_POINTS[name]):
-        notes, is_number = f.metadata, str(f.type) in ("int", "float")
-        assert not is_number or notes["most"] is not None, f"{f.name} may grow without limit"
+    for f in leaves(ENTRY_POINTS[name]):
+        is_number = f.type in (int, float)
+        assert not is_number or f.arg.max is not None, f"{f.name} may grow without limit"
         for value in HOSTILE:
             try:
                 taken = cli.cli.commands[name].make_context(name, [f"--{f.name}", value]).params[f.name]
@@ -123,12 +126,13 @@ def test_a_hostile_value_of_any_setting_is_one_short_line_or_within_the_limits(n
                 assert len(line) < 250, line
                 continue
             if is_number:
-                assert notes["least"] <= taken <= notes["most"]
+                assert f.arg.min is not None and f.arg.max is not None
+                assert f.arg.min <= taken <= f.arg.max
             elif isinstance(taken, Path):
                 assert max(len(part.encode(errors="surrogateescape")) for part in taken.parts) < 256
                 assert "\0" not in str(taken)
             else:
-                assert str(f.type) != "bool"
+                assert f.type is not bool
                 assert taken is None or (len(taken) <= 1000 and taken.isprintable())
 
 
@@ -168,18 +172,83 @@ def test_a_terminal_that_is_full_or_closed_ends_no_work(streams: str, heard: str
     assert ("to stdout" in done.stdout) == (streams in ("2> /dev/full", "2>&-"))
 
 
-def test_main_takes_the_small_values_on_the_sample_and_the_full_ones_on_real_data() -> None:
-    sample, real = from_names(Main, {}), from_names(Main, {"dicom_dir": Path("radiographs")})
-    assert (sample.weights, real.weights) == ("none", "auto")
-    assert sample.image_size < real.image_size == 384
-    assert from_names(Main, {"image_size": 96}).image_size == 96
+def resolved(name: str, *words: str) -> Any:
+    command = cli.cli.commands[name]
+    return cli.resolve(
+        command.make_context(name, [*words], parent=cli.cli.make_context("", [name])), ENTRY_POINTS[name]
+    )
 
 
-def test_settings_pass_from_main_to_a_step_under_the_same_name() -> None:
-    main = from_names(Main, {"learning_rate": 0.5, "seed": 3})
-    train = derive(Train, main, bce_weight=0.25)
-    assert (train.learning_rate, train.seed, train.bce_weight) == (0.5, 3, 0.25)
-    assert train.epochs == main.epochs
+def test_main_without_data_and_config_takes_the_demo_s_values_and_with_data_the_defaults() -> None:
+    demo, real = flat(resolved("main")), flat(resolved("main", "--dicom_dir", "radiographs"))
+    small = yaml.safe_load((ROOT / "configs" / "demo.yaml").read_text())
+    assert small.items() <= demo.items()
+    assert not small.items() & real.items()
+    assert real == flat(Main()) | {"dicom_dir": Path("radiographs")}
+    assert flat(resolved("main", "--image_size", "64"))["image_size"] == 64
+
+
+def test_an_option_beats_the_config_file_and_the_file_beats_the_default(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tmp_path / "c.yaml"
+    config.write_text("epochs: 3\nlearning_rate: 1e-5\ndataset: other.h5\naugment: no\nsubmission: s.csv\n")
+    words = ("--config", str(config), "--epochs", "5", "--dataset", "output/dataset.h5")
+    train = resolved("train", *words)
+    assert (train.schedule.epochs, train.recipe.optimizer.learning_rate) == (5, 1e-5)
+    assert train.recipe.batches.augment is False
+    assert train.schedule.best_k == Train().schedule.best_k
+    assert train.dataset == Path("output/dataset.h5")
+    # `mlflow run` passes what MLproject declares as if it were chosen: the file beats that.
+    monkeypatch.setenv("MLFLOW_RUN_ID", "a" * 32)
+    assert resolved("train", *words).dataset == Path("other.h5")
+    assert resolved("train", *words[:-1], "mine.h5").dataset == Path("mine.h5")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("learning_rat: 1", "did you mean learning_rate?"),
+        ("epochs: 0", "epochs: 0 is not in the range"),
+        ("epochs: [1, 2]", "epochs: give one value"),
+        ("learning_rate: .nan", "not a finite number"),
+        ("- epochs", "not a mapping"),
+        ("a: [", "not valid YAML"),
+        ("network: unet", "network: 'unet' is not one of"),
+        ("!!python/object/apply:os.system ['false']", "not valid YAML"),
+    ],
+)
+def test_a_config_file_s_mistake_is_named(text: str, expected: str, tmp_path: Path) -> None:
+    config = tmp_path / "c.yaml"
+    config.write_text(text)
+    with pytest.raises(UserError) as caught:
+        resolved("train", "--config", str(config))
+    assert str(caught.value).startswith(f"config={config}: ")
+    assert expected in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ENTRY_POINTS.values(), ids=[*ENTRY_POINTS])
+def test_the_resolved_settings_as_a_config_file_give_the_same_settings(kind: type, tmp_path: Path) -> None:
+    config = tmp_path / "c.yaml"
+    (name,) = (name for name, each in ENTRY_POINTS.items() if each is kind)
+    settings = make(kind, seed=5) if "seed" in flat(kind()) else kind()
+    config.write_text(yaml.safe_dump(as_config(settings)))
+    assert resolved(name, "--config", str(config)) == settings
+
+
+def test_no_two_settings_of_an_entry_point_have_one_name() -> None:
+    for kind in ENTRY_POINTS.values():
+        names = [leaf.name for leaf in leaves(kind)]
+        assert len(set(names)) == len(names) > 2
+
+
+def test_dashes_are_underscores_and_h_is_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert resolved("train", "--learning-rate", "0.5").recipe.optimizer.learning_rate == 0.5
+    cli.cli.main(["train", "-h"], standalone_mode=False)
+    out = capsys.readouterr().out
+    headings = [line[:-1] for line in out.splitlines() if line and not line.startswith((" ", "Usage"))]
+    assert headings[:2] == ["Options", "Epochs"]
+    assert "Split by patient" in headings
 
 
 def test_every_setting_is_a_param_in_the_text_that_mlproject_declares() -> None:
@@ -193,8 +262,8 @@ def test_help_names_every_setting_with_meaning_and_default(
     name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cli.cli.main([name, "--help"], standalone_mode=False)
-    told = " ".join(capsys.readouterr().out.split())
-    for f in ENTRY_POINTS[name].__dataclass_fields__.values():
-        assert f"--{f.name}" in told
-        assert f.metadata["meaning"].split(";")[0].split()[0] in told
-    assert told.count("[default:") == len(ENTRY_POINTS[name].__dataclass_fields__)
+    shown = " ".join(capsys.readouterr().out.split())
+    for leaf in leaves(ENTRY_POINTS[name]):
+        assert f"--{leaf.name}" in shown
+        assert leaf.arg.help.split(";")[0].split()[0] in shown
+    assert shown.count("[default:") == 1 + len(leaves(ENTRY_POINTS[name]))

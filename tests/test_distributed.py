@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import signal
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from helpers import changed, make
 from test_fit import CPU, noise, weights_of
 from tiny_network import add_tiny_network
 from torch import nn
@@ -20,7 +20,7 @@ from pneumo_experiments.learning.network import build
 from pneumo_experiments.settings import Recipe
 
 # Odd batches, so that one process has more images than the other.
-RECIPE = Recipe(batch_size=5, learning_rate=1e-3, augment=True, ema=0.9, seed=1)
+RECIPE = make(Recipe, batch_size=5, learning_rate=1e-3, augment=True, ema=0.9, seed=1)
 
 
 def trained(recipe: Recipe) -> dict[str, Any]:
@@ -38,7 +38,7 @@ def trained(recipe: Recipe) -> dict[str, Any]:
 @pytest.mark.usefixtures("tiny")
 def test_two_processes_learn_what_one_does_with_the_same_batches() -> None:
     # Two and three images at once, in one process or by one and two, and one and one, in two.
-    one, two = trained(replace(RECIPE, micro_batch=3)), launch(2, trained, replace(RECIPE, micro_batch=2))
+    one, two = trained(changed(RECIPE, micro_batch=3)), launch(2, trained, changed(RECIPE, micro_batch=2))
     for alone, together in zip(one["losses"], two["losses"], strict=True):
         print({name: (round(alone[name], 5), round(together[name], 5)) for name in alone})
         assert together == pytest.approx(alone, abs=1e-3)
@@ -55,7 +55,9 @@ def learned(recipe: Recipe) -> float:
 
 
 def test_processes_do_not_wait_for_heads_whose_answers_have_no_weight() -> None:
-    recipe = Recipe(batch_size=2, augment=False, bce_weight=0, dice_weight=0, focal_weight=0, aux_weight=0)
+    recipe = make(
+        Recipe, batch_size=2, augment=False, bce_weight=0, dice_weight=0, focal_weight=0, aux_weight=0
+    )
     assert 0 < launch(2, learned, recipe) < 10
 
 

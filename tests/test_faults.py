@@ -23,6 +23,7 @@ from typing import Any
 import mlflow
 import pytest
 import torch
+from helpers import changed, make
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from test_outage import Server, calls_in, environment
@@ -128,7 +129,8 @@ def folder(tmp_path: Path) -> Iterator[Path]:
 
 
 def settings_of(dataset: Path, **changes: Any) -> Train:
-    short = Train(
+    short = make(
+        Train,
         dataset=dataset,
         weights="none",
         precision="fp32",
@@ -139,7 +141,7 @@ def settings_of(dataset: Path, **changes: Any) -> Train:
         threshold_trials=5,
         overlays=1,
     )
-    return replace(short, **changes)
+    return changed(short, **changes)
 
 
 def runs() -> list[Run]:
@@ -335,7 +337,7 @@ def test_a_checkpoint_of_another_network_is_refused_in_one_line_or_starts_anew(
         ) as e:
             train(settings)
         assert "\n" not in str(e.value)
-        settings = replace(settings, resume=False)
+        settings = changed(settings, resume=False)
         train(settings)
     else:
         with pytest.warns(UserWarning, match="of several networks; the training starts anew"):

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import copy
 import warnings
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from helpers import changed, make
 
 from pneumo_experiments.errors import UserError
+from pneumo_experiments.experiment.progress import read_checkpoint
 from pneumo_experiments.learning.averaging import MovingAverage, mean_state
 from pneumo_experiments.learning.checkpoint import Checkpoint
 from pneumo_experiments.learning.device import ComputeConfig
@@ -20,7 +21,6 @@ from pneumo_experiments.learning.fit import Epoch, State, _Trainer, fit
 from pneumo_experiments.learning.loader import InMemoryData, batches
 from pneumo_experiments.learning.network import Output, PneumothoraxNet, build
 from pneumo_experiments.settings import Recipe
-from pneumo_experiments.stages.train import read_checkpoint
 
 CPU = ComputeConfig(torch.device("cpu"), "fp32")
 pytestmark = pytest.mark.usefixtures("tiny")
@@ -46,7 +46,7 @@ def assert_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None
 
 @pytest.mark.parametrize("ema", [0.0, 0.9])
 def test_a_training_that_goes_on_ends_in_the_same_weights_bit_for_bit(ema: float, tmp_path: Path) -> None:
-    recipe = Recipe(batch_size=4, augment=True, seed=3, ema=ema, learning_rate=1e-3)
+    recipe = make(Recipe, batch_size=4, augment=True, seed=3, ema=ema, learning_rate=1e-3)
     whole = build("tiny", "none", 0)
     epochs = list(fit(whole, noise(6), recipe, 3, CPU))
     checkpoint = Checkpoint(tmp_path / "one")
@@ -80,7 +80,7 @@ class Cramped(PneumothoraxNet):
 def test_when_memory_runs_out_fewer_images_pass_at_once_and_a_step_stays_a_step() -> None:
     network = Cramped("tiny")
     network.room = 2
-    recipe = Recipe(batch_size=6, augment=False, positive_share=0)
+    recipe = make(Recipe, batch_size=6, augment=False, positive_share=0)
     with pytest.warns(UserWarning, match="2 images pass the network at once.*still takes batch_size=6"):
         (epoch,) = list(fit(network, noise(6), recipe, 1, CPU))
     assert epoch.micro_batch == 2
@@ -93,7 +93,7 @@ def test_memory_too_small_for_one_image_is_an_error_with_a_mend() -> None:
     network.room = 0
     with pytest.raises(UserError, match=r"micro_batch=1: .*smaller image_size"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        list(fit(network, noise(2), Recipe(batch_size=2, augment=False), 1, CPU))
+        list(fit(network, noise(2), make(Recipe, batch_size=2, augment=False), 1, CPU))
 
 
 class Still(PneumothoraxNet):
@@ -110,8 +110,14 @@ def test_pieces_of_a_batch_add_up_to_its_step() -> None:
         torch.manual_seed(0)
         network = Still("tiny")
         # Terms that are means over images; the Dice of a batch is not the mean over its pieces.
-        recipe = Recipe(
-            batch_size=6, micro_batch=micro_batch, augment=False, dice_weight=0, learning_rate=1e-3, warmup=0
+        recipe = make(
+            Recipe,
+            batch_size=6,
+            micro_batch=micro_batch,
+            augment=False,
+            dice_weight=0,
+            learning_rate=1e-3,
+            warmup=0,
         )
         list(fit(network, noise(6), recipe, 1, CPU))
         ends.append(weights_of(network))
@@ -144,7 +150,7 @@ def test_a_step_without_a_finite_gradient_is_left_out_and_counted() -> None:
     torch.manual_seed(0)
     network = Torn("tiny")
     network.bad = frozenset([3])
-    recipe = Recipe(batch_size=2, augment=False, positive_share=0)
+    recipe = make(Recipe, batch_size=2, augment=False, positive_share=0)
     epoch = next(iter(fit(network, noise(24), recipe, 1, CPU)))
     assert epoch.skipped_steps == 1
     assert all(torch.isfinite(tensor).all() for tensor in network.parameters())
@@ -155,17 +161,17 @@ def test_too_many_steps_without_a_finite_gradient_end_the_training_with_advice()
     network = Torn("tiny")
     network.bad = frozenset(range(2, 6))
     with pytest.raises(UserError, match=r"4 of 6 steps of epoch 1 gave no finite gradient; try a tenth"):
-        list(fit(network, noise(12), Recipe(batch_size=2, augment=False, positive_share=0), 1, CPU))
+        list(fit(network, noise(12), make(Recipe, batch_size=2, augment=False, positive_share=0), 1, CPU))
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_steps_that_are_left_out_do_not_wear_down_the_scale_of_the_gradients(precision: str) -> None:
     network = build("tiny", "none", 0)
     trainer = _Trainer(
-        network, Recipe(batch_size=2, learning_rate=1e-2), 400, ComputeConfig(CPU.device, precision)
+        network, make(Recipe, batch_size=2, learning_rate=1e-2), 400, ComputeConfig(CPU.device, precision)
     )
-    (batch,) = batches(noise(2), Recipe(batch_size=2, augment=False), 1, 1, CPU.device)
-    torn = replace(batch, images=batch.images * float("nan"))
+    (batch,) = batches(noise(2), make(Recipe, batch_size=2, augment=False), 1, 1, CPU.device)
+    torn = changed(batch, images=batch.images * float("nan"))
     trainer.step(batch)
     before = weights_of(network.mask_head)
     for _ in range(200):  # halved so often, the smallest float32 is 0
@@ -258,7 +264,7 @@ def test_pretrained_layers_learn_at_their_own_rate() -> None:
     network = build("fcn_resnet50", "none", 0)
     before = weights_of(network)
     network.pretrained = frozenset(name for name, _ in network.named_parameters() if "backbone" in name)
-    recipe = Recipe(batch_size=4, augment=False, pretrained_lr_scale=0, weight_decay=0.01)
+    recipe = make(Recipe, batch_size=4, augment=False, pretrained_lr_scale=0, weight_decay=0.01)
     epoch: Epoch = next(iter(fit(network, noise(4), recipe, 1, CPU)))
     after = copy.deepcopy(epoch.network).state_dict()
     assert torch.equal(after["backbone.layer4.0.conv1.weight"], before["backbone.layer4.0.conv1.weight"])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,7 @@ import yaml
 from conftest import ROOT
 
 from pneumo_experiments.mlproject import mlproject_text
-from pneumo_experiments.settings import ENTRY_POINTS, Main, as_text
+from pneumo_experiments.settings import ENTRY_POINTS, as_text, leaves
 
 PACKAGE = ROOT / "pneumo_experiments"
 # Heavy or telling libraries, and the only rooms (or files) that may import them.
@@ -54,7 +53,7 @@ ROOMS = {
     "scoring": set[str](),
     "dicom": set[str](),
 }
-COMMON = {"errors.py", "interrupts.py", "locks.py", "settings.py", "terminal.py", "__init__.py"}
+COMMON = {"errors.py", "interrupts.py", "locks.py", "settings", "terminal.py", "__init__.py"}
 
 
 def room_of(path: Path) -> str:
@@ -95,13 +94,10 @@ def test_a_default_in_mlproject_is_the_text_that_is_logged(name: str) -> None:
     parameters = yaml.safe_load((ROOT / "MLproject").read_text(encoding="utf-8"))["entry_points"][name][
         "parameters"
     ]
-    for f in fields(ENTRY_POINTS[name]):
-        if ENTRY_POINTS[name] is Main and f.metadata["sample"] is not None:
-            assert f.name not in parameters, (
-                "its default depends on the data: a declared one would be logged first"
-            )
-        else:
-            assert parameters[f.name]["default"] == as_text(f.default)
+    declared = {leaf.name: as_text(leaf.default) for leaf in leaves(ENTRY_POINTS[name]) if leaf.arg.declared}
+    assert {each: parameter["default"] for each, parameter in parameters.items()} == declared | {
+        "config": "none"
+    }
 
 
 def test_conda_yaml_pins_what_the_lock_pins() -> None:

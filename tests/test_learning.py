@@ -6,11 +6,12 @@ import gc
 import math
 import threading
 import weakref
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
 import torch
+from helpers import changed, make
 
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.learning.device import ComputeConfig, choose_compute
@@ -76,7 +77,7 @@ def test_soft_dice_of_an_empty_prediction_of_an_empty_truth_is_zero() -> None:
 
 def test_a_weight_of_zero_leaves_the_term_out() -> None:
     output = Output(torch.zeros(1, 2, 2), torch.zeros(1, 2, 2), torch.zeros(1))
-    recipe = Recipe(focal_weight=0, aux_weight=0, presence_weight=0)
+    recipe = make(Recipe, focal_weight=0, aux_weight=0, presence_weight=0)
     terms = criterion(output, torch.ones(1, 2, 2), torch.ones(1), recipe)
     assert set(terms) == {"loss", "loss_bce", "loss_dice"}
     assert terms["loss"].item() == pytest.approx((terms["loss_bce"] + terms["loss_dice"]).item())
@@ -86,7 +87,7 @@ def test_a_weight_of_zero_leaves_the_term_out() -> None:
 
 
 def test_each_batch_has_the_epoch_s_share_of_positives_which_changes_evenly() -> None:
-    present, recipe = np.arange(100) < 10, Recipe(positive_share=0.8, final_positive_share=0.4)
+    present, recipe = np.arange(100) < 10, make(Recipe, positive_share=0.8, final_positive_share=0.4)
     for epoch, target in ((1, 0.8), (2, 0.6), (3, 0.4)):
         order = epoch_indices(present, recipe, epoch, epochs=3)
         assert len(order) == 100
@@ -97,7 +98,7 @@ def test_each_batch_has_the_epoch_s_share_of_positives_which_changes_evenly() ->
 
 
 def test_over_the_epochs_every_image_of_a_class_is_seen_equally_often() -> None:
-    present, recipe = np.arange(50) < 20, Recipe(positive_share=0.8, final_positive_share=0.4)
+    present, recipe = np.arange(50) < 20, make(Recipe, positive_share=0.8, final_positive_share=0.4)
     seen = np.zeros(50, int)
     for epoch in range(1, 6):
         seen += np.bincount(epoch_indices(present, recipe, epoch, epochs=5), minlength=50)
@@ -119,13 +120,13 @@ def test_the_order_follows_from_seed_and_epoch() -> None:
 
 @pytest.mark.parametrize("present", [np.zeros(7, np.bool_), np.ones(7, np.bool_), np.arange(7) < 3])
 def test_share_zero_or_a_missing_class_takes_every_image_once(present: np.ndarray) -> None:
-    recipe = Recipe(positive_share=0.0 if 0 < present.sum() < 7 else 0.5)
+    recipe = make(Recipe, positive_share=0.0 if 0 < present.sum() < 7 else 0.5)
     assert sorted(epoch_indices(present, recipe, 2, epochs=3)) == list(range(7))
 
 
 def test_batches_give_greys_and_shares_from_zero_to_one() -> None:
     examples = squares(6)
-    recipe = Recipe(augment=False, positive_share=0, batch_size=4)
+    recipe = make(Recipe, augment=False, positive_share=0, batch_size=4)
     seen = list(batches(examples, recipe, 1, 1, CPU.device))
     assert [len(batch.images) for batch in seen] == [3, 3]
     assert {batch.images.shape for batch in seen} == {(3, 1, 32, 32)}
@@ -146,7 +147,7 @@ class Stored:
 
 
 def test_streamed_images_are_those_in_memory() -> None:
-    recipe = Recipe(augment=True, batch_size=2)
+    recipe = make(Recipe, augment=True, batch_size=2)
     rows, present = np.array([5, 0, 3, 2]), squares(6).present[[5, 0, 3, 2]]
     held = load(Stored(), rows, present, 32, "cpu")
     assert torch.equal(held.images, squares(6).images[[5, 0, 3, 2]])
@@ -199,7 +200,7 @@ def test_images_lie_where_there_is_room() -> None:
 
 
 def test_training_finds_bright_squares() -> None:
-    recipe = Recipe(batch_size=8, learning_rate=1e-3, augment=False, positive_share=0, seed=1)
+    recipe = make(Recipe, batch_size=8, learning_rate=1e-3, augment=False, positive_share=0, seed=1)
     network = build("fcn_resnet50", "none", recipe.seed)
     compute = choose_compute(Device())
     epochs = list(fit(network, squares(16), recipe, 12, compute))
@@ -214,7 +215,7 @@ def test_training_finds_bright_squares() -> None:
 
 
 def test_one_seed_trains_to_the_same_weights() -> None:
-    recipe = Recipe(batch_size=4, augment=True, seed=3)
+    recipe = make(Recipe, batch_size=4, augment=True, seed=3)
     ends: list[torch.Tensor] = []
     for _ in range(2):
         network = build("fcn_resnet50", "none", recipe.seed)
@@ -224,19 +225,19 @@ def test_one_seed_trains_to_the_same_weights() -> None:
 
 
 def test_a_loss_that_is_not_finite_ends_with_advice() -> None:
-    recipe = Recipe(batch_size=4, learning_rate=1e30, augment=False)
+    recipe = make(Recipe, batch_size=4, learning_rate=1e30, augment=False)
     network = build("fcn_resnet50", "none", 0)
     with pytest.raises(UserError, match="learning_rate=1e\\+30"):
         list(fit(network, squares(4), recipe, 3, CPU))
 
 
 def test_the_rate_rises_for_a_fifth_and_ends_near_zero() -> None:
-    recipe = Recipe(warmup=0.2, schedule="cosine")
+    recipe = make(Recipe, warmup=0.2, schedule="cosine")
     assert rate(recipe, 0) == pytest.approx(0.05)
     assert rate(recipe, 0.2) == pytest.approx(1)
     assert rate(recipe, 0.6) == pytest.approx(0.5)
     assert rate(recipe, 1) == pytest.approx(0, abs=1e-9)
-    polynomial = Recipe(warmup=0, schedule="polynomial")
+    polynomial = make(Recipe, warmup=0, schedule="polynomial")
     assert [rate(polynomial, done) for done in (0, 0.5, 1)] == pytest.approx([1, 0.5**0.9, 0])
 
 
@@ -267,4 +268,4 @@ def test_a_device_that_is_not_there_is_named() -> None:
     if torch.cuda.is_available():
         pytest.skip("this machine has CUDA")
     with pytest.raises(UserError, match="device=cuda"):
-        choose_compute(replace(Device(), device="cuda"))
+        choose_compute(changed(Device(), device="cuda"))

@@ -9,6 +9,7 @@ from contextlib import nullcontext
 import numpy as np
 import pytest
 import torch
+from helpers import make
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -26,7 +27,8 @@ from pneumo_experiments.learning.network import Output
 from pneumo_experiments.settings import Recipe
 
 LOGIT = math.log(3)  # of probability 0.75
-EVERY_TERM = Recipe(
+EVERY_TERM = make(
+    Recipe,
     bce_weight=0.5,
     dice_weight=2.0,
     dice_image_weight=0.3,
@@ -276,7 +278,7 @@ def test_terms_without_a_weight_are_left_out_and_the_new_ones_have_none_unasked(
     assert not unasked & set(criterion(output, target, present, Recipe()))
     nothing = dict.fromkeys((*MASK_LOSSES, "aux_weight", "presence_weight"), 0.0)
     for name in MASK_LOSSES:
-        terms = criterion(output, target, present, Recipe(**nothing | {name: 2.0}))
+        terms = criterion(output, target, present, make(Recipe, **nothing | {name: 2.0}))
         term = f"loss_{name.removesuffix('_weight')}"
         assert set(terms) == {"loss", term}
         assert terms["loss"].item() == pytest.approx(2 * terms[term].item())

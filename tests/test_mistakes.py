@@ -22,7 +22,7 @@ from mlflow.entities import Run
 
 from pneumo_experiments import cli, tracking
 from pneumo_experiments.dataset.hdf5 import Dataset
-from pneumo_experiments.learning.device import Machine
+from pneumo_experiments.learning.device import ComputeConfig
 from pneumo_experiments.learning.network import PneumothoraxNet
 from pneumo_experiments.learning.predict import Predictor
 from pneumo_experiments.scoring.thresholds import Thresholds
@@ -97,7 +97,7 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Desk]:
         patch.setenv("MLFLOW_TRACKING_URI", uri)
         mlflow.set_tracking_uri(None)
         with tracking.run("train", Train()):
-            network, machine = PneumothoraxNet("fcn_resnet50"), Machine(torch.device("cpu"), "fp32")
+            network, machine = PneumothoraxNet("fcn_resnet50"), ComputeConfig(torch.device("cpu"), "fp32")
             predictor = Predictor(network, machine, tta_flip=False)
             weights = folder / "weights"
             weights.mkdir()

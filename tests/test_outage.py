@@ -26,6 +26,7 @@ import mlflow
 import pytest
 import requests
 from conftest import ROOT
+from helpers import make
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException, RestException
 
@@ -688,7 +689,9 @@ def test_what_was_kept_is_delivered_from_a_folder_that_was_moved_and_only_that_i
 
 def test_a_name_that_is_not_utf_8_holds_up_no_delivery(client: MlflowClient, tmp_path: Path) -> None:
     odd = os.fsdecode(b"x\xff")
-    with tracking.run("preprocess", Preprocess(dicom_dir=Path(odd), dataset=Path(f"{odd}.h5"))) as run_id:
+    with tracking.run(
+        "preprocess", make(Preprocess, dicom_dir=Path(odd), dataset=Path(f"{odd}.h5"))
+    ) as run_id:
         tracking.describe(f"File {odd}")
         tracking.log_params({"place": Path(odd)})
         tracking.log_dataset(Path(f"{odd}.h5"), "0123456789abcdef0123", "training")

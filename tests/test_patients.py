@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 from dicom_files import GREYS, dicom_bytes
+from helpers import changed, make
 from mlflow import MlflowClient
 from pydicom.uid import generate_uid
 
@@ -35,7 +36,7 @@ from pneumo_experiments.dataset.splits import Split, split
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.experiment.grouping import SOURCES, make_grouping
 from pneumo_experiments.experiment.subset import make_split, split_settings_of
-from pneumo_experiments.settings import Preprocess, Recipe, Train, as_params, from_names
+from pneumo_experiments.settings import Preprocess, Recipe, Train, as_params, from_flat
 from pneumo_experiments.stages.preprocess import preprocess
 
 # Four of the contest's images, of two patients.
@@ -76,7 +77,7 @@ def archive(folder: Path, patients: dict[str, str]) -> dict[str, object]:
 
 def made(chosen: dict[str, object], path: Path) -> dict[str, str]:
     """Patient of each image in a data set that preprocess made."""
-    preprocess(from_names(Preprocess, chosen | {"dataset": path}))
+    preprocess(from_flat(Preprocess, chosen | {"dataset": path}))
     with Dataset.open(path) as dataset:
         return {entry.image_id: entry.patient for entry in dataset.entries}
 
@@ -127,7 +128,7 @@ def test_the_shipped_table_goes_into_the_package_that_is_built(tmp_path: Path) -
     subprocess.run([sys.executable, "-c", build], cwd=tmp_path, check=True, capture_output=True)
     (wheel,) = (tmp_path / "wheels").glob("*.whl")
     with zipfile.ZipFile(wheel) as packed:
-        assert packed.read("pneumo_experiments/data/siim_patients.bin") == SHIPPED.read_bytes()
+        assert packed.read("pneumo_experiments/dataset/siim_patients.bin") == SHIPPED.read_bytes()
 
 
 def test_the_shipped_table_knows_its_own_images_alone() -> None:
@@ -234,7 +235,7 @@ def test_images_that_each_count_as_a_patient_are_a_warning_once_for_preprocess_a
     assert told.endswith("name the patients in patients_csv")
     with Dataset.open(desk / "alone.h5") as dataset:
         for fold in range(5):
-            make_split(dataset, Recipe(fold=str(fold)))
+            make_split(dataset, make(Recipe, fold=str(fold)))
     assert len(warnings_of(caplog)) == 1
 
 
@@ -244,7 +245,7 @@ def test_a_split_of_a_data_set_made_earlier_warns_once(
     path = labelled(tmp_path / "earlier.h5", {f"i{n}": f"p{n}" for n in range(30)}, {})
     with Dataset.open(path) as dataset:
         for fold in range(5):
-            make_split(dataset, Recipe(fold=str(fold)))
+            make_split(dataset, make(Recipe, fold=str(fold)))
     (told,) = warnings_of(caplog)
     assert "each of the 30 images counts as a patient of its own" in told
 
@@ -334,18 +335,18 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_seeds_share_their_split_and_another_split_seed_has_another(pairs: Path) -> None:
     with Dataset.open(pairs) as dataset:
-        first = make_split(dataset, Train(seed=0))
-        assert equal(make_split(dataset, Train(seed=1)), first)
-        other = make_split(dataset, Train(seed=0, split_seed=1))
+        first = make_split(dataset, make(Train, seed=0))
+        assert equal(make_split(dataset, make(Train, seed=1)), first)
+        other = make_split(dataset, make(Train, seed=0, split_seed=1))
         assert not np.array_equal(other.holdout, first.holdout)
 
 
 def test_a_model_is_scored_on_the_split_that_it_was_trained_with(pairs: Path) -> None:
     with Dataset.open(pairs) as dataset:
-        trained = Train(seed=7, split_seed=3, holdout=0.3, folds=3, fold="2")
+        trained = make(Train, seed=7, split_seed=3, holdout=0.3, folds=3, fold="2")
         assert equal(make_split(dataset, split_settings_of(as_params(trained))), make_split(dataset, trained))
         # A model of a time without split_seed: its seed drew the split.
-        old = as_params(replace(trained, seed=3, split_seed=99))
+        old = as_params(changed(trained, seed=3, split_seed=99))
         del old["split_seed"]
         assert equal(make_split(dataset, split_settings_of(old)), make_split(dataset, trained))
 

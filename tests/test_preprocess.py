@@ -11,7 +11,6 @@ import subprocess
 import sys
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import h5py
@@ -19,6 +18,7 @@ import mlflow
 import pydicom
 import pytest
 from conftest import ROOT
+from helpers import changed, make
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
@@ -57,7 +57,7 @@ def settings_of(sample: Path, **changes: object) -> Preprocess:
         "dataset": Path("d.h5"),
         "image_size": 64,
     }
-    return Preprocess(**chosen | changes)  # type: ignore[arg-type]
+    return make(Preprocess, **chosen | changes)  # type: ignore[arg-type]
 
 
 def copy_of(sample: Path, folder: Path) -> Path:
@@ -306,7 +306,7 @@ def test_nothing_of_a_patient_is_written_anywhere(
     settings = settings_of(own, patients_csv=str(desk.parent / "patients.csv"))
     with pytest.raises(UserError) as caught:
         preprocess(settings)  # leaves the work folder and a report
-    preprocess(replace(settings, dataset=Path("e.h5"), max_rejected=1))
+    preprocess(changed(settings, dataset=Path("e.h5"), max_rejected=1))
     out, err = capfd.readouterr()
     written = {str(path): path.read_bytes() for path in desk.rglob("*") if path.is_file()}
     assert len([name for name in written if "d.h5.work" in name]) >= 2

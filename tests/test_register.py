@@ -6,13 +6,14 @@ import csv
 import json
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import mlflow
 import numpy as np
 import pytest
 import torch
+from helpers import changed, make
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from mlflow.entities.model_registry import ModelVersion
@@ -107,13 +108,13 @@ def ward(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ward]:
     positives = stored(folder / "ours" / "sample", "positives", is_positive)
     mixed = stored(folder / "ours" / "sample", "mixed", lambda _: True)
     foreign = stored(folder / "theirs" / "sample", "foreign", is_positive)
-    settings = Train(dataset=positives, holdout=0.3, folds=2)
+    settings = make(Train, dataset=positives, holdout=0.3, folds=2)
     with Dataset.open(positives) as dataset:
         for seed in range(100):
             parts = make_split(dataset, settings)
             if dice_of_all(dataset, parts.train) > dice_of_all(dataset, parts.holdout):
                 break
-            settings = replace(settings, seed=seed)
+            settings = changed(settings, seed=seed)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         for name in ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID", "MLFLOW_EXPERIMENT_NAME"):
@@ -122,7 +123,7 @@ def ward(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ward]:
         mlflow.set_tracking_uri(None)
         network = PneumothoraxNet("fcn_resnet50")
         first, second = (logged(network, settings, EVERYTHING) for _ in range(2))
-        empty = logged(network, replace(settings, dataset=mixed), NOTHING)
+        empty = logged(network, changed(settings, dataset=mixed), NOTHING)
         scored(first, positives)
         holdout = last_run()
         assert register(Register(model=first)).champion
@@ -131,8 +132,8 @@ def ward(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ward]:
 
 
 def scored(model: str, dataset: Path, subset: str = "holdout", precision: str = "auto") -> float:
-    settings = Score(
-        model=model, dataset=dataset, subset=subset, precision=precision, device="cpu", overlays=0
+    settings = make(
+        Score, model=model, dataset=dataset, subset=subset, precision=precision, device="cpu", overlays=0
     )
     judged = score(settings)
     assert judged.scores is not None
@@ -172,7 +173,7 @@ def test_a_score_on_other_images_than_the_champions_makes_no_champion(
 
 def test_a_model_at_the_baseline_is_no_first_champion(ward: Ward, capsys: pytest.CaptureFixture[str]) -> None:
     dice = scored(ward.empty, ward.mixed)
-    version = register(Register(model=ward.empty, name="another"))
+    version = register(make(Register, model=ward.empty, name="another"))
     assert not version.champion
     assert f"is not above the all-empty baseline {dice:.4f}" in version.reason
     assert MlflowClient().get_registered_model("another").aliases == {}

@@ -20,6 +20,7 @@ import mlflow
 import psutil
 import pytest
 from conftest import ROOT
+from helpers import make
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from test_outage import Server
@@ -80,8 +81,8 @@ def store(fresh_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_runs_nest_under_their_step_and_hold_every_setting(store: Store) -> None:
-    with tracking.run("search", Search(study="mine"), "Two\nlines."):
-        with tracking.run("trial 0", Train(epochs=3)):
+    with tracking.run("search", make(Search, study="mine"), "Two\nlines."):
+        with tracking.run("trial 0", make(Train, epochs=3)):
             tracking.log_metrics({"dice": 0.25}, step=1)
             tracking.log_metrics({"dice": 0.5}, step=2)
         tracking.log_params({"best": 0, "path": None})
@@ -99,7 +100,7 @@ def test_runs_nest_under_their_step_and_hold_every_setting(store: Store) -> None
 
 
 def test_a_password_in_a_setting_is_not_a_param(store: Store) -> None:
-    with tracking.run("search", Search(storage="postgresql://me:se:cret@host:5432/study")):
+    with tracking.run("search", make(Search, storage="postgresql://me:se:cret@host:5432/study")):
         pass
     assert store.runs()["search"].data.params["storage"] == "postgresql://me:***@host:5432/study"
 

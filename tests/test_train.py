@@ -6,7 +6,6 @@ import csv
 import os
 import subprocess
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from helpers import changed, make
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from samples import stored_sample
@@ -40,7 +40,7 @@ def settings(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
     mlflow.set_tracking_uri(None)
-    yield Train(dataset=dataset, weights="none", epochs=2, threshold_trials=5, overlays=2, batch_size=8)
+    yield make(Train, dataset=dataset, weights="none", epochs=2, threshold_trials=5, overlays=2, batch_size=8)
     mlflow.set_tracking_uri(None)
 
 
@@ -52,7 +52,7 @@ def runs() -> list[Run]:
 def test_all_folds_are_runs_below_one_and_each_image_is_judged_by_a_network_that_never_saw_it(
     settings: Train, dataset: Path
 ) -> None:
-    train(replace(settings, fold="all", folds=2, epochs=1, holdout=0.25))
+    train(changed(settings, fold="all", folds=2, epochs=1, holdout=0.25))
     parent, *folds = runs()
     assert [run.info.run_name for run in folds] == ["fold 0", "fold 1"]
     assert {run.data.tags["mlflow.parentRunId"] for run in folds} == {parent.info.run_id}
@@ -81,7 +81,7 @@ def test_all_folds_are_runs_below_one_and_each_image_is_judged_by_a_network_that
 def test_folds_that_had_ended_are_not_trained_again(
     settings: Train, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folds, save, saved = replace(settings, fold="all", folds=2, epochs=1), Checkpoint.save, list[str]()
+    folds, save, saved = changed(settings, fold="all", folds=2, epochs=1), Checkpoint.save, list[str]()
 
     def save_and_stop_in_the_second_fold(self: Checkpoint, *state: Any) -> None:
         save(self, *state)
@@ -127,7 +127,7 @@ def test_the_run_holds_curves_pictures_and_how_the_time_was_spent(settings: Trai
 def test_with_another_micro_batch_a_training_starts_anew(
     settings: Train, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    settings, save = replace(settings, network="tiny"), Checkpoint.save
+    settings, save = changed(settings, network="tiny"), Checkpoint.save
 
     def save_and_stop(self: Checkpoint, *state: Any) -> None:
         save(self, *state)
@@ -138,7 +138,7 @@ def test_with_another_micro_batch_a_training_starts_anew(
         with pytest.raises(KeyboardInterrupt):
             train(settings)
     capsys.readouterr()
-    train(replace(settings, micro_batch=2))  # batch norm and the batch's Dice see other images
+    train(changed(settings, micro_batch=2))  # batch norm and the batch's Dice see other images
     assert "goes on" not in capsys.readouterr().out
     train(settings)
     assert "goes on after epoch 1 of 2" in capsys.readouterr().out
@@ -147,12 +147,12 @@ def test_with_another_micro_batch_a_training_starts_anew(
 def test_patience_ends_a_training_that_gets_no_better(
     settings: Train, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    train(replace(settings, epochs=5, patience=1, learning_rate=1e-9))
+    train(changed(settings, epochs=5, patience=1, learning_rate=1e-9))
     assert "no better Dice in 1 epochs: stopped early" in capsys.readouterr().out
 
 
 def test_two_processes_train_in_one_run(settings: Train, capfd: pytest.CaptureFixture[str]) -> None:
-    trained = train(replace(settings, processes=2, aux_weight=0.0))
+    trained = train(changed(settings, processes=2, aux_weight=0.0))
     (run,) = runs()
     assert run.info.status == "FINISHED"
     assert {m.step for m in MlflowClient().get_metric_history(run.info.run_id, "loss")} == {1, 2}
@@ -165,7 +165,7 @@ def test_two_processes_train_in_one_run(settings: Train, capfd: pytest.CaptureFi
 
 def test_a_recipe_that_cannot_work_is_named(settings: Train) -> None:
     with pytest.raises(UserError, match="fold=most: give a part from 0 to 4; only train takes all"):
-        train(replace(settings, fold="most"))
+        train(changed(settings, fold="most"))
 
 
 def test_under_mlflow_run_a_training_goes_on_in_its_first_run(settings: Train, tmp_path: Path) -> None:

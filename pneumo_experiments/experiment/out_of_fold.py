@@ -12,9 +12,9 @@ from tqdm import tqdm
 
 from pneumo_experiments import tracking
 from pneumo_experiments.dataset.rle import encode
-from pneumo_experiments.experiment.subset import Subset
+from pneumo_experiments.experiment.fold_training import TrainedFold
 from pneumo_experiments.experiment.threshold_search import refine_thresholds
-from pneumo_experiments.learning.predict import Predictor, to_native
+from pneumo_experiments.learning.predict import to_native
 from pneumo_experiments.scoring.metrics import dice
 from pneumo_experiments.scoring.scores import Scores, score_answers
 from pneumo_experiments.scoring.thresholds import ThresholdCounts, apply_thresholds
@@ -23,16 +23,16 @@ from pneumo_experiments.settings import Train
 COLUMNS = ("image_id", "fold", "presence", "truth_area_px", "dice", "predicted_area_px", "rle")
 
 
-def log_out_of_fold(folds: Sequence[tuple[Subset, ThresholdCounts, Predictor]], settings: Train) -> Scores:
-    """Logs each image's out-of-fold answer as ``out_of_fold.csv`` and the scores of all as metrics.
+def log_out_of_fold(folds: Sequence[TrainedFold], settings: Train) -> Scores:
+    """Logs each image's out-of-fold prediction as ``out_of_fold.csv`` and the scores of all as metrics.
 
-    A fold is given by its validation images, their tally and the network that never trained on them. Its
-    masks, at native size in ``rle``, are drawn at thresholds that the other folds chose. The network's epoch
-    was chosen on these very images, so the scores are validation scores, named ``oof_dice`` and so on.
+    Each fold's network predicts its validation images, which it never trained on. The masks, at native size
+    in ``rle``, use thresholds chosen on the other folds. The network's epoch was chosen on these very images,
+    so the scores are validation scores, named ``oof_dice`` and so on.
     """
-    patients = [entry.patient for subset, _, _ in folds for entry in subset.entries]
+    patients = [entry.patient for fold in folds for entry in fold.validation.entries]
     dices, areas = np.empty(len(patients)), np.empty(len(patients), np.int64)
-    whole, done = ThresholdCounts.joined(counts for _, counts, _ in folds), 0
+    whole, done = ThresholdCounts.joined(fold.counts for fold in folds), 0
     truths = whole.truth_area
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "out_of_fold.csv"
@@ -42,12 +42,13 @@ def log_out_of_fold(folds: Sequence[tuple[Subset, ThresholdCounts, Predictor]], 
         ):
             table = csv.writer(file)
             table.writerow(COLUMNS)
-            for number, (subset, _, predictor) in enumerate(folds):
-                others = ThresholdCounts.joined(
-                    counts for k, (_, counts, _) in enumerate(folds) if k != number
+            for number, fold in enumerate(folds):
+                subset = fold.validation
+                others = ThresholdCounts.joined(other.counts for other in folds if other is not fold)
+                thresholds = refine_thresholds(
+                    others, settings.evaluation.threshold_trials, settings.recipe.seed
                 )
-                thresholds = refine_thresholds(others, settings.threshold_trials, settings.seed)
-                for index, answer in subset.predictions(predictor):
+                for index, answer in subset.predictions(fold.predictor):
                     truth = subset.dataset.mask(index)
                     mask = apply_thresholds(to_native(answer.mask, truth.shape), answer.presence, thresholds)
                     dices[done], areas[done] = dice(truth, mask), np.count_nonzero(mask)

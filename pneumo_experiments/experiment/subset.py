@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,7 +35,7 @@ from pneumo_experiments.scoring.thresholds import (
     Thresholds,
     apply_thresholds,
 )
-from pneumo_experiments.settings import SplitSettings
+from pneumo_experiments.settings import SplitSettings, from_flat
 
 CHUNK = 64  # images read from the file at once, so that a large validation part needs little memory
 
@@ -147,14 +148,9 @@ def make_split(dataset: Dataset, recipe: SplitSettings) -> Split:
     )
 
 
-def split_settings_of(model: Mapping[str, str]) -> SplitSettings:
-    """The division that the settings stored in a model tell; of old models, ``seed`` drew it, too."""
-    return SplitSettings(
-        holdout=float(model["holdout"]),
-        folds=int(model["folds"]),
-        fold=model["fold"],
-        split_seed=int(model.get("split_seed", model["seed"])),
-    )
+def split_settings_of(model: Mapping[str, Any]) -> SplitSettings:
+    """The split settings among those stored in a model."""
+    return from_flat(SplitSettings, model)
 
 
 def log_split(dataset: Dataset, parts: Split) -> None:

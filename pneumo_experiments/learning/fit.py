@@ -83,7 +83,7 @@ def fit(
     give no finite gradient, and when a single image is too much for the memory.
     """
     weights = (*MASK_LOSSES, "presence_weight")
-    if not any(getattr(recipe, name) > 0 for name in weights):
+    if not any(getattr(recipe.loss, name) > 0 for name in weights):
         raise UserError(f"{', '.join(weights)}: all are 0, so nothing is learned; set one above 0")
     network.to(device=compute.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     # Shapes hardly change from step to step: cuDNN may time its algorithms once and keep the fastest.
@@ -91,11 +91,11 @@ def fit(
     distributed.convert_sync_batchnorm(network, compute.device)
     # Not every process may have found the weights' file.
     network.pretrained = frozenset(distributed.broadcast(sorted(network.pretrained)))
-    steps = count_batches(len(examples), recipe.batch_size)
+    steps = count_batches(len(examples), recipe.batches.batch_size)
     if len(examples) // steps < distributed.world_size():
         raise UserError(
-            f"batch_size={recipe.batch_size}: fewer images than the {distributed.world_size()} processes;"
-            " give each one"
+            f"batch_size={recipe.batches.batch_size}: fewer images than the"
+            f" {distributed.world_size()} processes; give each one"
         )
     if state is not None:
         network.pretrained = frozenset(state["pretrained"])
@@ -125,8 +125,8 @@ def fit(
         seconds = time.perf_counter() - start
         if (skipped_steps > SKIPPED_AT_MOST * steps and skipped_steps > 1) or skipped_steps == steps:
             raise UserError(
-                f"learning_rate={recipe.learning_rate}: {skipped_steps} of {steps} steps of epoch {number}"
-                " gave no finite gradient; try a tenth of it"
+                f"learning_rate={recipe.optimizer.learning_rate}: {skipped_steps} of {steps} steps of epoch"
+                f" {number} gave no finite gradient; try a tenth of it"
             )
         yield Epoch(
             number=number,
@@ -147,13 +147,13 @@ class _Trainer:
     def __init__(self, network: PneumothoraxNet, recipe: Recipe, steps: int, compute: ComputeConfig) -> None:
         self.network, self.recipe, self.compute = network, recipe, compute
         self.together = distributed.wrap_ddp(network)
-        self.forward = torch.compile(self.together) if recipe.compile else self.together
+        self.forward = torch.compile(self.together) if recipe.network.compile else self.together
         self.all_steps, self.steps = steps, 0
-        self.micro_batch = recipe.micro_batch or recipe.batch_size
+        self.micro_batch = recipe.batches.micro_batch or recipe.batches.batch_size
         self.optimiser = torch.optim.AdamW(
             parameter_groups(network, recipe),
-            lr=recipe.learning_rate,
-            weight_decay=recipe.weight_decay,
+            lr=recipe.optimizer.learning_rate,
+            weight_decay=recipe.optimizer.weight_decay,
             fused=compute.device.type != "mps",
         )
         # Whatever the format: it leaves out steps without a finite gradient, and nobody waits for the answer.
@@ -161,7 +161,7 @@ class _Trainer:
             compute.device.type,
             init_scale=2.0**16 if compute.precision == "fp16" else 1.0,
         )
-        self.average = MovingAverage(network, recipe.ema) if recipe.ema > 0 else None
+        self.average = MovingAverage(network, recipe.optimizer.ema) if recipe.optimizer.ema > 0 else None
 
     def step(self, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
         """One optimiser step; the batch's loss terms, and whether its gradient was finite, on the device."""
@@ -172,7 +172,9 @@ class _Trainer:
             except (torch.OutOfMemoryError, RuntimeError) as error:
                 self._shrink(error)
         self.scaler.unscale_(self.optimiser)
-        norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.recipe.clip_norm or math.inf)
+        norm = torch.nn.utils.clip_grad_norm_(
+            self.network.parameters(), self.recipe.optimizer.clip_norm or math.inf
+        )
         self.scaler.step(self.optimiser)
         # It halves its scale after each step left out. Only fp16 needs a scale, and lets it grow again.
         self.scaler.update(None if self.compute.precision == "fp16" else 1.0)
@@ -196,8 +198,9 @@ class _Trainer:
                         output = self.forward(images)
                 except ValueError as error:  # batch norm of DeepLab's pooled features
                     raise UserError(
-                        f"batch_size={self.recipe.batch_size}: a single image passed {self.recipe.network},"
-                        " which needs two at once; choose another batch_size or micro_batch"
+                        f"batch_size={self.recipe.batches.batch_size}: a single image passed"
+                        f" {self.recipe.network.network}, which needs two at once; choose another batch_size"
+                        " or micro_batch"
                     ) from error
                 terms = criterion(output, batch.targets[some], batch.present[some], self.recipe)
                 # The processes' gradients are averaged: their mean shall be that of the whole batch.
@@ -217,7 +220,7 @@ class _Trainer:
             raise error
         if distributed.world_size() > 1:  # the others are waiting for this piece's sums
             raise UserError(
-                f"micro_batch={self.recipe.micro_batch}: the memory ran out with"
+                f"micro_batch={self.recipe.batches.micro_batch}: the memory ran out with"
                 f" {self.micro_batch} images per process at once; set a smaller one and train again"
             ) from None
         if self.micro_batch == 1:
@@ -231,7 +234,7 @@ class _Trainer:
             torch.cuda.empty_cache()
         warnings.warn(
             f"the memory ran out: {self.micro_batch} images pass the network at once from now on;"
-            f" a step still takes batch_size={self.recipe.batch_size}",
+            f" a step still takes batch_size={self.recipe.batches.batch_size}",
             stacklevel=2,
         )
 

@@ -130,12 +130,12 @@ def batches(
         int(np.random.default_rng([recipe.seed, epoch]).integers(2**62))
     )
     order = epoch_indices(examples.present, recipe, epoch, epochs)
-    chunks = np.array_split(order, count_batches(len(examples), recipe.batch_size))
+    chunks = np.array_split(order, count_batches(len(examples), recipe.batches.batch_size))
     ours = slice(distributed.rank(), None, distributed.world_size())
     mine = [chunk[ours] for chunk in chunks]
     for whole, chunk, (images, targets) in zip(chunks, mine, _fetched(examples, mine, device), strict=True):
         image, target = images[:, None].float() / 255, targets.float() / 255
-        if recipe.augment:
+        if recipe.batches.augment:
             image, target = augment(image, target, generator, ours, len(whole))
         present = torch.from_numpy(examples.present[chunk]).to(device, torch.float32, non_blocking=True)
         yield Batch(image, target, present, len(whole))
@@ -150,10 +150,13 @@ def epoch_indices(present: NDArray[np.bool_], recipe: Recipe, epoch: int, epochs
     """
     count = len(present)
     positives, negatives = np.flatnonzero(present), np.flatnonzero(~present)
-    if recipe.positive_share == 0 or not len(positives) or not len(negatives):
+    if recipe.batches.positive_share == 0 or not len(positives) or not len(negatives):
         return np.random.default_rng([recipe.seed, EVERY, epoch]).permutation(count)
     done = np.arange(epoch) / max(1, epochs - 1)
-    targets = recipe.positive_share + (recipe.final_positive_share - recipe.positive_share) * done
+    targets = (
+        recipe.batches.positive_share
+        + (recipe.batches.final_positive_share - recipe.batches.positive_share) * done
+    )
     wanted = np.rint(targets * count).astype(int)
     dealt = [
         _sample_without_replacement(

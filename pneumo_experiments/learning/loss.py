@@ -84,7 +84,7 @@ def criterion(output: Output, target: Tensor, present: Tensor, recipe: Recipe) -
     ``target`` (n, S, S) holds annotated shares, ``present`` (n,) is 1 where there is a pneumothorax.
     ``loss_aux`` is the weighted sum of the mask's terms for the auxiliary head.
     """
-    weights = {name: getattr(recipe, name) for name in MASK_LOSSES if getattr(recipe, name) > 0}
+    weights = {name: getattr(recipe.loss, name) for name in MASK_LOSSES if getattr(recipe.loss, name) > 0}
     terms = {
         f"loss_{name.removesuffix('_weight')}": MASK_LOSSES[name](output.mask, target) for name in weights
     }
@@ -92,17 +92,17 @@ def criterion(output: Output, target: Tensor, present: Tensor, recipe: Recipe) -
         (weight * term for weight, term in zip(weights.values(), terms.values(), strict=True)),
         _wide(target.new_zeros(())),
     )
-    if recipe.aux_weight > 0:
+    if recipe.loss.aux_weight > 0:
         aux = sum(
             (weight * MASK_LOSSES[name](output.aux, target) for name, weight in weights.items()),
             _wide(target.new_zeros(())),
         )
         terms["loss_aux"] = aux
-        total = total + recipe.aux_weight * aux
-    if recipe.presence_weight > 0:
+        total = total + recipe.loss.aux_weight * aux
+    if recipe.loss.presence_weight > 0:
         presence = bce(output.presence, present)
         terms["loss_presence"] = presence
-        total = total + recipe.presence_weight * presence
+        total = total + recipe.loss.presence_weight * presence
     return {"loss": total, **terms}
 
 

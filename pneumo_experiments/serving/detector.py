@@ -24,7 +24,7 @@ from pneumo_experiments.learning.device import FORMATS, choose_compute_for
 from pneumo_experiments.learning.network import NETWORKS, PneumothoraxNet
 from pneumo_experiments.learning.predict import Prediction, Predictor, to_native
 from pneumo_experiments.scoring.thresholds import Thresholds, apply_thresholds
-from pneumo_experiments.settings import Device, Recipe
+from pneumo_experiments.settings import Device
 
 WEIGHTS, DESCRIPTION = "weights.pt", "model.json"
 BATCH = 16  # radiographs
@@ -126,21 +126,18 @@ def load(folder: Path) -> Detector:
         raise _damaged(path, error) from error
     # Not timed anew: the thresholds suit the answers in this format.
     compute = choose_compute_for(made.pop("precision"), Device())
-    return Detector(predictor=Predictor(network, compute, settings["tta_flip"] == "true"), **made)
+    return Detector(predictor=Predictor(network, compute, settings["tta_flip"]), **made)
 
 
 def _described(found: Any) -> dict[str, Any]:
     """What a description holds, by the names of Detector's fields; raises many errors where it is damaged."""
-    settings = {str(name): _checked(text, str) for name, text in _checked(found["settings"], dict).items()}
+    settings = dict(_checked(found["settings"], dict))
     if settings["network"] not in NETWORKS:
-        raise ValueError(f"unknown network {settings['network'][:40]}")
-    # What score makes the model's split from.
-    Recipe(
-        holdout=float(settings["holdout"]),
-        folds=int(settings["folds"]),
-        fold=settings["fold"],
-        seed=int(settings["seed"]),
-    )
+        raise ValueError(f"unknown network {str(settings['network'])[:40]}")
+    for name in ("fold", "holdout", "folds", "split_seed"):  # score makes the model's split from these
+        _checked(settings[name], str if name == "fold" else (int, float))
+    if not isinstance(settings["tta_flip"], bool):
+        raise TypeError("tta_flip is neither true nor false")
     thresholds = {
         name: _checked(value, int if name == "min_area_px" else (int, float))
         for name, value in _checked(found["thresholds"], dict).items()
@@ -148,7 +145,6 @@ def _described(found: Any) -> dict[str, Any]:
     image_size = _checked(found["image_size"], int)
     if not 1 <= image_size <= LARGEST_PX:
         raise ValueError("image_size is no number of pixels")
-    _checked(settings["tta_flip"], str)
     precision = found.get("precision", "auto")
     if precision not in ("auto", "fp32", *FORMATS):
         raise ValueError("unknown precision")

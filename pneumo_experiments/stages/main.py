@@ -19,7 +19,6 @@ from pneumo_experiments.settings import (
     Search,
     Train,
     as_text,
-    derive,
 )
 from pneumo_experiments.stages.preprocess import preprocess
 from pneumo_experiments.stages.register import register
@@ -32,84 +31,119 @@ from pneumo_experiments.stages.train import clear_checkpoints, train
 def main(settings: Main) -> ScoreResult:
     """Preprocess, search, train, score, submit and register; returns the final scores."""
     with tracking.run("main", settings):
-        on_sample = settings.dicom_dir is None
-        if on_sample:
+        is_synthetic = settings.source.dicom_dir is None
+        if is_synthetic:
             settings = _with_sample(settings)
-        elif settings.rle_csv is None:
+        elif settings.source.rle_csv is None:
             raise UserError(
                 "rle_csv: none given; the chain trains, so it needs dicom_dir's annotations (train-rle.csv)"
             )
         submission = settings.output_dir / "submission.csv"
         if settings.test_dir is not None:
             refuse_to_replace(submission)  # not only when all is trained
-        dataset = preprocess(derive(Preprocess, settings, dataset=_dataset_path(settings), overwrite=True))
+        dataset = preprocess(
+            Preprocess(
+                source=settings.source,
+                dataset=_dataset_path(settings),
+                format=settings.format,
+                reading=settings.reading,
+                overwrite=True,
+            )
+        )
         with Dataset.open(dataset) as opened:
             tracking.log_dataset(dataset, opened.fingerprint, "main")
-        fold = "0" if settings.fold == "all" else settings.fold
-        found = search(derive(Search, settings, dataset=dataset, fold=fold))
-        training = derive(Train, settings, dataset=dataset, **found.loss_weights)
-        trained = train(training, keep=True)  # until all is done: what ended is not trained again
-        subset = "holdout" if settings.holdout > 0 else "validation"
-        judged = score(
-            derive(Score, settings, dataset=dataset, model=trained.model, subset=subset, dicom_dir=None)
+        best = search(_search_settings(settings, dataset))
+        training = Train(
+            dataset=dataset,
+            schedule=settings.schedule,
+            recipe=replace(settings.recipe, loss=best.loss),
+            split=settings.split,
+            compute=settings.compute,
+            evaluation=settings.evaluation,
         )
-        assert judged.scores is not None  # a labelled data set gives scores
-        tracking.log_metrics(judged.scores.as_metrics(judged.prefix))
-        constant = {"dice_baseline": judged.scores.dice_baseline}
-        tracking.log_params(constant | {"interval_reliable": judged.scores.interval_reliable})
+        model = train(training, keep_checkpoint=True).model  # until all is done: not to train again
+        scoring = Score(
+            model=model,
+            dataset=dataset,
+            subset="holdout" if settings.split.holdout > 0 else "validation",
+            compute=settings.compute,
+            overlays=settings.evaluation.overlays,
+        )
+        result = score(scoring)
+        assert result.scores is not None  # a labelled data set gives scores
+        tracking.log_metrics(result.scores.as_metrics(result.prefix))
+        constant = {"dice_baseline": result.scores.dice_baseline}
+        tracking.log_params(constant | {"interval_reliable": result.scores.interval_reliable})
         if settings.test_dir is not None:
-            unlabelled = derive(Score, settings, dataset=dataset, model=trained.model)
-            score(replace(unlabelled, dicom_dir=settings.test_dir, submission=submission))
-        version = register(derive(Register, settings, model=trained.model))
-        line = scores_line(judged.scores)
-        source = "Synthetic sample" if on_sample else settings.dicom_dir
-        tracking.describe(f"{source}: {settings.network} at {settings.image_size} px.\n{line}.")
-        _print_summary(judged, version, settings, on_sample)
+            score(replace(scoring, dicom_dir=settings.test_dir, submission=submission))
+        version = register(Register(model=model, registry=settings.registry))
+        source = "Synthetic sample" if is_synthetic else settings.source.dicom_dir
+        tracking.describe(
+            f"{source}: {settings.recipe.network.network} at {settings.format.image_size} px.\n"
+            f"{scores_line(result.scores)}."
+        )
+        _print_summary(result, version, settings, is_synthetic)
     clear_checkpoints(training)
-    return judged
+    return result
+
+
+def _search_settings(settings: Main, dataset: Path) -> Search:
+    fold = "0" if settings.split.fold == "all" else settings.split.fold
+    return Search(
+        dataset=dataset,
+        study=settings.study,
+        recipe=settings.recipe,
+        split=replace(settings.split, fold=fold),
+        compute=settings.compute,
+    )
 
 
 def _with_sample(settings: Main) -> Main:
-    seeded = f"sample-{settings.images}-{settings.test_images}-{settings.seed}"
-    folder = sample(derive(Sample, settings, output_dir=settings.output_dir / seeded))
-    test_dir = folder / "dicom-images-test" if settings.test_images else None
-    return replace(
-        settings,
-        dicom_dir=folder / "dicom-images-train",
-        rle_csv=folder / "train-rle.csv",
-        test_dir=settings.test_dir or test_dir,
+    size, seed = settings.sample, settings.recipe.seed
+    name = f"sample-{size.images}-{size.test_images}-{seed}"
+    folder = sample(Sample(output_dir=settings.output_dir / name, size=size, seed=seed))
+    source = replace(
+        settings.source, dicom_dir=folder / "dicom-images-train", rle_csv=folder / "train-rle.csv"
     )
+    test_dir = folder / "dicom-images-test" if size.test_images else None
+    return replace(settings, source=source, test_dir=settings.test_dir or test_dir)
 
 
 def _dataset_path(settings: Main) -> Path:
     """One file per input and pixel settings, so that one output folder holds them all."""
     shaping = (
-        settings.dicom_dir,
-        settings.rle_csv,
-        settings.patients_csv,
-        settings.image_size,
-        settings.pixel_dtype,
+        settings.source.dicom_dir,
+        settings.source.rle_csv,
+        settings.source.patients_csv,
+        settings.format.image_size,
+        settings.format.pixel_dtype,
     )
     key = hashlib.sha256(repr([as_text(value) for value in shaping]).encode()).hexdigest()[:8]
-    return settings.output_dir / f"dataset-{settings.image_size}px-{key}.h5"
+    return settings.output_dir / f"dataset-{settings.format.image_size}px-{key}.h5"
 
 
-def _print_summary(judged: ScoreResult, version: tracking.Version, settings: Main, on_sample: bool) -> None:
-    assert judged.scores is not None
-    s = judged.scores
-    whom = "patients never seen" if settings.holdout > 0 else "the patients that chose its thresholds"
+def _print_summary(
+    result: ScoreResult, version: tracking.Version, settings: Main, is_synthetic: bool
+) -> None:
+    assert result.scores is not None
+    s = result.scores
+    who = (
+        "patients the model never saw"
+        if settings.split.holdout > 0
+        else "the patients that chose its thresholds"
+    )
     alias = ", the champion" if version.champion else f", not the champion: {version.reason}"
     print(f"""
-Dice                {s.dice:.4f} ({s.interval}), {s.images} images of {whom}
+Dice                {s.dice:.4f} ({s.interval}), {s.images} images of {who}
 all-empty baseline  {s.dice_baseline:.4f}
 Dice on positives   {s.on_positives}, {s.positives} images
 
-overlays  {judged.overlays}
+overlays  {result.overlays}
 model     models:/{version.name}/{version.number}{alias}
 runs      {tracking.tracking_uri()}
 
 next: look at the runs in the browser    make ui""")
-    if on_sample:
+    if is_synthetic:
         print("""      take your own data
           source .venv/bin/activate
           mlflow run . --env-manager local -P dicom_dir=siim/dicom-images-train \\

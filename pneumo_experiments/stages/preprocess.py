@@ -72,21 +72,28 @@ def preprocess(settings: Preprocess) -> Path:
 
 
 def _source(settings: Preprocess) -> Source:
-    if settings.dicom_dir is None:
+    if settings.source.dicom_dir is None:
         raise UserError("dicom_dir: none given; name the folder that holds the DICOM files")
-    archive = open_archive(settings.dicom_dir)
+    archive = open_archive(settings.source.dicom_dir)
     annotations, digest = None, NONE
-    if settings.rle_csv is not None:
-        content = read_table(settings.rle_csv, ANNOTATIONS)
-        annotations, digest = read_annotations(settings.rle_csv, content), hashlib.sha256(content).hexdigest()
+    if settings.source.rle_csv is not None:
+        content = read_table(settings.source.rle_csv, ANNOTATIONS)
+        annotations, digest = (
+            read_annotations(settings.source.rle_csv, content),
+            hashlib.sha256(content).hexdigest(),
+        )
     if annotations is not None and not archive.image_ids & set(annotations):
         raise UserError(
-            f"rle_csv={settings.rle_csv}: names none of the {len(archive.image_ids)} files in"
-            f" {settings.dicom_dir}; name the table and the folder that belong together"
+            f"rle_csv={settings.source.rle_csv}: names none of the {len(archive.image_ids)} files in"
+            f" {settings.source.dicom_dir}; name the table and the folder that belong together"
         )
     members = tuple(m for m in archive.members if annotations is None or m.image_id in annotations)
-    patients = make_grouping(settings.patients_csv, [member.image_id for member in members])
-    made_from = {name: str(getattr(settings, name)) for name in ("image_size", "pixel_dtype", "max_pixels")}
+    patients = make_grouping(settings.source.patients_csv, [member.image_id for member in members])
+    made_from = {
+        "image_size": str(settings.format.image_size),
+        "pixel_dtype": settings.format.pixel_dtype,
+        "max_pixels": str(settings.reading.max_pixels),
+    }
     made_from |= {"rle_csv": digest, "patients_csv": patients.digest, "salt": salted("salt")}
     return Source(archive, annotations, patients, members, made_from)
 
@@ -125,7 +132,7 @@ def _differing(there: Mapping[str, str], settings: Preprocess, source: Source) -
     if (
         not differing
         and there.get("stamp") != source.stamp
-        and there.get(FILES) != _contents(source, settings.max_pixels)
+        and there.get(FILES) != _contents(source, settings.reading.max_pixels)
     ):
         differing = ["other DICOM files"]
     return differing
@@ -186,7 +193,7 @@ def _write(settings: Preprocess, source: Source) -> None:
 
 
 def _make(settings: Preprocess, source: Source, work: Path) -> Report:
-    recipe = Recipe(settings.image_size, settings.pixel_dtype, settings.max_pixels)
+    recipe = Recipe(settings.format.image_size, settings.format.pixel_dtype, settings.reading.max_pixels)
     jobs = make_jobs(source.archive.root, recipe, source.members, source.annotations, source.patients.hashes)
     made_from = source.made_from | {"stamp": source.stamp}
     found, report = list[Result](), list[Report]()
@@ -197,7 +204,9 @@ def _make(settings: Preprocess, source: Source, work: Path) -> Report:
             print(f"preprocess: goes on: {kept} of {len(source.members)} files are read already")
         total = len(source.members)
         with tqdm(total=total, initial=kept, desc="preprocess", unit="image", disable=None) as bar:
-            for number, result in enumerate(results(jobs, work, settings.workers or available_cores())):
+            for number, result in enumerate(
+                results(jobs, work, settings.reading.workers or available_cores())
+            ):
                 bar.update(number >= kept)
                 found.append(result.without_chunks())
                 if result.packed is not None:
@@ -210,8 +219,8 @@ def _make(settings: Preprocess, source: Source, work: Path) -> Report:
     write_dataset(
         settings.dataset,
         packed(),
-        image_size=settings.image_size,
-        pixel_dtype=settings.pixel_dtype,
+        image_size=settings.format.image_size,
+        pixel_dtype=settings.format.pixel_dtype,
         settings=made_from,
         labelled=source.annotations is not None,
         work=work,
@@ -226,17 +235,18 @@ def _work_folder(settings: Preprocess) -> Path:
 def _refuse_too_many(settings: Preprocess, report: Report) -> None:
     """Fails where more than max_rejected was rejected, or all; leaves the report behind."""
     used, rejected = report.outcome.used, report.outcome.rejected
-    if used and rejected <= settings.max_rejected * (used + rejected):
+    if used and rejected <= settings.reading.max_rejected * (used + rejected):
         return
     where = write_report(settings.dataset, report, None)
     first = report.rejected[0].files[0]
-    culprit = f"dicom_dir={settings.dicom_dir}"
+    culprit = f"dicom_dir={settings.source.dicom_dir}"
     example = f"for example {first.image_id}: {first.reason}; the report: {where}"
     if not used:
         raise UserError(f"{culprit}: no file can be used, {example}")
     raise UserError(
         f"{culprit}: {rejected} of {used + rejected} files are rejected, more than"
-        f" max_rejected={settings.max_rejected:g}; {example}; a higher max_rejected goes on without them"
+        f" max_rejected={settings.reading.max_rejected:g}; {example};"
+        " a higher max_rejected continues without them"
     )
 
 

@@ -45,7 +45,7 @@ def score(settings: Score) -> ScoreResult:
     """Scores the model on one part of a data set, or writes the submission for ``dicom_dir``."""
     with tracking.run("score", settings):
         detector = load(tracking.model_data(settings.model))
-        compute = choose_compute_for(detector.predictor.compute.precision, settings)
+        compute = choose_compute_for(detector.predictor.compute.precision, settings.compute)
         detector = replace(detector, predictor=replace(detector.predictor, compute=compute))
         tracking.log_params({"device_used": str(compute.device), "precision_used": compute.precision})
         if settings.dicom_dir is not None:

@@ -19,32 +19,18 @@ from pneumo_experiments.experiment.training_loop import train_and_validate
 from pneumo_experiments.learning.device import choose_compute
 from pneumo_experiments.learning.network import build
 from pneumo_experiments.learning.predict import Predictor
-from pneumo_experiments.settings import NONE, Search, as_params
+from pneumo_experiments.settings import NONE, LossWeights, Search, weight_shaping
 
 SEARCHED = ("bce_weight", "dice_weight", "focal_weight")
 LOWEST, HIGHEST = 0.1, 3.0  # each weight's range, searched on a logarithmic scale
 MADE_WITH = "made_with"  # the study's attribute that says so
-# Settings that may differ between the searches of one study: what a trial's Dice means stays the same.
-ASIDE = {
-    *(
-        "trials",
-        "study",
-        "storage",
-        "dataset",
-        "device",
-        "cache",
-        "micro_batch",
-        "threshold_trials",
-        *SEARCHED,
-    )
-}
 
 
 @dataclass(frozen=True)
 class SearchResult:
-    """The best loss weights by setting name."""
+    """The best loss weights."""
 
-    loss_weights: dict[str, float]
+    loss: LossWeights
 
 
 def search(settings: Search) -> SearchResult:
@@ -53,33 +39,39 @@ def search(settings: Search) -> SearchResult:
     with tracking.run("search", settings), Dataset.open(settings.dataset) as dataset:
         tracking.log_dataset(settings.dataset, dataset.fingerprint, "search")
         study = _study(settings, dataset.fingerprint)
-        parts = make_split(dataset, settings)
-        validation = Subset(dataset, parts.validation).in_memory(settings.cache)
-        drawn = np.random.default_rng(settings.seed).permutation(parts.train)
-        compute = choose_compute(settings)
-        chosen = Subset(dataset, np.sort(drawn[: settings.search_images or len(drawn)]))
-        examples = chosen.examples(settings.cache, compute)
-        start = build(settings.network, settings.weights, settings.seed)  # every trial trains a copy
+        parts = make_split(dataset, settings.split)
+        validation = Subset(dataset, parts.validation).in_memory(settings.recipe.batches.cache)
+        drawn = np.random.default_rng(settings.recipe.seed).permutation(parts.train)
+        compute = choose_compute(settings.compute)
+        chosen = Subset(dataset, np.sort(drawn[: settings.study.search_images or len(drawn)]))
+        examples = chosen.examples(settings.recipe.batches.cache, compute)
+        start = build(
+            settings.recipe.network.network, settings.recipe.network.weights, settings.recipe.seed
+        )  # every trial trains a copy
 
         def objective(trial: optuna.Trial) -> float:
             weights = {name: trial.suggest_float(name, LOWEST, HIGHEST, log=True) for name in SEARCHED}
             line = ", ".join(f"{name} {weight:.3f}" for name, weight in weights.items())
             tqdm.write(f"search: trial {trial.number}: {line}")
-            tried, name = replace(settings, **weights), f"trial {trial.number}"
-            predictor, dice = Predictor(copy.deepcopy(start), compute, settings.tta_flip), 0.0
+            loss = replace(settings.recipe.loss, **weights)
+            tried, name = (
+                replace(settings, recipe=replace(settings.recipe, loss=loss)),
+                f"trial {trial.number}",
+            )
+            predictor, dice = Predictor(copy.deepcopy(start), compute, settings.recipe.network.tta_flip), 0.0
             with tracking.run(name, tried):
                 for judged in train_and_validate(
-                    name, predictor, examples, validation, tried, settings.search_epochs
+                    name, predictor, examples, validation, tried.recipe, settings.study.search_epochs
                 ):
                     dice = judged.scores.dice
                     if judged.epoch.number == 1:
                         tracking.log_params(judged.scores.as_facts("val_"))
                 tracking.describe(
-                    f"{settings.search_epochs} epochs with {line}.\nValidation Dice {dice:.3f}."
+                    f"{settings.study.search_epochs} epochs with {line}.\nValidation Dice {dice:.3f}."
                 )
             return dice
 
-        study.optimize(objective, n_trials=settings.trials)
+        study.optimize(objective, n_trials=settings.study.trials)
         best = study.best_trial
         weights = {name: float(best.params[name]) for name in SEARCHED}
         tracking.log_json(weights, "best_settings.json")
@@ -91,23 +83,23 @@ def search(settings: Search) -> SearchResult:
             f" Dice {best.value}."
         )
         print(f"search: best of {len(study.trials)} trials is number {best.number}: {line}")
-    return SearchResult(weights)
+    return SearchResult(replace(settings.recipe.loss, **weights))
 
 
 def _study(settings: Search, fingerprint: str) -> optuna.Study:
-    storage = None if settings.storage in ("", NONE) else settings.storage
-    tracking.check_address("storage", settings.storage)
+    storage = None if settings.study.storage in ("", NONE) else settings.study.storage
+    tracking.check_address("storage", settings.study.storage)
     try:
         study = optuna.create_study(
-            study_name=settings.study,
+            study_name=settings.study.study,
             storage=storage,
             direction="maximize",
-            sampler=optuna.samplers.TPESampler(seed=settings.seed),
+            sampler=optuna.samplers.TPESampler(seed=settings.recipe.seed),
             load_if_exists=True,
         )
     except Exception as error:  # SQLAlchemy and its drivers raise errors of many kinds
         reason = tracking.hide_passwords(str(error).split("\n")[0])
-        address = tracking.hide_passwords(settings.storage)
+        address = tracking.hide_passwords(settings.study.storage)
         raise UserError(
             f"storage={address}: the study's database does not open ({reason});"
             " name another, such as sqlite:///optuna.db, or none"
@@ -115,7 +107,8 @@ def _study(settings: Search, fingerprint: str) -> optuna.Study:
     _refuse_foreign(study, settings, fingerprint)
     # The weights of the settings are the first trial, so that the search is never worse than they are.
     study.enqueue_trial(
-        {name: min(max(getattr(settings, name), LOWEST), HIGHEST) for name in SEARCHED}, skip_if_exists=True
+        {name: min(max(getattr(settings.recipe.loss, name), LOWEST), HIGHEST) for name in SEARCHED},
+        skip_if_exists=True,
     )
     return study
 
@@ -125,7 +118,7 @@ def _refuse_foreign(study: optuna.Study, settings: Search, fingerprint: str) -> 
 
     What a study is made with is noted in it by the first search that finds it empty.
     """
-    ours = {name: text for name, text in as_params(settings).items() if name not in ASIDE}
+    ours = {name: text for name, text in weight_shaping(settings).items() if name not in SEARCHED}
     ours |= {"data": fingerprint[:16], "search_space": f"{', '.join(SEARCHED)} from {LOWEST} to {HIGHEST}"}
     trials = study.get_trials(deepcopy=False)
     noted: object = study.user_attrs.get(MADE_WITH)
@@ -143,6 +136,6 @@ def _refuse_foreign(study: optuna.Study, settings: Search, fingerprint: str) -> 
         differing = [f"no {', '.join(lacking)}" if lacking else "another program"]
     if differing:
         raise UserError(
-            f"study={settings.study}: was made with {'; '.join(differing)}; name another study,"
+            f"study={settings.study.study}: was made with {'; '.join(differing)}; name another study,"
             " or search with the same data and settings"
         )

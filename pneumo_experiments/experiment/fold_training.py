@@ -1,0 +1,176 @@
+"""The training of one fold: prepare, epochs, finish."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pneumo_experiments import tracking
+from pneumo_experiments.dataset.hdf5 import Dataset
+from pneumo_experiments.dataset.splits import Split
+from pneumo_experiments.experiment.progress import Progress, checkpoint_of, read_checkpoint
+from pneumo_experiments.experiment.scored_images import digests
+from pneumo_experiments.experiment.subset import Subset, log_overlays, log_split, make_split
+from pneumo_experiments.experiment.threshold_search import refine_thresholds
+from pneumo_experiments.experiment.training_loop import log_first_batch, train_and_validate
+from pneumo_experiments.learning import distributed
+from pneumo_experiments.learning.averaging import mean_state
+from pneumo_experiments.learning.checkpoint import Checkpoint
+from pneumo_experiments.learning.device import choose_compute
+from pneumo_experiments.learning.loader import InMemoryData, StreamedData
+from pneumo_experiments.learning.network import build
+from pneumo_experiments.learning.predict import Predictor
+from pneumo_experiments.scoring.figures import learning_curves
+from pneumo_experiments.scoring.scores import Scores
+from pneumo_experiments.scoring.thresholds import ThresholdCounts, best_on_grid
+from pneumo_experiments.serving import Detector, save
+from pneumo_experiments.settings import Train, as_config
+
+
+@dataclass(frozen=True)
+class TrainedFold:
+    """The logged model's address, its network, and its scores and counts on the validation images."""
+
+    model: str
+    predictor: Predictor
+    validation: Subset
+    counts: ThresholdCounts
+    scores: Scores
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    split: Split
+    training_data: InMemoryData | StreamedData
+    validation: Subset
+    predictor: Predictor
+
+
+def train_fold(name: str, settings: Train, dataset: Dataset, parent: str | None = None) -> TrainedFold:
+    """Trains, keeps the weights with the best validation Dice, and logs them as a model, in a run of its own.
+
+    An interrupted training with the same settings continues after its last whole epoch, in the same run.
+    """
+    checkpoint = checkpoint_of(settings, dataset.fingerprint)
+    is_main, resume = distributed.is_main_process(), settings.schedule.resume
+    last = distributed.broadcast(read_checkpoint(checkpoint) if is_main and resume else None)
+    earlier = last["run_id"] if last else None
+    with tracking.run(name, settings, continues=earlier, parent=parent, system_metrics=True) as run_id:
+        tracking.log_dataset(settings.dataset, dataset.fingerprint, "training")
+        prepared = _prepare(settings, dataset)
+        progress = _run_epochs(name, settings, prepared, checkpoint, last, run_id)
+        return _finish(name, settings, prepared, progress)
+
+
+def _prepare(settings: Train, dataset: Dataset) -> _Prepared:
+    recipe = settings.recipe
+    split = make_split(dataset, settings.split)
+    log_split(dataset, split)
+    validation = Subset(dataset, split.validation).in_memory(recipe.batches.cache)
+    compute = choose_compute(settings.compute)
+    training_data = Subset(dataset, split.train).examples(recipe.batches.cache, compute)
+    tracking.log_params({"device_used": str(compute.device), "precision_used": compute.precision})
+    network = build(recipe.network.network, recipe.network.weights, recipe.seed)
+    tracking.log_params({"weights_used": network.source, "weights_sha256": network.source_sha256})
+    print(
+        f"train: {recipe.network.network} at {dataset.image_size} px, {compute.device}, {compute.precision};"
+        f" {len(training_data)} images, {training_data.present.sum()} positive; {len(validation)} to validate"
+    )
+    predictor = Predictor(network, compute, recipe.network.tta_flip)
+    return _Prepared(split, training_data, validation, predictor)
+
+
+def _run_epochs(
+    name: str,
+    settings: Train,
+    prepared: _Prepared,
+    checkpoint: Checkpoint,
+    last: dict[str, Any] | None,
+    run_id: str,
+) -> Progress:
+    """All epochs that are left after the checkpoint ``last``, each saved in the checkpoint."""
+    epochs, patience = settings.schedule.epochs, settings.schedule.patience
+    data, predictor = prepared.training_data, prepared.predictor
+    if last is None:
+        progress, state = Progress(run_id), None
+        if distributed.is_main_process():
+            checkpoint.clear()
+        log_first_batch(data, settings.recipe, epochs, predictor.compute)
+    else:
+        progress, state = _restore(last, run_id), last["state"]
+        print(f"train: continues after epoch {len(progress.history)} of {epochs}")
+    results = train_and_validate(name, predictor, data, prepared.validation, settings.recipe, epochs, state)
+    while not progress.is_stuck(patience) and (result := next(results, None)):
+        progress.add(result, settings.schedule.best_k)
+        if distributed.is_main_process():
+            progress.save(checkpoint, result.epoch.state())
+    if len(progress.history) < epochs:
+        print(f"train: no better Dice in {patience} epochs: stopped early")
+    return progress
+
+
+def _restore(last: dict[str, Any], run_id: str) -> Progress:
+    """The progress of an interrupted training; its metrics are logged again if the run is another one."""
+    if last["run_id"] != run_id:
+        for epoch, metrics in enumerate(last["history"], start=1):
+            tracking.log_metrics(metrics, step=epoch)
+    return Progress(run_id, last["history"], last["dices"], last["networks"])
+
+
+def _finish(name: str, settings: Train, prepared: _Prepared, progress: Progress) -> TrainedFold:
+    """Chooses weights and thresholds, and logs scores, pictures and model."""
+    predictor, validation = prepared.predictor, prepared.validation
+    dataset, trained_on = validation.dataset, len(prepared.training_data)
+    counts, averaged = _choose_weights(progress, predictor, validation)
+    thresholds = refine_thresholds(counts, settings.evaluation.threshold_trials, settings.recipe.seed)
+    scores = validation.score(counts, thresholds)
+    if not distributed.is_main_process():
+        return TrainedFold("", predictor, validation, counts, scores)
+    # Beside the curves, not on them: the weights that were kept, at their own thresholds.
+    final = {f"{metric}_final": value for metric, value in scores.as_metrics("val_").items()}
+    tracking.log_metrics(final, step=len(progress.history))
+    chosen_by = {"best_epoch": next(iter(progress.dices)), "averaged_epochs": len(averaged)}
+    tracking.log_params(chosen_by | asdict(thresholds) | scores.as_facts("val_"))
+    tracking.log_picture(learning_curves(progress.history, scores.dice_baseline), "learning_curves.png")
+    log_overlays(validation, counts, predictor, thresholds, settings.evaluation.overlays)
+    seen = digests(validation) | digests(Subset(dataset, prepared.split.train))
+    detector = Detector(
+        predictor, dataset.image_size, thresholds, as_config(settings), dataset.fingerprint, seen
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        save(Path(folder), detector)
+        model = tracking.log_model(Path(folder))
+    epochs = f"epoch{'s' * (len(averaged) > 1)} {', '.join(map(str, sorted(averaged)))}"
+    kept = f"kept {epochs} of {len(progress.history)}"
+    print(f"train: {kept}, logged as {model}")
+    tracking.describe(
+        f"{settings.recipe.network.network} at {dataset.image_size} px, {trained_on} images; {kept}.\n"
+        f"Validation Dice {scores.dice:.3f} (all-empty {scores.dice_baseline:.3f}),"
+        f" on positives {scores.on_positives}."
+    )
+    return TrainedFold(model, predictor, validation, counts, scores)
+
+
+def _choose_weights(
+    progress: Progress, predictor: Predictor, validation: Subset
+) -> tuple[ThresholdCounts, list[int]]:
+    """Loads the best epoch's weights, or the mean of the best ones' where that scores better.
+
+    Returns the threshold counts of the validation images, and the epochs that were averaged.
+    """
+    best = list(progress.networks)
+    candidates = [best[:1], best] if len(best) > 1 else [best]
+    results: list[tuple[float, ThresholdCounts]] = []
+    for epochs in candidates:
+        _load_mean(predictor, progress, epochs)
+        counts = validation.count(predictor)
+        results.append((validation.score(counts, best_on_grid(counts)).dice, counts))
+    chosen = max(range(len(results)), key=lambda place: results[place][0])  # of equal ones the single epoch
+    _load_mean(predictor, progress, candidates[chosen])
+    return results[chosen][1], candidates[chosen]
+
+
+def _load_mean(predictor: Predictor, progress: Progress, epochs: list[int]) -> None:
+    predictor.network.load_state_dict(mean_state([progress.networks[epoch] for epoch in epochs]))

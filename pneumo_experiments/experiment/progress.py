@@ -1,0 +1,78 @@
+"""How far a training has come, in memory and as a checkpoint."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, cast
+
+from pneumo_experiments.experiment.training_loop import EpochResult
+from pneumo_experiments.learning.checkpoint import Checkpoint
+from pneumo_experiments.learning.fit import State
+from pneumo_experiments.settings import Train, weight_shaping
+
+
+@dataclass
+class Progress:
+    """Metrics of the epochs so far, and the networks of the best of them, the best first."""
+
+    run_id: str
+    history: list[dict[str, float]] = field(default_factory=list[dict[str, float]])
+    dices: dict[int, float] = field(default_factory=dict[int, float])  # of the best epochs
+    networks: dict[int, dict[str, Any]] = field(default_factory=dict[int, dict[str, Any]])
+
+    def add(self, result: EpochResult, best_k: int) -> None:
+        """Keeps the epoch's network if it is among the best; of equal ones the later."""
+        number = result.epoch.number
+        self.history.append(result.metrics)
+        self.dices[number] = result.scores.dice
+        best = sorted(self.dices, key=lambda epoch: (self.dices[epoch], epoch), reverse=True)[:best_k]
+        if number in best:
+            # In host memory, as after resuming: the device needs its own.
+            state = result.epoch.network.state_dict()
+            self.networks[number] = {name: tensor.to("cpu", copy=True) for name, tensor in state.items()}
+        self.dices = {epoch: self.dices[epoch] for epoch in best}
+        self.networks = {epoch: self.networks[epoch] for epoch in best}
+
+    def is_stuck(self, patience: int) -> bool:
+        """Whether so many epochs have passed without a better Dice; never for a patience of 0."""
+        dices = [metrics["val_dice"] for metrics in self.history]
+        return bool(dices) and 0 < patience < len(dices) - dices.index(max(dices))
+
+    def save(self, checkpoint: Checkpoint, state: State) -> None:
+        """Writes everything that continuing after this epoch needs."""
+        last = asdict(self)
+        networks = last.pop("networks")
+        checkpoint.save(last | {"state": state}, networks)
+
+
+def checkpoint_of(settings: Train, fingerprint: str) -> Checkpoint:
+    """Where a training with these settings on the data set with this fingerprint keeps its checkpoint."""
+    key = json.dumps([fingerprint, weight_shaping(settings)], sort_keys=True)
+    return Checkpoint(settings.schedule.checkpoints / hashlib.sha256(key.encode()).hexdigest()[:16])
+
+
+def read_checkpoint(checkpoint: Checkpoint) -> dict[str, Any] | None:
+    """The fields of ``Progress`` and the training ``state``; None without a checkpoint of this version.
+
+    A checkpoint that does not fit together is ignored with a warning.
+    """
+    last = checkpoint.last()
+    if last is None:
+        return None
+    state, names = last.get("state"), {f.name for f in fields(Progress)} | {"state"}
+    if last.keys() != names or not isinstance(state, dict) or state.keys() != State.__annotations__.keys():
+        warnings.warn(f"{checkpoint.folder}: written by another version; training starts over", stacklevel=2)
+        return None
+    networks: list[Any] = [last["state"]["network"], *last["networks"].values()]
+    if any(_shapes(network) != _shapes(networks[0]) for network in networks):
+        warnings.warn(f"{checkpoint.folder}: mixes several networks; training starts over", stacklevel=2)
+        return None
+    return last
+
+
+def _shapes(network: Any) -> dict[str, Any]:
+    tensors = cast("dict[str, Any]", network) if isinstance(network, dict) else {}
+    return {name: getattr(tensor, "shape", None) for name, tensor in tensors.items()}

@@ -1,0 +1,94 @@
+"""Every setting of the project, typed once.
+
+A field of a dataclass here is the click option ``--name``, the MLflow project parameter ``-P name=…``, the
+name in a config file and the logged param ``name``. Its type, meaning, limits and default stand nowhere else.
+
+An entry point is a dataclass of fields and of groups, which are dataclasses, too. The names of all fields
+below one entry point are unique, so that users need not know the groups.
+"""
+
+from pneumo_experiments.settings.config_file import CONFIG, DEMO, read_config
+from pneumo_experiments.settings.entry_points import (
+    ENTRY_POINTS,
+    Main,
+    Preprocess,
+    Register,
+    Sample,
+    Score,
+    Search,
+    Train,
+)
+from pneumo_experiments.settings.fields import (
+    AUTO,
+    NONE,
+    Arg,
+    Leaf,
+    Settings,
+    as_config,
+    as_params,
+    as_text,
+    flat,
+    from_flat,
+    leaves,
+    weight_shaping,
+)
+from pneumo_experiments.settings.groups import (
+    Evaluation,
+    ImageFormat,
+    Reading,
+    Registry,
+    SampleSize,
+    Schedule,
+    SourceFiles,
+    StudySettings,
+)
+from pneumo_experiments.settings.recipe import (
+    Batches,
+    Device,
+    LossWeights,
+    Network,
+    Optimizer,
+    Recipe,
+    SplitSettings,
+)
+
+__all__ = [
+    "AUTO",
+    "CONFIG",
+    "DEMO",
+    "ENTRY_POINTS",
+    "NONE",
+    "Arg",
+    "Batches",
+    "Device",
+    "Evaluation",
+    "ImageFormat",
+    "Leaf",
+    "LossWeights",
+    "Main",
+    "Network",
+    "Optimizer",
+    "Preprocess",
+    "Reading",
+    "Recipe",
+    "Register",
+    "Registry",
+    "Sample",
+    "SampleSize",
+    "Schedule",
+    "Score",
+    "Search",
+    "Settings",
+    "SourceFiles",
+    "SplitSettings",
+    "StudySettings",
+    "Train",
+    "as_config",
+    "as_params",
+    "as_text",
+    "flat",
+    "from_flat",
+    "leaves",
+    "read_config",
+    "weight_shaping",
+]

@@ -1,0 +1,63 @@
+"""Config files: settings by their flat names, in YAML."""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+from pathlib import Path
+from typing import cast
+
+import yaml
+
+from pneumo_experiments.errors import UserError, reason_of
+from pneumo_experiments.settings.entry_points import ENTRY_POINTS
+from pneumo_experiments.settings.fields import Arg, as_text, leaves
+
+CONFIG = Arg(
+    "YAML file of settings by name; an option beats the file, the file beats the default", declared=True
+)
+# main takes it where no data and no config are given
+DEMO = Path(__file__).parents[2] / "configs" / "demo.yaml"
+MAX_BYTES = 2**20
+
+
+def read_config(path: Path, kind: type) -> dict[str, str]:
+    """The settings of an entry point in a file, as text by name; those of other entry points are ignored.
+
+    Raises UserError for a file that cannot be read, is not a mapping of names to single values, or has a name
+    that no entry point knows.
+    """
+    try:
+        with path.open("rb") as file:
+            content = file.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise UserError(
+            f"config={path}: cannot be read ({reason_of(error)}); name a YAML file of settings"
+        ) from None
+    if len(content) > MAX_BYTES:
+        raise UserError(f"config={path}: more than {MAX_BYTES:,} bytes; name a YAML file of settings")
+    try:
+        loaded: object = yaml.safe_load(content)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"config={path}: not valid YAML ({reason})") from None
+    if loaded is None:
+        return {}
+    if not isinstance(loaded, dict):
+        raise UserError(f"config={path}: not a mapping; write lines such as `epochs: 12`")
+    return _checked(path, cast("dict[object, object]", loaded), kind)
+
+
+def _checked(path: Path, values: dict[object, object], kind: type) -> dict[str, str]:
+    known = {leaf.name for each in ENTRY_POINTS.values() for leaf in leaves(each)}
+    wanted = {leaf.name for leaf in leaves(kind)}
+    texts: dict[str, str] = {}
+    for name, value in values.items():
+        if not isinstance(name, str) or name not in known:
+            nearest = get_close_matches(str(name), known, n=1)
+            hint = f"did you mean {nearest[0]}?" if nearest else "see --help for the names"
+            raise UserError(f"config={path}: no setting is called {str(name)[:60]!r}; {hint}")
+        if isinstance(value, dict | list | tuple | set):
+            raise UserError(f"config={path}: {name}: give one value, not several")
+        if name in wanted:
+            texts[name] = as_text(value)
+    return texts

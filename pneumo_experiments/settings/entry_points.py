@@ -1,0 +1,144 @@
+"""The settings of each entry point: one dataclass each, made of fields and groups."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pneumo_experiments.settings.fields import Arg
+from pneumo_experiments.settings.groups import (
+    DatasetPath,
+    Evaluation,
+    ImageFormat,
+    Overlays,
+    Reading,
+    Registry,
+    SampleSize,
+    Schedule,
+    SourceFiles,
+    StudySettings,
+)
+from pneumo_experiments.settings.recipe import Device, Recipe, Seed, SplitSettings
+
+# The docstring is the command's help; --help shows the fields in this order.
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Write a synthetic data set in the layout of the SIIM-ACR pneumothorax task."""
+
+    output_dir: Annotated[Path, Arg("folder to write", declared=True)] = Path("output/sample")
+    size: SampleSize = field(default_factory=SampleSize)
+    seed: Seed = 0
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """Read DICOM files and run-length annotations into one HDF5 data set."""
+
+    source: SourceFiles = field(default_factory=SourceFiles)
+    dataset: DatasetPath = Path("output/dataset.h5")
+    format: ImageFormat = field(default_factory=ImageFormat)
+    reading: Reading = field(default_factory=Reading)
+    overwrite: Annotated[
+        bool, Arg("replace a file that is no data set, or one made from other files or settings")
+    ] = False
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train a network on a data set and log it as a model."""
+
+    dataset: DatasetPath = Path("output/dataset.h5")
+    schedule: Schedule = field(default_factory=Schedule)
+    recipe: Recipe = field(default_factory=Recipe)
+    split: SplitSettings = field(default_factory=SplitSettings)
+    compute: Device = field(default_factory=Device)
+    evaluation: Evaluation = field(default_factory=Evaluation)
+
+
+@dataclass(frozen=True)
+class Search:
+    """Search loss weights with Optuna by short trainings."""
+
+    dataset: DatasetPath = Path("output/dataset.h5")
+    study: StudySettings = field(default_factory=StudySettings)
+    recipe: Recipe = field(default_factory=Recipe)
+    split: SplitSettings = field(default_factory=SplitSettings)
+    compute: Device = field(default_factory=Device)
+
+
+@dataclass(frozen=True)
+class Score:
+    """Score a model on a data set, or write the submission for a folder of DICOM files."""
+
+    model: Annotated[str, Arg("model to score: a models:/ or runs:/ address", declared=True)] = (
+        "models:/pneumothorax@champion"
+    )
+    dataset: DatasetPath = Path("output/dataset.h5")
+    subset: Annotated[
+        Literal["holdout", "validation", "train", "all"],
+        Arg("patients to score, in the model's own split"),
+    ] = "holdout"
+    dicom_dir: Annotated[
+        Path | None,
+        Arg("folder of DICOM files without labels: writes the submission instead", declared=True),
+    ] = None
+    submission: Annotated[Path, Arg("submission file to write", declared=True)] = Path(
+        "output/submission.csv"
+    )
+    compute: Device = field(default_factory=Device)
+    overlays: Overlays = 8
+
+
+@dataclass(frozen=True)
+class Register:
+    """Register a model, and make it the champion if it earned that."""
+
+    model: Annotated[
+        str,
+        Arg(
+            "model to register: a models:/ address, or best: the experiment's highest Dice on one set of"
+            " images",
+            declared=True,
+        ),
+    ] = "best"
+    registry: Registry = field(default_factory=Registry)
+
+
+@dataclass(frozen=True)
+class Main:
+    """Run the whole chain: preprocess, search, train, score, register.
+
+    Without dicom_dir it writes and takes a synthetic data set.
+    """
+
+    source: SourceFiles = field(default_factory=SourceFiles)
+    test_dir: Annotated[
+        Path | None, Arg("folder of DICOM files without labels, for the submission", declared=True)
+    ] = None
+    output_dir: Annotated[Path, Arg("folder for data sets and the submission", declared=True)] = Path(
+        "output"
+    )
+    sample: SampleSize = field(default_factory=SampleSize)
+    format: ImageFormat = field(default_factory=ImageFormat)
+    reading: Reading = field(default_factory=Reading)
+    study: StudySettings = field(default_factory=StudySettings)
+    schedule: Schedule = field(default_factory=Schedule)
+    recipe: Recipe = field(default_factory=Recipe)
+    split: SplitSettings = field(default_factory=SplitSettings)
+    compute: Device = field(default_factory=Device)
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    registry: Registry = field(default_factory=Registry)
+
+
+ENTRY_POINTS: dict[str, type] = {
+    "main": Main,
+    "sample": Sample,
+    "preprocess": Preprocess,
+    "train": Train,
+    "search": Search,
+    "score": Score,
+    "register": Register,
+}

@@ -1,0 +1,114 @@
+"""What a setting is, and the flat names that users see, whatever the groups."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from functools import cache
+from typing import Any, TypeVar, cast, get_args, get_type_hints
+
+NONE = "none"  # how an absent value is written on the command line, in config files and in params
+AUTO = "auto"  # how "choose what suits best" is written
+
+Settings = TypeVar("Settings")
+
+
+@dataclass(frozen=True)
+class Arg:
+    """What a setting means and accepts, for ``Annotated``.
+
+    ``min`` and ``max`` limit a number; ``pattern`` is a regular expression for a text, and what that means.
+    ``shapes_weights`` is False for what may change when an interrupted training goes on, or between the
+    trials of a study. ``declared`` names the entry points whose MLproject parameters include it.
+    """
+
+    help: str
+    min: float | None = None
+    max: float | None = None
+    pattern: tuple[str, str] | None = None
+    shapes_weights: bool = True
+    declared: bool = False
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """One setting of an entry point: its flat name, what it accepts, and where it stands."""
+
+    name: str
+    type: Any  # int, float, bool, str, Path, Path | None or a Literal
+    arg: Arg
+    default: Any
+    path: tuple[str, ...]  # field names that lead to it
+    heading: str  # of the group it stands in; empty on the top level
+
+
+@cache
+def leaves(kind: type) -> tuple[Leaf, ...]:
+    """All settings of an entry point or a group, in the order of the fields."""
+    return tuple(_leaves(kind, (), ""))
+
+
+def _leaves(kind: type, path: tuple[str, ...], heading: str) -> Iterator[Leaf]:
+    hints = get_type_hints(kind, include_extras=True)
+    for f in fields(kind):
+        hint, here = hints[f.name], (*path, f.name)
+        if is_dataclass(hint):
+            yield from _leaves(cast("type", hint), here, (hint.__doc__ or "").split("\n")[0].rstrip("."))
+        else:
+            accepted, arg = get_args(hint)
+            yield Leaf(f.name, accepted, arg, f.default, here, heading)
+
+
+def from_flat(kind: type[Settings], values: Mapping[str, Any]) -> Settings:
+    """Settings from values by flat name; a setting that is not among them takes its default."""
+    return _from_flat(kind, values)
+
+
+def _from_flat(kind: type[Any], values: Mapping[str, Any]) -> Any:
+    hints = get_type_hints(kind)
+    chosen = {
+        f.name: _from_flat(hints[f.name], values) if is_dataclass(hints[f.name]) else values[f.name]
+        for f in fields(kind)
+        if is_dataclass(hints[f.name]) or f.name in values
+    }
+    return kind(**chosen)
+
+
+def flat(settings: object) -> dict[str, Any]:
+    """The values of all settings by flat name."""
+    return {leaf.name: _value(settings, leaf) for leaf in leaves(type(settings))}
+
+
+def as_text(value: object) -> str:
+    """How a setting's value is written: on the command line, in MLproject and as an MLflow param."""
+    if value is None:
+        return NONE
+    if isinstance(value, bool):
+        return str(value).lower()
+    return str(value)
+
+
+def as_params(settings: object) -> dict[str, str]:
+    """All settings of an entry point by name, as text."""
+    return {name: as_text(value) for name, value in flat(settings).items()}
+
+
+def as_config(settings: object) -> dict[str, int | float | bool | str]:
+    """All settings of an entry point by name, as YAML and JSON can hold them."""
+    return {
+        name: value if isinstance(value, int | float) else as_text(value)
+        for name, value in flat(settings).items()
+    }
+
+
+def weight_shaping(settings: object) -> dict[str, str]:
+    """The settings, as text, that change which weights a training ends with."""
+    texts = as_params(settings)
+    return {leaf.name: texts[leaf.name] for leaf in leaves(type(settings)) if leaf.arg.shapes_weights}
+
+
+def _value(settings: object, leaf: Leaf) -> Any:
+    value: Any = settings
+    for name in leaf.path:
+        value = getattr(value, name)
+    return value

@@ -1,0 +1,168 @@
+"""Groups of settings that several entry points share. A group's first line is its heading in --help."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pneumo_experiments.settings.fields import AUTO, NONE, Arg
+
+DatasetPath = Annotated[
+    Path, Arg("data set file (HDF5) that preprocess wrote", shapes_weights=False, declared=True)
+]
+Overlays = Annotated[
+    int, Arg("overlays of radiograph, truth and prediction to log", min=0, max=1000, shapes_weights=False)
+]
+
+
+@dataclass(frozen=True)
+class SourceFiles:
+    """Radiographs and annotations."""
+
+    dicom_dir: Annotated[
+        Path | None,
+        Arg(
+            "folder with the DICOM files, searched with all its subfolders, or a zip file of them",
+            declared=True,
+        ),
+    ] = None
+    rle_csv: Annotated[
+        Path | None,
+        Arg("run-length annotations (train-rle.csv); none for a set without labels", declared=True),
+    ] = None
+    patients_csv: Annotated[
+        str,
+        Arg(
+            "table of image id and patient, for grouping; auto takes the table that ships with the package"
+            " for SIIM-ACR's images and PatientID for others, none takes PatientID for all",
+            declared=True,
+        ),
+    ] = AUTO
+
+
+@dataclass(frozen=True)
+class ImageFormat:
+    """Stored images."""
+
+    image_size: Annotated[int, Arg("side of the stored square images, in pixels", min=32, max=4096)] = 384
+    pixel_dtype: Annotated[
+        Literal["float32", "float16", "uint8"], Arg("how pixels are stored; all three keep the same greys")
+    ] = "float32"
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Reading DICOM files."""
+
+    workers: Annotated[int, Arg("processes that read DICOM files; 0 takes one per core", min=0, max=1024)] = 0
+    max_rejected: Annotated[
+        float,
+        Arg("fraction of the annotated files that may be unusable before preprocess fails", min=0, max=1),
+    ] = 0.01
+    max_pixels: Annotated[
+        int,
+        Arg("rows × columns of the largest image to decode; larger ones are rejected", min=1, max=10**9),
+    ] = 100_000_000
+
+
+@dataclass(frozen=True)
+class SampleSize:
+    """Synthetic sample."""
+
+    images: Annotated[int, Arg("labelled synthetic radiographs to write", min=10, max=10**6)] = 240
+    test_images: Annotated[int, Arg("unlabelled synthetic radiographs to write", min=0, max=10**6)] = 16
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Epochs."""
+
+    epochs: Annotated[int, Arg("passes over the training images", min=1, max=100_000)] = 12
+    best_k: Annotated[
+        int,
+        Arg(
+            "average the weights of so many best epochs where that scores better than the best one",
+            min=1,
+            max=1000,
+        ),
+    ] = 3
+    patience: Annotated[
+        int,
+        Arg(
+            "stop after so many epochs without a better validation Dice; 0 never stops early",
+            min=0,
+            max=100_000,
+        ),
+    ] = 0
+    processes: Annotated[
+        int,
+        Arg(
+            "processes that train together on this machine, each on its own GPU (or all on the CPU)",
+            min=1,
+            max=64,
+            shapes_weights=False,
+        ),
+    ] = 1
+    resume: Annotated[
+        bool,
+        Arg(
+            "continue an interrupted training with the same settings; false starts over",
+            shapes_weights=False,
+        ),
+    ] = True
+    checkpoints: Annotated[
+        Path, Arg("folder of the checkpoints of interrupted trainings", shapes_weights=False)
+    ] = Path("output/checkpoints")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Thresholds and pictures."""
+
+    threshold_trials: Annotated[
+        int,
+        Arg(
+            "Optuna trials over the four thresholds on the validation images",
+            min=0,
+            max=100_000,
+            shapes_weights=False,
+        ),
+    ] = 200
+    overlays: Overlays = 8
+
+
+@dataclass(frozen=True)
+class StudySettings:
+    """Search with Optuna."""
+
+    trials: Annotated[int, Arg("short trainings to run", min=1, max=100_000, shapes_weights=False)] = 8
+    search_epochs: Annotated[int, Arg("epochs of each trial", min=1, max=100_000)] = 3
+    search_images: Annotated[
+        int, Arg("training images of each trial, drawn at random; 0 takes all", min=0, max=10**7)
+    ] = 0
+    study: Annotated[str, Arg("name of the Optuna study", shapes_weights=False, declared=True)] = (
+        "loss-weights"
+    )
+    storage: Annotated[
+        str,
+        Arg(
+            "database of the study, e.g. sqlite:///optuna.db; none keeps it in memory",
+            shapes_weights=False,
+            declared=True,
+        ),
+    ] = NONE
+
+
+@dataclass(frozen=True)
+class Registry:
+    """Model registry."""
+
+    name: Annotated[str, Arg("name of the registered model", declared=True)] = "pneumothorax"
+    promote: Annotated[
+        Literal["auto", "always", "never"],
+        Arg(
+            "alias champion: auto gives it for a higher Dice than the champion's on the same hold-out or"
+            " external images, and than all-empty masks"
+        ),
+    ] = "auto"

@@ -1,0 +1,170 @@
+"""Groups of settings that make up a training. A group's first line is its heading in --help."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+from pneumo_experiments.settings.fields import AUTO, Arg
+
+MAX_SEED = 2**32 - 1
+Seed = Annotated[
+    int, Arg("seed of every random choice but the split: same seed, same result", min=0, max=MAX_SEED)
+]
+
+
+@dataclass(frozen=True)
+class Device:
+    """Device."""
+
+    device: Annotated[
+        Literal["auto", "cuda", "mps", "cpu"],
+        Arg("where the network runs; auto takes the best available", shapes_weights=False),
+    ] = "auto"
+    precision: Annotated[
+        Literal["auto", "fp32", "bf16", "fp16"],
+        Arg(
+            "number format of the network's arithmetic; auto takes the fastest on the device, or what the"
+            " model was trained in"
+        ),
+    ] = "auto"
+
+
+@dataclass(frozen=True)
+class SplitSettings:
+    """Split by patient."""
+
+    holdout: Annotated[
+        float, Arg("fraction of the patients kept for the final score alone; 0 keeps none", min=0, max=1)
+    ] = 0.2
+    folds: Annotated[int, Arg("parts into which the other patients are divided", min=2, max=1000)] = 5
+    fold: Annotated[
+        str,
+        Arg(
+            "the part that validates, from 0; the others train. all: train validates on each part in turn",
+            pattern=("all|[0-9]{1,4}", "the number of a part, or all"),
+        ),
+    ] = "0"
+    split_seed: Annotated[
+        int,
+        Arg("seed of the split: same split_seed, same hold-out, whatever the seed", min=0, max=MAX_SEED),
+    ] = 0
+
+
+@dataclass(frozen=True)
+class LossWeights:
+    """Loss: weights of its terms."""
+
+    bce_weight: Annotated[float, Arg("pixelwise binary cross-entropy", min=0, max=1000)] = 1.0
+    dice_weight: Annotated[float, Arg("soft Dice loss over the batch", min=0, max=1000)] = 1.0
+    dice_image_weight: Annotated[float, Arg("soft Dice loss of each image", min=0, max=1000)] = 0.0
+    focal_weight: Annotated[float, Arg("focal loss (gamma 2)", min=0, max=1000)] = 1.0
+    lovasz_weight: Annotated[
+        float, Arg("Lovász hinge, a surrogate of the Jaccard index", min=0, max=1000)
+    ] = 0.0
+    aux_weight: Annotated[float, Arg("the auxiliary head's mask loss", min=0, max=1000)] = 0.4
+    presence_weight: Annotated[float, Arg("cross-entropy of presence", min=0, max=1000)] = 0.2
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """Optimiser: AdamW and its learning rate."""
+
+    learning_rate: Annotated[float, Arg("AdamW's highest learning rate", min=0, max=1e30)] = 3e-4
+    pretrained_lr_scale: Annotated[
+        float, Arg("factor of the learning rate for layers with pretrained weights", min=0, max=1)
+    ] = 0.3
+    schedule: Annotated[
+        Literal["cosine", "polynomial"], Arg("how the learning rate falls to zero after the warm-up")
+    ] = "cosine"
+    warmup: Annotated[
+        float, Arg("fraction of all steps in which the learning rate rises", min=0, max=0.9)
+    ] = 0.2
+    weight_decay: Annotated[float, Arg("AdamW's weight decay", min=0, max=1000)] = 0.01
+    clip_norm: Annotated[float, Arg("largest norm of a step's gradient; 0 sets no limit", min=0, max=1e6)] = (
+        5.0
+    )
+    ema: Annotated[
+        float,
+        Arg(
+            "decay of an exponential moving average of the weights, which is validated and kept;"
+            " 0 keeps none",
+            min=0,
+            max=1,
+        ),
+    ] = 0.0
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Batches and augmentation."""
+
+    batch_size: Annotated[int, Arg("images per optimiser step", min=2, max=65_536)] = 16
+    micro_batch: Annotated[
+        int,
+        Arg(
+            "images per forward pass, whose gradients add up to a step; 0 takes the whole batch, and fewer"
+            " when memory runs out. Batch norm and the batch's Dice see these images alone",
+            min=0,
+            max=65_536,
+        ),
+    ] = 0
+    positive_share: Annotated[
+        float,
+        Arg(
+            "fraction of images with pneumothorax in each batch of the first epoch; 0 takes every image once",
+            min=0,
+            max=1,
+        ),
+    ] = 0.8
+    final_positive_share: Annotated[
+        float, Arg("that fraction in the last epoch; it changes linearly", min=0, max=1)
+    ] = 0.4
+    augment: Annotated[
+        bool,
+        Arg(
+            "flip, shift, scale, rotate and distort the training images, and change their gamma, contrast"
+            " and brightness"
+        ),
+    ] = True
+    cache: Annotated[
+        Literal["auto", "device", "host", "stream"],
+        Arg(
+            "where the training images are kept; auto takes the first with enough memory",
+            shapes_weights=False,
+        ),
+    ] = "auto"
+
+
+@dataclass(frozen=True)
+class Network:
+    """Network."""
+
+    network: Annotated[
+        Literal["fcn_resnet50", "fcn_resnet101", "deeplabv3_resnet50", "deeplabv3_resnet101"],
+        Arg("torchvision segmentation network"),
+    ] = "fcn_resnet50"
+    weights: Annotated[
+        str,
+        Arg(
+            "initial weights: imagenet (backbone, downloaded), coco (backbone and heads, downloaded), none"
+            " (random), a file with a state dict, or auto: imagenet where it can be downloaded, else none"
+        ),
+    ] = AUTO
+    tta_flip: Annotated[
+        bool, Arg("predict each image and its mirror image, and take the mean (test-time augmentation)")
+    ] = True
+    compile: Annotated[
+        bool, Arg("compile the network with torch.compile; pays in long trainings on a GPU")
+    ] = False
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Training recipe."""
+
+    seed: Seed = 0
+    network: Network = field(default_factory=Network)
+    loss: LossWeights = field(default_factory=LossWeights)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    batches: Batches = field(default_factory=Batches)
