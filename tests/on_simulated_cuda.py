@@ -105,7 +105,7 @@ def test_an_interrupted_training_goes_on_and_averages_its_best_epochs(
         with pytest.raises(KeyboardInterrupt):
             train(settings)
     train(settings)
-    assert "goes on after epoch 1 of 3" in capsys.readouterr().out
+    assert "continues after epoch 1 of 3" in capsys.readouterr().out
 
 
 def test_when_memory_runs_out_fewer_images_pass_at_once(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-
 from pneumo_experiments.dataset.annotations import read_annotations
 from pneumo_experiments.dataset.hdf5 import write_dataset
 from pneumo_experiments.dataset.shards import Recipe, make_jobs, results

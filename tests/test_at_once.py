@@ -248,7 +248,7 @@ def test_main_killed_after_its_training_takes_it_as_it_ended(
     assert "epoch 2/2" in capsys.readouterr().out
     main.main(settings)
     said = capsys.readouterr().out
-    assert "train: goes on after epoch 2 of 2" in said
+    assert "train: continues after epoch 2 of 2" in said
     assert "/2  loss" not in said  # the search has one epoch
     ended, taken = runs("train")
     assert ended.info.status == taken.info.status == "FINISHED"
@@ -281,7 +281,7 @@ def test_a_training_goes_on_in_no_run_that_has_finished(
     settings = settings_of(dataset)
     train(settings, keep=True)
     train(settings)
-    assert "goes on after epoch 1 of 1" in capsys.readouterr().out
+    assert "continues after epoch 1 of 1" in capsys.readouterr().out
     one, two = runs("train")
     assert steps_of(one, "val_dice_final") == steps_of(two, "val_dice_final") == [1]
 

@@ -34,7 +34,7 @@ from pneumo_experiments.learning.network import PneumothoraxNet
 from pneumo_experiments.learning.predict import Predictor
 from pneumo_experiments.scoring.thresholds import Thresholds
 from pneumo_experiments.serving import Detector, save
-from pneumo_experiments.settings import Score, Train, as_params
+from pneumo_experiments.settings import Score, Train, as_config
 from pneumo_experiments.stages.score import score
 
 GOOD = jpeg_file(GREYS)
@@ -76,7 +76,7 @@ def desk(tmp_path_factory: pytest.TempPathFactory, bombs: dict[str, bytes]) -> I
             predictor = Predictor(
                 PneumothoraxNet("fcn_resnet50"), ComputeConfig(torch.device("cpu"), "fp32"), tta_flip=False
             )
-            detector = Detector(predictor, 32, Thresholds(presence_threshold=0), as_params(Train()), "")
+            detector = Detector(predictor, 32, Thresholds(presence_threshold=0), as_config(Train()), "")
             (folder / "weights").mkdir()
             save(folder / "weights", detector)
             model = tracking.log_model(folder / "weights")

@@ -15,7 +15,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -215,7 +215,7 @@ def test_killed_in_a_step_in_validation_and_in_the_checkpoint_a_training_ends_as
                 assert line, said
                 said += line
             assert f"ended by {signal.SIGKILL:d}" in said
-            assert ("goes on after epoch 1 of 3" in said) == (moment != "step")
+            assert ("continues after epoch 1 of 3" in said) == (moment != "step")
             (run,) = runs()
             assert run.info.status == "RUNNING"
             assert [step for step, _ in told(run)["val_dice"]] == epochs_told
@@ -227,7 +227,7 @@ def test_killed_in_a_step_in_validation_and_in_the_checkpoint_a_training_ends_as
     assert part.stat().st_size == pytest.approx((left / "last.pt").stat().st_size / 2, rel=0.01)
 
     train(settings)
-    assert "goes on after epoch 1 of 3" in capsys.readouterr().out
+    assert "continues after epoch 1 of 3" in capsys.readouterr().out
     (run,) = runs()
     assert run.info.status == "FINISHED"
     found = told(run)

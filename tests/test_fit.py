@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from helpers import changed, make
+from helpers import make
 
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.experiment.progress import read_checkpoint
@@ -171,7 +172,7 @@ def test_steps_that_are_left_out_do_not_wear_down_the_scale_of_the_gradients(pre
         network, make(Recipe, batch_size=2, learning_rate=1e-2), 400, ComputeConfig(CPU.device, precision)
     )
     (batch,) = batches(noise(2), make(Recipe, batch_size=2, augment=False), 1, 1, CPU.device)
-    torn = changed(batch, images=batch.images * float("nan"))
+    torn = replace(batch, images=batch.images * float("nan"))
     trainer.step(batch)
     before = weights_of(network.mask_head)
     for _ in range(200):  # halved so often, the smallest float32 is 0
@@ -253,7 +254,7 @@ def test_a_checkpoint_of_another_version_is_a_warning_and_no_start(tmp_path: Pat
     ]
     for other in others:
         checkpoint.save(other, {})
-        with pytest.warns(UserWarning, match="of another version; the training starts anew"):
+        with pytest.warns(UserWarning, match="another version; training starts over"):
             assert read_checkpoint(checkpoint) is None
     torch.save([1, 2], checkpoint.folder / "last.pt")
     with pytest.warns(UserWarning, match=r"last\.pt: cannot be read"):

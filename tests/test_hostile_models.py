@@ -22,13 +22,13 @@ from pneumo_experiments import tracking
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.scoring.thresholds import Thresholds
 from pneumo_experiments.serving import load
-from pneumo_experiments.settings import Train, as_params
+from pneumo_experiments.settings import Train, as_config
 from pneumo_experiments.tracking.calls import save_model
 
 DESCRIPTION: dict[str, Any] = {
     "image_size": 32,
     "thresholds": vars(Thresholds()),
-    "settings": as_params(Train()),
+    "settings": as_config(Train()),
     "data_fingerprint": "0123",
 }
 

@@ -27,7 +27,7 @@ from pneumo_experiments.learning.network import PneumothoraxNet
 from pneumo_experiments.learning.predict import Predictor
 from pneumo_experiments.scoring.thresholds import Thresholds
 from pneumo_experiments.serving import Detector, save
-from pneumo_experiments.settings import Train, as_params
+from pneumo_experiments.settings import Train, as_config
 from pneumo_experiments.synthetic.files import write_sample
 
 SMALL = ["--image_size", "32"]
@@ -101,7 +101,7 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Desk]:
             predictor = Predictor(network, machine, tta_flip=False)
             weights = folder / "weights"
             weights.mkdir()
-            save(weights, Detector(predictor, 32, Thresholds(), as_params(Train()), "another"))
+            save(weights, Detector(predictor, 32, Thresholds(), as_config(Train()), "another"))
             model = tracking.log_model(weights)
         made = Desk(
             sample / "dicom-images-train",

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 from dicom_files import GREYS, dicom_bytes
-from helpers import changed, make
+from helpers import make
 from mlflow import MlflowClient
 from pydicom.uid import generate_uid
 
@@ -36,7 +36,7 @@ from pneumo_experiments.dataset.splits import Split, split
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.experiment.grouping import SOURCES, make_grouping
 from pneumo_experiments.experiment.subset import make_split, split_settings_of
-from pneumo_experiments.settings import Preprocess, Recipe, Train, as_params, from_flat
+from pneumo_experiments.settings import Preprocess, SplitSettings, Train, as_config, from_flat
 from pneumo_experiments.stages.preprocess import preprocess
 
 # Four of the contest's images, of two patients.
@@ -235,7 +235,7 @@ def test_images_that_each_count_as_a_patient_are_a_warning_once_for_preprocess_a
     assert told.endswith("name the patients in patients_csv")
     with Dataset.open(desk / "alone.h5") as dataset:
         for fold in range(5):
-            make_split(dataset, make(Recipe, fold=str(fold)))
+            make_split(dataset, SplitSettings(fold=str(fold)))
     assert len(warnings_of(caplog)) == 1
 
 
@@ -245,7 +245,7 @@ def test_a_split_of_a_data_set_made_earlier_warns_once(
     path = labelled(tmp_path / "earlier.h5", {f"i{n}": f"p{n}" for n in range(30)}, {})
     with Dataset.open(path) as dataset:
         for fold in range(5):
-            make_split(dataset, make(Recipe, fold=str(fold)))
+            make_split(dataset, SplitSettings(fold=str(fold)))
     (told,) = warnings_of(caplog)
     assert "each of the 30 images counts as a patient of its own" in told
 
@@ -335,20 +335,17 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_seeds_share_their_split_and_another_split_seed_has_another(pairs: Path) -> None:
     with Dataset.open(pairs) as dataset:
-        first = make_split(dataset, make(Train, seed=0))
-        assert equal(make_split(dataset, make(Train, seed=1)), first)
-        other = make_split(dataset, make(Train, seed=0, split_seed=1))
+        first = make_split(dataset, make(Train, seed=0).split)
+        assert equal(make_split(dataset, make(Train, seed=1).split), first)
+        other = make_split(dataset, SplitSettings(split_seed=1))
         assert not np.array_equal(other.holdout, first.holdout)
 
 
 def test_a_model_is_scored_on_the_split_that_it_was_trained_with(pairs: Path) -> None:
     with Dataset.open(pairs) as dataset:
         trained = make(Train, seed=7, split_seed=3, holdout=0.3, folds=3, fold="2")
-        assert equal(make_split(dataset, split_settings_of(as_params(trained))), make_split(dataset, trained))
-        # A model of a time without split_seed: its seed drew the split.
-        old = as_params(changed(trained, seed=3, split_seed=99))
-        del old["split_seed"]
-        assert equal(make_split(dataset, split_settings_of(old)), make_split(dataset, trained))
+        split = make_split(dataset, split_settings_of(as_config(trained)))
+        assert equal(split, make_split(dataset, trained.split))
 
 
 # The real data.
@@ -376,7 +373,7 @@ def test_with_default_settings_no_real_patient_is_in_two_parts(
     path = labelled(tmp_path / "all.h5", hashes, areas)
     nih = np.array(list(patients.values()))
     with Dataset.open(path) as dataset:
-        parts = make_split(dataset, Train())
+        parts = make_split(dataset, SplitSettings())
     assert [len(part) for part in vars(parts).values()] == [7712, 1928, 2407]
     names = [set(nih[part].tolist()) for part in vars(parts).values()]
     assert sum(map(len, names)) == len(set().union(*names)) == 6171
@@ -409,7 +406,7 @@ def test_the_13_real_files_have_their_patients_from_the_shipped_table_by_default
     assert len(patient) == len(set(patient.values())) == len({nih[name] for name in patient}) == 13
     with Dataset.open(desk / "real.h5") as dataset:
         assert dataset.settings[SOURCES] == "shipped table: 13"
-        parts = make_split(dataset, Train())
+        parts = make_split(dataset, SplitSettings())
     assert [len(part) for part in vars(parts).values()].count(0) == 0
     assert warnings_of(caplog) == []  # one image each, and that is known
     made(source | {"patients_csv": "none"}, desk / "none.h5")

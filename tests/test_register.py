@@ -31,7 +31,7 @@ from pneumo_experiments.learning.network import PneumothoraxNet
 from pneumo_experiments.learning.predict import Predictor
 from pneumo_experiments.scoring.thresholds import Thresholds
 from pneumo_experiments.serving import Detector, load, save
-from pneumo_experiments.settings import Device, Register, Score, Train, as_params
+from pneumo_experiments.settings import Device, Register, Score, Train, as_config
 from pneumo_experiments.stages.register import register
 from pneumo_experiments.stages.score import score
 from pneumo_experiments.synthetic.files import write_sample
@@ -84,12 +84,12 @@ class Ward:
 def logged(network: PneumothoraxNet, settings: Train, threshold: float) -> str:
     """A model as `train` logs it, but for the training."""
     with Dataset.open(settings.dataset) as dataset:
-        parts = make_split(dataset, settings)
+        parts = make_split(dataset, settings.split)
         detector = Detector(
             predictor=Predictor(network, ComputeConfig(torch.device("cpu"), "fp32")),
             image_size=32,
             thresholds=Thresholds(threshold, 0, 0, 0),
-            settings=as_params(settings),
+            settings=as_config(settings),
             data_fingerprint=dataset.fingerprint,
             seen=digests(Subset(dataset, np.append(parts.train, parts.validation))),
         )
@@ -111,7 +111,7 @@ def ward(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ward]:
     settings = make(Train, dataset=positives, holdout=0.3, folds=2)
     with Dataset.open(positives) as dataset:
         for seed in range(100):
-            parts = make_split(dataset, settings)
+            parts = make_split(dataset, settings.split)
             if dice_of_all(dataset, parts.train) > dice_of_all(dataset, parts.holdout):
                 break
             settings = changed(settings, seed=seed)
@@ -241,7 +241,7 @@ def test_a_score_leaves_a_row_for_each_image(ward: Ward) -> None:
     assert [float(row["dice"]) for row in rows] == pytest.approx(table["dice"].tolist())
     assert table["dice"].mean() == pytest.approx(ward.holdout.data.metrics["dice"])
     with Dataset.open(ward.positives) as dataset:
-        entries = Subset(dataset, make_split(dataset, ward.settings).holdout).entries
+        entries = Subset(dataset, make_split(dataset, ward.settings.split).holdout).entries
     assert [(row["image_id"], row["patient"]) for row in rows] == [(e.image_id, e.patient) for e in entries]
     assert table["truth_area_px"].tolist() == [entry.area_px for entry in entries]
     assert table["predicted_area_px"].tolist() == [entry.rows * entry.columns for entry in entries]
@@ -268,7 +268,7 @@ def test_an_interval_from_few_patients_is_marked(ward: Ward) -> None:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])  # of which this machine is faster in one
 def test_a_model_computes_as_its_training_did(ward: Ward, precision: str, tmp_path: Path) -> None:
     predictor = Predictor(PneumothoraxNet("fcn_resnet50"), ComputeConfig(torch.device("cpu"), precision))
-    save(tmp_path, Detector(predictor, 32, Thresholds(), as_params(ward.settings), "a"))
+    save(tmp_path, Detector(predictor, 32, Thresholds(), as_config(ward.settings), "a"))
     assert load(tmp_path).predictor.compute == predictor.compute
 
 

@@ -96,7 +96,7 @@ def test_folds_that_had_ended_are_not_trained_again(
     assert capsys.readouterr().out.count("epoch 1/1") == 2
     train(folds)
     said = capsys.readouterr().out
-    assert said.count("goes on after epoch 1 of 1") == 2
+    assert said.count("continues after epoch 1 of 1") == 2
     assert "epoch 1/1" not in said
     parents = [run for run in runs() if run.info.run_name == "train"]
     assert [run.info.status for run in parents] == ["KILLED", "FINISHED"]
@@ -141,7 +141,7 @@ def test_with_another_micro_batch_a_training_starts_anew(
     train(changed(settings, micro_batch=2))  # batch norm and the batch's Dice see other images
     assert "goes on" not in capsys.readouterr().out
     train(settings)
-    assert "goes on after epoch 1 of 2" in capsys.readouterr().out
+    assert "continues after epoch 1 of 2" in capsys.readouterr().out
 
 
 def test_patience_ends_a_training_that_gets_no_better(
@@ -183,7 +183,7 @@ def test_under_mlflow_run_a_training_goes_on_in_its_first_run(settings: Train, t
     killed.wait()
     done = subprocess.run(command, cwd=tmp_path, env=environment(uri), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "train: goes on after epoch" in done.stdout + done.stderr
+    assert "train: continues after epoch" in done.stdout + done.stderr
     run, other = runs()
     assert (run.info.run_name, other.info.run_name) == ("train", "went on in an earlier run")
     assert run.info.run_id in other.data.tags["mlflow.note.content"]
