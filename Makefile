@@ -10,7 +10,7 @@ export PATH := $(BIN):$(PATH)
 export MLFLOW_DISABLE_TELEMETRY ?= true
 
 demo: setup
-	@mlflow run . --env-manager local
+	@mlflow run . --env-manager local -P config=configs/demo.yaml
 
 # Two files at a time: torch in more processes than cores would only get in its own way.
 test: setup
