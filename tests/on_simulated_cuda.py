@@ -30,10 +30,12 @@ from pneumo_experiments.experiment.subset import Subset  # noqa: E402
 from pneumo_experiments.learning import distributed  # noqa: E402
 from pneumo_experiments.learning.checkpoint import Checkpoint  # noqa: E402
 from pneumo_experiments.learning.device import ComputeConfig, choose_compute  # noqa: E402
-from pneumo_experiments.learning.fit import RunningMeans, _Trainer, fit  # noqa: E402
+from pneumo_experiments.learning.fit import fit  # noqa: E402
 from pneumo_experiments.learning.loader import Batch, InMemoryData, StreamedData, batches, load  # noqa: E402
+from pneumo_experiments.learning.loss import RunningMeans  # noqa: E402
 from pneumo_experiments.learning.network import PneumothoraxNet, build  # noqa: E402
 from pneumo_experiments.learning.predict import Predictor  # noqa: E402
+from pneumo_experiments.learning.trainer import Trainer  # noqa: E402
 from pneumo_experiments.settings import Recipe, Score, Search, Train  # noqa: E402
 from pneumo_experiments.stages.score import score  # noqa: E402
 from pneumo_experiments.stages.search import search  # noqa: E402
@@ -94,9 +96,9 @@ def test_an_interrupted_training_goes_on_and_averages_its_best_epochs(
     settings = replace(settings, cache=cache, epochs=3, best_k=3)
     save = Checkpoint.save
 
-    def save_and_stop(self: Checkpoint, last: dict[str, Any], kept: dict[int, dict[str, Any]]) -> None:
-        save(self, last, kept)
-        assert {tensor.device.type for state in kept.values() for tensor in state.values()} == {"cpu"}
+    def save_and_stop(self: Checkpoint, last: dict[str, Any], networks: dict[int, dict[str, Any]]) -> None:
+        save(self, last, networks)
+        assert {tensor.device.type for state in networks.values() for tensor in state.values()} == {"cpu"}
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
@@ -112,13 +114,13 @@ def test_when_memory_runs_out_fewer_images_pass_at_once(
 ) -> None:
     forward = PneumothoraxNet.forward
 
-    def cramped(self: PneumothoraxNet, grey: torch.Tensor) -> Any:
-        if self.training and len(grey) > 2:
+    def cramped(self: PneumothoraxNet, images: torch.Tensor) -> Any:
+        if self.training and len(images) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return forward(self, grey)
+        return forward(self, images)
 
     monkeypatch.setattr(PneumothoraxNet, "forward", cramped)
-    with pytest.warns(UserWarning, match="memory ran out: 2 images"):
+    with pytest.warns(UserWarning, match="memory ran out: .*micro_batch=2"):
         train(replace(settings, epochs=1))
 
 
@@ -154,7 +156,7 @@ def test_the_host_waits_for_nothing_in_a_step(network: str, precision: str) -> N
     recipe = Recipe(
         network=network, ema=0.9, lovasz_weight=1.0, dice_image_weight=1.0, focal_weight=1.0, micro_batch=2
     )
-    trainer = _Trainer(net, recipe, 10, ComputeConfig(device, precision))
+    trainer = Trainer(net, recipe, 10, ComputeConfig(device, precision))
     drawn = torch.Generator().manual_seed(0)
     images, targets = (torch.rand(4, 64, 64, generator=drawn) for _ in range(2))
     batch = Batch(images[:, None].cuda(), (targets > 0.9).float().cuda(), torch.ones(4).cuda(), 4)
@@ -182,8 +184,8 @@ def test_in_an_epoch_the_host_waits_for_its_sums_alone(dataset: Path, cache: str
             found = dict(waits)
     assert epoch.skipped_steps == 0
     assert sorted(name.rpartition(":")[0] for name in found) == [
-        "_local_scalar_dense learning/fit.py",  # how many steps were left out
-        "device to host learning/fit.py",  # the losses
+        "_local_scalar_dense learning/fit.py",  # the number of skipped steps
+        "device to host learning/loss.py",  # the losses
     ], found
     assert set(found.values()) == {1}, found
 
@@ -192,7 +194,7 @@ def test_in_an_epoch_the_host_waits_for_its_sums_alone(dataset: Path, cache: str
 def test_the_host_waits_once_for_all_predictions_of_a_validation(dataset: Path, cache: str) -> None:
     with Dataset.open(dataset) as opened:
         subset = Subset(opened, np.arange(16)).in_memory(cache)
-        assert (subset.greys is None) == (cache == "stream")
+        assert (subset.pixels is None) == (cache == "stream")
         predictor = Predictor(build("tiny", "none", 0), choose_compute(Recipe()), tta_flip=True)
         subset.count(predictor)
         with count_syncs() as waits:
@@ -200,7 +202,7 @@ def test_the_host_waits_once_for_all_predictions_of_a_validation(dataset: Path, 
             found = dict(waits)
         assert len(counts) == 16
         assert counts.truth_area.tolist() == [entry.area_px for entry in opened.entries]
-    assert [name.rpartition(":")[0] for name in found] == ["device to host learning/tables.py"], found
+    assert [name.rpartition(":")[0] for name in found] == ["device to host learning/evaluate.py"], found
     assert set(found.values()) == {1}
 
 
@@ -245,7 +247,7 @@ def test_sums_over_processes_wait_for_nothing_but_their_numbers(monkeypatch: pyt
         "all_reduce": doubled,
     }
     for name, answer in answers.items():
-        monkeypatch.setattr(distributed, name, answer)
+        monkeypatch.setattr(torch.distributed, name, answer)
     values = torch.arange(3.0).cuda()
     with count_syncs() as waits:
         sums = distributed.all_reduce_means(values, 4)
@@ -254,5 +256,5 @@ def test_sums_over_processes_wait_for_nothing_but_their_numbers(monkeypatch: pyt
     terms = RunningMeans()
     terms.add({"loss": values.sum()}, 4)
     with count_syncs() as waits:
-        assert terms.means() == {"loss": 3.0}
+        assert terms.numbers() == {"loss": 3.0}
         assert [name.rpartition(" ")[0] for name in waits] == ["device to host"], waits

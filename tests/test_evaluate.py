@@ -129,8 +129,8 @@ def test_tables_that_are_none_are_refused() -> None:
     good = counted(next_to_hundredths(1, 8), [np.eye(8, dtype=bool)])
     present = np.array([0.5], np.float32)
     for wrong, presence, reason in [
-        (good[:, :, 1:], present, "tables"),
-        (good, np.array([0.5, 0.5], np.float32), "tables"),
+        (good[:, :, 1:], present, "counts"),
+        (good, np.array([0.5, 0.5], np.float32), "counts"),
         (good, np.array([np.nan], np.float32), "presence"),
         (good, np.array([1.5], np.float32), "presence"),
         (good[:, :, ::-1], present, "more pixels"),
@@ -191,9 +191,9 @@ def test_a_network_that_diverged_ends_the_tally_with_advice(dataset: Dataset, he
     for weights in getattr(network, head).parameters():
         torch.nn.init.constant_(weights, float("nan"))
     diverged = Predictor(network, CPU)
-    with pytest.raises(UserError, match=r"learning_rate: .* diverged"):
+    with pytest.raises(UserError, match=r"NaN: training diverged; .*learning_rate"):
         Subset(dataset, np.arange(3)).count(diverged)
-    with pytest.raises(UserError, match=r"learning_rate: .* diverged"):
+    with pytest.raises(UserError, match=r"NaN: training diverged; .*learning_rate"):
         next(diverged.predict(dataset.images([0])))
 
 

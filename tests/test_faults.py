@@ -260,7 +260,9 @@ def test_a_full_disk_costs_the_checkpoint_not_the_training(
         return None
 
     monkeypatch.setattr(Checkpoint, "save", save_on_a_disk_that_fills)
-    with pytest.warns(UserWarning, match="the training goes on, but an interruption would lose it") as caught:
+    with pytest.warns(
+        UserWarning, match="the training continues, but an interruption would lose it"
+    ) as caught:
         train(settings_of(datasets["usual"]))
     reason = "the checkpoint cannot be written (the disk may be full: "
     assert [reason in str(warning.message) for warning in caught].count(True) == 2

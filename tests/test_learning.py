@@ -14,7 +14,7 @@ import torch
 
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.learning.device import ComputeConfig, choose_compute
-from pneumo_experiments.learning.fit import fit, rate
+from pneumo_experiments.learning.fit import fit
 from pneumo_experiments.learning.loader import (
     InMemoryData,
     StreamedData,
@@ -27,6 +27,7 @@ from pneumo_experiments.learning.loader import (
 from pneumo_experiments.learning.loss import bce, criterion, focal, soft_dice
 from pneumo_experiments.learning.network import Output, PneumothoraxNet, build
 from pneumo_experiments.learning.predict import Predictor, to_native
+from pneumo_experiments.learning.schedule import lr_factor
 from pneumo_experiments.settings import Device, Recipe
 
 CPU = ComputeConfig(torch.device("cpu"), "fp32")
@@ -232,12 +233,12 @@ def test_a_loss_that_is_not_finite_ends_with_advice() -> None:
 
 def test_the_rate_rises_for_a_fifth_and_ends_near_zero() -> None:
     recipe = Recipe(warmup=0.2, schedule="cosine")
-    assert rate(recipe, 0) == pytest.approx(0.05)
-    assert rate(recipe, 0.2) == pytest.approx(1)
-    assert rate(recipe, 0.6) == pytest.approx(0.5)
-    assert rate(recipe, 1) == pytest.approx(0, abs=1e-9)
+    assert lr_factor(recipe, 0) == pytest.approx(0.05)
+    assert lr_factor(recipe, 0.2) == pytest.approx(1)
+    assert lr_factor(recipe, 0.6) == pytest.approx(0.5)
+    assert lr_factor(recipe, 1) == pytest.approx(0, abs=1e-9)
     polynomial = Recipe(warmup=0, schedule="polynomial")
-    assert [rate(polynomial, done) for done in (0, 0.5, 1)] == pytest.approx([1, 0.5**0.9, 0])
+    assert [lr_factor(polynomial, done) for done in (0, 0.5, 1)] == pytest.approx([1, 0.5**0.9, 0])
 
 
 def test_predictions_do_not_depend_on_the_batch(network: PneumothoraxNet) -> None:

@@ -1,5 +1,4 @@
-"""Averages of weights."""
-# pyright: reportUnknownMemberType=false
+"""Averages of network weights."""
 
 from __future__ import annotations
 
@@ -16,8 +15,8 @@ from pneumo_experiments.learning.network import PneumothoraxNet
 class MovingAverage:
     """An exponential moving average of a network's weights and batch statistics.
 
-    The decay rises as (1 + steps) / (10 + steps) up to its value, so that the random start is soon
-    forgotten (as in TensorFlow's ExponentialMovingAverage).
+    The decay rises as (1 + steps) / (10 + steps) up to its value, so that the random start fades quickly
+    (as in TensorFlow's ExponentialMovingAverage).
     """
 
     def __init__(self, network: PneumothoraxNet, decay: float) -> None:
@@ -25,15 +24,15 @@ class MovingAverage:
         self.decay, self.steps = decay, 0
 
     def update(self, network: PneumothoraxNet) -> None:
-        """Takes the weights after one optimiser step into the average; no synchronisation."""
+        """Updates the average after an optimizer step, without waiting for the device."""
         self.steps += 1
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
-        ours, theirs = _floats(self.network), _floats(network)
-        torch._foreach_lerp_(ours, theirs, 1 - decay)  # pyright: ignore  # as torch's own averages do
+        average, current = _floats(self.network), _floats(network)
+        torch._foreach_lerp_(average, current, 1 - decay)  # pyright: ignore  # as torch's own averages do
 
 
 def mean_state(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The mean of n >= 1 state dicts; counters are the first one's."""
+    """Mean of n >= 1 state dicts; integer counters are taken from the first."""
     mean = dict(states[0])
     for name, value in mean.items():
         if value.is_floating_point():
