@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from pneumo_experiments.learning.network import PneumothoraxNet
 
@@ -16,7 +17,8 @@ class MovingAverage:
     """An exponential moving average of a network's weights and batch statistics.
 
     The decay rises as (1 + steps) / (10 + steps) up to its value, so that the random start fades quickly
-    (as in TensorFlow's ExponentialMovingAverage).
+    (as in TensorFlow's ExponentialMovingAverage). Not AveragedModel: its step counter would make the host
+    wait for the device at every step, and its first update copies the weights.
     """
 
     def __init__(self, network: PneumothoraxNet, decay: float) -> None:
@@ -28,7 +30,7 @@ class MovingAverage:
         self.steps += 1
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
         average, current = _floats(self.network), _floats(network)
-        torch._foreach_lerp_(average, current, 1 - decay)  # pyright: ignore  # as torch's own averages do
+        get_ema_multi_avg_fn(decay)(average, current, self.steps)
 
 
 def mean_state(states: Sequence[dict[str, Any]]) -> dict[str, Any]:

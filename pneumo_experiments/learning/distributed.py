@@ -5,7 +5,6 @@ Without torchrun there is one process, and every function here returns its argum
 
 from __future__ import annotations
 
-import io
 import os
 import warnings
 from contextlib import AbstractContextManager, nullcontext
@@ -80,18 +79,15 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
 
 
 def broadcast(value: Any) -> Any:
-    """The first process's tensors, numbers and texts, on the CPU of all; what others give is ignored."""
+    """The first process's value, in all processes; other processes' values are ignored.
+
+    Tensors in it must be on the CPU. It is unpickled: safe only because all processes are this program's.
+    """
     if world_size() == 1:
         return value
-    file = io.BytesIO()
-    torch.save(value, file)
-    packed = torch.frombuffer(file.getbuffer(), dtype=torch.uint8)
-    length = torch.tensor([len(packed)])
-    distributed.broadcast(length, 0)
-    if not is_main_process():
-        packed = torch.empty(int(length), dtype=torch.uint8)
-    distributed.broadcast(packed, 0)
-    return torch.load(io.BytesIO(packed.numpy().tobytes()), map_location="cpu", weights_only=True)
+    values = [value]
+    distributed.broadcast_object_list(values, src=0, device=torch.device("cpu"))
+    return values[0]
 
 
 def all_gather_rows(rows: Rows, count: int) -> Rows:
@@ -110,16 +106,15 @@ def convert_sync_batchnorm(network: nn.Module, device: torch.device) -> None:
     """Makes batch normalisation use the images of all processes; changes the network in place."""
     if world_size() == 1:
         return
+    if device.type == "cuda":  # the only device that torch's own supports
+        nn.SyncBatchNorm.convert_sync_batchnorm(network)  # pyright: ignore[reportUnknownMemberType]
+        return
     for parent in list(network.modules()):
         for name, child in parent.named_children():
             if type(child) is nn.BatchNorm2d:
-                fast = device.type == "cuda"  # torch's own is for GPUs alone
-                taker = (
-                    nn.SyncBatchNorm(child.num_features) if fast else SyncBatchNormOnCPU(child.num_features)
-                )
-                taker.load_state_dict(child.state_dict())
-                taker.eps, taker.momentum = child.eps, child.momentum
-                setattr(parent, name, taker.to(device))
+                synchronised = SyncBatchNormOnCPU(child.num_features, child.eps, child.momentum)
+                synchronised.load_state_dict(child.state_dict())
+                setattr(parent, name, synchronised)
 
 
 def wrap_ddp(network: nn.Module) -> nn.Module:

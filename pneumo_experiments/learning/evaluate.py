@@ -32,28 +32,32 @@ class ThresholdCounter:
         self._pixels_at_once = 0 if device.type == "cpu" else MAX_PIXELS_AT_ONCE
         self._counts = [self._hundredths.new_empty((0, 2, 101), dtype=torch.int32)]
         self._presence = [self._hundredths.new_empty(0)]
+        self._finite = [self._hundredths.new_empty(0, dtype=torch.bool)]
 
     def add(self, images: NDArray[np.uint8], truths: Iterable[NDArray[np.bool_]]) -> None:
         """Predicts 8-bit images (n, S, S) and counts them, given the truth (H, W) of each at native size."""
         remaining = iter(truths)
-        for masks, presence in self._predictor.predict_batches(images):
-            batch_truths = list(islice(remaining, len(masks)))
+        for batch in self._predictor.predict_batches(images):
+            batch_truths = list(islice(remaining, len(batch.mask)))
             self._counts.append(
-                count_at_thresholds(masks, batch_truths, self._hundredths, self._pixels_at_once)
+                count_at_thresholds(batch.mask, batch_truths, self._hundredths, self._pixels_at_once)
             )
-            self._presence.append(presence)
+            self._presence.append(batch.presence)
+            self._finite.append(batch.finite)
 
     def read(self) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
         """Counts (n, 2, 101) as from ``count_at_thresholds``, and presence (n,), in order.
 
         Raises UserError when the network's output is NaN.
         """
-        presence, counts = torch.cat(self._presence), torch.cat(self._counts)
+        per_image = torch.stack(
+            [torch.cat(self._presence).view(torch.int32), torch.cat(self._finite).int()], 1
+        )
         # Copied as one tensor, so that the host waits for the device once.
-        packed = torch.cat([presence.view(torch.int32)[:, None], counts.flatten(1)], dim=1).cpu().numpy()
+        packed = torch.cat([per_image, torch.cat(self._counts).flatten(1)], dim=1).cpu().numpy()
+        require_finite(packed[:, 1])
         presence = np.ascontiguousarray(packed[:, 0]).view(np.float32)
-        require_finite(presence)
-        return np.ascontiguousarray(packed[:, 1:]).reshape(-1, 2, 101), presence
+        return np.ascontiguousarray(packed[:, 2:]).reshape(-1, 2, 101), presence
 
 
 @torch.inference_mode()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -25,6 +26,14 @@ class Prediction:
     presence: float
 
 
+class BatchPrediction(NamedTuple):
+    """Probabilities of pixels (b, S, S) and of presence (b,) of a batch, float32, on the device."""
+
+    mask: Tensor
+    presence: Tensor
+    finite: Tensor  # (b,), bool: whether all of an image's outputs are
+
+
 @dataclass(frozen=True)
 class Predictor:
     """A network and its inference settings; ``tta_flip`` averages predictions of image and flipped image."""
@@ -35,18 +44,17 @@ class Predictor:
 
     def predict(self, images: NDArray[np.uint8], batch_size: int = 16) -> Iterator[Prediction]:
         """One prediction for each 8-bit image (n, S, S), in order; UserError when an output is NaN."""
-        for masks, presences in self.predict_batches(images, batch_size):
-            present = presences.cpu().numpy()
-            require_finite(present)
-            for mask, presence in zip(masks.cpu().numpy(), present, strict=True):
+        for batch in self.predict_batches(images, batch_size):
+            # Copied as one tensor, so that the host does not wait once more.
+            presences, finite = torch.stack([batch.presence, batch.finite.float()]).cpu().numpy()
+            require_finite(finite)
+            for mask, presence in zip(batch.mask.cpu().numpy(), presences, strict=True):
                 yield Prediction(mask, float(presence))
 
-    def predict_batches(
-        self, images: NDArray[np.uint8], batch_size: int = 16
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Probabilities of pixels (b, S, S) and of presence (b,) of each batch, float32, on the device.
+    def predict_batches(self, images: NDArray[np.uint8], batch_size: int = 16) -> Iterator[BatchPrediction]:
+        """Predictions of each batch of 8-bit images (n, S, S), on the device.
 
-        Presence is NaN where any output of the image is: callers pass it to ``require_finite``.
+        The host does not wait: callers copy ``finite`` with the rest and pass it to ``require_finite``.
         """
         self.network.to(device=self.compute.device, memory_format=torch.channels_last)  # pyright: ignore
         self.network.eval()
@@ -56,7 +64,8 @@ class Predictor:
             if self.tta_flip:
                 flipped_mask, flipped_presence = self._probabilities(inputs.flip(-1))
                 mask, presence = (mask + flipped_mask.flip(-1)) / 2, (presence + flipped_presence) / 2
-            yield mask, presence + 0 * mask.amax(dim=(1, 2))  # the maximum is NaN where any pixel is
+            finite = mask.isfinite().flatten(1).all(1) & presence.isfinite()
+            yield BatchPrediction(mask, presence, finite)
 
     def _probabilities(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
         """Probabilities of pixels (n, S, S) and of presence (n,) for images (n, 1, S, S)."""
@@ -65,9 +74,9 @@ class Predictor:
         return torch.sigmoid(output.mask), torch.sigmoid(output.presence)
 
 
-def require_finite(presence: NDArray[np.float32]) -> None:
-    """Raises UserError when a probability of presence (n,) is NaN: the training of the network diverged."""
-    if not np.isfinite(presence).all():
+def require_finite(finite: NDArray[np.number]) -> None:
+    """Raises UserError unless the outputs for every image (n,) were finite: else training diverged."""
+    if not finite.all():
         raise UserError("network output is NaN: training diverged; try a tenth of the learning_rate")
 
 

@@ -26,10 +26,9 @@ def lr_factor(recipe: Recipe, done: float) -> float:
 
 
 def parameter_groups(network: PneumothoraxNet, recipe: Recipe) -> list[dict[str, Any]]:
-    """Parameter groups with their peak learning rates; pretrained layers change more slowly."""
+    """Parameter groups with their peak learning rates as ``lr``; pretrained layers have a lower one."""
     lower = recipe.learning_rate * recipe.pretrained_lr_scale
     pretrained = [p for name, p in network.named_parameters() if name in network.pretrained]
     new = [p for name, p in network.named_parameters() if name not in network.pretrained]
-    start = lr_factor(recipe, 0)
-    peaks = ((pretrained, lower), (new, recipe.learning_rate))
-    return [{"params": params, "lr": peak * start, "peak": peak} for params, peak in peaks if params]
+    groups = ((pretrained, lower), (new, recipe.learning_rate))
+    return [{"params": params, "lr": peak} for params, peak in groups if params]

@@ -10,6 +10,7 @@ from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.learning import distributed
@@ -42,7 +43,7 @@ class Trainer:
         self.network, self.recipe, self.compute = network, recipe, compute
         self.ddp = distributed.wrap_ddp(network)
         self.forward = torch.compile(self.ddp) if recipe.compile else self.ddp
-        self.total_steps, self.steps = steps, 0
+        self.total_steps = steps
         self.micro_batch = recipe.micro_batch or recipe.batch_size
         self.optimizer = torch.optim.AdamW(
             parameter_groups(network, recipe),
@@ -50,12 +51,18 @@ class Trainer:
             weight_decay=recipe.weight_decay,
             fused=compute.device.type != "mps",
         )
+        self.schedule = self._schedule_after(0)
         # In every format: it skips steps without a finite gradient, and the host need not wait to know.
         self.scaler = torch.amp.GradScaler(
             compute.device.type,
             init_scale=2.0**16 if compute.precision == "fp16" else 1.0,
         )
         self.average = MovingAverage(network, recipe.ema) if recipe.ema > 0 else None
+
+    @property
+    def steps(self) -> int:
+        """Number of steps done."""
+        return self.schedule.last_epoch
 
     def step(self, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
         """One optimizer step; the batch's loss terms, and whether its gradient was finite, on the device."""
@@ -70,8 +77,7 @@ class Trainer:
         self.scaler.step(self.optimizer)  # pyright: ignore[reportUnknownMemberType]
         # It halves its scale after each skipped step. Only fp16 needs a scale, which may grow again.
         self.scaler.update(None if self.compute.precision == "fp16" else 1.0)
-        self.steps += 1
-        self._set_learning_rate()
+        self.schedule.step()
         if self.average is not None:
             self.average.update(self.network)
         return terms, torch.isfinite(norm)
@@ -127,10 +133,12 @@ class Trainer:
             stacklevel=2,
         )
 
-    def _set_learning_rate(self) -> None:
-        factor = lr_factor(self.recipe, min(1.0, self.steps / self.total_steps))
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["peak"] * factor
+    def _schedule_after(self, steps: int) -> LambdaLR:
+        return LambdaLR(
+            self.optimizer,
+            lambda step: lr_factor(self.recipe, min(1.0, step / self.total_steps)),
+            last_epoch=steps - 1,
+        )
 
     def state(self) -> State:
         """Everything that changes with a step, as tensors and numbers."""
@@ -149,7 +157,8 @@ class Trainer:
         self.network.load_state_dict(state["network"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
-        self.steps, self.micro_batch = state["steps"], min(self.micro_batch, state["micro_batch"])
+        self.schedule = self._schedule_after(state["steps"])
+        self.micro_batch = min(self.micro_batch, state["micro_batch"])
         if self.average is not None:
             self.average.network.load_state_dict(state["average"] or {})
             self.average.steps = self.steps

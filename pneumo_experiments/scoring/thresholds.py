@@ -18,7 +18,6 @@ from pneumo_experiments.scoring.metrics import dice_of_areas
 
 # In float32: pixel probabilities are compared with exactly these numbers everywhere.
 HUNDREDTHS = (np.arange(101) / 100).astype(np.float32)
-_NEXT = np.append(HUNDREDTHS[1:], np.float32(np.inf))
 
 PRESENCE_GRID = np.arange(0, 100, 10) / 100
 TOP_GRID = np.arange(20, 100, 10) / 100
@@ -54,17 +53,6 @@ class Thresholds:
             raise UserError(f"min_area_px={self.min_area_px}: give a number of pixels from 0 up")
 
 
-def levels(probability: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """Level 0 to 100 of each probability (H, W): the hundredths from 0.01 up that it reaches."""
-    # Interpolation may round a little above 1; nan fails the comparison too.
-    if not 0 <= probability.min(initial=0.0) <= probability.max(initial=0.0) < 1.01:
-        raise ValueError("probabilities outside [0, 1]")
-    # p * 100 rounds 0.53 down to level 52, so: a product that is never too high, then one exact comparison.
-    level = (probability * np.float32(99.999)).astype(np.uint8)
-    level += probability >= _NEXT.take(level)
-    return level
-
-
 def apply_thresholds(
     probability: NDArray[np.float32], presence: float, thresholds: Thresholds
 ) -> NDArray[np.bool_]:
@@ -83,17 +71,6 @@ class ThresholdCounts:
         self._predicted: list[NDArray[np.int32]] = []  # (101,): pixels at or above each hundredth
         self._overlap: list[NDArray[np.int32]] = []  # (101,): those of them within the truth
         self._presence: list[float] = []
-
-    def add(self, probability: NDArray[np.float32], presence: float, truth: NDArray[np.bool_]) -> None:
-        """Count one image: probability map and truth (H, W) at native size, probability of presence."""
-        if probability.shape != truth.shape:
-            raise ValueError(f"probability is {probability.shape}, truth {truth.shape}: they must match")
-        if not 0 <= presence <= 1:
-            raise ValueError(f"presence {presence} outside [0, 1]")
-        level = levels(probability)
-        self._predicted.append(_at_or_above(level.ravel()))
-        self._overlap.append(_at_or_above(level[truth]))
-        self._presence.append(presence)
 
     def append(self, counts: NDArray[np.int32], presence: NDArray[np.float32]) -> None:
         """Adds n images; raises ValueError for impossible values.
@@ -135,15 +112,6 @@ class ThresholdCounts:
         """Dice of each image (n,) for the mask from ``apply_thresholds``."""
         area, overlap = self._masked(thresholds)
         return dice_of_areas(overlap, area, self.truth_area)
-
-    def select(self, indices: Iterable[int]) -> ThresholdCounts:
-        """The tally of some of the images, in the order given."""
-        chosen = ThresholdCounts()
-        for i in indices:
-            chosen._predicted.append(self._predicted[i])
-            chosen._overlap.append(self._overlap[i])
-            chosen._presence.append(self._presence[i])
-        return chosen
 
     @staticmethod
     def joined(subsets: Iterable[ThresholdCounts]) -> ThresholdCounts:
@@ -199,11 +167,6 @@ def best_on_grid(counts: ThresholdCounts) -> Thresholds:
 
 def _level(score: float) -> int:
     return round(score * 100)
-
-
-def _at_or_above(level: NDArray[np.uint8]) -> NDArray[np.int32]:
-    """Number of pixels (101,) at or above each level."""
-    return np.bincount(level, minlength=101)[::-1].cumsum()[::-1].astype(np.int32)
 
 
 def _at_level(counts: list[NDArray[np.int32]], level: int) -> NDArray[np.int64]:
