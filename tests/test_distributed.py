@@ -71,6 +71,7 @@ def reduced(values: torch.Tensor) -> dict[str, Any]:
         "gradient": distributed.all_gather_rows(rows.grad.numpy(), len(values)).tolist(),
         "variance": norm.running_var.tolist(),
         "shared": distributed.broadcast(given)["b"],
+        "tensor": distributed.broadcast(given)["a"].tolist(),
     }
 
 
@@ -79,11 +80,26 @@ def test_synchronised_batch_normalisation_is_that_of_all_rows() -> None:
     result = launch(2, reduced, values)
     assert result["rows"] == values.tolist()
     assert result["shared"] == [1, "x", None]
+    assert result["tensor"] == values.tolist()
     alone, norm = values.clone().requires_grad_(), nn.BatchNorm2d(3).train()
     norm(alone[..., None, None]).pow(3).sum().backward()
     assert alone.grad is not None and norm.running_var is not None
     assert torch.tensor(result["gradient"]) == pytest.approx(alone.grad, abs=1e-3)
     assert result["variance"] == pytest.approx(norm.running_var.tolist(), rel=1e-4)
+
+
+def test_on_gpus_torch_s_own_layers_keep_parameters_and_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    network = build("fcn_resnet50", "none", 0)
+    before = dict(network.named_parameters())
+    names = list(network.state_dict())
+    layers = [type(module) for module in network.modules()].count(nn.BatchNorm2d)
+    distributed.convert_sync_batchnorm(network, torch.device("cuda"))
+    assert list(network.state_dict()) == names
+    assert all(parameter is before[name] for name, parameter in network.named_parameters())
+    kinds = [type(module) for module in network.modules()]
+    assert kinds.count(nn.SyncBatchNorm) == layers > 50
+    assert nn.BatchNorm2d not in kinds
 
 
 def fail(kind: str) -> None:

@@ -56,10 +56,11 @@ class Predictor:
 
         The host does not wait: callers copy ``finite`` with the rest and pass it to ``require_finite``.
         """
-        self.network.to(device=self.compute.device, memory_format=torch.channels_last)  # pyright: ignore
+        device = self.compute.device
+        self.network.to(device=device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         self.network.eval()
         for start in range(0, len(images), batch_size):
-            inputs = to_unit(images[start : start + batch_size], self.compute.device)[:, None]
+            inputs = to_unit(images[start : start + batch_size], device)[:, None]
             mask, presence = self._probabilities(inputs)
             if self.tta_flip:
                 flipped_mask, flipped_presence = self._probabilities(inputs.flip(-1))

@@ -1,11 +1,11 @@
 """Figures: masks drawn on radiographs (truth green, prediction orange), and learning curves."""
-# pyright: reportUnknownMemberType=false
 
 from __future__ import annotations
 
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from io import BytesIO
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -87,7 +87,7 @@ def learning_curves(history: Sequence[Mapping[str, float]], baseline: float) -> 
     losses = [name for name in history[-1] if name.startswith("loss")]
     dices = [name for name in ("val_dice", "val_dice_positive") if name in history[-1]]
     for column, (title, names) in enumerate((("training loss", losses), ("validation", dices)), start=1):
-        axes = figure.add_subplot(1, 2, column)
+        axes: Any = figure.add_subplot(1, 2, column)  # Matplotlib's types have unknown parts
         for name in names:
             values = [metrics.get(name, float("nan")) for metrics in history]
             axes.plot(epochs, values, label=name.replace("_", " "), marker=".")

@@ -1,6 +1,4 @@
 """A trained network with its thresholds, from DICOM bytes to run lengths."""
-# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false, reportUnknownArgumentType=false
-# pyright: reportUnknownVariableType=false
 
 from __future__ import annotations
 
@@ -14,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 import numpy as np
-import pandas as pd
+import pandas as pd  # pyright: ignore[reportMissingTypeStubs]
 import torch
 
 from pneumo_experiments.dataset.decoder_pool import DecodedImage, File, decode_all
@@ -82,7 +80,8 @@ class Detector:
 
     def predict(self, frame: pd.DataFrame, params: Mapping[str, Any] | None = None) -> pd.DataFrame:
         """Called by MLflow: columns ``image_id`` and ``dicom`` (bytes) in, the columns of Row out."""
-        image_ids, files = frame["image_id"].tolist(), frame["dicom"].tolist()
+        columns: Any = frame  # pandas has no type stubs
+        image_ids, files = columns["image_id"].tolist(), columns["dicom"].tolist()
         pairs = ((str(i), bytes(f)) for i, f in zip(image_ids, files, strict=True))
         return pd.DataFrame(list(self.detect(pairs)), columns=list(Row.__annotations__))
 
