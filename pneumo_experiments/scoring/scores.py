@@ -60,7 +60,7 @@ class Scores:
     @property
     def on_positives(self) -> str:
         """dice_positive as text."""
-        return f"{self.dice_positive:.4f}" if self.positives else "no positives"
+        return f"{self.dice_positive:.4f}" if self.positives else "undefined"
 
     def as_metrics(self, prefix: str = "") -> dict[str, float]:
         """Every defined score by name, without the constants."""
