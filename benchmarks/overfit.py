@@ -1,10 +1,10 @@
-"""Learns a handful of real radiographs by heart: proof of loss, masks and geometry on real pixels.
+"""Overfits a handful of real radiographs: proof of loss, masks and geometry on real pixels.
 
 python benchmarks/overfit.py siim/dicom-images-train siim/train-rle.csv
 
-Trains on every image without changing it, on small images first because they pass sooner, and judges the same
+Trains on every image without changing it, on small images first because they pass sooner, and scores the same
 images at their own size. A Dice on positives well below the ceiling, which is printed for each image size,
-would mean that some part of the way from the file to the outline is wrong. The ceiling is what free logits
+would mean that some part of the way from the file to the mask is wrong. The ceiling is what free logits
 reach that are fitted to the true masks on the networks' own grid: one value per 8 pixels is too coarse for a
 thin pneumothorax on a small image. Writes overlays.png.
 """
@@ -37,8 +37,8 @@ from pneumo_experiments.settings import Device, ImageFormat, Preprocess, Recipe,
 from pneumo_experiments.stages.preprocess import preprocess
 
 ENOUGH = 0.9
-EVERY = 10  # epochs between two judgements
-STRIDE = 8  # pixels of the image per value that the networks answer with, before they enlarge it
+EVERY = 10  # epochs between two evaluations
+STRIDE = 8  # pixels of the image per value of the network's output, before upsampling
 
 
 def main() -> None:
@@ -57,7 +57,7 @@ def main() -> None:
     )
     parser.add_argument("--epochs", type=int, nargs="+", default=[60, 50, 75], help="at each of the sizes")
     parser.add_argument("--picture", type=Path, default=Path("overlays.png"))
-    wishes = parser.parse_args()
+    arguments = parser.parse_args()
     values = {"weights": "none", "augment": False, "batch_size": 4, "learning_rate": 1e-3, "warmup": 0.1}
     recipe = from_flat(Recipe, values | {"positive_share": 0.0})
     predictor = Predictor(build(recipe.network.network, "none", recipe.seed), choose_compute(Device()))
@@ -65,11 +65,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder}/mlflow.db"
         start, dice = time.perf_counter(), 0.0
-        for size, epochs in zip(wishes.sizes, wishes.epochs, strict=True):
+        for size, epochs in zip(arguments.sizes, arguments.epochs, strict=True):
             path = Path(folder) / f"{size}.h5"
             preprocess(
                 Preprocess(
-                    source=SourceFiles(wishes.dicom_dir, wishes.rle_csv),
+                    source=SourceFiles(arguments.dicom_dir, arguments.rle_csv),
                     dataset=path,
                     format=ImageFormat(size),
                 )
@@ -77,26 +77,26 @@ def main() -> None:
             with Dataset.open(path) as dataset:
                 everything = Subset(dataset, np.arange(len(dataset)))
                 overfit(everything, predictor, recipe, epochs, start)
-                dice = draw(everything, predictor, wishes.picture)
+                dice = draw(everything, predictor, arguments.picture)
             print(f"{size} px: Dice on positives {dice:.4f}, {time.perf_counter() - start:.0f} s", flush=True)
     verdict = "enough" if dice >= ENOUGH else "NOT enough"
-    print(f"Dice on positives {dice:.4f}: {verdict} ({ENOUGH}); {wishes.picture}")
+    print(f"Dice on positives {dice:.4f}: {verdict} ({ENOUGH}); {arguments.picture}")
 
 
 def overfit(everything: Subset, predictor: Predictor, recipe: Recipe, epochs: int, start: float) -> None:
-    """Trains on all images of the data set, and judges them every few epochs."""
+    """Trains on all images of the data set, and scores them every few epochs."""
     dataset = everything.dataset
     present = np.array([entry.area_px > 0 for entry in everything.entries])
-    examples = load(dataset, everything.indices, present, dataset.image_size, "cpu")
+    data = load(dataset, everything.indices, present, dataset.image_size, "cpu")
     print(
         f"{dataset.image_size} px, {len(dataset)} images, {present.sum()} positive;"
         f" ceiling of the Dice on positives {ceiling(dataset):.4f}",
         flush=True,
     )
-    for epoch in fit(predictor.network, examples, recipe, epochs, predictor.compute):
+    for epoch in fit(predictor.network, data, recipe, epochs, predictor.compute):
         if epoch.number % EVERY:
             continue
-        scores, _ = judged(everything, predictor)
+        scores, _ = scored(everything, predictor)
         print(
             f"epoch {epoch.number:3}  loss {epoch.losses['loss']:.4f}  Dice {scores.dice:.4f}"
             f"  on positives {scores.dice_positive:.4f}  {time.perf_counter() - start:.0f} s",
@@ -105,13 +105,13 @@ def overfit(everything: Subset, predictor: Predictor, recipe: Recipe, epochs: in
 
 
 def draw(everything: Subset, predictor: Predictor, picture: Path) -> float:
-    """Draws every image with truth and answer, and returns the Dice on positives."""
+    """Draws every image with truth and prediction, and returns the Dice on positives."""
     dataset = everything.dataset
-    scores, thresholds = judged(everything, predictor)
+    scores, thresholds = scored(everything, predictor)
     drawn: list[np.ndarray] = []
-    for index, answer in everything.predictions(predictor):
+    for index, prediction in everything.predictions(predictor):
         truth = dataset.mask(index)
-        mask = apply_thresholds(to_native(answer.mask, truth.shape), answer.presence, thresholds)
+        mask = apply_thresholds(to_native(prediction.mask, truth.shape), prediction.presence, thresholds)
         drawn.append(
             overlay(dataset.images(np.array([index]))[0], truth, mask, f"{np.count_nonzero(mask):,} px")
         )
@@ -128,23 +128,23 @@ def ceiling(dataset: Dataset) -> float:
             continue
         mask = dataset.mask(index)
         truth = torch.from_numpy(mask).float()[None, None]
-        share = functional.interpolate(truth, size=(side, side), mode="area")
+        target = functional.interpolate(truth, size=(side, side), mode="area")
         logits = torch.zeros(1, 1, side // STRIDE, side // STRIDE, requires_grad=True)
-        answer = torch.zeros_like(share)
-        optimiser = torch.optim.Adam([logits], lr=0.3)
+        prediction = torch.zeros_like(target)
+        optimizer = torch.optim.Adam([logits], lr=0.3)
         for _ in range(400):
-            answer = functional.interpolate(logits, size=(side, side), mode="bilinear").sigmoid()
-            overlap = 2 * (answer * share).sum() / (answer.sum() + share.sum())
-            loss = functional.binary_cross_entropy(answer, share) - overlap
-            optimiser.zero_grad()
+            prediction = functional.interpolate(logits, size=(side, side), mode="bilinear").sigmoid()
+            overlap = 2 * (prediction * target).sum() / (prediction.sum() + target.sum())
+            loss = functional.binary_cross_entropy(prediction, target) - overlap
+            optimizer.zero_grad()
             loss.backward()
-            optimiser.step()
-        native = to_native(answer[0, 0].detach().numpy(), mask.shape) >= 0.5
+            optimizer.step()
+        native = to_native(prediction[0, 0].detach().numpy(), mask.shape) >= 0.5
         dice.append(2 * np.count_nonzero(native & mask) / (np.count_nonzero(native) + np.count_nonzero(mask)))
     return float(np.mean(dice))
 
 
-def judged(subset: Subset, predictor: Predictor) -> tuple[Scores, Thresholds]:
+def scored(subset: Subset, predictor: Predictor) -> tuple[Scores, Thresholds]:
     """Scores at native size, at the best thresholds of the coarse grid."""
     counts = subset.count(predictor)
     thresholds = best_on_grid(counts)

@@ -6,7 +6,7 @@ python benchmarks/train.py --check      measures nothing: 20 steps of each way t
 
 Epochs of both take turns; the first of each is not counted. Synthetic radiographs are repeated until there
 are as many as asked for: their number is what costs time, not what they show. On a GPU it also tells which
-share of the device's bf16 matrix products the training reaches. Needs neither MLflow nor Optuna.
+fraction of the device's bf16 matrix products the training reaches. Needs neither MLflow nor Optuna.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def bce_and_dice(logits: Tensor, masks: Tensor) -> Tensor:
 def usual_script(
     path: Path, rows: NDArray[np.int64], batch: int, workers: int, device: torch.device
 ) -> Iterator[tuple[float, float]]:
-    """torchvision's FCN-ResNet50; seconds of each epoch and the share of them spent waiting for data."""
+    """torchvision's FCN-ResNet50; seconds of each epoch and the fraction of them spent waiting for data."""
     cuda = device.type == "cuda"
     dataset = Radiographs(path, rows)
     loader = DataLoader(
@@ -106,7 +106,7 @@ def usual_script(
     )
     torch.manual_seed(0)
     model = fcn_resnet50(weights=None, weights_backbone=None, num_classes=1, aux_loss=True).to(device)
-    optimiser = torch.optim.AdamW(model.parameters(), lr=3e-4)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4)
     scaler = torch.amp.GradScaler(device.type, enabled=cuda)
     model.train()
     while True:
@@ -115,13 +115,13 @@ def usual_script(
         for images, masks in loader:
             waited += time.perf_counter() - asked
             images, masks = images.to(device, non_blocking=True), masks.to(device, non_blocking=True)
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             with torch.autocast(device.type, torch.float16, enabled=cuda):
                 output = model(images)
             mask, aux = (bce_and_dice(output[name].float(), masks) for name in ("out", "aux"))
             loss = mask + 0.4 * aux
             scaler.scale(loss).backward()
-            scaler.step(optimiser)
+            scaler.step(optimizer)
             scaler.update()
             total += loss.item()  # for the log; waits for the device
             asked = time.perf_counter()
@@ -134,17 +134,17 @@ def ours(
     rows: NDArray[np.int64],
     batch: int,
     epochs: int,
-    place: ComputeConfig,
+    compute: ComputeConfig,
     progress: Callable[[int], None] = lambda images: None,
 ) -> Iterator[Epoch]:
     """The project's training by its defaults, from random weights; images lie where ``train`` puts them."""
     with hdf5.Dataset.open(path) as dataset:
         present = np.array([dataset.entries[row].area_px > 0 for row in rows.tolist()])
         side = dataset.image_size
-        cache = choose_cache("auto", 2 * len(rows) * side**2, place.device)
-        examples = load(dataset, rows, present, side, str(place.device) if cache == "device" else "cpu")
+        cache = choose_cache("auto", 2 * len(rows) * side**2, compute.device)
+        data = load(dataset, rows, present, side, str(compute.device) if cache == "device" else "cpu")
     recipe = Recipe(batches=Batches(batch_size=batch))
-    return fit(build(recipe.network.network, "none", recipe.seed), examples, recipe, epochs, place, progress)
+    return fit(build(recipe.network.network, "none", recipe.seed), data, recipe, epochs, compute, progress)
 
 
 def dataset_of(size: int, folder: Path) -> Path:
@@ -189,15 +189,15 @@ def measured_matrix_rate(device: torch.device, side: int = 8192, products: int =
 
 
 def compare(
-    path: Path, batch: int, wishes: argparse.Namespace, place: ComputeConfig
+    path: Path, batch: int, arguments: argparse.Namespace, compute: ComputeConfig
 ) -> tuple[list[str], float]:
     """Cells of the table, and our images per second."""
-    rows = np.arange(wishes.images) % SAMPLE
-    mine = ours(path, rows, batch, wishes.epochs, place)
-    usual = usual_script(path, rows, batch, wishes.workers, place.device)
+    rows = np.arange(arguments.images) % SAMPLE
+    mine = ours(path, rows, batch, arguments.epochs, compute)
+    usual = usual_script(path, rows, batch, arguments.workers, compute.device)
     # The usual script begins: its workers are forks of this process, and what a process has written before a
     # fork is copied when it is next written to. Ours would pay for that in an epoch that counts.
-    turns = [(theirs, next(mine)) for theirs in islice(usual, wishes.epochs)][1:]
+    turns = [(theirs, next(mine)) for theirs in islice(usual, arguments.epochs)][1:]
     median = statistics.median
     our_rate = median(epoch.images_per_second for _, epoch in turns)
     pieces = min(epoch.micro_batch for _, epoch in turns)  # smaller than the batch when the memory ran out
@@ -211,15 +211,15 @@ def compare(
     ], our_rate
 
 
-def linear(path: Path, size: int, wishes: argparse.Namespace, place: ComputeConfig) -> str:
+def linear(path: Path, size: int, arguments: argparse.Namespace, compute: ComputeConfig) -> str:
     """Images per second of few and of many images.
 
     Within the epoch of many, an epoch of few follows each as many images: a machine whose speed changes over
     minutes treats both alike.
     """
-    (few, many), batch, epochs = wishes.linear, wishes.batches[0], wishes.epochs - 1
+    (few, many), batch, epochs = arguments.linear, arguments.batches[0], arguments.epochs - 1
     seconds, seen = {few: 0.0, many: 0.0}, {few: 0, many: 0}
-    small = ours(path, np.arange(few) % SAMPLE, batch, many // few * epochs + 1, place)
+    small = ours(path, np.arange(few) % SAMPLE, batch, many // few * epochs + 1, compute)
     next(small)  # warms the device up
     start = time.perf_counter()
 
@@ -227,14 +227,14 @@ def linear(path: Path, size: int, wishes: argparse.Namespace, place: ComputeConf
         nonlocal start
         seen[many] += images
         if seen[many] >= seen[few] + few:
-            if place.device.type == "cuda":
+            if compute.device.type == "cuda":
                 torch.cuda.synchronize()  # what it still has to do is of the many
             seconds[many] += time.perf_counter() - start
             seconds[few] += next(small).seconds
             seen[few] += few
             start = time.perf_counter()
 
-    large = ours(path, np.arange(many) % SAMPLE, batch, epochs, place, after)
+    large = ours(path, np.arange(many) % SAMPLE, batch, epochs, compute, after)
     start = time.perf_counter()
     for _ in large:
         seconds[many] += time.perf_counter() - start
@@ -248,20 +248,19 @@ def linear(path: Path, size: int, wishes: argparse.Namespace, place: ComputeConf
     )
 
 
-def check(path: Path, place: ComputeConfig, recipe: Recipe, count: int = CHECKED_STEPS) -> bool:
+def check(path: Path, compute: ComputeConfig, recipe: Recipe, count: int = CHECKED_STEPS) -> bool:
     """Trains so many steps in each way that the device has, a line for each; whether all went well."""
-    cuda = place.device.type == "cuda"
+    cuda = compute.device.type == "cuda"
     caches = ("device", "host", "stream") if cuda else ("host", "stream")
     precisions = ("bf16", "fp16", "fp32") if cuda else ("bf16", "fp32")
     ways: dict[str, Callable[[], object]] = {}
     for cache in caches:
         for precision in precisions:
-            where = ComputeConfig(place.device, precision)
+            where = ComputeConfig(compute.device, precision)
             ways[f"cache={cache} precision={precision}"] = partial(steps, path, cache, recipe, where, count)
-    best = ComputeConfig(place.device, place.precision)
-    ways["compile=true"] = partial(
-        steps, path, caches[0], replace(recipe, network=replace(recipe.network, compile=True)), best, count
-    )
+    best = ComputeConfig(compute.device, compute.precision)
+    compiled = replace(recipe, network=replace(recipe.network, compile=True))
+    ways["compile=true"] = partial(steps, path, caches[0], compiled, best, count)
     averaged = replace(
         recipe,
         optimizer=replace(recipe.optimizer, ema=0.9),
@@ -269,9 +268,9 @@ def check(path: Path, place: ComputeConfig, recipe: Recipe, count: int = CHECKED
     )
     ways["ema=0.9 micro_batch"] = partial(steps, path, caches[0], averaged, best, count)
     ways["interrupted and resumed"] = partial(resumed, path, caches[0], recipe, best, count // 2)
-    ways["validation"] = partial(validated, path, recipe.network, best)
+    ways["validation"] = partial(validated, path, recipe.network.network, best)
     processes = min(2, torch.cuda.device_count()) if cuda else 2
-    ways["processes=2"] = partial(launch, processes, member, path, recipe, place.precision, count)
+    ways["processes=2"] = partial(launch, processes, worker, path, recipe, compute.precision, count)
     if processes < 2:
         del ways["processes=2"]
         print("processes=2: not checked, it needs two GPUs")
@@ -279,63 +278,63 @@ def check(path: Path, place: ComputeConfig, recipe: Recipe, count: int = CHECKED
     for name, way in ways.items():
         start = time.perf_counter()
         try:
-            told = f"ok, {way()}"
+            result = f"ok, {way()}"
         except Exception as error:  # whatever a device may raise: the other ways are still checked
-            well, told = False, f"FAILED: {type(error).__name__}: {str(error).splitlines()[0]}"
-        print(f"{name}: {told}, {time.perf_counter() - start:.1f} s", flush=True)
+            well, result = False, f"FAILED: {type(error).__name__}: {str(error).splitlines()[0]}"
+        print(f"{name}: {result}, {time.perf_counter() - start:.1f} s", flush=True)
     return well
 
 
-def examples_of(
-    dataset: hdf5.Dataset, cache: str, place: ComputeConfig, count: int
+def training_data(
+    dataset: hdf5.Dataset, cache: str, compute: ComputeConfig, count: int
 ) -> InMemoryData | StreamedData:
-    """So many images of the data set, repeated, where ``cache`` says."""
+    """Some images of the data set, repeated, where ``cache`` says."""
     rows = np.arange(count) % SAMPLE
     present = np.array([dataset.entries[row].area_px > 0 for row in rows.tolist()])
     if cache == "stream":
         return StreamedData(dataset, rows, present)
-    where = str(place.device) if cache == "device" else "cpu"
+    where = str(compute.device) if cache == "device" else "cpu"
     return load(dataset, rows, present, dataset.image_size, where)
 
 
-def steps(path: Path, cache: str, recipe: Recipe, place: ComputeConfig, count: int) -> str:
+def steps(path: Path, cache: str, recipe: Recipe, compute: ComputeConfig, count: int) -> str:
     """An epoch of so many steps."""
     with hdf5.Dataset.open(path) as dataset:
-        examples = examples_of(dataset, cache, place, count * recipe.batches.batch_size)
-        (epoch,) = fit(build(recipe.network.network, "none", 0), examples, recipe, 1, place)
-    return f"loss {epoch.losses['loss']:.3f}, {epoch.skipped_steps} steps left out"
+        data = training_data(dataset, cache, compute, count * recipe.batches.batch_size)
+        (epoch,) = fit(build(recipe.network.network, "none", 0), data, recipe, 1, compute)
+    return f"loss {epoch.losses['loss']:.3f}, {epoch.skipped_steps} steps skipped"
 
 
-def resumed(path: Path, cache: str, recipe: Recipe, place: ComputeConfig, count: int) -> str:
+def resumed(path: Path, cache: str, recipe: Recipe, compute: ComputeConfig, count: int) -> str:
     """So many steps, and from what they left as many by a new network."""
     with hdf5.Dataset.open(path) as dataset, tempfile.TemporaryDirectory() as folder:
-        examples = examples_of(dataset, cache, place, count * recipe.batches.batch_size)
+        data = training_data(dataset, cache, compute, count * recipe.batches.batch_size)
         checkpoint = Checkpoint(Path(folder))
-        first = next(fit(build(recipe.network.network, "none", 0), examples, recipe, 2, place))
+        first = next(fit(build(recipe.network.network, "none", 0), data, recipe, 2, compute))
         checkpoint.save({"state": first.state()}, {})
         last = checkpoint.last()
         assert last is not None
         second = build(recipe.network.network, "none", 1)
-        (epoch,) = fit(second, examples, recipe, 2, place, state=last["state"])
+        (epoch,) = fit(second, data, recipe, 2, compute, state=last["state"])
     return f"loss {first.losses['loss']:.3f}, then {epoch.losses['loss']:.3f}"
 
 
-def validated(path: Path, network: str, place: ComputeConfig) -> str:
+def validated(path: Path, network: str, compute: ComputeConfig) -> str:
     """Predictions of all images, and their counts of pixels."""
     with hdf5.Dataset.open(path) as dataset:
-        counter = ThresholdCounter(Predictor(build(network, "none", 0), place, tta_flip=True), HUNDREDTHS)
+        counter = ThresholdCounter(Predictor(build(network, "none", 0), compute, tta_flip=True), HUNDREDTHS)
         counter.add(dataset.images(range(SAMPLE)), map(dataset.mask, range(SAMPLE)))
-        tables, _ = counter.read()
+        counts, _ = counter.read()
         areas = [entry.area_px for entry in dataset.entries]
-    assert tables[:, 1, 0].tolist() == areas, "the truth's pixels are miscounted"
-    return f"{len(tables)} images"
+    assert counts[:, 1, 0].tolist() == areas, "the truth's pixels are miscounted"
+    return f"{len(counts)} images"
 
 
-def member(path: Path, recipe: Recipe, precision: str, count: int) -> str:
+def worker(path: Path, recipe: Recipe, precision: str, count: int) -> str:
     """What each of two processes does in a check."""
     kind = "cuda" if torch.cuda.is_available() else "cpu"
-    place = ComputeConfig(distributed.local_device(kind), precision)
-    return steps(path, "device" if kind == "cuda" else "host", recipe, place, count)
+    compute = ComputeConfig(distributed.local_device(kind), precision)
+    return steps(path, "device" if kind == "cuda" else "host", recipe, compute, count)
 
 
 def main() -> None:
@@ -353,44 +352,44 @@ def main() -> None:
         "--check", action="store_true", help="20 steps of each way to train, nothing measured"
     )
     parser.set_defaults(workers=min(available_cores(), 8), **DEFAULTS[kind])
-    wishes = parser.parse_args()
-    if wishes.epochs < 2:
+    arguments = parser.parse_args()
+    if arguments.epochs < 2:
         parser.error("--epochs: the first epoch is not counted, so take 2 or more")
     with tempfile.TemporaryDirectory() as folder:
-        place = choose_compute(Device(kind))
-        if wishes.check:
+        compute = choose_compute(Device(kind))
+        if arguments.check:
             print(
                 f"{torch.cuda.get_device_name() if kind == 'cuda' else machine()}, torch {torch.__version__}"
             )
             recipe = Recipe(batches=Batches(batch_size=CHECKED_BATCH[kind]))
-            sys.exit(not check(dataset_of(CHECKED_SIZE[kind], Path(folder)), place, recipe))
-        tables(Path(folder), wishes, place)
+            sys.exit(not check(dataset_of(CHECKED_SIZE[kind], Path(folder)), compute, recipe))
+        measure(Path(folder), arguments, compute)
 
 
-def tables(folder: Path, wishes: argparse.Namespace, place: ComputeConfig) -> None:
+def measure(folder: Path, arguments: argparse.Namespace, compute: ComputeConfig) -> None:
     """Measures and prints."""
-    kind = place.device.type
+    kind = compute.device.type
     gpu = f"{torch.cuda.get_device_name()}; " if kind == "cuda" else ""
     print(f"{gpu}{machine()}, torch {torch.__version__}")
-    print(f"{wishes.images} images per epoch; medians of {wishes.epochs - 1} epochs of each, in turn")
+    print(f"{arguments.images} images per epoch; medians of {arguments.epochs - 1} epochs of each, in turn")
     usual = "fp16" if kind == "cuda" else "fp32"
-    print(f"usual script: {usual}, {wishes.workers} loading processes; ours: {place.precision}\n")
-    matrix_rate = measured_matrix_rate(place.device) if kind == "cuda" else None
+    print(f"usual script: {usual}, {arguments.workers} loading processes; ours: {compute.precision}\n")
+    matrix_rate = measured_matrix_rate(compute.device) if kind == "cuda" else None
     titles = ["size, px", "batch", "usual script, images/s", "ours, images/s", "ours / usual"]
     titles += ["usual script waits for data", "ours waits for data", "GFLOP per image"]
-    titles += ["ours, share of the matrix rate"] if matrix_rate else []
+    titles += ["ours, fraction of the matrix rate"] if matrix_rate else []
     print(f"| {' | '.join(titles)} |\n|{'---|' * len(titles)}")
-    for size in wishes.sizes:
+    for size in arguments.sizes:
         path, flops = dataset_of(size, folder), flops_per_image(size)
-        for batch in wishes.batches:
-            cells, rate = compare(path, batch, wishes, place)
+        for batch in arguments.batches:
+            cells, rate = compare(path, batch, arguments, compute)
             cells.append(f"{flops / 1e9:.0f}")
             cells += [f"{rate * flops / matrix_rate:.1%}"] if matrix_rate else []
             print(f"| {size} | {' | '.join(cells)} |", flush=True)
     if matrix_rate:
         print(f"\nmatrix rate: {matrix_rate / 1e12:.0f} TFLOP/s, bf16 products of 8192 x 8192 matrices")
     size = LINEAR_SIZE[kind]
-    print(f"\n{linear(dataset_of(size, folder), size, wishes, place)}")
+    print(f"\n{linear(dataset_of(size, folder), size, arguments, compute)}")
 
 
 if __name__ == "__main__":

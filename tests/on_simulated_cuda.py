@@ -25,15 +25,17 @@ from tiny_network import add_tiny_network
 simulated_cuda.install()
 add_tiny_network()
 
-from pneumo_experiments.dataset.hdf5 import Dataset  # noqa: E402  # torch is asked for its devices from now on
+from pneumo_experiments.dataset.hdf5 import Dataset  # noqa: E402  # torch is frame for its devices from now on
 from pneumo_experiments.experiment.subset import Subset  # noqa: E402
 from pneumo_experiments.learning import distributed  # noqa: E402
 from pneumo_experiments.learning.checkpoint import Checkpoint  # noqa: E402
 from pneumo_experiments.learning.device import ComputeConfig, choose_compute  # noqa: E402
-from pneumo_experiments.learning.fit import RunningMeans, _Trainer, fit  # noqa: E402
+from pneumo_experiments.learning.fit import fit  # noqa: E402
 from pneumo_experiments.learning.loader import Batch, InMemoryData, StreamedData, batches, load  # noqa: E402
+from pneumo_experiments.learning.loss import RunningMeans  # noqa: E402
 from pneumo_experiments.learning.network import PneumothoraxNet, build  # noqa: E402
 from pneumo_experiments.learning.predict import Predictor  # noqa: E402
+from pneumo_experiments.learning.trainer import Trainer  # noqa: E402
 from pneumo_experiments.settings import Device, Recipe, Score, Search, Train  # noqa: E402
 from pneumo_experiments.stages.score import score  # noqa: E402
 from pneumo_experiments.stages.search import search  # noqa: E402
@@ -76,28 +78,32 @@ def params() -> dict[str, str]:
 def test_a_training_ends_in_a_model_that_is_logged(settings: Train, cache: str) -> None:
     torch.backends.cudnn.benchmark = False
     trained = train(changed(settings, cache=cache, epochs=1))
-    told = params()
-    assert (told["device_used"], told["precision_used"], told["cache_used"]) == ("cuda:0", "bf16", cache)
+    logged = params()
+    assert (logged["device_used"], logged["precision_used"], logged["cache_used"]) == (
+        "cuda:0",
+        "bf16",
+        cache,
+    )
     assert trained.model.startswith("models:/")
     assert 0 <= trained.scores.dice <= 1
     assert torch.backends.cudnn.benchmark
 
 
-def test_someone_who_sets_nothing_trains_on_images_in_the_gpu_s_memory(settings: Train) -> None:
+def test_by_default_images_are_held_in_gpu_memory(settings: Train) -> None:
     train(changed(settings, epochs=1))
     assert params()["cache_used"] == "device"
 
 
 @pytest.mark.parametrize("cache", ["device", "host"])
-def test_an_interrupted_training_goes_on_and_averages_its_best_epochs(
+def test_an_interrupted_training_continues_and_averages_its_best_epochs(
     settings: Train, cache: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     settings = changed(settings, cache=cache, epochs=3, best_k=3)
     save = Checkpoint.save
 
-    def save_and_stop(self: Checkpoint, last: dict[str, Any], kept: dict[int, dict[str, Any]]) -> None:
-        save(self, last, kept)
-        assert {tensor.device.type for state in kept.values() for tensor in state.values()} == {"cpu"}
+    def save_and_stop(self: Checkpoint, last: dict[str, Any], networks: dict[int, dict[str, Any]]) -> None:
+        save(self, last, networks)
+        assert {tensor.device.type for state in networks.values() for tensor in state.values()} == {"cpu"}
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
@@ -113,36 +119,36 @@ def test_when_memory_runs_out_fewer_images_pass_at_once(
 ) -> None:
     forward = PneumothoraxNet.forward
 
-    def cramped(self: PneumothoraxNet, grey: torch.Tensor) -> Any:
-        if self.training and len(grey) > 2:
+    def cramped(self: PneumothoraxNet, images: torch.Tensor) -> Any:
+        if self.training and len(images) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return forward(self, grey)
+        return forward(self, images)
 
     monkeypatch.setattr(PneumothoraxNet, "forward", cramped)
-    with pytest.warns(UserWarning, match="memory ran out: 2 images"):
+    with pytest.warns(UserWarning, match="memory ran out: .*micro_batch=2"):
         train(changed(settings, epochs=1))
 
 
 def test_a_search_runs_its_trials(settings: Train) -> None:
     names = ("dataset", "network", "weights", "batch_size")
     shared = {name: getattr(settings, name) for name in names}
-    found = search(make(Search, **shared, search_epochs=1, trials=2))
-    assert set(found.loss_weights) == {"bce_weight", "dice_weight", "focal_weight"}
+    result = search(make(Search, **shared, search_epochs=1, trials=2))
+    assert set(result.loss_weights) == {"bce_weight", "dice_weight", "focal_weight"}
 
 
-def test_a_model_scores_writes_a_submission_and_answers_bytes(settings: Train, dataset: Path) -> None:
+def test_a_model_scores_writes_a_submission_and_predicts_dicom_bytes(settings: Train, dataset: Path) -> None:
     model = train(changed(settings, epochs=1)).model
-    judged = score(Score(dataset=settings.dataset, model=model, subset="all", overlays=2))
-    assert judged.scores is not None and judged.scores.images == 16
+    result = score(Score(dataset=settings.dataset, model=model, subset="all", overlays=2))
+    assert result.scores is not None and result.scores.images == 16
     folder = dataset.parent / "sample" / "dicom-images-train"
     submitted = score(Score(model=model, dicom_dir=folder))
     assert submitted.submission is not None
     assert len(submitted.submission.read_text().splitlines()) == 17
     files = sorted(folder.rglob("*.dcm"))[:3]
-    asked = pd.DataFrame({"image_id": [f.stem for f in files], "dicom": [f.read_bytes() for f in files]})
-    answers = mlflow.pyfunc.load_model(model).predict(asked)
-    assert answers["error"].tolist() == [""] * 3
-    assert answers["presence"].between(0, 1).all()
+    frame = pd.DataFrame({"image_id": [f.stem for f in files], "dicom": [f.read_bytes() for f in files]})
+    predictions = mlflow.pyfunc.load_model(model).predict(frame)
+    assert predictions["error"].tolist() == [""] * 3
+    assert predictions["presence"].between(0, 1).all()
 
 
 STEPS = [("tiny", "fp32"), ("tiny", "fp16"), ("fcn_resnet50", "bf16"), ("deeplabv3_resnet50", "bf16")]
@@ -161,7 +167,7 @@ def test_the_host_waits_for_nothing_in_a_step(network: str, precision: str) -> N
         focal_weight=1.0,
         micro_batch=2,
     )
-    trainer = _Trainer(net, recipe, 10, ComputeConfig(device, precision))
+    trainer = Trainer(net, recipe, 10, ComputeConfig(device, precision))
     drawn = torch.Generator().manual_seed(0)
     images, targets = (torch.rand(4, 64, 64, generator=drawn) for _ in range(2))
     batch = Batch(images[:, None].cuda(), (targets > 0.9).float().cuda(), torch.ones(4).cuda(), 4)
@@ -179,36 +185,36 @@ def test_in_an_epoch_the_host_waits_for_its_sums_alone(dataset: Path, cache: str
     with Dataset.open(dataset) as opened:
         present = np.array([entry.area_px > 0 for entry in opened.entries])
         if cache == "stream":
-            examples = StreamedData(opened, rows, present)
+            data = StreamedData(opened, rows, present)
         else:
-            examples = load(opened, rows, present, 64, str(compute.device) if cache == "device" else "cpu")
-        epochs = fit(build("tiny", "none", 0), examples, recipe, 2, compute)
+            data = load(opened, rows, present, 64, str(compute.device) if cache == "device" else "cpu")
+        epochs = fit(build("tiny", "none", 0), data, recipe, 2, compute)
         next(epochs)
         with count_syncs() as waits:
             epoch = next(epochs)
-            found = dict(waits)
+            recorded = dict(waits)
     assert epoch.skipped_steps == 0
-    assert sorted(name.rpartition(":")[0] for name in found) == [
-        "_local_scalar_dense learning/fit.py",  # how many steps were left out
-        "device to host learning/fit.py",  # the losses
-    ], found
-    assert set(found.values()) == {1}, found
+    assert sorted(name.rpartition(":")[0] for name in recorded) == [
+        "_local_scalar_dense learning/fit.py",  # the number of skipped steps
+        "device to host learning/loss.py",  # the losses
+    ], recorded
+    assert set(recorded.values()) == {1}, recorded
 
 
 @pytest.mark.parametrize("cache", ["auto", "stream"])
 def test_the_host_waits_once_for_all_predictions_of_a_validation(dataset: Path, cache: str) -> None:
     with Dataset.open(dataset) as opened:
         subset = Subset(opened, np.arange(16)).in_memory(cache)
-        assert (subset.greys is None) == (cache == "stream")
+        assert (subset.pixels is None) == (cache == "stream")
         predictor = Predictor(build("tiny", "none", 0), choose_compute(Device()), tta_flip=True)
         subset.count(predictor)
         with count_syncs() as waits:
             counts = subset.count(predictor)
-            found = dict(waits)
+            recorded = dict(waits)
         assert len(counts) == 16
         assert counts.truth_area.tolist() == [entry.area_px for entry in opened.entries]
-    assert [name.rpartition(":")[0] for name in found] == ["device to host learning/tables.py"], found
-    assert set(found.values()) == {1}
+    assert [name.rpartition(":")[0] for name in recorded] == ["device to host learning/evaluate.py"], recorded
+    assert set(recorded.values()) == {1}
 
 
 def test_the_benchmark_s_check_tries_every_way_to_train(
@@ -220,26 +226,26 @@ def test_the_benchmark_s_check_tries_every_way_to_train(
     benchmark.check(
         path, choose_compute(Device()), make(Recipe, network="tiny", weights="none", batch_size=4), 2
     )
-    told = capsys.readouterr().out.splitlines()
-    assert told.pop(0) == "processes=2: not checked, it needs two GPUs"
-    failed = [line for line in told if ": ok, " not in line]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines.pop(0) == "processes=2: not checked, it needs two GPUs"
+    failed = [line for line in lines if ": ok, " not in line]
     assert [line.partition(":")[0] for line in failed] in ([], ["compile=true"]), failed  # not simulated
     ways = [f"cache={cache} precision={format}" for cache in CACHES for format in ("bf16", "fp16", "fp32")]
     ways += ["compile=true", "ema=0.9 micro_batch", "interrupted and resumed", "validation"]
-    assert [line.partition(":")[0] for line in told] == ways
+    assert [line.partition(":")[0] for line in lines] == ways
 
 
 def test_a_dropped_iterator_of_batches_ends_its_thread_and_frees_its_images() -> None:
     device = choose_compute(Device()).device
     images = torch.zeros(64, 64, 64, dtype=torch.uint8)
-    examples = InMemoryData(images, images, np.arange(64) % 2 == 0)
-    kept = weakref.ref(examples)
-    iterator = batches(examples, make(Recipe, batch_size=4), 1, 1, device)
+    data = InMemoryData(images, images, np.arange(64) % 2 == 0)
+    reference = weakref.ref(data)
+    iterator = batches(data, make(Recipe, batch_size=4), 1, 1, device)
     assert next(iterator).images.device == device
-    del iterator, examples
+    del iterator, data
     gc.collect()
     assert not [thread.name for thread in threading.enumerate() if "prefetch" in thread.name]
-    assert kept() is None
+    assert reference() is None
 
 
 def test_sums_over_processes_wait_for_nothing_but_their_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -247,14 +253,14 @@ def test_sums_over_processes_wait_for_nothing_but_their_numbers(monkeypatch: pyt
         tensor *= 2
 
     # Two processes that are equal; torch has no way to join simulated devices.
-    answers: dict[str, Callable[..., Any]] = {
+    replacements: dict[str, Callable[..., Any]] = {
         "is_initialized": lambda: True,
         "get_world_size": lambda: 2,
         "get_rank": lambda: 0,
         "all_reduce": doubled,
     }
-    for name, answer in answers.items():
-        monkeypatch.setattr(torch.distributed, name, answer)
+    for name, replacement in replacements.items():
+        monkeypatch.setattr(torch.distributed, name, replacement)
     values = torch.arange(3.0).cuda()
     with count_syncs() as waits:
         sums = distributed.all_reduce_means(values, 4)
@@ -263,5 +269,5 @@ def test_sums_over_processes_wait_for_nothing_but_their_numbers(monkeypatch: pyt
     terms = RunningMeans()
     terms.add({"loss": values.sum()}, 4)
     with count_syncs() as waits:
-        assert terms.means() == {"loss": 3.0}
+        assert terms.numbers() == {"loss": 3.0}
         assert [name.rpartition(" ")[0] for name in waits] == ["device to host"], waits

@@ -37,7 +37,7 @@ def seeded(seed: int) -> torch.Generator:
 
 
 def affine(*numbers: float) -> Tensor:
-    """The map of one picture, row by row."""
+    """The map of one image, row by row."""
     return torch.tensor(numbers).view(1, 2, 3)
 
 
@@ -49,7 +49,7 @@ def discs(count: int, side: int, radius: float, x: float = 0, y: float = 0) -> T
 
 
 def centroids_px(targets: Tensor) -> Tensor:
-    """Column and row (n, 2) of the middle of each share, 0 in the picture's middle."""
+    """Column and row (n, 2) of the middle of each mask, 0 in the image's middle."""
     places = torch.arange(targets.shape[-1]) - (targets.shape[-1] - 1) / 2
     moments = torch.stack([(targets * places).sum((1, 2)), (targets.mT * places).sum((1, 2))], dim=1)
     return moments / targets.sum((1, 2))[:, None]
@@ -61,38 +61,38 @@ def centroids_px(targets: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("numbers", "expected"),
     [
-        ((1, 0, 0, 0, 1, 0), lambda picture: picture),
-        ((-1, 0, 0, 0, 1, 0), lambda picture: picture.flip(-1)),
-        ((0, 1, 0, -1, 0, 0), lambda picture: picture.rot90(-1, (-2, -1))),
+        ((1, 0, 0, 0, 1, 0), lambda image: image),
+        ((-1, 0, 0, 0, 1, 0), lambda image: image.flip(-1)),
+        ((0, 1, 0, -1, 0, 0), lambda image: image.rot90(-1, (-2, -1))),
         # 3 columns from the right, 2 rows from above; what comes from outside is black
-        ((1, 0, 6 / 32, 0, 1, -4 / 32), lambda picture: functional.pad(picture, (0, 3, 2, 0))[..., :-2, 3:]),
+        ((1, 0, 6 / 32, 0, 1, -4 / 32), lambda image: functional.pad(image, (0, 3, 2, 0))[..., :-2, 3:]),
     ],
     ids=["still", "mirrored", "a quarter turn", "shifted"],
 )
 def test_a_map_of_whole_pixels_moves_them_unchanged(
     numbers: tuple[float, ...], expected: Callable[[Tensor], Tensor]
 ) -> None:
-    picture = torch.rand(1, 2, 32, 32, generator=seeded(0))
-    moved = warp(picture, affine(*numbers), STILL)
-    torch.testing.assert_close(moved, expected(picture), atol=1e-4, rtol=0)
+    image = torch.rand(1, 2, 32, 32, generator=seeded(0))
+    moved = warp(image, affine(*numbers), STILL)
+    torch.testing.assert_close(moved, expected(image), atol=1e-4, rtol=0)
 
 
 def test_without_distortion_the_result_is_that_of_the_affine_grid() -> None:
-    pictures = torch.rand(6, 2, 40, 40, generator=seeded(0))
+    images = torch.rand(6, 2, 40, 40, generator=seeded(0))
     maps = random_affine(6, seeded(1))
     grid = functional.affine_grid(maps, [6, 2, 40, 40], align_corners=False)
-    expected = functional.grid_sample(pictures, grid, padding_mode="zeros", align_corners=False)
-    torch.testing.assert_close(warp(pictures, maps, STILL.expand(6, -1, -1, -1)), expected, atol=2e-5, rtol=0)
+    expected = functional.grid_sample(images, grid, padding_mode="zeros", align_corners=False)
+    torch.testing.assert_close(warp(images, maps, STILL.expand(6, -1, -1, -1)), expected, atol=2e-5, rtol=0)
 
 
 def test_the_distortion_is_bicubic_between_control_points() -> None:
-    pictures = torch.rand(8, 1, 33, 33, generator=seeded(0))
+    images = torch.rand(8, 1, 33, 33, generator=seeded(0))
     maps, displacement = random_affine(8, seeded(1)), random_displacement(8, seeded(2))
     assert 0 < displacement.abs().sum((1, 2, 3)).count_nonzero() < 8
     smooth = functional.interpolate(displacement, (33, 33), mode="bicubic", align_corners=True)
     grid = functional.affine_grid(maps, [8, 1, 33, 33], align_corners=False) + smooth.permute(0, 2, 3, 1)
-    expected = functional.grid_sample(pictures, grid, padding_mode="zeros", align_corners=False)
-    torch.testing.assert_close(warp(pictures, maps, displacement), expected, atol=2e-5, rtol=0)
+    expected = functional.grid_sample(images, grid, padding_mode="zeros", align_corners=False)
+    torch.testing.assert_close(warp(images, maps, displacement), expected, atol=2e-5, rtol=0)
 
 
 def test_a_control_point_moves_its_own_place_by_its_displacement_and_the_others_not() -> None:
@@ -101,13 +101,13 @@ def test_a_control_point_moves_its_own_place_by_its_displacement_and_the_others_
     displacement = STILL.clone()
     displacement[0, :, 2, 1] = torch.tensor([0.05, -0.03])
     moved = warp(places, affine(1, 0, 0, 0, 1, 0), displacement) - places
-    found = moved[0, :, 8:-8:8, 8:-8:8]  # control points, but for the outermost, whose pixels touch black
+    actual = moved[0, :, 8:-8:8, 8:-8:8]  # control points, but for the outermost, whose pixels touch black
     expected = torch.zeros(2, 3, 3)
-    expected[:, 1, 0] = torch.tensor([0.05, -0.03]) / 2  # the picture measures 2
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    expected[:, 1, 0] = torch.tensor([0.05, -0.03]) / 2  # the image measures 2
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)
 
 
-def test_the_strongest_distortion_never_folds_the_picture() -> None:
+def test_the_strongest_distortion_never_folds_the_image() -> None:
     generator = seeded(0)
     signs = torch.randint(2, (500, 2, CONTROL_POINTS, CONTROL_POINTS), generator=generator) * 2.0 - 1
     smooth = functional.interpolate(2 * DISTORTION * signs, (129, 129), mode="bicubic", align_corners=True)
@@ -117,7 +117,7 @@ def test_the_strongest_distortion_never_folds_the_picture() -> None:
     along_x = [c.diff(dim=2)[:, :-1] / step for c in (x, y)]
     along_y = [c.diff(dim=1)[:, :, :-1] / step for c in (x, y)]
     areas = along_x[0] * along_y[1] - along_x[1] * along_y[0]
-    assert areas.min() > 0.25  # nowhere is the picture stretched to more than four times its area
+    assert areas.min() > 0.25  # nowhere is the image stretched to more than four times its area
 
 
 def test_maps_keep_within_their_strengths_and_reach_them() -> None:
@@ -141,7 +141,7 @@ def test_maps_keep_within_their_strengths_and_reach_them() -> None:
     torch.testing.assert_close(shape, torch.eye(2).expand(4000, 2, 2), atol=1e-4, rtol=0)
 
 
-def test_half_of_the_pictures_are_distorted_within_the_strength() -> None:
+def test_half_of_the_images_are_distorted_within_the_strength() -> None:
     displacement = random_displacement(1000, seeded(0))
     still = (displacement == 0).flatten(1)
     assert torch.equal(still.any(1), still.all(1))
@@ -153,20 +153,20 @@ def test_half_of_the_pictures_are_distorted_within_the_strength() -> None:
 # Greys
 
 
-def test_greys_change_by_gamma_then_contrast_then_brightness() -> None:
+def test_intensities_change_by_gamma_then_contrast_then_brightness() -> None:
     grey = torch.tensor([0.0, 0.25, 0.5, 1.0]).view(1, 1, 1, 4)
-    found = adjust_intensity(grey, torch.tensor([[2.0], [1.2], [-0.1]]))
+    actual = adjust_intensity(grey, torch.tensor([[2.0], [1.2], [-0.1]]))
     expected = [0, (1 / 16 - 0.5) * 1.2 + 0.4, (0.25 - 0.5) * 1.2 + 0.4, 1.0]
-    torch.testing.assert_close(found.flatten(), torch.tensor(expected).clamp(0, 1))
+    torch.testing.assert_close(actual.flatten(), torch.tensor(expected).clamp(0, 1))
 
 
-def test_each_image_has_its_own_tone() -> None:
+def test_each_image_has_its_own_intensity() -> None:
     grey = torch.full((3, 1, 1, 1), 0.5)
     tones = torch.tensor([[1.0, 2.0, 1.0], [1.0, 1.0, 2.0], [0.1, 0.0, 0.0]])
     torch.testing.assert_close(adjust_intensity(grey, tones).flatten(), torch.tensor([0.6, 0.25, 0.5]))
 
 
-def test_tones_keep_within_their_strengths_and_lean_to_neither_side() -> None:
+def test_intensities_keep_within_their_strengths_and_are_symmetric() -> None:
     gamma, contrast, brightness = random_intensity(4000, seeded(0))
     for values, high in (
         (gamma.log(), math.log(GAMMA)),
@@ -181,15 +181,15 @@ def test_tones_keep_within_their_strengths_and_lean_to_neither_side() -> None:
 # Both together
 
 
-def test_image_and_share_move_alike() -> None:
+def test_image_and_mask_move_alike() -> None:
     targets = torch.zeros(64, 64, 64)
     targets[:, 20:44, 10:30] = 1
     images, moved = augment(0.15 + 0.7 * targets[:, None], targets, seeded(0))
     bright = (images[:, 0] > 0.5).float()
     overlap = (bright * moved).sum((1, 2)) / torch.maximum(bright, moved).sum((1, 2))
     assert overlap.min() > 0.9
-    kept = (moved * targets).sum((1, 2)) / torch.maximum(moved, targets).sum((1, 2))
-    assert kept.mean() < 0.6  # they did move
+    overlap = (moved * targets).sum((1, 2)) / torch.maximum(moved, targets).sum((1, 2))
+    assert overlap.mean() < 0.6  # they did move
 
 
 def test_a_disc_and_its_mask_stay_within_a_pixel() -> None:
@@ -225,13 +225,13 @@ def test_off_the_middle_heights_stay_and_sides_change_half_of_the_time(x: float,
     assert centres[:, 0].abs().mean().item() >= 32 * abs(x) - error_px - 0.2
 
 
-def test_outside_of_the_picture_is_black_and_unmarked() -> None:
+def test_outside_of_the_image_is_black_and_unmarked() -> None:
     images, targets = augment(torch.ones(32, 1, 48, 48), torch.ones(32, 48, 48), seeded(4))
     outside = targets == 0
     assert 0.01 < outside.float().mean() < 0.2
     assert images[:, 0][outside].max() == 0
     inside = images[:, 0][targets == 1]
-    assert len(inside.unique()) > 8  # each white picture has its own tone, unless it stays white
+    assert len(inside.unique()) > 8  # each white image has its own intensity, unless it stays white
     assert inside.min() >= 1 - CONTRAST / 2 - BRIGHTNESS - 1e-6
 
 
@@ -258,25 +258,25 @@ def test_values_stay_in_range_and_what_was_given_is_not_changed(seed: int, kind:
 
 
 def test_one_seed_is_one_change_and_each_image_has_its_own() -> None:
-    picture = torch.rand(1, 1, 32, 32, generator=seeded(0)).expand(4, 1, 32, 32)
-    first, again, other = (augment(picture, picture[:, 0], seeded(seed)) for seed in (3, 3, 4))
+    image = torch.rand(1, 1, 32, 32, generator=seeded(0)).expand(4, 1, 32, 32)
+    first, again, other = (augment(image, image[:, 0], seeded(seed)) for seed in (3, 3, 4))
     assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
     assert not torch.equal(first[0], other[0])
     assert len({image.numpy().tobytes() for image in first[0]}) == 4
 
 
 def test_the_generator_alone_is_the_source_of_randomness() -> None:
-    picture = torch.rand(2, 1, 16, 16, generator=seeded(0))
+    image = torch.rand(2, 1, 16, 16, generator=seeded(0))
     results = []
     for seed in (1, 2):
         torch.manual_seed(seed)
         before = torch.get_rng_state()
-        results.append(augment(picture, picture[:, 0], seeded(3))[0])
+        results.append(augment(image, image[:, 0], seeded(3))[0])
         assert torch.equal(torch.get_rng_state(), before)
     assert torch.equal(*results)
 
 
-def test_the_place_is_as_exact_where_products_are_rounded_to_half_the_bits() -> None:
+def test_points_are_as_exact_when_products_are_rounded_to_half_precision() -> None:
     targets = discs(16, 128, radius=0.3)
     expected = augment(targets[:, None], targets, seeded(5))[1]
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -285,7 +285,7 @@ def test_the_place_is_as_exact_where_products_are_rounded_to_half_the_bits() -> 
     torch.testing.assert_close(moved, expected, atol=0.02, rtol=0)
 
 
-def test_a_batch_is_changed_without_reading_a_value_back() -> None:
+def test_a_batch_is_augmented_without_waiting_for_the_device() -> None:
     # Tensors on meta have no values: whatever would wait for the device fails on them.
     images, targets = augment(
         torch.empty(2, 1, 32, 32, device="meta"), torch.empty(2, 32, 32, device="meta"), seeded(0)

@@ -54,15 +54,15 @@ def learned(recipe: Recipe) -> float:
     return epoch.losses["loss"]
 
 
-def test_processes_do_not_wait_for_heads_whose_answers_have_no_weight() -> None:
+def test_processes_do_not_wait_for_heads_whose_losses_have_no_weight() -> None:
     recipe = make(
         Recipe, batch_size=2, augment=False, bce_weight=0, dice_weight=0, focal_weight=0, aux_weight=0
     )
     assert 0 < launch(2, learned, recipe) < 10
 
 
-def joined(values: torch.Tensor) -> dict[str, Any]:
-    """What the functions of learning.group make of rows that the processes share."""
+def reduced(values: torch.Tensor) -> dict[str, Any]:
+    """What the functions of learning.distributed return for rows divided between the processes."""
     rows = values[distributed.rank() :: distributed.world_size()].clone().requires_grad_()
     norm = distributed.SyncBatchNormOnCPU(values.shape[1]).train()
     norm(rows[..., None, None]).pow(3).sum().backward()
@@ -73,22 +73,38 @@ def joined(values: torch.Tensor) -> dict[str, Any]:
         "gradient": distributed.all_gather_rows(rows.grad.numpy(), len(values)).tolist(),
         "variance": norm.running_var.tolist(),
         "shared": distributed.broadcast(given)["b"],
+        "tensor": distributed.broadcast(given)["a"].tolist(),
     }
 
 
-def test_joint_batch_normalisation_is_that_of_all_rows() -> None:
+def test_synchronised_batch_normalisation_is_that_of_all_rows() -> None:
     values = torch.randn(7, 3, generator=torch.Generator().manual_seed(0)) * 3 + 100
-    answer = launch(2, joined, values)
-    assert answer["rows"] == values.tolist()
-    assert answer["shared"] == [1, "x", None]
+    result = launch(2, reduced, values)
+    assert result["rows"] == values.tolist()
+    assert result["shared"] == [1, "x", None]
+    assert result["tensor"] == values.tolist()
     alone, norm = values.clone().requires_grad_(), nn.BatchNorm2d(3).train()
     norm(alone[..., None, None]).pow(3).sum().backward()
     assert alone.grad is not None and norm.running_var is not None
-    assert torch.tensor(answer["gradient"]) == pytest.approx(alone.grad, abs=1e-3)
-    assert answer["variance"] == pytest.approx(norm.running_var.tolist(), rel=1e-4)
+    assert torch.tensor(result["gradient"]) == pytest.approx(alone.grad, abs=1e-3)
+    assert result["variance"] == pytest.approx(norm.running_var.tolist(), rel=1e-4)
 
 
-def spoilt(kind: str) -> None:
+def test_on_gpus_torch_s_own_layers_keep_parameters_and_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    network = build("fcn_resnet50", "none", 0)
+    before = dict(network.named_parameters())
+    names = list(network.state_dict())
+    layers = [type(module) for module in network.modules()].count(nn.BatchNorm2d)
+    distributed.convert_sync_batchnorm(network, torch.device("cuda"))
+    assert list(network.state_dict()) == names
+    assert all(parameter is before[name] for name, parameter in network.named_parameters())
+    kinds = [type(module) for module in network.modules()]
+    assert kinds.count(nn.SyncBatchNorm) == layers > 50
+    assert nn.BatchNorm2d not in kinds
+
+
+def fail(kind: str) -> None:
     """One process fails while the other waits for it."""
     if distributed.rank() == 1:
         if kind == "mistake":
@@ -101,13 +117,13 @@ def spoilt(kind: str) -> None:
     ("kind", "error", "words"),
     [
         ("mistake", UserError, "^epochs: none left$"),
-        ("a bug", RuntimeError, "(?s)process 1 of 2 failed: ZeroDivisionError: a bug.*in spoilt"),
+        ("a bug", RuntimeError, "(?s)process 1 of 2 failed: ZeroDivisionError: a bug.*in fail"),
     ],
 )
-def test_the_failure_of_one_process_ends_all_and_is_told(
+def test_the_failure_of_one_process_ends_all_and_is_reported(
     kind: str, error: type[Exception], words: str
 ) -> None:
     handler = signal.getsignal(signal.SIGTERM)
     with pytest.raises(error, match=words):
-        launch(2, spoilt, kind)
+        launch(2, fail, kind)
     assert signal.getsignal(signal.SIGTERM) is handler

@@ -1,4 +1,4 @@
-"""Validation: tables counted on the device, a part of a data set judged, and its pictures."""
+"""Validation: counts taken on the device, scores of a subset, and its overlays."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mlflow import MlflowClient
 from PIL import Image
+from reference_counts import add_image
 from samples import stored_sample
 
 from pneumo_experiments import tracking
@@ -21,7 +22,7 @@ from pneumo_experiments.errors import UserError
 from pneumo_experiments.experiment.subset import Subset, log_overlays
 from pneumo_experiments.learning.device import ComputeConfig
 from pneumo_experiments.learning.evaluate import ThresholdCounter, count_at_thresholds
-from pneumo_experiments.learning.network import build
+from pneumo_experiments.learning.network import Output, PneumothoraxNet, build
 from pneumo_experiments.learning.predict import Predictor, to_native
 from pneumo_experiments.scoring.figures import overlay
 from pneumo_experiments.scoring.thresholds import HUNDREDTHS, ThresholdCounts, Thresholds
@@ -32,15 +33,15 @@ DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 
 def counts_of(counts: ThresholdCounts) -> np.ndarray:
-    """Tables (n, 2, 101) of a tally."""
+    """Counts (n, 2, 101)."""
     return np.stack([np.stack(counts.at(float(score))) for score in HUNDREDTHS], axis=-1).swapaxes(0, 1)
 
 
 def one_by_one(masks: np.ndarray, truths: list[np.ndarray]) -> np.ndarray:
-    """Tables (n, 2, 101) by numpy, on the host."""
+    """Counts (n, 2, 101) by numpy, on the host."""
     counts = ThresholdCounts()
     for mask, truth in zip(masks, truths, strict=True):
-        counts.add(to_native(mask, truth.shape), 0.5, truth)
+        add_image(counts, to_native(mask, truth.shape), 0.5, truth)
     return counts_of(counts)
 
 
@@ -49,12 +50,12 @@ def counted(masks: np.ndarray, truths: list[np.ndarray], device: str = "cpu", at
     return count_at_thresholds(on_device[0], truths, on_device[1], at_once).cpu().numpy()
 
 
-def next_to_hundredths(count_at_thresholds: int, side: int) -> np.ndarray:
+def next_to_hundredths(count: int, side: int) -> np.ndarray:
     """Maps (count, side, side) of hundredths, 0 and 1 among them, and of the floats next to them."""
     around = [np.nextafter(HUNDREDTHS, np.float32(end)) for end in (-1, 2)]
     values = np.concatenate([HUNDREDTHS, *around])
     values = values[(values >= 0) & (values <= 1)]
-    maps = np.random.default_rng(0).choice(values, (count_at_thresholds, side, side))
+    maps = np.random.default_rng(0).choice(values, (count, side, side))
     maps[:, 0, :2] = [0, 1]
     return maps
 
@@ -64,12 +65,36 @@ def test_pixels_next_to_a_hundredth_are_counted_as_numpy_counts_them(device: str
     masks = next_to_hundredths(5, 24)
     rng = np.random.default_rng(1)
     truths = [rng.random((24, 24)) < target for target in (0, 0.1, 0.5, 0.9, 1)]  # from empty to full
-    found = counted(masks, truths, device)
-    assert found.dtype == np.int32
-    assert np.array_equal(found, one_by_one(masks, truths))
-    assert found[0, 1].tolist() == [0] * 101
-    assert np.array_equal(found[4, 0], found[4, 1])
-    assert found[:, 0, 0].tolist() == [24 * 24] * 5
+    actual = counted(masks, truths, device)
+    assert actual.dtype == np.int32
+    assert np.array_equal(actual, one_by_one(masks, truths))
+    assert actual[0, 1].tolist() == [0] * 101
+    assert np.array_equal(actual[4, 0], actual[4, 1])
+    assert actual[:, 0, 0].tolist() == [24 * 24] * 5
+
+
+def levels_of(probabilities: np.ndarray) -> np.ndarray:
+    """Level 0 to 100 of each probability (n,): an image of one pixel for each."""
+    masks = probabilities.astype(np.float32).reshape(-1, 1, 1)
+    return np.count_nonzero(counted(masks, [np.zeros((1, 1), bool)] * len(masks))[:, 0], axis=1) - 1
+
+
+def test_a_level_is_the_number_of_hundredths_reached_even_next_to_them() -> None:
+    values = np.concatenate([np.nextafter(HUNDREDTHS, np.float32(end)) for end in (-1, 2)] + [HUNDREDTHS])
+    values = values[(values >= 0) & (values <= 1)]
+    assert len(values) == 3 * 101 - 2
+    assert levels_of(values).tolist() == [
+        sum(p >= np.float32(k / 100) for k in range(1, 101)) for p in values
+    ]
+
+
+@given(st.floats(0, 1, width=32))
+def test_a_level_is_the_number_of_hundredths_reached(p: float) -> None:
+    assert levels_of(np.array([p])) == [sum(p >= np.float32(k / 100) for k in range(1, 101))]
+
+
+def test_an_upsampled_1_that_rounds_up_is_at_level_100() -> None:
+    assert levels_of(np.array([1.0000001])) == [100]
 
 
 def test_images_of_several_shapes_are_counted_at_their_own_and_in_their_order() -> None:
@@ -77,13 +102,13 @@ def test_images_of_several_shapes_are_counted_at_their_own_and_in_their_order() 
     masks = next_to_hundredths(len(shapes), 16)
     rng = np.random.default_rng(2)
     truths = [np.asfortranarray(rng.random(shape) < 0.3) for shape in shapes]  # as run lengths are decoded
-    found = counted(masks, truths)
-    assert np.array_equal(found, one_by_one(masks, truths))
-    assert found[:, 0, 0].tolist() == [rows * columns for rows, columns in shapes]
+    actual = counted(masks, truths)
+    assert np.array_equal(actual, one_by_one(masks, truths))
+    assert actual[:, 0, 0].tolist() == [rows * columns for rows, columns in shapes]
 
 
 @pytest.mark.parametrize("at_once", [1, 3 * 30 * 20, 10**9])
-def test_several_at_once_give_the_tables_of_one_at_a_time(at_once: int) -> None:
+def test_several_at_once_give_the_counts_of_one_at_a_time(at_once: int) -> None:
     masks = next_to_hundredths(7, 16)
     rng = np.random.default_rng(3)
     truths = [rng.random((20, 30) if row == 2 else (30, 20)) < 0.3 for row in range(7)]
@@ -98,7 +123,7 @@ def test_random_maps_are_counted_as_numpy_counts_them(side: int, shape: tuple[in
     assert np.array_equal(counted(masks, truths), one_by_one(masks, truths))
 
 
-def test_counting_reads_nothing_back_from_the_device() -> None:
+def test_counting_does_not_wait_for_the_device() -> None:
     masks, hundredths = torch.empty(4, 8, 8, device="meta"), torch.empty(101, device="meta")
     truths = [np.eye(rows, 9, dtype=bool) for rows in (9, 7, 9, 9)]
     # Tensors on "meta" have no values: an operation that would wait for one ends with an error.
@@ -107,30 +132,28 @@ def test_counting_reads_nothing_back_from_the_device() -> None:
         torch.bincount(masks.long().flatten())
 
 
-def test_a_truth_too_few_is_refused() -> None:
+def test_a_missing_truth_is_refused() -> None:
     with pytest.raises(ValueError, match="2 predictions for 1 truths"):
         counted(np.zeros((2, 4, 4), np.float32), [np.zeros((4, 4), bool)])
 
 
-def test_tables_counted_elsewhere_make_the_same_tally() -> None:
+def test_counts_from_the_device_equal_the_reference() -> None:
     masks, truths = next_to_hundredths(3, 8), [np.eye(8, dtype=bool)] * 3
     presence = np.array([0, 0.3, 1], np.float32)
     slow, fast = ThresholdCounts(), ThresholdCounts()
     for mask, present, truth in zip(masks, presence, truths, strict=True):
-        slow.add(mask, float(present), truth)
+        add_image(slow, mask, float(present), truth)
     fast.append(counted(masks, truths), presence)
     assert np.array_equal(counts_of(fast), counts_of(slow))
     assert fast.presence.tolist() == slow.presence.tolist() == presence.tolist()
-    fast.add(masks[0], 0.5, truths[0])
-    assert len(fast.select([0, 3])) == 2
 
 
-def test_tables_that_are_none_are_refused() -> None:
+def test_impossible_counts_are_refused() -> None:
     good = counted(next_to_hundredths(1, 8), [np.eye(8, dtype=bool)])
     present = np.array([0.5], np.float32)
     for wrong, presence, reason in [
-        (good[:, :, 1:], present, "tables"),
-        (good, np.array([0.5, 0.5], np.float32), "tables"),
+        (good[:, :, 1:], present, "counts"),
+        (good, np.array([0.5, 0.5], np.float32), "counts"),
         (good, np.array([np.nan], np.float32), "presence"),
         (good, np.array([1.5], np.float32), "presence"),
         (good[:, :, ::-1], present, "more pixels"),
@@ -142,7 +165,7 @@ def test_tables_that_are_none_are_refused() -> None:
         assert len(counts) == 0
 
 
-# A part of a data set
+# A subset of a data set
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +187,7 @@ def with_native_sizes(dataset: Dataset, sizes: list[tuple[int, int]]) -> Dataset
     return changed
 
 
-def test_a_cohort_s_tally_is_that_of_its_predictions_one_by_one(
+def test_the_counts_of_a_subset_are_those_of_its_predictions_one_by_one(
     dataset: Dataset, predictor: Predictor
 ) -> None:
     subset = Subset(dataset, np.array([20, 3, 4, 0, 11, 9, 8, 17, 2, 1, 5, 6, 7, 10, 12, 13, 14, 15]))
@@ -173,7 +196,7 @@ def test_a_cohort_s_tally_is_that_of_its_predictions_one_by_one(
             slow = ThresholdCounts()
             for index, prediction in part.predictions(predictor):
                 truth = part.dataset.mask(index)
-                slow.add(to_native(prediction.mask, truth.shape), prediction.presence, truth)
+                add_image(slow, to_native(prediction.mask, truth.shape), prediction.presence, truth)
             fast = part.count(predictor)
             assert np.array_equal(counts_of(fast), counts_of(slow))
             assert fast.presence.tolist() == slow.presence.tolist()
@@ -181,23 +204,38 @@ def test_a_cohort_s_tally_is_that_of_its_predictions_one_by_one(
     assert {entry.area_px > 0 for entry in subset.entries} == {True, False}
 
 
-def test_a_cohort_of_none_has_an_empty_tally(dataset: Dataset, predictor: Predictor) -> None:
+def test_an_empty_subset_has_empty_counts(dataset: Dataset, predictor: Predictor) -> None:
     assert len(Subset(dataset, np.zeros(0, np.int64)).count(predictor)) == 0
 
 
 @pytest.mark.parametrize("head", ["mask_head", "presence_head"])
-def test_a_network_that_diverged_ends_the_tally_with_advice(dataset: Dataset, head: str) -> None:
+def test_a_diverged_network_is_an_error_with_advice(dataset: Dataset, head: str) -> None:
     network = build("fcn_resnet50", "none", seed=0)
     for weights in getattr(network, head).parameters():
         torch.nn.init.constant_(weights, float("nan"))
     diverged = Predictor(network, CPU)
-    with pytest.raises(UserError, match=r"learning_rate: .* diverged"):
+    with pytest.raises(UserError, match=r"NaN: training diverged; .*learning_rate"):
         Subset(dataset, np.arange(3)).count(diverged)
-    with pytest.raises(UserError, match=r"learning_rate: .* diverged"):
+    with pytest.raises(UserError, match=r"NaN: training diverged; .*learning_rate"):
         next(diverged.predict(dataset.images([0])))
 
 
-def test_a_counter_takes_parts_and_reads_them_in_order(dataset: Dataset, predictor: Predictor) -> None:
+def test_one_nan_pixel_marks_its_image_alone(dataset: Dataset) -> None:
+    class OneBadPixel(PneumothoraxNet):
+        def forward(self, images: torch.Tensor) -> Output:
+            mask = torch.zeros(images.shape[0], *images.shape[2:])
+            mask[1, 0, 0] = float("nan")
+            return Output(mask, mask, torch.zeros(len(images)))
+
+    predictor = Predictor(OneBadPixel("fcn_resnet50"), CPU)
+    (batch,) = predictor.predict_batches(dataset.images([0, 1, 2]))
+    assert batch.finite.tolist() == [True, False, True]
+    assert batch.presence.tolist() == [0.5] * 3
+    with pytest.raises(UserError, match="NaN: training diverged"):
+        list(predictor.predict(dataset.images([0, 1, 2])))
+
+
+def test_a_counter_reads_chunks_in_their_order(dataset: Dataset, predictor: Predictor) -> None:
     whole, parts = (ThresholdCounter(predictor, HUNDREDTHS) for _ in range(2))
     for counter, chunks in ((whole, [range(5)]), (parts, [range(2), range(2, 5)])):
         for chunk in chunks:
@@ -208,7 +246,7 @@ def test_a_counter_takes_parts_and_reads_them_in_order(dataset: Dataset, predict
     np.testing.assert_allclose(presence, presences, atol=1e-5)
 
 
-# Pictures
+# Overlays
 
 
 EVERYTHING = Thresholds(presence_threshold=0, top_score=0, bottom_score=0)  # each pixel is predicted
@@ -226,12 +264,12 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 def some_of(dataset: Dataset, positives: int, negatives: int) -> tuple[Subset, ThresholdCounts]:
-    """The first negatives and positives, and a tally of theirs."""
+    """The first negatives and positives, and their counts."""
     areas = np.array([entry.area_px for entry in dataset.entries])
     chosen = np.concatenate([np.flatnonzero(areas == 0)[:negatives], np.flatnonzero(areas)[:positives]])
     counts = ThresholdCounts()
     for index in chosen.tolist():
-        counts.add(np.zeros((1024, 1024), np.float32), 0.5, dataset.mask(index))
+        add_image(counts, np.zeros((1024, 1024), np.float32), 0.5, dataset.mask(index))
     return Subset(dataset, chosen), counts
 
 
@@ -253,18 +291,16 @@ def pictures_of(run_id: str) -> list[np.ndarray]:
     return [np.asarray(Image.open(file)) for file in files]
 
 
-def logged_captions(
-    subset: Subset, counts: ThresholdCounts, predictor: Predictor, count_at_thresholds: int
-) -> list[bytes]:
+def logged_captions(subset: Subset, counts: ThresholdCounts, predictor: Predictor, count: int) -> list[bytes]:
     """Those of the overlays that a run of its own logs."""
     with tracking.run("score", Score()) as run_id:
-        log_overlays(subset, counts, predictor, EVERYTHING, count_at_thresholds)
+        log_overlays(subset, counts, predictor, EVERYTHING, count)
     return [caption_of(picture) for picture in pictures_of(run_id)]
 
 
 @pytest.mark.parametrize(("positives", "shown"), [(4, 3), (6, 4), (7, 6), (5, 9)])
 @pytest.mark.usefixtures("store")
-def test_pictures_show_best_median_and_worst_and_say_so(
+def test_overlays_show_and_label_best_median_and_worst(
     dataset: Dataset, predictor: Predictor, positives: int, shown: int
 ) -> None:
     subset, counts = some_of(dataset, positives, negatives=4)
@@ -279,7 +315,7 @@ def test_pictures_show_best_median_and_worst_and_say_so(
 
 
 @pytest.mark.usefixtures("store")
-def test_two_positives_have_no_median_and_no_names(dataset: Dataset, predictor: Predictor) -> None:
+def test_two_positives_have_no_labels(dataset: Dataset, predictor: Predictor) -> None:
     subset, counts = some_of(dataset, positives=2, negatives=1)
     captions = logged_captions(subset, counts, predictor, 8)
     assert len(captions) == 3

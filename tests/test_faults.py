@@ -262,7 +262,9 @@ def test_a_full_disk_costs_the_checkpoint_not_the_training(
         return None
 
     monkeypatch.setattr(Checkpoint, "save", save_on_a_disk_that_fills)
-    with pytest.warns(UserWarning, match="the training goes on, but an interruption would lose it") as caught:
+    with pytest.warns(
+        UserWarning, match="the training continues, but an interruption would lose it"
+    ) as caught:
         train(settings_of(datasets["usual"]))
     reason = "the checkpoint cannot be written (the disk may be full: "
     assert [reason in str(warning.message) for warning in caught].count(True) == 2
@@ -340,7 +342,7 @@ def test_a_checkpoint_of_another_network_is_refused_in_one_line_or_starts_anew(
         settings = changed(settings, resume=False)
         train(settings)
     else:
-        with pytest.warns(UserWarning, match="of several networks; the training starts anew"):
+        with pytest.warns(UserWarning, match="several networks; training starts over"):
             train(settings)
     assert {run.info.status for run in runs()} <= {"FINISHED", "FAILED", "KILLED"}
 

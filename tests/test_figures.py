@@ -18,7 +18,7 @@ def radiograph(shape: tuple[int, int] = (256, 256)) -> np.ndarray:
 
 
 def panels(picture: np.ndarray, count: int, size_px: int) -> list[np.ndarray]:
-    """The panels without captions, found by the layout: equal gaps, in one row."""
+    """The panels without captions, located by the layout: equal gaps, in one row."""
     gap = (picture.shape[1] - count * size_px) // (count + 1)
     text = picture.shape[0] - size_px - 4 * gap  # two lines
     top = 2 * gap + text // 2
@@ -77,8 +77,8 @@ def test_without_truth_there_are_two_panels() -> None:
 def test_a_single_native_pixel_is_still_seen() -> None:
     large = (2048, 2048)
     none = np.zeros(large, bool)
-    found = square(1001, 777, 1, large)
-    _, _, prediction = panels(overlay(np.zeros(large, np.uint8), none, found, "", 128), 3, 128)
+    speck = square(1001, 777, 1, large)
+    _, _, prediction = panels(overlay(np.zeros(large, np.uint8), none, speck, "", 128), 3, 128)
     assert reddish(prediction).sum() >= 4
 
 

@@ -1,10 +1,9 @@
-"""Training that is interrupted, runs out of memory, meets numbers that are none, or keeps an average."""
+"""Training that is interrupted, runs out of memory, has NaN outputs, or averages weights."""
 
 from __future__ import annotations
 
 import copy
 import warnings
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +17,10 @@ from pneumo_experiments.experiment.progress import read_checkpoint
 from pneumo_experiments.learning.averaging import MovingAverage, mean_state
 from pneumo_experiments.learning.checkpoint import Checkpoint
 from pneumo_experiments.learning.device import ComputeConfig
-from pneumo_experiments.learning.fit import Epoch, State, _Trainer, fit
+from pneumo_experiments.learning.fit import Epoch, fit
 from pneumo_experiments.learning.loader import InMemoryData, batches
 from pneumo_experiments.learning.network import Output, PneumothoraxNet, build
+from pneumo_experiments.learning.trainer import State, Trainer
 from pneumo_experiments.settings import Recipe
 
 CPU = ComputeConfig(torch.device("cpu"), "fp32")
@@ -46,7 +46,7 @@ def assert_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None
 
 
 @pytest.mark.parametrize("ema", [0.0, 0.9])
-def test_a_training_that_goes_on_ends_in_the_same_weights_bit_for_bit(ema: float, tmp_path: Path) -> None:
+def test_a_resumed_training_ends_in_the_same_weights_bit_for_bit(ema: float, tmp_path: Path) -> None:
     recipe = make(Recipe, batch_size=4, augment=True, seed=3, ema=ema, learning_rate=1e-3)
     whole = build("tiny", "none", 0)
     epochs = list(fit(whole, noise(6), recipe, 3, CPU))
@@ -56,7 +56,7 @@ def test_a_training_that_goes_on_ends_in_the_same_weights_bit_for_bit(ema: float
         if epoch.number == 2:
             checkpoint.save({"state": epoch.state()}, {})
             break
-    torch.rand(5)  # whatever another process drew
+    torch.rand(5)  # the global generator in another state
     last = checkpoint.last()
     assert last is not None
     other = build("tiny", "none", 1)
@@ -72,24 +72,24 @@ class Cramped(PneumothoraxNet):
 
     room = 100
 
-    def forward(self, grey: torch.Tensor) -> Output:
-        if self.training and len(grey) > self.room:
+    def forward(self, images: torch.Tensor) -> Output:
+        if self.training and len(images) > self.room:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-        return super().forward(grey)
+        return super().forward(images)
 
 
 def test_when_memory_runs_out_fewer_images_pass_at_once_and_a_step_stays_a_step() -> None:
     network = Cramped("tiny")
     network.room = 2
     recipe = make(Recipe, batch_size=6, augment=False, positive_share=0)
-    with pytest.warns(UserWarning, match="2 images pass the network at once.*still takes batch_size=6"):
+    with pytest.warns(UserWarning, match="micro_batch=2 images .*batch_size=6"):
         (epoch,) = list(fit(network, noise(6), recipe, 1, CPU))
     assert epoch.micro_batch == 2
     assert epoch.state()["steps"] == 1
     assert np.isfinite(epoch.losses["loss"])
 
 
-def test_memory_too_small_for_one_image_is_an_error_with_a_mend() -> None:
+def test_memory_too_small_for_one_image_is_an_error_that_says_what_to_do() -> None:
     network = Cramped("tiny")
     network.room = 0
     with pytest.raises(UserError, match=r"micro_batch=1: .*smaller image_size"), warnings.catch_warnings():
@@ -132,14 +132,14 @@ def test_pieces_of_a_batch_add_up_to_its_step() -> None:
     assert moved >= 10
 
 
-class Torn(PneumothoraxNet):
-    """Answers that are no numbers in some training steps."""
+class SometimesNan(PneumothoraxNet):
+    """Outputs NaN in some training steps."""
 
     calls = 0
     bad = frozenset[int]()
 
-    def forward(self, grey: torch.Tensor) -> Output:
-        output = super().forward(grey)
+    def forward(self, images: torch.Tensor) -> Output:
+        output = super().forward(images)
         if self.training:
             self.calls += 1
             if self.calls in self.bad:
@@ -147,9 +147,9 @@ class Torn(PneumothoraxNet):
         return output
 
 
-def test_a_step_without_a_finite_gradient_is_left_out_and_counted() -> None:
+def test_a_step_without_a_finite_gradient_is_skipped_and_counted() -> None:
     torch.manual_seed(0)
-    network = Torn("tiny")
+    network = SometimesNan("tiny")
     network.bad = frozenset([3])
     recipe = make(Recipe, batch_size=2, augment=False, positive_share=0)
     epoch = next(iter(fit(network, noise(24), recipe, 1, CPU)))
@@ -159,24 +159,24 @@ def test_a_step_without_a_finite_gradient_is_left_out_and_counted() -> None:
 
 
 def test_too_many_steps_without_a_finite_gradient_end_the_training_with_advice() -> None:
-    network = Torn("tiny")
+    network = SometimesNan("tiny")
     network.bad = frozenset(range(2, 6))
-    with pytest.raises(UserError, match=r"4 of 6 steps of epoch 1 gave no finite gradient; try a tenth"):
+    with pytest.raises(UserError, match=r"4 of 6 steps of epoch 1 .* diverged; try a tenth"):
         list(fit(network, noise(12), make(Recipe, batch_size=2, augment=False, positive_share=0), 1, CPU))
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_steps_that_are_left_out_do_not_wear_down_the_scale_of_the_gradients(precision: str) -> None:
+def test_skipped_steps_do_not_shrink_the_gradient_scale(precision: str) -> None:
     network = build("tiny", "none", 0)
-    trainer = _Trainer(
+    trainer = Trainer(
         network, make(Recipe, batch_size=2, learning_rate=1e-2), 400, ComputeConfig(CPU.device, precision)
     )
     (batch,) = batches(noise(2), make(Recipe, batch_size=2, augment=False), 1, 1, CPU.device)
-    torn = replace(batch, images=batch.images * float("nan"))
+    nan_batch = replace(batch, images=batch.images * float("nan"))
     trainer.step(batch)
     before = weights_of(network.mask_head)
     for _ in range(200):  # halved so often, the smallest float32 is 0
-        assert not trainer.step(torn)[1]
+        assert not trainer.step(nan_batch)[1]
     network.load_state_dict({n: t.nan_to_num(0.0) for n, t in network.state_dict().items()})  # batch norm's
     assert trainer.step(batch)[1]
     after = weights_of(network.mask_head)
@@ -210,7 +210,7 @@ def test_the_mean_of_states_is_that_of_each_tensor() -> None:
     assert states[0]["w"].tolist() == [1.0, 5.0]
 
 
-def test_a_checkpoint_keeps_the_networks_it_is_told_and_no_other(tmp_path: Path) -> None:
+def test_a_checkpoint_holds_the_given_networks_and_no_others(tmp_path: Path) -> None:
     checkpoint = Checkpoint(tmp_path / "deep" / "one")
     assert checkpoint.last() is None
     checkpoint.save({"steps": 1}, {1: {"w": torch.ones(2)}})
@@ -234,11 +234,11 @@ def test_a_checkpoint_that_is_damaged_or_cannot_be_written_is_a_warning(tmp_path
     with pytest.warns(UserWarning, match=r"last\.pt: cannot be read"):
         assert checkpoint.last() is None
     (tmp_path / "file").touch()
-    with pytest.warns(UserWarning, match="cannot be written .*the training goes on"):
+    with pytest.warns(UserWarning, match="cannot be written .*the training continues"):
         Checkpoint(tmp_path / "file" / "one").save({"steps": 1}, {})
 
 
-def test_a_checkpoint_of_another_version_is_a_warning_and_no_start(tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_version_is_not_used_and_gives_a_warning(tmp_path: Path) -> None:
     state = dict.fromkeys(State.__annotations__, 0)
     saved: dict[str, Any] = {"run_id": "a", "history": [], "dices": {}, "state": state}
     checkpoint = Checkpoint(tmp_path / "one")

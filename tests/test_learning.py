@@ -15,7 +15,7 @@ from helpers import changed, make
 
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.learning.device import ComputeConfig, choose_compute
-from pneumo_experiments.learning.fit import fit, rate
+from pneumo_experiments.learning.fit import fit
 from pneumo_experiments.learning.loader import (
     InMemoryData,
     StreamedData,
@@ -28,6 +28,7 @@ from pneumo_experiments.learning.loader import (
 from pneumo_experiments.learning.loss import bce, criterion, focal, soft_dice
 from pneumo_experiments.learning.network import Output, PneumothoraxNet, build
 from pneumo_experiments.learning.predict import Predictor, to_native
+from pneumo_experiments.learning.schedule import lr_factor
 from pneumo_experiments.settings import Device, Recipe
 
 CPU = ComputeConfig(torch.device("cpu"), "fp32")
@@ -40,7 +41,7 @@ def network() -> PneumothoraxNet:
 
 
 def squares(count: int, side: int = 32, seed: int = 0) -> InMemoryData:
-    """Grey noise; every other image has a bright square, which is the mask."""
+    """Noise; every other image has a bright square, which is the mask."""
     rng = np.random.default_rng(seed)
     images = rng.integers(60, 100, (count, side, side), dtype=np.uint8)
     targets = np.zeros_like(images)
@@ -86,7 +87,7 @@ def test_a_weight_of_zero_leaves_the_term_out() -> None:
 # Batches
 
 
-def test_each_batch_has_the_epoch_s_share_of_positives_which_changes_evenly() -> None:
+def test_each_batch_has_the_epoch_s_fraction_of_positives_which_changes_linearly() -> None:
     present, recipe = np.arange(100) < 10, make(Recipe, positive_share=0.8, final_positive_share=0.4)
     for epoch, target in ((1, 0.8), (2, 0.6), (3, 0.4)):
         order = epoch_indices(present, recipe, epoch, epochs=3)
@@ -119,19 +120,19 @@ def test_the_order_follows_from_seed_and_epoch() -> None:
 
 
 @pytest.mark.parametrize("present", [np.zeros(7, np.bool_), np.ones(7, np.bool_), np.arange(7) < 3])
-def test_share_zero_or_a_missing_class_takes_every_image_once(present: np.ndarray) -> None:
+def test_fraction_zero_or_a_missing_class_uses_every_image_once(present: np.ndarray) -> None:
     recipe = make(Recipe, positive_share=0.0 if 0 < present.sum() < 7 else 0.5)
     assert sorted(epoch_indices(present, recipe, 2, epochs=3)) == list(range(7))
 
 
-def test_batches_give_greys_and_shares_from_zero_to_one() -> None:
-    examples = squares(6)
+def test_batches_hold_images_and_masks_from_zero_to_one() -> None:
+    data = squares(6)
     recipe = make(Recipe, augment=False, positive_share=0, batch_size=4)
-    seen = list(batches(examples, recipe, 1, 1, CPU.device))
+    seen = list(batches(data, recipe, 1, 1, CPU.device))
     assert [len(batch.images) for batch in seen] == [3, 3]
     assert {batch.images.shape for batch in seen} == {(3, 1, 32, 32)}
     total = sum(float(batch.images.double().sum()) for batch in seen)
-    assert total == pytest.approx(int(examples.images.sum()) / 255)
+    assert total == pytest.approx(int(data.images.sum()) / 255)
     assert sum(float(batch.present.sum()) for batch in seen) == 3
 
 
@@ -162,35 +163,35 @@ def test_streamed_images_are_those_in_memory() -> None:
         assert torch.equal(a.present, b.present)
 
 
-def test_what_is_fetched_ahead_comes_in_order_and_raises_where_it_was_asked_for() -> None:
+def test_prefetched_items_come_in_order_and_raise_where_they_were_requested() -> None:
     def halved(number: int) -> float:
         return 10 / number
 
     assert list(prefetch(halved, range(1, 8))) == [10 / number for number in range(1, 8)]
-    fetched, answers = prefetch(halved, [1, 2, 0, 4]), list[float]()
+    fetched, results = prefetch(halved, [1, 2, 0, 4]), list[float]()
     with pytest.raises(ZeroDivisionError):
-        answers.extend(fetched)
-    assert answers == [10, 5]
+        results.extend(fetched)
+    assert results == [10, 5]
 
 
-def test_an_iterator_that_is_dropped_ends_its_thread_and_what_it_held() -> None:
-    asked, item = list[int](), np.zeros(3)
-    kept = weakref.ref(item)
+def test_a_dropped_iterator_ends_its_thread_and_frees_its_items() -> None:
+    requested, item = list[int](), np.zeros(3)
+    reference = weakref.ref(item)
 
     def fetch(number: int, item: np.ndarray = item) -> np.ndarray:
-        asked.append(number)
+        requested.append(number)
         return item
 
     fetched = prefetch(fetch, range(1000))
     assert next(fetched) is item
     del fetched, fetch, item
     gc.collect()
-    assert len(asked) <= 4  # the one that was asked for and those ahead of it
+    assert len(requested) <= 4  # the one that was requested for and those ahead of it
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("prefetch")]
-    assert kept() is None
+    assert reference() is None
 
 
-def test_images_lie_where_there_is_room() -> None:
+def test_images_are_held_where_there_is_room() -> None:
     assert choose_cache("auto", 10**6, CPU.device) == "host"
     assert choose_cache("auto", 10**15, CPU.device) == "stream"
     assert choose_cache("device", 10**15, CPU.device) == "device"
@@ -199,7 +200,7 @@ def test_images_lie_where_there_is_room() -> None:
 # Training and prediction
 
 
-def test_training_finds_bright_squares() -> None:
+def test_training_learns_to_segment_bright_squares() -> None:
     recipe = make(Recipe, batch_size=8, learning_rate=1e-3, augment=False, positive_share=0, seed=1)
     network = build("fcn_resnet50", "none", recipe.seed)
     compute = choose_compute(Device())
@@ -207,8 +208,8 @@ def test_training_finds_bright_squares() -> None:
     assert [epoch.number for epoch in epochs] == list(range(1, 13))
     assert epochs[-1].losses["loss"] < 0.7 * epochs[0].losses["loss"]
     unseen = squares(8, seed=5)
-    found = [p.mask for p in Predictor(network, compute).predict(unseen.images.numpy())]
-    pairs = list(zip(found, unseen.targets.numpy(), strict=True))
+    actual = [p.mask for p in Predictor(network, compute).predict(unseen.images.numpy())]
+    pairs = list(zip(actual, unseen.targets.numpy(), strict=True))
     inside = np.mean([mask[target > 0].mean() for mask, target in pairs if target.any()])
     outside = np.mean([mask[target == 0].mean() for mask, target in pairs])
     assert inside > outside + 0.2
@@ -233,12 +234,12 @@ def test_a_loss_that_is_not_finite_ends_with_advice() -> None:
 
 def test_the_rate_rises_for_a_fifth_and_ends_near_zero() -> None:
     recipe = make(Recipe, warmup=0.2, schedule="cosine")
-    assert rate(recipe, 0) == pytest.approx(0.05)
-    assert rate(recipe, 0.2) == pytest.approx(1)
-    assert rate(recipe, 0.6) == pytest.approx(0.5)
-    assert rate(recipe, 1) == pytest.approx(0, abs=1e-9)
+    assert lr_factor(recipe, 0) == pytest.approx(0.05)
+    assert lr_factor(recipe, 0.2) == pytest.approx(1)
+    assert lr_factor(recipe, 0.6) == pytest.approx(0.5)
+    assert lr_factor(recipe, 1) == pytest.approx(0, abs=1e-9)
     polynomial = make(Recipe, warmup=0, schedule="polynomial")
-    assert [rate(polynomial, done) for done in (0, 0.5, 1)] == pytest.approx([1, 0.5**0.9, 0])
+    assert [lr_factor(polynomial, done) for done in (0, 0.5, 1)] == pytest.approx([1, 0.5**0.9, 0])
 
 
 def test_predictions_do_not_depend_on_the_batch(network: PneumothoraxNet) -> None:
@@ -249,7 +250,7 @@ def test_predictions_do_not_depend_on_the_batch(network: PneumothoraxNet) -> Non
         assert a.presence == pytest.approx(b.presence, abs=1e-5)
 
 
-def test_the_mirrored_mean_treats_both_sides_alike(network: PneumothoraxNet) -> None:
+def test_flip_averaging_treats_both_sides_alike(network: PneumothoraxNet) -> None:
     images = squares(2).images.numpy()
     predictor = Predictor(network, CPU, tta_flip=True)
     (a, _), (b, _) = list(predictor.predict(images)), list(predictor.predict(images[:, :, ::-1]))
@@ -264,8 +265,8 @@ def test_native_size_is_bilinear_between_pixel_centres() -> None:
     np.testing.assert_allclose(to_native(small, (1, 4)), [[0, 0.25, 0.75, 1]])
 
 
-def test_a_device_that_is_not_there_is_named() -> None:
+def test_a_missing_device_is_named() -> None:
     if torch.cuda.is_available():
-        pytest.skip("this machine has CUDA")
+        pytest.skip("CUDA is available")
     with pytest.raises(UserError, match="device=cuda"):
         choose_compute(changed(Device(), device="cuda"))

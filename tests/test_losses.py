@@ -46,7 +46,7 @@ def pixels(*values: float) -> Tensor:
 
 
 def batch(seed: int, count: int = 3, side: int = 4) -> tuple[Tensor, Tensor]:
-    """Random logits and shares in float64; a third of the shares is exactly 0, a third exactly 1."""
+    """Random logits and masks in float64; a third of the pixels is exactly 0, a third exactly 1."""
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(count, side, side, generator=generator, dtype=torch.float64) * 2
     targets = torch.rand(count, side, side, generator=generator, dtype=torch.float64) * 3 - 1
@@ -63,7 +63,7 @@ def test_dice_of_each_image_is_the_mean_over_the_images() -> None:
     assert soft_dice_per_image(logits, target).item() == pytest.approx(1 - sum(dices) / 2)
 
 
-def test_an_empty_truth_asks_for_an_empty_prediction() -> None:
+def test_an_empty_truth_pulls_towards_an_empty_prediction() -> None:
     empty, full = torch.full((1, 32, 32), -50.0), torch.full((1, 32, 32), 50.0)
     truth = torch.zeros(1, 32, 32)
     assert soft_dice_per_image(empty, truth).item() == pytest.approx(0, abs=1e-6)
@@ -132,16 +132,16 @@ def test_lovasz_hinge_equals_the_sum_over_sets_of_wrong_pixels(images: list[list
     table = np.array(images, float)  # half-integer logits: errors are often equal
     logits, truth = table[..., 0] / 2, table[..., 1] > 0
     expected = np.mean([slow_lovasz_hinge(*one) for one in zip(logits, truth, strict=True)])
-    found = lovasz_hinge(torch.from_numpy(logits)[:, None], torch.from_numpy(truth)[:, None].double())
-    assert found.item() == pytest.approx(expected, abs=1e-12)
+    actual = lovasz_hinge(torch.from_numpy(logits)[:, None], torch.from_numpy(truth)[:, None].double())
+    assert actual.item() == pytest.approx(expected, abs=1e-12)
 
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=20))
 def test_lovasz_hinge_of_pixels_right_by_one_or_undecided_is_the_jaccard_loss(
-    found: list[tuple[bool, bool]],
+    actual: list[tuple[bool, bool]],
 ) -> None:
-    truth, wrong = np.array(found).T
+    truth, wrong = np.array(actual).T
     logits = np.where(wrong, 0.0, np.where(truth, 1.0, -1.0))  # errors of 1 and 0: a corner of the cube
     prediction = truth ^ wrong
     union = (truth | prediction).sum()
@@ -222,13 +222,13 @@ def test_extreme_logits_give_finite_losses_and_gradients(
 )
 def test_a_sure_mistake_costs_its_logit(loss: Callable[[Tensor, Tensor], Tensor], expected: float) -> None:
     for logit, target in ((100.0, 0.0), (-100.0, 1.0)):
-        found = loss(torch.full((1, 2, 2), logit), torch.full((1, 2, 2), target))
-        assert found.item() == pytest.approx(expected, rel=1e-5)
+        actual = loss(torch.full((1, 2, 2), logit), torch.full((1, 2, 2), target))
+        assert actual.item() == pytest.approx(expected, rel=1e-5)
 
 
 @every_loss
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_sums_over_large_images_are_exact_in_half_the_bits(
+def test_sums_over_large_images_are_exact_in_half_precision(
     loss: Callable[[Tensor, Tensor], Tensor], dtype: torch.dtype
 ) -> None:
     generator = torch.Generator().manual_seed(0)
@@ -243,7 +243,7 @@ def test_sums_over_large_images_are_exact_in_half_the_bits(
 
 
 def outputs(seed: int) -> tuple[Output, Tensor, Tensor]:
-    """Logits of three images of 8 pixels a side, their shares and presence."""
+    """Logits of three images of 8 pixels a side, their masks and presence."""
     (mask, target), (aux, _) = batch(seed, side=8), batch(seed + 100, side=8)
     presence, present = torch.tensor([0.3, -1.0, 2.0]), torch.tensor([1.0, 0.0, 1.0])
     return Output(mask.float(), aux.float(), presence), target.float(), present
@@ -268,11 +268,11 @@ def test_every_term_is_returned_unweighted_under_its_name() -> None:
 def test_presence_is_the_mean_cross_entropy_of_the_images() -> None:
     output, target, present = outputs(0)
     terms = criterion(output, target, present, EVERY_TERM)
-    sure = [1 / (1 + math.exp(-x)) for x in (0.3, 1.0, 2.0)]  # of the right answer
+    sure = [1 / (1 + math.exp(-x)) for x in (0.3, 1.0, 2.0)]  # of the right prediction
     assert terms["loss_presence"].item() == pytest.approx(-sum(map(math.log, sure)) / 3)
 
 
-def test_terms_without_a_weight_are_left_out_and_the_new_ones_have_none_unasked() -> None:
+def test_terms_without_a_weight_are_left_out_and_the_newer_ones_have_none_by_default() -> None:
     output, target, present = outputs(1)
     unasked = {"loss_dice_image", "loss_lovasz"}
     assert not unasked & set(criterion(output, target, present, Recipe()))
@@ -298,7 +298,7 @@ def test_the_loss_is_float32_whatever_the_network_computes_in(dtype: torch.dtype
         assert term.item() == expected[name].item(), name
 
 
-def test_the_loss_is_computed_without_reading_a_value_back() -> None:
+def test_the_loss_is_computed_without_waiting_for_the_device() -> None:
     output, target, present = outputs(3)
     # Tensors on meta have no values: whatever would wait for the device fails on them.
     nowhere = Output(*(logits.to("meta").requires_grad_() for logits in output))

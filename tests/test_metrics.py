@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from reference_counts import add_image
 
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.scoring.metrics import auroc, bootstrap_interval, dice
@@ -29,11 +30,11 @@ def slow_dice(truth: np.ndarray, prediction: np.ndarray) -> float:
     return 2 * len(x & y) / (len(x) + len(y)) if x or y else 1.0
 
 
-def tally_of(images: list[tuple[float, float, bool]]) -> ThresholdCounts:
-    """A tally of one-pixel images: probability, presence, truth."""
+def counts_of(images: list[tuple[float, float, bool]]) -> ThresholdCounts:
+    """Counts of one-pixel images: probability, presence, truth."""
     counts = ThresholdCounts()
     for probability, presence, truth in images:
-        counts.add(np.full((1, 1), probability, np.float32), presence, np.full((1, 1), truth))
+        add_image(counts, np.full((1, 1), probability, np.float32), presence, np.full((1, 1), truth))
     return counts
 
 
@@ -69,7 +70,7 @@ def test_masks_of_different_shapes_are_refused() -> None:
 
 
 @given(ranked)
-def test_auroc_is_the_share_of_pairs_in_the_right_order(cases: list[tuple[bool, int]]) -> None:
+def test_auroc_is_the_fraction_of_pairs_in_the_right_order(cases: list[tuple[bool, int]]) -> None:
     truth = np.array([positive for positive, _ in cases])
     presence = np.array([tenths / 10 for _, tenths in cases], np.float32)
     ordered = [
@@ -86,9 +87,9 @@ def test_auroc_is_the_share_of_pairs_in_the_right_order(cases: list[tuple[bool, 
 
 
 def test_scores_of_six_images_are_those_counted_by_hand() -> None:
-    counts = tally_of(
+    counts = counts_of(
         [
-            (0.9, 0.9, True),  # found
+            (0.9, 0.9, True),  # detected
             (0.9, 0.2, True),  # missed by presence
             (0.1, 0.8, True),  # missed by the mask
             (0.9, 0.8, False),  # false alarm
@@ -112,14 +113,14 @@ def test_a_perfect_prediction_scores_1_throughout() -> None:
     truth[:8] = False
     counts = ThresholdCounts()
     for mask in truth:
-        counts.add(mask.astype(np.float32), float(mask.any()), mask)
+        add_image(counts, mask.astype(np.float32), float(mask.any()), mask)
     scores = score(counts, Thresholds(), patients=[str(i) for i in range(20)])
     assert scores == Scores(1.0, 1.0, 1.0, 8 / 20, 1.0, 1.0, 1.0, 1.0, 20, 12, 20)
     assert scores.interval_reliable
 
 
 def test_without_positives_the_undefined_numbers_are_left_out_of_the_metrics() -> None:
-    scores = score(tally_of([(0.1, 0.1, False), (0.9, 0.9, False)]), Thresholds(), ["a", "b"])
+    scores = score(counts_of([(0.1, 0.1, False), (0.9, 0.9, False)]), Thresholds(), ["a", "b"])
     metrics = scores.as_metrics("val_")
     assert set(metrics) == {"val_dice", "val_dice_low", "val_dice_high", "val_specificity"}
     assert metrics["val_dice"] == metrics["val_specificity"] == 0.5
@@ -130,7 +131,7 @@ def test_without_positives_the_undefined_numbers_are_left_out_of_the_metrics() -
 
 def test_an_interval_from_fewer_than_20_patients_is_called_unreliable() -> None:
     few, enough = (
-        score(tally_of([(0.1, 0.1, False)] * 40), Thresholds(), [str(i % patients) for i in range(40)])
+        score(counts_of([(0.1, 0.1, False)] * 40), Thresholds(), [str(i % patients) for i in range(40)])
         for patients in (19, 20)
     )
     assert (few.interval_reliable, enough.interval_reliable) == (False, True)
@@ -142,7 +143,7 @@ def test_no_images_and_a_wrong_number_of_patients_are_refused() -> None:
     with pytest.raises(UserError, match="no images"):
         score(ThresholdCounts(), Thresholds(), [])
     with pytest.raises(ValueError, match="1 patients for 2 images"):
-        score(tally_of([(0.1, 0.1, False)] * 2), Thresholds(), ["a"])
+        score(counts_of([(0.1, 0.1, False)] * 2), Thresholds(), ["a"])
 
 
 def test_the_bootstrap_draws_patients_and_not_images() -> None:
@@ -170,7 +171,7 @@ def test_the_bootstrap_weighs_patients_by_their_images_as_a_slow_one_does() -> N
 
 def test_a_seed_gives_the_same_interval() -> None:
     rng = np.random.default_rng(3)
-    counts = tally_of([(rng.random(), rng.random(), rng.random() < 0.4) for _ in range(300)])
+    counts = counts_of([(rng.random(), rng.random(), rng.random() < 0.4) for _ in range(300)])
     patients = [str(int(i**0.8)) for i in range(300)]
     first, again, other = (score(counts, Thresholds(), patients, seed=seed) for seed in (5, 5, 6))
     assert first == again
@@ -187,7 +188,7 @@ def test_predicting_nothing_scores_0_7785_on_all_real_labels(real_data: Path) ->
             positive[image_id] = positive.get(image_id, False) or text.strip() != "-1"
     with gzip.open(real_data / "labels" / "patients.csv.gz", "rt", encoding="utf-8") as stream:
         patient = {image_id: name.split("_")[0] for image_id, name in list(csv.reader(stream))[1:]}
-    counts = tally_of([(0.0, 0.0, truth) for truth in positive.values()])
+    counts = counts_of([(0.0, 0.0, truth) for truth in positive.values()])
     patients = [patient.get(image_id, image_id) for image_id in positive]
     scores = score(counts, Thresholds(), patients)
     assert (scores.images, scores.positives) == (12_047, 2_669)

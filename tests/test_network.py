@@ -20,7 +20,7 @@ from pneumo_experiments.errors import UserError
 from pneumo_experiments.learning.network import NETWORKS, PneumothoraxNet, build
 
 ARCHITECTURES = ("fcn_resnet50", "deeplabv3_resnet50")  # the 101s differ from these in depth alone
-# A dark, a middling and a bright picture of noise.
+# A dark, a medium and a bright image of noise.
 PIXELS = torch.rand(3, 1, 32, 40, generator=torch.Generator().manual_seed(0)) * torch.tensor(
     [0.1, 0.5, 1.0]
 ).view(3, 1, 1, 1)
@@ -33,7 +33,7 @@ def fresh(network: str) -> PneumothoraxNet:
 
 
 def lively(network: str) -> PneumothoraxNet:
-    """A copy without the zeros of the start, whose answers differ much between pixels and images."""
+    """A copy without the zeros of the start, whose outputs differ much between pixels and images."""
     net = copy.deepcopy(fresh(network))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -62,8 +62,8 @@ def constants(shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
     }
 
 
-def holds(found: Tensor, expected: Tensor) -> bool:
-    return torch.equal(found.float(), expected.to(found.dtype).float())
+def holds(actual: Tensor, expected: Tensor) -> bool:
+    return torch.equal(actual.float(), expected.to(actual.dtype).float())
 
 
 def in_the_cache(home: Path, url: str, state: object) -> Path:
@@ -96,7 +96,7 @@ def torch_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("deeplabv3_resnet101", 60_996_202 - 20 * (256 + 1) - 20 * (256 + 1) + 4097),
     ],
 )
-def test_each_network_has_as_many_parameters_as_torchvision_tells(network: str, parameters: int) -> None:
+def test_each_network_has_as_many_parameters_as_torchvision_documents(network: str, parameters: int) -> None:
     with torch.device("meta"):
         net = PneumothoraxNet(network)
     assert sum(parameter.numel() for parameter in net.parameters()) == parameters
@@ -112,7 +112,7 @@ def test_the_table_names_every_network_once() -> None:
 
 
 @pytest.mark.parametrize("network", NETWORKS)
-def test_each_network_answers_for_each_pixel_and_each_image(network: str) -> None:
+def test_each_network_has_a_logit_for_each_pixel_and_each_image(network: str) -> None:
     with torch.device("meta"):  # shapes alone
         output = PneumothoraxNet(network)(torch.empty(2, 1, 64, 40))
     assert output.mask.shape == output.aux.shape == (2, 64, 40)
@@ -121,25 +121,25 @@ def test_each_network_answers_for_each_pixel_and_each_image(network: str) -> Non
 
 
 @pytest.mark.parametrize("network", ARCHITECTURES)
-def test_an_image_has_one_answer_alone_and_among_others(network: str) -> None:
+def test_an_image_has_the_same_output_alone_and_in_a_batch(network: str) -> None:
     net = lively(network).eval()
     with torch.inference_mode():
         output, again, alone = net(PIXELS), net(PIXELS), net(PIXELS[1:2])
-    for found, same, one in zip(output, again, alone, strict=True):
-        assert found.std() > 0.001
-        assert torch.equal(found, same)
-        torch.testing.assert_close(found[1:2], one, rtol=1e-5, atol=1e-5)
+    for actual, same, one in zip(output, again, alone, strict=True):
+        assert actual.std() > 0.001
+        assert torch.equal(actual, same)
+        torch.testing.assert_close(actual[1:2], one, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("network", ARCHITECTURES)
-def test_the_loss_of_all_answers_teaches_every_parameter(network: str) -> None:
+def test_the_loss_of_all_outputs_gives_every_parameter_a_gradient(network: str) -> None:
     net = lively(network).train()
     output = net(PIXELS)  # three images: of two, batch normalisation of pooled values keeps only their order
     generator = torch.Generator().manual_seed(2)
     targets = [torch.randint(2, logits.shape, generator=generator).float() for logits in output]
     torch.stack([bce(*pair) for pair in zip(output, targets, strict=True)]).sum().backward()
-    untaught = [name for name, p in net.named_parameters() if p.grad is None or not p.grad.any()]
-    assert untaught == []
+    without_gradient = [name for name, p in net.named_parameters() if p.grad is None or not p.grad.any()]
+    assert without_gradient == []
 
 
 def test_the_names_of_saved_weights_stay_what_they_were() -> None:
@@ -170,7 +170,7 @@ def test_random_residual_blocks_start_as_identity_and_pixels_as_healthy(network:
         output = net(PIXELS)
     for logits in (output.mask, output.aux):
         torch.testing.assert_close(torch.sigmoid(logits), torch.full_like(logits, 0.05))
-    assert output.presence.unique().numel() == 1  # no picture weighs on it yet
+    assert output.presence.unique().numel() == 1  # it does not depend on the image yet
 
 
 def test_a_seed_gives_the_same_start_weights() -> None:
@@ -191,7 +191,7 @@ def test_pixels_are_scaled_as_the_offered_weights_expect(network: str) -> None:
 
 
 @pytest.mark.parametrize("network", ARCHITECTURES)
-def test_the_answer_is_that_of_torchvisions_network_to_grey_in_three_channels(network: str) -> None:
+def test_the_output_is_torchvisions_for_the_image_in_three_channels(network: str) -> None:
     net = lively(network).eval()
     with torch.device("meta"):
         theirs = getattr(segmentation, network)(
@@ -203,10 +203,10 @@ def test_the_answer_is_that_of_torchvisions_network_to_grey_in_three_channels(ne
     scale = NETWORKS[network].coco.transforms()
     thrice = torch.stack([(PIXELS[:, 0] - m) / s for m, s in zip(scale.mean, scale.std, strict=True)], dim=1)
     with torch.inference_mode():
-        expected, found = theirs.eval()(thrice), net(PIXELS)
+        expected, actual = theirs.eval()(thrice), net(PIXELS)
     assert expected["out"].std() > 0.01
-    torch.testing.assert_close(found.mask, expected["out"][:, 0], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(found.aux, expected["aux"][:, 0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(actual.mask, expected["out"][:, 0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(actual.aux, expected["aux"][:, 0], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("weights", ["imagenet", "auto"])
@@ -234,10 +234,10 @@ def test_coco_weights_fill_all_but_the_last_layers_and_the_presence_head(
     in_the_cache(torch_home, NETWORKS[network].coco.url, state)
     net = build(network, "coco", seed=0)
     last = {"mask_head.4.weight", "mask_head.4.bias", "aux_head.4.weight", "aux_head.4.bias"}
-    kept = last | {"presence_head.weight", "presence_head.bias"}
-    assert net.pretrained == {name for name, _ in net.named_parameters()} - kept
+    own = last | {"presence_head.weight", "presence_head.bias"}
+    assert net.pretrained == {name for name, _ in net.named_parameters()} - own
     drawn = fresh(network).state_dict()
-    assert all(torch.equal(net.state_dict()[name], drawn[name]) for name in kept)
+    assert all(torch.equal(net.state_dict()[name], drawn[name]) for name in own)
     assert net.aux_head[-1].bias.item() == pytest.approx(math.log(0.05 / 0.95))
     ours = {"backbone": net.backbone, "classifier": net.mask_head, "aux_classifier": net.aux_head}
     compared = 0
@@ -250,13 +250,15 @@ def test_coco_weights_fill_all_but_the_last_layers_and_the_presence_head(
 
 
 @pytest.mark.parametrize("weights", ["imagenet", "coco"])
-def test_weights_that_cannot_be_downloaded_are_an_error_with_a_mend(weights: str, torch_home: Path) -> None:
+def test_weights_that_cannot_be_downloaded_are_an_error_that_says_what_to_do(
+    weights: str, torch_home: Path
+) -> None:
     with pytest.raises(UserError, match=rf"^weights={weights}: cannot .*weights=none .*weights=FILE.*$"):
         build("fcn_resnet50", weights, seed=0)
     assert [path for path in torch_home.rglob("*") if path.is_file()] == []
 
 
-def test_auto_weights_go_on_without_a_connection_and_say_what_it_costs(
+def test_auto_weights_continue_without_a_connection_and_warn(
     torch_home: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     net = build("fcn_resnet50", "auto", seed=0)
@@ -308,7 +310,7 @@ def test_a_backbone_file_fills_the_backbone_alone(old: bool, tmp_path: Path) -> 
     assert net.pretrained == {f"backbone.{name}" for name, _ in net.backbone.named_parameters()}
 
 
-def test_a_file_without_auxiliary_head_leaves_that_as_it_was_drawn(tmp_path: Path) -> None:
+def test_a_file_without_auxiliary_head_leaves_that_as_it_was_initialised(tmp_path: Path) -> None:
     state = constants(torchvision_shapes("fcn_resnet50", num_classes=1, aux_loss=False))
     torch.save(state, tmp_path / "weights.pt")
     net = build("fcn_resnet50", str(tmp_path / "weights.pt"), seed=0)

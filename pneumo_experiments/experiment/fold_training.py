@@ -70,7 +70,7 @@ def _prepare(settings: Train, dataset: Dataset) -> _Prepared:
     log_split(dataset, split)
     validation = Subset(dataset, split.validation).in_memory(recipe.batches.cache)
     compute = choose_compute(settings.compute)
-    training_data = Subset(dataset, split.train).examples(recipe.batches.cache, compute)
+    training_data = Subset(dataset, split.train).training_data(recipe.batches.cache, compute)
     tracking.log_params({"device_used": str(compute.device), "precision_used": compute.precision})
     network = build(recipe.network.network, recipe.network.weights, recipe.seed)
     tracking.log_params({"weights_used": network.source, "weights_sha256": network.source_sha256})

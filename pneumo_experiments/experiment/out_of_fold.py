@@ -1,4 +1,4 @@
-"""What the networks of all folds say of images that they did not train on."""
+"""Out-of-fold predictions: each image is predicted by the network that did not train on it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pneumo_experiments.experiment.fold_training import TrainedFold
 from pneumo_experiments.experiment.threshold_search import refine_thresholds
 from pneumo_experiments.learning.predict import to_native
 from pneumo_experiments.scoring.metrics import dice
-from pneumo_experiments.scoring.scores import Scores, score_answers
+from pneumo_experiments.scoring.scores import Scores, score_images
 from pneumo_experiments.scoring.thresholds import ThresholdCounts, apply_thresholds
 from pneumo_experiments.settings import Train
 
@@ -32,34 +32,36 @@ def log_out_of_fold(folds: Sequence[TrainedFold], settings: Train) -> Scores:
     """
     patients = [entry.patient for fold in folds for entry in fold.validation.entries]
     dices, areas = np.empty(len(patients)), np.empty(len(patients), np.int64)
-    whole, done = ThresholdCounts.joined(fold.counts for fold in folds), 0
-    truths = whole.truth_area
+    all_counts, done = ThresholdCounts.joined(fold.counts for fold in folds), 0
+    truths = all_counts.truth_area
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "out_of_fold.csv"
         with (
             path.open("w", newline="", encoding="utf-8") as file,
             tqdm(total=len(patients), desc="out of fold", unit="image", disable=None, leave=False) as bar,
         ):
-            table = csv.writer(file)
-            table.writerow(COLUMNS)
+            writer = csv.writer(file)
+            writer.writerow(COLUMNS)
             for number, fold in enumerate(folds):
                 subset = fold.validation
                 others = ThresholdCounts.joined(other.counts for other in folds if other is not fold)
                 thresholds = refine_thresholds(
                     others, settings.evaluation.threshold_trials, settings.recipe.seed
                 )
-                for index, answer in subset.predictions(fold.predictor):
+                for index, prediction in subset.predictions(fold.predictor):
                     truth = subset.dataset.mask(index)
-                    mask = apply_thresholds(to_native(answer.mask, truth.shape), answer.presence, thresholds)
+                    mask = apply_thresholds(
+                        to_native(prediction.mask, truth.shape), prediction.presence, thresholds
+                    )
                     dices[done], areas[done] = dice(truth, mask), np.count_nonzero(mask)
                     image_id, area = subset.dataset.entries[index].image_id, truths[done]
-                    table.writerow(
-                        [image_id, number, answer.presence, area, dices[done], areas[done], encode(mask)]
+                    writer.writerow(
+                        [image_id, number, prediction.presence, area, dices[done], areas[done], encode(mask)]
                     )
                     done += 1
                     bar.update()
         tracking.log_file(path)
-    scores = score_answers(dices, areas > 0, truths > 0, whole.presence, patients)
+    scores = score_images(dices, areas > 0, truths > 0, all_counts.presence, patients)
     tracking.log_metrics(scores.as_metrics("oof_"))
     tracking.log_params(scores.as_facts("oof_"))
     return scores

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from pneumo_experiments.experiment.training_loop import EpochResult
 from pneumo_experiments.learning.checkpoint import Checkpoint
-from pneumo_experiments.learning.fit import State
+from pneumo_experiments.learning.trainer import State
 from pneumo_experiments.settings import Train, weight_shaping
 
 

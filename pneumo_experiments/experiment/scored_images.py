@@ -1,4 +1,4 @@
-"""Which images were scored, and how each of them fared."""
+"""Identity of the scored images, and the table of their scores."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ COLUMNS = ("image_id", "patient", "truth_area_px", "predicted_area_px", "dice", 
 def identity(subset: Subset) -> str:
     """Digest, 32 hex digits, of the image ids and the true masks at native size.
 
-    Whatever their order, the stored image size and pixel format: scores with one identity can be compared.
+    Independent of order, stored image size and pixel format: scores with the same identity are comparable.
     """
     lines = [
         f"{entry.image_id} {entry.rows}x{entry.columns} {subset.dataset.rle(index)}\n"
@@ -25,12 +25,12 @@ def identity(subset: Subset) -> str:
 
 
 def digests(subset: Subset) -> frozenset[str]:
-    """A keyed digest of each image id, by which a model remembers which images it has seen."""
+    """A keyed digest of each image id, stored in a model to recognise images that it was trained on."""
     return frozenset(salted(f"image {entry.image_id}") for entry in subset.entries)
 
 
 def log_per_image(subset: Subset, counts: ThresholdCounts, thresholds: Thresholds) -> None:
-    """Logs the table of all images: who, true and predicted area, Dice and probability of presence."""
+    """Logs a table of all images: ids, true and predicted area, Dice and probability of presence."""
     columns = (
         [entry.image_id for entry in subset.entries],
         [entry.patient for entry in subset.entries],

@@ -1,4 +1,4 @@
-"""The images of one part of a data set: their split, their predictions and their scores."""
+"""Subsets of a data set's images: splits, predictions and scores."""
 
 from __future__ import annotations
 
@@ -37,50 +37,50 @@ from pneumo_experiments.scoring.thresholds import (
 )
 from pneumo_experiments.settings import SplitSettings, from_flat
 
-CHUNK = 64  # images read from the file at once, so that a large validation part needs little memory
+CHUNK_SIZE = 64  # images read at once, so that a large validation set needs little memory
 
 
 @dataclass(frozen=True)
 class Subset:
-    """Some images of a labelled data set, by index; in a group of processes each predicts its part of them.
+    """Some images of a labelled data set, by index; the processes of a group divide the predictions.
 
-    ``greys`` (n, S, S) are the images of this process's part, where they are kept in memory.
+    ``pixels`` (n, S, S) are the 8-bit images of this process, when they are held in memory.
     """
 
     dataset: Dataset
     indices: NDArray[np.int64]
-    greys: NDArray[np.uint8] | None = None
+    pixels: NDArray[np.uint8] | None = None
 
     def __len__(self) -> int:
         return len(self.indices)
 
     @property
     def entries(self) -> list[Entry]:
-        """What the index tells of each image."""
+        """The index row of each image."""
         return [self.dataset.entries[int(i)] for i in self.indices]
 
-    def examples(self, wish: str, compute: ComputeConfig) -> InMemoryData | StreamedData:
-        """Everything that training needs, where ``cache`` wishes it or there is room; logs where that is."""
+    def training_data(self, cache: str, compute: ComputeConfig) -> InMemoryData | StreamedData:
+        """The training data, held as ``cache`` says, for auto where there is room; logs the choice."""
         present = np.array([entry.area_px > 0 for entry in self.entries])
-        side = self.dataset.image_size
-        place = choose_cache(wish, 2 * len(self) * side**2, compute.device)
-        tracking.log_params({"cache_used": place})
-        if place == "stream":
+        size = self.dataset.image_size
+        cache = choose_cache(cache, 2 * len(self) * size**2, compute.device)
+        tracking.log_params({"cache_used": cache})
+        if cache == "stream":
             return StreamedData(self.dataset, self.indices, present)
-        where = str(compute.device) if place == "device" else "cpu"
+        device = str(compute.device) if cache == "device" else "cpu"
         quiet = None if distributed.is_main_process() else True
         with tqdm(total=len(self), desc="load", unit="image", disable=quiet, leave=False) as bar:
 
             def advance(count: int) -> None:
                 bar.update(count)
 
-            return load(self.dataset, self.indices, present, side, where, advance)
+            return load(self.dataset, self.indices, present, size, device, advance)
 
-    def in_memory(self, wish: str) -> Subset:
-        """The same with its images in memory, where there is room and ``cache`` does not ask for a stream."""
-        if wish == "stream" or not fits_host(len(self._part) * self.dataset.image_size**2):
+    def in_memory(self, cache: str) -> Subset:
+        """The subset with its images in memory, if there is room and ``cache`` is not stream."""
+        if cache == "stream" or not fits_host(len(self._own_indices) * self.dataset.image_size**2):
             return self
-        return replace(self, greys=self.dataset.images(self._part))
+        return replace(self, pixels=self.dataset.images(self._own_indices))
 
     def predictions(self, predictor: Predictor) -> Iterator[tuple[int, Prediction]]:
         """Index and prediction of each image, in order."""
@@ -88,52 +88,56 @@ class Subset:
             yield from zip(chunk.tolist(), predictor.predict(images), strict=True)
 
     def count(self, predictor: Predictor, desc: str = "") -> ThresholdCounts:
-        """Predictions against the truth at native size; a bar shows the progress where ``desc`` names it.
+        """Threshold counts of the predictions at native size; shows a progress bar named ``desc``.
 
-        In a group of processes each predicts its part, and all get the whole.
+        In a group of processes each predicts some of the images, and all return the counts of all.
         """
         counter = ThresholdCounter(predictor, HUNDREDTHS)
-        with tqdm(total=len(self._part), desc=desc, unit="image", disable=None if desc else True) as bar:
+        with tqdm(
+            total=len(self._own_indices), desc=desc, unit="image", disable=None if desc else True
+        ) as bar:
 
             def truth(index: int) -> NDArray[np.bool_]:
                 bar.update()
                 return self.dataset.mask(index)
 
-            for chunk, images in self._chunks(self._part, self.greys):
+            for chunk, images in self._chunks(self._own_indices, self.pixels):
                 counter.add(images, map(truth, chunk.tolist()))
         counts = ThresholdCounts()
-        tables, presence = counter.read()
+        pixels, presence = counter.read()
         counts.append(
-            distributed.all_gather_rows(tables, len(self)), distributed.all_gather_rows(presence, len(self))
+            distributed.all_gather_rows(pixels, len(self)), distributed.all_gather_rows(presence, len(self))
         )
         return counts
 
     @property
-    def _part(self) -> NDArray[np.int64]:
+    def _own_indices(self) -> NDArray[np.int64]:
         """The indices that this process predicts."""
         return self.indices[distributed.rank() :: distributed.world_size()]
 
     def _chunks(
-        self, indices: NDArray[np.int64], greys: NDArray[np.uint8] | None = None
+        self, indices: NDArray[np.int64], pixels: NDArray[np.uint8] | None = None
     ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.uint8]]]:
-        """Indices and their images, ``CHUNK`` at once; read while the device computes, or from memory."""
-        starts = range(0, len(indices), CHUNK)
-        chunks = [indices[start : start + CHUNK] for start in starts]
-        if greys is not None:
-            yield from zip(chunks, (greys[start : start + CHUNK] for start in starts), strict=True)
+        """Indices and their images in chunks, from memory or read while the device computes."""
+        starts = range(0, len(indices), CHUNK_SIZE)
+        chunks = [indices[start : start + CHUNK_SIZE] for start in starts]
+        if pixels is not None:
+            yield from zip(chunks, (pixels[start : start + CHUNK_SIZE] for start in starts), strict=True)
         else:
             yield from zip(chunks, prefetch(self.dataset.images, chunks), strict=True)
 
     def score(self, counts: ThresholdCounts, thresholds: Thresholds) -> Scores:
-        """Scores of a tally of this cohort."""
+        """Scores of the counts of this subset."""
         return score(counts, thresholds, [entry.patient for entry in self.entries])
 
 
 def make_split(dataset: Dataset, recipe: SplitSettings) -> Split:
-    """The recipe's division of the data set's patients: the same for the same data set and settings."""
+    """The split of the data set's patients; the same for the same data set and settings."""
     dataset.require_labels()
     if not recipe.fold.isdecimal():
-        raise UserError(f"fold={recipe.fold}: give a part from 0 to {recipe.folds - 1}; only train takes all")
+        raise UserError(
+            f"fold={recipe.fold}: give a number from 0 to {recipe.folds - 1}; only train accepts all"
+        )
     entries = dataset.entries
     areas = np.array([entry.area_px for entry in entries])
     if distributed.is_main_process():
@@ -153,23 +157,23 @@ def split_settings_of(model: Mapping[str, Any]) -> SplitSettings:
     return from_flat(SplitSettings, model)
 
 
-def log_split(dataset: Dataset, parts: Split) -> None:
-    """Logs who is where: images, patients, positives and their areas in each part, and no patient in two."""
-    names = [f.name for f in fields(parts)]
+def log_split(dataset: Dataset, subsets: Split) -> None:
+    """Logs the images, patients, positives and areas of each subset, and that no patient is in two."""
+    names = [f.name for f in fields(subsets)]
     number_of = np.empty(len(dataset), np.int64)
     for number, name in enumerate(names):
-        number_of[getattr(parts, name)] = number
+        number_of[getattr(subsets, name)] = number
     entries = dataset.entries
-    found = audit([entry.patient for entry in entries], np.array([e.area_px for e in entries]), number_of)
-    told = found.as_dict()
-    told["parts"] = {names[part.part]: asdict(part) for part in found.parts}
-    tracking.log_json(told, "split.json")
+    report = audit([entry.patient for entry in entries], np.array([e.area_px for e in entries]), number_of)
+    content = report.as_dict()
+    content["parts"] = {names[part.part]: asdict(part) for part in report.parts}
+    tracking.log_json(content, "split.json")
 
 
 def _evenly_spaced(ordered: list[int], count: int) -> dict[int, str]:
-    """At most ``count`` of what is ordered from best to worst, evenly to both sides of the median.
+    """At most ``count`` items of a list from best to worst, evenly spaced on both sides of the median.
 
-    From a count of 3 on best, median and worst are among them; these have their names, the others "".
+    Returns their labels: three and more items include the best, median and worst, so labelled; others are "".
     """
     middle, last = (len(ordered) - 1) // 2, len(ordered) - 1
     count = min(count, len(ordered))
@@ -182,25 +186,27 @@ def _evenly_spaced(ordered: list[int], count: int) -> dict[int, str]:
 def log_overlays(
     subset: Subset, counts: ThresholdCounts, predictor: Predictor, thresholds: Thresholds, count: int
 ) -> str:
-    """Logs overlays of the positives from best to worst Dice; others where there are too few of them.
+    """Logs overlays of positives from best to worst Dice, with negatives when there are too few.
 
-    Of three and more one is the best, one the median and one the worst, and their captions say so. Returns
-    where the sheet of all of them lies; empty for a count of 0.
+    Three and more include the best, median and worst, so labelled. Returns the address of the contact sheet;
+    empty for a count of 0.
     """
     if count == 0:
         return ""
     dices = counts.dice(thresholds)
     positives = [i for i in np.argsort(-dices, kind="stable").tolist() if counts.truth_area[i] > 0]
-    others = [i for i in np.argsort(dices, kind="stable").tolist() if counts.truth_area[i] == 0]
-    chosen = _evenly_spaced(positives, count) | dict.fromkeys(others[: max(0, count - len(positives))], "")
-    some = Subset(subset.dataset, subset.indices[list(chosen)])
+    negatives = [i for i in np.argsort(dices, kind="stable").tolist() if counts.truth_area[i] == 0]
+    chosen = _evenly_spaced(positives, count) | dict.fromkeys(negatives[: max(0, count - len(positives))], "")
+    shown = Subset(subset.dataset, subset.indices[list(chosen)])
     drawn: list[NDArray[np.uint8]] = []
-    for (place, name), (index, prediction) in zip(chosen.items(), some.predictions(predictor), strict=True):
-        truth = some.dataset.mask(index)
+    for (position, label), (index, prediction) in zip(
+        chosen.items(), shown.predictions(predictor), strict=True
+    ):
+        truth = shown.dataset.mask(index)
         mask = apply_thresholds(to_native(prediction.mask, truth.shape), prediction.presence, thresholds)
-        image = some.dataset.images(np.array([index]))[0]
+        image = shown.dataset.images(np.array([index]))[0]
         areas = f"truth {np.count_nonzero(truth):,} px, predicted {np.count_nonzero(mask):,} px"
-        drawn.append(overlay(image, truth, mask, f"{name} Dice {dices[place]:.2f}, {areas}".strip()))
+        drawn.append(overlay(image, truth, mask, f"{label} Dice {dices[position]:.2f}, {areas}".strip()))
         tracking.log_picture(drawn[-1], f"overlays/{len(drawn):02}.png")
     tracking.log_picture(contact_sheet(drawn, columns=2), "overlays.png")
     return f"{tracking.artifacts_of_active_run()}/overlays.png"

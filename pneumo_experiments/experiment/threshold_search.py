@@ -1,4 +1,4 @@
-"""Optuna's search for thresholds, on counts that need neither images nor network."""
+"""Search for thresholds with Optuna, on threshold counts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pneumo_experiments.scoring.thresholds import ThresholdCounts, Thresholds, b
 
 
 def refine_thresholds(counts: ThresholdCounts, trials: int, seed: int) -> Thresholds:
-    """Thresholds with the highest mean Dice on a tally: the best of a coarse grid, then Optuna's search."""
+    """Thresholds with the highest mean Dice: the best of a coarse grid, refined by Optuna."""
     start = best_on_grid(counts)
     if trials == 0 or not len(counts):
         return start

@@ -12,26 +12,27 @@ from pneumo_experiments import tracking
 from pneumo_experiments.experiment.subset import Subset
 from pneumo_experiments.learning import distributed
 from pneumo_experiments.learning.device import ComputeConfig
-from pneumo_experiments.learning.fit import Epoch, State, fit
+from pneumo_experiments.learning.fit import Epoch, fit
 from pneumo_experiments.learning.loader import InMemoryData, StreamedData, batches
 from pneumo_experiments.learning.predict import Predictor
+from pneumo_experiments.learning.trainer import State
 from pneumo_experiments.scoring.figures import contact_sheet, overlay
 from pneumo_experiments.scoring.scores import Scores
 from pneumo_experiments.scoring.thresholds import ThresholdCounts, best_on_grid
 from pneumo_experiments.settings import Recipe
 
-SHOWN = 12  # images of the first batch
+MAX_SHOWN = 12  # images of the first batch
 
 
 def log_first_batch(
-    examples: InMemoryData | StreamedData, recipe: Recipe, epochs: int, compute: ComputeConfig
+    data: InMemoryData | StreamedData, recipe: Recipe, epochs: int, compute: ComputeConfig
 ) -> None:
-    """Logs what the network sees: the first images of its first batch, with the outline of the annotation."""
-    batch = next(batches(examples, recipe, 1, epochs, compute.device))
-    greys = (batch.images[:SHOWN, 0] * 255).round().byte().cpu().numpy()
-    truths = (batch.targets[:SHOWN] >= 0.5).cpu().numpy()
-    pairs = zip(greys, truths, strict=True)
-    drawn = [overlay(grey, truth, None, f"annotated {truth.mean():.1%}", 256) for grey, truth in pairs]
+    """Logs the first images of the first training batch, as the network sees them, with their masks."""
+    batch = next(batches(data, recipe, 1, epochs, compute.device))
+    images = (batch.images[:MAX_SHOWN, 0] * 255).round().byte().cpu().numpy()
+    truths = (batch.targets[:MAX_SHOWN] >= 0.5).cpu().numpy()
+    pairs = zip(images, truths, strict=True)
+    drawn = [overlay(image, truth, None, f"annotated {truth.mean():.1%}", 256) for image, truth in pairs]
     tracking.log_picture(contact_sheet(drawn, columns=3), "first_batch.png")
 
 
@@ -42,13 +43,13 @@ class EpochResult:
     epoch: Epoch
     counts: ThresholdCounts
     scores: Scores
-    metrics: dict[str, float]  # all that was logged
+    metrics: dict[str, float]  # as logged
 
 
 def train_and_validate(
     desc: str,
     predictor: Predictor,
-    examples: InMemoryData | StreamedData,
+    data: InMemoryData | StreamedData,
     validation: Subset,
     recipe: Recipe,
     epochs: int,
@@ -56,19 +57,19 @@ def train_and_validate(
 ) -> Iterator[EpochResult]:
     """Trains the predictor's network in place; logs each epoch in the active run and on the terminal.
 
-    Scores are those at the best thresholds of the coarse grid, logged as ``val_dice`` and so on: these images
-    choose the epoch and the thresholds. The caller may stop at any time; from the ``state`` of an epoch the
-    training goes on.
+    Scores at the best thresholds of the coarse grid are logged as ``val_dice`` and so on: these images choose
+    the epoch and the thresholds. The caller may stop at any time; training continues from the ``state`` of an
+    epoch.
     """
-    quiet = None if distributed.is_main_process() else True  # None: where no terminal shows it
-    with tqdm(total=len(examples) * epochs, desc=desc, unit="image", disable=quiet, leave=False) as bar:
+    quiet = None if distributed.is_main_process() else True  # None: hidden unless on a terminal
+    with tqdm(total=len(data) * epochs, desc=desc, unit="image", disable=quiet, leave=False) as bar:
 
         def advance(count: int) -> None:
             bar.update(count)
 
-        trained = fit(predictor.network, examples, recipe, epochs, predictor.compute, advance, state)
+        trained_epochs = fit(predictor.network, data, recipe, epochs, predictor.compute, advance, state)
         start = time.perf_counter()
-        for done, epoch in enumerate(trained, start=1):
+        for done, epoch in enumerate(trained_epochs, start=1):
             counts = validation.count(replace(predictor, network=epoch.network))
             scores = validation.score(counts, best_on_grid(counts))
             metrics = epoch.losses | scores.as_metrics("val_") | epoch.speed

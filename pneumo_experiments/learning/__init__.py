@@ -1,1 +1,1 @@
-"""The network and its training: torch and torchvision live here."""
+"""Networks, losses, data loading, training, inference and threshold counts, on torch and torchvision."""

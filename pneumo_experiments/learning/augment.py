@@ -1,7 +1,8 @@
-"""Random changes of training images, in batches on the device that trains.
+"""Random augmentation of training images, in batches on the training device.
 
-Every picture is sampled once: mirror, shift, scale, rotation and a smooth distortion make up one grid.
-Nothing here reads a value back from the device, so that it never has to wait.
+Flip, shift, scale, rotation and a smooth distortion are combined in one grid, so each image is sampled once.
+Written by hand because torchvision's transforms draw one set of parameters for a whole batch, on the host.
+Nothing here reads a value back from the device, so the host never waits for it.
 """
 
 from __future__ import annotations
@@ -12,90 +13,96 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-MIRRORED = 0.5  # share of the images
+FLIP_PROBABILITY = 0.5
 ROTATION_DEGREES = 10.0  # to either side
 SCALE = 0.1  # larger or smaller
-SHIFT = 0.06  # of the image's side, along each axis
-DISTORTED = 0.5  # share of the images
-DISTORTION = 0.02  # of the image's side: the farthest that a control point moves along each axis
-CONTROL_POINTS = 5  # per side, the outermost on the image's edge
-GAMMA = 1.25  # exponents lie between its inverse and itself, evenly in their logarithm
-CONTRAST = 0.2  # more or less, about the middle grey
-BRIGHTNESS = 0.1  # of the full grey range
+SHIFT = 0.06  # fraction of the image's side, along each axis
+DISTORTION_PROBABILITY = 0.5
+DISTORTION = 0.02  # largest shift of a control point along each axis, as a fraction of the image's side
+CONTROL_POINTS = 5  # per side; the outermost lie on the image's edge
+GAMMA = 1.25  # exponents are log-uniform between 1 / GAMMA and GAMMA
+CONTRAST = 0.2  # more or less, about mid-grey
+BRIGHTNESS = 0.1  # fraction of the full intensity range
 
 
 def augment(
-    images: Tensor, targets: Tensor, generator: torch.Generator, part: slice = slice(None), of: int = 0
+    images: Tensor,
+    targets: Tensor,
+    generator: torch.Generator,
+    rows: slice = slice(None),
+    batch_size: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Images (n, 1, S, S) and shares (n, S, S) with other greys and moved alike, all values in [0, 1].
+    """Images (n, 1, S, S) and masks (n, S, S), warped alike, images with other intensities; all in [0, 1].
 
-    What comes from outside a picture is black and unmarked. ``generator`` lives on the CPU, so that a
-    seed means the same changes on every device. Where the images are the ``part`` of a batch ``of`` more,
-    they change as they would in the whole batch.
+    Pixels from outside an image are black and unmarked. ``generator`` lives on the CPU, so that a seed gives
+    the same changes on every device. Where the images are the ``rows`` of a larger batch of ``batch_size``,
+    they change as they would in that batch.
     """
-    count = of or len(images)
-    affine = random_affine(count, generator)[part]
-    displacement = random_displacement(count, generator)[part]
-    images = adjust_intensity(images, random_intensity(count, generator)[:, part])
-    # Greys change first: the outside stays black.
-    moved = warp(torch.cat([images, targets[:, None]], dim=1), affine, displacement)
-    return moved[:, :1], moved[:, 1]
+    count = batch_size or len(images)
+    affine = random_affine(count, generator)[rows]
+    displacement = random_displacement(count, generator)[rows]
+    images = adjust_intensity(images, random_intensity(count, generator)[:, rows])
+    # Intensities change first: the outside stays black.
+    warped = warp(torch.cat([images, targets[:, None]], dim=1), affine, displacement)
+    return warped[:, :1], warped[:, 1]
 
 
 def random_affine(count: int, generator: torch.Generator) -> Tensor:
-    """Maps (n, 2, 3) from a place (x, y, 1) in the new picture to its place in the old, for ``warp``."""
-    mirror = 1 - 2 * (torch.rand(count, generator=generator) < MIRRORED).float()
-    angle = math.radians(ROTATION_DEGREES) * _signed((count,), generator)
-    scale = 1 + SCALE * _signed((count,), generator)
-    shift = 2 * SHIFT * _signed((2, count), generator)  # the picture measures 2
+    """Matrices (n, 2, 3) from a point (x, y, 1) in the new image to its point in the old, for ``warp``."""
+    flip = 1 - 2 * (torch.rand(count, generator=generator) < FLIP_PROBABILITY).float()
+    angle = math.radians(ROTATION_DEGREES) * _uniform((count,), generator)
+    scale = 1 + SCALE * _uniform((count,), generator)
+    shift = 2 * SHIFT * _uniform((2, count), generator)  # an image's side measures 2
     cos, sin = torch.cos(angle) / scale, torch.sin(angle) / scale
-    rows = (mirror * cos, -sin, shift[0], mirror * sin, cos, shift[1])
+    rows = (flip * cos, -sin, shift[0], flip * sin, cos, shift[1])
     return torch.stack(rows, dim=1).view(count, 2, 3)
 
 
 def random_displacement(count: int, generator: torch.Generator) -> Tensor:
-    """Displacements along x and y (n, 2, K, K) of each picture's control points, for ``warp``; many are 0."""
-    displacement = 2 * DISTORTION * _signed((count, 2, CONTROL_POINTS, CONTROL_POINTS), generator)
-    return displacement * (torch.rand(count, 1, 1, 1, generator=generator) < DISTORTED)
+    """Displacements along x and y (n, 2, K, K) of each image's control points, for ``warp``; often 0."""
+    displacement = 2 * DISTORTION * _uniform((count, 2, CONTROL_POINTS, CONTROL_POINTS), generator)
+    return displacement * (torch.rand(count, 1, 1, 1, generator=generator) < DISTORTION_PROBABILITY)
 
 
 def random_intensity(count: int, generator: torch.Generator) -> Tensor:
     """Gamma, contrast and brightness (3, n), for ``adjust_intensity``."""
-    gamma, contrast, brightness = _signed((3, count), generator)
+    gamma, contrast, brightness = _uniform((3, count), generator)
     return torch.stack([GAMMA**gamma, 1 + CONTRAST * contrast, BRIGHTNESS * brightness])
 
 
-def warp(pictures: Tensor, affine: Tensor, displacement: Tensor) -> Tensor:
-    """Pictures (n, c, S, S) sampled bilinearly where the map and the displacement (n, 2, K, K) point.
+def warp(images: Tensor, affine: Tensor, displacement: Tensor) -> Tensor:
+    """Images (n, c, S, S) sampled bilinearly at the affine points plus the displacement (n, 2, K, K).
 
-    Coordinates are x to the right and y down, from -1 to 1 between the picture's outer edges. The
-    displacement is interpolated bicubically between its control points and added to the map's place.
+    Coordinates are x to the right and y down, from -1 to 1 between the image's outer edges. The
+    displacement is interpolated bicubically between its control points.
     """
-    size, device = pictures.shape[-1], pictures.device
-    # From ordinary memory a small tensor is copied at once; non_blocking spares the wait for the device.
+    size, device = images.shape[-1], images.device
+    # A small tensor in pageable memory is copied at once; non_blocking avoids waiting for the device.
     affine = affine.to(device, non_blocking=True)[..., None, None]
     displacement = displacement.to(device, non_blocking=True)
     centres = (torch.arange(size, device=device) * 2 + 1) / size - 1
-    across, down = centres, centres[:, None]
+    x, y = centres, centres[:, None]
     identity = torch.eye(displacement.shape[-1], device=device)[None, None]
-    spread = functional.interpolate(identity, (size, len(identity[0, 0])), mode="bicubic", align_corners=True)
-    grid = (spread @ displacement @ spread.mT).float()  # bicubic along y, then along x
-    # Not affine_grid: what TF32 or bf16 round off the small displacement is nothing, but off the map it
-    # would be up to a pixel.
-    grid.add_(affine[:, :, 0] * across).add_(affine[:, :, 1] * down + affine[:, :, 2])
-    moved = functional.grid_sample(
-        pictures, grid.permute(0, 2, 3, 1), mode="bilinear", padding_mode="zeros", align_corners=False
+    weights = functional.interpolate(
+        identity, (size, len(identity[0, 0])), mode="bicubic", align_corners=True
     )
-    return moved.clamp_(0, 1)  # the four weights of a sample may add up to a little more than 1
+    grid = (weights @ displacement @ weights.mT).float()  # bicubic along y, then along x
+    # Not affine_grid: TF32 or bf16 may round the small displacement, but an affine point would be off by up
+    # to a pixel.
+    grid.add_(affine[:, :, 0] * x).add_(affine[:, :, 1] * y + affine[:, :, 2])
+    warped = functional.grid_sample(
+        images, grid.permute(0, 2, 3, 1), mode="bilinear", padding_mode="zeros", align_corners=False
+    )
+    return warped.clamp_(0, 1)  # the four weights of a sample may add up to slightly more than 1
 
 
-def adjust_intensity(images: Tensor, tones: Tensor) -> Tensor:
-    """Images (n, 1, S, S) in [0, 1] with gamma, then contrast and brightness (3, n) changed; in [0, 1]."""
-    gamma, contrast, brightness = tones.to(images.device, non_blocking=True)[..., None, None, None]
-    middle = 0.5  # what contrast leaves as it is
+def adjust_intensity(images: Tensor, intensity: Tensor) -> Tensor:
+    """Images (n, 1, S, S) in [0, 1] after gamma, then contrast and brightness (3, n); in [0, 1]."""
+    gamma, contrast, brightness = intensity.to(images.device, non_blocking=True)[..., None, None, None]
+    middle = 0.5  # contrast leaves it unchanged
     return (images**gamma).mul_(contrast).add_(middle - middle * contrast + brightness).clamp_(0, 1)
 
 
-def _signed(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """Random numbers, evenly between -1 and 1, on the CPU."""
+def _uniform(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Random numbers, uniform in [-1, 1], on the CPU."""
     return torch.empty(shape).uniform_(-1, 1, generator=generator)

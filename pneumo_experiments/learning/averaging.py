@@ -1,5 +1,4 @@
-"""Averages of weights."""
-# pyright: reportUnknownMemberType=false
+"""Averages of network weights."""
 
 from __future__ import annotations
 
@@ -9,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from pneumo_experiments.learning.network import PneumothoraxNet
 
@@ -16,8 +16,9 @@ from pneumo_experiments.learning.network import PneumothoraxNet
 class MovingAverage:
     """An exponential moving average of a network's weights and batch statistics.
 
-    The decay rises as (1 + steps) / (10 + steps) up to its value, so that the random start is soon
-    forgotten (as in TensorFlow's ExponentialMovingAverage).
+    The decay rises as (1 + steps) / (10 + steps) up to its value, so that the random start fades quickly
+    (as in TensorFlow's ExponentialMovingAverage). Not AveragedModel: its step counter would make the host
+    wait for the device at every step, and its first update copies the weights.
     """
 
     def __init__(self, network: PneumothoraxNet, decay: float) -> None:
@@ -25,15 +26,15 @@ class MovingAverage:
         self.decay, self.steps = decay, 0
 
     def update(self, network: PneumothoraxNet) -> None:
-        """Takes the weights after one optimiser step into the average; no synchronisation."""
+        """Updates the average after an optimizer step, without waiting for the device."""
         self.steps += 1
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
-        ours, theirs = _floats(self.network), _floats(network)
-        torch._foreach_lerp_(ours, theirs, 1 - decay)  # pyright: ignore  # as torch's own averages do
+        average, current = _floats(self.network), _floats(network)
+        get_ema_multi_avg_fn(decay)(average, current, self.steps)
 
 
 def mean_state(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The mean of n >= 1 state dicts; counters are the first one's."""
+    """Mean of n >= 1 state dicts; integer counters are taken from the first."""
     mean = dict(states[0])
     for name, value in mean.items():
         if value.is_floating_point():

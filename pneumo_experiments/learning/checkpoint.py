@@ -1,5 +1,4 @@
-"""What an interrupted training needs to go on, in files that appear whole or not at all."""
-# pyright: reportUnknownMemberType=false
+"""Checkpoints: the state from which an interrupted training continues, in files written atomically."""
 
 from __future__ import annotations
 
@@ -21,48 +20,48 @@ LAST = "last.pt"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The folder of one training: its last state, and the networks of its best epochs."""
+    """The folder of one training: its latest state, and the networks of its best epochs."""
 
     folder: Path
 
     def last(self) -> dict[str, Any] | None:
-        """What was saved last, with the kept networks by epoch as ``networks``.
+        """The latest saved state, with the networks of the best epochs as ``networks`` {epoch: state dict}.
 
-        None where there is nothing, or something of it cannot be read. What a killed process left besides is
-        removed: it would pass for that of the same epoch, trained again.
+        None when nothing was saved or a file cannot be read. Other networks, left by a killed process, are
+        removed: they could be mistaken for those of the same epoch, trained again.
         """
         last = self._load(LAST)
         if last is None or not isinstance(last.get("kept"), list):
             return None
-        kept = last.pop("kept")
-        self._remove_all_but(kept)
-        networks = {epoch: self._load(_name(epoch)) for epoch in kept}
+        epochs = last.pop("kept")
+        self._remove_all_but(epochs)
+        networks = {epoch: self._load(_file_name(epoch)) for epoch in epochs}
         return None if None in networks.values() else last | {"networks": networks}
 
-    def save(self, last: dict[str, Any], kept: dict[int, dict[str, Any]]) -> None:
-        """Replaces the last state and the kept networks; a kept one is written once.
+    def save(self, last: dict[str, Any], networks: dict[int, dict[str, Any]]) -> None:
+        """Replaces the latest state and the networks of the best epochs; each network is written once.
 
-        A disk that is full costs the checkpoint, not the training: it goes on with a warning.
+        A full disk costs the checkpoint, not the training: it continues with a warning.
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            for epoch, state in kept.items():
-                if not (self.folder / _name(epoch)).exists():
-                    self._write(_name(epoch), state)
-            self._write(LAST, last | {"kept": list(kept)})
-            self._remove_all_but(kept)
-        except (OSError, RuntimeError) as error:  # RuntimeError: torch's, where the disk is full
+            for epoch, state in networks.items():
+                if not (self.folder / _file_name(epoch)).exists():
+                    self._write(_file_name(epoch), state)
+            self._write(LAST, last | {"kept": list(networks)})
+            self._remove_all_but(networks)
+        except (OSError, RuntimeError) as error:  # torch raises RuntimeError when the disk is full
             reason = str(error).split("\n")[0]
             if isinstance(error, RuntimeError):
                 reason = f"the disk may be full: {reason}"
             warnings.warn(
-                f"{self.folder}: the checkpoint cannot be written ({reason}); the training goes on, but an"
+                f"{self.folder}: the checkpoint cannot be written ({reason}); the training continues, but an"
                 " interruption would lose it",
                 stacklevel=2,
             )
 
     def clear(self) -> None:
-        """Forgets what was saved; the folder goes with its lock (see ``lock_checkpoints``)."""
+        """Deletes what was saved; the folder itself is removed with its lock (see ``lock_checkpoints``)."""
         with suppress(OSError):
             for path in self.folder.iterdir():
                 if path.name != LOCK:
@@ -73,31 +72,31 @@ class Checkpoint:
             return dict(torch.load(self.folder / name, map_location="cpu", weights_only=True))
         except FileNotFoundError:
             return None
-        except Exception as error:  # whatever damaged bytes make the reader raise
+        except Exception as error:  # damaged bytes raise errors of many types
             warnings.warn(f"{self.folder / name}: cannot be read ({type(error).__name__})", stacklevel=2)
             return None
 
-    def _remove_all_but(self, kept: Iterable[int]) -> None:
-        names = {_name(epoch) for epoch in kept}
+    def _remove_all_but(self, epochs: Iterable[int]) -> None:
+        names = {_file_name(epoch) for epoch in epochs}
         for path in self.folder.glob("epoch-*.pt"):
             if path.name not in names:
                 path.unlink()
 
     def _write(self, name: str, content: dict[str, Any]) -> None:
-        part = self.folder / f"{name}.part"
+        unfinished = self.folder / f"{name}.part"
         try:
-            torch.save(content, part)
-            part.replace(self.folder / name)
+            torch.save(content, unfinished)
+            unfinished.replace(self.folder / name)
         finally:
-            part.unlink(missing_ok=True)
+            unfinished.unlink(missing_ok=True)
 
 
 @contextmanager
 def lock_checkpoints(checkpoints: Iterable[Checkpoint], patience: float = -1) -> Generator[None]:
-    """Keeps a second training with the same settings waiting, and says so there.
+    """Makes a second training with the same settings wait, and print that it waits.
 
-    Raises UserError after ``patience`` seconds (below 0: never). Where a folder cannot be made the training
-    goes on: with nothing saved, nothing is mixed.
+    Raises UserError after ``patience`` seconds (negative: never). A folder that cannot be created is not
+    locked: nothing is saved there, so nothing can be mixed up.
     """
     waiting = "train: another training with the same settings is running; waiting until it ends"
     with ExitStack() as stack:
@@ -109,9 +108,9 @@ def lock_checkpoints(checkpoints: Iterable[Checkpoint], patience: float = -1) ->
                     "train: another training with the same settings is running; wait until it ends"
                 ) from None
             except OSError:
-                continue  # told when there is something to save
+                continue  # reported on the first save
         yield
 
 
-def _name(epoch: int) -> str:
+def _file_name(epoch: int) -> str:
     return f"epoch-{epoch}.pt"

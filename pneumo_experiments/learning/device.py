@@ -1,4 +1,4 @@
-"""Where the network runs and in which number format."""
+"""The device and number format that a network computes in."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import logging
 import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
@@ -35,38 +37,45 @@ class ComputeConfig:
 
 
 def choose_compute(settings: Device) -> ComputeConfig:
-    """The device and format that the settings name, or the best that are there.
+    """The device and format that the settings name, or the best available.
 
-    Raises UserError where the named device is missing.
+    Raises UserError when the named device is not available or cannot compute in the named format.
     """
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    name = next(kind for kind in there if there[kind]) if settings.device == "auto" else settings.device
-    if not there[name]:
-        raise UserError(f"device={name}: torch finds none here; device=auto takes what is there")
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    name = (
+        next(kind for kind in available if available[kind]) if settings.device == "auto" else settings.device
+    )
+    if not available[name]:
+        raise UserError(f"device={name}: not available here; device=auto uses the best one that is")
     device = distributed.local_device(name)
     precision = settings.precision
     if precision == "auto":
         precision = str(distributed.broadcast({"precision": _fastest(device)})["precision"])
     if precision == "fp16" and name == "cpu":
-        raise UserError("precision=fp16: not on a CPU; precision=auto takes what is fastest there")
+        raise UserError("precision=fp16: not on a CPU; precision=auto uses the fastest format there")
     return ComputeConfig(device, precision)
 
 
-def copied_to(device: torch.device, tensor: Tensor) -> Tensor:
-    """A host tensor on the device; from pinned memory, since the host waits for a copy from any other."""
+def from_numpy(array: NDArray[Any]) -> Tensor:
+    """A tensor that shares the array's memory; torch's own function has no type for its argument."""
+    return torch.from_numpy(array)  # pyright: ignore[reportUnknownMemberType]
+
+
+def copy_to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A host tensor on the device; through pinned memory, since the host would wait for any other copy."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def choose_compute_for(precision: str, settings: Device) -> ComputeConfig:
-    """The settings' device, in the format in which a network was trained and judged unless they name another.
+    """The settings' device, in the format that a network was trained in unless they name another.
 
-    A CPU cannot compute in fp16: fp32 takes its place, with a warning.
+    A CPU cannot compute in fp16: it uses fp32, with a warning.
     """
     if settings.precision != "auto" or precision == "auto":
         return choose_compute(settings)
     device = choose_compute(replace(settings, precision="fp32")).device
     if precision == "fp16" and device.type == "cpu":
-        log.warning("the model was trained in fp16, which a CPU does not compute in: fp32 is used here")
+        log.warning("the model was trained in fp16, which a CPU does not support: using fp32")
         precision = "fp32"
     return ComputeConfig(device, precision)
 
@@ -75,7 +84,7 @@ def _fastest(device: torch.device) -> str:
     if device.type == "cuda":
         return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
     if device.type == "cpu":
-        # With AMX or AVX512-BF16 units bf16 wins, elsewhere it is emulated and loses: time one convolution.
+        # bf16 is faster with AMX or AVX512-BF16 and slower where it is emulated: time one convolution.
         return min(("fp32", "bf16"), key=_seconds_of_convolution)
     return "fp32"
 

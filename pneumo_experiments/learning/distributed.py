@@ -1,12 +1,10 @@
-"""The processes that train one network together, each with a device of its own.
+"""Distributed training: processes that train one network together, each on its own device.
 
-Without torchrun there is one process, and every function here gives back what it was given.
+Without torchrun there is one process, and every function here returns its argument unchanged.
 """
-# pyright: reportUnknownMemberType=false
 
 from __future__ import annotations
 
-import io
 import os
 import warnings
 from contextlib import AbstractContextManager, nullcontext
@@ -25,9 +23,9 @@ Rows = TypeVar("Rows", bound=NDArray[np.generic])
 
 
 def init_process_group() -> None:
-    """Joins the group that torchrun's environment describes; none where there is none or it is joined.
+    """Joins the process group that torchrun's environment describes; does nothing without one.
 
-    Gloo carries what lies in the host's memory, NCCL what lies on NVIDIA devices.
+    Gloo exchanges tensors in host memory, NCCL those on NVIDIA devices.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not distributed.is_initialized():
         distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
@@ -36,29 +34,29 @@ def init_process_group() -> None:
 
 
 def world_size() -> int:
-    """Number of processes, on all machines."""
+    """Number of processes, on all hosts."""
     return distributed.get_world_size() if distributed.is_initialized() else 1
 
 
 def rank() -> int:
-    """Number of this process, from 0."""
+    """Rank of this process, from 0."""
     return distributed.get_rank() if distributed.is_initialized() else 0
 
 
 def is_main_process() -> bool:
-    """Whether this is the process that writes files and tells what happens."""
+    """Whether this process (rank 0) writes files and reports progress."""
     return rank() == 0
 
 
 def local_world_size() -> int:
-    """Number of processes on this machine."""
+    """Number of processes on this host."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if world_size() > 1 else 1
 
 
 def local_device(kind: str) -> torch.device:
-    """The device of this process, with its index, as the tensors that lie there name it.
+    """The device of this process, with its index, as in ``tensor.device``.
 
-    Raises UserError where there are fewer devices than processes.
+    Raises UserError when there are fewer GPUs than processes.
     """
     if kind == "cpu":
         return torch.device(kind)
@@ -66,14 +64,14 @@ def local_device(kind: str) -> torch.device:
         return torch.device(kind, torch.cuda.current_device() if kind == "cuda" else 0)
     count = torch.cuda.device_count()
     if local_world_size() > count:
-        raise UserError(f"processes={local_world_size()}: each needs a GPU, and here are only {count}")
+        raise UserError(f"processes={local_world_size()}: each needs a GPU, but there are only {count}")
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     torch.cuda.set_device(device)
     return device
 
 
 def all_reduce_sum(tensor: Tensor) -> Tensor:
-    """Sum over the processes of equal-shaped tensors, without gradient."""
+    """Sum of equal-shaped tensors over the processes, without gradient."""
     tensor = tensor.detach().clone()
     if world_size() > 1:
         distributed.all_reduce(tensor)
@@ -81,69 +79,65 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
 
 
 def broadcast(value: Any) -> Any:
-    """The first process's tensors, numbers and texts, on the CPU of all; what others give is ignored."""
+    """The first process's value, in all processes; other processes' values are ignored.
+
+    Tensors in it must be on the CPU. It is unpickled: safe only because all processes are this program's.
+    """
     if world_size() == 1:
         return value
-    file = io.BytesIO()
-    torch.save(value, file)
-    packed = torch.frombuffer(file.getbuffer(), dtype=torch.uint8)
-    length = torch.tensor([len(packed)])
-    distributed.broadcast(length, 0)
-    if not is_main_process():
-        packed = torch.empty(int(length), dtype=torch.uint8)
-    distributed.broadcast(packed, 0)
-    return torch.load(io.BytesIO(packed.numpy().tobytes()), map_location="cpu", weights_only=True)
+    values = [value]
+    distributed.broadcast_object_list(values, src=0, device=torch.device("cpu"))
+    return values[0]
 
 
 def all_gather_rows(rows: Rows, count: int) -> Rows:
-    """All ``count`` rows (count, …), of which each process gives those from its rank on in steps of size."""
+    """All rows (count, …), given by each process as ``rows[rank::world_size]`` of them."""
     if world_size() == 1:
         return rows
-    padded = torch.zeros((-(-count // world_size()), *rows.shape[1:]), dtype=torch.from_numpy(rows).dtype)
-    padded[: len(rows)] = torch.from_numpy(rows)
-    parts = [torch.empty_like(padded) for _ in range(world_size())]
-    distributed.all_gather(parts, padded)
-    return cast("Rows", torch.stack(parts, dim=1).flatten(0, 1)[:count].numpy())
+    own = torch.from_numpy(rows)  # pyright: ignore[reportUnknownMemberType]
+    padded = torch.zeros((-(-count // world_size()), *rows.shape[1:]), dtype=own.dtype)
+    padded[: len(rows)] = own
+    gathered = [torch.empty_like(padded) for _ in range(world_size())]
+    distributed.all_gather(gathered, padded)
+    return cast("Rows", torch.stack(gathered, dim=1).flatten(0, 1)[:count].numpy())
 
 
 def convert_sync_batchnorm(network: nn.Module, device: torch.device) -> None:
-    """Lets batch normalisation see the images of all processes, in place."""
+    """Makes batch normalisation use the images of all processes; changes the network in place."""
     if world_size() == 1:
+        return
+    if device.type == "cuda":  # the only device that torch's own supports
+        nn.SyncBatchNorm.convert_sync_batchnorm(network)  # pyright: ignore[reportUnknownMemberType]
         return
     for parent in list(network.modules()):
         for name, child in parent.named_children():
             if type(child) is nn.BatchNorm2d:
-                fast = device.type == "cuda"  # torch's own is for GPUs alone
-                taker = (
-                    nn.SyncBatchNorm(child.num_features) if fast else SyncBatchNormOnCPU(child.num_features)
-                )
-                taker.load_state_dict(child.state_dict())
-                taker.eps, taker.momentum = child.eps, child.momentum
-                setattr(parent, name, taker.to(device))
+                synchronised = SyncBatchNormOnCPU(child.num_features, child.eps, child.momentum)
+                synchronised.load_state_dict(child.state_dict())
+                setattr(parent, name, synchronised)
 
 
 def wrap_ddp(network: nn.Module) -> nn.Module:
-    """The network with gradients that are the mean over the processes; every layer must get one."""
+    """The network with gradients averaged over the processes; every parameter must get one."""
     if world_size() == 1:
         return network
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore", FutureWarning
-        )  # what shall replace broadcast_buffers is new in torch 2.15
+        # The replacement of broadcast_buffers is new in torch 2.15.
+        warnings.simplefilter("ignore", FutureWarning)
         return DistributedDataParallel(
             network,
-            broadcast_buffers=False,  # synchronised batch normalisation keeps them equal
+            broadcast_buffers=False,  # synchronised batch normalisation keeps buffers equal
             gradient_as_bucket_view=True,
         )
 
 
 def no_sync(network: nn.Module) -> AbstractContextManager[None]:
-    """Within it, gradients of a network that ``wrap_ddp`` made are not exchanged."""
+    """A context in which a network from ``wrap_ddp`` does not exchange gradients."""
     return network.no_sync() if isinstance(network, DistributedDataParallel) else nullcontext()
 
 
 class SyncBatchNormOnCPU(nn.BatchNorm2d):
-    """Batch normalisation (Ioffe & Szegedy 2015) over the images of all processes."""
+    """Batch normalisation (Ioffe & Szegedy 2015) over the images of all processes, on a CPU."""
 
     def forward(self, input: Tensor) -> Tensor:
         if not self.training:
@@ -164,7 +158,7 @@ class SyncBatchNormOnCPU(nn.BatchNorm2d):
 
 
 class _AllReduceSum(Function):
-    """Sum over the processes; a gradient comes from all of them, too."""
+    """Sum over the processes, with gradient."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, value: Tensor) -> Tensor:
@@ -176,14 +170,14 @@ class _AllReduceSum(Function):
 
 
 def all_reduce_means(sums: Tensor, images: int) -> Tensor:
-    """Sums over this process's images, as sums over those of all; for a loss that is no mean of images.
+    """Sums over this process's images, turned into sums over all images; for a loss that is not a mean.
 
-    The gradient is this process's part, as many times larger as all images are more: gradients of means
-    are weighted by this process's share of the images, these must not be.
+    The training weights gradients by this process's fraction of the images, which is right for means only.
+    So the gradient here is scaled up by the inverse of that fraction.
     """
     if world_size() == 1:
         return sums
     count = sums.new_full((1,), images)  # new_tensor would make the host wait for the device
     totals = all_reduce_sum(torch.cat([sums, count]))
-    grown = sums * (totals[-1] / images)
-    return grown + (totals[:-1] - grown).detach()
+    scaled = sums * (totals[-1] / images)
+    return scaled + (totals[:-1] - scaled).detach()

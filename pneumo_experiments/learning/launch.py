@@ -1,5 +1,4 @@
-"""Processes on this machine that work as one group, by PyTorch's own launcher (torchrun's)."""
-# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+"""Starts the processes of a distributed training on this host, with torchrun's launcher."""
 
 from __future__ import annotations
 
@@ -8,7 +7,7 @@ import os
 import signal
 import uuid
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -19,20 +18,20 @@ from pneumo_experiments.interrupts import handle_signals, ignore_signals, stop
 from pneumo_experiments.learning import distributed
 from pneumo_experiments.terminal import make_streams_unfailing
 
-Answer = TypeVar("Answer")
-MISTAKE = "UserError: "
+Result = TypeVar("Result")
+USER_ERROR = "UserError: "  # how torch renders one in a message
 
 
 def is_launched() -> bool:
-    """Whether torchrun has started this process."""
+    """Whether torchrun started this process."""
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
-def launch(processes: int, work: Callable[..., Answer], *arguments: Any) -> Answer:
-    """The answer of the first of so many new processes that each call ``work(*arguments)`` in one group.
+def launch(processes: int, work: Callable[..., Result], *arguments: Any) -> Result:
+    """The result of rank 0 of new processes that each call ``work(*arguments)`` in one process group.
 
-    When one of them fails, the others are ended. Raises UserError where one did, RuntimeError for
-    other failures, with the process's own traceback.
+    When one fails, the others are terminated. Re-raises its UserError; any other failure is a RuntimeError
+    with the process's own traceback.
     """
     for name in logging.root.manager.loggerDict:
         if name.startswith(("torch.distributed.elastic", "torch.multiprocessing")):  # a line for each process
@@ -49,17 +48,14 @@ def launch(processes: int, work: Callable[..., Answer], *arguments: Any) -> Answ
     )
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        return elastic_launch(config, _member)(work, arguments)[0]
+        return elastic_launch(config, _worker)(work, arguments)[0]
     except SignalException as caught:
         stop(caught.sigval, None)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        told: Any = failure.message  # a text, or what torch's ``record`` wrote of an exception
-        reason, trace = (
-            (told["message"], told["extraInfo"]["py_callstack"]) if isinstance(told, dict) else (told, "")
-        )
-        if reason.startswith(MISTAKE):
-            raise UserError(reason.removeprefix(MISTAKE)) from None
+        reason, trace = _reason_and_trace(failure.message)
+        if reason.startswith(USER_ERROR):
+            raise UserError(reason.removeprefix(USER_ERROR)) from None
         raise RuntimeError(f"process {rank} of {processes} failed: {reason}\n{trace}") from None
     finally:
         for number, handler in before.items():
@@ -67,12 +63,20 @@ def launch(processes: int, work: Callable[..., Answer], *arguments: Any) -> Answ
                 signal.signal(number, handler)
 
 
-def _member(work: Callable[..., Answer], arguments: tuple[Any, ...]) -> Answer | None:
+def _reason_and_trace(message: Any) -> tuple[str, str]:
+    """From a text, or from the dict that torch's ``record`` writes of an exception."""
+    if not isinstance(message, dict):
+        return str(message), ""
+    recorded = cast("dict[str, Any]", message)
+    return str(recorded["message"]), str(recorded["extraInfo"]["py_callstack"])
+
+
+def _worker(work: Callable[..., Result], arguments: tuple[Any, ...]) -> Result | None:
     handle_signals()
     try:
         distributed.init_process_group()
         make_streams_unfailing()
-        answer = work(*arguments)
-        return answer if distributed.is_main_process() else None
+        result = work(*arguments)
+        return result if distributed.is_main_process() else None
     finally:
         ignore_signals()

@@ -1,49 +1,50 @@
-"""The training loss: a weighted sum of named terms, in float32 whatever the network computes in."""
+"""The training loss: a weighted sum of named terms, in float32 whatever format the network computes in."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pneumo_experiments.learning.distributed import all_reduce_means
+from pneumo_experiments.learning.distributed import all_reduce_means, all_reduce_sum
 from pneumo_experiments.learning.network import Output
 from pneumo_experiments.settings import Recipe
 
 
 def bce(logits: Tensor, target: Tensor) -> Tensor:
-    """Mean binary cross-entropy of mask logits (n, S, S) and annotated shares in [0, 1]."""
-    return functional.binary_cross_entropy_with_logits(_wide(logits), _wide(target))
+    """Mean binary cross-entropy of mask logits (n, S, S) and a soft mask in [0, 1]."""
+    return functional.binary_cross_entropy_with_logits(_at_least_float32(logits), _at_least_float32(target))
 
 
 def soft_dice(logits: Tensor, target: Tensor) -> Tensor:
-    """1 minus the Dice of probabilities over the whole batch; 0 when batch and truth are empty.
+    """1 minus the soft Dice over the whole batch; 0 when prediction and truth are empty.
 
     Milletari et al. 2016, V-Net, with the plain sums of Sudre et al. 2017 in the denominator:
-    1 - (2 Σpt + 1) / (Σp + Σt + 1) over all pixels of the batch, in a group of processes over all of theirs.
+    1 - (2 Σpt + 1) / (Σp + Σt + 1) over all pixels of the batch, of all processes.
     """
-    both, probable, true = all_reduce_means(_sums(logits, target, (0, 1, 2)), len(logits))
-    return 1 - (2 * both + 1) / (probable + true + 1)
+    intersection, predicted, truth = all_reduce_means(_dice_sums(logits, target, (0, 1, 2)), len(logits))
+    return 1 - (2 * intersection + 1) / (predicted + truth + 1)
 
 
 def soft_dice_per_image(logits: Tensor, target: Tensor) -> Tensor:
-    """Mean over the images of 1 minus the Dice of probabilities; small findings count as much as large.
+    """Mean over the images of 1 minus the soft Dice; small findings weigh as much as large ones.
 
-    ``soft_dice``'s formula with the sums over each image, as the contest's metric takes them: an empty
-    truth gives 0 when the prediction is empty and A / (A + 1), near 1, when it holds A pixels.
+    The formula of ``soft_dice`` with sums over each image, as in the contest's metric: for an empty truth it
+    is 0 when the prediction is empty and A / (A + 1), near 1, when it holds A pixels.
     """
-    both, probable, true = _sums(logits, target, (1, 2))
-    return (1 - (2 * both + 1) / (probable + true + 1)).mean()
+    intersection, predicted, truth = _dice_sums(logits, target, (1, 2))
+    return (1 - (2 * intersection + 1) / (predicted + truth + 1)).mean()
 
 
 def focal(logits: Tensor, target: Tensor, gamma: float = 2.0) -> Tensor:
-    """Mean cross-entropy weighted by |share - probability|^gamma.
+    """Mean cross-entropy weighted by |target - probability|^gamma.
 
-    Lin et al. 2017, Focal Loss; for shares between 0 and 1 as in Li et al. 2020, Quality Focal Loss.
+    Lin et al. 2017, Focal Loss; for soft targets as in Li et al. 2020, Quality Focal Loss.
     """
-    logits, target = _wide(logits), _wide(target)
+    logits, target = _at_least_float32(logits), _at_least_float32(target)
     cross_entropy = functional.binary_cross_entropy_with_logits(logits, target, reduction="none")
     return ((target - torch.sigmoid(logits)).abs() ** gamma * cross_entropy).mean()
 
@@ -51,20 +52,20 @@ def focal(logits: Tensor, target: Tensor, gamma: float = 2.0) -> Tensor:
 def lovasz_hinge(logits: Tensor, target: Tensor) -> Tensor:
     """Mean over the images of the Lovász hinge; 0 where every pixel is right by a logit of 1 or more.
 
-    Berman, Rannen Triki & Blaschko 2018, The Lovász-Softmax loss, algorithm 1. A pixel is true where at
+    Berman, Rannen Triki & Blaschko 2018, The Lovász-Softmax loss, algorithm 1. A pixel is positive when at
     least half of it is annotated. Images without a finding count too: with the paper's 0/0 = 1 one false
-    pixel costs the whole Jaccard index, so theirs is the largest hinge error. Left out, the term would
-    teach nothing about healthy lungs, which are most images.
+    pixel costs the whole Jaccard index, so their loss is the largest hinge error. Without them the term
+    would ignore healthy lungs, which are most images.
     """
     truth = target.flatten(1) >= 0.5
-    margin = _wide(logits).flatten(1)
+    margin = _at_least_float32(logits).flatten(1)
     errors, order = torch.where(truth, 1 - margin, 1 + margin).sort(dim=1, descending=True)
     truth = truth.gather(1, order)
     # The Jaccard index once the k worst pixels are wrong, counted in integers: exact at any size.
     intersection = truth.sum(1, keepdim=True) - truth.cumsum(1)
     union = truth.sum(1, keepdim=True) + (~truth).cumsum(1)
     jaccard = intersection.to(errors.dtype) / union
-    # What each further wrong pixel costs. Before the first the index is 1, with or without a finding.
+    # The cost of each further wrong pixel. Before the first the index is 1, with or without a finding.
     cost = torch.cat([torch.ones_like(jaccard[:, :1]), jaccard[:, :-1]], dim=1) - jaccard
     return (torch.relu(errors) * cost).sum(1).mean()
 
@@ -79,10 +80,10 @@ MASK_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 def criterion(output: Output, target: Tensor, present: Tensor, recipe: Recipe) -> dict[str, Tensor]:
-    """Loss terms of a batch, unweighted, and their weighted sum as ``loss``; a weight of 0 leaves one out.
+    """Unweighted loss terms of a batch, and their weighted sum as ``loss``; a weight of 0 omits a term.
 
-    ``target`` (n, S, S) holds annotated shares, ``present`` (n,) is 1 where there is a pneumothorax.
-    ``loss_aux`` is the weighted sum of the mask's terms for the auxiliary head.
+    ``target`` (n, S, S) is a soft mask, ``present`` (n,) is 1 for images with a pneumothorax.
+    ``loss_aux`` is the weighted sum of the mask losses of the auxiliary head.
     """
     weights = {name: getattr(recipe.loss, name) for name in MASK_LOSSES if getattr(recipe.loss, name) > 0}
     terms = {
@@ -90,12 +91,12 @@ def criterion(output: Output, target: Tensor, present: Tensor, recipe: Recipe) -
     }
     total = sum(
         (weight * term for weight, term in zip(weights.values(), terms.values(), strict=True)),
-        _wide(target.new_zeros(())),
+        _at_least_float32(target.new_zeros(())),
     )
     if recipe.loss.aux_weight > 0:
         aux = sum(
             (weight * MASK_LOSSES[name](output.aux, target) for name, weight in weights.items()),
-            _wide(target.new_zeros(())),
+            _at_least_float32(target.new_zeros(())),
         )
         terms["loss_aux"] = aux
         total = total + recipe.loss.aux_weight * aux
@@ -106,15 +107,41 @@ def criterion(output: Output, target: Tensor, present: Tensor, recipe: Recipe) -
     return {"loss": total, **terms}
 
 
-def _sums(logits: Tensor, target: Tensor, over: tuple[int, ...]) -> Tensor:
-    """Sums (3, …) of Σpt, Σp and Σt over those dimensions of probabilities and shares (n, S, S).
+class RunningMeans:
+    """Means of loss terms over images, kept on the device: reading each step's would make the host wait."""
 
-    Their Dice takes one pixel more on both sides: an empty truth then asks for an empty prediction.
+    def __init__(self) -> None:
+        self._sums, self._images = dict[str, Tensor](), 0
+
+    def add(self, terms: dict[str, Tensor], images: int) -> None:
+        """Adds terms that are means over ``images`` images; a term that is not finite counts as 0."""
+        self._images += images
+        for name, term in terms.items():
+            term = torch.nan_to_num(term.detach(), posinf=0.0, neginf=0.0) * images
+            self._sums[name] = self._sums[name] + term if name in self._sums else term
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Means over this process's images, on the device."""
+        return {name: total / self._images for name, total in self._sums.items()}
+
+    def numbers(self) -> dict[str, float]:
+        """Means over the images of all processes; waits for the device."""
+        sums = torch.stack([*self._sums.values()])
+        totals = all_reduce_sum(torch.cat([sums, sums.new_full((1,), self._images)]))
+        means = cast("list[float]", (totals[:-1] / totals[-1]).tolist())  # pyright: ignore[reportUnknownMemberType]
+        return dict(zip(self._sums, means, strict=True))
+
+
+def _dice_sums(logits: Tensor, target: Tensor, dim: tuple[int, ...]) -> Tensor:
+    """Σpt, Σp and Σt (3, …) over dimensions of probabilities and soft masks (n, S, S).
+
+    The Dice losses add one pixel to both sides of the fraction, so that an empty truth has a gradient
+    towards an empty prediction.
     """
-    probability, target = torch.sigmoid(_wide(logits)), _wide(target)
-    return torch.stack([(probability * target).sum(over), probability.sum(over), target.sum(over)])
+    probability, target = torch.sigmoid(_at_least_float32(logits)), _at_least_float32(target)
+    return torch.stack([(probability * target).sum(dim), probability.sum(dim), target.sum(dim)])
 
 
-def _wide(tensor: Tensor) -> Tensor:
-    """The tensor in at least float32: in half of its bits the sum over an image overflows."""
+def _at_least_float32(tensor: Tensor) -> Tensor:
+    """The tensor in at least float32: in fp16 the sum over an image overflows."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

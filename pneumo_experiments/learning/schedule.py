@@ -8,28 +8,27 @@ from typing import Any
 from pneumo_experiments.learning.network import PneumothoraxNet
 from pneumo_experiments.settings import Recipe
 
-POLYNOMIAL = 0.9  # the power that segmentation networks are usually trained with (Chen et al. 2017, DeepLab)
+POLYNOMIAL = 0.9  # the usual power for segmentation networks (Chen et al. 2017, DeepLab)
 
 
-def rate(recipe: Recipe, done: float) -> float:
-    """Share of the peak learning rate when ``done`` (0 to 1) of all steps are behind.
+def lr_factor(recipe: Recipe, done: float) -> float:
+    """Fraction of the peak learning rate after the fraction ``done`` of all steps, both 0 to 1.
 
-    A linear rise from 0.05 over the share ``warmup`` of all steps, then down to zero by half a cosine
-    (Smith & Topin 2018), or as (1 - done)^0.9.
+    A linear warm-up from 0.05 over the first ``warmup`` of the steps, then half a cosine down to zero
+    (Smith & Topin 2018), or (1 - done)^0.9.
     """
     if done < recipe.optimizer.warmup:
         return 0.05 + 0.95 * done / recipe.optimizer.warmup
-    fallen = (done - recipe.optimizer.warmup) / (1 - recipe.optimizer.warmup)
+    decayed = (done - recipe.optimizer.warmup) / (1 - recipe.optimizer.warmup)
     if recipe.optimizer.schedule == "polynomial":
-        return (1 - fallen) ** POLYNOMIAL
-    return 0.5 * (1 + math.cos(math.pi * fallen))
+        return (1 - decayed) ** POLYNOMIAL
+    return 0.5 * (1 + math.cos(math.pi * decayed))
 
 
 def parameter_groups(network: PneumothoraxNet, recipe: Recipe) -> list[dict[str, Any]]:
-    """Parameters with their peak learning rates; pretrained layers keep more of what they know."""
+    """Parameter groups with their peak learning rates as ``lr``; pretrained layers have a lower one."""
     lower = recipe.optimizer.learning_rate * recipe.optimizer.pretrained_lr_scale
-    known = [p for name, p in network.named_parameters() if name in network.pretrained]
+    pretrained = [p for name, p in network.named_parameters() if name in network.pretrained]
     new = [p for name, p in network.named_parameters() if name not in network.pretrained]
-    start = rate(recipe, 0)
-    peaks = ((known, lower), (new, recipe.optimizer.learning_rate))
-    return [{"params": params, "lr": peak * start, "peak": peak} for params, peak in peaks if params]
+    groups = ((pretrained, lower), (new, recipe.optimizer.learning_rate))
+    return [{"params": params, "lr": peak} for params, peak in groups if params]

@@ -1,1 +1,1 @@
-"""Judging: the metric, the thresholds, the submission and the pictures. Numpy, Pillow and Matplotlib."""
+"""The metric, thresholds, scores, the submission file and figures, on NumPy, Pillow and Matplotlib."""

@@ -1,11 +1,11 @@
-"""Pictures that let a person judge a mask: truth in green, prediction in orange, side by side."""
-# pyright: reportUnknownMemberType=false
+"""Figures: masks drawn on radiographs (truth green, prediction orange), and learning curves."""
 
 from __future__ import annotations
 
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from io import BytesIO
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,12 +14,12 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont
 Colour = tuple[int, int, int]
 
 BACKGROUND: Colour = (17, 18, 20)
-INK: Colour = (236, 236, 236)
+TEXT: Colour = (236, 236, 236)
 MUTED: Colour = (160, 163, 168)
-# Bluish green and orange stay apart for colour-blind eyes (after the palette of Okabe and Ito).
+# Bluish green and orange are distinct for colour-blind readers (after the palette of Okabe and Ito).
 TRUTH: Colour = (45, 212, 160)
 PREDICTION: Colour = (255, 146, 20)
-FILL = 0.16  # opacity inside an outline: lung markings stay visible
+FILL_OPACITY = 0.16  # inside an outline: lung markings stay visible
 
 
 def overlay(
@@ -29,9 +29,9 @@ def overlay(
     caption: str,
     size_px: int = 384,
 ) -> NDArray[np.uint8]:
-    """Panels radiograph, truth, prediction (unless None) of (H, W) arrays side by side, as RGB (h, w, 3).
+    """Panels radiograph, truth and prediction (unless None) of (H, W) arrays side by side, RGB (h, w, 3).
 
-    The longer side of a panel measures ``size_px``. The caption stands above, cut to the width.
+    The longer side of a panel measures ``size_px``. The caption above is cut to the width.
     """
     scale = size_px / max(image.shape)
     width, height = (max(1, round(side * scale)) for side in image.shape[::-1])
@@ -39,25 +39,25 @@ def overlay(
     panels = [("radiograph", MUTED, base)]
     for name, colour, mask in (("truth", TRUTH, truth), ("prediction", PREDICTION, prediction)):
         if mask is not None:
-            panels.append((name if mask.any() else f"{name}: empty", colour, _outlined(base, mask, colour)))
+            panels.append((name if mask.any() else f"{name}: empty", colour, _draw_mask(base, mask, colour)))
 
     gap = max(4, size_px // 32)
     text_px = max(11, size_px // 20)
     font = ImageFont.load_default(size=text_px)
     line = round(text_px * 1.3)
-    whole = (gap + (width + gap) * len(panels), 4 * gap + 2 * line + height)
-    canvas = Image.new("RGB", whole, BACKGROUND)
+    canvas_size = (gap + (width + gap) * len(panels), 4 * gap + 2 * line + height)
+    canvas = Image.new("RGB", canvas_size, BACKGROUND)
     pen = ImageDraw.Draw(canvas)
-    pen.text((gap, gap), _fitted(caption, font, whole[0] - 2 * gap), INK, font)
+    pen.text((gap, gap), _fit_text(caption, font, canvas_size[0] - 2 * gap), TEXT, font)
     for i, (name, colour, panel) in enumerate(panels):
         left, top = gap + i * (width + gap), 2 * gap + line
         canvas.paste(panel, (left, top))
-        pen.text((left, top + height + gap), _fitted(name, font, width), colour, font)
+        pen.text((left, top + height + gap), _fit_text(name, font, width), colour, font)
     return np.asarray(canvas)
 
 
 def contact_sheet(pictures: Sequence[NDArray[np.uint8]], columns: int) -> NDArray[np.uint8]:
-    """One RGB picture of n >= 1 pictures (h, w, 3) of any sizes, row by row, centred in their cells."""
+    """One RGB picture of n >= 1 pictures (h, w, 3) of any size, row by row, each centred in its cell."""
     if not pictures or columns < 1:
         raise ValueError(f"{len(pictures)} pictures in {columns} columns: at least one of each is needed")
     columns = min(columns, len(pictures))
@@ -76,8 +76,8 @@ def contact_sheet(pictures: Sequence[NDArray[np.uint8]], columns: int) -> NDArra
 
 
 def learning_curves(history: Sequence[Mapping[str, float]], baseline: float) -> NDArray[np.uint8]:
-    """The losses, and the validation Dice with its all-empty baseline, of n >= 1 epochs, as RGB (h, w, 3)."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # half a second
+    """Losses, and validation Dice with its all-empty baseline, over n >= 1 epochs; RGB (h, w, 3)."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # takes half a second
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -86,10 +86,10 @@ def learning_curves(history: Sequence[Mapping[str, float]], baseline: float) -> 
     epochs = range(1, len(history) + 1)
     losses = [name for name in history[-1] if name.startswith("loss")]
     dices = [name for name in ("val_dice", "val_dice_positive") if name in history[-1]]
-    for place, (title, names) in enumerate((("training loss", losses), ("validation", dices)), start=1):
-        axes = figure.add_subplot(1, 2, place)
+    for column, (title, names) in enumerate((("training loss", losses), ("validation", dices)), start=1):
+        axes: Any = figure.add_subplot(1, 2, column)  # Matplotlib's types have unknown parts
         for name in names:
-            values = [told.get(name, float("nan")) for told in history]
+            values = [metrics.get(name, float("nan")) for metrics in history]
             axes.plot(epochs, values, label=name.replace("_", " "), marker=".")
         if names is dices:
             axes.axhline(baseline, label="all-empty baseline", color="grey", linestyle="--")
@@ -102,27 +102,27 @@ def learning_curves(history: Sequence[Mapping[str, float]], baseline: float) -> 
 
 
 def jpeg_uri(picture: NDArray[np.uint8]) -> str:
-    """An RGB picture (H, W, 3) as a data: address, to be shown in a page that is one file."""
+    """An RGB picture (H, W, 3) as a data: URI, for a page that is one file."""
     content = BytesIO()
     Image.fromarray(picture).save(content, "JPEG", quality=85)
     return "data:image/jpeg;base64," + b64encode(content.getvalue()).decode()
 
 
-def _outlined(base: Image.Image, mask: NDArray[np.bool_], colour: Colour) -> Image.Image:
-    """The panel with the mask (H, W) filled faintly and outlined 2 px wide; unchanged when it is empty."""
-    double = (base.width * 2, base.height * 2)  # drawn at twice the size, then halved: smooth edges
-    # Any coverage counts, so that a finding of a few native pixels is still seen.
+def _draw_mask(base: Image.Image, mask: NDArray[np.bool_], colour: Colour) -> Image.Image:
+    """The panel with the mask (H, W) lightly filled and outlined 2 px wide; unchanged if it is empty."""
+    double = (base.width * 2, base.height * 2)  # drawn at twice the size, then halved, for smooth edges
+    # Any coverage counts, so that a finding of a few native pixels stays visible.
     covered = Image.fromarray(mask.astype(np.uint8) * 255).resize(double, Image.Resampling.BOX)
     inside = Image.fromarray((np.asarray(covered) > 0).astype(np.uint8))
     outer = np.asarray(inside.filter(ImageFilter.MaxFilter(5)), dtype=bool)
     inner = np.asarray(inside.filter(ImageFilter.MinFilter(5)), dtype=bool)
-    opacity = np.where(outer & ~inner, 1.0, np.where(inner, FILL, 0.0)) * 255
+    opacity = np.where(outer & ~inner, 1.0, np.where(inner, FILL_OPACITY, 0.0)) * 255
     blend = Image.fromarray(opacity.astype(np.uint8)).reduce(2)
     return Image.composite(Image.new("RGB", base.size, colour), base, blend)
 
 
-def _fitted(text: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, width: int) -> str:
-    """The text on one line, cut with an ellipsis where it is wider than ``width`` pixels."""
+def _fit_text(text: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, width: int) -> str:
+    """The text on one line, cut with an ellipsis if it is wider than ``width`` pixels."""
     text = " ".join(text.split())
     if font.getlength(text) <= width:
         return text

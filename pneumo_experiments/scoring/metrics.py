@@ -1,7 +1,7 @@
-"""The official metric, and the statistics beside it.
+"""The official metric, AUROC and the bootstrap interval.
 
 Dice is the metric of the SIIM-ACR challenge: the mean over images of 2|X∩Y| / (|X| + |Y|) at
-native size, where an image whose truth and prediction are both empty counts 1.
+native size; 1 for an image whose truth and prediction are both empty.
 """
 
 from __future__ import annotations
@@ -33,17 +33,18 @@ def dice(truth: NDArray[np.bool_], prediction: NDArray[np.bool_]) -> float:
 
 
 def auroc(truth: NDArray[np.bool_], presence: NDArray[np.float32]) -> float:
-    """Area under the ROC curve of presence (n,), ties count half; nan unless both classes are there.
+    """Area under the ROC curve of presence (n,), ties count half; NaN without both classes.
 
-    It is the Mann-Whitney U of the positives' average ranks, over the number of pairs.
+    The Mann-Whitney U of the positives' average ranks over the number of pairs. By hand, since six lines
+    are not worth importing scikit-learn.
     """
     positives = np.count_nonzero(truth)
     negatives = truth.size - positives
     if positives == 0 or negatives == 0:
         return float("nan")
-    _, place, ties = np.unique(presence, return_inverse=True, return_counts=True)
+    _, inverse, ties = np.unique(presence, return_inverse=True, return_counts=True)
     ranks = np.cumsum(ties) - (ties - 1) / 2  # of each distinct value, from 1
-    u = ranks[place][truth].sum() - positives * (positives + 1) / 2
+    u = ranks[inverse][truth].sum() - positives * (positives + 1) / 2
     return float(u / (positives * negatives))
 
 
@@ -52,7 +53,7 @@ def bootstrap_interval(
 ) -> tuple[float, float]:
     """95% percentile interval of the mean of values (n,), by resampling patients with all their images.
 
-    Images of one patient resemble each other; resampling images would make the interval too narrow.
+    Images of one patient are correlated: resampling images would make the interval too narrow.
     """
     _, patient = np.unique(np.asarray(patients), return_inverse=True)
     sums = np.bincount(patient, weights=values)

@@ -16,16 +16,16 @@ EMPTY = "-1"
 
 
 def write_submission(path: Path, rows: Iterable[tuple[str, str]]) -> int:
-    """Write one row (image id, run lengths) per image; the number of rows. Blank run lengths become -1.
+    """Writes one row (image id, run lengths) per image; returns their number. Blank run lengths become -1.
 
-    The rows may be drawn lazily: the file appears only when the last one is written. ``refuse_to_replace``
-    tells what may stand there before.
+    Rows are consumed one by one; the file appears when the last one is written. Raises UserError for a
+    repeated image id, for a file that cannot be written, and as ``refuse_to_replace`` does.
     """
     refuse_to_replace(path)
-    part = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.part")
+    unfinished = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.part")
     with _writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        stream = part.open("x", newline="", encoding="utf-8")
+        stream = unfinished.open("x", newline="", encoding="utf-8")
     seen: set[str] = set()
     try:
         writer = csv.writer(stream, lineterminator="\n")
@@ -38,28 +38,28 @@ def write_submission(path: Path, rows: Iterable[tuple[str, str]]) -> int:
                 writer.writerow((image_id, run_lengths.strip() or EMPTY))
         with _writing(path):
             stream.close()
-            refuse_to_replace(path)  # something may have come meanwhile
-            with _written(path).open("a", encoding="ascii") as digests:
-                digests.write(_digest(part) + "\n")
-            part.replace(path)
+            refuse_to_replace(path)  # another process may have written it meanwhile
+            with _digests_path(path).open("a", encoding="ascii") as digests:
+                digests.write(_digest(unfinished) + "\n")
+            unfinished.replace(path)
     finally:
         with suppress(OSError):
             stream.close()
-        part.unlink(missing_ok=True)  # there only when something went wrong
+        unfinished.unlink(missing_ok=True)  # exists only after an error
     return len(seen)
 
 
 def refuse_to_replace(path: Path) -> None:
-    """Raises UserError where something stands at ``path`` that ``write_submission`` has not written.
+    """Raises UserError when ``path`` holds anything that ``write_submission`` did not write.
 
-    A table of labels looks like a submission. So a file beside each submission holds the digests of what was
-    written there, and nothing else is ever replaced, nor a submission that was changed by hand.
+    A table of labels looks like a submission. So a file next to each submission holds the digests of what
+    was written there; any other file, or a submission edited by hand, is never replaced.
     """
     if path.is_dir():
         raise UserError(f"{path}: is a folder; name a file, such as {path / 'submission.csv'}")
     try:
         if path.exists() and not (
-            path.is_file() and _digest(path) in _written(path).read_text("utf-8").split()
+            path.is_file() and _digest(path) in _digests_path(path).read_text("utf-8").split()
         ):
             raise FileNotFoundError
     except FileNotFoundError:
@@ -70,8 +70,8 @@ def refuse_to_replace(path: Path) -> None:
         raise UserError(f"{path}: cannot be replaced; remove it, or name another file") from error
 
 
-def _written(path: Path) -> Path:
-    """Where the digests of what was written to ``path`` lie."""
+def _digests_path(path: Path) -> Path:
+    """The file with the digests of what was written to ``path``."""
     return path.with_name(f".{path.name}.sha256")
 
 

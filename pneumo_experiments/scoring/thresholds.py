@@ -1,8 +1,8 @@
-"""From probabilities to masks, and the choice of the thresholds in between.
+"""Masks from probabilities, and the choice of thresholds.
 
-A ``ThresholdCounts`` remembers of each image only how many pixels reach each hundredth of probability, so
-any thresholds can be judged in milliseconds without keeping the predictions. That is why pixel
-thresholds are whole hundredths.
+``ThresholdCounts`` stores for each image only how many pixels reach each hundredth of probability, so any
+thresholds can be evaluated in milliseconds without storing predictions. Therefore pixel thresholds are whole
+hundredths.
 """
 
 from __future__ import annotations
@@ -16,33 +16,32 @@ from numpy.typing import NDArray
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.scoring.metrics import dice_of_areas
 
-# The hundredths as float32: pixel probabilities are compared with these very numbers, everywhere.
+# In float32: pixel probabilities are compared with exactly these numbers everywhere.
 HUNDREDTHS = (np.arange(101) / 100).astype(np.float32)
-_NEXT = np.append(HUNDREDTHS[1:], np.float32(np.inf))
 
 PRESENCE_GRID = np.arange(0, 100, 10) / 100
 TOP_GRID = np.arange(20, 100, 10) / 100
 AREA_GRID = np.array([0, 250, 1000, 2000, 4000, 8000])
 BOTTOM_GRID = np.arange(10, 70, 10) / 100
-_DEFAULT_STEPS = (5, 3, 0, 4)  # where the defaults of Thresholds lie on the four grids
+_DEFAULT_STEPS = (5, 3, 0, 4)  # indices of the defaults of Thresholds in the four grids
 
 
 @dataclass(frozen=True)
 class Thresholds:
-    """When an image is called empty, and where its mask ends.
+    """When an image counts as empty, and which pixels belong to its mask.
 
-    The two rules of emptiness and the lower edge are the triplet thresholds that won the SIIM-ACR
-    challenge, with the network's presence head in front.
+    top_score, min_area_px and bottom_score are the triplet thresholds of the winner of the SIIM-ACR
+    challenge; presence_threshold applies to the network's presence head. Raises UserError for other values.
     """
 
     presence_threshold: float = 0.5
     """below this probability of presence the image is empty"""
     top_score: float = 0.5
-    """probability, in whole hundredths, that a core of the finding reaches"""
+    """probability, in whole hundredths, that defines the core of a finding"""
     min_area_px: int = 0
-    """fewer native pixels than this at top_score: the image is empty; 0 asks for no core"""
+    """with fewer native pixels than this at top_score the image is empty; 0 requires none"""
     bottom_score: float = 0.5
-    """probability, in whole hundredths, from which a pixel belongs to the mask"""
+    """probability, in whole hundredths, from which a pixel is in the mask"""
 
     def __post_init__(self) -> None:
         if not 0 <= self.presence_threshold <= 1:
@@ -54,21 +53,10 @@ class Thresholds:
             raise UserError(f"min_area_px={self.min_area_px}: give a number of pixels from 0 up")
 
 
-def levels(probability: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """Level 0 to 100 of each probability (H, W): the hundredths from 0.01 up that it reaches."""
-    # Interpolation may round a little above 1; nan fails the comparison too.
-    if not 0 <= probability.min(initial=0.0) <= probability.max(initial=0.0) < 1.01:
-        raise ValueError("probabilities outside [0, 1]")
-    # p * 100 rounds 0.53 down to level 52, so: a product that is never too high, then one exact comparison.
-    level = (probability * np.float32(99.999)).astype(np.uint8)
-    level += probability >= _NEXT.take(level)
-    return level
-
-
 def apply_thresholds(
     probability: NDArray[np.float32], presence: float, thresholds: Thresholds
 ) -> NDArray[np.bool_]:
-    """Mask (H, W) of a probability map at native size; all False when the thresholds call it empty."""
+    """Mask (H, W) of a probability map at native size; all False when the image counts as empty."""
     top, bottom = (HUNDREDTHS[_level(score)] for score in (thresholds.top_score, thresholds.bottom_score))
     present = np.float32(presence) >= np.float32(thresholds.presence_threshold)
     if present and np.count_nonzero(probability >= top) >= thresholds.min_area_px:
@@ -77,37 +65,26 @@ def apply_thresholds(
 
 
 class ThresholdCounts:
-    """Per image: pixels at or above each level, in all and within the truth; about 1 kB each."""
+    """Per image: pixels at or above each hundredth, all and within the truth; about 1 kB an image."""
 
     def __init__(self) -> None:
-        self._reached: list[NDArray[np.int32]] = []  # (101,): pixels at or above each level
-        self._hit: list[NDArray[np.int32]] = []  # (101,): those of them that lie in the truth
+        self._predicted: list[NDArray[np.int32]] = []  # (101,): pixels at or above each hundredth
+        self._overlap: list[NDArray[np.int32]] = []  # (101,): those of them within the truth
         self._presence: list[float] = []
 
-    def add(self, probability: NDArray[np.float32], presence: float, truth: NDArray[np.bool_]) -> None:
-        """Count one image: probability map and truth (H, W) at native size, probability of presence."""
-        if probability.shape != truth.shape:
-            raise ValueError(f"probability is {probability.shape}, truth {truth.shape}: they must match")
-        if not 0 <= presence <= 1:
-            raise ValueError(f"presence {presence} outside [0, 1]")
-        level = levels(probability)
-        self._reached.append(_at_or_above(level.ravel()))
-        self._hit.append(_at_or_above(level[truth]))
-        self._presence.append(presence)
+    def append(self, counts: NDArray[np.int32], presence: NDArray[np.float32]) -> None:
+        """Adds n images; raises ValueError for impossible values.
 
-    def append(self, tables: NDArray[np.int32], presence: NDArray[np.float32]) -> None:
-        """Add images that were counted elsewhere, with the comparisons of ``levels``.
-
-        Tables (n, 2, 101) hold pixels at or above each level, in all and within the truth; presence is (n,).
+        Counts (n, 2, 101) are pixels at or above each hundredth, all and within the truth; presence is (n,).
         """
-        if tables.shape != (len(presence), 2, 101) or presence.ndim != 1:
-            raise ValueError(f"tables {tables.shape}, presence {presence.shape}: give (n, 2, 101) and (n,)")
+        if counts.shape != (len(presence), 2, 101) or presence.ndim != 1:
+            raise ValueError(f"counts {counts.shape}, presence {presence.shape}: give (n, 2, 101) and (n,)")
         if not ((presence >= 0) & (presence <= 1)).all():
             raise ValueError("presence outside [0, 1]")
-        if (np.diff(tables) > 0).any() or (tables[:, 1] > tables[:, 0]).any() or (tables < 0).any():
-            raise ValueError("tables count more pixels at a higher level, or within the truth than in all")
-        self._reached += list(tables[:, 0])
-        self._hit += list(tables[:, 1])
+        if (np.diff(counts) > 0).any() or (counts[:, 1] > counts[:, 0]).any() or (counts < 0).any():
+            raise ValueError("counts hold more pixels at a higher hundredth, or within the truth than in all")
+        self._predicted += list(counts[:, 0])
+        self._overlap += list(counts[:, 1])
         self._presence += presence.tolist()
 
     def __len__(self) -> int:
@@ -121,37 +98,28 @@ class ThresholdCounts:
     @property
     def truth_area(self) -> NDArray[np.int64]:
         """Annotated pixels of each image (n,)."""
-        return _column(self._hit, 0)
+        return _at_level(self._overlap, 0)
 
     def at(self, score: float) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Pixels of each image that reach a score: in all (n,), and within the truth (n,)."""
-        return _column(self._reached, _level(score)), _column(self._hit, _level(score))
+        """Pixels of each image at or above a probability: all (n,), and those within the truth (n,)."""
+        return _at_level(self._predicted, _level(score)), _at_level(self._overlap, _level(score))
 
     def predicted_area(self, thresholds: Thresholds) -> NDArray[np.int64]:
-        """Pixels of each image's mask (n,), as ``apply_thresholds`` draws it."""
+        """Pixels of each image's mask (n,) from ``apply_thresholds``."""
         return self._masked(thresholds)[0]
 
     def dice(self, thresholds: Thresholds) -> NDArray[np.float64]:
-        """Dice of each image (n,) of truth and ``apply_thresholds``."""
+        """Dice of each image (n,) for the mask from ``apply_thresholds``."""
         area, overlap = self._masked(thresholds)
         return dice_of_areas(overlap, area, self.truth_area)
 
-    def select(self, indices: Iterable[int]) -> ThresholdCounts:
-        """The tally of some of the images, in the order given."""
-        chosen = ThresholdCounts()
-        for i in indices:
-            chosen._reached.append(self._reached[i])
-            chosen._hit.append(self._hit[i])
-            chosen._presence.append(self._presence[i])
-        return chosen
-
     @staticmethod
-    def joined(parts: Iterable[ThresholdCounts]) -> ThresholdCounts:
-        """The images of several tallies, one after the other."""
+    def joined(subsets: Iterable[ThresholdCounts]) -> ThresholdCounts:
+        """The images of several counts, in order."""
         whole = ThresholdCounts()
-        for counts in parts:
-            whole._reached += counts._reached
-            whole._hit += counts._hit
+        for counts in subsets:
+            whole._predicted += counts._predicted
+            whole._overlap += counts._overlap
             whole._presence += counts._presence
         return whole
 
@@ -159,33 +127,32 @@ class ThresholdCounts:
         """Area of each image's mask (n,), and of its overlap with the truth (n,)."""
         core, _ = self.at(thresholds.top_score)
         present = self.presence >= np.float32(thresholds.presence_threshold)
-        kept = present & (core >= thresholds.min_area_px)
+        not_empty = present & (core >= thresholds.min_area_px)
         area, overlap = self.at(thresholds.bottom_score)
-        return area * kept, overlap * kept
+        return area * not_empty, overlap * not_empty
 
 
 def best_on_grid(counts: ThresholdCounts) -> Thresholds:
-    """The thresholds of a coarse grid with the highest mean Dice; the defaults for an empty tally.
+    """The thresholds of a coarse grid with the highest mean Dice; the defaults without images.
 
-    On few images many thresholds do equally well. Of those the one nearest to their common centre,
-    counted in grid steps, is taken, since it keeps away from where Dice falls; of several such the one
-    nearest to the defaults.
+    On few images many thresholds are equally good. The one nearest to their centre, in grid steps, is chosen,
+    since it is far from where Dice falls; among several such the one nearest to the defaults.
     """
     if len(counts) == 0:
         return Thresholds()
     truth = counts.truth_area
-    if_empty = (truth == 0).astype(np.float64)
+    dice_if_empty = (truth == 0).astype(np.float64)
     present = counts.presence >= PRESENCE_GRID.astype(np.float32)[:, None]
     tops = np.stack([counts.at(top)[0] for top in TOP_GRID])
-    cored = tops[:, None] >= AREA_GRID[:, None]  # (top, area, image)
+    has_core = tops[:, None] >= AREA_GRID[:, None]  # (top, area, image)
     mean = np.empty((len(PRESENCE_GRID), len(TOP_GRID), len(AREA_GRID), len(BOTTOM_GRID)))
     for i, bottom in enumerate(BOTTOM_GRID):
         area, overlap = counts.at(bottom)
-        gain = dice_of_areas(overlap, area, truth) - if_empty
-        gains = (present * gain) @ cored.reshape(-1, len(counts)).T
-        mean[..., i] = (gains.reshape(mean.shape[:3]) + if_empty.sum()) / len(counts)
+        gain = dice_of_areas(overlap, area, truth) - dice_if_empty
+        gains = (present * gain) @ has_core.reshape(-1, len(counts)).T
+        mean[..., i] = (gains.reshape(mean.shape[:3]) + dice_if_empty.sum()) / len(counts)
     mean = np.where(TOP_GRID[:, None, None] >= BOTTOM_GRID, mean, -np.inf)
-    # Grid steps (combinations, 4) of equal means, whose sums may differ in the last bits.
+    # Grid indices (combinations, 4) of equal means; their sums may differ in the last bits.
     tied = np.argwhere(mean >= mean.max() - 1e-9)
     from_centre = ((tied - tied.mean(axis=0)) ** 2).sum(axis=1).round(6)
     from_default = ((tied - _DEFAULT_STEPS) ** 2).sum(axis=1)
@@ -202,10 +169,5 @@ def _level(score: float) -> int:
     return round(score * 100)
 
 
-def _at_or_above(level: NDArray[np.uint8]) -> NDArray[np.int32]:
-    """Number of pixels (101,) at or above each level."""
-    return np.bincount(level, minlength=101)[::-1].cumsum()[::-1].astype(np.int32)
-
-
-def _column(counts: list[NDArray[np.int32]], level: int) -> NDArray[np.int64]:
+def _at_level(counts: list[NDArray[np.int32]], level: int) -> NDArray[np.int64]:
     return np.array([count[level] for count in counts], dtype=np.int64)

@@ -1,4 +1,4 @@
-"""What travels inside a registered model: DICOM bytes in, presence and run lengths out.
+"""The code of a registered model: DICOM bytes in, presence and run lengths out.
 
 MLflow imports this package by name (``loader_module``) and calls ``_load_pyfunc``; nothing is pickled.
 """

@@ -1,6 +1,4 @@
 """A trained network with its thresholds, from DICOM bytes to run lengths."""
-# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false, reportUnknownArgumentType=false
-# pyright: reportUnknownVariableType=false
 
 from __future__ import annotations
 
@@ -14,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 import numpy as np
-import pandas as pd
+import pandas as pd  # pyright: ignore[reportMissingTypeStubs]
 import torch
 
 from pneumo_experiments.dataset.decoder_pool import DecodedImage, File, decode_all
@@ -27,12 +25,12 @@ from pneumo_experiments.scoring.thresholds import Thresholds, apply_thresholds
 from pneumo_experiments.settings import Device
 
 WEIGHTS, DESCRIPTION = "weights.pt", "model.json"
-BATCH = 16  # radiographs
-LARGEST_PX = 16_384  # side of a network's input: a damaged number must not fill the memory
+BATCH_SIZE = 16  # radiographs
+MAX_IMAGE_SIZE_PX = 16_384  # a damaged number must not exhaust the memory
 
 
 class Row(TypedDict):
-    """The model's answer to one radiograph; ``error`` is empty where all went well."""
+    """The model's output for one radiograph; ``error`` is empty on success."""
 
     image_id: str
     presence: float
@@ -43,9 +41,9 @@ class Row(TypedDict):
 
 @dataclass(frozen=True)
 class Detector:
-    """A predictor, the size of its input, its thresholds and the settings that trained it.
+    """A predictor, its input size in pixels, its thresholds and the settings that trained it.
 
-    ``seen`` are digests of the images that trained it or chose its epoch and thresholds.
+    ``seen`` holds digests of the images that trained it or chose its epoch and thresholds.
     """
 
     predictor: Predictor
@@ -56,19 +54,19 @@ class Detector:
     seen: frozenset[str] = frozenset()
 
     def detect(self, files: Iterable[File]) -> Generator[Row]:
-        """Presence and outline of each radiograph, in order; what cannot be used gives a row with its error.
+        """Presence and mask of each radiograph, in order; an unusable file has its error in its row.
 
-        Files (image id, DICOM bytes) are drawn a little ahead, decoded side by side and predicted in batches.
+        Files (image id, DICOM bytes) are read slightly ahead, decoded in parallel and predicted in batches.
         """
-        with closing(decode_all(files, self.image_size)) as found:
-            while batch := list(islice(found, BATCH)):
-                small = [one.pixels for _, one in batch if isinstance(one, DecodedImage)]
-                predictions = self.predictor.predict(np.stack(small), BATCH) if small else iter(())
-                for image_id, one in batch:
-                    if isinstance(one, DecodedImage):
-                        yield self._row(image_id, (one.rows, one.columns), next(predictions))
+        with closing(decode_all(files, self.image_size)) as decoded:
+            while batch := list(islice(decoded, BATCH_SIZE)):
+                pixels = [image.pixels for _, image in batch if isinstance(image, DecodedImage)]
+                predictions = self.predictor.predict(np.stack(pixels), BATCH_SIZE) if pixels else iter(())
+                for image_id, image in batch:
+                    if isinstance(image, DecodedImage):
+                        yield self._row(image_id, (image.rows, image.columns), next(predictions))
                     else:
-                        yield Row(image_id=image_id, presence=nan, area_px=0, rle="-1", error=str(one))
+                        yield Row(image_id=image_id, presence=nan, area_px=0, rle="-1", error=str(image))
 
     def _row(self, image_id: str, shape: tuple[int, int], prediction: Prediction) -> Row:
         mask = apply_thresholds(to_native(prediction.mask, shape), prediction.presence, self.thresholds)
@@ -81,19 +79,20 @@ class Detector:
         )
 
     def predict(self, frame: pd.DataFrame, params: Mapping[str, Any] | None = None) -> pd.DataFrame:
-        """MLflow's call: columns ``image_id`` and ``dicom`` (bytes) in, the columns of Row out."""
-        image_ids, files = frame["image_id"].tolist(), frame["dicom"].tolist()
+        """Called by MLflow: columns ``image_id`` and ``dicom`` (bytes) in, the columns of Row out."""
+        columns: Any = frame  # pandas has no type stubs
+        image_ids, files = columns["image_id"].tolist(), columns["dicom"].tolist()
         pairs = ((str(i), bytes(f)) for i, f in zip(image_ids, files, strict=True))
         return pd.DataFrame(list(self.detect(pairs)), columns=list(Row.__annotations__))
 
 
 def save(folder: Path, detector: Detector) -> None:
-    """Writes weights and description into an existing folder; raises UserError where it has no room."""
+    """Writes weights and description into an existing folder; raises UserError when the disk is full."""
     try:
         torch.save(detector.predictor.network.state_dict(), folder / WEIGHTS)
-    except RuntimeError as error:  # torch's, where the disk is full
+    except RuntimeError as error:  # torch raises it when the disk is full
         raise UserError(
-            f"{folder}: has no room for the model; make some, or name another place in TMPDIR"
+            f"{folder}: has no room for the model; free some, or name another folder in TMPDIR"
         ) from error
     description = {
         "image_size": detector.image_size,
@@ -107,61 +106,61 @@ def save(folder: Path, detector: Detector) -> None:
 
 
 def load(folder: Path) -> Detector:
-    """The detector that save wrote, on the best device that is there.
+    """The detector that ``save`` wrote, on the best available device.
 
-    Raises UserError where something of it is missing or damaged.
+    Raises UserError when a file is missing or damaged.
     """
     for path in (folder / DESCRIPTION, folder / WEIGHTS):
-        if path.exists() and not path.is_file():  # a device has no end, a pipe no beginning
-            raise _damaged(path, FileNotFoundError("no file"))
+        if path.exists() and not path.is_file():  # reading a device or pipe would never end
+            raise _damaged(path, FileNotFoundError("not a regular file"))
     try:
-        made = _described(json.loads((folder / DESCRIPTION).read_text(encoding="utf-8")))
+        fields = _parse(json.loads((folder / DESCRIPTION).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, LookupError, OverflowError, RecursionError) as error:
         raise _damaged(folder / DESCRIPTION, error) from error
-    settings, path = made["settings"], folder / WEIGHTS
+    settings, path = fields["settings"], folder / WEIGHTS
     network = PneumothoraxNet(settings["network"])
     try:
         network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    except Exception as error:  # whatever damaged bytes make the reader raise
+    except Exception as error:  # damaged bytes raise errors of many types
         raise _damaged(path, error) from error
-    # Not timed anew: the thresholds suit the answers in this format.
-    compute = choose_compute_for(made.pop("precision"), Device())
-    return Detector(predictor=Predictor(network, compute, settings["tta_flip"]), **made)
+    # The recorded format, not the fastest: the thresholds were chosen on predictions in it.
+    compute = choose_compute_for(fields.pop("precision"), Device())
+    return Detector(predictor=Predictor(network, compute, settings["tta_flip"]), **fields)
 
 
-def _described(found: Any) -> dict[str, Any]:
-    """What a description holds, by the names of Detector's fields; raises many errors where it is damaged."""
-    settings = dict(_checked(found["settings"], dict))
+def _parse(description: Any) -> dict[str, Any]:
+    """Detector's fields from a description; raises errors of several types when it is damaged."""
+    settings = dict(_require(description["settings"], dict))
     if settings["network"] not in NETWORKS:
         raise ValueError(f"unknown network {str(settings['network'])[:40]}")
-    for name in ("fold", "holdout", "folds", "split_seed"):  # score makes the model's split from these
-        _checked(settings[name], str if name == "fold" else (int, float))
+    for name in ("fold", "holdout", "folds", "split_seed"):  # score recreates the model's split from these
+        _require(settings[name], str if name == "fold" else (int, float))
     if not isinstance(settings["tta_flip"], bool):
         raise TypeError("tta_flip is neither true nor false")
     thresholds = {
-        name: _checked(value, int if name == "min_area_px" else (int, float))
-        for name, value in _checked(found["thresholds"], dict).items()
+        name: _require(value, int if name == "min_area_px" else (int, float))
+        for name, value in _require(description["thresholds"], dict).items()
     }
-    image_size = _checked(found["image_size"], int)
-    if not 1 <= image_size <= LARGEST_PX:
-        raise ValueError("image_size is no number of pixels")
-    precision = found.get("precision", "auto")
+    image_size = _require(description["image_size"], int)
+    if not 1 <= image_size <= MAX_IMAGE_SIZE_PX:
+        raise ValueError("image_size is out of range")
+    precision = description.get("precision", "auto")
     if precision not in ("auto", "fp32", *FORMATS):
         raise ValueError("unknown precision")
     return {
         "image_size": image_size,
         "thresholds": Thresholds(**thresholds),
         "settings": settings,
-        "data_fingerprint": _checked(found["data_fingerprint"], str),
+        "data_fingerprint": _require(description["data_fingerprint"], str),
         "precision": precision,
-        "seen": frozenset(_checked(text, str) for text in _checked(found.get("seen", []), list)),
+        "seen": frozenset(_require(text, str) for text in _require(description.get("seen", []), list)),
     }
 
 
-def _checked(value: Any, kind: type | tuple[type, ...]) -> Any:
-    """The value itself; raises TypeError where it is of another kind."""
-    if not isinstance(value, kind) or isinstance(value, bool):
-        raise TypeError(f"{type(value).__name__} in a wrong place")
+def _require(value: Any, expected: type | tuple[type, ...]) -> Any:
+    """The value itself; raises TypeError when it has another type."""
+    if not isinstance(value, expected) or isinstance(value, bool):
+        raise TypeError(f"unexpected {type(value).__name__}")
     return value
 
 

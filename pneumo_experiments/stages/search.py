@@ -44,7 +44,7 @@ def search(settings: Search) -> SearchResult:
         drawn = np.random.default_rng(settings.recipe.seed).permutation(parts.train)
         compute = choose_compute(settings.compute)
         chosen = Subset(dataset, np.sort(drawn[: settings.study.search_images or len(drawn)]))
-        examples = chosen.examples(settings.recipe.batches.cache, compute)
+        examples = chosen.training_data(settings.recipe.batches.cache, compute)
         start = build(
             settings.recipe.network.network, settings.recipe.network.weights, settings.recipe.seed
         )  # every trial trains a copy

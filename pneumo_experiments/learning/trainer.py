@@ -1,0 +1,174 @@
+"""One optimizer step at a time: gradients in pieces, mixed precision, schedule and moving average."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from contextlib import nullcontext
+from itertools import pairwise
+from typing import Any, TypedDict
+
+import torch
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
+
+from pneumo_experiments.errors import UserError
+from pneumo_experiments.learning import distributed
+from pneumo_experiments.learning.averaging import MovingAverage
+from pneumo_experiments.learning.device import ComputeConfig
+from pneumo_experiments.learning.loader import Batch, count_batches
+from pneumo_experiments.learning.loss import RunningMeans, criterion
+from pneumo_experiments.learning.network import PneumothoraxNet
+from pneumo_experiments.learning.schedule import lr_factor, parameter_groups
+from pneumo_experiments.settings import Recipe
+
+
+class State(TypedDict):
+    """Everything that changes with a step, as tensors and numbers."""
+
+    network: dict[str, Any]
+    optimizer: dict[str, Any]
+    scaler: dict[str, Any]
+    average: dict[str, Any] | None
+    pretrained: list[str]
+    steps: int
+    micro_batch: int
+
+
+class Trainer:
+    """A network with its optimizer, learning rate schedule, gradient scaler and moving average."""
+
+    def __init__(self, network: PneumothoraxNet, recipe: Recipe, steps: int, compute: ComputeConfig) -> None:
+        """``steps`` is the number of steps of the whole training, over which the schedule runs."""
+        self.network, self.recipe, self.compute = network, recipe, compute
+        self.ddp = distributed.wrap_ddp(network)
+        self.forward = torch.compile(self.ddp) if recipe.network.compile else self.ddp
+        self.total_steps = steps
+        self.micro_batch = recipe.batches.micro_batch or recipe.batches.batch_size
+        self.optimizer = torch.optim.AdamW(
+            parameter_groups(network, recipe),
+            lr=recipe.optimizer.learning_rate,
+            weight_decay=recipe.optimizer.weight_decay,
+            fused=compute.device.type != "mps",
+        )
+        self.schedule = self._schedule_after(0)
+        # In every format: it skips steps without a finite gradient, and the host need not wait to know.
+        self.scaler = torch.amp.GradScaler(
+            compute.device.type,
+            init_scale=2.0**16 if compute.precision == "fp16" else 1.0,
+        )
+        self.average = MovingAverage(network, recipe.optimizer.ema) if recipe.optimizer.ema > 0 else None
+
+    @property
+    def steps(self) -> int:
+        """Number of steps done."""
+        return self.schedule.last_epoch
+
+    def step(self, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
+        """One optimizer step; the batch's loss terms, and whether its gradient was finite, on the device."""
+        while True:
+            try:
+                terms = self._backward(batch)
+                break
+            except RuntimeError as error:
+                self._halve_micro_batch(error)
+        self.scaler.unscale_(self.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(
+            self.network.parameters(), self.recipe.optimizer.clip_norm or math.inf
+        )
+        self.scaler.step(self.optimizer)  # pyright: ignore[reportUnknownMemberType]
+        # It halves its scale after each skipped step. Only fp16 needs a scale, which may grow again.
+        self.scaler.update(None if self.compute.precision == "fp16" else 1.0)
+        self.schedule.step()
+        if self.average is not None:
+            self.average.update(self.network)
+        return terms, torch.isfinite(norm)
+
+    def _backward(self, batch: Batch) -> dict[str, Tensor]:
+        """Gradients of the batch's mean loss, in equal pieces of at most ``micro_batch`` images."""
+        self.optimizer.zero_grad(set_to_none=True)
+        means = RunningMeans()
+        pieces = _pieces(len(batch.images), batch.size, self.micro_batch)
+        for rows in pieces:
+            images = batch.images[rows].contiguous(memory_format=torch.channels_last)
+            # Processes exchange gradients only in the last piece.
+            with nullcontext() if rows is pieces[-1] else distributed.no_sync(self.ddp):
+                try:
+                    with self.compute.autocast():
+                        output = self.forward(images)
+                except ValueError as error:  # batch norm of DeepLab's pooled features
+                    raise UserError(
+                        f"batch_size={self.recipe.batches.batch_size}: {self.recipe.network.network}"
+                        " cannot train on a single image; choose another batch_size or micro_batch"
+                    ) from error
+                terms = criterion(output, batch.targets[rows], batch.present[rows], self.recipe)
+                # DDP averages gradients over the processes: the result must be that of the whole batch.
+                loss = terms["loss"] * (len(images) * distributed.world_size() / batch.size)
+                if distributed.world_size() > 1:
+                    # DDP waits for the gradient of every parameter, also of a head whose loss has no weight.
+                    loss = loss + 0 * sum(logits.mean() for logits in output)
+                self.scaler.scale(loss).backward()  # pyright: ignore[reportUnknownMemberType]
+            means.add(terms, len(images))
+        return means.tensors()
+
+    def _halve_micro_batch(self, error: RuntimeError) -> None:
+        """Halves ``micro_batch`` after the memory ran out; re-raises any other error."""
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise error
+        if distributed.world_size() > 1:  # the other processes wait for this piece's gradients
+            raise UserError(
+                f"micro_batch={self.recipe.batches.micro_batch}: the memory ran out with"
+                f" {self.micro_batch} images per process at once; set a smaller one and train again"
+            ) from None
+        if self.micro_batch == 1:
+            raise UserError(
+                "micro_batch=1: the memory is too small even for one image; choose a smaller image_size"
+                " or network"
+            ) from None
+        self.micro_batch = -(-self.micro_batch // 2)
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.compute.device.type == "cuda":
+            torch.cuda.empty_cache()
+        warnings.warn(
+            f"the memory ran out: continuing with micro_batch={self.micro_batch} images at once;"
+            f" a step still takes batch_size={self.recipe.batches.batch_size}",
+            stacklevel=2,
+        )
+
+    def _schedule_after(self, steps: int) -> LambdaLR:
+        return LambdaLR(
+            self.optimizer,
+            lambda step: lr_factor(self.recipe, min(1.0, step / self.total_steps)),
+            last_epoch=steps - 1,
+        )
+
+    def state(self) -> State:
+        """Everything that changes with a step, as tensors and numbers."""
+        return {
+            "network": self.network.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "average": self.average.network.state_dict() if self.average else None,
+            "pretrained": sorted(self.network.pretrained),
+            "steps": self.steps,
+            "micro_batch": self.micro_batch,
+        }
+
+    def load(self, state: State) -> None:
+        """Continues from a ``state``; raises errors of several types when it does not fit."""
+        self.network.load_state_dict(state["network"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.schedule = self._schedule_after(state["steps"])
+        self.micro_batch = min(self.micro_batch, state["micro_batch"])
+        if self.average is not None:
+            self.average.network.load_state_dict(state["average"] or {})
+            self.average.steps = self.steps
+
+
+def _pieces(count: int, batch_size: int, micro_batch: int) -> list[slice]:
+    """Slices of this process's ``count`` images of a batch; the same number of slices in each process."""
+    most = -(-batch_size // distributed.world_size())
+    pieces = min(count_batches(most, micro_batch), batch_size // distributed.world_size())
+    ends = [count * number // pieces for number in range(pieces + 1)]
+    return [slice(start, end) for start, end in pairwise(ends)]
