@@ -22,7 +22,7 @@ from mlflow import MlflowClient
 
 from pneumo_experiments import cli
 from pneumo_experiments.errors import UserError, reason_of
-from pneumo_experiments.learning.checkpoint import Checkpoint, held
+from pneumo_experiments.learning.checkpoint import Checkpoint, lock_checkpoints
 from pneumo_experiments.learning.device import ComputeConfig
 from pneumo_experiments.learning.network import PneumothoraxNet
 from pneumo_experiments.learning.predict import Predictor
@@ -88,7 +88,7 @@ def test_a_model_names_the_folder_without_room(tmp_path: Path) -> None:
 
 def test_checkpoints_that_cannot_be_held_do_not_end_a_training(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with held([Checkpoint(tmp_path / "file" / "a"), Checkpoint(tmp_path / "b")]):
+    with lock_checkpoints([Checkpoint(tmp_path / "file" / "a"), Checkpoint(tmp_path / "b")]):
         assert (tmp_path / "b" / ".lock").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 

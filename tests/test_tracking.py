@@ -27,10 +27,10 @@ from test_outage import Server
 from pneumo_experiments import interrupts, tracking
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.settings import Preprocess, Register, Sample, Score, Search, Train
-from pneumo_experiments.tracking import delivery
+from pneumo_experiments.tracking import context
 from pneumo_experiments.tracking.processes import is_dead, process_tags
 
-PATIENCE_SECONDS = 60
+TIMEOUT_SECONDS = 60  # reached only by a hang
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def test_a_password_in_a_setting_is_not_a_param(store: Store) -> None:
 @pytest.mark.parametrize(
     ("error", "status"),
     [
-        (UserError("a: is wrong; mend it"), "FAILED"),
+        (UserError("a: is wrong; fix it"), "FAILED"),
         (RuntimeError("a bug"), "FAILED"),
         (KeyboardInterrupt(), "KILLED"),
         (interrupts.Terminated(), "KILLED"),
@@ -119,13 +119,13 @@ def test_a_run_ends_as_its_step_does(store: Store, error: BaseException, status:
         raise error
     assert store.statuses() == {"main": status, "sample": status}
     mistakes = [run.data.tags.get("error") for run in store.runs().values()]
-    assert mistakes == (["a: is wrong; mend it"] * 2 if isinstance(error, UserError) else [None] * 2)
+    assert mistakes == (["a: is wrong; fix it"] * 2 if isinstance(error, UserError) else [None] * 2)
 
 
 def test_a_child_that_fails_leaves_its_parent_alive(store: Store) -> None:
     with tracking.run("main", Sample()):
         with pytest.raises(UserError), tracking.run("sample", Sample()):
-            raise UserError("a: is wrong; mend it")
+            raise UserError("a: is wrong; fix it")
         assert store.statuses() == {"main": "RUNNING", "sample": "FAILED"}
     assert store.statuses()["main"] == "FINISHED"
 
@@ -262,15 +262,13 @@ def test_the_champion_is_the_better_model_on_the_same_images(store: Store) -> No
     champions = [version.champion for version in asked]
     assert champions == [True, False, True, False, False, False, False]
     assert [version.number for version in asked] == ["1", "2", "3", "4", "5", "6", "7"]
-    where = "on 48 holdout images (aaaaaaaa)"
-    assert asked[0].reason == (
-        f"the first champion: Dice 0.8000 {where} is above the all-empty baseline 0.7500"
-    )
-    assert asked[1].reason == (
-        f"Dice 0.7700 {where} is not better than the champion's 0.8000 on the same images"
-    )
-    assert "the champion, version 3, was not scored on these images" in asked[4].reason
-    assert asked[5].reason.startswith("no score on images that are new to it")
+    images = "48 holdout images (aaaaaaaa)"
+    for text in ("first champion", "0.8000", images, "above the all-empty baseline 0.7500"):
+        assert text in asked[0].reason
+    for text in ("0.7700", images, "not better than the champion's 0.8000"):
+        assert text in asked[1].reason
+    assert "the champion, version 3, was not scored" in asked[4].reason
+    assert "no score on unseen images" in asked[5].reason
     held = store.client.get_model_version_by_alias("lungs", "champion")
     assert str(held.version) == "3"
     assert held.source == better
@@ -282,7 +280,7 @@ def test_the_champion_is_the_better_model_on_the_same_images(store: Store) -> No
     assert "better than the champion's 0.8000" in held.description
     forced = registered(worse, promote="always")
     assert forced.champion
-    assert forced.reason.startswith("promote=always, although: Dice 0.7700")
+    assert forced.reason.startswith("promote=always, although: ")
     assert str(store.client.get_model_version_by_alias("lungs", "champion").version) == "8"
 
 
@@ -301,7 +299,7 @@ def test_two_models_compare_on_any_images_that_both_were_scored_on(store: Store)
 
 
 @pytest.mark.parametrize("subset", ["train", "validation", "all"])
-def test_scores_on_images_that_a_model_knows_are_no_evidence(store: Store, subset: str) -> None:
+def test_scores_on_images_that_a_model_has_seen_do_not_count(store: Store, subset: str) -> None:
     first, second = logged(store, 0.8), logged(store, None)
     assert registered(first).champion
     evaluated(second, 0.99, HOLDOUT, subset)
@@ -313,12 +311,9 @@ def test_a_model_at_the_baseline_or_without_a_score_is_no_first_champion(
     store: Store, dice: float | None
 ) -> None:
     version = registered(logged(store, dice))
-    reason = (
-        "no score on images"
-        if dice is None
-        else f"Dice {dice:.4f} on 48 holdout images (aaaaaaaa) is not above"
-    )
-    assert (version.champion, version.reason[: len(reason)]) == (False, reason)
+    assert not version.champion
+    assert ("no score" if dice is None else f"Dice {dice:.4f}") in version.reason
+    assert ("not above" in version.reason) == (dice is not None)
     assert store.client.get_registered_model("lungs").aliases == {}
 
 
@@ -333,16 +328,16 @@ def test_scores_and_their_table_outlast_an_outage_and_arrive_once_though_they_ar
 ) -> None:
     model, rows = logged(store, None), [("a", 0.5), ("b", 1.0)]
     with tracking.run("score", Score()) as run_id:
-        box = delivery.current()
+        client = context.active_client()
         with monkeypatch.context() as patch:
-            patch.setattr(box, "_next_attempt", float("inf"))  # as after an attempt that found the store away
+            patch.setattr(client, "_next_attempt", float("inf"))  # as after a failed attempt
             facts = {"subset": "holdout", "images": 2, "dice_baseline": 0.5}
             tracking.log_scores({"dice": 0.75}, model, Path("siim.h5"), HOLDOUT, facts)
             tracking.log_table(("image_id", "dice"), rows, "scores")
         assert store.client.get_run(run_id).data.metrics == {}
-        for line in box.file.read_text().splitlines():  # the answer to the first attempt was lost
-            box.keep(**json.loads(line))
-        assert box.flush()
+        for line in client.file.read_text().splitlines():  # the response to the first attempt was lost
+            client.buffer(**json.loads(line))
+        assert client.flush()
     found = store.client.get_logged_model(model.removeprefix("models:/"))
     metrics = [(m.key, m.value, m.dataset_name, m.dataset_digest) for m in found.metrics or []]
     assert metrics == [("dice", 0.75, "siim holdout", HOLDOUT)]
@@ -363,22 +358,21 @@ def test_the_best_model_is_the_one_with_the_highest_dice_on_one_set_of_images(st
             return tracking.best_model("lungs")
 
     unscored = logged(store, None)
-    with pytest.raises(UserError, match="model=best: no model of this experiment was scored"):
+    with pytest.raises(UserError, match="model=best: no model"):
         best()
     evaluated(unscored, 0.99, HOLDOUT, "train")
-    with pytest.raises(UserError, match="model=best: no model of this experiment was scored"):
+    with pytest.raises(UserError, match="model=best: no model"):
         best()
     first, highest, other = logged(store, 0.8), logged(store, 0.9), logged(store, None)
-    assert best() == (highest, "best of 2 scored on the 48 holdout images (aaaaaaaa) which were scored last")
+    images = "48 holdout images (aaaaaaaa)"
+    assert best() == (highest, f"best of 2 models scored on {images}, the images scored last")
     evaluated(other, 0.95, EXTERNAL, "external")
     assert best()[0] == highest
     evaluated(other, 0.95, "c" * 32, "holdout")
-    assert best() == (other, "best of 1 scored on the 48 holdout images (cccccccc) which were scored last")
+    assert best()[0] == other
+    assert "best of 1 models scored on 48 holdout images (cccccccc)" in best()[1]
     assert registered(first).champion
-    assert best() == (
-        highest,
-        "best of 2 scored on the 48 holdout images (aaaaaaaa) by which the champion was registered",
-    )
+    assert best() == (highest, f"best of 2 models scored on {images}, the champion's images")
 
 
 # Versions that are registered at the same time
@@ -388,7 +382,7 @@ def register_at_once(uri: str, model: str, name: str, start: Barrier) -> None:
     """What each of several processes does."""
     mlflow.set_tracking_uri(uri)
     with tracking.run("register", Register()):
-        start.wait(PATIENCE_SECONDS)
+        start.wait(TIMEOUT_SECONDS)
         tracking.register_model(model, name, "auto", {})
 
 
@@ -402,7 +396,7 @@ def race(models: Sequence[str], name: str) -> None:
     for racer in racers:
         racer.start()
     for racer in racers:
-        racer.join(PATIENCE_SECONDS)
+        racer.join(TIMEOUT_SECONDS)
     assert [racer.exitcode for racer in racers] == [0] * len(racers)
 
 
@@ -435,15 +429,15 @@ def test_of_versions_registered_at_once_on_a_server_the_best_is_the_champion(
         server.kill()
 
 
-def test_a_version_that_was_never_decided_holds_up_no_other_for_good(
+def test_a_version_that_is_never_decided_does_not_block_others_forever(
     store: Store, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = logged(store, 0.8)
     store.client.create_registered_model("lungs")
     store.client.create_model_version("lungs", model, tags={"deciding": "true"})  # its process was killed
-    monkeypatch.setattr("pneumo_experiments.tracking.registry.TURN_SECONDS", 0)
+    monkeypatch.setattr("pneumo_experiments.tracking.registry.PENDING_SECONDS", 0)
     assert registered(model).champion
-    assert "lungs version 1 was never decided: going on without it" in caplog.text
+    assert "lungs version 1 was never decided" in caplog.text
     assert registered(model).number == "3"
     assert caplog.text.count("never decided") == 1
 
@@ -470,7 +464,7 @@ STOPS = ("ctrl-c", "sigterm", "kill", "kill the starter")
 
 
 def wait_until(answer: Callable[[], bool]) -> None:
-    end = time.monotonic() + PATIENCE_SECONDS
+    end = time.monotonic() + TIMEOUT_SECONDS
     while not answer():
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.1)
@@ -517,7 +511,7 @@ def stopped(fresh_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
 
     try:
         wait_until(all_stopped)
-        errors = {how: each.communicate(timeout=PATIENCE_SECONDS)[1] for how, each in processes.items()}
+        errors = {how: each.communicate(timeout=TIMEOUT_SECONDS)[1] for how, each in processes.items()}
         yield {
             how: Stopped(stores[how], processes[how].returncode, errors[how], workers[how]) for how in STOPS
         }
@@ -568,4 +562,4 @@ def test_the_run_that_mlflow_run_made_is_taken_and_its_params_stay(stopped: dict
 def test_no_worker_outlives_its_command(how: str, stopped: dict[str, Stopped]) -> None:
     workers = stopped[how].workers
     assert workers
-    assert psutil.wait_procs(workers, timeout=PATIENCE_SECONDS)[1] == []
+    assert psutil.wait_procs(workers, timeout=TIMEOUT_SECONDS)[1] == []

@@ -205,6 +205,6 @@ def log_overlays(
         image = some.dataset.images(np.array([index]))[0]
         areas = f"truth {np.count_nonzero(truth):,} px, predicted {np.count_nonzero(mask):,} px"
         drawn.append(overlay(image, truth, mask, f"{name} Dice {dices[place]:.2f}, {areas}".strip()))
-        tracking.log_picture(drawn[-1], f"overlays/{len(drawn):02}.png")
-    tracking.log_picture(contact_sheet(drawn, columns=2), "overlays.png")
+        tracking.log_image(drawn[-1], f"overlays/{len(drawn):02}.png")
+    tracking.log_image(contact_sheet(drawn, columns=2), "overlays.png")
     return f"{tracking.artifacts_of_active_run()}/overlays.png"

@@ -32,7 +32,7 @@ def log_first_batch(
     truths = (batch.targets[:SHOWN] >= 0.5).cpu().numpy()
     pairs = zip(greys, truths, strict=True)
     drawn = [overlay(grey, truth, None, f"annotated {truth.mean():.1%}", 256) for grey, truth in pairs]
-    tracking.log_picture(contact_sheet(drawn, columns=3), "first_batch.png")
+    tracking.log_image(contact_sheet(drawn, columns=3), "first_batch.png")
 
 
 @dataclass(frozen=True)

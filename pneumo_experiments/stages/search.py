@@ -96,7 +96,7 @@ def search(settings: Search) -> SearchResult:
 
 def _study(settings: Search, fingerprint: str) -> optuna.Study:
     storage = None if settings.storage in ("", NONE) else settings.storage
-    tracking.check_address("storage", settings.storage)
+    tracking.check_server("storage", settings.storage)
     try:
         study = optuna.create_study(
             study_name=settings.study,

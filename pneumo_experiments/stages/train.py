@@ -100,6 +100,7 @@ def train(settings: Train, keep: bool = False) -> TrainResult:
             trained = _train_all(settings, None)
         else:
             tracking.open_store()  # says at once if it does not
+            tracking.end_with_mlflow_run()  # the processes of the training end with this one
             trained = launch(settings.processes, _member, settings, tracking.active_run())
         # Only now: a fold that has ended is not trained again when a later one is interrupted.
         for checkpoint in [] if keep else checkpoints:
@@ -119,8 +120,7 @@ def _member(settings: Train, parent: str | None) -> TrainResult:
     """What each of the processes does; the first one speaks for all."""
     if distributed.is_main_process():
         return _train_all(settings, parent)
-    tracking.be_silent()
-    with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):
+    with tracking.disabled(), Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):
         return _train_all(settings, parent)
 
 
@@ -207,7 +207,7 @@ def _train(name: str, settings: Train, parent: str | None) -> tuple[TrainResult,
         chosen_by = {"best_epoch": next(iter(progress.dices)), "averaged_epochs": len(kept)}
         tracking.log_params(chosen_by | asdict(thresholds) | scores.as_facts("val_"))
         curves = learning_curves(progress.history, scores.dice_baseline)
-        tracking.log_picture(curves, "learning_curves.png")
+        tracking.log_image(curves, "learning_curves.png")
         log_overlays(validation, counts, predictor, thresholds, settings.overlays)
         seen = digests(validation) | digests(Subset(dataset, parts.train))
         detector = Detector(
