@@ -1,15 +1,14 @@
 """Addresses of stores and artifacts: the files and servers they name, and the passwords to hide."""
-# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false, reportUnknownVariableType=false
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from urllib.parse import unquote, unquote_plus, urlsplit
 
-from mlflow.utils.file_utils import local_file_uri_to_path
-from mlflow.utils.uri import is_local_uri
+from mlflow.utils.file_utils import local_file_uri_to_path  # pyright: ignore[reportUnknownVariableType]
+from mlflow.utils.uri import is_local_uri  # pyright: ignore[reportUnknownVariableType]
 from sqlalchemy import make_url
 from sqlalchemy.exc import ArgumentError
 
@@ -106,8 +105,11 @@ def escape_surrogates(value: Any) -> Any:
         case str():
             return value.encode("utf-8", "backslashreplace").decode()
         case dict():
-            return {escape_surrogates(name): escape_surrogates(each) for name, each in value.items()}
+            return {
+                escape_surrogates(name): escape_surrogates(each)
+                for name, each in cast("dict[Any, Any]", value).items()
+            }
         case list() | tuple():
-            return [escape_surrogates(each) for each in value]
+            return [escape_surrogates(each) for each in cast("list[Any]", value)]
         case _:
             return value

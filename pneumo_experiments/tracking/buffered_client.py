@@ -1,5 +1,4 @@
 """Sends calls to a store that may be unreachable for a while: they are then buffered in a file, in order."""
-# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false, reportUnknownVariableType=false
 
 from __future__ import annotations
 

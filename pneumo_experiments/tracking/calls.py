@@ -2,8 +2,6 @@
 
 All are idempotent: a call whose response was lost is sent again.
 """
-# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false, reportUnknownVariableType=false
-# pyright: reportUnknownArgumentType=false
 
 from __future__ import annotations
 
@@ -85,7 +83,7 @@ def dataset(run_id: str, description: Mapping[str, Any], context: str) -> None:
 
 def artifact(run_id: str, path: str, folder: str) -> None:
     """Logs a file as artifact of a run, in a folder of the artifacts ("" for the top)."""
-    MlflowClient().log_artifact(run_id, path, folder or None)
+    MlflowClient().log_artifact(run_id, path, folder or None)  # pyright: ignore[reportUnknownMemberType]
 
 
 def model(run_id: str, path: str, requirements: Sequence[str]) -> str:
@@ -93,14 +91,18 @@ def model(run_id: str, path: str, requirements: Sequence[str]) -> str:
     active = mlflow.active_run()
     is_active = active is not None and active.info.run_id == run_id
     with nullcontext() if is_active else mlflow.start_run(run_id, nested=True), _without_example_warning():
-        info = mlflow.pyfunc.log_model(name="pneumothorax", **_pyfunc_of(path, requirements))
+        info = mlflow.pyfunc.log_model(  # pyright: ignore[reportUnknownMemberType]
+            name="pneumothorax", **_pyfunc_of(path, requirements)
+        )
     return str(info.model_uri)
 
 
 def save_model(folder: Path, path: str, requirements: Sequence[str]) -> None:
     """Saves the same model as a new local folder; what serving.save wrote is in its ``data``."""
     with _without_example_warning():
-        mlflow.pyfunc.save_model(str(folder), **_pyfunc_of(path, requirements))
+        mlflow.pyfunc.save_model(  # pyright: ignore[reportUnknownMemberType]
+            str(folder), **_pyfunc_of(path, requirements)
+        )
 
 
 @contextmanager

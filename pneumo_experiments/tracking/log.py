@@ -1,6 +1,4 @@
 """Logs metrics, params, tags and artifacts of the active run; does nothing in a helper process."""
-# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false, reportUnknownVariableType=false
-# pyright: reportUnknownArgumentType=false, reportPrivateUsage=false
 
 from __future__ import annotations
 
@@ -11,15 +9,20 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, cast
 
 import mlflow
 import numpy as np
 from mlflow.data.meta_dataset import MetaDataset
-from mlflow.data.sources import LocalArtifactDatasetSource  # pyright: ignore[reportAttributeAccessIssue]  # made at run time
-from mlflow.store.artifact.artifact_repo import verify_artifact_path
+from mlflow.data.sources import (
+    LocalArtifactDatasetSource,  # pyright: ignore[reportAttributeAccessIssue, reportUnknownVariableType]
+)
+from mlflow.store.artifact.artifact_repo import verify_artifact_path  # pyright: ignore[reportUnknownVariableType]
 from mlflow.utils.mlflow_tags import MLFLOW_LOGGED_ARTIFACTS
-from mlflow.utils.validation import _validate_metric, _validate_param
+from mlflow.utils.validation import (
+    _validate_metric,  # pyright: ignore[reportPrivateUsage, reportUnknownVariableType]
+    _validate_param,  # pyright: ignore[reportPrivateUsage, reportUnknownVariableType]
+)
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -69,8 +72,7 @@ def log_scores(
     ``identity`` (at most 36 characters) identifies images of the data set at ``path`` and their true masks.
     ``facts`` about them, among them the subset, become a tag of the model.
     """
-    source = LocalArtifactDatasetSource(str(path.resolve()))
-    images = MetaDataset(source, name=f"{path.stem} {facts['subset']}", digest=identity).to_dict()
+    images = _data_set(path, f"{path.stem} {facts['subset']}", identity)
     texts = {name: as_text(value) for name, value in facts.items()}
     model_id = model_id_of(model)
     _send("scores", values=dict(values), timestamp=now_ms(), model_id=model_id, images=images, facts=texts)
@@ -141,6 +143,9 @@ def _log_artifact(path: Path, name: str) -> None:
 
 def log_dataset(path: Path, fingerprint: str, context: str) -> None:
     """Logs the data set as an input of the active run; its digest is the start of the fingerprint."""
-    source = LocalArtifactDatasetSource(str(path.resolve()))
-    dataset = MetaDataset(source, name=path.stem, digest=fingerprint[:16])
-    _send("dataset", description=dataset.to_dict(), context=context)
+    _send("dataset", description=_data_set(path, path.stem, fingerprint[:16]), context=context)
+
+
+def _data_set(path: Path, name: str, digest: str) -> dict[str, Any]:
+    source = cast("Any", LocalArtifactDatasetSource(str(path.resolve())))
+    return MetaDataset(source, name=name, digest=digest).to_dict()

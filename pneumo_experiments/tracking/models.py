@@ -1,5 +1,4 @@
 """Logged models: how train logs one, and how score and register read one."""
-# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false, reportUnknownVariableType=false
 
 from __future__ import annotations
 

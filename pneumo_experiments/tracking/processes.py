@@ -1,5 +1,4 @@
 """Processes and their runs: ends runs whose process died, and this process when `mlflow run` dies."""
-# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false, reportUnknownVariableType=false
 
 from __future__ import annotations
 

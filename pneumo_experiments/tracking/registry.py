@@ -1,6 +1,4 @@
 """The model registry: registers versions and decides which one is the champion."""
-# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false, reportUnknownVariableType=false
-# pyright: reportUnknownArgumentType=false
 
 from __future__ import annotations
 
@@ -102,7 +100,8 @@ def register_model(address: str, name: str, promote: str, tags: Mapping[str, str
     # By model id: a runs:/ address would register the run's last model.
     source = f"models:/{model_id}" if model_id else address
     try:
-        number = str(mlflow.register_model(source, name, tags=dict(tags) | {PENDING_TAG: "true"}).version)
+        new = mlflow.register_model(source, name, tags=dict(tags) | {PENDING_TAG: "true"})  # pyright: ignore[reportUnknownMemberType]
+        number = str(new.version)
     except MlflowException as error:
         reason = str(error).split("\n")[0]
         raise UserError(f"name={name}: cannot be registered ({reason}); use letters and digits") from error

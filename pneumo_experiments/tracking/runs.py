@@ -1,6 +1,4 @@
 """Runs: starts, resumes and ends them."""
-# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false, reportUnknownVariableType=false
-# pyright: reportUnknownArgumentType=false, reportPrivateUsage=false
 
 from __future__ import annotations
 
@@ -13,7 +11,7 @@ import mlflow
 from mlflow import MlflowClient
 from mlflow.environment_variables import MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING
 from mlflow.exceptions import MlflowException
-from mlflow.tracking.fluent import _active_run_stack
+from mlflow.tracking.fluent import _active_run_stack  # pyright: ignore[reportPrivateUsage]
 
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.settings import as_params
@@ -101,7 +99,7 @@ def _end(client: BufferedClient, run_id: str, status: str) -> None:
         client.send_or_buffer("end", run_id=run_id, status=status, end_time=now_ms())
     finally:
         # The rest of mlflow.end_run, which would also wait minutes for an unreachable store.
-        _active_run_stack.get().pop()
+        _active_run_stack.get().pop()  # pyright: ignore[reportUnknownMemberType]
         os.environ.pop("MLFLOW_RUN_ID", None)
 
 

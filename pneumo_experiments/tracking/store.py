@@ -1,6 +1,4 @@
 """The tracking store: opens it, and creates a new one."""
-# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false, reportUnknownVariableType=false
-# pyright: reportPrivateUsage=false
 
 from __future__ import annotations
 
@@ -13,7 +11,9 @@ import mlflow
 from filelock import FileLock
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
-from mlflow.tracking._tracking_service.utils import _get_store
+from mlflow.tracking._tracking_service.utils import (
+    _get_store,  # pyright: ignore[reportPrivateUsage, reportUnknownVariableType]
+)
 
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.tracking.addresses import (
@@ -64,8 +64,9 @@ def _experiment() -> str:
     file = database_file(mlflow.get_tracking_uri())
     if file and mlflow.get_experiment_by_name(name) is None:
         # By default the artifacts would be stored in the working directory of the first process.
-        mlflow.create_experiment(name, artifact_location=(file.parent / "mlruns").as_uri())
-    return mlflow.set_experiment(name).experiment_id
+        location = (file.parent / "mlruns").as_uri()
+        mlflow.create_experiment(name, artifact_location=location)  # pyright: ignore[reportUnknownMemberType]
+    return mlflow.set_experiment(name).experiment_id  # pyright: ignore[reportUnknownMemberType]
 
 
 def _set_kind(experiment_id: str) -> None:

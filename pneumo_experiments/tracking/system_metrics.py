@@ -1,6 +1,4 @@
 """System metrics of a run: CPU, memory, disk, network and GPU."""
-# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false, reportUnknownVariableType=false
-# pyright: reportUnknownArgumentType=false
 
 from __future__ import annotations
 
@@ -9,6 +7,7 @@ import time
 from collections.abc import Generator
 from contextlib import contextmanager
 from threading import Event, Thread
+from typing import Any
 
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
@@ -29,7 +28,7 @@ def log_system_metrics(client: BufferedClient, run_id: str, started_ms: int) -> 
     end at the first sample that cannot be sent.
     """
     logging.getLogger("mlflow.system_metrics").setLevel(logging.CRITICAL)  # it warns of each missing value
-    monitor = SystemMetricsMonitor(run_id, sampling_interval=INTERVAL_SECONDS)
+    monitor: Any = SystemMetricsMonitor(run_id, sampling_interval=INTERVAL_SECONDS)
     stop = Event()
 
     def sample() -> None:
