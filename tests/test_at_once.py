@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from conftest import ROOT
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from samples import stored_sample
+from test_outage import TIMEOUT_SECONDS, wait_until
 
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.learning.checkpoint import Checkpoint
@@ -28,8 +28,6 @@ from pneumo_experiments.stages import main
 from pneumo_experiments.stages.preprocess import preprocess
 from pneumo_experiments.stages.train import train
 from pneumo_experiments.synthetic.files import is_sample, write_sample
-
-TIMEOUT_SECONDS = 120  # reached only by a hang
 
 
 @pytest.fixture(scope="module")
@@ -63,13 +61,6 @@ def steps_of(run: Run, metric: str = "loss") -> list[int]:
     return [found.step for found in MlflowClient().get_metric_history(run.info.run_id, metric)]
 
 
-def until(happened: Callable[[], bool], what: str) -> None:
-    end = time.monotonic() + TIMEOUT_SECONDS
-    while not happened():
-        assert time.monotonic() < end, f"not within {TIMEOUT_SECONDS} s: {what}"
-        time.sleep(0.01)
-
-
 # sample and preprocess
 
 
@@ -88,7 +79,7 @@ def test_a_second_sample_waits_for_the_first_and_takes_what_it_made(
         def go_on_when_the_second_waits() -> None:
             if not second:
                 second.append(pool.submit(write_sample, folder, 3, 1, 0, lambda: None, 1))
-                until(hears_waiting, "the second one waits")
+                wait_until(hears_waiting)
 
         assert write_sample(folder, 3, 1, 0, go_on_when_the_second_waits, 1) is True
         assert second[0].result(TIMEOUT_SECONDS) is False

@@ -39,7 +39,7 @@ TIMEOUT_SECONDS = 120  # reached only by a hang
 
 # Logs before, during and after an outage; continues at each line on stdin.
 TRAINING = """
-import sys, time
+import sys
 from pathlib import Path
 import numpy as np
 from mlflow.exceptions import MlflowException
@@ -52,12 +52,17 @@ def wait(word):
     print(word, flush=True)
     sys.stdin.readline()
 
+def count_pings(address):
+    pings.append(address)
+    ping(address)
+
+pings, ping, buffered_client.ping = [], buffered_client.ping, count_pings
 buffered_client.RETRY_SECONDS = float(sys.argv[1])
 with tracking.run("train", Train(epochs=9), system_metrics=sys.argv[2] == "sampled") as run_id:
     print(run_id)
     tracking.log_metrics({"dice": 0.1, "loss": 0.9}, step=1)
     wait("up")
-    start = time.monotonic()
+    before = len(pings)
     for step in range(2, 12):
         tracking.log_metrics({"dice": step / 10, "loss": 1 - step / 10}, step=step)
     try:
@@ -69,7 +74,7 @@ with tracking.run("train", Train(epochs=9), system_metrics=sys.argv[2] == "sampl
     tracking.log_json({"parts": [1, 2]}, "sheets/split.json")
     tracking.log_image(np.full((4, 5, 3), 200, np.uint8), "sheets/sheet.png")
     tracking.describe("What came of it.")
-    print(time.monotonic() - start)
+    print(len(pings) - before)
     try:
         with tracking.run("child", Train()):
             print("a child was made")
@@ -84,6 +89,13 @@ with tracking.run("train", Train(epochs=9), system_metrics=sys.argv[2] == "sampl
         print(tracking.log_model(folder))
 print("end")
 """
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + TIMEOUT_SECONDS
+    while not condition():
+        assert time.monotonic() < end, f"not within {TIMEOUT_SECONDS} s"
+        time.sleep(0.1)
 
 
 @dataclass
@@ -115,12 +127,9 @@ class Server:
                 stderr=out,
                 start_new_session=True,
             )
-        end = time.monotonic() + TIMEOUT_SECONDS
-        while not self.answers():
-            assert time.monotonic() < end, (self.folder / "server.log").read_text()
-            time.sleep(0.1)
+        wait_until(self.responds)
 
-    def answers(self) -> bool:
+    def responds(self) -> bool:
         try:
             return requests.get(f"{self.uri}/health", timeout=2).ok
         except requests.RequestException:
@@ -213,7 +222,7 @@ def outage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Outage]:
     try:
         server.start()
         reconnected = start(server, folder / "reconnected", "1", "sampled")
-        cut_off = start(server, folder / "cut_off", "30", "model")
+        cut_off = start(server, folder / "cut_off", "3600", "model")
         trainings = [reconnected, cut_off]
         for training in trainings:
             training.read_until("up")
@@ -296,7 +305,7 @@ def test_an_invalid_name_is_refused_during_an_outage(outage: Outage) -> None:
 
 
 def test_logging_during_an_outage_does_not_wait_for_the_server(outage: Outage) -> None:
-    assert float(outage.cut_off.lines[3]) < 30  # one attempt per call would take minutes
+    assert outage.cut_off.lines[3] == "1"  # attempt to reach it, for all calls
 
 
 def test_a_child_run_needs_the_server(outage: Outage) -> None:
@@ -747,12 +756,11 @@ def test_system_metrics_continue_in_a_resumed_run(
     client: MlflowClient, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with suppress(KeyboardInterrupt), tracking.run("train", Train(), system_metrics=True) as run_id:
-        time.sleep(1.5)
+        wait_until(lambda: len(history(client, run_id, "system/cpu_utilization_percentage")) >= 3)
         raise KeyboardInterrupt
     first = client.get_metric_history(run_id, "system/cpu_utilization_percentage")
-    assert len(first) >= 3
     with tracking.run("train", Train(), continues=run_id, system_metrics=True):
-        time.sleep(0.5)
+        pass
     both = client.get_metric_history(run_id, "system/cpu_utilization_percentage")
     assert len(both) > len(first)
     steps = [metric.step for metric in both]

@@ -1,4 +1,4 @@
-"""Runs and versions as MLflow keeps them, whatever ends the process that writes them."""
+"""Runs and model versions in MLflow, also of processes that are interrupted or killed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
@@ -22,15 +22,13 @@ import pytest
 from conftest import ROOT
 from mlflow import MlflowClient
 from mlflow.entities import Run
-from test_outage import Server
+from test_outage import TIMEOUT_SECONDS, Server, wait_until
 
 from pneumo_experiments import interrupts, tracking
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.settings import Preprocess, Register, Sample, Score, Search, Train
 from pneumo_experiments.tracking import context
 from pneumo_experiments.tracking.processes import is_dead, process_tags
-
-TIMEOUT_SECONDS = 60  # reached only by a hang
 
 
 @dataclass(frozen=True)
@@ -59,7 +57,7 @@ def fresh_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store without runs; to create one takes a second, to copy it none."""
     folder = tmp_path_factory.mktemp("store")
     with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)  # the artifacts lie beside it
+        patch.chdir(folder)  # for the artifacts
         MlflowClient(f"sqlite:///{folder / 'mlflow.db'}").search_experiments()
     return folder / "mlflow.db"
 
@@ -130,8 +128,25 @@ def test_a_child_that_fails_leaves_its_parent_alive(store: Store) -> None:
     assert store.statuses()["main"] == "FINISHED"
 
 
+def test_a_disabled_process_logs_nothing(store: Store) -> None:
+    with tracking.disabled(), tracking.run("train", Train()) as run_id:
+        tracking.log_metrics({"dice": 0.5})
+        tracking.log_json({"a": 1}, "a.json")
+        tracking.describe("Nothing.")
+        assert (run_id, tracking.active_run()) == ("", None)
+    assert store.runs() == {}
+    with tracking.run("train", Train()):
+        tracking.log_metrics({"dice": 0.5})
+    assert store.runs()["train"].data.metrics == {"dice": 0.5}
+
+
+def test_each_way_to_end_has_its_exit_code() -> None:
+    codes = [UserError.exit_code, interrupts.Interrupted.exit_code, interrupts.Terminated.exit_code]
+    assert codes == [2, 130, 143]  # as shells report a process that SIGINT or SIGTERM ended
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_kills_every_nested_run_and_a_second_one_disturbs_nothing(
+def test_a_signal_kills_every_nested_run_and_a_second_signal_is_ignored(
     store: Store, number: signal.Signals
 ) -> None:
     before = {which: signal.getsignal(which) for which in (signal.SIGINT, signal.SIGTERM)}
@@ -145,7 +160,7 @@ def test_a_signal_kills_every_nested_run_and_a_second_one_disturbs_nothing(
         ):
             try:
                 os.kill(os.getpid(), number)
-                time.sleep(5)
+                time.sleep(TIMEOUT_SECONDS)
             finally:
                 os.kill(os.getpid(), signal.SIGTERM)
         assert isinstance(stop.value, interrupts.Terminated) == (number == signal.SIGTERM)
@@ -163,7 +178,7 @@ def test_only_orphans_of_this_machine_are_marked_killed(store: Store) -> None:
         "gone": tags | {"pneumo.process": gone},
         "alive": tags | {"pneumo.process": mine},
         "elsewhere": tags | {"pneumo.host": "another machine", "pneumo.process": gone},
-        # Such a process is alive as far as anyone here can tell, whatever has its pid here.
+        # Such a process may be alive, whatever process has its pid here.
         "in a container": tags
         | {"pneumo.machine": f"{machine}/{boot}/pid:[4026532999]", "pneumo.process": gone},
         "on a machine of the same name": tags
@@ -172,6 +187,8 @@ def test_only_orphans_of_this_machine_are_marked_killed(store: Store) -> None:
     }
     for name, its in tags.items():
         store.client.create_run("0", run_name=name, tags=its)
+    assert tracking.open_store() == tracking.open_store() == "0"
+    assert set(store.statuses().values()) == {"RUNNING"}  # opening the store changes no run
     with tracking.run("train", Train()):
         pass
     assert store.statuses() == {
@@ -186,7 +203,7 @@ def test_only_orphans_of_this_machine_are_marked_killed(store: Store) -> None:
 
 
 @pytest.mark.parametrize(
-    ("machine", "here", "gone"),
+    ("machine", "this_machine", "is_certain"),
     [
         ("m/boot 1/pid:[4026531836]", "m/boot 2/pid:[4026531836]", True),  # after a power cut
         ("m/boot 1/pid:[7]", "m/boot 1/pid:[8]", False),  # two containers, or one that was started again
@@ -194,11 +211,11 @@ def test_only_orphans_of_this_machine_are_marked_killed(store: Store) -> None:
         ("m/boot 1/pid:[4026531836]", "m/boot 1/pid:[7]", False),
         ("/boot 1/pid:[4026531836]", "/boot 2/pid:[4026531836]", False),  # two machines without an id
         ("", "m/boot 1/pid:[4026531836]", False),
-        ("//", "//", True),  # a system without /proc: the pid tells
+        ("//", "//", True),  # a system without /proc: the pid decides
     ],
 )
-def test_only_what_surely_ran_on_this_machine_is_gone(machine: str, here: str, gone: bool) -> None:
-    assert is_dead(machine, f"{os.getpid()}:1.0", here) == gone
+def test_a_process_is_dead_only_if_that_is_certain(machine: str, this_machine: str, is_certain: bool) -> None:
+    assert is_dead(machine, f"{os.getpid()}:1.0", this_machine) == is_certain
 
 
 def test_artifacts_of_a_new_experiment_lie_beside_the_database(
@@ -447,7 +464,7 @@ def test_a_version_that_is_never_decided_does_not_block_others_forever(
 
 @dataclass(frozen=True)
 class Stopped:
-    """A `sample` command that was stopped at work, and what it left."""
+    """A `sample` command that was stopped while it worked, and its leftovers."""
 
     store: Store
     code: int
@@ -463,19 +480,12 @@ STARTER = "import subprocess, sys; subprocess.run(sys.argv[1:])"  # as `mlflow r
 STOPS = ("ctrl-c", "sigterm", "kill", "kill the starter")
 
 
-def wait_until(answer: Callable[[], bool]) -> None:
-    end = time.monotonic() + TIMEOUT_SECONDS
-    while not answer():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.1)
-
-
-def start(store: Store, adopted: bool) -> subprocess.Popen[str]:
+def start(store: Store, by_mlflow_run: bool) -> subprocess.Popen[str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
     environment = kept | {"MLFLOW_TRACKING_URI": store.uri, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "pneumo_experiments", "sample", "--images", "2000"]
-    if adopted:
-        run = store.client.create_run("0", run_name="what mlflow run chose")
+    if by_mlflow_run:
+        run = store.client.create_run("0", run_name="chosen by mlflow run")
         store.client.log_param(run.info.run_id, "images", "2e3")
         environment["MLFLOW_RUN_ID"] = run.info.run_id
         command = [sys.executable, "-c", STARTER, *command]
@@ -529,11 +539,12 @@ def test_a_stopped_command_says_so_and_leaves_a_killed_run_and_no_files(
 ) -> None:
     end = stopped[how]
     assert (end.code, end.status) == (code, "KILLED")
-    assert end.err.strip() == f"Error: {line}; the same command again does the rest"
+    (error,) = end.err.splitlines()
+    assert error.startswith(f"Error: {line}")
     assert list((end.store.folder / "output").iterdir()) == []
 
 
-def test_the_next_command_marks_what_kill_9_left_running(
+def test_the_next_command_marks_runs_of_killed_processes(
     stopped: dict[str, Stopped], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     end = stopped["kill"]
@@ -551,7 +562,7 @@ def test_a_command_ends_with_the_mlflow_run_that_started_it(stopped: dict[str, S
     wait_until(lambda: not list((end.store.folder / "output").iterdir()))
 
 
-def test_the_run_that_mlflow_run_made_is_taken_and_its_params_stay(stopped: dict[str, Stopped]) -> None:
+def test_the_run_that_mlflow_run_created_is_used_and_its_params_stay(stopped: dict[str, Stopped]) -> None:
     (run,) = stopped["kill the starter"].store.runs().values()
     assert run.info.run_name == "sample"
     expected = {"images": "2e3", "test_images": str(Sample().test_images), "seed": "0"}

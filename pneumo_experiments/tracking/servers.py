@@ -17,7 +17,7 @@ from pneumo_experiments.tracking.addresses import (
 )
 
 PING_SECONDS = 5
-CONNECT_SECONDS = 20
+CONNECT_SECONDS = 15
 # Packages of the database drivers that have another name than their module.
 DRIVER_PACKAGES = {"psycopg": "psycopg[binary]", "psycopg2": "psycopg2-binary", "MySQLdb": "mysqlclient"}
 
