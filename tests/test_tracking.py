@@ -21,7 +21,8 @@ import psutil
 import pytest
 from conftest import ROOT
 from mlflow import MlflowClient
-from mlflow.entities import Run
+from mlflow.entities import DatasetInput, Run
+from mlflow.exceptions import MlflowException
 from test_outage import TIMEOUT_SECONDS, Server, wait_until
 
 from pneumo_experiments import interrupts, tracking
@@ -138,6 +139,24 @@ def test_a_disabled_process_logs_nothing(store: Store) -> None:
     with tracking.run("train", Train()):
         tracking.log_metrics({"dice": 0.5})
     assert store.runs()["train"].data.metrics == {"dice": 0.5}
+
+
+def test_a_data_set_that_another_process_logs_at_the_same_time_is_logged(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log_inputs, attempts = MlflowClient.log_inputs, list[str]()
+
+    def lose_the_race(self: MlflowClient, run_id: str, datasets: list[DatasetInput]) -> None:
+        attempts.append(run_id)
+        if len(attempts) == 1:
+            raise MlflowException("(sqlite3.IntegrityError) UNIQUE constraint failed: datasets.digest")
+        log_inputs(self, run_id, datasets)
+
+    monkeypatch.setattr(MlflowClient, "log_inputs", lose_the_race)
+    with tracking.run("train", Train()) as run_id:
+        tracking.log_dataset(Path("siim.h5"), "0123456789abcdef", "training")
+    assert len(attempts) == 2
+    assert len(store.client.get_run(run_id).inputs.dataset_inputs) == 1
 
 
 def test_each_way_to_end_has_its_exit_code() -> None:
@@ -539,7 +558,7 @@ def test_a_stopped_command_says_so_and_leaves_a_killed_run_and_no_files(
 ) -> None:
     end = stopped[how]
     assert (end.code, end.status) == (code, "KILLED")
-    (error,) = end.err.splitlines()
+    (error,) = end.err.strip().splitlines()
     assert error.startswith(f"Error: {line}")
     assert list((end.store.folder / "output").iterdir()) == []
 

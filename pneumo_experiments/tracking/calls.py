@@ -16,6 +16,7 @@ import mlflow
 import mlflow.pyfunc
 from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Param, RunTag
+from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
 from mlflow.types import ColSpec, DataType, Schema
 
@@ -78,7 +79,13 @@ def tags(run_id: str, values: Mapping[str, str]) -> None:
 def dataset(run_id: str, description: Mapping[str, Any], context: str) -> None:
     """Logs a data set, described by its ``to_dict``, as an input of a run."""
     data_input = DatasetInput(Dataset(**description), [InputTag("mlflow.data.context", context)])
-    MlflowClient().log_inputs(run_id, [data_input])
+    try:
+        MlflowClient().log_inputs(run_id, [data_input])
+    except MlflowException as error:
+        if "IntegrityError" not in str(error):
+            raise
+        # Another process created the same data set between MLflow's look-up and its insert: now it exists.
+        MlflowClient().log_inputs(run_id, [data_input])
 
 
 def artifact(run_id: str, path: str, folder: str) -> None:
