@@ -1,21 +1,26 @@
-"""The one kind of error that is the user's to mend."""
+"""Errors that the user can fix; each class has its exit code."""
+
+from __future__ import annotations
 
 import re
+from typing import ClassVar
 
 
 class UserError(ValueError):
-    """A mistake in the input: its message is one line that names the culprit and the mend.
+    """A mistake in the input: the message is one line that names the culprit and the fix.
 
-    The command line prints the message and exits with code 2, without a traceback.
+    The command line prints the message and exits with ``exit_code``, without a traceback.
     """
+
+    exit_code: ClassVar[int] = 2
 
 
 class Rejected(UserError):
-    """One file that cannot be used; the message is the reason, the rest of the input goes on."""
+    """One file that cannot be used; the message is the reason, the other files are still used."""
 
 
 def reason_of(error: OSError) -> str:
-    """Why the system refused, in its words: ``No space left on device``."""
+    """The operating system's reason, such as ``No space left on device``."""
     if error.strerror:
         return error.strerror
     hidden = re.search(r"\[Errno \d+\] ([^:\n]+)", str(error))  # in a library's longer text

@@ -1,4 +1,4 @@
-"""Folders that one process at a time works in."""
+"""Work folders that one process at a time may use."""
 
 from __future__ import annotations
 
@@ -14,38 +14,38 @@ LOCK = ".lock"
 
 
 @contextmanager
-def work_folder(folder: Path, waiting: str, *, patience: float = -1) -> Generator[bool]:
-    """Makes the folder and holds it; a second process prints ``waiting``, and waits until the first is done.
+def work_folder(folder: Path, wait_message: str, *, timeout_seconds: float = -1) -> Generator[bool]:
+    """Creates and locks the folder; a second process prints ``wait_message`` and waits for the first.
 
-    Yields whether it had to wait. The lock is a file in the folder and goes with it: the block may remove or
-    rename the folder. Where nothing but the lock is left at the end, the folder is removed. Of a process that
-    was killed the system lets go. Raises Timeout after ``patience`` seconds (below 0: never), OSError where
-    the folder cannot be made, UserError where one of that name holds files without a lock: it is not ours.
+    Yields whether it had to wait. The lock is a file in the folder: the block may remove or rename the
+    folder. A folder that is empty at the end is removed. The system releases the lock of a killed process.
+    Raises Timeout after ``timeout_seconds`` (below 0: never), OSError if the folder cannot be created,
+    UserError if a folder of that name holds files but no lock: this program did not create it.
     """
     path = folder / LOCK
-    lock, waited, made = FileLock(path), False, list[Path]()
+    lock, waited, created = FileLock(path), False, list[Path]()
     while not lock.is_locked:
         if not path.exists() and folder.is_dir() and any(folder.iterdir()) and not path.exists():
-            raise UserError(f"{folder}: is in the way, and not left by this program; move it or rename it")
-        made = [folder, *(parent for parent in folder.parents if not parent.exists())]
+            raise UserError(f"{folder}: exists and was not created by this program; move or rename it")
+        created = [folder, *(parent for parent in folder.parents if not parent.exists())]
         folder.mkdir(parents=True, exist_ok=True)
-        with suppress(FileNotFoundError):  # the process before is done, and has removed the folder
+        with suppress(FileNotFoundError):  # the other process has finished and removed the folder
             try:
                 lock.acquire(timeout=0)
             except Timeout:
-                if patience == 0:
+                if timeout_seconds == 0:
                     raise
                 if not waited:
-                    print(waiting)
+                    print(wait_message)
                 waited = True
-                lock.acquire(timeout=patience)
-    ours = path.stat().st_ino  # no other file gets this number as long as the lock is open
+                lock.acquire(timeout=timeout_seconds)
+    inode = path.stat().st_ino  # no other file gets this number while the lock is open
     try:
         yield waited
     finally:
         with suppress(OSError):
-            if path.stat().st_ino == ours and [*folder.iterdir()] == [path]:
+            if path.stat().st_ino == inode and [*folder.iterdir()] == [path]:
                 path.unlink()
-                for empty in made:
+                for empty in created:
                     empty.rmdir()
         lock.release()

@@ -1,4 +1,4 @@
-"""The two streams to the terminal, which may be closed, full or gone: no work ends because nobody listens."""
+"""stdout and stderr that never fail: a closed terminal or a full disk behind them must not end the work."""
 
 from __future__ import annotations
 
@@ -10,52 +10,49 @@ from pneumo_experiments.errors import reason_of
 
 
 class _UnfailingStream(TextIOWrapper):
-    """A text stream that turns to nowhere, with a word on stderr, when the system takes no more."""
+    """A text stream that switches to the null device, with a warning on stderr, when it cannot be written."""
 
     def write(self, s: str, /) -> int:
         try:
             return super().write(s)
         except OSError as error:
-            self._give_up(error)
+            self._switch_to_null(error)
             return len(s)
 
     def flush(self) -> None:
         try:
             super().flush()
         except OSError as error:
-            self._give_up(error)
+            self._switch_to_null(error)
 
-    def _give_up(self, error: OSError) -> None:
-        # What is buffered follows: else Python would fail on it once more at the very end.
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, self.fileno())
-        os.close(nowhere)
+    def _switch_to_null(self, error: OSError) -> None:
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, self.fileno())
+        os.close(null)
+        # Buffered text goes there too: else Python would fail on it once more at exit.
         super().flush()
         if self is sys.stdout:
-            print(
-                f"stdout: cannot be written ({reason_of(error)}); the work goes on without it",
-                file=sys.stderr,
-            )
+            print(f"stdout: cannot be written ({reason_of(error)}); continuing without it", file=sys.stderr)
 
 
 def make_streams_unfailing() -> None:
-    """Makes stdout and stderr streams that never fail, line by line, also where they are closed."""
+    """Replaces stdout and stderr, closed or not, by line-buffered streams that never fail."""
     for number in (0, 1, 2):
         try:
             os.fstat(number)
         except OSError:
-            # Else the next file that is opened would get the number, and be written to by mistake.
+            # Else the next opened file would get this number, and print would write to it.
             os.open(os.devnull, os.O_RDWR)
     for number, name in ((1, "stdout"), (2, "stderr")):
         stream = getattr(sys, name)
-        if stream is not None and type(stream) is not TextIOWrapper:  # somebody else's, in a test for example
+        if (
+            stream is not None and type(stream) is not TextIOWrapper
+        ):  # replaced by someone else, for example by a test
             if isinstance(stream, TextIOWrapper):
                 stream.reconfigure(errors="backslashreplace")  # pyright: ignore[reportUnknownMemberType]
             continue
         buffer = os.fdopen(number, "wb", closefd=False) if stream is None else stream.buffer
-        # Errors: of a name that the terminal cannot show. Lines: progress shows at once in a pipe, too.
+        # backslashreplace: for names that the terminal cannot show; lines: to show progress in a pipe, too.
         encoding = "utf-8" if stream is None else stream.encoding
-        steadfast = _UnfailingStream(
-            buffer, encoding=encoding, errors="backslashreplace", line_buffering=True
-        )
-        setattr(sys, name, steadfast)
+        stream = _UnfailingStream(buffer, encoding=encoding, errors="backslashreplace", line_buffering=True)
+        setattr(sys, name, stream)

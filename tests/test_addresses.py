@@ -77,11 +77,11 @@ def test_addresses_in_a_message_lose_their_passwords() -> None:
         "postgresql://u@h:cr3t/db",
     ],
 )
-def test_an_address_that_falls_apart_in_its_password_is_refused(address: str) -> None:
+def test_an_address_with_an_unquoted_password_is_refused(address: str) -> None:
     with pytest.raises(UserError, match="storage=") as error:
         check_address("storage", address)
     assert "%40" in str(error.value)
-    assert ("cr3t" in str(error.value)) == (address == "postgresql://u@h:cr3t/db")  # no password
+    assert ("cr3t" in str(error.value)) == (address == "postgresql://u@h:cr3t/db")  # a port, no password
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,7 @@ from pneumo_experiments import tracking
 from pneumo_experiments.settings import Sample
 with tracking.run("sample", Sample()):
     tracking.log_json({"a": 1}, "sheets/a.json")
-    tracking.log_picture(np.zeros((4, 5, 3), np.uint8), "b.png")
+    tracking.log_image(np.zeros((4, 5, 3), np.uint8), "b.png")
     print(tracking.artifacts_of_active_run())
     made = Path("made")
     made.mkdir(exist_ok=True)
@@ -161,8 +161,8 @@ def test_a_folder_whose_runs_would_lie_in_another_one_is_refused(
     monkeypatch.chdir(folder)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     mlflow.set_tracking_uri(None)
-    MlflowClient().search_experiments()  # as `mlflow run` makes the store before this program is there
-    with pytest.raises(UserError, match=r"my%20project/mlruns/0: MLflow would put .* give the folder a name"):
+    MlflowClient().search_experiments()  # as `mlflow run` creates the store before this program starts
+    with pytest.raises(UserError, match=r"my%20project/mlruns/0: .* rename the folder"):
         tracking.open_store()
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from helpers import changed, make
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from samples import stored_sample
+from test_outage import TIMEOUT_SECONDS, wait_until
 
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.learning.checkpoint import Checkpoint
@@ -28,8 +28,6 @@ from pneumo_experiments.stages import main
 from pneumo_experiments.stages.preprocess import preprocess
 from pneumo_experiments.stages.train import train
 from pneumo_experiments.synthetic.files import is_sample, write_sample
-
-PATIENCE_SECONDS = 120
 
 
 @pytest.fixture(scope="module")
@@ -63,13 +61,6 @@ def steps_of(run: Run, metric: str = "loss") -> list[int]:
     return [found.step for found in MlflowClient().get_metric_history(run.info.run_id, metric)]
 
 
-def until(happened: Callable[[], bool], what: str) -> None:
-    end = time.monotonic() + PATIENCE_SECONDS
-    while not happened():
-        assert time.monotonic() < end, f"not within {PATIENCE_SECONDS} s: {what}"
-        time.sleep(0.01)
-
-
 # sample and preprocess
 
 
@@ -88,10 +79,10 @@ def test_a_second_sample_waits_for_the_first_and_takes_what_it_made(
         def go_on_when_the_second_waits() -> None:
             if not second:
                 second.append(pool.submit(write_sample, folder, 3, 1, 0, lambda: None, 1))
-                until(hears_waiting, "the second one waits")
+                wait_until(hears_waiting)
 
         assert write_sample(folder, 3, 1, 0, go_on_when_the_second_waits, 1) is True
-        assert second[0].result(PATIENCE_SECONDS) is False
+        assert second[0].result(TIMEOUT_SECONDS) is False
     assert "".join(said) == f"sample: another process writes {folder}; waiting until it ends\n"
     assert is_sample(folder, 3, 1, 0)
     assert len([*folder.rglob("*.dcm")]) == 4
@@ -109,7 +100,7 @@ def test_a_second_sample_of_other_settings_is_refused_by_what_the_first_made(tmp
 
         write_sample(folder, 3, 0, 0, start_another, 1)
         with pytest.raises(UserError, match="exists and is not an empty folder"):
-            second[0].result(PATIENCE_SECONDS)
+            second[0].result(TIMEOUT_SECONDS)
     assert is_sample(folder, 3, 0, 0)
 
 
@@ -123,7 +114,7 @@ def test_when_the_first_sample_fails_the_second_makes_its_own(tmp_path: Path) ->
 
         with pytest.raises(KeyboardInterrupt):
             write_sample(folder, 2, 0, 0, fail, 1)
-        assert second[0].result(PATIENCE_SECONDS) is True
+        assert second[0].result(TIMEOUT_SECONDS) is True
     assert is_sample(folder, 2, 0, 0)
     assert [path.name for path in tmp_path.iterdir()] == ["s"]
 
@@ -132,10 +123,10 @@ def test_a_folder_of_the_users_that_has_the_name_of_unfinished_work_stays(tmp_pa
     for name in ("s.part", "d.h5.work"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "thesis.txt").write_text("years")
-    with pytest.raises(UserError, match=r"s\.part: is in the way, and not left by this program"):
+    with pytest.raises(UserError, match=r"s\.part: exists and was not created by this program"):
         write_sample(tmp_path / "s", 1, 0, 0)
     with (
-        pytest.raises(UserError, match=r"d\.h5\.work: is in the way"),
+        pytest.raises(UserError, match=r"d\.h5\.work: exists"),
         work_folder(tmp_path / "d.h5.work", ""),
     ):
         pass
@@ -161,7 +152,7 @@ def test_a_second_preprocess_waits_for_the_first_and_takes_what_it_made(
         heard = hear(second, "waiting until it ends")
         preprocess(changed(settings, dataset=desk / "made.h5"))
         (desk / "made.h5").rename(desk / "d.h5")
-    rest, _ = second.communicate(timeout=PATIENCE_SECONDS)
+    rest, _ = second.communicate(timeout=TIMEOUT_SECONDS)
     assert second.returncode == 0, rest
     assert f"another process writes {desk / 'd.h5'}" in heard
     assert "is there already, from the same files and settings" in rest
@@ -207,7 +198,7 @@ def test_a_second_training_with_the_same_settings_waits_and_neither_enters_the_o
     with monkeypatch.context() as patch:
         patch.setattr(Checkpoint, "save", save_and_start_another)
         train(settings)
-    said, _ = second[0].communicate(timeout=PATIENCE_SECONDS)
+    said, _ = second[0].communicate(timeout=TIMEOUT_SECONDS)
     assert second[0].returncode == 0, said
     assert "epoch 1/1" in said
     one, two = runs("train")
@@ -264,7 +255,7 @@ def test_two_whole_chains_at_once_in_one_folder_both_end_well(desk: Path) -> Non
     words = [word for name, value in chosen.items() for word in (f"--{name}", str(value))]
     both = [start("main", words, desk) for _ in range(2)]
     for process in both:
-        said, _ = process.communicate(timeout=PATIENCE_SECONDS)
+        said, _ = process.communicate(timeout=TIMEOUT_SECONDS)
         assert process.returncode == 0, said
     found = MlflowClient().search_runs(["0"])
     assert {run.info.status for run in found} == {"FINISHED"}

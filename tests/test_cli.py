@@ -151,7 +151,7 @@ assert file.read() == "" and os.fstat(file.fileno()).st_size == 0
 @pytest.mark.parametrize(
     ("streams", "heard"),
     [
-        ("> /dev/full", "stdout: cannot be written (No space left on device); the work goes on without it\n"),
+        ("> /dev/full", "stdout: cannot be written (No space left on device); continuing without it\n"),
         ("2> /dev/full", ""),
         (">&- 2>&-", ""),
         ("<&- >&- 2>&-", ""),

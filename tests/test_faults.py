@@ -407,10 +407,10 @@ def test_what_a_training_learned_after_its_server_died_is_delivered_when_that_is
         with desk(tmp_path, server.uri), monkeypatch.context() as patch:
             patch.setattr(Checkpoint, "save", save_and_kill_the_server)
             trained = train(settings_of(datasets["usual"]))
-        gone, model, last = (record.getMessage() for record in caplog.records)
-        assert "takes nothing at the moment" in gone
-        assert f"kept in {trained.model}" in model
-        (file,) = re.findall(r"calls wait in (\S+); .* python -m pneumo_experiments\.tracking \1$", last)
+        start, model, last = (record.getMessage() for record in caplog.records)
+        assert "unreachable" in start
+        assert trained.model in model
+        (file,) = re.findall(r"undelivered.* in (\S+); .* python -m pneumo_experiments\.tracking \1$", last)
         missing = calls_in(tmp_path / file)
         assert [call["step"] for call in missing if call["call"] == "metrics"] == [2, 3, 3]
         server.start()

@@ -105,7 +105,8 @@ def test_a_model_of_others_is_refused_before_its_pickle_is_read(
     mlflow.pyfunc.save_model(str(tmp_path / "theirs"), python_model=Trap(trap), pip_requirements=["mlflow"])
     shutil.rmtree(trap, ignore_errors=True)
     line = error_of(entry_point, "--model", str(tmp_path / "theirs"))
-    assert line == f"model={tmp_path / 'theirs'}: was not made by this project; `train` logs one"
+    assert line.startswith(f"model={tmp_path / 'theirs'}: ")
+    assert "not a model of this project" in line
     assert not trap.exists()
 
 

@@ -1,4 +1,4 @@
-"""What goes wrong at a user's desk: each mistake is one line and exit code 2, and leaves nothing behind."""
+"""Mistakes of users: each is one line and exit code 2, and leaves no files behind."""
 
 from __future__ import annotations
 
@@ -11,14 +11,17 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import h5py
 import mlflow
 import optuna
 import pytest
+import sqlalchemy
 import torch
 from mlflow import MlflowClient
 from mlflow.entities import Run
+from sqlalchemy import Engine
 
 from pneumo_experiments import cli, tracking
 from pneumo_experiments.dataset.hdf5 import Dataset
@@ -29,6 +32,7 @@ from pneumo_experiments.scoring.thresholds import Thresholds
 from pneumo_experiments.serving import Detector, save
 from pneumo_experiments.settings import Train, as_config
 from pneumo_experiments.synthetic.files import write_sample
+from pneumo_experiments.tracking import servers
 
 SMALL = ["--image_size", "32"]
 UNTRAINED = ["--weights", "none", "--epochs", "1"]
@@ -36,7 +40,7 @@ UNTRAINED = ["--weights", "none", "--epochs", "1"]
 
 @dataclass(frozen=True)
 class Desk:
-    """A sample of 10 radiographs, its data set files, and a model nobody has scored."""
+    """A sample of 10 radiographs, its data set files, and a model without scores."""
 
     radiographs: Path
     table: Path
@@ -86,7 +90,7 @@ def ended(words: list[str], patch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
 
 @pytest.fixture(scope="module")
 def desk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Desk]:
-    folder = tmp_path_factory.mktemp("mit ümlaut")  # a space and a letter beyond ASCII, as people have them
+    folder = tmp_path_factory.mktemp("mit ümlaut")  # a space and a non-ASCII letter
     uri = f"sqlite:///{folder / 'mlflow.db'}"
     sample = folder / "sample"
     write_sample(sample, images=10, test_images=1, seed=0)
@@ -135,7 +139,7 @@ def command(
 
 @pytest.fixture
 def error_of(command: Command, desk: Desk, tmp_path: Path) -> Callable[..., str]:
-    """The one line of a command that fails as it must: its run FAILED, no file written but ``leaves``."""
+    """The error line of a command with exit code 2, a FAILED run and no new files but ``leaves``."""
 
     def fail(*words: object, leaves: frozenset[str] = frozenset()) -> str:
         files, runs = set(tmp_path.rglob("*")), len(desk.runs())
@@ -156,7 +160,7 @@ def error_of(command: Command, desk: Desk, tmp_path: Path) -> Callable[..., str]
 
 # preprocess: folders, tables, files
 
-REPORT = frozenset(("d.report.html", "d.report.json", "d.h5.work"))  # of what was rejected, and what was read
+REPORT = frozenset(("d.report.html", "d.report.json", "d.h5.work"))
 
 
 @pytest.mark.parametrize("folder", ["missing", "empty", ""])
@@ -183,7 +187,7 @@ def test_a_missing_or_empty_folder_is_named(
         ("ImageId, EncodedPixels\n{id}\n", "table.csv, line 2: an image id or value is missing"),
     ],
 )
-def test_a_table_that_cannot_be_used_is_named(
+def test_an_invalid_annotation_table_is_named(
     table: str | None, culprit: str, error_of: Callable[..., str], desk: Desk, tmp_path: Path
 ) -> None:
     image_id = desk.files[0].stem
@@ -194,7 +198,7 @@ def test_a_table_that_cannot_be_used_is_named(
     assert culprit.replace("rejected", "for example").replace("{id}", image_id) in line
 
 
-def test_ids_without_a_file_files_without_an_id_and_broken_files_are_left_out_and_told(
+def test_unmatched_ids_and_files_and_broken_files_are_left_out_and_reported(
     command: Command, desk: Desk, tmp_path: Path
 ) -> None:
     (tmp_path / "some").mkdir()
@@ -264,7 +268,7 @@ def test_names_that_are_not_utf_8_are_written_in_ascii(command: Command, desk: D
 
 
 @pytest.mark.parametrize("words", [("sample", "--output_dir"), ("preprocess", "--dataset")])
-def test_a_place_that_cannot_be_written_is_named(
+def test_a_path_that_cannot_be_written_is_named(
     words: tuple[str, str], error_of: Callable[..., str], desk: Desk, tmp_path: Path
 ) -> None:
     (tmp_path / "file").write_text("here first")
@@ -274,7 +278,7 @@ def test_a_place_that_cannot_be_written_is_named(
     assert (tmp_path / "file").read_text() == "here first"
 
 
-def test_what_stands_already_is_not_replaced_unasked(
+def test_existing_files_are_not_replaced_without_overwrite(
     error_of: Callable[..., str], command: Command, desk: Desk, tmp_path: Path
 ) -> None:
     (tmp_path / "folder" / "old").mkdir(parents=True)
@@ -327,7 +331,7 @@ def test_a_data_set_file_that_cannot_be_used_is_named(
         (["--learning_rate", "1e30"], "learning_rate"),
     ],
 )
-def test_a_setting_that_cannot_work_is_named(
+def test_an_impossible_setting_is_named(
     words: list[str], line: str, error_of: Callable[..., str], desk: Desk, tmp_path: Path
 ) -> None:
     (tmp_path / "rubbish.pt").write_bytes(b"rubbish" * 100)
@@ -339,7 +343,7 @@ def test_weights_that_cannot_be_downloaded_are_named(
 ) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
-    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # nobody listens there
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # no server there
     line = error_of("train", "--dataset", desk.labelled, "--weights", "imagenet")
     assert line.startswith("weights=imagenet: cannot download them")
     assert "weights=none" in line
@@ -349,15 +353,13 @@ def test_weights_that_cannot_be_downloaded_are_named(
 @pytest.mark.parametrize(
     "model", ["models:/nothing@champion", "models:/m-123", "models:/", "runs:/abc/model", "banana"]
 )
-def test_a_model_that_is_not_there_is_named(
-    model: str, entry_point: str, error_of: Callable[..., str]
-) -> None:
+def test_a_missing_model_is_named(model: str, entry_point: str, error_of: Callable[..., str]) -> None:
     line = error_of(entry_point, "--model", model)
     assert line.startswith(f"model={model}: cannot be loaded")
     assert "`train` logs one" in line
 
 
-def test_a_model_is_not_scored_where_that_means_nothing(error_of: Callable[..., str], desk: Desk) -> None:
+def test_a_model_is_not_scored_on_unsuitable_data(error_of: Callable[..., str], desk: Desk) -> None:
     def scoring(*words: object) -> str:
         return error_of("score", "--model", desk.model, *words)
 
@@ -367,7 +369,7 @@ def test_a_model_is_not_scored_where_that_means_nothing(error_of: Callable[..., 
 
 
 def test_the_best_model_cannot_be_registered_before_any_is_scored(error_of: Callable[..., str]) -> None:
-    assert error_of("register").startswith("model=best: no model of this experiment was scored on its")
+    assert error_of("register").startswith("model=best: no model of this experiment was scored")
 
 
 def test_a_name_that_the_registry_refuses_is_named(error_of: Callable[..., str], desk: Desk) -> None:
@@ -379,7 +381,7 @@ def test_a_study_whose_database_does_not_open_is_named_without_its_password(
 ) -> None:
     address = "postgresql://me:secret@127.0.0.1:9/study"
     line = error_of("search", "--dataset", desk.labelled, "--weights", "none", "--storage", address)
-    assert line.startswith("storage=postgresql://me:***@127.0.0.1:9/study: the study's database does not")
+    assert line.startswith("storage=postgresql://me:***@127.0.0.1:9/study: ")
     assert "secret" not in str(desk.runs()[0].to_dictionary())
 
 
@@ -419,7 +421,7 @@ def test_a_study_of_other_data_or_settings_or_of_another_program_is_named(
     assert line in search(error_of, "--dataset", "other.h5")
     for name, study in studies.items():
         assert len(optuna.load_study(study_name=name, storage=storage).trials) == 1, study
-    assert search(command, "--learning_rate", "3e-4", "--bce_weight", "2").code == 0  # the same, to go on
+    assert search(command, "--learning_rate", "3e-4", "--bce_weight", "2").code == 0  # resumes the study
 
 
 # The tracking store
@@ -428,14 +430,14 @@ def test_a_study_of_other_data_or_settings_or_of_another_program_is_named(
 @pytest.mark.parametrize(
     ("uri", "reason"),
     [
-        ("http://127.0.0.1:9", "nothing answers there; start the server"),
-        ("postgresql://me:secret@127.0.0.1:9/x", "nothing answers there; start the server"),
+        ("http://127.0.0.1:9", "no server responds"),
+        ("postgresql://me:secret@127.0.0.1:9/x", "no server responds"),
         ("sqlite:///missing/mlflow.db", "no folder"),
-        ("sqlite:///folder", "the store does not open"),
-        ("sqlite:///letter.db", "the store does not open"),
-        ("file:folder", "the store does not open"),
-        ("./mlruns", "the store does not open"),
-        ("banana://x", "the store does not open"),
+        ("sqlite:///folder", "the store cannot be opened"),
+        ("sqlite:///letter.db", "the store cannot be opened"),
+        ("file:folder", "the store cannot be opened"),
+        ("./mlruns", "the store cannot be opened"),
+        ("banana://x", "the store cannot be opened"),
     ],
 )
 def test_a_store_that_does_not_open_is_named_within_seconds(
@@ -457,17 +459,53 @@ def hang_up(server: socket.socket) -> None:
             server.accept()[0].close()
 
 
-def test_a_database_that_hangs_up_is_refused_at_once(
+def test_a_database_that_closes_the_connection_is_refused_at_once(
     command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
         threading.Thread(target=hang_up, args=(server,), daemon=True).start()
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"postgresql://me:secret@127.0.0.1:{port}/x")
-        end = command("sample")  # MLflow itself would try again for minutes
+        end = command("sample")  # MLflow itself would retry for minutes
     assert end.code == 2
     (line,) = end.err.splitlines()
-    assert f"me:***@127.0.0.1:{port}/x: the store does not open" in line
+    assert f"MLFLOW_TRACKING_URI=postgresql://me:***@127.0.0.1:{port}/x: " in line
+
+
+@pytest.mark.parametrize("is_driver_installed", [False, True])
+def test_a_database_that_never_responds_ends_a_training_and_a_search(
+    is_driver_installed: bool,
+    command: Command,
+    error_of: Callable[..., str],
+    desk: Desk,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    never = threading.Event()
+
+    def create_engine(address: str, **options: Any) -> Engine:
+        if address.startswith("sqlite"):
+            return sqlalchemy.create_engine(address, **options)
+        if not is_driver_installed:
+            raise ModuleNotFoundError("No module named 'psycopg'", name="psycopg")
+        never.wait()  # as a driver without a timeout
+        raise OSError
+
+    monkeypatch.setattr(servers, "create_engine", create_engine)
+    monkeypatch.setattr(servers, "CONNECT_SECONDS", 0.1)
+    reason = "no server responds" if is_driver_installed else "pip install 'psycopg[binary]'"
+    with socket.create_server(("127.0.0.1", 0)) as server:  # the system accepts connections for it
+        address = f"postgresql://me:secret@127.0.0.1:{server.getsockname()[1]}/x"
+        shown = address.replace("secret", "***")
+        line = error_of("search", "--dataset", desk.labelled, "--weights", "none", "--storage", address)
+        assert line.startswith(f"storage={shown}: ")
+        assert reason in line
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+        end = command("train", "--dataset", desk.labelled)
+    never.set()
+    assert end.code == 2
+    (line,) = end.err.splitlines()
+    assert f"MLFLOW_TRACKING_URI={shown}: " in line
+    assert reason in line
 
 
 @pytest.mark.parametrize(("name", "value"), [("MLFLOW_RUN_ID", "nobody"), ("MLFLOW_EXPERIMENT_ID", "77")])
@@ -475,7 +513,6 @@ def test_a_run_or_experiment_that_the_store_does_not_have_is_named(
     name: str, value: str, command: Command, desk: Desk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(name, value)
-    tracking.store._open.cache_clear()
     end = command("sample")
     assert end.code == 2
     (line,) = end.err.splitlines()

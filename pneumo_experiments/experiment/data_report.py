@@ -59,7 +59,7 @@ def write_report(path: Path, report: Report, dataset: Dataset | None) -> Path:
     title = f"Data report: {path.name}" if dataset else f"Data report: {path.name} was not written"
     pictures = list[tuple[str, str]]()
     if dataset is not None and dataset.labelled and (sheet := _sheet_of_positives(dataset)) is not None:
-        tracking.log_picture(sheet, "positives.png")
+        tracking.log_image(sheet, "positives.png")
         caption = "Images with pneumothorax, from the smallest annotated area to the largest"
         pictures.append((caption, jpeg_uri(sheet)))
     as_json.write_text(json.dumps(report.as_json(), indent=2) + "\n", encoding="utf-8")

@@ -133,7 +133,7 @@ def _finish(name: str, settings: Train, prepared: _Prepared, progress: Progress)
     tracking.log_metrics(final, step=len(progress.history))
     chosen_by = {"best_epoch": next(iter(progress.dices)), "averaged_epochs": len(averaged)}
     tracking.log_params(chosen_by | asdict(thresholds) | scores.as_facts("val_"))
-    tracking.log_picture(learning_curves(progress.history, scores.dice_baseline), "learning_curves.png")
+    tracking.log_image(learning_curves(progress.history, scores.dice_baseline), "learning_curves.png")
     log_overlays(validation, counts, predictor, thresholds, settings.evaluation.overlays)
     seen = digests(validation) | digests(Subset(dataset, prepared.split.train))
     detector = Detector(

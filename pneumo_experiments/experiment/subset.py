@@ -207,6 +207,6 @@ def log_overlays(
         image = shown.dataset.images(np.array([index]))[0]
         areas = f"truth {np.count_nonzero(truth):,} px, predicted {np.count_nonzero(mask):,} px"
         drawn.append(overlay(image, truth, mask, f"{label} Dice {dices[position]:.2f}, {areas}".strip()))
-        tracking.log_picture(drawn[-1], f"overlays/{len(drawn):02}.png")
-    tracking.log_picture(contact_sheet(drawn, columns=2), "overlays.png")
+        tracking.log_image(drawn[-1], f"overlays/{len(drawn):02}.png")
+    tracking.log_image(contact_sheet(drawn, columns=2), "overlays.png")
     return f"{tracking.artifacts_of_active_run()}/overlays.png"

@@ -33,7 +33,7 @@ def log_first_batch(
     truths = (batch.targets[:MAX_SHOWN] >= 0.5).cpu().numpy()
     pairs = zip(images, truths, strict=True)
     drawn = [overlay(image, truth, None, f"annotated {truth.mean():.1%}", 256) for image, truth in pairs]
-    tracking.log_picture(contact_sheet(drawn, columns=3), "first_batch.png")
+    tracking.log_image(contact_sheet(drawn, columns=3), "first_batch.png")
 
 
 @dataclass(frozen=True)

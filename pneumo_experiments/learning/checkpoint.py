@@ -102,7 +102,7 @@ def lock_checkpoints(checkpoints: Iterable[Checkpoint], patience: float = -1) ->
     with ExitStack() as stack:
         for checkpoint in checkpoints:
             try:
-                stack.enter_context(work_folder(checkpoint.folder, waiting, patience=patience))
+                stack.enter_context(work_folder(checkpoint.folder, waiting, timeout_seconds=patience))
             except Timeout:
                 raise UserError(
                     "train: another training with the same settings is running; wait until it ends"

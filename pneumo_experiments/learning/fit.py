@@ -86,8 +86,8 @@ def fit(
         too_many = skipped_steps > MAX_SKIPPED_FRACTION * steps_per_epoch and skipped_steps > 1
         if too_many or skipped_steps == steps_per_epoch:
             raise UserError(
-                f"learning_rate={recipe.optimizer.learning_rate}: {skipped_steps} of {steps_per_epoch} steps of"
-                f" epoch {number} had no finite gradient: training diverged; try a tenth of the learning_rate"
+                f"learning_rate={recipe.optimizer.learning_rate}: {skipped_steps} of {steps_per_epoch}"
+                f" steps of epoch {number} had no finite gradient: training diverged; try a tenth of the learning_rate"
             )
         yield Epoch(
             number=number,

@@ -28,7 +28,11 @@ from pneumo_experiments.settings import Score
 
 # How names of metrics begin. Without a prefix they tell of images that neither trained the model nor chose
 # its epoch or thresholds; "external" is subset=all of another data set than that of the training.
-PREFIXES = dict.fromkeys(tracking.EVIDENCE, "") | {"validation": "val_", "train": "train_", "all": "all_"}
+PREFIXES = dict.fromkeys(tracking.UNSEEN_SUBSETS, "") | {
+    "validation": "val_",
+    "train": "train_",
+    "all": "all_",
+}
 
 
 @dataclass(frozen=True)

@@ -88,7 +88,7 @@ def search(settings: Search) -> SearchResult:
 
 def _study(settings: Search, fingerprint: str) -> optuna.Study:
     storage = None if settings.study.storage in ("", NONE) else settings.study.storage
-    tracking.check_address("storage", settings.study.storage)
+    tracking.check_server("storage", settings.study.storage)
     try:
         study = optuna.create_study(
             study_name=settings.study.study,

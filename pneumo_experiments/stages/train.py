@@ -41,7 +41,8 @@ def train(settings: Train, keep_checkpoint: bool = False) -> TrainResult:
         checkpoints = _checkpoints(settings, dataset) if distributed.is_main_process() else []
         with lock_checkpoints(checkpoints, patience=0 if is_launched() else -1):
             if settings.schedule.processes > 1 and not is_launched():
-                tracking.open_store()  # a store that does not open is told once, not by every process
+                tracking.open_store()  # a store that does not open is reported once, not by every process
+                tracking.end_with_mlflow_run()  # the processes of the training end with this one
                 result = launch(settings.schedule.processes, _train_in_group, settings, tracking.active_run())
             else:
                 with _only_main_process_speaks():
@@ -73,8 +74,7 @@ def _only_main_process_speaks() -> Generator[None]:
     if distributed.is_main_process():
         yield
         return
-    tracking.be_silent()
-    with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):
+    with tracking.disabled(), Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):
         yield
 
 

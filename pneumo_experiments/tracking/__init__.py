@@ -1,52 +1,53 @@
-"""The only room that talks to MLflow: runs and what they hold, models and the registry."""
+"""Everything that talks to MLflow: runs and what they log, models and the registry."""
 
 import os
 
-os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # a hospital's network must see no stray calls
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # hospital networks must see no unexpected requests
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-# By default MLflow tries eight times, for minutes; tracking.delivery knows better what to do.
+# By default MLflow retries for minutes; tracking.buffered_client buffers instead.
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")  # seconds without an answer, also to an upload
-os.environ.setdefault("PGCONNECT_TIMEOUT", "10")  # libpq would wait forever
-os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")  # a machine without git is no reason to complain
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")  # seconds, also for an upload
+os.environ.setdefault("PGCONNECT_TIMEOUT", "10")  # seconds; libpq would wait forever
+os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")  # no warning on a machine without git
 
-from pneumo_experiments.tracking.addresses import check_address, hide_passwords
-from pneumo_experiments.tracking.models import log_model, model_data
-from pneumo_experiments.tracking.registry import EVIDENCE, Version, best_model, register_model
-from pneumo_experiments.tracking.runs import (
-    active_run,
-    artifacts_of_active_run,
-    be_silent,
+from pneumo_experiments.tracking.addresses import hide_passwords
+from pneumo_experiments.tracking.context import disabled
+from pneumo_experiments.tracking.log import (
     describe,
     log_dataset,
     log_file,
+    log_image,
     log_json,
     log_metrics,
     log_params,
-    log_picture,
     log_scores,
     log_table,
-    run,
 )
+from pneumo_experiments.tracking.models import log_model, model_data
+from pneumo_experiments.tracking.processes import end_with_mlflow_run
+from pneumo_experiments.tracking.registry import UNSEEN_SUBSETS, Version, best_model, register_model
+from pneumo_experiments.tracking.runs import active_run, artifacts_of_active_run, run
+from pneumo_experiments.tracking.servers import check_server
 from pneumo_experiments.tracking.store import open_store, tracking_uri
 
 __all__ = [
-    "EVIDENCE",
+    "UNSEEN_SUBSETS",
     "Version",
     "active_run",
     "artifacts_of_active_run",
-    "be_silent",
     "best_model",
-    "check_address",
+    "check_server",
     "describe",
+    "disabled",
+    "end_with_mlflow_run",
     "hide_passwords",
     "log_dataset",
     "log_file",
+    "log_image",
     "log_json",
     "log_metrics",
     "log_model",
     "log_params",
-    "log_picture",
     "log_scores",
     "log_table",
     "model_data",

@@ -1,4 +1,4 @@
-"""Delivers what a run could not: ``python -m pneumo_experiments.tracking <calls.jsonl that it named>``."""
+"""Sends the calls that a run buffered: ``python -m pneumo_experiments.tracking output/…/calls.jsonl``."""
 
 from __future__ import annotations
 
@@ -6,26 +6,26 @@ import sys
 from pathlib import Path
 
 from pneumo_experiments.errors import UserError
-from pneumo_experiments.tracking.buffer import FILE
-from pneumo_experiments.tracking.delivery import Outbox
+from pneumo_experiments.tracking.buffer_file import FILE
+from pneumo_experiments.tracking.buffered_client import BufferedClient
 from pneumo_experiments.tracking.store import open_store
 
 
-def deliver(path: Path) -> None:
-    """Makes the calls of a file that tracking.delivery wrote; the file is gone when all are made.
+def send_buffered(path: Path) -> None:
+    """Sends the calls of a ``calls.jsonl`` to the store, and removes the file.
 
-    Raises UserError where some are not, and where the file holds other lines, too.
+    Raises UserError if the store refuses some of them, or if the file contains invalid lines.
     """
     if not path.is_file() or path.name != FILE:
-        raise UserError(
-            f"{path}: no such file of calls; a run that could not deliver everything names it at its end"
-        )
+        raise UserError(f"{path}: no such {FILE}; the last line of a run with undelivered calls names it")
     open_store()
-    box = Outbox(path.absolute().parent)
-    if not box.flush():
-        raise UserError(f"{path}: {len(box)} calls are still missing in {box.store}; try again later")
-    if box.foreign:
-        raise UserError(f"{path}: {len(box.foreign)} lines are no calls; look at them: all else is delivered")
+    client = BufferedClient(path.absolute().parent)
+    if not client.flush():
+        raise UserError(f"{path}: {len(client)} calls are still missing in {client.store}; try again later")
+    if client.invalid_lines:
+        raise UserError(
+            f"{path}: {len(client.invalid_lines)} invalid lines; check them: all other calls were sent"
+        )
 
 
 if __name__ == "__main__":
@@ -34,7 +34,7 @@ if __name__ == "__main__":
             "Error: give one file: python -m pneumo_experiments.tracking output/undelivered-…/calls.jsonl"
         )
     try:
-        deliver(Path(sys.argv[1]))
+        send_buffered(Path(sys.argv[1]))
     except UserError as error:
         print(f"Error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(error.exit_code)

@@ -1,9 +1,7 @@
-"""What is sent to MLflow once a run has started: calls whose arguments fit into a line of JSON.
+"""The calls that a run sends to MLflow; their arguments are valid JSON.
 
-Each may be sent twice without harm: a call whose answer was lost is sent again.
+All are idempotent: a call whose response was lost is sent again.
 """
-# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false, reportUnknownVariableType=false
-# pyright: reportUnknownArgumentType=false
 
 from __future__ import annotations
 
@@ -18,11 +16,12 @@ import mlflow
 import mlflow.pyfunc
 from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Param, RunTag
+from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
 from mlflow.types import ColSpec, DataType, Schema
 
 LOADER = "pneumo_experiments.serving"
-SCORE_TAG = "score."  # of a model: what is known of the images with the identity that follows
+SCORE_TAG = "score."  # tag of a model: followed by the identity of the scored images
 
 SIGNATURE = ModelSignature(
     inputs=Schema([ColSpec(DataType.string, "image_id"), ColSpec(DataType.binary, "dicom")]),
@@ -41,7 +40,7 @@ SIGNATURE = ModelSignature(
 def metrics(
     run_id: str, values: Mapping[str, float], step: int | None, timestamp: int, model_id: str | None
 ) -> None:
-    """Metrics of a run, and of the model where one is named; ``timestamp`` in ms since 1970."""
+    """Logs metrics of a run, and of the model if one is named; ``timestamp`` in ms since 1970."""
     mlflow.log_metrics(dict(values), step=step, run_id=run_id, timestamp=timestamp, model_id=model_id)
 
 
@@ -53,10 +52,10 @@ def scores(
     images: Mapping[str, Any],
     facts: Mapping[str, str],
 ) -> None:
-    """Metrics of a run, and of the model where one is named, that bear the identity of what was scored.
+    """Logs metrics of a run, and of the model if one is named, linked to the scored images.
 
-    ``images`` is the ``to_dict`` of a data set whose digest is that identity. ``facts`` on them become a tag
-    of the model, before the metrics: a metric of the model never lacks them.
+    ``images`` is the ``to_dict`` of a data set whose digest identifies the images. ``facts`` about them
+    become a tag of the model, set before the metrics: no metric of the model is without them.
     """
     scored = Dataset(**images)
     if model_id is not None:
@@ -65,48 +64,58 @@ def scores(
 
 
 def params(run_id: str, values: Mapping[str, str]) -> None:
-    """Params of a run that it does not have yet: a second text for one name would be refused."""
+    """Logs params that the run does not have yet: MLflow refuses a second value for one name."""
     client = MlflowClient()
-    there = client.get_run(run_id).data.params
-    new = [Param(name, text) for name, text in values.items() if name not in there]
+    existing = client.get_run(run_id).data.params
+    new = [Param(name, text) for name, text in values.items() if name not in existing]
     client.log_batch(run_id, params=new)
 
 
 def tags(run_id: str, values: Mapping[str, str]) -> None:
-    """Tags of a run; an earlier text for one name is replaced."""
+    """Sets tags of a run; replaces earlier values."""
     MlflowClient().log_batch(run_id, tags=[RunTag(name, text) for name, text in values.items()])
 
 
 def dataset(run_id: str, description: Mapping[str, Any], context: str) -> None:
-    """A data set, as its ``to_dict`` describes it, as an input of a run."""
-    used = DatasetInput(Dataset(**description), [InputTag("mlflow.data.context", context)])
-    MlflowClient().log_inputs(run_id, [used])
+    """Logs a data set, described by its ``to_dict``, as an input of a run."""
+    data_input = DatasetInput(Dataset(**description), [InputTag("mlflow.data.context", context)])
+    try:
+        MlflowClient().log_inputs(run_id, [data_input])
+    except MlflowException as error:
+        if "IntegrityError" not in str(error):
+            raise
+        # Another process created the same data set between MLflow's look-up and its insert: now it exists.
+        MlflowClient().log_inputs(run_id, [data_input])
 
 
 def artifact(run_id: str, path: str, folder: str) -> None:
-    """A file as artifact of a run, in a folder of the artifacts ("" for the top)."""
-    MlflowClient().log_artifact(run_id, path, folder or None)
+    """Logs a file as artifact of a run, in a folder of the artifacts ("" for the top)."""
+    MlflowClient().log_artifact(run_id, path, folder or None)  # pyright: ignore[reportUnknownMemberType]
 
 
 def model(run_id: str, path: str, requirements: Sequence[str]) -> str:
-    """What serving.save wrote to the folder ``path`` as a model of a run; returns ``models:/<id>``."""
+    """Logs the folder ``path`` that serving.save wrote as a model of a run; returns ``models:/<id>``."""
     active = mlflow.active_run()
-    inside = active is not None and active.info.run_id == run_id
-    with nullcontext() if inside else mlflow.start_run(run_id, nested=True), _no_example():
-        info = mlflow.pyfunc.log_model(name="pneumothorax", **_pyfunc_of(path, requirements))
+    is_active = active is not None and active.info.run_id == run_id
+    with nullcontext() if is_active else mlflow.start_run(run_id, nested=True), _without_example_warning():
+        info = mlflow.pyfunc.log_model(  # pyright: ignore[reportUnknownMemberType]
+            name="pneumothorax", **_pyfunc_of(path, requirements)
+        )
     return str(info.model_uri)
 
 
 def save_model(folder: Path, path: str, requirements: Sequence[str]) -> None:
-    """The same model as a new local folder; what serving.save wrote lies in its ``data``."""
-    with _no_example():
-        mlflow.pyfunc.save_model(str(folder), **_pyfunc_of(path, requirements))
+    """Saves the same model as a new local folder; what serving.save wrote is in its ``data``."""
+    with _without_example_warning():
+        mlflow.pyfunc.save_model(  # pyright: ignore[reportUnknownMemberType]
+            str(folder), **_pyfunc_of(path, requirements)
+        )
 
 
 @contextmanager
-def _no_example() -> Generator[None]:
+def _without_example_warning() -> Generator[None]:
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*[Ii]nput example")  # the signature is given instead
+        warnings.filterwarnings("ignore", message=".*[Ii]nput example")  # the signature is explicit
         yield
 
 
@@ -116,13 +125,13 @@ def _pyfunc_of(path: str, requirements: Sequence[str]) -> dict[str, Any]:
         "data_path": path,
         "code_paths": [str(Path(__file__).parents[1])],
         "signature": SIGNATURE,
-        # Given, not guessed: guessing loads the model in a new process and takes seconds.
+        # MLflow would infer them by loading the model in a new process, which takes seconds.
         "pip_requirements": list(requirements),
     }
 
 
 def end(run_id: str, status: str, end_time: int) -> None:
-    """The end of a run; ``end_time`` in ms since 1970."""
+    """Ends a run; ``end_time`` in ms since 1970."""
     MlflowClient().set_terminated(run_id, status, end_time)
 
 

@@ -1,5 +1,4 @@
-"""Logged models."""
-# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false, reportUnknownVariableType=false
+"""Logged models: how train logs one, and how score and register read one."""
 
 from __future__ import annotations
 
@@ -18,10 +17,10 @@ from mlflow.models.model import MLMODEL_FILE_NAME
 
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.tracking.addresses import hide_passwords
-from pneumo_experiments.tracking.buffer import model_folder
+from pneumo_experiments.tracking.buffer_file import model_folder
+from pneumo_experiments.tracking.buffered_client import StoreUnreachable
 from pneumo_experiments.tracking.calls import LOADER, save_model
-from pneumo_experiments.tracking.delivery import StoreUnreachable, current
-from pneumo_experiments.tracking.store import open_store
+from pneumo_experiments.tracking.context import active_client
 
 log = logging.getLogger(__name__)
 
@@ -40,56 +39,55 @@ MODEL_REQUIREMENTS = (
 
 
 def log_model(folder: Path) -> str:
-    """Logs what serving.save wrote to the folder as a model of the active run; returns ``models:/<id>``.
+    """Logs the folder that serving.save wrote as a model of the active run; returns ``models:/<id>``.
 
-    Where the store cannot take it, the model is kept, to be logged later: returns its local folder.
+    If the store is unreachable, the model is buffered, to be logged later: returns its local folder.
     """
     active = mlflow.active_run()
     assert active is not None
     run_id = active.info.run_id
-    # Of torch's version only what other machines have, too.
+    # Without torch's local version (+cu126), which the package index may not have.
     requirements = [f"{name}=={version(name).split('+')[0]}" for name in MODEL_REQUIREMENTS]
-    box = current()
-    box.hurry()
+    client = active_client()
+    client.skip_pause()
     try:
-        return str(box.offer("model", run_id=run_id, path=str(folder), requirements=requirements))
+        return str(client.send("model", run_id=run_id, path=str(folder), requirements=requirements))
     except StoreUnreachable:
-        kept = model_folder(box.folder, run_id)
-        shutil.rmtree(kept, ignore_errors=True)  # of an earlier process of this run
-        save_model(kept, str(folder), requirements)
-        data = kept / "data" / folder.name
-        box.keep("model", run_id=run_id, path=str(data.relative_to(kept.parent)), requirements=requirements)
-        log.warning("%s does not take the model: kept in %s", box.store, kept)
-        return str(kept)
+        saved = model_folder(client.folder, run_id)
+        shutil.rmtree(saved, ignore_errors=True)  # of an earlier process of this run
+        save_model(saved, str(folder), requirements)
+        path = str((saved / "data" / folder.name).relative_to(saved.parent))
+        client.buffer("model", run_id=run_id, path=path, requirements=requirements)
+        log.warning("%s: tracking server unreachable: model saved to %s", client.store, saved)
+        return str(saved)
 
 
 def model_data(address: str) -> Path:
-    """The folder that serving.save wrote of a logged or registered model, made local where it is remote.
+    """The folder that serving.save wrote for a logged or registered model, downloaded if it is remote.
 
-    Nothing of the model is run: not its pickles, nor the code beside it. Raises UserError where it cannot be
-    had, and where it was not made by this project.
+    Nothing of the model is executed: neither pickles nor the code beside it. Raises UserError if it cannot
+    be loaded, or if another project logged it.
     """
-    open_store()
     try:
         folder = Path(mlflow.artifacts.download_artifacts(address))
-        if not (folder / MLMODEL_FILE_NAME).is_file():  # a device has no end, a pipe no beginning
+        if not (folder / MLMODEL_FILE_NAME).is_file():  # a device or a pipe would block
             raise FileNotFoundError(f"no file {folder / MLMODEL_FILE_NAME}")
-        described: Any = yaml.safe_load((folder / MLMODEL_FILE_NAME).read_text(encoding="utf-8"))
+        description: Any = yaml.safe_load((folder / MLMODEL_FILE_NAME).read_text(encoding="utf-8"))
     except (MlflowException, OSError, ValueError, ImportError) as error:  # e.g. no library for s3://
         raise _cannot_be_loaded(address, hide_passwords(str(error).split("\n")[0])) from error
     except (yaml.YAMLError, RecursionError) as error:
         raise _cannot_be_loaded(address, f"its {MLMODEL_FILE_NAME} is damaged") from error
     try:
-        flavor = described["flavors"]["python_function"]
+        flavor = description["flavors"]["python_function"]
         loader, data = flavor["loader_module"], flavor["data"]
     except (TypeError, LookupError):
         loader, data = None, None
     if loader != LOADER or not isinstance(data, str):
-        raise UserError(f"model={address}: was not made by this project; `train` logs one")
-    place = (folder / data).resolve()
-    if not place.is_relative_to(folder.resolve()) or not place.is_dir():
+        raise UserError(f"model={address}: is not a model of this project; `train` logs one")
+    path = (folder / data).resolve()
+    if not path.is_relative_to(folder.resolve()) or not path.is_dir():
         raise _cannot_be_loaded(address, f"it has no folder {data}")
-    return place
+    return path
 
 
 def _cannot_be_loaded(address: str, reason: str) -> UserError:
@@ -97,7 +95,7 @@ def _cannot_be_loaded(address: str, reason: str) -> UserError:
 
 
 def model_id_of(address: str) -> str | None:
-    """Id of the logged model behind an address; None where there is none."""
+    """Id of the logged model at an address; None if it is no logged model."""
     try:
         return get_model_info(address).model_id
     except MlflowException as error:

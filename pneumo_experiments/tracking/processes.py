@@ -1,5 +1,4 @@
-"""Runs and the processes that write them: neither outlives the other unseen."""
-# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false, reportUnknownVariableType=false
+"""Processes and their runs: ends runs whose process died, and this process when `mlflow run` dies."""
 
 from __future__ import annotations
 
@@ -15,27 +14,27 @@ from pathlib import Path
 import psutil
 from mlflow import MlflowClient
 
-PROCESS_TAG = "pneumo.process"  # pid:start of the process that writes the run
+PROCESS_TAG = "pneumo.process"  # pid:start time of the process that writes the run
 HOST_TAG = "pneumo.host"
-MACHINE_TAG = "pneumo.machine"  # machine/boot/namespace in which the pid counts
-WHOLE_MACHINE = "pid:[4026531836]"  # the namespace outside of all containers; Linux gives it this number
+MACHINE_TAG = "pneumo.machine"  # machine id/boot id/pid namespace: where the pid is unique
+HOST_NAMESPACE = "pid:[4026531836]"  # outside of all containers; Linux gives it this number
 
 log = logging.getLogger(__name__)
 
 
 def process_tags() -> dict[str, str]:
-    """Tags by which end_orphaned_runs knows this process."""
+    """Tags that identify this process for end_orphaned_runs."""
     process = psutil.Process()
     return {
         HOST_TAG: socket.gethostname(),
-        MACHINE_TAG: _machine(),
+        MACHINE_TAG: _machine_id(),
         PROCESS_TAG: f"{process.pid}:{process.create_time()}",
     }
 
 
 @cache
-def _machine() -> str:
-    """Of Linux its id, the id of its start and the namespace of pids; empty where a system has none."""
+def _machine_id() -> str:
+    """Linux's machine id, boot id and pid namespace; each is empty if the system has none."""
 
     def content(path: str) -> str:
         try:
@@ -51,17 +50,19 @@ def _machine() -> str:
 
 
 def end_with_mlflow_run() -> None:
-    """Ends this process by SIGTERM when the `mlflow run` that started it is gone.
+    """Sends SIGTERM to this process when the `mlflow run` that started it dies; does nothing without one.
 
-    Without that its work would go on unseen after a kill of `mlflow run`.
+    Otherwise a killed `mlflow run` would leave its work running in the background.
     """
+    if "MLFLOW_RUN_ID" not in os.environ:  # set by `mlflow run` for the run to use
+        return
     # There may be a shell between the two.
-    starter = next((p for p in psutil.Process().parents() if p.name() not in ("bash", "sh", "dash")), None)
-    if starter is None or starter.pid == 1:
+    parent = next((p for p in psutil.Process().parents() if p.name() not in ("bash", "sh", "dash")), None)
+    if parent is None or parent.pid == 1:
         return
 
     def watch() -> None:
-        while starter.is_running() and starter.status() != psutil.STATUS_ZOMBIE:
+        while parent.is_running() and parent.status() != psutil.STATUS_ZOMBIE:
             time.sleep(1)
         os.kill(os.getpid(), signal.SIGTERM)
 
@@ -69,29 +70,27 @@ def end_with_mlflow_run() -> None:
 
 
 def end_orphaned_runs(experiment_id: str) -> None:
-    """Marks as KILLED the runs whose process on this host is gone (kill -9, power cut).
+    """Marks runs as KILLED whose process on this host is dead (kill -9, power cut).
 
-    A container of the same name on this or another machine is left alone, and so is one that was started
-    again: its processes cannot be told from those of a living one.
+    Runs of other containers with this host name, and of a restarted container, are left RUNNING: their
+    processes may be alive.
     """
     client = MlflowClient()
     running = f"attributes.status = 'RUNNING' and tags.`{HOST_TAG}` = '{socket.gethostname()}'"
-    for found in client.search_runs([experiment_id], running):
-        tags = found.data.tags
-        if is_dead(tags.get(MACHINE_TAG, ""), tags.get(PROCESS_TAG, ""), _machine()):
-            client.set_terminated(found.info.run_id, "KILLED")
-            log.warning(
-                "run %s was left RUNNING by a process that is gone: marked KILLED", found.info.run_name
-            )
+    for run in client.search_runs([experiment_id], running):
+        tags = run.data.tags
+        if is_dead(tags.get(MACHINE_TAG, ""), tags.get(PROCESS_TAG, ""), _machine_id()):
+            client.set_terminated(run.info.run_id, "KILLED")
+            log.warning("run %s was left RUNNING by a dead process: marked KILLED", run.info.run_name)
 
 
-def is_dead(machine: str, process: str, here: str) -> bool:
-    """Whether a process on a machine of this name is known to have ended; ``here`` is this machine."""
-    if machine == here:
+def is_dead(machine: str, process: str, this_machine: str) -> bool:
+    """Whether a process of a machine with this host name has certainly ended."""
+    if machine == this_machine:
         return not _is_alive(process)
-    ours, theirs = here.split("/"), machine.split("/")
-    # The same machine was started again. Two containers, or two machines without an id, may look like that.
-    return ours[0] != "" and ours[2] == WHOLE_MACHINE and theirs[::2] == ours[::2]
+    this, other = this_machine.split("/"), machine.split("/")
+    # The same machine after a reboot. Two containers, or two machines without an id, may look the same.
+    return this[0] != "" and this[2] == HOST_NAMESPACE and other[::2] == this[::2]
 
 
 def _is_alive(process: str) -> bool:

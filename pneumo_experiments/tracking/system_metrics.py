@@ -1,6 +1,4 @@
-"""Samples of what the machine does during a run: processor, memory, disk, network and GPU."""
-# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false, reportUnknownVariableType=false
-# pyright: reportUnknownArgumentType=false
+"""System metrics of a run: CPU, memory, disk, network and GPU."""
 
 from __future__ import annotations
 
@@ -9,48 +7,47 @@ import time
 from collections.abc import Generator
 from contextlib import contextmanager
 from threading import Event, Thread
+from typing import Any
 
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
-from pneumo_experiments.tracking.delivery import Outbox
+from pneumo_experiments.tracking.buffered_client import BufferedClient
 
-# MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL sets another.
-INTERVAL_SECONDS = 5
-# The thread may be about to find out that the store is away.
-PATIENCE_SECONDS = 10
+INTERVAL_SECONDS = 5  # MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL sets another
+JOIN_SECONDS = 10  # the thread may be waiting for a server that does not respond
 
 log = logging.getLogger(__name__)
 
 
 @contextmanager
-def log_system_metrics(box: Outbox, run_id: str, started_ms: int) -> Generator[None]:
+def log_system_metrics(client: BufferedClient, run_id: str, started_ms: int) -> Generator[None]:
     """Logs ``system/...`` metrics of the run every few seconds, and once at the end.
 
-    Their step is the second since the start of the run, so that a run that goes on needs no look back.
-    Values as MLflow's own system metrics, with a GPU's where nvidia-ml-py is installed. MLflow's
-    own thread would end for good with the first sample that cannot be delivered.
+    Their step is the number of seconds since the start of the run, also in a resumed run. Names and values
+    are those of MLflow's SystemMetricsMonitor (GPU: if nvidia-ml-py is installed), whose own thread would
+    end at the first sample that cannot be sent.
     """
-    logging.getLogger("mlflow.system_metrics").setLevel(logging.CRITICAL)  # a line for each lacking value
-    meter = SystemMetricsMonitor(run_id, sampling_interval=INTERVAL_SECONDS)
+    logging.getLogger("mlflow.system_metrics").setLevel(logging.CRITICAL)  # it warns of each missing value
+    monitor: Any = SystemMetricsMonitor(run_id, sampling_interval=INTERVAL_SECONDS)
     stop = Event()
 
     def sample() -> None:
-        meter.collect_metrics()
-        values = {f"system/{name}": float(value) for name, value in meter.aggregate_metrics().items()}
-        for monitor in meter.monitors:
-            monitor.clear_metrics()
+        monitor.collect_metrics()
+        values = {f"system/{name}": float(value) for name, value in monitor.aggregate_metrics().items()}
+        for each in monitor.monitors:
+            each.clear_metrics()
         now = time.time_ns() // 1_000_000
         step = (now - started_ms) // 1000
-        box.offer_sample("metrics", run_id=run_id, values=values, step=step, timestamp=now, model_id=None)
+        client.try_send("metrics", run_id=run_id, values=values, step=step, timestamp=now, model_id=None)
 
     def watch() -> None:
         try:
-            meter.collect_metrics()  # the use of the processor is counted from call to call
-            while not stop.wait(meter.sampling_interval):
+            monitor.collect_metrics()  # CPU use is measured between two calls
+            while not stop.wait(monitor.sampling_interval):
                 sample()
             sample()
-        except Exception as error:  # a lost GPU, a refused value: no reason to end the run
-            log.warning("no more system metrics: %s", str(error).split("\n")[0])
+        except Exception as error:  # a lost GPU or a refused value must not end the run
+            log.warning("system metrics stopped: %s", str(error).split("\n")[0])
 
     thread = Thread(target=watch, name="system-metrics", daemon=True)
     thread.start()
@@ -58,4 +55,4 @@ def log_system_metrics(box: Outbox, run_id: str, started_ms: int) -> Generator[N
         yield
     finally:
         stop.set()
-        thread.join(PATIENCE_SECONDS)
+        thread.join(JOIN_SECONDS)

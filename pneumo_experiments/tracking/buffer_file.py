@@ -1,6 +1,6 @@
-"""What waits for the store: a file with a call per line, and copies of the files that the calls name.
+"""The buffer on disk: ``calls.jsonl`` with one call per line, and copies of the files that the calls name.
 
-Such a file may come from anywhere. Only what a run kept is read or removed, whatever the lines say.
+The file may come from anywhere: only copies that a run made are read or removed, whatever its lines say.
 """
 
 from __future__ import annotations
@@ -14,38 +14,38 @@ from pathlib import Path
 from typing import Any, cast
 
 FILE = "calls.jsonl"
-OURS = b'{"call": '  # how each line starts
+LINE_START = b'{"call": '
 
 Call = dict[str, Any]
 
 
 def read(folder: Path, names: Container[str]) -> tuple[list[Call], list[bytes], bool]:
-    """The calls of these names in the folder's file, the lines that are none, and whether the last is torn.
+    """The calls with these names in the folder's file, invalid lines, whether the last line is incomplete.
 
-    The process that wrote a torn line was killed meanwhile; it is left out.
+    An incomplete last line is left out: its process was killed while it wrote.
     """
     path = folder / FILE
     *lines, last = path.read_bytes().split(b"\n") if path.is_file() else [b""]
-    torn = last.startswith(OURS)
-    if last and not torn:
+    is_incomplete = last.startswith(LINE_START)
+    if last and not is_incomplete:
         lines.append(last)
-    calls, foreign = list[Call](), list[bytes]()
+    calls, invalid = list[Call](), list[bytes]()
     for line in lines:
         if (call := _call_in(line, names)) is not None:
             calls.append(call)
         else:
-            foreign.append(line)
-    return calls, foreign, torn
+            invalid.append(line)
+    return calls, invalid, is_incomplete
 
 
 def _call_in(line: bytes, names: Container[str]) -> Call | None:
     try:
-        found: Any = json.loads(line)
+        content: Any = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    if not isinstance(found, dict):
+    if not isinstance(content, dict):
         return None
-    call = cast("Call", found)
+    call = cast("Call", content)
     return call if isinstance(call.get("call"), str) and call["call"] in names else None
 
 
@@ -56,9 +56,9 @@ def append(folder: Path, call: Call) -> None:
         file.write(json.dumps(call) + "\n")
 
 
-def write(folder: Path, calls: Iterable[Call], foreign: Iterable[bytes]) -> None:
-    """Replaces the folder's file; with nothing to keep it goes, and so does the folder when it is empty."""
-    lines = [*foreign, *(json.dumps(call).encode() for call in calls)]
+def write(folder: Path, calls: Iterable[Call], invalid: Iterable[bytes]) -> None:
+    """Replaces the folder's file; without lines removes it, and the folder if that is then empty."""
+    lines = [*invalid, *(json.dumps(call).encode() for call in calls)]
     path = folder / FILE
     if not lines:
         path.unlink(missing_ok=True)
@@ -70,36 +70,36 @@ def write(folder: Path, calls: Iterable[Call], foreign: Iterable[bytes]) -> None
 
 
 def copy(folder: Path, path: Path) -> str:
-    """A lasting copy of a file, as a path relative to the folder above, which may be moved."""
-    place = folder / "files" / str(time.time_ns()) / path.name
-    place.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copy(path, place)
-    return str(place.relative_to(folder.parent))
+    """Copies a file into the buffer; returns the path relative to the parent of ``folder``."""
+    target = folder / "files" / str(time.time_ns()) / path.name
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy(path, target)
+    return str(target.relative_to(folder.parent))
 
 
 def model_folder(folder: Path, run_id: str) -> Path:
-    """Where a model of the run waits, beside the folder."""
+    """Where a model of the run is buffered, beside the folder."""
     return folder.with_name(f"model-{run_id}")
 
 
 def arguments_of(folder: Path, call: Mapping[str, Any]) -> dict[str, Any]:
-    """A call's arguments; raises ValueError where it names a file that no run kept."""
+    """A call's arguments; raises ValueError if it names a file that no run buffered."""
     arguments = {name: value for name, value in call.items() if name != "call"}
     if "path" not in arguments:
         return arguments
-    above, path = folder.parent, folder.parent / str(arguments["path"])
-    places = folder / "files", model_folder(folder, str(arguments.get("run_id"))) / "data"
-    # A link or .. on the way would lead elsewhere.
-    inside = any(path.is_relative_to(place) and path != place for place in places)
-    if not inside or path.resolve() != above.resolve() / path.relative_to(above):
-        raise ValueError(f"{path} is not a file that the run kept")
+    parent, path = folder.parent, folder.parent / str(arguments["path"])
+    allowed = folder / "files", model_folder(folder, str(arguments.get("run_id"))) / "data"
+    is_inside = any(path.is_relative_to(root) and path != root for root in allowed)
+    # A link or .. in the path would lead elsewhere.
+    if not is_inside or path.resolve() != parent.resolve() / path.relative_to(parent):
+        raise ValueError(f"{path} is not a buffered file")
     if any(each.is_symlink() for each in path.rglob("*")):
-        raise ValueError(f"{path} holds a link, which no run made")
+        raise ValueError(f"{path} contains a symbolic link")
     return arguments | {"path": str(path)}
 
 
 def remove_copy(folder: Path, call: Mapping[str, Any]) -> None:
-    """Removes the copy that a call named, and the folders that this leaves empty."""
+    """Removes the copy of a file that a call names, and folders that are then empty."""
     if call["call"] == "artifact":
         path = Path(arguments_of(folder, call)["path"])
         path.unlink(missing_ok=True)
@@ -108,5 +108,5 @@ def remove_copy(folder: Path, call: Mapping[str, Any]) -> None:
 
 
 def _remove_if_empty(folder: Path) -> None:
-    with suppress(OSError):  # something else lies in it
+    with suppress(OSError):  # not empty
         folder.rmdir()
