@@ -87,7 +87,8 @@ def fit(
         if too_many or skipped_steps == steps_per_epoch:
             raise UserError(
                 f"learning_rate={recipe.optimizer.learning_rate}: {skipped_steps} of {steps_per_epoch}"
-                f" steps of epoch {number} had no finite gradient: training diverged; try a tenth of the learning_rate"
+                f" steps of epoch {number} had no finite gradient: training diverged; try a tenth of the"
+                " learning_rate"
             )
         yield Epoch(
             number=number,

@@ -20,6 +20,8 @@ from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
 from mlflow.types import ColSpec, DataType, Schema
 
+from pneumo_experiments.settings import NONE
+
 LOADER = "pneumo_experiments.serving"
 SCORE_TAG = "score."  # tag of a model: followed by the identity of the scored images
 
@@ -63,12 +65,26 @@ def scores(
     mlflow.log_metrics(dict(values), run_id=run_id, timestamp=timestamp, model_id=model_id, dataset=scored)
 
 
-def params(run_id: str, values: Mapping[str, str]) -> None:
-    """Logs params that the run does not have yet: MLflow refuses a second value for one name."""
+def params(run_id: str, values: Mapping[str, str], suffix: str = "") -> None:
+    """Logs params that the run does not have yet: MLflow refuses a second value for one name.
+
+    With a ``suffix``, a value that differs from the run's is logged under the name with that suffix.
+    """
     client = MlflowClient()
     existing = client.get_run(run_id).data.params
-    new = [Param(name, text) for name, text in values.items() if name not in existing]
-    client.log_batch(run_id, params=new)
+    new = {name: text for name, text in values.items() if name not in existing}
+    if suffix:
+        differing = {n: t for n, t in values.items() if n in existing and not _is_same(t, existing[n])}
+        new |= {f"{n}{suffix}": t for n, t in differing.items() if f"{n}{suffix}" not in existing}
+    client.log_batch(run_id, params=[Param(name, text) for name, text in new.items()])
+
+
+def _is_same(text: str, other: str) -> bool:
+    """Whether two texts are the same value: 1e-3 is 0.001, and an empty text is none."""
+    try:
+        return float(text) == float(other)
+    except ValueError:
+        return text.lower() == (other.lower() or NONE)
 
 
 def tags(run_id: str, values: Mapping[str, str]) -> None:

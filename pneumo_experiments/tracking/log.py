@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import mlflow
 import numpy as np
+import yaml
 from mlflow.data.meta_dataset import MetaDataset
 from mlflow.data.sources import (
     LocalArtifactDatasetSource,  # pyright: ignore[reportAttributeAccessIssue, reportUnknownVariableType]
@@ -26,8 +27,8 @@ from mlflow.utils.validation import (
 from numpy.typing import NDArray
 from PIL import Image
 
-from pneumo_experiments.settings import as_text
-from pneumo_experiments.tracking.addresses import escape_surrogates
+from pneumo_experiments.settings import as_config, as_text
+from pneumo_experiments.tracking.addresses import escape_surrogates, hide_passwords
 from pneumo_experiments.tracking.buffered_client import StoreUnreachable
 from pneumo_experiments.tracking.context import active_client, is_enabled
 from pneumo_experiments.tracking.models import model_id_of
@@ -103,6 +104,18 @@ def log_json(value: Mapping[str, Any], name: str) -> None:
         path = Path(folder, PurePosixPath(name).name)
         path.write_text(json.dumps(value, indent=2), encoding="utf-8")
         _log_artifact(path, name)
+
+
+def log_config(settings: object) -> None:
+    """Logs all settings as ``config.yaml``, which repeats the step: ``-P config=…``. Passwords are hidden."""
+    values = {
+        name: hide_passwords(value) if isinstance(value, str) else value
+        for name, value in as_config(settings).items()
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "config.yaml")
+        path.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
+        _log_artifact(path, path.name)
 
 
 def log_table(columns: Sequence[str], rows: Sequence[Sequence[object]], name: str) -> None:

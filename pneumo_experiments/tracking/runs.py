@@ -18,7 +18,7 @@ from pneumo_experiments.settings import as_params
 from pneumo_experiments.tracking.addresses import hide_passwords, local_path
 from pneumo_experiments.tracking.buffered_client import BufferedClient, outages_as_user_errors
 from pneumo_experiments.tracking.context import client_of, is_enabled
-from pneumo_experiments.tracking.log import describe, now_ms
+from pneumo_experiments.tracking.log import describe, log_config, now_ms
 from pneumo_experiments.tracking.processes import end_orphaned_runs, end_with_mlflow_run, process_tags
 from pneumo_experiments.tracking.servers import check_server
 from pneumo_experiments.tracking.store import SETTING, open_store
@@ -77,9 +77,11 @@ def run(
                 # `mlflow run` chose a random name, and start_run sets tags of new runs only.
                 client.send_or_buffer("tags", run_id=run_id, values={"mlflow.runName": step} | process_tags())
                 describe(description)
-                # `mlflow run` may have logged some: those stay as they are.
+                # `mlflow run` may have logged some: those stay, also where the config file beats a default.
                 params = {name: hide_passwords(text) for name, text in as_params(settings).items()}
-                client.send_or_buffer("params", run_id=run_id, values=params)
+                suffix = "" if resumed else "_used"
+                client.send_or_buffer("params", run_id=run_id, values=params, suffix=suffix)
+                log_config(settings)
                 yield run_id
             status = "FINISHED"
         except KeyboardInterrupt:
