@@ -54,7 +54,7 @@ ROOMS = {
     "scoring": set[str](),
     "dicom": set[str](),
 }
-COMMON = {"errors.py", "interrupts.py", "locks.py", "settings.py", "terminal.py", "__init__.py"}
+COMMON = {"errors.py", "files.py", "interrupts.py", "locks.py", "settings.py", "terminal.py", "__init__.py"}
 
 
 def room_of(path: Path) -> str:

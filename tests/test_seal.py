@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 from isal import isal_zlib
-from test_store import SIZE, write
+from test_hdf5 import SIZE, write
 
 from pneumo_experiments.dataset.hdf5 import Dataset
 from pneumo_experiments.dataset.seal import append_seal, read_seal
@@ -178,7 +178,7 @@ for name in sys.argv[1:]:
     try:
         with Dataset.open(Path(name)) as dataset:
             for row in range(len(dataset)):
-                dataset.images([row, row]), dataset.shares([row, row]), dataset.mask(row)
+                dataset.images([row, row]), dataset.targets([row, row]), dataset.mask(row)
         print("read")
     except UserError as error:
         print(error)
@@ -192,7 +192,7 @@ HEADER = {
 }
 ENTRY: list[Any] = ["image", "patient", "PA", "F", 50, 40, 30, 1, 6]
 DEEP = b"[" * 500_000
-NOT_MADE = "not made by this project"
+NOT_MADE = "not written by this project"
 
 
 def sealed(path: Path, lines: list[bytes], chunks: list[bytes], tail: bytes = b"") -> None:

@@ -5,9 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from pneumo_experiments.report.statistics import OLDEST, Ages, Annotated, IdenticalImages, Report
+from pneumo_experiments.report.statistics import (
+    MAX_PLAUSIBLE_AGE,
+    Ages,
+    AnnotationStatistics,
+    IdenticalImages,
+    Report,
+)
 from pneumo_experiments.report.style import STYLE, bars, finding, picture, text
-from pneumo_experiments.report.summary import many
+from pneumo_experiments.report.summary import plural
 
 QUANTILES = {
     "min": "Smallest",
@@ -93,7 +99,7 @@ def _left_out(report: Report) -> str:
             _ids(report.files_without_annotation),
         ),
         finding(
-            "Annotated, but no file found",
+            "AnnotationStatistics, but no file found",
             "The annotation table names these images, but the folder does not hold them.",
             _ids(report.annotated_without_file),
         ),
@@ -129,9 +135,9 @@ def _noteworthy(report: Report) -> str:
             _ids(report.annotated.overlapping if report.annotated else []),
         ),
         finding(
-            f"Ages above {OLDEST} years",
+            f"Ages above {MAX_PLAUSIBLE_AGE} years",
             "The images are used; their ages are not counted below.",
-            [(image_id, many(age, "year")) for image_id, age in report.ages.implausible.items()],
+            [(image_id, plural(age, "year")) for image_id, age in report.ages.implausible.items()],
         ),
     ]
     return "<h2>What is worth a look</h2>" + "".join(found) if any(found) else ""
@@ -139,7 +145,7 @@ def _noteworthy(report: Report) -> str:
 
 def _about(same: IdenticalImages, report: Report) -> str:
     areas = f"; annotated {', '.join(f'{area:,}' for area in same.areas_px)} px" if report.annotated else ""
-    return many(same.patients, "patient") + areas
+    return plural(same.patients, "patient") + areas
 
 
 def _images(report: Report) -> str:
@@ -151,7 +157,7 @@ def _images(report: Report) -> str:
         bars(
             "Images per patient",
             report.patients.images_per_patient,
-            f"The bars count patients; one has at most {many(report.patients.most_images, 'image')}."
+            f"The bars count patients; one has at most {plural(report.patients.most_images, 'image')}."
             " An image of an unknown patient counts as a patient of its own.",
         ),
         bars("Patients told by", report.patients.sources, "The bars count images."),
@@ -164,10 +170,10 @@ def _images(report: Report) -> str:
 def _about_ages(ages: Ages) -> str:
     known = ages.quantiles
     half = f"Median {known['p50']:.0f}; half are {known['p25']:.0f} to {known['p75']:.0f}. " if known else ""
-    return half + (f"The age is unknown for {many(ages.unknown, 'image')}." if ages.unknown else "")
+    return half + (f"The age is unknown for {plural(ages.unknown, 'image')}." if ages.unknown else "")
 
 
-def _annotations(found: Annotated | None, used: int) -> str:
+def _annotations(found: AnnotationStatistics | None, used: int) -> str:
     if found is None:
         return "<h2>Annotations</h2><p>There is no annotation table: a set without labels.</p>"
     cards = ""
@@ -177,13 +183,13 @@ def _annotations(found: Annotated | None, used: int) -> str:
             f"<td>{found.area_share[name]:.2%}</td></tr>"
             for name, title in QUANTILES.items()
         )
-        cards = f"""<section class="card"><h3>Annotated area</h3>
+        cards = f"""<section class="card"><h3>AnnotationStatistics area</h3>
 <table><thead><tr><th></th><th scope=col>pixels</th><th scope=col>of the picture</th></tr></thead>
 <tbody>{rows}</tbody></table>
 <p class="note">Of the images with pneumothorax, at the size of the file.</p></section>"""
         cards += bars("Annotations per image with pneumothorax", found.annotations_per_positive)
     return f"""<h2>Annotations</h2>
-<p><b>{found.positives:,}</b> of {many(used, "image")} ({found.positives / used:.1%}) show a pneumothorax.
+<p><b>{found.positives:,}</b> of {plural(used, "image")} ({found.positives / used:.1%}) show a pneumothorax.
 To call every image empty scores a Dice of <b>{found.dice_all_empty:.4f}</b>: a model has to beat that.</p>
 <div class="cards">{cards}</div>"""
 

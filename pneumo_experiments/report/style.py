@@ -7,7 +7,7 @@ from html import escape
 from itertools import islice
 from urllib.parse import quote
 
-from pneumo_experiments.report.summary import many, printable
+from pneumo_experiments.report.summary import plural, printable
 
 LISTED = 1000  # names in one list
 BARS = 12  # in one chart; ages have 12 decades
@@ -101,7 +101,7 @@ def bars(title: str, counts: Mapping[str, int], note: str = "") -> str:
     )
     if rest := len(counts) - len(shown):
         n = whole - sum(shown.values())
-        rows += f"<tr><th scope=row>{many(rest, 'other')}</th><td></td>"
+        rows += f"<tr><th scope=row>{plural(rest, 'other')}</th><td></td>"
         rows += f"<td>{n:,}</td><td>{_share(n, whole)}</td></tr>"
     note = f'<p class="note">{note}</p>' if note else ""
     kind = "bars stacked" if max(map(len, shown), default=0) > LABEL else "bars"

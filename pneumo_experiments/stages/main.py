@@ -33,8 +33,12 @@ def main(settings: Main) -> ScoreResult:
     """Preprocess, search, train, score, submit and register; returns the final scores."""
     with tracking.run("main", settings):
         on_sample = settings.dicom_dir is None
-        if on_sample:
+        if settings.dicom_dir is None:
             settings = _with_sample(settings)
+        elif not settings.dicom_dir.exists():
+            raise UserError(
+                f"dicom_dir={settings.dicom_dir}: no such folder; name the one that holds the .dcm files"
+            )
         elif settings.rle_csv is None:
             raise UserError(
                 "rle_csv: none given; the chain trains, so it needs dicom_dir's annotations (train-rle.csv)"

@@ -8,11 +8,11 @@ from tqdm import tqdm
 
 from pneumo_experiments import tracking
 from pneumo_experiments.settings import Sample
-from pneumo_experiments.synthetic.files import is_sample, write_sample
+from pneumo_experiments.synthetic.kaggle_layout import is_sample, write_sample
 
 
 def sample(settings: Sample) -> Path:
-    """Writes the sample, or keeps one that the same settings made; returns its folder."""
+    """Writes the sample unless the folder has one with the same settings; returns the folder."""
     folder = settings.output_dir
     with tracking.run("sample", settings, f"{settings.images} labelled synthetic radiographs in {folder}."):
         total, written = settings.images + settings.test_images, False
@@ -23,6 +23,6 @@ def sample(settings: Sample) -> Path:
                     bar.update()
 
                 written = write_sample(folder, settings.images, settings.test_images, settings.seed, advance)
-        found = f"{total} synthetic radiographs in {folder}" if written else f"{folder} is there already"
-        print(f"sample: {found}")
+        result = f"{total} synthetic radiographs in {folder}" if written else f"{folder} exists already"
+        print(f"sample: {result}")
     return folder
