@@ -217,7 +217,7 @@ def test_a_command_in_the_midst_of_a_bomb_can_be_stopped(
         start_new_session=True,
     ) as process:
         command = psutil.Process(process.pid)
-        while not at_work(command, "data.decoder" if stage == "score" else "spawn_main"):
+        while not at_work(command, "dataset.decoder" if stage == "score" else "spawn_main"):
             assert process.poll() is None, process.stdout and process.stdout.read()
             time.sleep(0.02)
         children = command.children(recursive=True)

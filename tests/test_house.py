@@ -25,6 +25,7 @@ LIBRARIES = {
     "torchvision": {"learning"},
     "pydicom": {"dicom", "synthetic"},
     "h5py": {"dataset"},
+    "jinja2": {"report"},
     "pandas": {"serving"},
     "matplotlib": {"scoring"},
 }

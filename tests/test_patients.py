@@ -231,7 +231,9 @@ def test_images_that_each_count_as_a_patient_are_a_warning_once_for_preprocess_a
 ) -> None:
     made(archive(desk, random_ids(12)), desk / "alone.h5")
     (told,) = warnings_of(caplog)
-    assert told.startswith(f"Warning: dataset={desk / 'alone.h5'}: each of the 12 images counts as a separate patient")
+    assert told.startswith(
+        f"Warning: dataset={desk / 'alone.h5'}: each of the 12 images counts as a separate patient"
+    )
     assert told.endswith("name the patients in patients_csv")
     with Dataset.open(desk / "alone.h5") as dataset:
         for fold in range(5):

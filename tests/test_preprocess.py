@@ -237,7 +237,7 @@ def test_too_many_rejects_fail_with_a_report_and_what_was_read_is_kept(
     assert report["outcome"]["rejected"] == 1
     capsys.readouterr()
     preprocess(settings_of(own, max_rejected=0.03))
-    assert "goes on: 40 of 40 files are read already" in capsys.readouterr().out
+    assert "continuing: 40 of 40 files are read already" in capsys.readouterr().out
     with Dataset.open(desk / "d.h5") as dataset:
         assert len(dataset) == 39
         assert bad.stem not in {entry.image_id for entry in dataset.entries}
@@ -369,7 +369,7 @@ def test_a_report_that_finds_no_temporary_folder_does_not_blame_the_data_set(
         patch.setattr("tempfile.tempdir", f"{desk}/file")
         preprocess(settings_of(sample))
     preprocess(settings_of(sample))
-    assert "goes on: 40 of 40 files are read already" in capsys.readouterr().out
+    assert "continuing: 40 of 40 files are read already" in capsys.readouterr().out
     assert (desk / "d.report.html").exists()
 
 

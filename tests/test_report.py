@@ -287,7 +287,7 @@ def test_the_summary_is_short_and_complete() -> None:
         "file found, but not in the annotation table (2): u0, u1",
         "several files with the same id (2): b1, u1",
         "same image under several ids (2): a1 = b3, b1 = b2",
-        "6 images of 3 patients, at most 3 of one",
+        "6 images of 3 patients, at most 3 per patient",
         "view AP 3, PA 2, unknown 1; sex M 3, F 2, unknown 1; age median 48 years, 1 unknown, 1 above 110",
         "4 with pneumothorax, median area 750 px, 1 with overlapping annotations;"
         " all-empty predictions score Dice 0.3333",
@@ -297,7 +297,7 @@ def test_the_summary_is_short_and_complete() -> None:
 def test_a_clean_summary_speaks_of_no_faults() -> None:
     assert summary(make_report(**CLEAN)) == [
         "6 files found: 6 used",
-        "6 images of 3 patients, at most 3 of one",
+        "6 images of 3 patients, at most 3 per patient",
         "view AP 3, PA 2, unknown 1; sex M 3, F 2, unknown 1; age median 48 years, 1 unknown, 1 above 110",
         "4 with pneumothorax, median area 750 px; all-empty predictions score Dice 0.3333",
     ]
@@ -329,13 +329,13 @@ def test_the_page_shows_every_finding_with_its_count() -> None:
         "Rejected: n frames instead of one": 2,
         "Rejected: another file of this image is used": 1,
         "Rejected: not a DICOM file": 1,
-        "Rejected: odd number of run lengths (3); write pairs &#x27;gap length&#x27;": 1,
+        "Rejected: odd number of run lengths (3); write pairs &#39;gap length&#39;": 1,
         "Of these, rejected because of their run lengths": 1,
         "File found, but not in the annotation table": 2,
         "Annotated, but no file found": 2,
-        "Also found, and passed over": 4,
+        "Skipped files": 4,
         "Several files with the same id": 2,
-        "The same picture under several ids": 2,
+        "The same image under several ids": 2,
         "Images whose annotations overlap": 1,
         "Ages above 110 years": 1,
     }
@@ -356,7 +356,7 @@ def test_the_page_tells_numbers_in_words_that_a_stranger_reads() -> None:
         "40-49 0 0.0%",
         "The age is unknown for 1 image.",
         "Median 750 7.50%",
-        "4 of 6 images (66.7%) show a pneumothorax. To call every image empty scores a Dice of 0.3333",
+        "4 of 6 images (66.7%) show a pneumothorax. Predicting every image as empty scores a Dice of 0.3333",
     ):
         assert words in text
 
