@@ -17,9 +17,9 @@ def stored_sample(folder: Path, images: int, image_size: int) -> Path:
     """Writes ``d.h5`` into the folder; returns its path."""
     write_sample(folder / "sample", images, 0, seed=1)
     archive = open_archive(folder / "sample" / "dicom-images-train")
-    recipe = ShardSettings(image_size, pixel_dtype="uint8", max_pixels=2**20)
+    settings = ShardSettings(image_size, pixel_dtype="uint8", max_pixels=2**20)
     annotations = read_annotations(folder / "sample" / "train-rle.csv")
-    jobs = make_jobs(archive.root, recipe, archive.members, annotations, patients={})
+    jobs = make_jobs(archive.root, settings, archive.members, annotations, patients={})
     packed = (result.packed for result in results(jobs, folder, 1) if result.packed is not None)
     path = folder / "d.h5"
     write_dataset(path, packed, image_size=image_size, pixel_dtype="uint8")

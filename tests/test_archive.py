@@ -97,7 +97,7 @@ def test_a_stamp_changes_with_the_file(tmp_path: Path) -> None:
     assert stamps[0] != stamps[1]
 
 
-def test_where_there_is_nothing_the_error_names_it_and_the_mend(tmp_path: Path) -> None:
+def test_where_there_is_nothing_the_error_names_it_and_the_remedy(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"nowhere: no such folder; name the one that holds"):
         open_archive(tmp_path / "nowhere")
     with pytest.raises(UserError, match=r"contains no \.dcm files; name the folder"):

@@ -208,9 +208,7 @@ def test_a_picture_may_come_in_pieces_and_with_a_wrong_table_of_offsets() -> Non
         ),
     ],
 )
-def test_a_compressed_picture_that_does_not_fit_is_rejected(
-    syntax: uid.UID, value: bytes, reason: str
-) -> None:
+def test_a_compressed_image_that_does_not_fit_is_rejected(syntax: uid.UID, value: bytes, reason: str) -> None:
     content = dicom_bytes(GREYS, 8, uid.JPEGBaseline8Bit, value)
     old, new = (name.encode().ljust(22, b"\0") for name in (uid.JPEGBaseline8Bit, syntax))
     assert rejection(content.replace(old, new)) == reason

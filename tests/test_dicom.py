@@ -265,7 +265,7 @@ def test_a_known_syntax_without_a_decoder_is_named() -> None:
         (bytes(128) + b"DICM", "no pixel data: not an image, or truncated"),
     ],
 )
-def test_what_is_no_single_grey_picture_is_rejected_with_the_reason(content: bytes, reason: str) -> None:
+def test_what_is_no_single_grayscale_image_is_rejected_with_the_reason(content: bytes, reason: str) -> None:
     assert rejection(content) == reason
 
 
@@ -301,7 +301,7 @@ def test_absurd_sizes_are_refused_before_memory_is_taken() -> None:
         (uid.JPEG2000Lossless, jpeg_2000(GREYS, 8), None),
     ],
 )
-def test_a_compressed_picture_that_claims_an_absurd_size_is_refused(
+def test_a_compressed_image_that_claims_an_absurd_size_is_refused(
     syntax: uid.UID, frame: bytes, place: int | None
 ) -> None:
     if place is None:  # 4 bytes for each side, columns first

@@ -12,6 +12,7 @@ from samples import write_dataset
 
 from pneumo_experiments.dataset import rle
 from pneumo_experiments.dataset.hdf5 import Dataset
+from pneumo_experiments.dataset.hdf5_writer import DatasetWriter
 from pneumo_experiments.dataset.packed import Entry, Packed, ResizedImage, hash_patient, pack
 from pneumo_experiments.dataset.resize import area_resize
 from pneumo_experiments.errors import UserError
@@ -60,7 +61,7 @@ def write(
 
 
 @pytest.mark.parametrize("pixel_dtype", ["float32", "float16", "uint8"])
-def test_every_pixel_type_reads_back_the_same_greys_shares_and_masks(
+def test_every_pixel_type_reads_back_the_same_images_targets_and_masks(
     tmp_path: Path, pixel_dtype: str
 ) -> None:
     fingerprint = write(tmp_path / "d.h5", 7, pixel_dtype=pixel_dtype)
@@ -81,7 +82,7 @@ def test_every_pixel_type_reads_back_the_same_greys_shares_and_masks(
 
 
 @pytest.mark.parametrize("pixel_dtype", ["float32", "float16", "uint8"])
-def test_pictures_are_to_the_bit_those_that_plain_h5py_reads(tmp_path: Path, pixel_dtype: str) -> None:
+def test_images_equal_those_that_plain_h5py_reads(tmp_path: Path, pixel_dtype: str) -> None:
     write(tmp_path / "d.h5", 60, pixel_dtype=pixel_dtype)
     order = np.random.default_rng(0).integers(-60, 60, 300)
     with Dataset.open(tmp_path / "d.h5") as dataset:
@@ -96,7 +97,7 @@ def test_pictures_are_to_the_bit_those_that_plain_h5py_reads(tmp_path: Path, pix
             assert len(np.unique(pictures)) > 10
 
 
-def test_all_256_greys_survive_every_pixel_type(tmp_path: Path) -> None:
+def test_all_256_intensities_survive_every_pixel_type(tmp_path: Path) -> None:
     greys = np.arange(256, dtype=np.uint8).reshape(SIZE, SIZE)
     example = next(examples(1))
     example = replace(example, image=greys, target=(greys / 255).astype(np.float32))
@@ -229,6 +230,20 @@ def test_an_interrupted_write_leaves_the_old_file_and_no_other(tmp_path: Path) -
         assert dataset.fingerprint == old
 
 
+def test_a_writer_that_is_not_finished_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
+    old = write(tmp_path / "d.h5", 2)
+    with (
+        pytest.raises(RuntimeError, match="without finish"),
+        DatasetWriter.create(
+            tmp_path / "d.h5", image_size=SIZE, pixel_dtype="uint8", labelled=True
+        ) as writer,
+    ):
+        writer.append(next(packed(examples(1), "uint8")))
+    assert [path.name for path in tmp_path.iterdir()] == ["d.h5"]
+    with Dataset.open(tmp_path / "d.h5") as dataset:
+        assert dataset.fingerprint == old
+
+
 def test_nothing_is_written_of_no_images_or_in_a_place_that_cannot_be(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"d\.h5: no images to write"):
         write(tmp_path / "new" / "d.h5", 0)
@@ -238,7 +253,7 @@ def test_nothing_is_written_of_no_images_or_in_a_place_that_cannot_be(tmp_path: 
         write(tmp_path / "file" / "d.h5")
 
 
-def test_a_file_that_is_not_ours_is_one_line_with_the_mend(tmp_path: Path) -> None:
+def test_a_file_that_is_not_ours_is_one_line_with_the_remedy(tmp_path: Path) -> None:
     path = tmp_path / "d.h5"
 
     def complaint() -> str:
@@ -274,7 +289,7 @@ def test_a_file_that_is_not_ours_is_one_line_with_the_mend(tmp_path: Path) -> No
     assert "damaged" in complaint()
 
 
-def test_a_damaged_picture_is_named_and_not_returned(tmp_path: Path) -> None:
+def test_a_damaged_image_is_named_and_not_returned(tmp_path: Path) -> None:
     write(tmp_path / "d.h5", 4)
     with h5py.File(tmp_path / "d.h5") as file:
         chunk = file["images_0"].id.get_chunk_info(2)

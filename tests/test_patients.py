@@ -129,6 +129,7 @@ def test_the_shipped_table_goes_into_the_package_that_is_built(tmp_path: Path) -
     (wheel,) = (tmp_path / "wheels").glob("*.whl")
     with zipfile.ZipFile(wheel) as packed:
         assert packed.read("pneumo_experiments/dataset/siim_patients.bin") == SHIPPED.read_bytes()
+        assert "pneumo_experiments/report/page.html.j2" in packed.namelist()
 
 
 def test_the_shipped_table_knows_its_own_images_alone() -> None:

@@ -158,7 +158,7 @@ def test_a_table_without_rows_leaves_every_file_without_annotation() -> None:
     assert make_report(**CLEAN | nothing).files_without_annotation == ids
 
 
-def test_the_same_picture_is_found_with_its_patients_and_areas() -> None:
+def test_the_same_image_is_found_with_its_patients_and_areas() -> None:
     assert full_report().as_json()["identical_images"] == [
         {"image_ids": ["a1", "b3", "c1"], "patients": 3, "areas_px": [0, 500, 0]},
         {"image_ids": ["b1", "b2"], "patients": 1, "areas_px": [1000, 4000]},

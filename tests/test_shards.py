@@ -71,7 +71,7 @@ def test_the_file_is_the_same_to_the_byte_whatever_the_number_of_workers(
     assert one == two == five
 
 
-def test_pixels_shares_and_index_are_those_of_a_plain_reading(sample: Path, tmp_path: Path) -> None:
+def test_pixels_targets_and_index_equal_a_plain_reading(sample: Path, tmp_path: Path) -> None:
     written(jobs_of(sample), tmp_path / "d.h5", 2)
     rows = read_annotations(sample / "train-rle.csv")
     files = {path.stem: path for path in sample.rglob("*.dcm")}
@@ -110,7 +110,7 @@ def test_an_interrupted_run_keeps_what_was_finished(sample: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "zeros"])
-def test_a_batch_that_a_power_cut_damaged_is_made_again(damage: str, sample: Path, tmp_path: Path) -> None:
+def test_a_shard_damaged_by_a_power_cut_is_rewritten(damage: str, sample: Path, tmp_path: Path) -> None:
     jobs = jobs_of(sample)[-1:]
     whole = written(jobs, tmp_path / "d.h5", 1)
     batch = tmp_path / "d.work" / jobs[0].name
@@ -121,7 +121,7 @@ def test_a_batch_that_a_power_cut_damaged_is_made_again(damage: str, sample: Pat
     assert written(jobs, tmp_path / "d.h5", 1) == whole
 
 
-def test_a_batch_is_found_again_only_for_the_same_files_tables_and_settings(
+def test_a_shard_is_reused_only_for_the_same_files_tables_and_settings(
     sample: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = jobs_of(sample)[0]

@@ -212,7 +212,7 @@ def test_many_images_of_one_patient_stay_together() -> None:
         ({"folds": 14, "holdout": 0.0}, r"folds=14: needs 14 patients, the data set has 13; .*patients_csv"),
     ],
 )
-def test_a_split_that_cannot_be_is_one_line_with_the_mend(wish: dict[str, float], message: str) -> None:
+def test_a_split_that_cannot_be_is_one_line_with_the_remedy(wish: dict[str, float], message: str) -> None:
     settings = {"holdout": 0.2, "folds": 5, "fold": 0, "seed": 0} | wish
     with pytest.raises(UserError, match=message):
         split(FEW_PATIENTS, FEW_AREAS, **settings)

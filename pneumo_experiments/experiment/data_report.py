@@ -60,14 +60,14 @@ def write_report(path: Path, report: Report, dataset: Dataset | None) -> Path:
     """
     as_json, as_page = _report_paths(path)
     title = f"Data report: {path.name}" if dataset else f"Data report: {path.name} was not written"
-    pictures = list[tuple[str, str]]()
+    figures = list[tuple[str, str]]()
     if dataset is not None and dataset.labelled and (sheet := _sheet_of_positives(dataset)) is not None:
         tracking.log_picture(sheet, "positives.png")
         caption = "Images with pneumothorax, from the smallest annotated area to the largest"
-        pictures.append((caption, jpeg_uri(sheet)))
+        figures.append((caption, jpeg_uri(sheet)))
     for target, text in (
         (as_json, json.dumps(report.as_json(), indent=2) + "\n"),
-        (as_page, page(report, title, pictures)),
+        (as_page, page(report, title, figures)),
     ):
         with write_atomically(target) as temporary:
             temporary.write_text(text, encoding="utf-8")
