@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from measure import machine
 
-from pneumo_experiments.dataset.decoder_pool import DECODERS, decode_all
+from pneumo_experiments.dataset.decoder_pool import MAX_DECODERS, decode_all
 from pneumo_experiments.dataset.resize import resize_image
 from pneumo_experiments.dataset.rle import encode
 from pneumo_experiments.dicom.radiograph import read_radiograph
@@ -30,7 +30,7 @@ from pneumo_experiments.learning.predict import Predictor, to_native
 from pneumo_experiments.scoring.thresholds import Thresholds, apply_thresholds
 from pneumo_experiments.serving import Detector
 from pneumo_experiments.settings import Device
-from pneumo_experiments.synthetic.files import write_sample
+from pneumo_experiments.synthetic.kaggle_layout import write_sample
 
 Files = list[tuple[str, bytes]]
 
@@ -100,7 +100,7 @@ def main() -> None:
     print(machine())
     print(
         f"{len(files)} files ({len(contents)} different ones) at {arguments.image_size} px,"
-        f" {DECODERS} decoders,"
+        f" {MAX_DECODERS} decoders,"
     )
     print(f"{detector.predictor.machine.device.type}; medians of {arguments.repeats}\n")
     print("| | in one process | decoders and batches |\n|---|---|---|")

@@ -84,25 +84,21 @@ def decode_and_resize(folder: Path, rows: dict[str, list[str]], target: Path) ->
 
 def ours(folder: Path, rows: dict[str, list[str]], target: Path, pixel_dtype: str = "float32") -> None:
     """The data path of the entry point, on all cores."""
-    from pneumo_experiments.dataset.hdf5 import write_dataset
-    from pneumo_experiments.dataset.shards import Recipe, make_jobs, results
+    from pneumo_experiments.dataset.hdf5_writer import DatasetWriter
+    from pneumo_experiments.dataset.shards import ShardSettings, make_jobs, results
     from pneumo_experiments.dicom.archive import open_archive
     from pneumo_experiments.dicom.workers import available_cores
 
     work = target.with_suffix(".work")
     work.mkdir()
     jobs = make_jobs(
-        folder, Recipe(SIZE, pixel_dtype, 10**8), open_archive(folder).members, rows, patients={}
+        folder, ShardSettings(SIZE, pixel_dtype, 10**8), open_archive(folder).members, rows, patients={}
     )
-    found = results(jobs, work, available_cores())
-    write_dataset(
-        target,
-        (result.packed for result in found if result.packed is not None),
-        image_size=SIZE,
-        pixel_dtype=pixel_dtype,
-        settings={},
-        labelled=True,
-    )
+    with DatasetWriter.create(target, image_size=SIZE, pixel_dtype=pixel_dtype, labelled=True) as writer:
+        for result in results(jobs, work, available_cores()):
+            if result.packed is not None:
+                writer.append(result.packed)
+        writer.finish({})
     shutil.rmtree(work)
 
 
@@ -115,7 +111,7 @@ CHILDREN: dict[str, Callable[..., None]] = {
 
 def child(arguments: argparse.Namespace) -> None:
     """One measurement, in a process of its own; imports are done before the clock starts."""
-    import pneumo_experiments.dataset.hdf5
+    import pneumo_experiments.dataset.hdf5_writer
     import pneumo_experiments.dataset.shards  # noqa: F401
 
     rows = json.loads(Path(arguments.rows).read_text())
@@ -214,7 +210,7 @@ def main() -> None:
 def tables(arguments: argparse.Namespace, scratch: Path) -> None:
     """Measures in pairs and prints."""
     from pneumo_experiments.dataset.annotations import read_annotations
-    from pneumo_experiments.synthetic.files import write_sample
+    from pneumo_experiments.synthetic.kaggle_layout import write_sample
 
     if arguments.dicom_dir is None:
         write_sample(scratch / "sample", SAMPLE, 0, seed=0)

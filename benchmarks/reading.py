@@ -21,13 +21,14 @@ from measure import machine
 from numpy.typing import NDArray
 
 from pneumo_experiments.dataset.annotations import read_annotations
-from pneumo_experiments.dataset.hdf5 import BLOCK, Dataset, write_dataset
-from pneumo_experiments.dataset.packed import to_bytes
+from pneumo_experiments.dataset.hdf5 import BLOCK, Dataset
+from pneumo_experiments.dataset.hdf5_writer import DatasetWriter
+from pneumo_experiments.dataset.packed import to_uint8
 from pneumo_experiments.dataset.rle import EMPTY
-from pneumo_experiments.dataset.shards import Recipe, make_jobs, results
+from pneumo_experiments.dataset.shards import ShardSettings, make_jobs, results
 from pneumo_experiments.dicom.archive import open_archive
 from pneumo_experiments.dicom.workers import available_cores
-from pneumo_experiments.synthetic.files import write_sample
+from pneumo_experiments.synthetic.kaggle_layout import write_sample
 
 REPEATS, IMAGES, SIZE = 9, 200, 384
 
@@ -38,17 +39,22 @@ def written(folder: Path, pixel_dtype: str) -> Path:
         write_sample(folder / "sample", IMAGES, 0, seed=0)
     rows = read_annotations(folder / "sample" / "train-rle.csv")
     archive = open_archive(folder / "sample" / "dicom-images-train")
-    jobs = make_jobs(archive.root, Recipe(SIZE, pixel_dtype, 10**8), archive.members, rows, patients={})
+    jobs = make_jobs(
+        archive.root, ShardSettings(SIZE, pixel_dtype, 10**8), archive.members, rows, patients={}
+    )
     path, work = folder / f"{pixel_dtype}.h5", folder / f"{pixel_dtype}.work"
     work.mkdir()
-    images = (result.packed for result in results(jobs, work, available_cores()) if result.packed)
-    write_dataset(path, images, image_size=SIZE, pixel_dtype=pixel_dtype, settings={}, labelled=True)
+    with DatasetWriter.create(path, image_size=SIZE, pixel_dtype=pixel_dtype, labelled=True) as writer:
+        for result in results(jobs, work, available_cores()):
+            if result.packed is not None:
+                writer.append(result.packed)
+        writer.finish({})
     return path
 
 
 def by_h5py(file: h5py.File, kind: str, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
     """As the project did it before: each picture through HDF5's filter."""
-    return np.stack([to_bytes(file[f"{kind}_{row // BLOCK}"][row % BLOCK]) for row in rows.tolist()])
+    return np.stack([to_uint8(file[f"{kind}_{row // BLOCK}"][row % BLOCK]) for row in rows.tolist()])
 
 
 def milliseconds(read: Callable[[], object], count: int) -> float:
@@ -74,7 +80,7 @@ def table(path: Path) -> None:
         print(f"\n{path.name}: {len(rows)} pictures, ms each, medians of {REPEATS}\n")
         print("| | h5py | 1 thread | 2 threads | h5py / 2 threads |")
         print("|---|---|---|---|---|")
-        for kind, name in (("images", "images"), ("ann", "shares")):
+        for kind, name in (("images", "images"), ("ann", "targets")):
             old = by_h5py(file, kind, rows)
             assert all(np.array_equal(old, getattr(one, name)(rows)) for one in sets.values())
             ours = {

@@ -37,8 +37,8 @@ from torchvision.transforms import v2
 
 from pneumo_experiments.dataset import hdf5
 from pneumo_experiments.dataset.annotations import read_annotations
-from pneumo_experiments.dataset.shards import Recipe as Stored
-from pneumo_experiments.dataset.shards import make_jobs, results
+from pneumo_experiments.dataset.hdf5_writer import DatasetWriter
+from pneumo_experiments.dataset.shards import ShardSettings, make_jobs, results
 from pneumo_experiments.dicom.archive import open_archive
 from pneumo_experiments.dicom.workers import available_cores
 from pneumo_experiments.learning import distributed
@@ -53,7 +53,7 @@ from pneumo_experiments.learning.network import PneumothoraxNet, build
 from pneumo_experiments.learning.predict import Predictor
 from pneumo_experiments.scoring.thresholds import HUNDREDTHS
 from pneumo_experiments.settings import Batches, Device, Recipe
-from pneumo_experiments.synthetic.files import write_sample
+from pneumo_experiments.synthetic.kaggle_layout import write_sample
 
 SAMPLE = 48  # synthetic radiographs, before they are repeated
 LINEAR_WITHIN = 0.05
@@ -156,9 +156,12 @@ def dataset_of(size: int, folder: Path) -> Path:
         work.mkdir()
         dicom_dir, rows = sample / "dicom-images-train", read_annotations(sample / "train-rle.csv")
         members = open_archive(dicom_dir).members
-        jobs = make_jobs(dicom_dir, Stored(size, "float32", 10**8), members, rows, patients={})
-        images = (result.packed for result in results(jobs, work, available_cores()) if result.packed)
-        hdf5.write_dataset(path, images, image_size=size, pixel_dtype="float32", settings={}, labelled=True)
+        jobs = make_jobs(dicom_dir, ShardSettings(size, "float32", 10**8), members, rows, patients={})
+        with DatasetWriter.create(path, image_size=size, pixel_dtype="float32", labelled=True) as writer:
+            for result in results(jobs, work, available_cores()):
+                if result.packed is not None:
+                    writer.append(result.packed)
+            writer.finish({})
     return path
 
 

@@ -7,7 +7,6 @@ import math
 import os
 import re
 import shutil
-import signal
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
@@ -21,7 +20,7 @@ from click.core import ParameterSource
 
 from pneumo_experiments import __version__
 from pneumo_experiments.errors import UserError, reason_of
-from pneumo_experiments.interrupts import Terminated, handle_signals
+from pneumo_experiments.interrupts import Interrupted, Terminated, handle_signals
 from pneumo_experiments.settings import (
     CONFIG,
     DEMO,
@@ -229,10 +228,10 @@ for _name in ENTRY_POINTS:
     cli.add_command(_command_of(_name))
 
 
-@cli.command(short_help="Write MLproject anew from the settings.")
+@cli.command(short_help="Write MLproject from the settings.")
 @click.argument("path", type=PathType(optional=False), default="MLproject")
 def mlproject(path: Path) -> None:
-    """Write MLproject anew from the settings."""
+    """Write MLproject from the settings."""
     from pneumo_experiments.mlproject import mlproject_text
 
     path.write_text(mlproject_text(), encoding="utf-8")
@@ -249,21 +248,22 @@ def main() -> NoReturn:
         sys.exit(error.exit_code)
     except click.UsageError as error:
         _complain(_one_line(error))
-        sys.exit(2)
+        sys.exit(error.exit_code)
     except (UserError, click.ClickException) as error:
         _complain(str(error))
-        sys.exit(2)
+        sys.exit(error.exit_code)
     except OSError as error:
         if error.errno not in REFUSALS:
             raise
         _complain(_refused(error))
-        sys.exit(2)
+        sys.exit(UserError.exit_code)
     except (KeyboardInterrupt, click.Abort) as stop:
         if isinstance(stop.__cause__, EOFError):  # a bug of ours: click makes an Abort of it, too
             raise stop.__cause__ from None
-        terminated = isinstance(stop.__cause__, Terminated)  # click makes an Abort of every interrupt
-        _complain(f"stopped{' by SIGTERM' if terminated else ''}; the same command again does the rest")
-        sys.exit(128 + (signal.SIGTERM if terminated else signal.SIGINT))
+        cause = stop.__cause__  # click makes an Abort of every interrupt
+        how = " by SIGTERM" if isinstance(cause, Terminated) else ""
+        _complain(f"stopped{how}; the same command again does the rest")
+        sys.exit(cause.exit_code if isinstance(cause, Terminated) else Interrupted.exit_code)
     sys.exit(0)
 
 

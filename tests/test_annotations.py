@@ -73,7 +73,7 @@ def test_a_text_of_a_ragged_mask_may_be_longer_than_csv_allows_by_default(tmp_pa
     [
         ("", "the table is empty"),
         ("\n \n", "the table is empty"),
-        ("ImageId,EncodedPixels\n", "a header without rows"),
+        ("ImageId,EncodedPixels\n", "has a header but no rows"),
         ("ImageId,ClassId\na,1 2\n", "found the columns ImageId, ClassId"),
         ("ImageId;EncodedPixels\na;1 2\n", "found the columns ImageId;EncodedPixels"),
         ("a.1,Jane Doe\n", "found a first row of 2 fields without these names"),
@@ -82,7 +82,7 @@ def test_a_text_of_a_ragged_mask_may_be_longer_than_csv_allows_by_default(tmp_pa
         ("ImageId,EncodedPixels\n,1 2\n", "line 2: an image id or value is missing"),
         ("ImageId,EncodedPixels\na,\n", "line 2: no run lengths for a"),
         (b"\xff\xfeI\0m\0", "not a CSV table in UTF-8"),
-        (gzip.compress(ROWS.encode() * 99, mtime=0)[:60], "cannot be read (damaged or cut short)"),
+        (gzip.compress(ROWS.encode() * 99, mtime=0)[:60], "cannot be read (damaged or truncated)"),
     ],
 )
 def test_what_is_not_the_table_is_one_line_that_names_the_file(
@@ -184,10 +184,10 @@ def test_183_real_images_overlap_and_the_areas_span_the_known_range(real_data: P
 @pytest.mark.parametrize(
     ("repeated", "fault"),
     [
-        (b"\0", "unpacks to more than 100,000,000 bytes; check that it is the table"),
-        (b"\n", "unpacks to more than 100,000,000 bytes; check that it is the table"),
-        (b"a\n", "more than 1,048,576 rows; name the table of these images alone"),
-        (b"", "holds more than 100,000,000 bytes; check that it is the table"),
+        (b"\0", "unpacks to more than 100,000,000 bytes; check that it is the right table"),
+        (b"\n", "unpacks to more than 100,000,000 bytes; check that it is the right table"),
+        (b"a\n", "more than 1,048,576 rows; check that it is the right table"),
+        (b"", "contains more than 100,000,000 bytes; check that it is the right table"),
     ],
 )
 def test_a_table_without_end_is_one_line_and_little_memory(

@@ -27,7 +27,7 @@ from pneumo_experiments.settings import Main, Preprocess, Train, as_params, flat
 from pneumo_experiments.stages import main
 from pneumo_experiments.stages.preprocess import preprocess
 from pneumo_experiments.stages.train import train
-from pneumo_experiments.synthetic.files import is_sample, write_sample
+from pneumo_experiments.synthetic.kaggle_layout import is_sample, write_sample
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +155,7 @@ def test_a_second_preprocess_waits_for_the_first_and_takes_what_it_made(
     rest, _ = second.communicate(timeout=TIMEOUT_SECONDS)
     assert second.returncode == 0, rest
     assert f"another process writes {desk / 'd.h5'}" in heard
-    assert "is there already, from the same files and settings" in rest
+    assert "exists already, from the same files and settings" in rest
     assert not (desk / "d.h5.work").exists()
 
 

@@ -26,7 +26,7 @@ from dicom_files import GREYS, jpeg_file
 from mlflow import MlflowClient
 
 from pneumo_experiments import tracking
-from pneumo_experiments.dataset.shards import Recipe, make_jobs, results
+from pneumo_experiments.dataset.shards import ShardSettings, make_jobs, results
 from pneumo_experiments.dicom import limits
 from pneumo_experiments.dicom.archive import open_archive
 from pneumo_experiments.learning.device import ComputeConfig
@@ -40,7 +40,7 @@ from pneumo_experiments.stages.score import score
 GOOD = jpeg_file(GREYS)
 PATIENCE_SECONDS = 15  # a bomb takes 20 at least
 MOST_BYTES = 3 * 10**9
-TOO_LONG = "takes more than 1 s of processor time to decode"
+TOO_LONG = "needs more than 1 s of CPU time to decode"
 # make soak waits for the real limits, too.
 SOAK = int(os.environ.get("PNEUMO_KILLS") or 0) >= 10
 
@@ -176,11 +176,11 @@ def test_a_data_set_is_made_without_the_bombs(tmp_path: Path, impatient: None) -
     killer = threading.Thread(target=end_the_slow_one)
     if not SOAK:
         killer.start()
-    jobs = make_jobs(folder, Recipe(32, "uint8", 2**22), open_archive(folder).members, None, {})
+    jobs = make_jobs(folder, ShardSettings(32, "uint8", 2**22), open_archive(folder).members, None, {})
     found = {result.image_id: result for result in results(jobs, work, workers=2)}
     assert [image_id for image_id, result in found.items() if result.packed] == ["a", "z"]
     assert found["header"].reason in (
-        "header: takes more than 0.3 GB of memory to decode",
+        "header: needs more than 0.3 GB of memory to decode",
         f"header: {TOO_LONG}",
     )
     assert "cannot be decoded" in found["precincts"].reason
@@ -217,7 +217,7 @@ def test_a_command_in_the_midst_of_a_bomb_can_be_stopped(
         start_new_session=True,
     ) as process:
         command = psutil.Process(process.pid)
-        while not at_work(command, "decoder_process" if stage == "score" else "spawn_main"):
+        while not at_work(command, "dataset.decoder" if stage == "score" else "spawn_main"):
             assert process.poll() is None, process.stdout and process.stdout.read()
             time.sleep(0.02)
         children = command.children(recursive=True)

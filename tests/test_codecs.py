@@ -28,7 +28,7 @@ from PIL import Image
 from pydicom import uid
 
 from pneumo_experiments.dicom.codecs import CUT_SHORT, DECODERS
-from pneumo_experiments.dicom.frames import frame_header
+from pneumo_experiments.dicom.frames import read_frame_header
 from pneumo_experiments.dicom.radiograph import read_radiograph
 
 SMOOTH = np.add.outer(np.arange(40) * 3, np.arange(50) * 2).astype(np.uint8)
@@ -174,8 +174,8 @@ def test_a_picture_may_come_in_pieces_and_with_a_wrong_table_of_offsets() -> Non
 @pytest.mark.parametrize(
     ("syntax", "value", "reason"),
     [
-        (uid.JPEGBaseline8Bit, items(b"", jpeg(GREYS), jpeg(GREYS)), "2 pictures instead of one"),
-        (uid.RLELossless, items(b"", rle(GREYS, 8), rle(GREYS, 8)), "2 pictures instead of one"),
+        (uid.JPEGBaseline8Bit, items(b"", jpeg(GREYS), jpeg(GREYS)), "2 images instead of one"),
+        (uid.RLELossless, items(b"", rle(GREYS, 8), rle(GREYS, 8)), "2 images instead of one"),
         (uid.JPEGBaseline8Bit, items(jpeg(GREYS)), CUT_SHORT),
         (uid.JPEGBaseline8Bit, items(b"", jpeg(GREYS)[:-200]), CUT_SHORT),
         (uid.JPEG2000Lossless, items(b"", jpeg_2000(GREYS, 8)[:-20]), CUT_SHORT),
@@ -184,29 +184,31 @@ def test_a_picture_may_come_in_pieces_and_with_a_wrong_table_of_offsets() -> Non
         (
             uid.JPEG2000Lossless,
             items(b"", b"\xff\x4f\xff\x51\0\0\xff\xd9"),
-            "its picture is no JPEG 2000 that can be read: damaged, or another transfer syntax",
+            "its pixel data is not valid JPEG 2000: damaged, or a wrong transfer syntax",
         ),
         (
             uid.JPEGLSLossless,
             items(b"", jpeg_ls_frame(RAMP, 12)),
-            "its compressed picture has 64 x 64 pixels, its header says 32 x 48",
+            "its compressed image has 64 x 64 pixels, its DICOM header says 32 x 48",
         ),
         (
             uid.JPEG2000Lossless,
             items(b"", jpeg_2000(GREYS.astype(np.uint16), 12)),
-            "its compressed picture has 12 bits, its header says 8",
+            "its compressed image has 12 bits, its DICOM header says 8",
         ),
-        (uid.JPEGBaseline8Bit, items(b"", jpeg(np.dstack([GREYS] * 3))), "not a grey image (3 components)"),
+        (
+            uid.JPEGBaseline8Bit,
+            items(b"", jpeg(np.dstack([GREYS] * 3))),
+            "not a grayscale image (3 components)",
+        ),
         (
             uid.ExplicitVRLittleEndian,
             items(b"", jpeg(GREYS)),
-            "its picture is compressed, the file says that it is not",
+            "its pixel data is compressed, although the transfer syntax says uncompressed",
         ),
     ],
 )
-def test_a_compressed_picture_that_does_not_fit_is_rejected(
-    syntax: uid.UID, value: bytes, reason: str
-) -> None:
+def test_a_compressed_image_that_does_not_fit_is_rejected(syntax: uid.UID, value: bytes, reason: str) -> None:
     content = dicom_bytes(GREYS, 8, uid.JPEGBaseline8Bit, value)
     old, new = (name.encode().ljust(22, b"\0") for name in (uid.JPEGBaseline8Bit, syntax))
     assert rejection(content.replace(old, new)) == reason
@@ -220,7 +222,7 @@ def test_pixels_that_the_file_calls_compressed_and_are_not_are_rejected() -> Non
     raw = dicom_bytes(GREYS, 8, uid.RLELossless, b"\1")
     start = raw.index(b"\xfe\xff\0\xe0")
     plain = raw[: start - 4] + GREYS.size.to_bytes(4, "little") + GREYS.tobytes()
-    assert rejection(plain) == "its picture is not compressed as the file says"
+    assert rejection(plain) == "its pixel data is not compressed, although the transfer syntax says so"
 
 
 def test_a_jpeg_2000_picture_in_its_file_wrapper_is_unpacked() -> None:
@@ -234,7 +236,7 @@ def test_deep_pictures_may_state_more_bits_than_the_header_unless_they_use_them(
         assert np.array_equal(pixels_of(dicom_bytes(RAMP, 12, syntax, encode(RAMP, 16))), stretched(RAMP))
         brighter = (RAMP + 1).astype(np.uint16)
         assert rejection(dicom_bytes(brighter, 12, syntax, encode(brighter, 16))) == (
-            "its compressed picture needs more than the 12 bits that its header says"
+            "its compressed image uses more than the 12 bits of its DICOM header"
         )
     signed = (RAMP.astype(np.int16) - 2048).astype(np.int16)
     content = dicom_bytes(signed, 12, uid.JPEG2000Lossless, jpeg_2000(signed, 16))
@@ -281,8 +283,8 @@ def test_run_lengths_never_unpack_beyond_the_picture() -> None:
     ],
 )
 def test_a_compressed_picture_states_its_size(frame: bytes, stated: tuple[int, int, int, int]) -> None:
-    assert frame_header(frame) == stated
-    sizes = {frame_header(frame[:k]) for k in range(0, len(frame), 3)}
+    assert read_frame_header(frame) == stated
+    sizes = {read_frame_header(frame[:k]) for k in range(0, len(frame), 3)}
     assert sizes <= {None, stated}  # cut, it states the same or nothing
 
 
@@ -292,13 +294,13 @@ def test_a_jpeg_2000_picture_may_be_a_part_of_its_grid_and_sampled() -> None:
     frame[43:45] = bytes((2, 3))  # every second column, every third row
     rows = len([y for y in range(4, 81) if y % 3 == 0])
     columns = len([x for x in range(7, 101) if x % 2 == 0])
-    assert frame_header(bytes(frame)) == (rows, columns, 1, 8)
+    assert read_frame_header(bytes(frame)) == (rows, columns, 1, 8)
     frame[43] = 0
-    assert frame_header(bytes(frame)) is None
+    assert read_frame_header(bytes(frame)) is None
 
 
 @pytest.mark.parametrize(
     "junk", [b"", b"\xff", b"\xff\xd8\xff", bytes(99), b"\xff\xd8\xff\xda\0\2", b"\xff\x4f\xff\x51"]
 )
 def test_what_is_no_picture_states_no_size(junk: bytes) -> None:
-    assert frame_header(junk) is None
+    assert read_frame_header(junk) is None

@@ -20,7 +20,7 @@ from bombs import deflated_header, many_scans, tiny_precincts
 from conftest import ROOT
 from dicom_files import GREYS, dicom_bytes, jpeg_file
 
-from pneumo_experiments.dataset.decoder_pool import AHEAD, DecodedImage, File, decode_all
+from pneumo_experiments.dataset.decoder_pool import MAX_PENDING, DecodedImage, File, decode_all
 from pneumo_experiments.dataset.resize import resize_image
 from pneumo_experiments.dicom import limits
 from pneumo_experiments.dicom.radiograph import read_radiograph
@@ -71,12 +71,12 @@ def wait_for_one_at_work() -> psutil.Process:
 
 
 def test_many_files_come_back_in_order_as_a_plain_reading_gives_them() -> None:
-    files: list[File] = [(str(number), shifted(number)) for number in range(2 * AHEAD + 5)]
+    files: list[File] = [(str(number), shifted(number)) for number in range(2 * MAX_PENDING + 5)]
     files[3], files[40] = ("cut", GOOD[:-300]), ("unread", Rejected("unread: no permission"))
     found = outcomes(*files)
     for number, outcome in enumerate(found):
         if number == 3:
-            assert str(outcome) == "cut: no pixel data: not an image, or cut short"
+            assert str(outcome) == "cut: no pixel data: not an image, or truncated"
         elif number == 40:
             assert outcome is files[40][1]
         else:
@@ -91,16 +91,16 @@ def test_files_are_drawn_only_a_little_ahead() -> None:
 
     def files() -> Iterator[File]:
         nonlocal drawn
-        for number in range(10 * AHEAD):
+        for number in range(10 * MAX_PENDING):
             drawn += 1
             yield str(number), GOOD
 
     found = decode_all(files(), SIZE)
     for taken in range(1, 50):
         next(found)
-        assert drawn <= taken + AHEAD
+        assert drawn <= taken + MAX_PENDING
     found.close()
-    assert drawn < 50 + AHEAD
+    assert drawn < 50 + MAX_PENDING
 
 
 def test_threads_share_the_processes_and_get_their_own_pictures() -> None:
@@ -128,8 +128,8 @@ def test_a_file_that_takes_too_long_costs_its_own_row(impatient: None) -> None:
     )
     assert isinstance(good, DecodedImage)
     assert isinstance(last, DecodedImage)
-    assert str(scans) == "scans: takes more than 1 s of processor time to decode"
-    assert str(header) == "header: takes more than 1 s of processor time to decode"
+    assert str(scans) == "scans: needs more than 1 s of CPU time to decode"
+    assert str(header) == "header: needs more than 1 s of CPU time to decode"
 
 
 def test_a_file_that_takes_too_much_memory_costs_its_own_row(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,9 +140,7 @@ def test_a_file_that_takes_too_much_memory_costs_its_own_row(monkeypatch: pytest
     files: list[File] = [("a", GOOD), ("items", deflated_header(2_000_000)), ("z", GOOD)]
     good, items, last = (outcome for _, outcome in decode_all(files, SIZE, pixels))
     # Python may be slow to give up: then the other limit ends it.
-    assert re.fullmatch(
-        "items: takes more than (0.3 GB of memory|10 s of processor time) to decode", str(items)
-    )
+    assert re.fullmatch("items: needs more than (0.3 GB of memory|10 s of CPU time) to decode", str(items))
     assert isinstance(good, DecodedImage)
     assert isinstance(last, DecodedImage)
     ((_, precincts),) = decode_all([("precincts", tiny_precincts(2000))], SIZE, 4 * pixels)
@@ -153,7 +151,7 @@ def test_a_file_that_takes_too_much_memory_costs_its_own_row(monkeypatch: pytest
 
 def test_a_file_larger_than_its_pixels_can_be_is_not_even_sent() -> None:
     ((_, outcome),) = decode_all([("x", bytes(2**24 + 401))], SIZE, max_pixels=100)
-    assert str(outcome) == "x: 16,777,617 bytes, more than a picture of max_pixels can need"
+    assert str(outcome) == "x: rejected because 16,777,617 bytes are more than max_pixels allows"
 
 
 def test_a_decoder_that_dies_costs_one_row_or_none() -> None:

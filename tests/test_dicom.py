@@ -86,7 +86,7 @@ def test_windows_of_all_three_shapes_follow_their_formulas() -> None:
     first_of_two = dicom_bytes(RAMP, 12, WindowCenter=[1500, 9], WindowWidth=[800, 2])
     assert np.array_equal(pixels_of(first_of_two), pixels_of(dicom_bytes(RAMP, 12, **window)))
     assert rejection(dicom_bytes(RAMP, 12, VOILUTFunction="DOE^JANE", **window)) == (
-        "its VOI LUT function is none that the standard has"
+        "its VOI LUT function is not in the DICOM standard"
     )
 
 
@@ -131,7 +131,7 @@ def test_signed_8_bit_values_are_shifted() -> None:
 
 def test_a_table_that_is_not_finite_is_rejected() -> None:
     content = dicom_bytes(RAMP, 12, RescaleSlope="1e308", RescaleIntercept="1e308")
-    assert rejection(content.replace(b"1e308", b"9e999")) == "its modality LUT is not finite"
+    assert rejection(content.replace(b"1e308", b"9e999")) == "its modality LUT has values that are not finite"
 
 
 def test_large_deep_pictures_take_little_memory_and_give_the_same_greys() -> None:
@@ -227,16 +227,22 @@ def test_a_known_syntax_without_a_decoder_is_named() -> None:
     [
         (
             dicom_bytes(np.zeros((4, 4, 3), np.uint8), PhotometricInterpretation="RGB"),
-            "not a grey image (RGB)",
+            "not a grayscale image (RGB)",
         ),
-        (dicom_bytes(GREYS, PhotometricInterpretation="PALETTE COLOR"), "not a grey image (PALETTE COLOR)"),
-        (dicom_bytes(GREYS, PhotometricInterpretation="PINK"), "not a grey image (of no known kind)"),
-        (dicom_bytes(GREYS, SamplesPerPixel=3), "not a grey image (3 samples per pixel)"),
+        (
+            dicom_bytes(GREYS, PhotometricInterpretation="PALETTE COLOR"),
+            "not a grayscale image (PALETTE COLOR)",
+        ),
+        (
+            dicom_bytes(GREYS, PhotometricInterpretation="PINK"),
+            "not a grayscale image (unknown photometric interpretation)",
+        ),
+        (dicom_bytes(GREYS, SamplesPerPixel=3), "not a grayscale image (3 samples per pixel)"),
         (dicom_bytes(GREYS, NumberOfFrames=3), "3 frames instead of one"),
         (dicom_bytes(GREYS, NumberOfFrames=0), "0 frames instead of one"),
-        (dicom_bytes(GREYS, Rows=0), "0 x 48 pixels are no picture"),
-        (dicom_bytes(GREYS, Columns=[3, 4]), "Columns is missing or not one whole number"),
-        (dicom_bytes(GREYS, BitsStored=None), "BitsStored is missing or not one whole number"),
+        (dicom_bytes(GREYS, Rows=0), "image size is 0 x 48 pixels"),
+        (dicom_bytes(GREYS, Columns=[3, 4]), "Columns is missing or not a single integer"),
+        (dicom_bytes(GREYS, BitsStored=None), "BitsStored is missing or not a single integer"),
         (dicom_bytes(GREYS.astype(np.uint32), 32), "32 bits allocated per pixel instead of 8 or 16"),
         (dicom_bytes(GREYS, BitsAllocated=1), "1 bits allocated per pixel instead of 8 or 16"),
         (dicom_bytes(GREYS, 9), "contradictory bits: 9 stored of 8, high bit 8, representation 0"),
@@ -250,16 +256,16 @@ def test_a_known_syntax_without_a_decoder_is_named() -> None:
             "contradictory bits: 8 stored of 8, high bit 7, representation 2",
         ),
         (dicom_bytes(GREYS, FloatPixelData=bytes(8)), "floating-point pixels"),
-        (dicom_bytes(GREYS, Rows=33), "its picture is cut short"),
-        (dicom_bytes(GREYS, Rows=31, Columns=47), "1536 bytes of pixels are too many for 31 x 47"),
-        (dicom_bytes(GREYS, Columns=47), "1536 bytes of pixels are too many for 32 x 47"),
-        (dicom_bytes(GREYS)[:-1560], "no pixel data: not an image, or cut short"),
+        (dicom_bytes(GREYS, Rows=33), "its pixel data is truncated"),
+        (dicom_bytes(GREYS, Rows=31, Columns=47), "1536 bytes of pixel data are too many for 31 x 47"),
+        (dicom_bytes(GREYS, Columns=47), "1536 bytes of pixel data are too many for 32 x 47"),
+        (dicom_bytes(GREYS)[:-1560], "no pixel data: not an image, or truncated"),
         (b"", "not a DICOM file"),
         (b"ImageId,EncodedPixels", "not a DICOM file"),
-        (bytes(128) + b"DICM", "no pixel data: not an image, or cut short"),
+        (bytes(128) + b"DICM", "no pixel data: not an image, or truncated"),
     ],
 )
-def test_what_is_no_single_grey_picture_is_rejected_with_the_reason(content: bytes, reason: str) -> None:
+def test_what_is_no_single_grayscale_image_is_rejected_with_the_reason(content: bytes, reason: str) -> None:
     assert rejection(content) == reason
 
 
@@ -281,11 +287,9 @@ def test_absurd_sizes_are_refused_before_memory_is_taken() -> None:
     huge = {"Rows": 60000, "Columns": 60000}
     for content in (dicom_bytes(GREYS, **huge), jpeg_file(GREYS, **huge)):
         reason, peak = peak_bytes(content)
-        assert reason == (
-            "60000 x 60000 pixels are more than max_pixels = 100000000; raise it if they are real"
-        )
+        assert reason == ("60000 x 60000 pixels exceed max_pixels=100000000; raise it if the size is right")
         assert peak < 1e6
-    assert "max_pixels = 1535;" in rejection(dicom_bytes(GREYS), max_pixels=1535)
+    assert "max_pixels=1535;" in rejection(dicom_bytes(GREYS), max_pixels=1535)
     assert np.array_equal(read_radiograph(dicom_bytes(GREYS), "x", max_pixels=1536).pixels, GREYS)
 
 
@@ -297,7 +301,7 @@ def test_absurd_sizes_are_refused_before_memory_is_taken() -> None:
         (uid.JPEG2000Lossless, jpeg_2000(GREYS, 8), None),
     ],
 )
-def test_a_compressed_picture_that_claims_an_absurd_size_is_refused(
+def test_a_compressed_image_that_claims_an_absurd_size_is_refused(
     syntax: uid.UID, frame: bytes, place: int | None
 ) -> None:
     if place is None:  # 4 bytes for each side, columns first
@@ -305,7 +309,7 @@ def test_a_compressed_picture_that_claims_an_absurd_size_is_refused(
     else:
         lying = frame[:place] + (60000).to_bytes(2, "big") * 2 + frame[place + 4 :]
     reason, peak = peak_bytes(dicom_bytes(GREYS, syntax=syntax, frame=lying))
-    assert reason == "its compressed picture has 60000 x 60000 pixels, its header says 32 x 48"
+    assert reason == "its compressed image has 60000 x 60000 pixels, its DICOM header says 32 x 48"
     assert peak < 1e6
 
 
@@ -317,7 +321,7 @@ def test_a_deflated_file_is_not_unpacked_beyond_what_its_pixels_can_need() -> No
     bomb = b"".join(packer.compress(zeros) for _ in range(400)) + packer.flush()
     meta_end = start + len(plain[start:].split(b"\x02\x00\x12\x00")[0])
     reason, peak = peak_bytes(plain[:meta_end] + bomb, max_pixels=10**6)
-    assert reason == "unpacks to more than 18777216 bytes, which max_pixels allows; raise it if they are real"
+    assert reason == "inflates to more than the 18777216 bytes of max_pixels; raise it if the size is right"
     assert peak < 60e6
 
 
@@ -357,7 +361,7 @@ def test_a_jpeg_picture_that_ends_early_in_a_whole_file_is_rejected() -> None:
     start = content.index(b"\xff\xd8")
     half = start + (len(content) - start) // 2
     filled = content[:half] + bytes(len(content) - 8 - half) + content[-8:]
-    assert rejection(filled) == "its picture is cut short"
+    assert rejection(filled) == "its pixel data is truncated"
 
 
 def test_no_damage_brings_more_than_a_rejection() -> None:
@@ -406,7 +410,7 @@ def test_of_the_files_of_pydicom_exactly_the_single_grey_ones_are_used(
             reasons.add(rejection(path.read_bytes()))
     assert used == {*USED, *(TWELVE_BIT_JPEG if find_spec("gdcm") else [])}
     assert {reason for reason in reasons if reason.startswith("cannot be decoded")} == set()
-    assert {"not a DICOM file", "its picture is cut short", "15 frames instead of one"} < reasons
+    assert {"not a DICOM file", "its pixel data is truncated", "15 frames instead of one"} < reasons
     assert capfd.readouterr() == ("", "")
 
 

@@ -26,18 +26,19 @@ import torch
 from helpers import changed, make
 from mlflow import MlflowClient
 from mlflow.entities import Run
+from samples import write_dataset
 from test_outage import Server, calls_in, environment
 
 from pneumo_experiments.dataset.annotations import read_annotations
-from pneumo_experiments.dataset.hdf5 import Dataset, write_dataset
-from pneumo_experiments.dataset.shards import Recipe, make_jobs, results
+from pneumo_experiments.dataset.hdf5 import Dataset
+from pneumo_experiments.dataset.shards import ShardSettings, make_jobs, results
 from pneumo_experiments.dicom.archive import open_archive
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.learning.checkpoint import Checkpoint
 from pneumo_experiments.settings import Score, Train, as_params
 from pneumo_experiments.stages.score import score
 from pneumo_experiments.stages.train import train
-from pneumo_experiments.synthetic.files import write_sample
+from pneumo_experiments.synthetic.kaggle_layout import write_sample
 
 IMAGES = 24
 # How the time was spent, which no two trainings share.
@@ -99,7 +100,7 @@ def datasets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         job
         for count, side, texts, patients in kinds.values()
         for job in make_jobs(
-            archive.root, Recipe(side, "uint8", 2**20), archive.members[:count], texts, patients
+            archive.root, ShardSettings(side, "uint8", 2**20), archive.members[:count], texts, patients
         )
     ]
     packed = (result.packed for result in results(jobs, folder, 1) if result.packed is not None)

@@ -30,7 +30,7 @@ from pneumo_experiments.scoring.submission import write_submission
 from pneumo_experiments.scoring.thresholds import Thresholds
 from pneumo_experiments.serving import Detector, save
 from pneumo_experiments.settings import Train, as_config
-from pneumo_experiments.synthetic.files import write_sample
+from pneumo_experiments.synthetic.kaggle_layout import write_sample
 
 
 @contextmanager

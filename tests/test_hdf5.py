@@ -8,17 +8,19 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+from samples import write_dataset
 
 from pneumo_experiments.dataset import rle
-from pneumo_experiments.dataset.hdf5 import Dataset, write_dataset
-from pneumo_experiments.dataset.packed import Entry, Example, Packed, hash_patient, pack
+from pneumo_experiments.dataset.hdf5 import Dataset
+from pneumo_experiments.dataset.hdf5_writer import DatasetWriter
+from pneumo_experiments.dataset.packed import Entry, Packed, ResizedImage, hash_patient, pack
 from pneumo_experiments.dataset.resize import area_resize
 from pneumo_experiments.errors import UserError
 
 SIZE = 16
 
 
-def examples(count: int, seed: int = 0) -> Iterator[Example]:
+def examples(count: int, seed: int = 0) -> Iterator[ResizedImage]:
     """Random greys; every other image is annotated."""
     rng = np.random.default_rng(seed)
     for number in range(count):
@@ -36,10 +38,10 @@ def examples(count: int, seed: int = 0) -> Iterator[Example]:
             area_px=int(mask.sum()),
         )
         image = rng.integers(0, 256, (SIZE, SIZE), np.uint8)
-        yield Example(entry, image, area_resize(mask, SIZE), rle.encode(mask))
+        yield ResizedImage(entry, image, area_resize(mask, SIZE), rle.encode(mask))
 
 
-def packed(examples: Iterable[Example], pixel_dtype: str, labelled: bool = True) -> Iterator[Packed]:
+def packed(examples: Iterable[ResizedImage], pixel_dtype: str, labelled: bool = True) -> Iterator[Packed]:
     for example in examples:
         yield pack(example if labelled else replace(example, target=None, rle=None), pixel_dtype)
 
@@ -59,7 +61,7 @@ def write(
 
 
 @pytest.mark.parametrize("pixel_dtype", ["float32", "float16", "uint8"])
-def test_every_pixel_type_reads_back_the_same_greys_shares_and_masks(
+def test_every_pixel_type_reads_back_the_same_images_targets_and_masks(
     tmp_path: Path, pixel_dtype: str
 ) -> None:
     fingerprint = write(tmp_path / "d.h5", 7, pixel_dtype=pixel_dtype)
@@ -80,7 +82,7 @@ def test_every_pixel_type_reads_back_the_same_greys_shares_and_masks(
 
 
 @pytest.mark.parametrize("pixel_dtype", ["float32", "float16", "uint8"])
-def test_pictures_are_to_the_bit_those_that_plain_h5py_reads(tmp_path: Path, pixel_dtype: str) -> None:
+def test_images_equal_those_that_plain_h5py_reads(tmp_path: Path, pixel_dtype: str) -> None:
     write(tmp_path / "d.h5", 60, pixel_dtype=pixel_dtype)
     order = np.random.default_rng(0).integers(-60, 60, 300)
     with Dataset.open(tmp_path / "d.h5") as dataset:
@@ -95,7 +97,7 @@ def test_pictures_are_to_the_bit_those_that_plain_h5py_reads(tmp_path: Path, pix
             assert len(np.unique(pictures)) > 10
 
 
-def test_all_256_greys_survive_every_pixel_type(tmp_path: Path) -> None:
+def test_all_256_intensities_survive_every_pixel_type(tmp_path: Path) -> None:
     greys = np.arange(256, dtype=np.uint8).reshape(SIZE, SIZE)
     example = next(examples(1))
     example = replace(example, image=greys, target=(greys / 255).astype(np.float32))
@@ -168,7 +170,7 @@ def test_a_set_without_labels_has_no_annotations_and_says_so(tmp_path: Path) -> 
 
 
 def test_the_fingerprint_is_that_of_the_content_and_pixel_format(tmp_path: Path) -> None:
-    def fingerprint(changed: list[Example], pixel_dtype: str = "float32", labelled: bool = True) -> str:
+    def fingerprint(changed: list[ResizedImage], pixel_dtype: str = "float32", labelled: bool = True) -> str:
         return write_dataset(
             tmp_path / "d.h5",
             packed(changed, pixel_dtype, labelled),
@@ -210,7 +212,7 @@ def test_a_file_of_the_users_that_is_named_like_an_unfinished_one_stays(tmp_path
 def test_an_interrupted_write_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
     old = write(tmp_path / "d.h5", 2)
 
-    def broken() -> Iterator[Example]:
+    def broken() -> Iterator[ResizedImage]:
         yield from examples(3)
         raise KeyboardInterrupt
 
@@ -228,6 +230,20 @@ def test_an_interrupted_write_leaves_the_old_file_and_no_other(tmp_path: Path) -
         assert dataset.fingerprint == old
 
 
+def test_a_writer_that_is_not_finished_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
+    old = write(tmp_path / "d.h5", 2)
+    with (
+        pytest.raises(RuntimeError, match="without finish"),
+        DatasetWriter.create(
+            tmp_path / "d.h5", image_size=SIZE, pixel_dtype="uint8", labelled=True
+        ) as writer,
+    ):
+        writer.append(next(packed(examples(1), "uint8")))
+    assert [path.name for path in tmp_path.iterdir()] == ["d.h5"]
+    with Dataset.open(tmp_path / "d.h5") as dataset:
+        assert dataset.fingerprint == old
+
+
 def test_nothing_is_written_of_no_images_or_in_a_place_that_cannot_be(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"d\.h5: no images to write"):
         write(tmp_path / "new" / "d.h5", 0)
@@ -237,7 +253,7 @@ def test_nothing_is_written_of_no_images_or_in_a_place_that_cannot_be(tmp_path: 
         write(tmp_path / "file" / "d.h5")
 
 
-def test_a_file_that_is_not_ours_is_one_line_with_the_mend(tmp_path: Path) -> None:
+def test_a_file_that_is_not_ours_is_one_line_with_the_remedy(tmp_path: Path) -> None:
     path = tmp_path / "d.h5"
 
     def complaint() -> str:
@@ -257,7 +273,7 @@ def test_a_file_that_is_not_ours_is_one_line_with_the_mend(tmp_path: Path) -> No
     assert "not an HDF5 file" in complaint()
     with h5py.File(path, "w") as file:
         file["images_0"] = np.zeros((1, 4, 4))
-    assert "no data set of pneumo_experiments" in complaint()
+    assert "not a data set of pneumo_experiments" in complaint()
     write(path)
     with h5py.File(path, "a") as file:
         file.attrs["image_size"] = 2 * SIZE
@@ -266,14 +282,14 @@ def test_a_file_that_is_not_ours_is_one_line_with_the_mend(tmp_path: Path) -> No
     content = path.read_bytes()
     for part in (0.3, 0.9, 0.999):
         path.write_bytes(content[: int(part * len(content))])
-        assert "cut short" in complaint()
+        assert "truncated" in complaint()
     path.write_bytes(content.replace(b"pneumo_experiments seal 0001", b"pneumo_experiments seal 0002"))
     assert "format version 2 instead of 1" in complaint()
     path.write_bytes(content.replace(b'"image-3"', b'"image-4"'))
     assert "damaged" in complaint()
 
 
-def test_a_damaged_picture_is_named_and_not_returned(tmp_path: Path) -> None:
+def test_a_damaged_image_is_named_and_not_returned(tmp_path: Path) -> None:
     write(tmp_path / "d.h5", 4)
     with h5py.File(tmp_path / "d.h5") as file:
         chunk = file["images_0"].id.get_chunk_info(2)
@@ -305,7 +321,7 @@ def test_a_patient_is_a_salted_hash_and_a_stranger_alone(monkeypatch: pytest.Mon
     assert hash_patient("00015606") != plain
     assert hash_patient("", "image-1") != hash_patient("", "image-2")
     assert hash_patient(" ", "image-1") == hash_patient("", "image-1") != hash_patient("image-1")
-    with pytest.raises(ValueError, match="neither"):
+    with pytest.raises(ValueError, match="both empty"):
         hash_patient("")
     monkeypatch.setenv("PNEUMO_PATIENT_SALT", "ward 7")
     assert hash_patient("00028864") != plain

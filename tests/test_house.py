@@ -24,6 +24,7 @@ LIBRARIES = {
     "torchvision": {"learning"},
     "pydicom": {"dicom", "synthetic"},
     "h5py": {"dataset"},
+    "jinja2": {"report"},
     "pandas": {"serving"},
     "matplotlib": {"scoring"},
 }
@@ -53,7 +54,7 @@ ROOMS = {
     "scoring": set[str](),
     "dicom": set[str](),
 }
-COMMON = {"errors.py", "interrupts.py", "locks.py", "settings", "terminal.py", "__init__.py"}
+COMMON = {"errors.py", "files.py", "interrupts.py", "locks.py", "settings", "terminal.py", "__init__.py"}
 
 
 def room_of(path: Path) -> str:

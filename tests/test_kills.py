@@ -20,7 +20,7 @@ from conftest import ROOT
 
 from pneumo_experiments.dataset.hdf5 import Dataset
 from pneumo_experiments.errors import UserError
-from pneumo_experiments.synthetic.files import write_sample
+from pneumo_experiments.synthetic.kaggle_layout import write_sample
 
 KILLS = int(os.environ.get("PNEUMO_KILLS") or 4)
 IMAGES = 160  # five batches
@@ -118,5 +118,5 @@ def test_a_killed_worker_is_an_error_and_the_same_command_ends_the_work(tmp_path
     workers[0].send_signal(signal.SIGKILL)
     output, _ = process.communicate(timeout=PATIENCE_SECONDS)
     assert process.returncode == 2, output
-    assert "workers: a process was ended from outside" in output
+    assert "workers: a worker process was killed" in output
     assert finish(tmp_path / "sample", tmp_path) == whole

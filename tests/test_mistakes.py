@@ -31,7 +31,7 @@ from pneumo_experiments.learning.predict import Predictor
 from pneumo_experiments.scoring.thresholds import Thresholds
 from pneumo_experiments.serving import Detector, save
 from pneumo_experiments.settings import Train, as_config
-from pneumo_experiments.synthetic.files import write_sample
+from pneumo_experiments.synthetic.kaggle_layout import write_sample
 from pneumo_experiments.tracking import servers
 
 SMALL = ["--image_size", "32"]
@@ -169,7 +169,11 @@ def test_a_missing_or_empty_folder_is_named(
 ) -> None:
     (tmp_path / "empty").mkdir()
     line = error_of("preprocess", "--dicom_dir", folder, "--rle_csv", desk.table, "--dataset", "d.h5")
-    culprits = {"missing": "missing: no such folder", "empty": "empty: no .dcm files", "": "dicom_dir: none"}
+    culprits = {
+        "missing": "dicom_dir=missing: no such folder",
+        "empty": "dicom_dir=empty: contains no .dcm",
+        "": "dicom_dir: none",
+    }
     assert line.startswith(culprits[folder])
     assert "name the" in line
 
@@ -180,7 +184,7 @@ def test_a_missing_or_empty_folder_is_named(
         (None, "table.csv: no such file"),
         ("", "table.csv: the table is empty"),
         ("a,b,c\nx,y,z\n", "table.csv: found the columns a, b, c; expected the columns ImageId and Enc"),
-        ("ImageId, EncodedPixels\n", "table.csv: a header without rows"),
+        ("ImageId, EncodedPixels\n", "table.csv: has a header but no rows"),
         ("ImageId, EncodedPixels\nghost, -1\n", "rle_csv=table.csv: names none of the 10 files"),
         ("ImageId, EncodedPixels\n{id}, 1 2 3\n", "rejected {id}: odd number of run lengths (3)"),
         ("ImageId, EncodedPixels\n{id}, banana\n", "rejected {id}: run length 'banana'"),
@@ -244,7 +248,7 @@ def test_a_folder_of_broken_files_only_writes_nothing(
     words = ["preprocess", *desk.source, "--dicom_dir", "broken", "--dataset", "d.h5"]
     line = error_of(*words, leaves=REPORT)
     assert line.startswith(f"dicom_dir=broken: no file can be used, for example {desk.files[0].stem}: ")
-    assert "the report: d.report.html" in line
+    assert "see the report d.report.html" in line
     line = error_of("score", "--model", desk.model, "--dicom_dir", "broken", "--submission", "s.csv")
     assert line.startswith("dicom_dir=broken: no file can be used; the first:")
 
@@ -319,8 +323,8 @@ def test_a_data_set_file_that_cannot_be_used_is_named(
     ("words", "line"),
     [
         (["--folds", "50"], "folds=50 and a holdout: needs 51 patients, the data set has"),
-        (["--fold", "5"], "fold=5: there is no such part; set fold from 0 to 4"),
-        (["--holdout", "1"], "holdout=1: no share of the patients"),
+        (["--fold", "5"], "fold=5: does not exist; set fold from 0 to 4"),
+        (["--holdout", "1"], "holdout=1: out of range of the patients"),
         (["--weights", "missing.pt"], "weights=missing.pt: no such file"),
         (["--weights", "rubbish.pt"], "weights=rubbish.pt: not a state dict"),
         (["--precision", "fp16", "--device", "cpu"], "precision=fp16: not on a CPU"),

@@ -23,7 +23,7 @@ from pneumo_experiments.dicom.codecs import DECODERS
 from pneumo_experiments.dicom.header import UNCOMPRESSED
 from pneumo_experiments.dicom.radiograph import read_radiograph
 from pneumo_experiments.errors import Rejected
-from pneumo_experiments.synthetic.files import write_sample
+from pneumo_experiments.synthetic.kaggle_layout import write_sample
 
 TEST_FILES = Path(pydicom.__file__).parent / "data" / "test_files"
 MUTANTS_PER_SOURCE = 50
@@ -183,6 +183,6 @@ def test_files_damaged_in_any_way_are_used_or_rejected_and_nothing_breaks(tmp_pa
     counts = Counter(outcomes.values())
     mutants = [name for name in outcomes if ", mutant " in name]
     assert len(mutants) == MUTANTS_PER_SOURCE * (len(SOURCES) + 4)
-    assert min(counts["used"], counts["its picture is cut short"]) > 50
+    assert min(counts["used"], counts["its pixel data is truncated"]) > 50
     vague = sum(count for reason, count in counts.items() if reason.startswith("cannot be decoded"))
     assert vague < 0.05 * len(outcomes)  # most reasons say what is wrong

@@ -20,10 +20,11 @@ from dicom_files import GREYS, dicom_bytes
 from helpers import make
 from mlflow import MlflowClient
 from pydicom.uid import generate_uid
+from samples import write_dataset
 
 from pneumo_experiments.dataset.annotations import read_annotations, read_patients
-from pneumo_experiments.dataset.hdf5 import Dataset, write_dataset
-from pneumo_experiments.dataset.packed import Entry, Example, hash_patient, pack
+from pneumo_experiments.dataset.hdf5 import Dataset
+from pneumo_experiments.dataset.packed import Entry, ResizedImage, hash_patient, pack
 from pneumo_experiments.dataset.patients import (
     SHIPPED,
     Grouping,
@@ -129,6 +130,7 @@ def test_the_shipped_table_goes_into_the_package_that_is_built(tmp_path: Path) -
     (wheel,) = (tmp_path / "wheels").glob("*.whl")
     with zipfile.ZipFile(wheel) as packed:
         assert packed.read("pneumo_experiments/dataset/siim_patients.bin") == SHIPPED.read_bytes()
+        assert "pneumo_experiments/report/page.html.j2" in packed.namelist()
 
 
 def test_the_shipped_table_knows_its_own_images_alone() -> None:
@@ -213,7 +215,7 @@ def test_a_data_set_with_other_patients_is_named_and_one_that_the_table_would_no
     made(foreign | {"patients_csv": "none"}, desk / "foreign.h5")
     capsys.readouterr()
     made(foreign, desk / "foreign.h5")
-    assert "is there already, from the same files and settings" in capsys.readouterr().out
+    assert "exists already, from the same files and settings" in capsys.readouterr().out
 
 
 def test_a_home_folder_and_an_empty_value_are_understood(desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -231,7 +233,9 @@ def test_images_that_each_count_as_a_patient_are_a_warning_once_for_preprocess_a
 ) -> None:
     made(archive(desk, random_ids(12)), desk / "alone.h5")
     (told,) = warnings_of(caplog)
-    assert told.startswith(f"Warning: dataset={desk / 'alone.h5'}: each of the 12 images counts as a patient")
+    assert told.startswith(
+        f"Warning: dataset={desk / 'alone.h5'}: each of the 12 images counts as a separate patient"
+    )
     assert told.endswith("name the patients in patients_csv")
     with Dataset.open(desk / "alone.h5") as dataset:
         for fold in range(5):
@@ -247,7 +251,7 @@ def test_a_split_of_a_data_set_made_earlier_warns_once(
         for fold in range(5):
             make_split(dataset, SplitSettings(fold=str(fold)))
     (told,) = warnings_of(caplog)
-    assert "each of the 30 images counts as a patient of its own" in told
+    assert "each of the 30 images counts as a separate patient" in told
 
 
 def test_the_warning_is_seen_on_the_terminal(desk: Path) -> None:
@@ -274,8 +278,8 @@ def entries_of(patients: list[str]) -> list[Entry]:
         (list("abcdef"), {"shipped table": 6}, ""),  # whoever made the table knows
         (list("abcdef"), {"patients_csv": 6}, ""),
         (list("abcdee"), {"PatientID": 6}, ""),
-        (list("aaaabc"), {"PatientID": 6}, "4 of 6 images share one patient"),
-        (list("aaaabc"), {"patients_csv": 6}, "4 of 6 images share one patient"),  # the wrong column
+        (list("aaaabc"), {"PatientID": 6}, "4 of 6 images have the same patient"),
+        (list("aaaabc"), {"patients_csv": 6}, "4 of 6 images have the same patient"),  # the wrong column
         (list("aaabcd"), {"PatientID": 6}, ""),  # half of them is not most
         (["a"], {}, ""),
         ([], {}, ""),
@@ -304,7 +308,9 @@ def test_sources_are_counted_by_image() -> None:
 
 def labelled(path: Path, patients: dict[str, str], areas: dict[str, int]) -> Path:
     """A data set of these images and patients, all with one grey picture."""
-    one = Example(entries_of(["x"])[0], np.zeros((32, 32), np.uint8), np.zeros((32, 32), np.float32), "-1")
+    one = ResizedImage(
+        entries_of(["x"])[0], np.zeros((32, 32), np.uint8), np.zeros((32, 32), np.float32), "-1"
+    )
     packed = pack(one, "uint8")
     entries = (
         Entry(image_id, patient, "PA", "F", 40, 1024, 1024, 1, areas.get(image_id, 0))
@@ -411,7 +417,7 @@ def test_the_13_real_files_have_their_patients_from_the_shipped_table_by_default
     assert warnings_of(caplog) == []  # one image each, and that is known
     made(source | {"patients_csv": "none"}, desk / "none.h5")
     (told,) = warnings_of(caplog)
-    assert "none.h5: each of the 13 images counts as a patient of its own" in told
+    assert "none.h5: each of the 13 images counts as a separate patient" in told
 
 
 def test_real_test_files_without_labels_are_no_warning(

@@ -27,7 +27,7 @@ from pneumo_experiments.dataset.hdf5 import Dataset
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.settings import Preprocess
 from pneumo_experiments.stages.preprocess import preprocess
-from pneumo_experiments.synthetic.files import write_sample
+from pneumo_experiments.synthetic.kaggle_layout import write_sample
 
 IMAGES = 40
 PLANTED = ("Zaphod", "Beeblebrox", "PID-4711-X", "19520311", "Betelgeuse")
@@ -104,11 +104,11 @@ def test_the_same_again_says_so_and_writes_nothing(
     before = (desk / "d.h5").stat()
     capsys.readouterr()
     preprocess(settings_of(own, workers=1, max_rejected=0.5))
-    assert "d.h5 is there already, from the same files and settings" in capsys.readouterr().out
+    assert "d.h5 exists already, from the same files and settings" in capsys.readouterr().out
     for path in own.rglob("*.dcm"):  # as a copy or a second download would look
         os.utime(path, ns=(1, 1))
     preprocess(settings_of(own))
-    assert "d.h5 is there already, from the same files and settings" in capsys.readouterr().out
+    assert "d.h5 exists already, from the same files and settings" in capsys.readouterr().out
     after = (desk / "d.h5").stat()
     assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
     assert "d.report.html" in artifacts()
@@ -144,7 +144,7 @@ def test_other_input_or_settings_are_named_and_refused_until_overwrite(sample: P
         assert len(dataset) == IMAGES - 1
 
 
-def test_a_damaged_picture_is_named_and_made_anew_on_overwrite(
+def test_a_damaged_image_is_named_and_made_anew_on_overwrite(
     sample: Path, desk: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     preprocess(settings_of(sample))
@@ -161,7 +161,7 @@ def test_a_damaged_picture_is_named_and_made_anew_on_overwrite(
     assert (desk / "d.h5").read_bytes() == damaged
     capsys.readouterr()
     preprocess(settings_of(sample, overwrite=True))
-    assert "preprocess: makes it anew: d.h5: damaged at ann_0, row 2" in capsys.readouterr().out
+    assert "preprocess: overwriting: d.h5: damaged at ann_0, row 2" in capsys.readouterr().out
     assert (desk / "d.h5").read_bytes() == whole
 
 
@@ -192,7 +192,7 @@ def test_tables_from_pipes_are_read_once_and_others_from_them_are_noticed(
         assert dataset.settings["patients_csv"] == hashlib.sha256(who).hexdigest()
     capsys.readouterr()
     again(table, who)
-    assert "d.h5 is there already, from the same files and settings" in capsys.readouterr().out
+    assert "d.h5 exists already, from the same files and settings" in capsys.readouterr().out
     with pytest.raises(UserError, match="was made with other annotations; overwrite"):
         again(table + b"another,-1\n", who)
     with pytest.raises(UserError, match="was made with other patients; overwrite"):
@@ -212,9 +212,7 @@ def test_a_table_of_patients_that_names_no_image_is_an_error_and_one_that_names_
     (desk / "few.csv").write_text("id,patient\n" + "".join(f"{image_id},Zaphod\n" for image_id in ids))
     preprocess(settings_of(sample, patients_csv="few.csv"))
     (told,) = (r.getMessage() for r in caplog.records if r.name.startswith("pneumo_experiments.experiment"))
-    expected = (
-        "patients_csv=few.csv: names only 19 of the 40 images; each of the others goes by its PatientID"
-    )
+    expected = "patients_csv=few.csv: names only 19 of the 40 images; the others are grouped by PatientID"
     assert told == f"Warning: {expected}"
     with Dataset.open(desk / "d.h5") as dataset:
         assert dataset.settings["patient_sources"] == "patients_csv: 19, PatientID: 21"
@@ -239,12 +237,12 @@ def test_too_many_rejects_fail_with_a_report_and_what_was_read_is_kept(
     assert report["outcome"]["rejected"] == 1
     capsys.readouterr()
     preprocess(settings_of(own, max_rejected=0.03))
-    assert "goes on: 40 of 40 files are read already" in capsys.readouterr().out
+    assert "continuing: 40 of 40 files are read already" in capsys.readouterr().out
     with Dataset.open(desk / "d.h5") as dataset:
         assert len(dataset) == 39
         assert bad.stem not in {entry.image_id for entry in dataset.entries}
     preprocess(settings_of(own))  # the limit is no part of what the data set is made from
-    assert "is there already" in capsys.readouterr().out
+    assert "exists already" in capsys.readouterr().out
 
 
 def test_a_zip_file_gives_the_same_data_set_as_the_folder(sample: Path, desk: Path) -> None:
@@ -371,7 +369,7 @@ def test_a_report_that_finds_no_temporary_folder_does_not_blame_the_data_set(
         patch.setattr("tempfile.tempdir", f"{desk}/file")
         preprocess(settings_of(sample))
     preprocess(settings_of(sample))
-    assert "goes on: 40 of 40 files are read already" in capsys.readouterr().out
+    assert "continuing: 40 of 40 files are read already" in capsys.readouterr().out
     assert (desk / "d.report.html").exists()
 
 

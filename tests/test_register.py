@@ -17,12 +17,13 @@ from helpers import changed, make
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from mlflow.entities.model_registry import ModelVersion
+from samples import write_dataset
 
 from pneumo_experiments import tracking
 from pneumo_experiments.dataset.annotations import read_annotations
-from pneumo_experiments.dataset.hdf5 import Dataset, write_dataset
+from pneumo_experiments.dataset.hdf5 import Dataset
 from pneumo_experiments.dataset.rle import EMPTY
-from pneumo_experiments.dataset.shards import Recipe, make_jobs, results
+from pneumo_experiments.dataset.shards import ShardSettings, make_jobs, results
 from pneumo_experiments.dicom.archive import open_archive
 from pneumo_experiments.experiment.scored_images import digests, identity
 from pneumo_experiments.experiment.subset import Subset, make_split
@@ -34,7 +35,7 @@ from pneumo_experiments.serving import Detector, load, save
 from pneumo_experiments.settings import Device, Register, Score, Train, as_config
 from pneumo_experiments.stages.register import register
 from pneumo_experiments.stages.score import score
-from pneumo_experiments.synthetic.files import write_sample
+from pneumo_experiments.synthetic.kaggle_layout import write_sample
 
 EVERYTHING, NOTHING = 0.0, 1.0  # what a presence_threshold lets through, where the others are 0
 
@@ -47,7 +48,9 @@ def stored(sample: Path, name: str, keep: Callable[[list[str]], bool], image_siz
     path = sample.parent / f"{name}.h5"
     work = sample.parent / f"{name}.work"
     work.mkdir()
-    jobs = make_jobs(archive.root, Recipe(image_size, "uint8", 2**20), members, annotations, patients={})
+    jobs = make_jobs(
+        archive.root, ShardSettings(image_size, "uint8", 2**20), members, annotations, patients={}
+    )
     packed = (result.packed for result in results(jobs, work, 1) if result.packed is not None)
     write_dataset(path, packed, image_size=image_size, pixel_dtype="uint8", settings={}, labelled=True)
     return path

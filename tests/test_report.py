@@ -39,7 +39,7 @@ CLEAN: dict[str, Any] = {
     "rejected": [],
     "entries": ENTRIES,
     "patient_sources": {"shipped table": 4, "unknown": 2},
-    "pictures": ["p0", "p1", "p2", "p3", "p4", "p5"],
+    "pixel_hashes": ["p0", "p1", "p2", "p3", "p4", "p5"],
     "formats": [JPEG, JPEG, JPEG, JPEG, PLAIN, JPEG],
     "annotated": [entry.image_id for entry in ENTRIES],
     "file_ids": [entry.image_id for entry in ENTRIES],
@@ -58,7 +58,7 @@ FULL = CLEAN | {
     "skipped": {"__MACOSX and ._ files": 3, "zip files": 1, ".DS_Store": 0},
     "duplicates": {"u1": 2, "b1": 3},
     "rejected": REJECTED,
-    "pictures": ["same", "p1", "p1", "p3", "same", "same"],
+    "pixel_hashes": ["same", "p1", "p1", "p3", "same", "same"],
     "annotated": {*CLEAN["annotated"], "r1", "r2", "r5", "gone2", "gone1", "late"},
     "file_ids": [*CLEAN["file_ids"], "r1", "r2", "r3", "r5", "u1", "u0", "late"],
     "overlapping": ["b2"],
@@ -154,11 +154,11 @@ def test_what_does_not_fit_together_is_listed_in_full_and_sorted() -> None:
 
 def test_a_table_without_rows_leaves_every_file_without_annotation() -> None:
     ids = [f"i{n}" for n in range(9)]
-    nothing = {"entries": [], "pictures": [], "formats": [], "annotated": [], "file_ids": ids[::-1]}
+    nothing = {"entries": [], "pixel_hashes": [], "formats": [], "annotated": [], "file_ids": ids[::-1]}
     assert make_report(**CLEAN | nothing).files_without_annotation == ids
 
 
-def test_the_same_picture_is_found_with_its_patients_and_areas() -> None:
+def test_the_same_image_is_found_with_its_patients_and_areas() -> None:
     assert full_report().as_json()["identical_images"] == [
         {"image_ids": ["a1", "b3", "c1"], "patients": 3, "areas_px": [0, 500, 0]},
         {"image_ids": ["b1", "b2"], "patients": 1, "areas_px": [1000, 4000]},
@@ -187,7 +187,7 @@ def test_ages_count_unknown_and_implausible_ones_apart() -> None:
 
 @pytest.mark.parametrize(("age", "known"), [(-1, False), (0, True), (110, True), (111, False)])
 def test_an_age_from_0_to_110_is_plausible(age: int, known: bool) -> None:
-    one = {"entries": [replace(ENTRIES[0], age=age)], "pictures": ["p"], "formats": [JPEG]}
+    one = {"entries": [replace(ENTRIES[0], age=age)], "pixel_hashes": ["p"], "formats": [JPEG]}
     ages = make_report(**CLEAN | one).ages
     assert (ages.quantiles is not None) == bool(ages.decades) == known
     assert (ages.unknown, len(ages.implausible)) == (int(age < 0), int(age > 110))
@@ -232,11 +232,11 @@ def test_a_set_of_negatives_has_no_areas() -> None:
     assert report.annotated.area_px is None and report.annotated.area_share is None
     assert report.annotated.dice_all_empty == 1
     assert "Annotated area" not in page(report, "Negatives")
-    assert summary(report)[-1] == "0 with pneumothorax; to call all empty scores Dice 1.0000"
+    assert summary(report)[-1] == "0 with pneumothorax; all-empty predictions score Dice 1.0000"
 
 
 def test_a_report_of_nothing_used_still_tells_why() -> None:
-    nothing = {"entries": [], "pictures": [], "formats": [], "overlapping": []}
+    nothing = {"entries": [], "pixel_hashes": [], "formats": [], "overlapping": []}
     report = make_report(**FULL | nothing | {"file_ids": ["b1", "r1", "r2", "r3", "r5"]})
     assert (report.outcome.used, report.outcome.rejected, report.patients.count) == (0, 5, 0)
     assert report.ages.quantiles is None and report.ages.decades == {}
@@ -250,8 +250,8 @@ def test_a_report_of_nothing_used_still_tells_why() -> None:
 
 
 def test_lists_that_belong_together_must_have_one_length() -> None:
-    with pytest.raises(ValueError, match="6 entries, 5 pictures, 6 formats"):
-        make_report(**CLEAN | {"pictures": ["p"] * 5})
+    with pytest.raises(ValueError, match="6 entries, 5 pixel hashes, 6 formats"):
+        make_report(**CLEAN | {"pixel_hashes": ["p"] * 5})
 
 
 def test_the_json_has_all_fields_and_survives_a_file() -> None:
@@ -265,7 +265,7 @@ def test_the_json_has_all_fields_and_survives_a_file() -> None:
 
 
 def test_the_order_of_the_input_changes_nothing() -> None:
-    backwards = {name: FULL[name][::-1] for name in ("entries", "pictures", "formats", "rejected")}
+    backwards = {name: FULL[name][::-1] for name in ("entries", "pixel_hashes", "formats", "rejected")}
     backwards["file_ids"] = set(FULL["file_ids"])
     assert json.dumps(make_report(**FULL | backwards).as_json()) == json.dumps(full_report().as_json())
 
@@ -282,24 +282,24 @@ def test_the_summary_is_short_and_complete() -> None:
         "15 files found with 13 image ids: 6 used, 4 rejected, 2 without annotation, 1 not read",
         "rejected for 4 reasons (5): n frames instead of one, another file of this image is used,"
         " not a DICOM file and 1 more",
-        "passed over: __MACOSX and ._ files (3), zip files (1)",
+        "skipped: __MACOSX and ._ files (3), zip files (1)",
         "annotated, but no file found (2): gone1, gone2",
         "file found, but not in the annotation table (2): u0, u1",
         "several files with the same id (2): b1, u1",
-        "same picture under several ids (2): a1 = b3, b1 = b2",
-        "6 images of 3 patients, at most 3 of one",
+        "same image under several ids (2): a1 = b3, b1 = b2",
+        "6 images of 3 patients, at most 3 per patient",
         "view AP 3, PA 2, unknown 1; sex M 3, F 2, unknown 1; age median 48 years, 1 unknown, 1 above 110",
         "4 with pneumothorax, median area 750 px, 1 with overlapping annotations;"
-        " to call all empty scores Dice 0.3333",
+        " all-empty predictions score Dice 0.3333",
     ]
 
 
 def test_a_clean_summary_speaks_of_no_faults() -> None:
     assert summary(make_report(**CLEAN)) == [
         "6 files found: 6 used",
-        "6 images of 3 patients, at most 3 of one",
+        "6 images of 3 patients, at most 3 per patient",
         "view AP 3, PA 2, unknown 1; sex M 3, F 2, unknown 1; age median 48 years, 1 unknown, 1 above 110",
-        "4 with pneumothorax, median area 750 px; to call all empty scores Dice 0.3333",
+        "4 with pneumothorax, median area 750 px; all-empty predictions score Dice 0.3333",
     ]
 
 
@@ -329,13 +329,13 @@ def test_the_page_shows_every_finding_with_its_count() -> None:
         "Rejected: n frames instead of one": 2,
         "Rejected: another file of this image is used": 1,
         "Rejected: not a DICOM file": 1,
-        "Rejected: odd number of run lengths (3); write pairs &#x27;gap length&#x27;": 1,
+        "Rejected: odd number of run lengths (3); write pairs &#39;gap length&#39;": 1,
         "Of these, rejected because of their run lengths": 1,
         "File found, but not in the annotation table": 2,
         "Annotated, but no file found": 2,
-        "Also found, and passed over": 4,
+        "Skipped files": 4,
         "Several files with the same id": 2,
-        "The same picture under several ids": 2,
+        "The same image under several ids": 2,
         "Images whose annotations overlap": 1,
         "Ages above 110 years": 1,
     }
@@ -356,7 +356,7 @@ def test_the_page_tells_numbers_in_words_that_a_stranger_reads() -> None:
         "40-49 0 0.0%",
         "The age is unknown for 1 image.",
         "Median 750 7.50%",
-        "4 of 6 images (66.7%) show a pneumothorax. To call every image empty scores a Dice of 0.3333",
+        "4 of 6 images (66.7%) show a pneumothorax. Predicting every image as empty scores a Dice of 0.3333",
     ):
         assert words in text
 
@@ -365,7 +365,7 @@ def test_a_hostile_name_is_shown_and_not_run() -> None:
     entries = [replace(ENTRIES[0], image_id=HOSTILE, view=HOSTILE, sex=HOSTILE, age=200), *ENTRIES[1:]]
     hostile: dict[str, Any] = {
         "entries": entries,
-        "pictures": ["p"] * 6,
+        "pixel_hashes": ["p"] * 6,
         "formats": [HOSTILE] * 6,
         "skipped": {HOSTILE: 1},
         "duplicates": {HOSTILE: 2},
@@ -420,7 +420,7 @@ def test_the_page_lists_a_thousand_names_and_points_to_the_rest() -> None:
 
 def test_a_bar_is_as_long_as_its_count_and_absent_for_none() -> None:
     entries = [replace(ENTRIES[0], age=age) for age in (25, 47, 48, 49, 41)]
-    few = {"entries": entries, "pictures": list("abcde"), "formats": [JPEG] * 5}
+    few = {"entries": entries, "pixel_hashes": list("abcde"), "formats": [JPEG] * 5}
     html = page(make_report(**CLEAN | few), "Report")
     lengths = dict(re.findall(r'<th scope=row>([\d-]+)</th><td><i style="--part: (.*?)"', html))
     assert lengths["20-29"] == "max(2px, 25.0%)"
@@ -430,7 +430,7 @@ def test_a_bar_is_as_long_as_its_count_and_absent_for_none() -> None:
 
 def test_a_chart_sums_up_what_it_has_no_bars_for() -> None:
     entries = [replace(ENTRIES[0], image_id=f"i{n}", rows=1000 + n // 2) for n in range(30)]
-    whole = {"entries": entries, "pictures": list(map(str, range(30))), "formats": [JPEG] * 30}
+    whole = {"entries": entries, "pixel_hashes": list(map(str, range(30))), "formats": [JPEG] * 30}
     text = Reader(page(make_report(**CLEAN | whole), "Report")).text
     assert "1011 x 200 2 6.7% 3 others 6 20.0%" in text
 
@@ -453,7 +453,7 @@ def test_counts_add_up_to_the_images(draws: list[tuple[int, int, int]]) -> None:
     ids = [entry.image_id for entry in entries]
     whole = {
         "entries": entries,
-        "pictures": [str(area % 3) for _, _, area in draws],
+        "pixel_hashes": [str(area % 3) for _, _, area in draws],
         "formats": [JPEG] * len(ids),
     }
     report = make_report(**CLEAN | whole | {"file_ids": ids, "annotated": ids, "files": len(ids)})
@@ -480,7 +480,7 @@ def test_the_report_of_real_annotations_has_their_known_areas(real_data: Path) -
         area = int(np.any(masks, axis=0).sum())
         entries.append(Entry(name, hash_patient("", name), "PA", "F", 40, 1024, 1024, len(texts), area))
     ids = list(annotations)
-    given_lists = {"entries": entries, "pictures": ids, "formats": [JPEG] * len(ids)}
+    given_lists = {"entries": entries, "pixel_hashes": ids, "formats": [JPEG] * len(ids)}
     whole = {"file_ids": ids, "annotated": set(ids), "files": len(ids)}
     found = make_report(**CLEAN | given_lists | whole).annotated
     known = np.loadtxt(real_data / "known_areas.csv", delimiter=",", skiprows=1, usecols=2, dtype=int)

@@ -178,7 +178,7 @@ for name in sys.argv[1:]:
     try:
         with Dataset.open(Path(name)) as dataset:
             for row in range(len(dataset)):
-                dataset.images([row, row]), dataset.shares([row, row]), dataset.mask(row)
+                dataset.images([row, row]), dataset.targets([row, row]), dataset.mask(row)
         print("read")
     except UserError as error:
         print(error)
@@ -192,7 +192,7 @@ HEADER = {
 }
 ENTRY: list[Any] = ["image", "patient", "PA", "F", 50, 40, 30, 1, 6]
 DEEP = b"[" * 500_000
-NOT_MADE = "not made by this project"
+NOT_MADE = "not written by this project"
 
 
 def sealed(path: Path, lines: list[bytes], chunks: list[bytes], tail: bytes = b"") -> None:

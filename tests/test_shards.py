@@ -18,18 +18,26 @@ import pytest
 from PIL import Image
 from pydicom.encaps import encapsulate, get_frame
 from pydicom.uid import JPEGLSLossless
+from samples import write_dataset
 
 from pneumo_experiments.dataset.annotations import read_annotations
-from pneumo_experiments.dataset.hdf5 import Dataset, write_dataset
+from pneumo_experiments.dataset.hdf5 import Dataset
 from pneumo_experiments.dataset.packed import hash_patient
 from pneumo_experiments.dataset.rle import decode
-from pneumo_experiments.dataset.shards import BATCH, Job, Recipe, is_made, make_jobs, results
+from pneumo_experiments.dataset.shards import (
+    FILES_PER_SHARD,
+    Job,
+    ShardSettings,
+    is_finished,
+    make_jobs,
+    results,
+)
 from pneumo_experiments.dicom.archive import open_archive
 from pneumo_experiments.errors import UserError
-from pneumo_experiments.synthetic.files import write_sample
+from pneumo_experiments.synthetic.kaggle_layout import write_sample
 
-IMAGES = 2 * BATCH + 6
-RECIPE = Recipe(image_size=64, pixel_dtype="float32", max_pixels=2**20)
+IMAGES = 2 * FILES_PER_SHARD + 6
+SETTINGS = ShardSettings(image_size=64, pixel_dtype="float32", max_pixels=2**20)
 
 
 @pytest.fixture(scope="module")
@@ -39,10 +47,10 @@ def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def jobs_of(sample: Path, recipe: Recipe = RECIPE) -> list[Job]:
+def jobs_of(sample: Path, settings: ShardSettings = SETTINGS) -> list[Job]:
     archive = open_archive(sample / "dicom-images-train")
     return make_jobs(
-        archive.root, recipe, archive.members, read_annotations(sample / "train-rle.csv"), patients={}
+        archive.root, settings, archive.members, read_annotations(sample / "train-rle.csv"), patients={}
     )
 
 
@@ -51,7 +59,7 @@ def written(jobs: Sequence[Job], path: Path, workers: int) -> bytes:
     work.mkdir(exist_ok=True)
     packed = (result.packed for result in results(jobs, work, workers) if result.packed is not None)
     write_dataset(
-        path, packed, image_size=RECIPE.image_size, pixel_dtype="float32", settings={}, labelled=True
+        path, packed, image_size=SETTINGS.image_size, pixel_dtype="float32", settings={}, labelled=True
     )
     return path.read_bytes()
 
@@ -63,7 +71,7 @@ def test_the_file_is_the_same_to_the_byte_whatever_the_number_of_workers(
     assert one == two == five
 
 
-def test_pixels_shares_and_index_are_those_of_a_plain_reading(sample: Path, tmp_path: Path) -> None:
+def test_pixels_targets_and_index_equal_a_plain_reading(sample: Path, tmp_path: Path) -> None:
     written(jobs_of(sample), tmp_path / "d.h5", 2)
     rows = read_annotations(sample / "train-rle.csv")
     files = {path.stem: path for path in sample.rglob("*.dcm")}
@@ -91,7 +99,7 @@ def test_an_interrupted_run_keeps_what_was_finished(sample: Path, tmp_path: Path
     work = tmp_path / "d.work"
     work.mkdir()
     begun = results(jobs, work, 1)
-    assert len(list(itertools.islice(begun, BATCH + 1))) == BATCH + 1
+    assert len(list(itertools.islice(begun, FILES_PER_SHARD + 1))) == FILES_PER_SHARD + 1
     begun.close()
     kept = {path.name: path.stat() for path in work.iterdir() if not path.suffix}
     assert {job.name for job in jobs[:2]} <= set(kept)
@@ -102,7 +110,7 @@ def test_an_interrupted_run_keeps_what_was_finished(sample: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "zeros"])
-def test_a_batch_that_a_power_cut_damaged_is_made_again(damage: str, sample: Path, tmp_path: Path) -> None:
+def test_a_shard_damaged_by_a_power_cut_is_rewritten(damage: str, sample: Path, tmp_path: Path) -> None:
     jobs = jobs_of(sample)[-1:]
     whole = written(jobs, tmp_path / "d.h5", 1)
     batch = tmp_path / "d.work" / jobs[0].name
@@ -113,16 +121,16 @@ def test_a_batch_that_a_power_cut_damaged_is_made_again(damage: str, sample: Pat
     assert written(jobs, tmp_path / "d.h5", 1) == whole
 
 
-def test_a_batch_is_found_again_only_for_the_same_files_tables_and_settings(
+def test_a_shard_is_reused_only_for_the_same_files_tables_and_settings(
     sample: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = jobs_of(sample)[0]
     first = job.members[0]
     assert job.annotations is not None
     others = [
-        replace(job, recipe=replace(RECIPE, image_size=65)),
-        replace(job, recipe=replace(RECIPE, pixel_dtype="uint8")),
-        replace(job, recipe=replace(RECIPE, max_pixels=1)),
+        replace(job, settings=replace(SETTINGS, image_size=65)),
+        replace(job, settings=replace(SETTINGS, pixel_dtype="uint8")),
+        replace(job, settings=replace(SETTINGS, max_pixels=1)),
         replace(job, members=job.members[:-1]),
         replace(job, members=(replace(first, stamp=1), *job.members[1:])),
         replace(job, members=(replace(first, size=1), *job.members[1:])),
@@ -148,10 +156,10 @@ def test_what_cannot_be_used_is_told_with_its_reason(sample: Path, tmp_path: Pat
     texts = dict(zip((m.image_id for m in job.members), job.annotations or (), strict=True))
     texts |= {odd: ("5 6 7",), tall: ("1048570 10",), twice: ("0 10", "5 10")}
     annotations = {image_id: list(each) for image_id, each in texts.items()}
-    jobs = make_jobs(folder, RECIPE, open_archive(folder).members, annotations, {})
+    jobs = make_jobs(folder, SETTINGS, open_archive(folder).members, annotations, {})
     found = {result.image_id: result for result in results(jobs, tmp_path, 1)}
     assert [found[i].packed is None for i in (broken, odd, tall, twice)] == [True, True, True, False]
-    assert "cut short" in found[broken].reason
+    assert "truncated" in found[broken].reason
     assert not found[broken].invalid_run_lengths
     assert found[odd].reason.startswith(f"{odd}: odd number of run lengths (3)")
     assert found[tall].reason.startswith(f"{tall}: run lengths reach pixel 1048580 of an image with 1048576")
@@ -189,7 +197,7 @@ def test_a_file_that_ends_its_worker_is_rejected_and_the_rest_goes_on(
     )
     monkeypatch.syspath_prepend(tmp_path / "crash")
     annotations = read_annotations(sample / "train-rle.csv")
-    jobs = make_jobs(folder, RECIPE, open_archive(folder).members, annotations, {})
+    jobs = make_jobs(folder, SETTINGS, open_archive(folder).members, annotations, {})
     found = list(results(jobs, tmp_path, 2))
     assert [result.image_id for result in found] == [m.image_id for job in jobs for m in job.members]
     assert [result.reason for result in found if result.packed is None] == [
@@ -214,24 +222,24 @@ def test_a_worker_ended_from_outside_is_an_error_and_the_rest_is_kept(sample: Pa
 
     killer = threading.Thread(target=kill_a_worker)
     killer.start()
-    with pytest.raises(UserError, match=r"workers: a process was ended from outside.*set workers to fewer"):
+    with pytest.raises(UserError, match=r"workers: a worker process was killed.*set fewer workers"):
         list(results(jobs, tmp_path, 1))
     killer.join()
     assert killed.is_set()
     assert len(list(results(jobs, tmp_path, 2))) == IMAGES
-    assert all(is_made(job, tmp_path) for job in jobs)
+    assert all(is_finished(job, tmp_path) for job in jobs)
 
 
 def test_a_file_that_vanishes_ends_the_work_with_its_name(sample: Path, tmp_path: Path) -> None:
     folder = tmp_path / "files"
     folder.mkdir()
-    for path in sorted(sample.rglob("*.dcm"))[: BATCH + 2]:
+    for path in sorted(sample.rglob("*.dcm"))[: FILES_PER_SHARD + 2]:
         os.link(path, folder / path.name)
     members = open_archive(folder).members
     (folder / members[-1].name).unlink()
     work = tmp_path / "work"
     work.mkdir()
-    jobs = make_jobs(folder, RECIPE, members, None, {})
-    with pytest.raises(UserError, match=rf"{members[-1].image_id}: its file was there and is gone"):
+    jobs = make_jobs(folder, SETTINGS, members, None, {})
+    with pytest.raises(UserError, match=rf"{members[-1].image_id}: the file disappeared during the run"):
         list(results(jobs, work, 1))
-    assert [is_made(job, work) for job in jobs] == [True, False]
+    assert [is_finished(job, work) for job in jobs] == [True, False]

@@ -202,17 +202,17 @@ def test_many_images_of_one_patient_stay_together() -> None:
 @pytest.mark.parametrize(
     ("wish", "message"),
     [
-        ({"fold": 5}, r"fold=5: there is no such part; set fold from 0 to 4"),
-        ({"fold": -1}, r"fold=-1: there is no such part"),
-        ({"holdout": 1.0}, r"holdout=1: no share"),
-        ({"holdout": -0.1}, r"holdout=-0\.1: no share"),
-        ({"holdout": 0.001}, r"holdout=0\.001: too small"),
-        ({"folds": 1}, r"folds=1: one part must validate"),
+        ({"fold": 5}, r"fold=5: does not exist; set fold from 0 to 4"),
+        ({"fold": -1}, r"fold=-1: does not exist"),
+        ({"holdout": 1.0}, r"holdout=1: out of range"),
+        ({"holdout": -0.1}, r"holdout=-0\.1: out of range"),
+        ({"holdout": 0.001}, r"holdout=0\.001: less than one patient"),
+        ({"folds": 1}, r"folds=1: training and validation need a fold each"),
         ({"folds": 13}, r"folds=13 and a holdout: needs 14 patients, the data set has 13"),
-        ({"folds": 14, "holdout": 0.0}, r"folds=14: needs 14 patients, the data set has 13 .*patients_csv"),
+        ({"folds": 14, "holdout": 0.0}, r"folds=14: needs 14 patients, the data set has 13; .*patients_csv"),
     ],
 )
-def test_a_split_that_cannot_be_is_one_line_with_the_mend(wish: dict[str, float], message: str) -> None:
+def test_a_split_that_cannot_be_is_one_line_with_the_remedy(wish: dict[str, float], message: str) -> None:
     settings = {"holdout": 0.2, "folds": 5, "fold": 0, "seed": 0} | wish
     with pytest.raises(UserError, match=message):
         split(FEW_PATIENTS, FEW_AREAS, **settings)

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from pneumo_experiments.dataset import rle
 from pneumo_experiments.errors import UserError
-from pneumo_experiments.synthetic import anatomy, files
-from pneumo_experiments.synthetic.files import is_sample, plan, write_sample
+from pneumo_experiments.synthetic import anatomy, kaggle_layout
+from pneumo_experiments.synthetic.kaggle_layout import is_sample, plan, write_sample
 from pneumo_experiments.synthetic.radiographs import SyntheticRadiograph, draw_radiograph
 
 IMAGES, TEST_IMAGES, SEED = 40, 4, 3
@@ -152,7 +152,7 @@ def test_a_finished_sample_is_known_by_its_settings(sample: Path, tmp_path: Path
     assert not is_sample(sample, IMAGES + 1, TEST_IMAGES, SEED)
     assert not is_sample(tmp_path, IMAGES, TEST_IMAGES, SEED)
     settings = json.loads((sample / "sample.json").read_text())
-    assert settings == {"format": files.FORMAT, "images": 40, "test_images": 4, "seed": 3}
+    assert settings == {"format": kaggle_layout.FORMAT, "images": 40, "test_images": 4, "seed": 3}
 
 
 def test_a_folder_with_files_is_refused_and_left_alone(tmp_path: Path) -> None:

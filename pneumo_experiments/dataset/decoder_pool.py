@@ -1,7 +1,7 @@
-"""Radiographs read by processes of their own, side by side: a bad file costs its own row and nothing else.
+"""Decodes radiographs in parallel subprocesses: a file that crashes its decoder affects no other file.
 
-The processes are shared by all threads, start when they are needed, and stay for the next files. They are
-plain subprocesses, since a model is served in programs that multiprocessing could not start again.
+The processes start on demand, are shared by all threads and are reused. They are plain subprocesses, since
+multiprocessing cannot re-import the main program of some model servers.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from numpy.typing import NDArray
 
 from pneumo_experiments.dataset.decoder_process import OUT_OF_MEMORY, receive, send
 from pneumo_experiments.dicom.limits import (
-    LARGEST_HEADER,
-    LARGEST_PIXEL,
+    MAX_BYTES_PER_PIXEL,
+    MAX_HEADER_BYTES,
     TIME_LIMIT_EXIT_CODE,
     max_seconds,
     memory_limit_message,
@@ -34,10 +34,10 @@ from pneumo_experiments.dicom.radiograph import MAX_PIXELS
 from pneumo_experiments.dicom.workers import ONE_THREAD, available_cores
 from pneumo_experiments.errors import Rejected
 
-DECODERS = min(available_cores(), 8)  # each may take limits.most_bytes
-AHEAD, AHEAD_BYTES = 32, 2**28  # files in hand, and how much of them still waits to be read
+MAX_DECODERS = min(available_cores(), 8)  # each may use limits.max_bytes of memory
+MAX_PENDING, MAX_PENDING_BYTES = 32, 2**28  # submitted files, and bytes of those not yet decoded
 
-# The same modules as here, wherever they came from: a model's own folder is on no path.
+# Passes on sys.path, since the code folder of a served model is not on the default path.
 START = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1])\n"
     "from pneumo_experiments.dataset.decoder_process import serve; serve()"
@@ -45,52 +45,55 @@ START = (
 
 
 class DecodedImage(NamedTuple):
-    """A radiograph as a network takes it, 8-bit greys (S, S), and its own size."""
+    """A radiograph at network size, 8-bit pixels (S, S), and its native size."""
 
     pixels: NDArray[np.uint8]
     rows: int
     columns: int
 
 
-File = tuple[str, bytes | Rejected]  # image id, and DICOM bytes, or why there are none
+File = tuple[str, bytes | Rejected]  # image id, and DICOM bytes or the reason why it could not be read
 
 
 def decode_all(
     files: Iterable[File], image_size: int, max_pixels: int = MAX_PIXELS
 ) -> Generator[tuple[str, DecodedImage | Rejected]]:
-    """Image id, and the picture or the reason why not, of each file in order; drawn a little ahead.
+    """Image id, and the decoded image or the reason for its rejection, for each file in order.
 
-    Close it to end what is still being read.
+    Reads up to ``MAX_PENDING`` files ahead. Close the generator to kill decoders that are still busy.
     """
     busy, stopped = set[_Decoder](), threading.Event()
 
     def read(image_id: str, content: bytes | Rejected) -> DecodedImage | Rejected:
         if isinstance(content, Rejected):
             return content
-        with _TURNS, _decoder() as decoder:
+        with _SLOTS, _decoder() as decoder:
             busy.add(decoder)
             if not stopped.is_set():
                 result = decoder.read(image_id, content, image_size, max_pixels)
                 busy.discard(decoder)
                 if not stopped.is_set():
                     return result
-            raise CancelledError  # the process is about to be killed: nobody else may get it
+            raise CancelledError  # the process is about to be killed and must not be reused
 
     def is_full() -> bool:
-        unread = sum(size for _, size, future in begun if not future.done())
-        return len(begun) >= AHEAD or unread >= AHEAD_BYTES
+        undecoded_bytes = sum(size for _, size, future in pending if not future.done())
+        return len(pending) >= MAX_PENDING or undecoded_bytes >= MAX_PENDING_BYTES
 
-    pool, begun = ThreadPoolExecutor(DECODERS), deque[tuple[str, int, Future[DecodedImage | Rejected]]]()
+    pool, pending = (
+        ThreadPoolExecutor(MAX_DECODERS),
+        deque[tuple[str, int, Future[DecodedImage | Rejected]]](),
+    )
     try:
         for image_id, content in files:
             while is_full():
-                first, _, future = begun.popleft()
-                yield first, future.result()
+                first_id, _, future = pending.popleft()
+                yield first_id, future.result()
             size = 0 if isinstance(content, Rejected) else len(content)
-            begun.append((image_id, size, pool.submit(read, image_id, content)))
-        while begun:
-            first, _, future = begun.popleft()
-            yield first, future.result()
+            pending.append((image_id, size, pool.submit(read, image_id, content)))
+        while pending:
+            first_id, _, future = pending.popleft()
+            yield first_id, future.result()
     finally:
         stopped.set()
         pool.shutdown(wait=False, cancel_futures=True)
@@ -100,7 +103,7 @@ def decode_all(
 
 
 class _Decoder:
-    """One process, which reads one file at a time."""
+    """A subprocess that decodes one file at a time."""
 
     def __init__(self) -> None:
         path = [str(Path(__file__).parents[2]), *sys.path]
@@ -109,39 +112,41 @@ class _Decoder:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=os.environ | ONE_THREAD,
-            process_group=0,  # Ctrl-C is left to this process
+            process_group=0,  # Ctrl-C does not reach it
         )
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        self._questions, self._answers = self._process.stdin, self._process.stdout
+        self._requests, self._replies = self._process.stdin, self._process.stdout
         try:
-            receive(self._answers)
+            receive(self._replies)
         except EOFError:
-            raise RuntimeError(f"{sys.executable} does not start a process that reads DICOM files") from None
+            raise RuntimeError(f"{sys.executable}: the decoder process does not start") from None
 
     def read(
         self, image_id: str, content: bytes, image_size: int, max_pixels: int
     ) -> DecodedImage | Rejected:
-        """The picture, or why not; a process that reached a limit or crashed is gone then."""
-        if len(content) > LARGEST_PIXEL * max_pixels + LARGEST_HEADER:
-            return Rejected(f"{image_id}: {len(content):,} bytes, more than a picture of max_pixels can need")
-        words = {"image_id": image_id, "image_size": image_size, "max_pixels": max_pixels}
+        """The decoded image or the reason for its rejection; kills the process after a crash or time-out."""
+        if len(content) > MAX_BYTES_PER_PIXEL * max_pixels + MAX_HEADER_BYTES:
+            return Rejected(
+                f"{image_id}: rejected because {len(content):,} bytes are more than max_pixels allows"
+            )
+        request = {"image_id": image_id, "image_size": image_size, "max_pixels": max_pixels}
         try:
-            send(self._questions, words | {"seconds": max_seconds(len(content))}, content)
-            answer, pixels = receive(self._answers)
+            send(self._requests, request | {"seconds": max_seconds(len(content))}, content)
+            reply, pixels = receive(self._replies)
         except (OSError, EOFError):
             reasons = {
                 TIME_LIMIT_EXIT_CODE: time_limit_message(len(content)),
                 OUT_OF_MEMORY: memory_limit_message(max_pixels),
             }
             return Rejected(f"{image_id}: {reasons.get(self.kill(), 'its decoder crashed')}")
-        if "reason" in answer:
-            return Rejected(answer["reason"])
-        small = np.frombuffer(pixels, np.uint8).reshape(image_size, image_size)
-        return DecodedImage(small, answer["rows"], answer["columns"])
+        if "reason" in reply:
+            return Rejected(reply["reason"])
+        resized = np.frombuffer(pixels, np.uint8).reshape(image_size, image_size)
+        return DecodedImage(resized, reply["rows"], reply["columns"])
 
     def kill(self) -> int:
-        """Ends the process, where it has not ended; how it ended."""
+        """Kills the process if it is still running; returns its exit code."""
         self._process.kill()
         return self._process.wait()
 
@@ -150,20 +155,20 @@ class _Decoder:
 
     def close(self) -> None:
         self.kill()
-        for stream in (self._questions, self._answers):
-            with suppress(OSError):  # a question that nobody read
+        for stream in (self._requests, self._replies):
+            with suppress(OSError):  # unread request
                 stream.close()
 
 
-_TURNS = threading.BoundedSemaphore(DECODERS)
+_SLOTS = threading.BoundedSemaphore(MAX_DECODERS)
 _IDLE = deque[_Decoder]()
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_IDLE.clear)  # two processes must not share one
+    os.register_at_fork(after_in_child=_IDLE.clear)  # a forked child must not share them
 
 
 @contextmanager
 def _decoder() -> Generator[_Decoder]:
-    """One that is idle, or a new one; it stays for the next file unless it ended."""
+    """An idle decoder or a new one; returns to the idle ones after the block if it is still alive."""
     decoder = None
     with suppress(IndexError):
         while decoder is None:

@@ -1,6 +1,6 @@
-"""A process that reads one radiograph at a time: it is asked on stdin and answers on stdout.
+"""A subprocess that decodes one radiograph at a time: requests on stdin, replies on stdout.
 
-A message is JSON after its length, and bytes after theirs. Nothing here needs torch.
+A message is the lengths of both parts, then a JSON object, then raw bytes. Needs no torch.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ OUT_OF_MEMORY = 3  # exit code
 Message = tuple[dict[str, Any], bytes]
 
 
-def send(stream: IO[bytes], words: dict[str, Any], content: bytes = b"") -> None:
+def send(stream: IO[bytes], fields: dict[str, Any], content: bytes = b"") -> None:
     """Writes one message."""
-    text = json.dumps(words).encode()
+    text = json.dumps(fields).encode()
     stream.write(LENGTHS.pack(len(text), len(content)) + text)
     stream.write(content)
     stream.flush()
 
 
 def receive(stream: IO[bytes]) -> Message:
-    """Reads one message; EOFError where the other side has ended."""
-    text, content = LENGTHS.unpack(_exactly(stream, LENGTHS.size))
-    return json.loads(_exactly(stream, text)), _exactly(stream, content)
+    """Reads one message; raises EOFError if the other side has ended."""
+    text_bytes, content_bytes = LENGTHS.unpack(_read_exactly(stream, LENGTHS.size))
+    return json.loads(_read_exactly(stream, text_bytes)), _read_exactly(stream, content_bytes)
 
 
-def _exactly(stream: IO[bytes], count: int) -> bytes:
+def _read_exactly(stream: IO[bytes], count: int) -> bytes:
     content = stream.read(count)
     if len(content) < count:
         raise EOFError
@@ -45,39 +45,39 @@ def _exactly(stream: IO[bytes], count: int) -> bytes:
 
 
 def serve() -> None:
-    """Answers until stdin ends, and ends then in the midst of a picture, too."""
-    asked, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
-    nowhere = os.open(os.devnull, os.O_RDWR)
-    send(answers, {})  # ready: all is imported
-    for standard in (0, 1, 2):  # decoders print from C
-        os.dup2(nowhere, standard)
+    """Replies to requests until stdin is closed; then ends at once, even while it decodes."""
+    requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
+    devnull = os.open(os.devnull, os.O_RDWR)
+    send(replies, {})  # ready: all modules are imported
+    for descriptor in (0, 1, 2):  # C decoders print to stdout and stderr
+        os.dup2(devnull, descriptor)
     messages = SimpleQueue[Message]()
-    threading.Thread(target=_take, args=(asked, messages), daemon=True).start()
+    threading.Thread(target=_receive_all, args=(requests, messages), daemon=True).start()
     while True:
-        words, content = messages.get()
+        fields, content = messages.get()
         try:
-            send(answers, *_read(content, **words))
+            send(replies, *_decode(content, **fields))
         except MemoryError:
             os._exit(OUT_OF_MEMORY)
 
 
-def _take(asked: IO[bytes], messages: SimpleQueue[Message]) -> None:
+def _receive_all(requests: IO[bytes], messages: SimpleQueue[Message]) -> None:
     try:
         while True:
-            messages.put(receive(asked))
+            messages.put(receive(requests))
     except MemoryError:
         os._exit(OUT_OF_MEMORY)
     except EOFError:
         os._exit(0)
 
 
-def _read(content: bytes, image_id: str, image_size: int, max_pixels: int, seconds: float) -> Message:
+def _decode(content: bytes, image_id: str, image_size: int, max_pixels: int, seconds: float) -> Message:
     limit_memory(max_pixels)
     try:
         with limit_time(seconds):
             pixels = read_radiograph(content, image_id, max_pixels).pixels
-            small = resize_image(pixels, image_size)
+            resized = resize_image(pixels, image_size)
     except Rejected as reason:
         return {"reason": str(reason)}, b""
     rows, columns = pixels.shape
-    return {"rows": rows, "columns": columns}, small.tobytes()
+    return {"rows": rows, "columns": columns}, resized.tobytes()

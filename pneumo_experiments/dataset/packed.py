@@ -1,5 +1,4 @@
-"""One image on its way into the data set file: what is known of it, and its finished HDF5 chunks."""
-# pyright: reportUnknownMemberType=false
+"""One image of a data set: its index row, its resized pixels, and its compressed HDF5 chunks."""
 
 from __future__ import annotations
 
@@ -12,16 +11,16 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-from isal import isal_zlib
 from numpy.typing import NDArray
 
-COMPRESSION_LEVEL = 1  # of ISA-L's deflate: a stream like zlib's in a sixth of its time
+from pneumo_experiments.dataset.deflate import compress
+
 DEFAULT_SALT = "pneumo_experiments"
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One row of the index; its fields are the columns."""
+    """One row of the data set's index; the fields are the columns."""
 
     image_id: str
     patient: str  # salted hash, 16 hex digits
@@ -35,55 +34,55 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Example:
-    """One image before it is packed; ``target`` and ``rle`` are None in a set without labels."""
+class ResizedImage:
+    """One image and its target mask at network size; ``target`` and ``rle`` are None without labels."""
 
     entry: Entry
     image: NDArray[np.uint8]  # (S, S)
-    target: NDArray[np.float32] | None  # (S, S), annotated share of each pixel
-    rle: str | None  # the united annotations at native size
+    target: NDArray[np.float32] | None  # (S, S), annotated fraction of each pixel
+    rle: str | None  # union of the annotations at native size
 
 
 @dataclass(frozen=True)
 class Packed:
-    """One image as the file keeps it: its chunks are deflated, as HDF5's own filter would."""
+    """One image as the file stores it; the chunks are compressed like HDF5's gzip filter does."""
 
     entry: Entry
     rle: str | None
-    picture: str  # SHA-256 of the greys
-    digest: str  # SHA-256 of greys, annotation and index row
+    image_sha256: str  # SHA-256 of the 8-bit pixels
+    digest: str  # SHA-256 of pixels, target and index row
     image_chunk: bytes = field(repr=False)
     target_chunk: bytes | None = field(repr=False)
 
 
-def pack(example: Example, pixel_dtype: str) -> Packed:
-    """An example as float32, float16 or uint8 chunks; its digests are the same for all three."""
-    greys = np.ascontiguousarray(example.image)
-    picture = hashlib.sha256(greys.data).hexdigest()
-    content = hashlib.sha256(json.dumps([vars(example.entry), example.rle, picture]).encode())
-    if example.target is not None and example.target.any():
-        content.update(to_bytes(example.target).data)
+def pack(resized: ResizedImage, pixel_dtype: str) -> Packed:
+    """An image as float32, float16 or uint8 chunks; its digests are the same for all three."""
+    pixels = np.ascontiguousarray(resized.image)
+    image_sha256 = hashlib.sha256(pixels.data).hexdigest()
+    content = hashlib.sha256(json.dumps([vars(resized.entry), resized.rle, image_sha256]).encode())
+    if resized.target is not None and resized.target.any():
+        content.update(to_uint8(resized.target).data)
     return Packed(
-        entry=example.entry,
-        rle=example.rle,
-        picture=picture,
+        entry=resized.entry,
+        rle=resized.rle,
+        image_sha256=image_sha256,
         digest=content.hexdigest(),
-        image_chunk=_chunk(_levels(pixel_dtype)[greys]),
-        target_chunk=None if example.target is None else _chunk(_as_stored(example.target, pixel_dtype)),
+        image_chunk=_chunk(_stored_levels(pixel_dtype)[pixels]),
+        target_chunk=None if resized.target is None else _chunk(_as_stored(resized.target, pixel_dtype)),
     )
 
 
-def to_bytes(stored: NDArray[Any]) -> NDArray[np.uint8]:
-    """Whole numbers of 1/255 from stored values."""
+def to_uint8(stored: NDArray[Any]) -> NDArray[np.uint8]:
+    """8-bit intensities from stored values in [0, 1] or uint8."""
     if stored.dtype == np.uint8:
         return stored
     return np.rint(stored.astype(np.float32) * 255).astype(np.uint8)
 
 
 def hash_patient(patient: str, image_id: str = "") -> str:
-    """Salted hash of a patient, 16 hex digits; without one, of the image: strangers are no group."""
+    """Salted hash of a patient, 16 hex digits; of the image if the patient is unknown."""
     if not patient.strip() and not image_id:
-        raise ValueError("neither a patient nor an image id to hash")
+        raise ValueError("patient and image id are both empty")
     return salted(f"patient {patient.strip()}" if patient.strip() else f"image {image_id}")
 
 
@@ -94,20 +93,20 @@ def salted(text: str) -> str:
 
 
 def _as_stored(target: NDArray[np.float32], pixel_dtype: str) -> NDArray[Any]:
-    """Exact as float32; of less than 32 bits, whole numbers of 1/255."""
-    return target if pixel_dtype == "float32" else _levels(pixel_dtype)[to_bytes(target)]
+    """Exact for float32; otherwise rounded to multiples of 1/255."""
+    return target if pixel_dtype == "float32" else _stored_levels(pixel_dtype)[to_uint8(target)]
 
 
 @lru_cache(maxsize=4)
-def _levels(pixel_dtype: str) -> NDArray[Any]:
-    """How each of the 256 greys is stored."""
-    greys = np.arange(256, dtype=np.uint8)
-    return greys if pixel_dtype == "uint8" else (greys / np.float32(255)).astype(pixel_dtype)
+def _stored_levels(pixel_dtype: str) -> NDArray[Any]:
+    """The stored value of each of the 256 intensities."""
+    levels = np.arange(256, dtype=np.uint8)
+    return levels if pixel_dtype == "uint8" else (levels / np.float32(255)).astype(pixel_dtype)
 
 
 def _chunk(values: NDArray[Any]) -> bytes:
-    """Values through deflate alone.
+    """Values compressed by deflate, without HDF5's shuffle filter.
 
-    Without HDF5's shuffle a grey is one string of bytes and so one match: half the size of shuffled float32.
+    Unshuffled, each intensity is one byte string that deflate can match: half the size of shuffled float32.
     """
-    return isal_zlib.compress(np.ascontiguousarray(values).data, COMPRESSION_LEVEL)
+    return compress(np.ascontiguousarray(values).data)

@@ -1,6 +1,6 @@
-"""Exact area resampling to a square.
+"""Exact area resampling to a square image.
 
-Area rather than nearest: `benchmarks/labels.py` prints what either costs the real annotations.
+Area instead of nearest-neighbour: `benchmarks/labels.py` compares the two on the real annotations.
 """
 
 from __future__ import annotations
@@ -12,36 +12,35 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-LONGEST_PATTERN = 64  # source pixels: 255 · 64² is below 2**24, and longer ones are faster row by row
+LONGEST_PATTERN = 64  # source pixels: 255 · 64² < 2**24, and longer patterns are slower than row sums
 
 
 def area_resize(pixels: NDArray[Any], size: int) -> NDArray[np.float32]:
-    """Area mean of pixels (H, W) in each cell of a grid (size, size), of whatever shape and scale."""
-    if (
-        pixels.flags.f_contiguous and not pixels.flags.c_contiguous
-    ):  # as a decoded mask lies: a third of the time
+    """Area mean of pixels (H, W) in each cell of a grid (size, size), for any shape and scale."""
+    # Column-major, as decoded masks are: transposing takes a third of the time.
+    if pixels.flags.f_contiguous and not pixels.flags.c_contiguous:
         return np.ascontiguousarray(area_resize(pixels.T, size).T)
     rows, columns = pixels.shape
-    if not pixels.any():  # four of five real masks
+    if not pixels.any():  # four out of five real masks
         return np.zeros((size, size), np.float32)
     down, across = _pattern(rows, size), _pattern(columns, size)
     if max(down.shape[1], across.shape[1]) <= LONGEST_PATTERN:
         return _by_patterns(pixels, size, down, across)
-    # Sums of 8-bit pixels with whole weights are exact in both passes, so that the mean is rounded once.
+    # Sums of 8-bit pixels with integer weights are exact in both passes, so the mean is rounded only once.
     down = _weighted_rows(pixels, size, np.float32)
     across = _weighted_rows(np.ascontiguousarray(down.T), size, np.float64)
     return (across.T / (rows * columns)).astype(np.float32)
 
 
 def resize_image(pixels: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
-    """Area mean of 8-bit greys (H, W) as 8-bit greys (size, size)."""
+    """Area mean of an 8-bit image (H, W) as an 8-bit image (size, size)."""
     return np.rint(area_resize(pixels, size)).astype(np.uint8)
 
 
 def _by_patterns(
     pixels: NDArray[Any], size: int, down: NDArray[np.float32], across: NDArray[np.float32]
 ) -> NDArray[np.float32]:
-    """Area means where both sides repeat soon: every sum is a whole number below 2**24, exact in float32."""
+    """Area means for short patterns: every sum is an integer below 2**24, exact in float32."""
     columns = pixels.shape[1]
     blocks = pixels.astype(np.float32).reshape(-1, down.shape[1], columns)
     lines = np.matmul(down, blocks).reshape(-1, across.shape[1])
@@ -50,7 +49,7 @@ def _by_patterns(
 
 @lru_cache(maxsize=16)
 def _pattern(length: int, size: int) -> NDArray[np.float32]:
-    """Overlaps of target and source pixels until they repeat (s, l); each target pixel's sum to l.
+    """One period of the overlaps of target and source pixels (s, l); each row sums to l.
 
     1024 -> 384 repeats after 8 source and 3 target pixels.
     """
@@ -62,7 +61,7 @@ def _pattern(length: int, size: int) -> NDArray[np.float32]:
 
 
 def _weighted_rows(pixels: NDArray[Any], size: int, dtype: type[np.floating[Any]]) -> NDArray[Any]:
-    """Rows (size, W): sums of the source rows (H, W) below each target row, by their overlap."""
+    """Rows (size, W): sums of the source rows (H, W) under each target row, weighted by their overlap."""
     total = np.zeros((size, pixels.shape[1]), dtype)
     for rows, overlaps in zip(*_overlaps(pixels.shape[0], size), strict=True):
         weighted = pixels[rows].astype(dtype)
@@ -73,10 +72,10 @@ def _weighted_rows(pixels: NDArray[Any], size: int, dtype: type[np.floating[Any]
 
 @lru_cache(maxsize=16)
 def _overlaps(length: int, size: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Source pixels below each of ``size`` target pixels, and their overlaps: both (taps, size).
+    """Source pixels under each of ``size`` target pixels, and their overlaps: both (taps, size).
 
-    Measured on the lattice where a source pixel is ``size`` long and a target pixel ``length``, so
-    that all edges are whole numbers; the overlaps of a target pixel sum to ``length``.
+    In units where a source pixel is ``size`` long and a target pixel ``length``, so that all edges are
+    integers; the overlaps of a target pixel sum to ``length``.
     """
     starts = np.arange(size) * length
     stops = starts + length

@@ -1,7 +1,7 @@
-"""The run lengths of the SIIM-ACR annotations.
+"""Decodes and encodes the run lengths of the SIIM-ACR annotations.
 
-Pairs ``gap length``: the first gap is the 0-based start, each later one counts from the end of the run
-before it. Pixels are counted down columns: pixel p lies at x = p // rows, y = p % rows. ``-1`` is an
+Pairs ``gap length``: the first gap is the 0-based start, each later one counts from the end of the
+previous run. Pixels are counted down columns: pixel p is at x = p // rows, y = p % rows. ``-1`` is an
 empty mask.
 """
 
@@ -15,48 +15,48 @@ from numpy.typing import NDArray
 from pneumo_experiments.errors import UserError
 
 EMPTY = "-1"
-# Whole numbers below 10**18 (past that no image reaches) in pairs. Possessive: a bad text fails at once.
+# Pairs of integers below 10**18. Possessive quantifiers: no backtracking on invalid texts.
 PAIRS = re.compile(r"\s*+(?:[0-9]{1,18}+\s++[0-9]{1,18}+(?:\s++|\Z))++", re.ASCII)
 
 
 def decode(text: str, shape: tuple[int, int], image_id: str = "") -> NDArray[np.bool_]:
-    """Mask of ``shape`` (H, W) from run lengths; all False for -1, and a run of length 0 adds nothing.
+    """Mask of ``shape`` (H, W) from run lengths; all False for -1; runs of length 0 are allowed.
 
-    Raises UserError for anything but pairs of whole numbers, and for runs past the last pixel.
+    Raises UserError for anything but pairs of integers, and for runs beyond the last pixel.
     """
     rows, columns = shape
-    if text == EMPTY:  # most images: memory that the system zeroes when it is first read
+    if text == EMPTY:  # most images; zeroed lazily by the system
         return np.zeros((columns, rows), bool).T
     lengths = _lengths(text, image_id)
-    reached = sum(lengths.tolist())  # of Python's numbers: a sum of int64 could overflow
-    rest = rows * columns - reached
+    end = sum(lengths.tolist())  # Python integers, since int64 could overflow
+    rest = rows * columns - end
     if rest < 0:
         raise UserError(
-            f"{image_id}: run lengths reach pixel {reached} of an image with {rows * columns}"
+            f"{image_id}: run lengths reach pixel {end} of an image with {rows * columns}"
             f" ({columns} x {rows}); check that the annotation belongs to this image"
         )
     lengths = np.append(lengths, rest)
-    filled = np.arange(lengths.size) % 2 == 1  # gap, run, gap, run, …, and the rest is a gap
+    filled = np.arange(lengths.size) % 2 == 1  # gap, run, gap, run, …, gap
     return np.repeat(filled, lengths).reshape(columns, rows).T  # SIIM counts pixels down columns
 
 
 def encode(mask: NDArray[np.bool_]) -> str:
-    """Run lengths of a mask (H, W); -1 when it is empty."""
+    """Run lengths of a mask (H, W); -1 if it is empty."""
     if not mask.any():
         return EMPTY
-    if mask.flags.f_contiguous:  # a decoded mask is: its pixels lie in the order in which they count
+    if mask.flags.f_contiguous:  # as decoded masks are: memory order is counting order
         mask = mask.reshape(-1, 1, order="F")
     rows, columns = mask.shape
-    # Changes are sought where the pixels lie and then sorted: to transpose a whole mask takes far longer.
+    # Finds changes in memory order and sorts them: faster than transposing the mask.
     above, x = np.divmod(np.flatnonzero(mask[1:] != mask[:-1]), columns)
-    tops = np.flatnonzero(np.append(mask[0], False) != np.append(False, mask[-1]))  # from column to column
+    tops = np.flatnonzero(np.append(mask[0], False) != np.append(False, mask[-1]))  # changes between columns
     edges = np.sort(np.concatenate([x * rows + above + 1, tops * rows]))
     lengths = np.diff(edges, prepend=0).tolist()
-    return str(lengths)[1:-1].replace(",", "")  # half the time of a join
+    return str(lengths)[1:-1].replace(",", "")  # twice as fast as join
 
 
 def _lengths(text: str, image_id: str) -> NDArray[np.int64]:
-    """Whole numbers in pairs; none for -1."""
+    """The integers of the text; empty for -1."""
     if PAIRS.fullmatch(text):
         return np.fromstring(text, np.int64, sep=" ")
     parts = text.split()
@@ -65,12 +65,12 @@ def _lengths(text: str, image_id: str) -> NDArray[np.int64]:
     if not parts:
         raise UserError(f"{image_id}: no run lengths; an empty mask is written {EMPTY}")
     for part in parts:
-        # int() takes more than digits ("+1", "1_0").
+        # int() would also accept "+1" and "1_0".
         if not (part.isascii() and part.isdigit() and len(part) <= 18):
-            fault = "negative" if part.startswith("-") else "not a whole number of pixels"
+            problem = "negative" if part.startswith("-") else "not a whole number of pixels"
             raise UserError(
-                f"{image_id}: run length {part[:20]!r} is {fault}; write pairs 'gap length', or {EMPTY} alone"
+                f"{image_id}: run length {part[:20]!r} is {problem}; write pairs 'gap length' or {EMPTY}"
             )
     if len(parts) % 2:
         raise UserError(f"{image_id}: odd number of run lengths ({len(parts)}); write pairs 'gap length'")
-    return np.array(parts, np.int64)  # parted by blanks of Unicode, which only Python's split knows
+    return np.array(parts, np.int64)  # separated by Unicode white space, which only split() recognises

@@ -1,17 +1,15 @@
-"""The seal at the end of a data set file: what the file holds, where it lies, and a checksum of each piece.
+"""The seal at the end of a data set file: content, offsets and checksums of all parts.
 
-It lies behind the HDF5 part, where other readers of HDF5 do not look, and it is all that this project reads a
-data set by. A damaged or hostile HDF5 structure (links and external storage that lead to other files,
-endless trees, huge shapes) so never reaches the HDF5 library.
+It follows the HDF5 part, where HDF5 readers ignore it. This project reads data sets by the seal alone, so
+that damaged or hostile HDF5 structures (links to other files, external storage, endless trees, huge shapes)
+never reach the HDF5 library.
 
 UTF-8 text in lines:
 - the header: a JSON object with the fields of ``Header``;
 - for each image a JSON array: the fields of ``Entry``, then offset, size and CRC-32 of each of its chunks
-  (image, and in a labelled set the annotation). In a labelled set its run lengths follow in a line;
-- the tail: SHA-256 of all lines before it, how many bytes they are, the format and its version.
+  (image and, in a labelled set, target); in a labelled set a line with the run lengths follows;
+- the tail: SHA-256 and length in bytes of all lines before it, format name and version.
 """
-
-# pyright: reportUnknownMemberType=false
 
 from __future__ import annotations
 
@@ -25,8 +23,8 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
-from isal import isal_zlib
 
+from pneumo_experiments.dataset.deflate import crc32, decompress
 from pneumo_experiments.dataset.packed import Entry
 from pneumo_experiments.errors import UserError
 
@@ -36,7 +34,7 @@ TAIL_BYTES = 64 + 1 + 16 + len(" pneumo_experiments seal ") + 4 + 1
 HDF5_MAGIC = b"\x89HDF\r\n\x1a\n"
 REMEDY = "delete it and run preprocess again"
 PIXEL_DTYPES = ("float32", "float16", "uint8")
-# What a file may ask of this machine. Nothing that preprocess makes comes near.
+# Limits on what a file may demand, far above anything that preprocess writes.
 MAX_SIDE_PX = 2**13  # pixels
 MAX_MASK_PX = 10**9  # native pixels of one mask
 MAX_IMAGES = 2**20
@@ -46,7 +44,7 @@ ENTRY_TYPES = [str if f.type == "str" else int for f in fields(Entry)]
 
 @dataclass(frozen=True)
 class Header:
-    """What the file says of itself."""
+    """Properties of the whole data set."""
 
     image_size: int
     pixel_dtype: str
@@ -56,17 +54,17 @@ class Header:
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """What is stored of each image."""
+        """Kinds of chunks that each image has."""
         return ("images", "ann") if self.labelled else ("images",)
 
     @property
     def chunk_bytes(self) -> int:
-        """Size of one image once it is inflated."""
+        """Uncompressed size of one chunk."""
         return self.image_size**2 * np.dtype(self.pixel_dtype).itemsize
 
 
 class Chunk(NamedTuple):
-    """Where the deflated pixels of one image lie in the file."""
+    """Position and CRC-32 of the compressed pixels of one image in the file."""
 
     offset: int
     size: int
@@ -82,9 +80,9 @@ class Row(NamedTuple):
 
 
 def append_seal(path: Path, header: Header, rows: Sequence[Row]) -> None:
-    """Seals a finished HDF5 file. OSError where it cannot be written."""
+    """Appends the seal to a finished HDF5 file; raises OSError if it cannot be written."""
     if len(rows) > MAX_IMAGES:
-        raise UserError(f"{path}: {len(rows):,} images; a data set holds at most {MAX_IMAGES:,}")
+        raise UserError(f"{path}: {len(rows):,} images; a data set can hold at most {MAX_IMAGES:,}")
     digest, length = hashlib.sha256(), 0
     with path.open("ab") as file:
         for line in _lines(header, rows):
@@ -97,7 +95,7 @@ def append_seal(path: Path, header: Header, rows: Sequence[Row]) -> None:
 
 
 def read_seal(path: Path, file: BinaryIO) -> tuple[Header, list[Row]]:
-    """Header and rows of an open data set file; UserError unless every byte of them is as it was written."""
+    """Header and rows of an open data set file; raises UserError if the seal is missing or damaged."""
     end = file.seek(0, 2) - TAIL_BYTES
     file.seek(0)
     if file.read(len(HDF5_MAGIC)) != HDF5_MAGIC:
@@ -106,8 +104,8 @@ def read_seal(path: Path, file: BinaryIO) -> tuple[Header, list[Row]]:
     tail = TAIL.fullmatch(file.read())
     if tail is None:
         raise UserError(
-            f"{path}: cut short, changed by another program, made by an older version, or no data set of"
-            f" pneumo_experiments; {REMEDY}, or name another dataset"
+            f"{path}: truncated, changed by another program, written by an older version, or not a data set"
+            f" of pneumo_experiments; {REMEDY}, or name another dataset"
         )
     digest, length, version = tail[1].decode(), int(tail[2]), int(tail[3])
     if version != SEAL_VERSION:
@@ -120,37 +118,28 @@ def read_seal(path: Path, file: BinaryIO) -> tuple[Header, list[Row]]:
         header = _header(json.loads(file.readline(MAX_LINE_BYTES)))
         rows = list(_rows(file, header, start, end))
     except (ValueError, TypeError, LookupError, RecursionError):
-        raise UserError(f"{path}: damaged, or not made by this project; {REMEDY}") from None
+        raise UserError(f"{path}: damaged, or not written by this project; {REMEDY}") from None
     return header, rows
 
 
 def read_deflated(file: BinaryIO, chunk: Chunk) -> bytes:
-    """A chunk as it lies in the file; ValueError where its checksum is wrong. Any thread may call it."""
+    """A compressed chunk; raises ValueError if its checksum is wrong. Thread-safe."""
     deflated = os.pread(file.fileno(), chunk.size, chunk.offset)
-    if isal_zlib.crc32(deflated) != chunk.crc:
+    if crc32(deflated) != chunk.crc:
         raise ValueError("wrong checksum")
     return deflated
 
 
 def read_chunk(file: BinaryIO, chunk: Chunk, size: int) -> bytes:
-    """The ``size`` bytes of a chunk; ValueError unless they are what was written. Any thread may call it."""
-    deflated = read_deflated(file, chunk)
-    inflater = isal_zlib.decompressobj()
-    try:
-        # One byte more than is due: only so is the stream's end, with its own checksum, read and checked.
-        content = inflater.decompress(deflated, size + 1)
-    except isal_zlib.error:  # pyright: ignore[reportGeneralTypeIssues]  # its stub calls the class a value
-        raise ValueError("not deflated") from None
-    if len(content) != size or not inflater.eof:
-        raise ValueError("wrong size")
-    return content
+    """The ``size`` uncompressed bytes of a chunk; raises ValueError if it is damaged. Thread-safe."""
+    return decompress(read_deflated(file, chunk), size)
 
 
 def _lines(header: Header, rows: Iterable[Row]) -> Iterator[bytes]:
     yield json.dumps(asdict(header), sort_keys=True).encode() + b"\n"
     for entry, chunks, rle in rows:
-        places = [chunks[kind] for kind in header.kinds]
-        yield json.dumps([*vars(entry).values(), *places]).encode() + b"\n"
+        positions = [chunks[kind] for kind in header.kinds]
+        yield json.dumps([*vars(entry).values(), *positions]).encode() + b"\n"
         if header.labelled:
             yield rle.encode() + b"\n"
 
@@ -164,7 +153,7 @@ def _digest(file: BinaryIO, start: int, length: int) -> str:
     return digest.hexdigest()
 
 
-# The digest tells damage, not malice: whoever makes a file can seal it. So every value is checked, too.
+# The digest detects damage, not malice: anyone can write a file with a valid seal. So all values are checked.
 
 
 def _header(values: dict[str, Any]) -> Header:
@@ -178,17 +167,19 @@ def _header(values: dict[str, Any]) -> Header:
 
 
 def _rows(file: BinaryIO, header: Header, start: int, end: int) -> Iterator[Row]:
-    """Rows from the lines between the header, behind which the file stands, and ``end``."""
-    largest_chunk = header.chunk_bytes + header.chunk_bytes // 64 + 1024  # deflate never adds more
+    """Rows from the lines between the current position, after the header, and ``end``."""
+    max_chunk_bytes = header.chunk_bytes + header.chunk_bytes // 64 + 1024  # deflate adds less
     for _ in range(MAX_IMAGES):
         values = json.loads(file.readline(MAX_LINE_BYTES))
         entry = _entry(values[: len(ENTRY_TYPES)])
-        chunks = dict(zip(header.kinds, (Chunk(*place) for place in values[len(ENTRY_TYPES) :]), strict=True))
+        chunks = dict(
+            zip(header.kinds, (Chunk(*position) for position in values[len(ENTRY_TYPES) :]), strict=True)
+        )
         for chunk in chunks.values():
             if {type(number) for number in chunk} != {int}:
-                raise ValueError("place of a picture")
-            if min(chunk) < 0 or chunk.size > largest_chunk or chunk.offset + chunk.size > start:
-                raise ValueError("place of a picture")
+                raise ValueError("position of a chunk")
+            if min(chunk) < 0 or chunk.size > max_chunk_bytes or chunk.offset + chunk.size > start:
+                raise ValueError("position of a chunk")
         runs = file.readline(MAX_RLE_BYTES) if header.labelled else b"\n"
         if not runs.endswith(b"\n"):
             raise ValueError("run lengths")
@@ -207,7 +198,7 @@ def _entry(values: list[Any]) -> Entry:
     _require_text(entry.image_id, entry.patient, entry.view, entry.sex)
     pixels = entry.rows * entry.columns
     if min(entry.rows, entry.columns) < 1 or pixels > MAX_MASK_PX:
-        raise ValueError("size of a picture")
+        raise ValueError("size of an image")
     if not 0 <= entry.annotations < 2**31 or not 0 <= entry.area_px <= pixels or abs(entry.age) > 2**31:
         raise ValueError("numbers of an entry")
     return entry
@@ -215,4 +206,4 @@ def _entry(values: list[Any]) -> Entry:
 
 def _require_text(*values: Any) -> None:
     for value in values:
-        str.encode(value)  # TypeError for what is no text, ValueError for half a character
+        str.encode(value)  # TypeError if not a str, ValueError for a lone surrogate

@@ -1,4 +1,4 @@
-"""Where DICOM files lie: a folder with all its subfolders, or a zip file, read in place."""
+"""Lists and reads DICOM files in a folder with all its subfolders, or in a zip file without unpacking it."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 
-from pneumo_experiments.dicom.limits import LARGEST_HEADER, LARGEST_PIXEL
+from pneumo_experiments.dicom.limits import MAX_BYTES_PER_PIXEL, MAX_HEADER_BYTES
 from pneumo_experiments.dicom.radiograph import MAX_PIXELS
 from pneumo_experiments.errors import Rejected, UserError
 
 SUFFIXES = (".dcm", ".dicom")
 ZIPS = (".zip",)
-SEVERAL = "several files have this id, and they differ"
+DIFFERING_FILES = "several files have this id, and their contents differ"
 PREAMBLE_BYTES, MAGIC = 128, b"DICM"  # DICOM PS3.10 7.1
-# What damage in a zip file raises; ValueError where it is in a name or place.
-DAMAGE = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, EOFError, ValueError)
-FEED = 2**12  # bytes of LZMA to inflate at once: they give 30 MB at most
+# What zipfile raises for a damaged file; ValueError when a name or an offset is damaged.
+DAMAGE_ERRORS = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, EOFError, ValueError)
+LZMA_STEP_BYTES = 2**12  # compressed bytes per step, which expand to 30 MB at most
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,8 @@ class Member:
     image_id: str
     name: str  # below the folder, or within the zip file
     size: int  # bytes
-    stamp: int  # changes when the file does: time of its last change in ns, or its checksum in the zip file
-    number: int = 0  # in the zip file's list, since several of its files can have one name
+    stamp: int  # changes with the file: modification time in ns, or CRC-32 in a zip file
+    number: int = 0  # position in the zip directory, where names may repeat
 
 
 @dataclass(frozen=True)
@@ -46,74 +46,81 @@ class Archive:
     """The DICOM files below ``root``, one per image id, in the order of their ids."""
 
     root: Path
-    files: int  # that were found
+    files: int  # number of DICOM files, duplicates included
     members: tuple[Member, ...]
-    skipped: dict[str, int]  # other files by kind
-    duplicates: dict[str, int]  # image id -> files, where several have one id
-    differing: tuple[str, ...]  # ids whose files differ: which one is meant is unknown, so none is a member
+    skipped: dict[str, int]  # number of other files by kind
+    duplicates: dict[str, int]  # image id -> number of files, where more than one has the id
+    differing: tuple[str, ...]  # ids whose files have different contents; none of these files is a member
 
     @property
     def image_ids(self) -> set[str]:
-        """Ids of all files that were found."""
+        """Ids of all DICOM files, those with differing duplicates included."""
         return {member.image_id for member in self.members} | set(self.differing)
 
 
 def open_archive(root: Path) -> Archive:
-    """Finds the DICOM files: those named .dcm or .dicom, and whatever else begins like one.
+    """The DICOM files below ``root``: named .dcm or .dicom, or starting with the DICOM preamble.
 
-    UserError where there is no folder or zip file, or no DICOM file in it.
+    Raises UserError if ``root`` is neither a folder nor a zip file, or holds no DICOM file.
     """
     skipped = Counter[str]()
     if root.is_dir():
-        found = _scan(_walk(root, skipped), lambda member: _head(root / member.name), skipped)
+        members = _scan(_walk(root, skipped), lambda member: _first_bytes(root / member.name), skipped)
     elif root.is_file() and zipfile.is_zipfile(root):
-        found = _scan(_list(root), lambda member: _unzipped(root, member, PREAMBLE_BYTES + 4), skipped)
+        members = _scan(
+            _list_zip(root), lambda member: _read_zip_entry(root, member, PREAMBLE_BYTES + 4), skipped
+        )
     elif root.exists():
         raise UserError(f"{root}: neither a folder nor a zip file; name the one that holds the DICOM files")
     else:
         raise UserError(f"{root}: no such folder; name the one that holds the .dcm files")
-    if not found:
-        raise UserError(f"{root}: no .dcm files in it; name the folder that holds them")
-    return _without_duplicates(root, found, skipped)
+    if not members:
+        raise UserError(f"{root}: contains no .dcm files; name the folder that holds them")
+    return _without_duplicates(root, members, skipped)
 
 
 def read_member(root: Path, member: Member, max_pixels: int) -> bytes:
-    """The bytes of one file; Rejected where it cannot be read, or is larger than ``max_pixels`` can need.
+    """The bytes of one file.
 
-    UserError where it is gone: the archive is not what it was.
+    Raises Rejected if it cannot be read or is larger than an image of ``max_pixels`` can be, and UserError
+    if the file or the whole archive has disappeared or changed.
     """
-    if member.size > LARGEST_PIXEL * max_pixels + LARGEST_HEADER:
+    if member.size > MAX_BYTES_PER_PIXEL * max_pixels + MAX_HEADER_BYTES:
         raise Rejected(
-            f"{member.image_id}: {member.size:,} bytes, more than a picture of max_pixels can need"
+            f"{member.image_id}: rejected because {member.size:,} bytes are more than max_pixels allows"
         )
     try:
         if root.is_dir():
             return (root / member.name).read_bytes()
-        content = _unzipped(root, member, member.size)
+        content = _read_zip_entry(root, member, member.size)
     except UserError:
         raise  # the whole zip file does not open
     except (FileNotFoundError, LookupError):
         # Its path may hold a patient's name.
         raise UserError(
-            f"{member.image_id}: its file was there and is gone; run the same command again when it is back"
+            f"{member.image_id}: the file disappeared during the run; restore it and run the command again"
         ) from None
     except OSError as error:
         raise Rejected(f"{member.image_id}: cannot be read ({error.strerror or 'damaged'})") from None
-    except RuntimeError:  # zipfile's word for encryption; NotImplementedError for an unknown compression
-        raise Rejected(f"{member.image_id}: encrypted or compressed in an unknown way in the zip") from None
-    except DAMAGE:
+    except RuntimeError:  # encrypted; NotImplementedError for an unknown compression method
+        raise Rejected(
+            f"{member.image_id}: encrypted, or an unsupported compression method in the zip file"
+        ) from None
+    except DAMAGE_ERRORS:
         content = b""
     if len(content) != member.size or zlib.crc32(content) != member.stamp:
         raise Rejected(f"{member.image_id}: damaged in the zip file")
     return content
 
 
-def _scan(files: Iterator[Member], head: Callable[[Member], bytes], skipped: Counter[str]) -> list[Member]:
-    """Members with their ids; counts the other files by kind. ``head`` gives the first bytes of a file."""
+def _scan(
+    files: Iterator[Member], read_start: Callable[[Member], bytes], skipped: Counter[str]
+) -> list[Member]:
+    """The DICOM files with their ids; counts the other files by kind in ``skipped``."""
     members = list[Member]()
     for file in files:
         path = PurePosixPath(file.name)
-        known = path.suffix.lower() in SUFFIXES
+        has_suffix = path.suffix.lower() in SUFFIXES
         if "__MACOSX" in path.parts or path.name.startswith("._"):
             skipped["__MACOSX and ._ files"] += 1
         elif path.name == ".DS_Store":
@@ -122,9 +129,9 @@ def _scan(files: Iterator[Member], head: Callable[[Member], bytes], skipped: Cou
             skipped["zip files"] += 1
         elif path.name == "DICOMDIR":
             skipped["DICOMDIR"] += 1
-        elif path.name and (known or _begins_like_dicom(head, file)):
-            image_id = path.stem if known else path.name
-            # Bytes that are no UTF-8 would stop whatever writes the id.
+        elif path.name and (has_suffix or _has_preamble(read_start, file)):
+            image_id = path.stem if has_suffix else path.name
+            # Undecodable bytes in a name would fail later, when the id is written as UTF-8.
             image_id = image_id.encode("utf-8", "backslashreplace").decode()
             members.append(replace(file, image_id=image_id))
         else:
@@ -132,110 +139,116 @@ def _scan(files: Iterator[Member], head: Callable[[Member], bytes], skipped: Cou
     return members
 
 
-def _begins_like_dicom(head: Callable[[Member], bytes], file: Member) -> bool:
+def _has_preamble(read_start: Callable[[Member], bytes], file: Member) -> bool:
     try:
-        return head(file)[PREAMBLE_BYTES : PREAMBLE_BYTES + 4] == MAGIC
-    except (OSError, RuntimeError, *DAMAGE):
+        return read_start(file)[PREAMBLE_BYTES : PREAMBLE_BYTES + 4] == MAGIC
+    except (OSError, RuntimeError, *DAMAGE_ERRORS):
         return False
 
 
-def _head(path: Path) -> bytes:
+def _first_bytes(path: Path) -> bytes:
     with path.open("rb") as file:
         return file.read(PREAMBLE_BYTES + 4)
 
 
 def _walk(folder: Path, skipped: Counter[str]) -> Iterator[Member]:
-    """Every file below a folder, through links, too, each folder once; counts what may not be opened."""
-    walked = set[tuple[int, int]]()
+    """Every file below a folder, symbolic links followed, each folder once; counts permission errors."""
+    visited = set[tuple[int, int]]()
 
     def status(path: Path, kind: str) -> os.stat_result | None:
         try:
             return path.stat()
         except PermissionError:
             skipped[f"{kind} without permission"] += 1
-        except OSError:  # a broken link, or gone by now
+        except OSError:  # a broken link, or removed since
             pass
         return None
 
     def is_new(path: Path) -> bool:
-        found = status(path, "folders")
-        if found is None or (found.st_dev, found.st_ino) in walked:
+        info = status(path, "folders")
+        if info is None or (info.st_dev, info.st_ino) in visited:
             return False
-        walked.add((found.st_dev, found.st_ino))
+        visited.add((info.st_dev, info.st_ino))
         return True
 
-    def closed(_: OSError) -> None:
+    def count_unreadable(_: OSError) -> None:
         skipped["folders without permission"] += 1
 
     is_new(folder)
-    for parent, folders, names in os.walk(folder, onerror=closed, followlinks=True):
-        # Links last: a file is best known by its own place.
+    for parent, folders, names in os.walk(folder, onerror=count_unreadable, followlinks=True):
+        # Links last, so that a file is listed under its real path.
         folders.sort(key=lambda name: (Path(parent, name).is_symlink(), name))
         folders[:] = [name for name in folders if is_new(Path(parent, name))]
         for path in (Path(parent, name) for name in names):
-            found = status(path, "files")
-            if found is not None and stat.S_ISREG(found.st_mode):  # no socket or the like
-                yield Member("", path.relative_to(folder).as_posix(), found.st_size, found.st_mtime_ns)
+            info = status(path, "files")
+            if info is not None and stat.S_ISREG(info.st_mode):  # not a socket or device
+                yield Member("", path.relative_to(folder).as_posix(), info.st_size, info.st_mtime_ns)
 
 
-def _list(path: Path) -> Iterator[Member]:
+def _list_zip(path: Path) -> Iterator[Member]:
     """Every file in a zip file."""
-    for number, info in enumerate(_zip(path).infolist()):
+    for number, info in enumerate(_open_zip(path).infolist()):
         if not info.filename.endswith("/"):  # a folder
             yield Member("", info.filename, info.file_size, info.CRC, number)
 
 
-def _unzipped(path: Path, member: Member, most: int) -> bytes:
-    """The first ``most`` bytes of a file in a zip file; no more is inflated, whatever size it tells."""
-    archive = _zip(path)
+def _read_zip_entry(path: Path, member: Member, max_bytes: int) -> bytes:
+    """The first ``max_bytes`` bytes of a file in a zip file; never inflates more, whatever its header says.
+
+    Raises LookupError if the zip file has changed since it was listed.
+    """
+    archive = _open_zip(path)
     info = archive.infolist()[member.number]
     if (info.filename, info.file_size, info.CRC) != (member.name, member.size, member.stamp):
         raise LookupError(member.number)
-    if info.compress_type == zipfile.ZIP_BZIP2:  # zipfile would inflate whatever it has read
+    if info.compress_type == zipfile.ZIP_BZIP2:  # zipfile would inflate a whole block without a limit
         stored = copy(info)
         stored.compress_type, stored.file_size = zipfile.ZIP_STORED, info.compress_size
-        del stored.CRC  # it is that of the inflated bytes
+        del stored.CRC  # refers to the inflated bytes
         with archive.open(stored) as raw, bz2.open(raw) as file:
-            return file.read(most)
+            return file.read(max_bytes)
     with archive.open(info) as file:
         if info.compress_type != zipfile.ZIP_LZMA:
-            return file.read(most)
+            return file.read(max_bytes)
         content = bytearray()
         try:
-            while len(content) < most and (part := file.read(min(FEED, most - len(content)))):
-                content += part
-        except MemoryError:  # the room that it asks for before it gives a byte, up to 4 GB
+            while len(content) < max_bytes:
+                block = file.read(min(LZMA_STEP_BYTES, max_bytes - len(content)))
+                if not block:
+                    break
+                content += block
+        except MemoryError:  # a damaged header can request a dictionary of up to 4 GB
             raise lzma.LZMAError from None
         return bytes(content)
 
 
 @lru_cache(maxsize=2)
-def _zip(path: Path) -> zipfile.ZipFile:
+def _open_zip(path: Path) -> zipfile.ZipFile:
     try:
         return zipfile.ZipFile(path)
     except NotImplementedError:
         raise UserError(
-            f"{path}: made in a newer way than this Python reads; unpack it and name the folder"
+            f"{path}: this Python does not support its zip version; unpack it and name the folder"
         ) from None
     except UnicodeDecodeError:
-        raise UserError(f"{path}: names in it are not UTF-8; unpack it and name the folder") from None
-    except (OSError, *DAMAGE):
-        raise UserError(f"{path}: damaged or cut short zip file; fetch it again") from None
+        raise UserError(f"{path}: file names in it are not UTF-8; unpack it and name the folder") from None
+    except (OSError, *DAMAGE_ERRORS):
+        raise UserError(f"{path}: damaged or truncated zip file; download it again") from None
 
 
-def _without_duplicates(root: Path, found: list[Member], skipped: Counter[str]) -> Archive:
-    """Of equal files with one id the first is kept, of differing ones none."""
+def _without_duplicates(root: Path, files: list[Member], skipped: Counter[str]) -> Archive:
+    """Of identical files with the same id keeps the first; drops all files of an id whose contents differ."""
     by_id: dict[str, list[Member]] = {}
-    for member in sorted(found, key=lambda member: (member.image_id, member.name)):
+    for member in sorted(files, key=lambda member: (member.image_id, member.name)):
         by_id.setdefault(member.image_id, []).append(member)
-    several = {image_id: same for image_id, same in by_id.items() if len(same) > 1}
-    differing = tuple(image_id for image_id, same in several.items() if not _are_equal(root, same))
+    duplicates = {image_id: same for image_id, same in by_id.items() if len(same) > 1}
+    differing = tuple(image_id for image_id, same in duplicates.items() if not _are_equal(root, same))
     return Archive(
         root=root,
-        files=len(found),
+        files=len(files),
         members=tuple(same[0] for image_id, same in by_id.items() if image_id not in differing),
         skipped=dict(sorted(skipped.items())),
-        duplicates={image_id: len(same) for image_id, same in several.items()},
+        duplicates={image_id: len(same) for image_id, same in duplicates.items()},
         differing=differing,
     )
 

@@ -1,9 +1,8 @@
-"""Who decodes which compressed picture.
+"""Decodes compressed pixel data: one decoder for each DICOM transfer syntax.
 
-Each transfer syntax has one decoder, called directly, so that pixels and speed do not depend on what else is
-installed. A decoder is imported with the first picture that needs it.
+Decoders are called directly, so that pixels and speed do not depend on what else is installed. A decoder is
+imported when the first image needs it.
 """
-# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 
 from __future__ import annotations
 
@@ -21,12 +20,12 @@ from numpy.typing import NDArray
 from PIL.JpegImagePlugin import JpegImageFile
 from pydicom import uid
 
-from pneumo_experiments.dicom.frames import END, Frame, frame_header, join_fragments
+from pneumo_experiments.dicom.frames import END_OF_IMAGE, FrameHeader, join_fragments, read_frame_header
 from pneumo_experiments.errors import Rejected
 
-Pixels = NDArray[np.unsignedinteger[Any]]  # stored bits (H, W), uint8 or uint16, signed ones as they lie
+StoredPixels = NDArray[np.unsignedinteger[Any]]  # (H, W), uint8 or uint16; signed values as raw bits
 
-CUT_SHORT = "its picture is cut short"
+CUT_SHORT = "its pixel data is truncated"
 STDERR_LOCK = Lock()
 
 
@@ -37,76 +36,75 @@ def decode(
     bits_allocated: int,
     bits_stored: int,
     signed: bool,
-) -> tuple[Pixels, int]:
-    """One compressed grey picture of ``size`` (rows, columns), and how many low bits of a pixel count.
+) -> tuple[StoredPixels, int]:
+    """Pixels (rows, columns) of one compressed grayscale image, and the number of low bits that are used.
 
-    ``Rejected`` before any memory is taken when the picture's own header contradicts size or bits.
+    Raises Rejected, before memory is allocated, if the compressed image's own header contradicts ``size`` or
+    ``bits_stored``, and if the image cannot be decoded.
     """
     codec = DECODERS[syntax]
     frame = join_fragments(encapsulated, syntax == uid.RLELossless)
     if syntax == uid.RLELossless:
-        return _rle(frame, Frame(*size, 1, bits_allocated)), bits_stored
-    stated = _agreed(frame, codec.name, size, bits_stored)
+        return _rle(frame, FrameHeader(*size, 1, bits_allocated)), bits_stored
+    header = _check_header(frame, codec.name, size, bits_stored)
     try:
-        stored = codec.decode(frame, stated)
+        stored = codec.decode(frame, header)
     except ImportError as error:
-        raise Rejected(f"{codec.name}, {stated.bits} bit, needs {codec.needs}") from error
+        raise Rejected(f"{codec.name}, {header.bits} bit, needs {codec.install}") from error
     except MemoryError:
         raise
-    except Exception as error:  # of whatever kind the decoder has
-        raise Rejected(f"its {codec.name} picture cannot be decoded: damaged, or of a rare kind") from error
+    except Exception as error:  # each decoder has its own exceptions
+        raise Rejected(f"its {codec.name} data cannot be decoded: damaged, or an unusual variant") from error
     if stored.shape != size:
-        raise ValueError("another size than the header of the picture says")
-    if stated.bits > bits_stored:  # an encoder's habit: harmless unless the further bits hold something
-        rest = stored >> stored.dtype.type(bits_stored)
-        sign = 2 ** (8 * stored.itemsize - bits_stored) - 1 if signed else 0
-        if ((rest != 0) & (rest != sign)).any():
-            raise Rejected(
-                f"its compressed picture needs more than the {bits_stored} bits that its header says"
-            )
-    return stored, min(stated.bits, bits_stored)
+        raise ValueError("decoded size differs from the compressed header")
+    if header.bits > bits_stored:  # common among encoders, and harmless if the extra bits are unused
+        extra_bits = stored >> stored.dtype.type(bits_stored)
+        sign_bits = 2 ** (8 * stored.itemsize - bits_stored) - 1 if signed else 0
+        if ((extra_bits != 0) & (extra_bits != sign_bits)).any():
+            raise Rejected(f"its compressed image uses more than the {bits_stored} bits of its DICOM header")
+    return stored, min(header.bits, bits_stored)
 
 
-def _agreed(frame: bytes, name: str, size: tuple[int, int], bits_stored: int) -> Frame:
-    """The header of a compressed picture that is whole, grey and as expected."""
-    # A decoder fills up a picture that ends early with grey, and says nothing.
-    if END not in frame[-16:]:
+def _check_header(frame: bytes, name: str, size: tuple[int, int], bits_stored: int) -> FrameHeader:
+    """The compressed image's header; Rejected unless complete, grayscale and equal to the DICOM header."""
+    # Decoders fill the rest of a truncated image with gray, without an error.
+    if END_OF_IMAGE not in frame[-16:]:
         raise Rejected(CUT_SHORT)
-    stated = frame_header(frame)
-    if stated is None:
-        raise Rejected(f"its picture is no {name} that can be read: damaged, or another transfer syntax")
-    if stated[:2] != size:
-        own, said = (f"{rows} x {columns}" for rows, columns in (stated[:2], size))
-        raise Rejected(f"its compressed picture has {own} pixels, its header says {said}")
-    if stated.components != 1:
-        raise Rejected(f"not a grey image ({stated.components} components)")
-    # Of deep pixels either may be the larger; 8 bits are shown as they are, so that they must be 8.
-    if stated.bits > 16 or (stated.bits != bits_stored and min(stated.bits, bits_stored) <= 8):
-        raise Rejected(f"its compressed picture has {stated.bits} bits, its header says {bits_stored}")
-    return stated
+    header = read_frame_header(frame)
+    if header is None:
+        raise Rejected(f"its pixel data is not valid {name}: damaged, or a wrong transfer syntax")
+    if header[:2] != size:
+        actual, expected = (f"{rows} x {columns}" for rows, columns in (header[:2], size))
+        raise Rejected(f"its compressed image has {actual} pixels, its DICOM header says {expected}")
+    if header.components != 1:
+        raise Rejected(f"not a grayscale image ({header.components} components)")
+    # Above 8 bits either number may be the larger; 8-bit pixels are used unscaled, so both must be 8.
+    if header.bits > 16 or (header.bits != bits_stored and min(header.bits, bits_stored) <= 8):
+        raise Rejected(f"its compressed image has {header.bits} bits, its DICOM header says {bits_stored}")
+    return header
 
 
-def _jpeg(frame: bytes, stated: Frame) -> Pixels:
-    """Lossy JPEG: Pillow has 8 bits only."""
-    if stated.bits != 8:
-        return _gdcm(frame, stated)
+def _jpeg(frame: bytes, header: FrameHeader) -> StoredPixels:
+    """Lossy JPEG: 8 bits by Pillow, 12 bits by GDCM."""
+    if header.bits != 8:
+        return _gdcm(frame, header)
     image = JpegImageFile(BytesIO(frame))
-    if image.mode != "L" or image.size != (stated.columns, stated.rows):
-        raise ValueError("another header further on")
+    if image.mode != "L" or image.size != (header.columns, header.rows):
+        raise ValueError("a second header contradicts the first")
     image.load()
     return np.asarray(image)
 
 
-def _jpeg_ls(frame: bytes, stated: Frame) -> Pixels:
-    return _shaped(import_module("jpeg_ls").decode_pixel_data(frame)[0], stated)
+def _jpeg_ls(frame: bytes, header: FrameHeader) -> StoredPixels:
+    return _reshape(import_module("jpeg_ls").decode_pixel_data(frame)[0], header)
 
 
-def _jpeg_2000(frame: bytes, stated: Frame) -> Pixels:
-    return _shaped(import_module("openjpeg").decode(frame, j2k_format=0, reshape=False), stated)
+def _jpeg_2000(frame: bytes, header: FrameHeader) -> StoredPixels:
+    return _reshape(import_module("openjpeg").decode(frame, j2k_format=0, reshape=False), header)
 
 
-def _gdcm(frame: bytes, stated: Frame) -> Pixels:
-    """JPEG Lossless and lossy JPEG of 12 bits."""
+def _gdcm(frame: bytes, header: FrameHeader) -> StoredPixels:
+    """JPEG Lossless, and 12-bit lossy JPEG."""
     gdcm: Any = import_module("gdcm")
     fragment, fragments = gdcm.Fragment(), gdcm.SequenceOfFragments.New()
     fragment.SetByteStringValue(frame)
@@ -115,80 +113,80 @@ def _gdcm(frame: bytes, stated: Frame) -> Pixels:
     element.SetValue(fragments.__ref__())
     image = gdcm.Image()
     image.SetNumberOfDimensions(2)
-    image.SetDimensions((stated.columns, stated.rows, 1))
+    image.SetDimensions((header.columns, header.rows, 1))
     image.SetDataElement(element)
     image.SetPhotometricInterpretation(
         gdcm.PhotometricInterpretation(gdcm.PhotometricInterpretation.MONOCHROME2)
     )
     image.SetTransferSyntax(gdcm.TransferSyntax(gdcm.TransferSyntax.JPEGLosslessProcess14_1))
-    # Of 16 allocated bits GDCM tries its 16-bit decoder first, and prints that it does not fit 12.
-    allocated = 12 if stated.bits == 12 else 8 if stated.bits <= 8 else 16
-    image.SetPixelFormat(gdcm.PixelFormat(1, allocated, stated.bits, stated.bits - 1, 0))
+    # With 16 bits allocated GDCM tries its 16-bit decoder first, and prints an error for 12-bit data.
+    allocated = 12 if header.bits == 12 else 8 if header.bits <= 8 else 16
+    image.SetPixelFormat(gdcm.PixelFormat(1, allocated, header.bits, header.bits - 1, 0))
     with _silent_stderr():
         pixels = image.GetBuffer()
-    return _shaped(pixels.encode("utf-8", "surrogateescape"), stated)
+    return _reshape(pixels.encode("utf-8", "surrogateescape"), header)
 
 
 @contextmanager
 def _silent_stderr() -> Generator[None]:
-    """GDCM prints from C; what other threads print meanwhile is lost, too."""
+    """Discards what GDCM's C code prints; stderr output of other threads is lost meanwhile."""
     with STDERR_LOCK:
-        before, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+        stderr, devnull = os.dup(2), os.open(os.devnull, os.O_WRONLY)
         try:
-            os.dup2(nowhere, 2)
+            os.dup2(devnull, 2)
             yield
         finally:
-            os.dup2(before, 2)
-            os.close(before)
-            os.close(nowhere)
+            os.dup2(stderr, 2)
+            os.close(stderr)
+            os.close(devnull)
 
 
-def _rle(frame: bytes, stated: Frame) -> Pixels:
-    """PackBits (PS3.5 G), one segment for each byte of a pixel, the high one first.
+def _rle(frame: bytes, header: FrameHeader) -> StoredPixels:
+    """PackBits (PS3.5 G): one segment for each byte of a pixel, most significant first.
 
-    pydicom's own decoder has no limit: a few kilobytes unpack to megabytes beyond the picture.
+    Not pydicom's decoder, which has no limit: a few kilobytes could unpack to megabytes beyond the image.
     """
     count, *offsets = struct.unpack_from("<16I", frame)
     offsets = [*offsets[:count], len(frame)]
-    if count != stated.bits // 8:
-        raise Rejected(f"{count} RLE segments instead of {stated.bits // 8}")
-    size = stated.rows * stated.columns
+    if count != header.bits // 8:
+        raise Rejected(f"{count} RLE segments instead of {header.bits // 8}")
+    size = header.rows * header.columns
     planes = np.empty((size, count), np.uint8)
     for k in range(count):
         planes[:, count - 1 - k] = np.frombuffer(
             _unpack_bits(frame[offsets[k] : offsets[k + 1]], size), np.uint8
         )
-    return _shaped(planes, stated)
+    return _reshape(planes, header)
 
 
 def _unpack_bits(packed: bytes, size: int) -> bytearray:
-    unpacked, place = bytearray(), 0
+    unpacked, position = bytearray(), 0
     while len(unpacked) < size:
-        if place >= len(packed):
+        if position >= len(packed):
             raise Rejected(CUT_SHORT)
-        head = packed[place]
-        if head < 128:  # so many bytes and one more, as they are
-            unpacked += packed[place + 1 : place + 2 + head]
-            place += 2 + head
-        elif head > 128:  # one byte, repeated
-            unpacked += packed[place + 1 : place + 2] * (257 - head)
-            place += 2
+        control = packed[position]
+        if control < 128:  # control + 1 literal bytes
+            unpacked += packed[position + 1 : position + 2 + control]
+            position += 2 + control
+        elif control > 128:  # one byte, repeated 257 - control times
+            unpacked += packed[position + 1 : position + 2] * (257 - control)
+            position += 2
         else:
-            place += 1
+            position += 1
     del unpacked[size:]
     return unpacked
 
 
-def _shaped(buffer: Any, stated: Frame) -> Pixels:
-    return np.frombuffer(buffer, "<u1" if stated.bits <= 8 else "<u2").reshape(stated.rows, stated.columns)
+def _reshape(buffer: Any, header: FrameHeader) -> StoredPixels:
+    return np.frombuffer(buffer, "<u1" if header.bits <= 8 else "<u2").reshape(header.rows, header.columns)
 
 
 class Codec(NamedTuple):
-    """One transfer syntax: its short name, its decoder, and what to install where that is missing."""
+    """A transfer syntax: its short name, its decoder, and what to install if the decoder is missing."""
 
     name: str
-    decode: Callable[[bytes, Frame], Pixels]
-    needs: str = ""
+    decode: Callable[[bytes, FrameHeader], StoredPixels]
+    install: str = ""
 
 
 _GDCM = "GDCM: pip install 'pneumo-experiments[gdcm]'"

@@ -1,5 +1,4 @@
-"""The header of a DICOM file: read, checked, and never quoted."""
-# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+"""Reads and validates the header of a DICOM file; messages never quote its texts: they may name a patient."""
 
 from __future__ import annotations
 
@@ -8,7 +7,7 @@ import zlib
 from dataclasses import dataclass
 from io import BytesIO
 from math import isfinite
-from typing import Any
+from typing import Any, cast
 
 from pydicom import uid
 from pydicom.filereader import read_dataset
@@ -17,14 +16,14 @@ from pydicom.multival import MultiValue
 from pneumo_experiments.dicom.codecs import DECODERS
 from pneumo_experiments.errors import Rejected
 
-HEADER_BYTES = 2**24  # room beside the pixels of a file that is packed as a whole
+HEADER_BYTES = 2**24  # allowed beside the pixels of a deflated file
 UNCOMPRESSED = {
     uid.ImplicitVRLittleEndian: "uncompressed",
     uid.ExplicitVRLittleEndian: "uncompressed",
     uid.ExplicitVRBigEndian: "uncompressed big endian",
     uid.DeflatedExplicitVRLittleEndian: "deflated",
 }
-GREYS = ("MONOCHROME1", "MONOCHROME2")
+GREYSCALE = ("MONOCHROME1", "MONOCHROME2")
 # fmt: off
 COLOURS = (  # PS3.3 C.7.6.3.1.2
     "PALETTE COLOR", "RGB", "HSV", "ARGB", "CMYK", "XYB", "YBR_FULL", "YBR_FULL_422",
@@ -32,12 +31,12 @@ COLOURS = (  # PS3.3 C.7.6.3.1.2
 )
 # fmt: on
 
-logging.getLogger("pydicom").propagate = False  # what it logs of a damaged file may quote the header
+logging.getLogger("pydicom").propagate = False  # its log messages on damaged files may quote the header
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How the header says that the pixels lie."""
+    """How the pixels are stored, according to the header."""
 
     syntax: uid.UID
     photometric: str
@@ -54,12 +53,12 @@ class Layout:
 
 
 def parse(content: bytes, max_pixels: int) -> tuple[Any, uid.UID]:
-    """The data set of a file, and its transfer syntax: where none is named, DICOM's default (PS3.5 10.1).
+    """The DICOM data set of a file, and its transfer syntax; DICOM's default (PS3.5 10.1) if none is given.
 
-    ``Rejected`` when that syntax has no decoder, or a packed file would unpack to more than max_pixels needs.
+    Raises Rejected if the syntax has no decoder, or a deflated file is larger than max_pixels allows.
     """
     start = 132 if content[128:132] == b"DICM" else 0
-    # Files without the 128 bytes and the word begin with group 2 or 8.
+    # Files without preamble and magic number start with group 2 or 8.
     if not start and content[:2] not in (b"\x02\0", b"\x08\0"):
         raise Rejected("not a DICOM file")
     file = BytesIO(content)
@@ -67,10 +66,10 @@ def parse(content: bytes, max_pixels: int) -> tuple[Any, uid.UID]:
     meta = read_dataset(file, is_implicit_VR=False, is_little_endian=True, stop_when=_after_group_2)
     syntax = uid.UID(str(meta.get("TransferSyntaxUID") or uid.ImplicitVRLittleEndian))
     if syntax not in UNCOMPRESSED and syntax not in DECODERS:
-        known = not syntax.is_private and syntax.is_transfer_syntax
-        raise Rejected(f"transfer syntax {syntax.name if known else '(unknown)'} is not supported")
+        is_standard = not syntax.is_private and syntax.is_transfer_syntax
+        raise Rejected(f"transfer syntax {syntax.name if is_standard else '(unknown)'} is not supported")
     if syntax == uid.DeflatedExplicitVRLittleEndian:
-        # Here, since pydicom unpacks without a limit.
+        # pydicom would inflate without a limit.
         file = BytesIO(inflate(content[file.tell() :], 2 * max_pixels + HEADER_BYTES))
     return read_dataset(file, syntax.is_implicit_VR, syntax.is_little_endian), syntax
 
@@ -80,29 +79,30 @@ def _after_group_2(tag: int, vr: str | None, length: int) -> bool:
 
 
 def read_layout(header: Any, syntax: uid.UID, max_pixels: int) -> Layout:
-    """What the header says, checked before anything of that size is made."""
+    """The pixel layout, validated before memory for the pixels is allocated; Rejected if unsupported."""
     if "FloatPixelData" in header or "DoubleFloatPixelData" in header:
         raise Rejected("floating-point pixels")
     if "PixelData" not in header:
-        raise Rejected("no pixel data: not an image, or cut short")
+        raise Rejected("no pixel data: not an image, or truncated")
     photometric = text(header, "PhotometricInterpretation")
-    if photometric not in GREYS:
-        raise Rejected(f"not a grey image ({photometric if photometric in COLOURS else 'of no known kind'})")
-    if (samples := whole(header, "SamplesPerPixel", 1)) != 1:
-        raise Rejected(f"not a grey image ({samples} samples per pixel)")
-    if (frames := whole(header, "NumberOfFrames", 1)) != 1:
+    if photometric not in GREYSCALE:
+        kind = photometric if photometric in COLOURS else "unknown photometric interpretation"
+        raise Rejected(f"not a grayscale image ({kind})")
+    if (samples := integer(header, "SamplesPerPixel", 1)) != 1:
+        raise Rejected(f"not a grayscale image ({samples} samples per pixel)")
+    if (frames := integer(header, "NumberOfFrames", 1)) != 1:
         raise Rejected(f"{frames} frames instead of one")
-    rows, columns = whole(header, "Rows"), whole(header, "Columns")
+    rows, columns = integer(header, "Rows"), integer(header, "Columns")
     if rows < 1 or columns < 1:
-        raise Rejected(f"{rows} x {columns} pixels are no picture")
+        raise Rejected(f"image size is {rows} x {columns} pixels")
     if rows * columns > max_pixels:
         raise Rejected(
-            f"{rows} x {columns} pixels are more than max_pixels = {max_pixels}; raise it if they are real"
+            f"{rows} x {columns} pixels exceed max_pixels={max_pixels}; raise it if the size is right"
         )
-    allocated, bits = whole(header, "BitsAllocated"), whole(header, "BitsStored")
+    allocated, bits = integer(header, "BitsAllocated"), integer(header, "BitsStored")
     if allocated not in (8, 16):
         raise Rejected(f"{allocated} bits allocated per pixel instead of 8 or 16")
-    high, signed = whole(header, "HighBit", bits - 1), whole(header, "PixelRepresentation")
+    high, signed = integer(header, "HighBit", bits - 1), integer(header, "PixelRepresentation")
     if not 1 <= bits <= allocated or high != bits - 1 or signed not in (0, 1):
         raise Rejected(
             f"contradictory bits: {bits} stored of {allocated}, high bit {high}, representation {signed}"
@@ -111,42 +111,42 @@ def read_layout(header: Any, syntax: uid.UID, max_pixels: int) -> Layout:
 
 
 def inflate(content: bytes, max_bytes: int) -> bytes:
-    """A deflated data set (RFC 1951) unpacked; ``Rejected`` when cut, or longer than ``max_bytes``."""
+    """A deflated data set (RFC 1951) unpacked; Rejected if truncated or longer than ``max_bytes``."""
     stream = zlib.decompressobj(-zlib.MAX_WBITS)
     unpacked = stream.decompress(content, max_bytes + 1)
     if len(unpacked) > max_bytes:
         raise Rejected(
-            f"unpacks to more than {max_bytes} bytes, which max_pixels allows; raise it if they are real"
+            f"inflates to more than the {max_bytes} bytes of max_pixels; raise it if the size is right"
         )
     if not stream.eof:
-        raise Rejected("cut short")
+        raise Rejected("truncated")
     return unpacked
 
 
-def whole(header: Any, keyword: str, default: int | None = None) -> int:
-    """A number of the header; ``Rejected`` when it is several or none, and there is no default."""
+def integer(header: Any, keyword: str, default: int | None = None) -> int:
+    """An integer of the header; the default if absent, Rejected without one or if it is not one integer."""
     value = header.get(keyword)
     if value is None and default is not None:
         return default
     if not isinstance(value, int):
-        raise Rejected(f"{keyword} is missing or not one whole number")
+        raise Rejected(f"{keyword} is missing or not a single integer")
     return int(value)
 
 
-def first(header: Any, keyword: str) -> float | None:
-    """The first of one or more numbers; None when it is absent or not finite."""
-    value = header.get(keyword)
+def first_number(header: Any, keyword: str) -> float | None:
+    """The first of one or more numbers; None if absent or not finite."""
+    value: Any = header.get(keyword)
     if isinstance(value, MultiValue):
-        value = value[0]
+        value = cast("Any", value[0])  # pyright: ignore[reportUnknownMemberType]
     return float(value) if value is not None and isfinite(value) else None
 
 
 def text(header: Any, keyword: str) -> str:
-    """Text without what fills it up; empty when it is absent."""
+    """Text without padding; empty if absent."""
     return str(header.get(keyword) or "").replace("\0", "").strip()
 
 
-def term(text: str, terms: frozenset[str], other: str) -> str:
-    """A defined term, empty where there is none; any other text may be a name, and stays here."""
+def defined_term(text: str, terms: frozenset[str], other: str) -> str:
+    """A defined term, or empty; ``other`` instead of any other text, which may contain a name."""
     text = text.upper()
     return text if not text or text in terms else other

@@ -1,7 +1,7 @@
-"""How much memory and time one radiograph may take; the system holds the process that reads it to them.
+"""Memory and CPU time limits for reading one radiograph, enforced by the operating system.
 
-A few kilobytes can ask for gigabytes or hours, and a decoder in C cannot be stopped from within. So each
-runs in a process that may die. Memory is limited on Linux only; time wherever there are such timers.
+A few kilobytes can demand gigabytes or hours, and a C decoder cannot be stopped from within. So decoders run
+in processes that may be killed. Memory is limited on Linux only; time wherever POSIX interval timers exist.
 """
 
 from __future__ import annotations
@@ -12,48 +12,48 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
-# Of 100 megapixels the costliest decoder took 8.2 bytes a pixel, with JPEG 2000.
+# Measured at 100 megapixels: at most 8.2 bytes per pixel, for JPEG 2000.
 BASE_BYTES, BYTES_PER_PIXEL = 2**28, 16
-# Lossless JPEG 2000 took 0.9 s a megabyte; what hangs is small.
+# Measured: at most 0.9 s per megabyte, for lossless JPEG 2000.
 BASE_SECONDS, SECONDS_PER_MEGABYTE = 20, 4
-LARGEST_PIXEL, LARGEST_HEADER = 4, 2**24  # bytes: no file is larger than its pixels can be
+MAX_BYTES_PER_PIXEL, MAX_HEADER_BYTES = 4, 2**24  # limits of the file size
 
-TIME_LIMIT_EXIT_CODE = -getattr(signal, "SIGPROF", 0)  # how a process ends that took too long
+TIME_LIMIT_EXIT_CODE = -getattr(signal, "SIGPROF", 0)  # of a process killed by the timer
 
 
 def max_bytes(max_pixels: int) -> int:
-    """Memory that reading one file may take."""
+    """Memory that reading one file may use."""
     return BASE_BYTES + BYTES_PER_PIXEL * max_pixels
 
 
 def max_seconds(file_bytes: int) -> int:
-    """Processor time that reading one file may take: a busy machine rejects what an idle one does."""
+    """CPU time that reading one file may use: CPU time, so that the load of the machine does not matter."""
     return BASE_SECONDS + SECONDS_PER_MEGABYTE * file_bytes // 10**6
 
 
 def memory_limit_message(max_pixels: int) -> str:
-    """Why a file is rejected that takes more than ``max_bytes``."""
-    return f"takes more than {max_bytes(max_pixels) / 1e9:.1f} GB of memory to decode"
+    """Reason for rejecting a file that needs more than ``max_bytes``."""
+    return f"needs more than {max_bytes(max_pixels) / 1e9:.1f} GB of memory to decode"
 
 
 def time_limit_message(file_bytes: int) -> str:
-    """Why a file is rejected that takes more than ``max_seconds``."""
-    return f"takes more than {max_seconds(file_bytes)} s of processor time to decode"
+    """Reason for rejecting a file that needs more than ``max_seconds``."""
+    return f"needs more than {max_seconds(file_bytes)} s of CPU time to decode"
 
 
 def limit_memory(max_pixels: int) -> None:
-    """From now on this process gets so much more than it had at first; beyond it there is a MemoryError."""
-    if own := _initial_bytes():
+    """Limits this process to its initial memory plus ``max_bytes``; beyond it MemoryError is raised."""
+    if initial := _initial_bytes():
         import resource
 
         _, hard = resource.getrlimit(resource.RLIMIT_AS)
-        most = own + max_bytes(max_pixels)
-        resource.setrlimit(resource.RLIMIT_AS, (most if hard < 0 else min(most, hard), hard))
+        limit = initial + max_bytes(max_pixels)
+        resource.setrlimit(resource.RLIMIT_AS, (limit if hard < 0 else min(limit, hard), hard))
 
 
 @contextmanager
 def limit_time(seconds: float) -> Generator[None]:
-    """Ends the process by SIGPROF when the block takes more processor time; no code can hold that up."""
+    """Kills this process by SIGPROF if the block uses more CPU time, even within C code."""
     if not TIME_LIMIT_EXIT_CODE:
         yield
         return
@@ -66,7 +66,7 @@ def limit_time(seconds: float) -> Generator[None]:
 
 @cache
 def _initial_bytes() -> int:
-    """Address space of this process; 0 where the system does not tell."""
+    """Address space of this process; 0 where /proc is not available."""
     try:
         pages = int(Path("/proc/self/statm").read_text().split()[0])
     except OSError:

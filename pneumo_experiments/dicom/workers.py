@@ -1,4 +1,4 @@
-"""Processes that work side by side."""
+"""A pool of worker processes for reading files."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from multiprocessing.connection import wait
 
 from pneumo_experiments.dicom.limits import limit_memory
 
-# A worker's matrix products are small: more threads than workers would only wait for each other.
+# A worker's matrix products are small: more threads would only compete for the cores.
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 ENVIRONMENT = ONE_THREAD | {
-    # glibc would return each picture's memory and take it anew, page by page: as much work as resampling.
+    # Otherwise glibc returns each image's memory to the system and maps it again: as slow as resampling.
     "MALLOC_MMAP_THRESHOLD_": str(2**30),
     "MALLOC_TRIM_THRESHOLD_": str(2**30),
 }
@@ -29,26 +29,26 @@ def available_cores() -> int:
 
 @contextmanager
 def worker_pool(workers: int, max_pixels: int | None = None) -> Generator[ProcessPoolExecutor]:
-    """Processes that end with this one, however it ends; an exception in the block ends them at once.
+    """Worker processes that end with this process, even after kill -9; an exception in the block kills them.
 
-    Those that read files get no more memory than a picture of ``max_pixels`` may take.
+    ``max_pixels`` limits their memory to what reading an image of that size may use.
     """
-    # Spawned, since a fork would copy whatever threads the caller has.
-    executor = ProcessPoolExecutor(workers, get_context("spawn"), _begin, (max_pixels,))
+    # Spawned, since fork is not safe when the caller has threads.
+    executor = ProcessPoolExecutor(workers, get_context("spawn"), _initialise_worker, (max_pixels,))
     others = set(active_children())
-    before = {name: os.environ.get(name) for name in ENVIRONMENT}
-    os.environ.update(ENVIRONMENT)  # processes start until all are there
+    saved = {name: os.environ.get(name) for name in ENVIRONMENT}
+    os.environ.update(ENVIRONMENT)  # inherited by the workers
     try:
         _start(executor, workers)
         yield executor
     except BaseException:
-        # What they have in hand may take minutes, and a decoder in C heeds nothing else.
+        # Their current file may take minutes, and C decoders ignore gentler signals.
         for process in set(active_children()) - others:
             process.kill()
         raise
     finally:
         executor.shutdown(cancel_futures=True)
-        for name, value in before.items():
+        for name, value in saved.items():
             if value is None:
                 del os.environ[name]
             else:
@@ -56,7 +56,7 @@ def worker_pool(workers: int, max_pixels: int | None = None) -> Generator[Proces
 
 
 def _start(executor: ProcessPoolExecutor, workers: int) -> None:
-    """Starts the processes, which inherit that Ctrl-C (it reaches all of a terminal) is left to this one."""
+    """Starts the workers with SIGINT ignored: Ctrl-C reaches all processes, only the parent handles it."""
     main = threading.current_thread() is threading.main_thread()
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN) if main else None
     try:
@@ -67,11 +67,11 @@ def _start(executor: ProcessPoolExecutor, workers: int) -> None:
             signal.signal(signal.SIGINT, handler)
 
 
-def _begin(max_pixels: int | None) -> None:
+def _initialise_worker(max_pixels: int | None) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if max_pixels is not None:
         limit_memory(max_pixels)
-    # Workers wait for work that a parent killed by -9 never sends.
+    # Without this, workers of a parent killed by -9 would wait for work forever.
     parent = parent_process()
     if parent is not None:
         sentinel = parent.sentinel

@@ -1,4 +1,4 @@
-"""Who the patients are, and a warning where they may not be who they should: a split is made of them."""
+"""Groups images by patient for the split, and warns if the grouping looks wrong."""
 
 from __future__ import annotations
 
@@ -14,15 +14,13 @@ from pneumo_experiments.dataset.patients import Grouping, given_grouping, groupi
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.settings import AUTO, NONE
 
-SOURCES = (
-    "patient_sources"  # in the settings of a data set file: how many images have their patient from where
-)
+SOURCES = "patient_sources"  # in a data set's settings: number of images by source of their patient
 
 log = logging.getLogger(__name__)
 
 
 def make_grouping(patients_csv: str, image_ids: Sequence[str]) -> Grouping:
-    """What the setting tells of these images; warns where a file tells of few, UserError where of none."""
+    """The grouping that ``patients_csv`` gives; warns if it names few images, UserError if none."""
     if patients_csv == AUTO:
         return shipped_grouping(image_ids)
     if patients_csv in ("", NONE):
@@ -34,25 +32,26 @@ def make_grouping(patients_csv: str, image_ids: Sequence[str]) -> Grouping:
     images, known = len(image_ids), len(grouping.hashes)
     if images and not known:
         raise UserError(
-            f"patients_csv={path}: names none of the {images:,} images; name the table that belongs to them,"
-            " or auto"
+            f"patients_csv={path}: names none of the {images:,} images; name the table of these images, or"
+            " auto"
         )
     if known < images / 2:
         warn(
-            f"patients_csv={path}: names only {known:,} of the {images:,} images; each of the others goes by"
-            " its PatientID"
+            f"patients_csv={path}: names only {known:,} of the {images:,} images; the others are grouped by"
+            " PatientID"
         )
     return grouping
 
 
 def warn_about_grouping(dataset: Dataset) -> None:
-    """Warns where the patients of a labelled data set look as if nobody had grouped its images."""
-    fault = grouping_problem(dataset.entries, dataset.settings.get(SOURCES, "")) if dataset.labelled else ""
-    if fault:
-        warn(f"dataset={dataset.path}: {fault}")
+    """Warns if the patients of a labelled data set look ungrouped or like one placeholder."""
+    if not dataset.labelled:
+        return
+    if problem := grouping_problem(dataset.entries, dataset.settings.get(SOURCES, "")):
+        warn(f"dataset={dataset.path}: {problem}")
 
 
 @cache
 def warn(text: str) -> None:
-    """Shows a warning once in a process, though each fold and each step of ``main`` comes by."""
+    """Logs a warning once per process, not again for each fold and each stage of ``main``."""
     log.warning("Warning: %s", text)

@@ -1,14 +1,29 @@
-"""A report as one HTML page: no scripts, no addresses, light or dark as the reader has it."""
+"""The report as one HTML page, from the template ``page.html.j2``."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
+from itertools import islice
+from typing import Any, cast
+from urllib.parse import quote
 
-from pneumo_experiments.report.statistics import OLDEST, Ages, Annotated, IdenticalImages, Report
-from pneumo_experiments.report.style import STYLE, bars, finding, picture, text
-from pneumo_experiments.report.summary import many
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
+from markupsafe import Markup
 
+from pneumo_experiments.report.statistics import (
+    MAX_PLAUSIBLE_AGE,
+    Ages,
+    AnnotationStatistics,
+    IdenticalImages,
+    Report,
+)
+from pneumo_experiments.report.summary import plural, printable
+
+MAX_LISTED = 1000  # names in a list
+MAX_BARS = 12  # in a chart; ages have 12 decades
+MAX_LABEL_LENGTH = 16  # characters; charts with longer labels show them above their bars
 QUANTILES = {
     "min": "Smallest",
     "p10": "10% are below",
@@ -18,175 +33,232 @@ QUANTILES = {
     "p90": "90% are below",
     "max": "Largest",
 }
-# What the legend says of each outcome; the name is also its colour's class.
+# Legend of the outcomes; the names are also CSS classes.
 OUTCOMES = {
     "used": "used",
     "rejected": "rejected: cannot be used",
     "without_annotation": "without annotation: not in the table",
-    "not_read": "not read: the run stopped before them",
+    "not_read": "not read: the run stopped early",
 }
 SEXES = {"F": "F (female)", "M": "M (male)", "O": "O (other)"}  # DICOM PS3.3 C.7.1.1
 
 
-def page(report: Report, title: str, pictures: Sequence[tuple[str, str]] = ()) -> str:
-    """The report as HTML in UTF-8; ``pictures`` are (caption, data URI of an image or relative file name)."""
-    parts = [_found(report), _left_out(report), _noteworthy(report)]
-    if report.outcome.used:
-        parts += [_images(report), _annotations(report.annotated, report.outcome.used)]
-    if pictures:
-        parts.append("<h2>Pictures</h2>" + "".join(picture(caption, source) for caption, source in pictures))
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{text(title)}</title>
-<style>{STYLE}</style>
-</head>
-<body>
-<h1>{text(title)}</h1>
-{"".join(parts)}
-</body>
-</html>
-"""
+@dataclass(frozen=True)
+class Finding:
+    """A line that unfolds to a list of names and remarks."""
+
+    title: str
+    note: str
+    items: Sequence[tuple[str, str]]
+    count: int
 
 
-def _found(report: Report) -> str:
-    """The strip of numbers, and what became of each image."""
-    outcome = asdict(report.outcome)
-    numbers = {"files found": report.files}
-    numbers |= {"images used": report.outcome.used, "images left out": report.images - report.outcome.used}
-    if report.outcome.used:
+@dataclass(frozen=True)
+class Bar:
+    """One row of a bar chart; ``length`` is a CSS length, empty for no bar."""
+
+    name: str
+    length: str
+    count: int
+    percent: str
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A bar chart; ``stacked`` shows the labels above the bars."""
+
+    title: str
+    bars: list[Bar]
+    note: str
+    stacked: bool
+
+
+def page(report: Report, title: str, figures: Sequence[tuple[str, str]] = ()) -> str:
+    """The report as HTML in UTF-8; ``figures`` are (caption, data URI of an image or relative file name)."""
+    outcomes = [
+        {"name": name, "count": count, "meaning": OUTCOMES[name]}
+        for name, count in asdict(report.outcome).items()
+        if count
+    ]
+    annotated = report.annotated
+    return _template().render(
+        title=title,
+        used=report.outcome.used,
+        numbers=_numbers(report),
+        outcomes=outcomes,
+        left_out=_left_out(report),
+        noteworthy=_noteworthy(report),
+        image_charts=_image_charts(report),
+        annotated=annotated,
+        area_rows=_area_rows(annotated),
+        annotations_chart=annotated
+        and _chart("Annotations per image with pneumothorax", annotated.annotations_per_positive),
+        figures=[(caption, _address(source)) for caption, source in figures],
+        max_listed=MAX_LISTED,
+    )
+
+
+@cache
+def _template() -> Template:
+    environment = Environment(
+        loader=PackageLoader("pneumo_experiments.report", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=_finalize,
+    )
+    filters = cast("dict[str, Any]", environment.filters)  # pyright: ignore[reportUnknownMemberType]
+    filters.update(thousands="{:,}".format, plural=plural)
+    return environment.get_template("page.html.j2")
+
+
+def _finalize(value: Any) -> Any:
+    """Texts without characters that cannot be printed; output of macros unchanged."""
+    return printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+
+def _address(source: str) -> str:
+    # Anything but an image's data URI becomes a file name beside the page, never an external address.
+    return source if source.startswith("data:image/") else "./" + quote(source)
+
+
+def _numbers(report: Report) -> dict[str, int]:
+    used = report.outcome.used
+    numbers = {"files found": report.files, "images used": used, "images left out": report.images - used}
+    if used:
         numbers["patients"] = report.patients.count
         if report.annotated is not None:
             numbers["with pneumothorax"] = report.annotated.positives
-    strip = "".join(f"<div><dt>{name}</dt><dd>{n:,}</dd></div>" for name, n in numbers.items())
-    bar = "".join(f'<i class="{name}" style="flex-grow: {n}"></i>' for name, n in outcome.items() if n)
-    legend = "".join(
-        f'<li><i class="{name}"></i><b>{n:,}</b> {OUTCOMES[name]}</li>' for name, n in outcome.items() if n
-    )
-    nothing = "" if report.outcome.used else "<h2>No image was used, so there is no data set</h2>"
-    return f"""<dl class="strip">{strip}</dl>
-<div class="share" aria-hidden="true">{bar}</div>
-<ul class="legend">{legend}</ul>
-{nothing}"""
+    return numbers
 
 
-def _left_out(report: Report) -> str:
-    found = [
-        finding(
+def _left_out(report: Report) -> list[Finding]:
+    rejected = [
+        Finding(
             f"Rejected: {kind.heading}",
             "Each n stands for a number." if kind.varies else "These files cannot be used.",
             [(file.image_id, file.reason if kind.varies else "") for file in kind.files],
+            len(kind.files),
         )
         for kind in report.rejected
     ]
-    found += [
-        finding(
+    findings = rejected + _findings(
+        (
             "Of these, rejected because of their run lengths",
             "Their rows in the annotation table are wrong, or belong to another image.",
             _ids(report.invalid_run_lengths),
         ),
-        finding(
+        (
             "File found, but not in the annotation table",
             "Whether these images show a pneumothorax is unknown, so they are left out.",
             _ids(report.files_without_annotation),
         ),
-        finding(
+        (
             "Annotated, but no file found",
-            "The annotation table names these images, but the folder does not hold them.",
+            "The annotation table names these images, but the folder does not contain them.",
             _ids(report.annotated_without_file),
         ),
-        finding(
-            "Also found, and passed over",
-            "None of these was read.",
-            [(kind, f"{n:,}") for kind, n in report.skipped.items()],
-            sum(report.skipped.values()),
-        ),
-    ]
-    return "<h2>What was left out, and why</h2>" + ("".join(found) or "<p>Nothing was left out.</p>")
+    )
+    if report.skipped:
+        kinds = [(kind, f"{count:,}") for kind, count in report.skipped.items()]
+        total = sum(report.skipped.values())
+        findings.append(Finding("Skipped files", "None of these was read.", kinds, total))
+    return findings
 
 
-def _noteworthy(report: Report) -> str:
-    found = [
-        finding(
+def _noteworthy(report: Report) -> list[Finding]:
+    return _findings(
+        (
             "Several files with the same id",
             "The id of an image is the name of its file; of several files with one id at most one is used.",
             [
-                (image_id, f"{double.files} files, {'one is used' if double.used else 'none is used'}")
-                for image_id, double in report.duplicates.items()
+                (image_id, f"{same.files} files, {'one is used' if same.used else 'none is used'}")
+                for image_id, same in report.duplicates.items()
             ],
         ),
-        finding(
-            "The same picture under several ids",
-            "Their pixels are equal. If they belong to different patients, the same picture can be both"
-            " learned from and tested on.",
-            [(" = ".join(same.image_ids), _about(same, report)) for same in report.identical_images],
+        (
+            "The same image under several ids",
+            "Their pixels are equal. If they belong to different patients, the same image can be in both"
+            " training and test data.",
+            [(" = ".join(same.image_ids), _describe(same, report)) for same in report.identical_images],
         ),
-        finding(
+        (
             "Images whose annotations overlap",
             "The annotations of an image are united, so that each pixel counts once.",
             _ids(report.annotated.overlapping if report.annotated else []),
         ),
-        finding(
-            f"Ages above {OLDEST} years",
+        (
+            f"Ages above {MAX_PLAUSIBLE_AGE} years",
             "The images are used; their ages are not counted below.",
-            [(image_id, many(age, "year")) for image_id, age in report.ages.implausible.items()],
+            [(image_id, plural(age, "year")) for image_id, age in report.ages.implausible.items()],
         ),
-    ]
-    return "<h2>What is worth a look</h2>" + "".join(found) if any(found) else ""
+    )
 
 
-def _about(same: IdenticalImages, report: Report) -> str:
+def _findings(*rows: tuple[str, str, Sequence[tuple[str, str]]]) -> list[Finding]:
+    return [Finding(title, note, items, len(items)) for title, note, items in rows if items]
+
+
+def _ids(image_ids: Iterable[str]) -> list[tuple[str, str]]:
+    return [(image_id, "") for image_id in image_ids]
+
+
+def _describe(same: IdenticalImages, report: Report) -> str:
     areas = f"; annotated {', '.join(f'{area:,}' for area in same.areas_px)} px" if report.annotated else ""
-    return many(same.patients, "patient") + areas
+    return plural(same.patients, "patient") + areas
 
 
-def _images(report: Report) -> str:
-    sexes = {SEXES.get(sex, sex): n for sex, n in report.sexes.items()}
-    charts = [
-        bars("View", report.views, "PA: the rays pass from back to front. AP: from front to back."),
-        bars("Sex", sexes),
-        bars("Age in years", report.ages.decades, _about_ages(report.ages)),
-        bars(
+def _image_charts(report: Report) -> list[Chart]:
+    patients = report.patients
+    return [
+        _chart("View", report.views, "PA: the rays pass from back to front. AP: from front to back."),
+        _chart("Sex", {SEXES.get(sex, sex): count for sex, count in report.sexes.items()}),
+        _chart("Age in years", report.ages.decades, _describe_ages(report.ages)),
+        _chart(
             "Images per patient",
-            report.patients.images_per_patient,
-            f"The bars count patients; one has at most {many(report.patients.most_images, 'image')}."
-            " An image of an unknown patient counts as a patient of its own.",
+            patients.images_per_patient,
+            f"The bars count patients; one has at most {plural(patients.most_images, 'image')}."
+            " An image of an unknown patient counts as a separate patient.",
         ),
-        bars("Patients told by", report.patients.sources, "The bars count images."),
-        bars("Size in pixels, rows x columns", report.sizes),
-        bars("Format of the files", report.formats),
+        _chart("Source of the patients", patients.sources, "The bars count images."),
+        _chart("Size in pixels, rows x columns", report.sizes),
+        _chart("Format of the files", report.formats),
     ]
-    return f'<h2>Who and how: the images used</h2><div class="cards">{"".join(charts)}</div>'
 
 
-def _about_ages(ages: Ages) -> str:
+def _describe_ages(ages: Ages) -> str:
     known = ages.quantiles
     half = f"Median {known['p50']:.0f}; half are {known['p25']:.0f} to {known['p75']:.0f}. " if known else ""
-    return half + (f"The age is unknown for {many(ages.unknown, 'image')}." if ages.unknown else "")
+    return half + (f"The age is unknown for {plural(ages.unknown, 'image')}." if ages.unknown else "")
 
 
-def _annotations(found: Annotated | None, used: int) -> str:
-    if found is None:
-        return "<h2>Annotations</h2><p>There is no annotation table: a set without labels.</p>"
-    cards = ""
-    if found.area_px and found.area_share:
-        rows = "".join(
-            f"<tr><th scope=row>{title}</th><td>{found.area_px[name]:,.0f}</td>"
-            f"<td>{found.area_share[name]:.2%}</td></tr>"
-            for name, title in QUANTILES.items()
-        )
-        cards = f"""<section class="card"><h3>Annotated area</h3>
-<table><thead><tr><th></th><th scope=col>pixels</th><th scope=col>of the picture</th></tr></thead>
-<tbody>{rows}</tbody></table>
-<p class="note">Of the images with pneumothorax, at the size of the file.</p></section>"""
-        cards += bars("Annotations per image with pneumothorax", found.annotations_per_positive)
-    return f"""<h2>Annotations</h2>
-<p><b>{found.positives:,}</b> of {many(used, "image")} ({found.positives / used:.1%}) show a pneumothorax.
-To call every image empty scores a Dice of <b>{found.dice_all_empty:.4f}</b>: a model has to beat that.</p>
-<div class="cards">{cards}</div>"""
+def _area_rows(annotated: AnnotationStatistics | None) -> list[dict[str, str]]:
+    if annotated is None or not annotated.area_px or not annotated.area_share:
+        return []
+    return [
+        {
+            "title": title,
+            "pixels": f"{annotated.area_px[name]:,.0f}",
+            "fraction": f"{annotated.area_share[name]:.2%}",
+        }
+        for name, title in QUANTILES.items()
+    ]
 
 
-def _ids(image_ids: Sequence[str]) -> list[tuple[str, str]]:
-    return [(image_id, "") for image_id in image_ids]
+def _chart(title: str, counts: Mapping[str, int], note: str = "") -> Chart:
+    """A chart with one bar per name, and the sum of those that are too many."""
+    total, longest = sum(counts.values()), max(counts.values(), default=0)
+    shown = dict(islice(counts.items(), MAX_BARS))
+    bars = [
+        Bar(name, f"max(2px, {count / longest:.1%})" if count else "0%", count, _percent(count, total))
+        for name, count in shown.items()
+    ]
+    if others := len(counts) - len(shown):
+        rest = total - sum(shown.values())
+        bars.append(Bar(plural(others, "other"), "", rest, _percent(rest, total)))
+    return Chart(title, bars, note, max(map(len, shown), default=0) > MAX_LABEL_LENGTH)
+
+
+def _percent(count: int, total: int) -> str:
+    return f"{count / total:.1%}" if count == 0 or count / total >= 0.001 else "<0.1%"

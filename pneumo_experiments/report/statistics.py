@@ -1,6 +1,6 @@
-"""What preprocess found, used and left out, in numbers.
+"""Statistics of the files that preprocess read, used and rejected.
 
-A report holds image ids and counts; a patient's hash goes in to be counted and does not come out.
+A report holds image ids and counts; patient hashes are counted, but not part of it.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ import numpy as np
 from pneumo_experiments.dataset.packed import Entry
 
 QUANTILES = {"min": 0.0, "p10": 0.1, "p25": 0.25, "p50": 0.5, "p75": 0.75, "p90": 0.9, "max": 1.0}
-OLDEST = 110  # years; the contest's data has ages of up to 413
+MAX_PLAUSIBLE_AGE = 110  # years; the contest's data has ages up to 413
 NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of each image id that was found: it counts once, in the first of these that holds."""
+    """Number of image ids by outcome; an id counts once, under the first that applies."""
 
     used: int
     rejected: int
     without_annotation: int
-    not_read: int  # the run stopped before it came to them
+    not_read: int  # the run stopped early
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class RejectedFile:
 
 @dataclass(frozen=True)
 class Rejection:
-    """Files rejected for one kind of reason; each number in it is written n."""
+    """Files rejected for the same reason; numbers in the reason are replaced by n."""
 
     reason: str
     files: list[RejectedFile]
@@ -52,62 +52,62 @@ class Rejection:
 
     @property
     def heading(self) -> str:
-        """The reason as it is where all files share it, otherwise with n for numbers."""
+        """The exact reason if all files share it, otherwise the reason with n for numbers."""
         return self.reason if self.varies else self.files[0].reason
 
 
 @dataclass(frozen=True)
 class DuplicateFiles:
-    """Files that have one image id between them."""
+    """Several files with the same image id."""
 
     files: int
-    used: bool  # one of them
+    used: bool  # whether one of them is used
 
 
 @dataclass(frozen=True)
 class IdenticalImages:
-    """Used images whose pixels are equal."""
+    """Used images with equal pixels."""
 
     image_ids: list[str]
-    patients: int  # more than one: folds grouped by patient do not keep them together
+    patients: int  # if more than one, grouping by patient does not keep the images in one fold
     areas_px: list[int]  # one per image
 
 
 @dataclass(frozen=True)
 class Ages:
-    """Years of the used images; quantiles and decades are of the ages from 0 to 110."""
+    """Ages of the used images in years; quantiles and decades cover ages from 0 to 110."""
 
     unknown: int
     implausible: dict[str, int]  # image id: years, above 110
     quantiles: dict[str, float] | None
-    decades: dict[str, int]  # "40-49": images, without gaps
+    decades: dict[str, int]  # "40-49": number of images; no decade in between is missing
 
 
 @dataclass(frozen=True)
 class Patients:
-    """A patient who is unknown counts as one for each image."""
+    """Patients of the used images; an unknown patient counts as one patient per image."""
 
     count: int
     most_images: int  # of one patient
-    images_per_patient: dict[str, int]  # number of images: patients who have so many
-    sources: dict[str, int]  # who tells the patients: images
+    images_per_patient: dict[str, int]  # number of images: number of patients with that many
+    sources: dict[str, int]  # source of the patient: number of images
 
 
 @dataclass(frozen=True)
-class Annotated:
-    """The annotations of the used images; a positive has an annotated area."""
+class AnnotationStatistics:
+    """Annotations of the used images; a positive is an image with an annotated area."""
 
     positives: int
     annotations_per_positive: dict[str, int]
     area_px: dict[str, float] | None  # quantiles over positives, in native pixels
-    area_share: dict[str, float] | None  # the same as share of the picture
+    area_share: dict[str, float] | None  # the same as a fraction of the image
     overlapping: list[str]
-    dice_all_empty: float | None  # the share of images without annotated area
+    dice_all_empty: float | None  # fraction of images without annotated area
 
 
 @dataclass(frozen=True)
 class Report:
-    """What was found, used and left out; a field that lists ids lists all of them, sorted."""
+    """The whole report; lists of ids are complete and sorted."""
 
     files: int
     images: int  # distinct ids
@@ -125,7 +125,7 @@ class Report:
     sizes: dict[str, int]  # "rows x columns"
     formats: dict[str, int]
     patients: Patients
-    annotated: Annotated | None  # None for a set without labels
+    annotated: AnnotationStatistics | None  # None for a set without labels
 
     def as_json(self) -> dict[str, object]:
         """The fields in their order, of types that JSON has."""
@@ -140,38 +140,39 @@ def make_report(
     rejected: Sequence[tuple[str, str]],
     entries: Sequence[Entry],
     patient_sources: Mapping[str, int],
-    pictures: Sequence[str],
+    pixel_hashes: Sequence[str],
     formats: Sequence[str],
     annotated: Collection[str] | None,
     file_ids: Collection[str],
     overlapping: Sequence[str],
     invalid_run_lengths: Sequence[str],
 ) -> Report:
-    """The report on n used images (entries, pictures, formats: n >= 0 each) and on what was left out.
+    """The report on n used images (entries, pixel_hashes, formats: length n >= 0) and on all other files.
 
-    ``pictures`` are hashes of pixels; ``annotated`` are the ids in the table, None for a set without labels.
+    ``annotated`` are the ids in the annotation table, None for a set without labels. Raises ValueError if the
+    three lengths differ.
     """
-    if not len(entries) == len(pictures) == len(formats):
-        raise ValueError(f"{len(entries)} entries, {len(pictures)} pictures, {len(formats)} formats")
-    found, used = set(file_ids), {entry.image_id for entry in entries}
+    if not len(entries) == len(pixel_hashes) == len(formats):
+        raise ValueError(f"{len(entries)} entries, {len(pixel_hashes)} pixel hashes, {len(formats)} formats")
+    all_ids, used = set(file_ids), {entry.image_id for entry in entries}
     unusable = {image_id for image_id, _ in rejected} - used
-    unannotated = set[str]() if annotated is None else found - set(annotated) - used - unusable
+    unannotated = set[str]() if annotated is None else all_ids - set(annotated) - used - unusable
     return Report(
         files=files,
-        images=len(found),
+        images=len(all_ids),
         outcome=Outcome(
             used=len(entries),
             rejected=len(unusable),
             without_annotation=len(unannotated),
-            not_read=len(found - used - unusable - unannotated),
+            not_read=len(all_ids - used - unusable - unannotated),
         ),
         skipped={kind: n for kind, n in skipped.items() if n},
         rejected=_by_reason(rejected),
         invalid_run_lengths=sorted(set(invalid_run_lengths)),
-        annotated_without_file=sorted(set(annotated or ()) - found),
+        annotated_without_file=sorted(set(annotated or ()) - all_ids),
         files_without_annotation=sorted(unannotated),
         duplicates={name: DuplicateFiles(duplicates[name], name in used) for name in sorted(duplicates)},
-        identical_images=_identical_images(entries, pictures),
+        identical_images=_identical_images(entries, pixel_hashes),
         views=_counts(entry.view for entry in entries),
         sexes=_counts(entry.sex for entry in entries),
         ages=_ages(entries),
@@ -183,33 +184,35 @@ def make_report(
 
 
 def _counts(names: Iterable[str]) -> dict[str, int]:
-    """The most frequent first, equals by name."""
+    """Number of occurrences by name, most frequent first, ties by name."""
     counts = Counter(name or "unknown" for name in names)
     return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
 
 
-def _numbers(values: Iterable[int]) -> dict[str, int]:
-    """How often each number occurs, the smallest first."""
+def _number_counts(values: Iterable[int]) -> dict[str, int]:
+    """Number of occurrences by number, ascending."""
     return {str(value): n for value, n in sorted(Counter(values).items())}
 
 
 def _quantiles(values: Sequence[float]) -> dict[str, float] | None:
-    """Linear between neighbours; None of nothing."""
-    return {name: float(np.quantile(values, at)) for name, at in QUANTILES.items()} if values else None
+    """Quantiles with linear interpolation; None if there are no values."""
+    if not values:
+        return None
+    return {name: float(np.quantile(values, quantile)) for name, quantile in QUANTILES.items()}
 
 
 def _by_reason(rejected: Sequence[tuple[str, str]]) -> list[Rejection]:
     kinds: dict[str, list[RejectedFile]] = {}
     for image_id, text in sorted(rejected):
-        reason = text.removeprefix(f"{image_id}: ")  # so begins the message of Rejected
+        reason = text.removeprefix(f"{image_id}: ")  # prefix of Rejected's messages
         kinds.setdefault(NUMBER.sub("n", reason), []).append(RejectedFile(image_id, reason))
     return [Rejection(*kind) for kind in sorted(kinds.items(), key=lambda kind: (-len(kind[1]), kind[0]))]
 
 
-def _identical_images(entries: Sequence[Entry], pictures: Sequence[str]) -> list[IdenticalImages]:
+def _identical_images(entries: Sequence[Entry], pixel_hashes: Sequence[str]) -> list[IdenticalImages]:
     groups: dict[str, list[Entry]] = {}
-    for entry, picture in sorted(zip(entries, pictures, strict=True), key=lambda pair: pair[0].image_id):
-        groups.setdefault(picture, []).append(entry)
+    for entry, digest in sorted(zip(entries, pixel_hashes, strict=True), key=lambda pair: pair[0].image_id):
+        groups.setdefault(digest, []).append(entry)
     return [
         IdenticalImages(
             image_ids=[entry.image_id for entry in group],
@@ -222,12 +225,14 @@ def _identical_images(entries: Sequence[Entry], pictures: Sequence[str]) -> list
 
 
 def _ages(entries: Sequence[Entry]) -> Ages:
-    known = [entry.age for entry in entries if 0 <= entry.age <= OLDEST]
+    known = [entry.age for entry in entries if 0 <= entry.age <= MAX_PLAUSIBLE_AGE]
     decades = Counter(age // 10 for age in known)
     spanned = range(min(decades), max(decades) + 1) if decades else ()
     return Ages(
         unknown=sum(entry.age < 0 for entry in entries),
-        implausible=dict(sorted((entry.image_id, entry.age) for entry in entries if entry.age > OLDEST)),
+        implausible=dict(
+            sorted((entry.image_id, entry.age) for entry in entries if entry.age > MAX_PLAUSIBLE_AGE)
+        ),
         quantiles=_quantiles(known),
         decades={f"{i * 10}-{i * 10 + 9}": decades[i] for i in spanned},
     )
@@ -235,14 +240,14 @@ def _ages(entries: Sequence[Entry]) -> Ages:
 
 def _patients(entries: Sequence[Entry], sources: Mapping[str, int]) -> Patients:
     images = Counter(entry.patient for entry in entries).values()
-    return Patients(len(images), max(images, default=0), _numbers(images), dict(sources))
+    return Patients(len(images), max(images, default=0), _number_counts(images), dict(sources))
 
 
-def _annotated(entries: Sequence[Entry], overlapping: Sequence[str]) -> Annotated:
+def _annotated(entries: Sequence[Entry], overlapping: Sequence[str]) -> AnnotationStatistics:
     positives = [entry for entry in entries if entry.area_px > 0]
-    return Annotated(
+    return AnnotationStatistics(
         positives=len(positives),
-        annotations_per_positive=_numbers(entry.annotations for entry in positives),
+        annotations_per_positive=_number_counts(entry.annotations for entry in positives),
         area_px=_quantiles([entry.area_px for entry in positives]),
         area_share=_quantiles([entry.area_px / (entry.rows * entry.columns) for entry in positives]),
         overlapping=sorted(set(overlapping)),

@@ -31,9 +31,11 @@ from pneumo_experiments.stages.train import clear_checkpoints, train
 def main(settings: Main) -> ScoreResult:
     """Preprocess, search, train, score, submit and register; returns the final scores."""
     with tracking.run("main", settings):
-        is_synthetic = settings.source.dicom_dir is None
-        if is_synthetic:
+        dicom_dir = settings.source.dicom_dir
+        if dicom_dir is None:
             settings = _with_sample(settings)
+        elif not dicom_dir.exists():
+            raise UserError(f"dicom_dir={dicom_dir}: no such folder; name the one that holds the .dcm files")
         elif settings.source.rle_csv is None:
             raise UserError(
                 "rle_csv: none given; the chain trains, so it needs dicom_dir's annotations (train-rle.csv)"
@@ -77,12 +79,12 @@ def main(settings: Main) -> ScoreResult:
         if settings.test_dir is not None:
             score(replace(scoring, dicom_dir=settings.test_dir, submission=submission))
         version = register(Register(model=model, registry=settings.registry))
-        source = "Synthetic sample" if is_synthetic else settings.source.dicom_dir
+        source = dicom_dir or "Synthetic sample"
         tracking.describe(
             f"{source}: {settings.recipe.network.network} at {settings.format.image_size} px.\n"
             f"{scores_line(result.scores)}."
         )
-        _print_summary(result, version, settings, is_synthetic)
+        _print_summary(result, version, settings, is_synthetic=dicom_dir is None)
     clear_checkpoints(training)
     return result
 

@@ -1,4 +1,4 @@
-"""Entry point ``preprocess``: DICOM files and run lengths into one HDF5 data set, and a report on them."""
+"""Entry point ``preprocess``: DICOM files and run lengths to one HDF5 data set, with a report on them."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from tqdm import tqdm
 
 from pneumo_experiments import tracking
 from pneumo_experiments.dataset.annotations import ANNOTATIONS, read_annotations, read_table
-from pneumo_experiments.dataset.hdf5 import Dataset, write_dataset
-from pneumo_experiments.dataset.packed import Packed, salted
+from pneumo_experiments.dataset.hdf5 import Dataset
+from pneumo_experiments.dataset.hdf5_writer import DatasetWriter
+from pneumo_experiments.dataset.packed import salted
 from pneumo_experiments.dataset.patients import Grouping, count_sources, describe_sources, source_of
-from pneumo_experiments.dataset.shards import Recipe, Result, is_made, make_jobs, results
+from pneumo_experiments.dataset.shards import FileResult, ShardSettings, is_finished, make_jobs, results
 from pneumo_experiments.dicom.archive import Archive, Member, open_archive, read_member
 from pneumo_experiments.dicom.workers import available_cores
 from pneumo_experiments.errors import Rejected, UserError, reason_of
@@ -24,57 +25,60 @@ from pneumo_experiments.experiment.data_report import build_report, log_existing
 from pneumo_experiments.experiment.grouping import SOURCES, make_grouping, warn_about_grouping
 from pneumo_experiments.locks import LOCK, work_folder
 from pneumo_experiments.report.statistics import Report
-from pneumo_experiments.report.summary import many
+from pneumo_experiments.report.summary import plural
 from pneumo_experiments.settings import NONE, Preprocess
 
-# What a data set was made from, as its file keeps it, and how a difference is called.
+# The inputs that a data set records in its settings, and their names in messages.
 FILES = "files"
-MADE_FROM = {
+RECORDED_INPUTS = {
     "image_size": "image_size",
     "pixel_dtype": "pixel_dtype",
     "max_pixels": "max_pixels",
-    "rle_csv": "the annotations",
-    "patients_csv": "the patients",
+    "rle_csv": "annotations",
+    "patients_csv": "patients",
     "salt": "PNEUMO_PATIENT_SALT",
 }
 
 
 @dataclass(frozen=True)
-class Source:
-    """Everything that the data set is made from; the members are those that it should hold."""
+class PreprocessInputs:
+    """Everything that determines the data set; ``members`` are the files to read."""
 
     archive: Archive
     annotations: dict[str, list[str]] | None
     patients: Grouping
     members: tuple[Member, ...]
-    made_from: dict[str, str]
+    recorded: dict[str, str]
 
     @property
     def stamp(self) -> str:
-        """Changes when a file's size or time of change does."""
+        """Digest that changes with the size or modification time of a file."""
         return _digest(f"{m.image_id} {m.size} {m.stamp}" for m in self.members)
 
 
 def preprocess(settings: Preprocess) -> Path:
-    """Writes the data set, or keeps one made from the same files and settings; returns its path.
+    """Writes the data set unless it exists, made from the same files and settings; returns its path.
 
-    What an interrupted run had finished is kept beside the data set and used.
+    Continues an interrupted run.
     """
     with tracking.run("preprocess", settings):
-        source = _source(settings)
-        if _is_there(settings, source) and not _work_folder(settings).exists():
-            print(f"preprocess: {settings.dataset} is there already, from the same files and settings")
+        inputs = _read_inputs(settings)
+        if _is_up_to_date(settings, inputs) and not _work_folder(settings).exists():
+            print(f"preprocess: {settings.dataset} exists already, from the same files and settings")
             log_existing_report(settings.dataset)
         else:
-            _write(settings, source)
-        _describe(settings.dataset, source.patients)
+            _write(settings, inputs)
+        _describe(settings.dataset, inputs.patients)
     return settings.dataset
 
 
-def _source(settings: Preprocess) -> Source:
+def _read_inputs(settings: Preprocess) -> PreprocessInputs:
     if settings.source.dicom_dir is None:
         raise UserError("dicom_dir: none given; name the folder that holds the DICOM files")
-    archive = open_archive(settings.source.dicom_dir)
+    try:
+        archive = open_archive(settings.source.dicom_dir)
+    except UserError as error:
+        raise UserError(f"dicom_dir={error}") from None
     annotations, digest = None, NONE
     if settings.source.rle_csv is not None:
         content = read_table(settings.source.rle_csv, ANNOTATIONS)
@@ -85,70 +89,72 @@ def _source(settings: Preprocess) -> Source:
     if annotations is not None and not archive.image_ids & set(annotations):
         raise UserError(
             f"rle_csv={settings.source.rle_csv}: names none of the {len(archive.image_ids)} files in"
-            f" {settings.source.dicom_dir}; name the table and the folder that belong together"
+            f" {settings.source.dicom_dir}; name a table and a folder that belong together"
         )
     members = tuple(m for m in archive.members if annotations is None or m.image_id in annotations)
     patients = make_grouping(settings.source.patients_csv, [member.image_id for member in members])
-    made_from = {
+    recorded = {
         "image_size": str(settings.format.image_size),
-        "pixel_dtype": settings.format.pixel_dtype,
+        "pixel_dtype": str(settings.format.pixel_dtype),
         "max_pixels": str(settings.reading.max_pixels),
+        "rle_csv": digest,
+        "patients_csv": patients.digest,
+        "salt": salted("salt"),
     }
-    made_from |= {"rle_csv": digest, "patients_csv": patients.digest, "salt": salted("salt")}
-    return Source(archive, annotations, patients, members, made_from)
+    return PreprocessInputs(archive, annotations, patients, members, recorded)
 
 
-def _is_there(settings: Preprocess, source: Source) -> bool:
-    """Whether the same data set stands already; refuses to replace another one unasked."""
+def _is_up_to_date(settings: Preprocess, inputs: PreprocessInputs) -> bool:
+    """Whether the data set exists with these inputs; UserError for another one without ``overwrite``."""
     path = settings.dataset
     if not path.exists():
         return False
     try:
         with Dataset.open(path) as dataset:
-            differing = _differing(dataset.settings, settings, source)
-            if not differing:
+            differences = _differences(dataset.settings, settings, inputs)
+            if not differences:
                 dataset.verify()
     except UserError as error:
         if settings.overwrite:
-            print(f"preprocess: makes it anew: {error}")
+            print(f"preprocess: overwriting: {error}")
             return False
         raise
-    if differing and not settings.overwrite:
+    if differences and not settings.overwrite:
         raise UserError(
-            f"dataset={path}: was made with {', '.join(differing)};"
+            f"dataset={path}: was made with {', '.join(differences)};"
             " overwrite=true replaces it, another dataset=… keeps it"
         )
-    return not differing
+    return not differences
 
 
-def _differing(there: Mapping[str, str], settings: Preprocess, source: Source) -> list[str]:
-    """In what the data set that stands there is another one; empty where it is the same."""
-    differing = [
-        _difference(name, str(there.get(name)), source.made_from[name])
-        for name in MADE_FROM
-        if there.get(name) != source.made_from[name]
+def _differences(recorded: Mapping[str, str], settings: Preprocess, inputs: PreprocessInputs) -> list[str]:
+    """How the inputs recorded in an existing data set differ from these; empty if they are the same."""
+    differences = [
+        _describe_difference(name, str(recorded.get(name)), inputs.recorded[name])
+        for name in RECORDED_INPUTS
+        if recorded.get(name) != inputs.recorded[name]
     ]
-    # Files that were only copied or touched are still the same, and a look into them tells.
+    # Copied or touched files have other stamps; only their content decides.
     if (
-        not differing
-        and there.get("stamp") != source.stamp
-        and there.get(FILES) != _contents(source, settings.reading.max_pixels)
+        not differences
+        and recorded.get("stamp") != inputs.stamp
+        and recorded.get(FILES) != _hash_contents(inputs, settings.reading.max_pixels)
     ):
-        differing = ["other DICOM files"]
-    return differing
+        differences = ["other DICOM files"]
+    return differences
 
 
-def _contents(source: Source, max_pixels: int) -> str:
-    """Digest of what is in the files."""
+def _hash_contents(inputs: PreprocessInputs, max_pixels: int) -> str:
+    """Digest of the contents of all files."""
 
-    def content(member: Member) -> str:
+    def file_sha256(member: Member) -> str:
         try:
-            return hashlib.sha256(read_member(source.archive.root, member, max_pixels)).hexdigest()
+            return hashlib.sha256(read_member(inputs.archive.root, member, max_pixels)).hexdigest()
         except Rejected:
             return ""
 
-    bar = tqdm(source.members, desc="compare", unit="file", disable=None, leave=False)
-    return _digest(f"{member.image_id} {content(member)}" for member in bar)
+    bar = tqdm(inputs.members, desc="compare", unit="file", disable=None, leave=False)
+    return _digest(f"{member.image_id} {file_sha256(member)}" for member in bar)
 
 
 def _digest(lines: Iterator[str]) -> str:
@@ -158,16 +164,16 @@ def _digest(lines: Iterator[str]) -> str:
     return digest.hexdigest()
 
 
-def _difference(name: str, there: str, wanted: str) -> str:
-    if name == MADE_FROM[name]:
-        return f"{name} {there}, not {wanted}"
-    if name == "patients_csv" and source_of(there) != source_of(wanted):
-        return f"patients by {source_of(there)}, not by {source_of(wanted)}"
-    return f"other {MADE_FROM[name].removeprefix('the ')}"
+def _describe_difference(name: str, recorded: str, current: str) -> str:
+    if name == RECORDED_INPUTS[name]:
+        return f"{name} {recorded}, not {current}"
+    if name == "patients_csv" and source_of(recorded) != source_of(current):
+        return f"patients by {source_of(recorded)}, not by {source_of(current)}"
+    return f"other {RECORDED_INPUTS[name]}"
 
 
-def _write(settings: Preprocess, source: Source) -> None:
-    """Makes the data set by way of its work folder, and the report; the folder goes when all is done."""
+def _write(settings: Preprocess, inputs: PreprocessInputs) -> None:
+    """Writes the data set and the report; finished shards stay in the work folder until both are written."""
     path, work = settings.dataset, _work_folder(settings)
     if path.is_dir():
         raise UserError(f"dataset={path}: is a folder; name a file, such as {path / 'dataset.h5'}")
@@ -175,13 +181,14 @@ def _write(settings: Preprocess, source: Source) -> None:
         try:
             waiting = f"preprocess: another process writes {path}; waiting until it ends"
             waited = stack.enter_context(work_folder(work, waiting))
-            if waited and {item.name for item in work.iterdir()} == {LOCK} and _is_there(settings, source):
-                print(f"preprocess: {path} is there already, from the same files and settings")
+            nothing_left = {item.name for item in work.iterdir()} == {LOCK}
+            if waited and nothing_left and _is_up_to_date(settings, inputs):
+                print(f"preprocess: {path} exists already, from the same files and settings")
                 log_existing_report(path)
                 return
-            for left in (*work.glob("*.now"), *work.glob("*.part")):
-                left.unlink(missing_ok=True)
-            report = _make(settings, source, work)
+            for leftover in (*work.glob("*.now"), *work.glob("*.part")):
+                leftover.unlink(missing_ok=True)
+            report = _write_dataset(settings, inputs, work)
         except OSError as error:
             raise UserError(
                 f"{path}: cannot be written ({reason_of(error)}); make room or choose another place"
@@ -192,55 +199,53 @@ def _write(settings: Preprocess, source: Source) -> None:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _make(settings: Preprocess, source: Source, work: Path) -> Report:
-    recipe = Recipe(settings.format.image_size, settings.format.pixel_dtype, settings.reading.max_pixels)
-    jobs = make_jobs(source.archive.root, recipe, source.members, source.annotations, source.patients.hashes)
-    made_from = source.made_from | {"stamp": source.stamp}
-    found, report = list[Result](), list[Report]()
-
-    def packed() -> Iterator[Packed]:
-        kept = sum(len(job.members) for job in jobs if is_made(job, work))
-        if kept:
-            print(f"preprocess: goes on: {kept} of {len(source.members)} files are read already")
-        total = len(source.members)
-        with tqdm(total=total, initial=kept, desc="preprocess", unit="image", disable=None) as bar:
-            for number, result in enumerate(
-                results(jobs, work, settings.reading.workers or available_cores())
-            ):
-                bar.update(number >= kept)
-                found.append(result.without_chunks())
-                if result.packed is not None:
-                    yield result.packed
-        made_from[FILES] = _digest(f"{result.image_id} {result.content}" for result in found)
-        report.append(build_report(source.archive, source.annotations, source.patients, found))
-        made_from[SOURCES] = describe_sources(report[0].patients.sources)
-        _refuse_too_many(settings, report[0])
-
-    write_dataset(
-        settings.dataset,
-        packed(),
-        image_size=settings.format.image_size,
-        pixel_dtype=settings.format.pixel_dtype,
-        settings=made_from,
-        labelled=source.annotations is not None,
-        work=work,
+def _write_dataset(settings: Preprocess, inputs: PreprocessInputs, work: Path) -> Report:
+    shard_settings = ShardSettings(
+        settings.format.image_size, settings.format.pixel_dtype, settings.reading.max_pixels
     )
-    return report[0]
+    jobs = make_jobs(
+        inputs.archive.root, shard_settings, inputs.members, inputs.annotations, inputs.patients.hashes
+    )
+    total, finished = len(inputs.members), sum(len(job.members) for job in jobs if is_finished(job, work))
+    if finished:
+        print(f"preprocess: continuing: {finished} of {total} files are read already")
+    processed = list[FileResult]()
+    with (
+        DatasetWriter.create(
+            settings.dataset,
+            image_size=settings.format.image_size,
+            pixel_dtype=settings.format.pixel_dtype,
+            labelled=inputs.annotations is not None,
+            work=work,
+        ) as writer,
+        tqdm(total=total, initial=finished, desc="preprocess", unit="image", disable=None) as bar,
+    ):
+        for result in results(jobs, work, settings.reading.workers or available_cores()):
+            processed.append(result.without_chunks())
+            bar.update(len(processed) > finished)
+            if result.packed is not None:
+                writer.append(result.packed)
+        report = build_report(inputs.archive, inputs.annotations, inputs.patients, processed)
+        _refuse_too_many_rejected(settings, report)
+        contents = _digest(f"{result.image_id} {result.content}" for result in processed)
+        sources = describe_sources(report.patients.sources)
+        writer.finish(inputs.recorded | {"stamp": inputs.stamp, FILES: contents, SOURCES: sources})
+    return report
 
 
 def _work_folder(settings: Preprocess) -> Path:
     return settings.dataset.with_name(settings.dataset.name + ".work")
 
 
-def _refuse_too_many(settings: Preprocess, report: Report) -> None:
-    """Fails where more than max_rejected was rejected, or all; leaves the report behind."""
+def _refuse_too_many_rejected(settings: Preprocess, report: Report) -> None:
+    """Raises UserError if more than max_rejected or all files were rejected; writes the report first."""
     used, rejected = report.outcome.used, report.outcome.rejected
     if used and rejected <= settings.reading.max_rejected * (used + rejected):
         return
-    where = write_report(settings.dataset, report, None)
+    page = write_report(settings.dataset, report, None)
     first = report.rejected[0].files[0]
     culprit = f"dicom_dir={settings.source.dicom_dir}"
-    example = f"for example {first.image_id}: {first.reason}; the report: {where}"
+    example = f"for example {first.image_id}: {first.reason}; see the report {page}"
     if not used:
         raise UserError(f"{culprit}: no file can be used, {example}")
     raise UserError(
@@ -251,7 +256,7 @@ def _refuse_too_many(settings: Preprocess, report: Report) -> None:
 
 
 def _describe(path: Path, grouping: Grouping) -> None:
-    """The data set's numbers, in the active run and on the terminal."""
+    """Logs and prints the numbers of the data set."""
     with Dataset.open(path) as dataset:
         entries, fingerprint = dataset.entries, dataset.fingerprint
         positives = sum(entry.area_px > 0 for entry in entries)
@@ -260,9 +265,10 @@ def _describe(path: Path, grouping: Grouping) -> None:
         tracking.log_params({"images": len(entries), "positives": positives, "patients": patients})
         labels = f"{positives:,} with pneumothorax" if dataset.labelled else "without labels"
         size = dataset.image_size
-        told = describe_sources(count_sources(entries, grouping))
-        tracking.log_params({"patients_from": told})
+        sources = describe_sources(count_sources(entries, grouping))
+        tracking.log_params({"patients_from": sources})
         warn_about_grouping(dataset)
-    line = f"{many(len(entries), 'image')} of {many(patients, 'patient')} ({told}), {labels}, at {size} px"
+    images = f"{plural(len(entries), 'image')} of {plural(patients, 'patient')} ({sources})"
+    line = f"{images}, {labels}, at {size} px"
     tracking.describe(f"{line}.\nFile {path}, fingerprint {fingerprint[:16]}.")
     print(f"preprocess: {line}: {path}")

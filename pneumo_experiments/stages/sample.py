@@ -8,25 +8,21 @@ from tqdm import tqdm
 
 from pneumo_experiments import tracking
 from pneumo_experiments.settings import Sample
-from pneumo_experiments.synthetic.files import is_sample, write_sample
+from pneumo_experiments.synthetic.kaggle_layout import is_sample, write_sample
 
 
 def sample(settings: Sample) -> Path:
-    """Writes the sample, or keeps one that the same settings made; returns its folder."""
-    folder = settings.output_dir
-    with tracking.run(
-        "sample", settings, f"{settings.size.images} labelled synthetic radiographs in {folder}."
-    ):
-        total, written = settings.size.images + settings.size.test_images, False
-        if not is_sample(folder, settings.size.images, settings.size.test_images, settings.seed):
+    """Writes the sample unless the folder has one with the same settings; returns the folder."""
+    folder, size = settings.output_dir, settings.size
+    total, written = size.images + size.test_images, False
+    with tracking.run("sample", settings, f"{size.images} labelled synthetic radiographs in {folder}."):
+        if not is_sample(folder, size.images, size.test_images, settings.seed):
             with tqdm(total=total, desc="sample", unit="image", disable=None) as bar:
 
                 def advance() -> None:
                     bar.update()
 
-                written = write_sample(
-                    folder, settings.size.images, settings.size.test_images, settings.seed, advance
-                )
-        found = f"{total} synthetic radiographs in {folder}" if written else f"{folder} is there already"
-        print(f"sample: {found}")
+                written = write_sample(folder, size.images, size.test_images, settings.seed, advance)
+        result = f"{total} synthetic radiographs in {folder}" if written else f"{folder} exists already"
+        print(f"sample: {result}")
     return folder

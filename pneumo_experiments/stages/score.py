@@ -15,7 +15,7 @@ from pneumo_experiments import tracking
 from pneumo_experiments.dataset.decoder_pool import File
 from pneumo_experiments.dataset.hdf5 import Dataset
 from pneumo_experiments.dataset.rle import EMPTY
-from pneumo_experiments.dicom.archive import SEVERAL, open_archive, read_member
+from pneumo_experiments.dicom.archive import DIFFERING_FILES, open_archive, read_member
 from pneumo_experiments.dicom.radiograph import MAX_PIXELS
 from pneumo_experiments.errors import Rejected, UserError
 from pneumo_experiments.experiment.scored_images import digests, identity, log_per_image
@@ -140,7 +140,7 @@ def _submit(settings: Score, detector: Detector, folder: Path) -> ScoreResult:
 
     def rows() -> Generator[tuple[str, str]]:
         for image_id in archive.differing:
-            errors.append(f"{image_id}: {SEVERAL}")
+            errors.append(f"{image_id}: {DIFFERING_FILES}")
             yield image_id, EMPTY
         bar = tqdm(total=len(archive.members), desc="submission", unit="image", disable=None)
         with bar, closing(detector.detect(files())) as found:

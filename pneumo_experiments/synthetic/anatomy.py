@@ -1,8 +1,8 @@
 """The geometry of a synthetic chest, with and without a pneumothorax.
 
-Everything is a polygon or a curve, in pixels of the 1024-pixel plate: x from the midline to the right,
-y down. Side -1 is the left of the picture, the patient's right. A pneumothorax is the space between
-the chest wall and the visceral pleura, which is the wall drawn towards the hilum.
+All shapes are polygons or curves in pixels of the 1024-pixel image: x from the midline to the right, y down.
+Side -1 is the left of the image, the patient's right. A pneumothorax is the space between the chest wall and
+the visceral pleura, which is modelled as the wall drawn towards the hilum.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from math import log
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-AREA_PX = (3_000, 160_000)  # least and most that a pneumothorax aims at
-MEDIAN_AREA_PX = 25_000  # 8,630 in the real set; larger here, since the demo learns from tiny images
-# The part of the wall, from the medial apex (0) to the lateral angle (1), that a pneumothorax takes.
+AREA_PX = (3_000, 160_000)  # smallest and largest target area of a pneumothorax
+MEDIAN_AREA_PX = 25_000  # 8,630 in the real set; larger here, since the demo trains on tiny images
+# Where a pneumothorax runs along the wall, from the medial apex (0) to the lateral angle (1).
 REACH = {"apical": (0.03, 0.5), "lateral": (0.38, 0.97), "basal": (0.68, 0.99), "whole": (0.01, 0.99)}
 
 Points = NDArray[np.float64]  # (n, 2): x, y
@@ -25,20 +25,20 @@ Points = NDArray[np.float64]  # (n, 2): x, y
 
 @dataclass(frozen=True)
 class Build:
-    """The measures of one patient's chest."""
+    """The dimensions of one patient's chest."""
 
     half_width: float
     apex: float  # y of the top of the lungs
     dome: float  # y of the right diaphragm
     sulcus: float  # how far the lateral angle lies below the dome
-    heart: float  # reach to the left, as share of half_width
+    heart: float  # extent to the left, as a fraction of half_width
     shoulder: float  # y of the top of the shoulders
     fat: float  # 0 slim to 1
 
 
 @dataclass(frozen=True)
 class Lung:
-    """One half of the chest cavity: its wall from medial apex to lateral angle, the rest, the hilum."""
+    """One half of the chest cavity: wall from medial apex to lateral angle, rest of the outline, hilum."""
 
     side: int
     wall: Points
@@ -52,14 +52,14 @@ class Lung:
 
 @dataclass(frozen=True)
 class Collapse:
-    """A pneumothorax: part of a lung's wall and, point by point, the visceral pleura facing it."""
+    """A pneumothorax: part of the chest wall and, point by point, the visceral pleura opposite."""
 
     side: int
     wall: Points
     pleura: Points
 
     def crescent(self, begin: float = 0, end: float = 1) -> Points:
-        """The polygon between wall and pleura, whole or from one share of its length to another."""
+        """The polygon between wall and pleura, from fraction ``begin`` to ``end`` of its length."""
         part = slice(int(begin * len(self.wall)), int(np.ceil(end * len(self.wall))))
         return np.vstack([self.wall[part], self.pleura[part][::-1]])
 
@@ -87,7 +87,7 @@ def area_px(polygon: Points) -> float:
 
 
 def build(rng: np.random.Generator, sex: str) -> Build:
-    """A patient; women are a little smaller."""
+    """A random patient; women are slightly smaller."""
     return Build(
         half_width=rng.uniform(325, 385) - 15 * (sex == "F"),
         apex=rng.uniform(80, 135),
@@ -100,7 +100,7 @@ def build(rng: np.random.Generator, sex: str) -> Build:
 
 
 def lung(build: Build, side: int, rng: np.random.Generator) -> Lung:
-    """A half of the cavity; the left diaphragm stands lower."""
+    """One half of the chest cavity; the left diaphragm is lower."""
     width, top = build.half_width, build.apex + rng.normal(0, 6)
     dome = build.dome + (rng.uniform(10, 50) if side > 0 else 0)
     tall = dome + build.sulcus - top
@@ -118,10 +118,10 @@ def lung(build: Build, side: int, rng: np.random.Generator) -> Lung:
 
 
 def heart(build: Build, rng: np.random.Generator) -> Points:
-    """Heart and great vessels, reaching further to the patient's left: a closed curve."""
+    """Heart and great vessels, extending further to the patient's left: a closed curve."""
     width, top = build.half_width, build.apex
     tall = build.dome + 20 - top
-    right, reach = rng.uniform(0.19, 0.26), build.heart + rng.normal(0, 0.01)
+    right, left = rng.uniform(0.19, 0.26), build.heart + rng.normal(0, 0.01)
     curve = [
         (0.05, 0.2),
         (-0.13, 0.3),
@@ -132,19 +132,19 @@ def heart(build: Build, rng: np.random.Generator) -> Points:
         (0.2, 1.12),
     ]
     curve += [
-        (reach - 0.06, 1.06),
-        (reach, 0.96),
-        (reach * 0.92, 0.8),
-        (reach * 0.7, 0.62),
+        (left - 0.06, 1.06),
+        (left, 0.96),
+        (left * 0.92, 0.8),
+        (left * 0.7, 0.62),
         (0.26, 0.5),
         (0.19, 0.42),
     ]
-    curve += [(0.17, 0.36), (0.23, 0.3), (0.22, 0.24), (0.14, 0.2), (0.05, 0.2)]  # the aortic knob
+    curve += [(0.17, 0.36), (0.23, 0.3), (0.22, 0.24), (0.14, 0.2), (0.05, 0.2)]  # aortic knob
     return spline([(width * u, top + tall * v) for u, v in curve], 5)
 
 
 def half_body(build: Build, view: str) -> Points:
-    """Right half of the picture's silhouette: neck, shoulder, arm, flank."""
+    """Right half of the body's silhouette: neck, shoulder, arm, flank."""
     neck, slope, flank = 95 + 35 * build.fat, build.shoulder, build.half_width + 25 + 75 * build.fat
     outer = [(neck, -300), (neck, -60), (neck + 8, slope - 120), (neck + 90, slope - 55), (380, slope)]
     outer.append((560, slope + 70))
@@ -157,7 +157,7 @@ def half_body(build: Build, view: str) -> Points:
 
 
 def belly(build: Build) -> Points:
-    """What lies under the diaphragm; higher on the right, where the liver is."""
+    """The abdomen below the diaphragm; higher on the patient's right, where the liver is."""
     flank = build.half_width + 25 + 75 * build.fat
     sides = [
         (-flank, 1300),
@@ -169,7 +169,7 @@ def belly(build: Build) -> Points:
 
 
 def girdle(build: Build, view: str, side: int, lift: float) -> tuple[Points, Points, Points, Points]:
-    """Line of the collar bone, outlines of shoulder blade and head of the arm, line of the upper arm."""
+    """Shoulder girdle: line of the clavicle, outlines of scapula and humeral head, line of the humerus."""
     width, top, slope = build.half_width, build.apex, build.shoulder
     collar = [
         (36, top + 95),
@@ -194,7 +194,7 @@ def girdle(build: Build, view: str, side: int, lift: float) -> tuple[Points, Poi
 def collapses(
     lungs: Sequence[Lung], annotations: int, overlap: bool, rng: np.random.Generator
 ) -> tuple[list[Collapse], list[Points]]:
-    """The collapses of a patient, and the polygons that an annotator outlines: one per annotation.
+    """The pneumothoraces of a patient, and one polygon per annotation.
 
     Overlapping annotations are parts of one crescent; separate ones are pockets, at most four.
     """
@@ -204,7 +204,7 @@ def collapses(
     size = min(max(size, AREA_PX[0]), AREA_PX[1])
     side = int(rng.integers(2))
     if annotations == 1 or overlap:
-        # Small ones stay at the apex: along the whole side they would be hairlines.
+        # Small ones are apical: along the whole side they would be too thin to see.
         mixed = str(rng.choice(["apical", "lateral"]))
         place = "apical" if size < 20_000 else "whole" if size > 60_000 else mixed
         whole = collapse(lungs[side], size, place, rng)
@@ -212,47 +212,47 @@ def collapses(
         return [whole], [whole.crescent(max(0, a - lap), min(1, b + lap)) for a, b in pairwise(cuts.tolist())]
     pockets = [(side, "apical"), (side, "basal"), (1 - side, "apical"), (1 - side, "basal")][:annotations]
     pocket_px = min(max(size / annotations, 2 * AREA_PX[0]), 20_000)
-    found = [collapse(lungs[k], pocket_px, place, rng) for k, place in pockets]
-    return found, [pocket.crescent() for pocket in found]
+    separate = [collapse(lungs[k], pocket_px, place, rng) for k, place in pockets]
+    return separate, [pocket.crescent() for pocket in separate]
 
 
 def collapse(lung: Lung, size: float, place: str, rng: np.random.Generator) -> Collapse:
-    """A pneumothorax of about ``size`` pixels: at most three quarters of the way to the hilum."""
-    begin, end = (share + rng.uniform(-0.01, 0.01) for share in REACH[place])
+    """A pneumothorax of about ``size`` pixels, reaching at most three quarters of the way to the hilum."""
+    begin, end = (fraction + rng.uniform(-0.01, 0.01) for fraction in REACH[place])
     wall = lung.wall[int(begin * len(lung.wall)) : int(end * len(lung.wall))]
     along, peak = np.linspace(0, 1, len(wall)), rng.uniform(0.35, 0.65)
     bulge = np.sin(np.pi / 2 * np.where(along < peak, along / peak, (1 - along) / (1 - peak))) ** 0.6
     bulge *= 1 + 0.08 * np.sin(along * rng.uniform(5, 12) + rng.uniform(0, 6))
     low, high = 0.0, 0.75
-    found = Collapse(lung.side, wall, wall)
-    for _ in range(12):
+    result = Collapse(lung.side, wall, wall)
+    for _ in range(12):  # bisection of the depth
         depth = (low + high) / 2
-        found = Collapse(lung.side, wall, wall + depth * bulge[:, None] * (lung.hilum - wall))
-        low, high = (low, depth) if area_px(found.crescent()) > size else (depth, high)
-    return found
+        result = Collapse(lung.side, wall, wall + depth * bulge[:, None] * (lung.hilum - wall))
+        low, high = (low, depth) if area_px(result.crescent()) > size else (depth, high)
+    return result
 
 
 def vessels(lung: Lung, rng: np.random.Generator) -> list[tuple[Points, float]]:
-    """Branching strokes from the hilum outwards with their widths, the thinnest first."""
+    """Branching vessels from the hilum outwards, with their widths, the thinnest first."""
     count = 10
     place = lung.hilum + rng.normal(0, 1, (count, 2)) * (12, 36)
     angle = np.linspace(-1.7, 1.7, count) + rng.normal(0, 0.2, count)  # 0 is outwards
     width = rng.uniform(5, 12, count)
-    found = list[tuple[Points, float]]()
+    branches = list[tuple[Points, float]]()
     for length in (90, 85, 75, 60):
         reach = length * rng.uniform(0.4, 1.4, (len(angle), 1))
         bend = angle + rng.normal(0, 0.3, len(angle))
         middle = place + reach / 2 * np.stack([lung.side * np.cos(angle), np.sin(angle)], axis=1)
         end = middle + reach / 2 * np.stack([lung.side * np.cos(bend), np.sin(bend)], axis=1)
-        found += zip(np.stack([place, middle, end], axis=1), width.tolist(), strict=True)
+        branches += zip(np.stack([place, middle, end], axis=1), width.tolist(), strict=True)
         place = np.repeat(end, 2, axis=0)
         angle = np.repeat(bend, 2) + np.tile([-0.5, 0.4], len(bend)) * rng.uniform(0.1, 1.4, 2 * len(bend))
         width = np.repeat(width, 2) * rng.uniform(0.5, 0.8, 2 * len(bend))
-    return found[::-1]
+    return branches[::-1]
 
 
 def ribs(build: Build, lung: Lung) -> tuple[list[Points], list[Points]]:
-    """Centre lines of one side's ribs from above: the parts behind the lung and the parts before it."""
+    """Centre lines of one side's ribs, from top to bottom: posterior parts, anterior parts."""
     pitch = (build.dome - build.apex) / 8.4
     outside = lung.wall[28:]  # from the top of the apex down
     back, front = list[Points](), list[Points]()

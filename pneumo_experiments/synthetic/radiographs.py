@@ -1,8 +1,8 @@
 """Synthetic chest radiographs.
 
-A picture is a sum of attenuations along the beam (soft tissue, less the air of the lungs, plus bone)
-under an exposure curve. Only the lung itself tells of a pneumothorax: build, pose, exposure and devices
-are drawn alike for all.
+An image is a sum of attenuations along the beam (soft tissue, minus the air of the lungs, plus bone) under an
+exposure curve. Only the lung differs between images with and without pneumothorax: build, pose, exposure and
+devices have the same distributions.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from pneumo_experiments.synthetic import anatomy
 from pneumo_experiments.synthetic.anatomy import Build, Collapse, Lung, Points, oval, spline
 
 SIDE_PX = 1024
-GRID_PX = 512  # the anatomy is summed here, then enlarged; grain and lettering are native
+GRID_PX = 512  # the anatomy is drawn at this size, then enlarged; noise and text are drawn at full size
 
 Grid = NDArray[np.floating[Any]]  # float32, (GRID_PX, GRID_PX), or coarser until enlarged
-Ink = tuple[Points, int, float]  # points, value 1 to 255, width in pixels (0 fills the polygon)
+Shape = tuple[Points, int, float]  # points, value 1 to 255, width in pixels (0 fills the polygon)
 
 
 @dataclass(frozen=True)
 class SyntheticRadiograph:
-    """A radiograph (1024, 1024), 8-bit, and one boolean mask of that shape per annotation."""
+    """A radiograph, 8-bit (1024, 1024), and one boolean mask of that shape per annotation."""
 
     pixels: NDArray[np.uint8]
     annotations: list[NDArray[np.bool_]]
@@ -36,13 +36,13 @@ class SyntheticRadiograph:
 
 @dataclass(frozen=True)
 class Pose:
-    """How the patient stands before the plate: plate = chest @ turn + shift."""
+    """Position of the patient in the image: image = chest @ turn + shift."""
 
     turn: NDArray[np.float64]
     shift: NDArray[np.float64]
 
     def place(self, points: Points, side_px: int) -> list[float]:
-        """Points of the chest as x, y, x, y, … on a plate of that many pixels."""
+        """Points of the chest as x, y, x, y, … in an image of that many pixels."""
         return ((points @ self.turn + self.shift) * (side_px / SIDE_PX)).ravel().tolist()
 
 
@@ -55,21 +55,21 @@ def draw_radiograph(
     annotations: int = 0,
     overlap: bool = False,
 ) -> SyntheticRadiograph:
-    """A radiograph with that many annotations (0 to 4, 0 is healthy); several overlap or lie apart."""
-    if view == "AP":  # lying or sitting: shallow breath, broad heart
+    """A radiograph with that many annotations (0 to 4, 0 is healthy); several overlap or are separate."""
+    if view == "AP":  # supine or sitting: shallow breath, wide heart
         build = replace(build, dome=build.dome - 60, heart=build.heart + 0.09)
     pose = _pose(rng)
     lungs = [anatomy.lung(build, side, rng) for side in (-1, 1)]
     heart = anatomy.heart(build, rng)
-    # Its own stream, so that the healthy twin of a picture differs in the lung alone.
-    collapses, outlined = anatomy.collapses(lungs, annotations, overlap, rng.spawn(1)[0])
+    # A separate random stream, so that the same image without pneumothorax differs only in the lung.
+    collapses, polygons = anatomy.collapses(lungs, annotations, overlap, rng.spawn(1)[0])
     attenuation = _soft_tissue(build, pose, view, sex, heart, rng)
     attenuation -= _gas(build, pose, rng)
     attenuation += _lungs(pose, lungs, collapses, heart, rng)
     attenuation += _bones(build, pose, view, lungs, rng)
     attenuation += _devices(build, pose, view, rng)
     return SyntheticRadiograph(
-        _expose(attenuation, view, rng), [_mask(pose, polygon, heart) for polygon in outlined]
+        _expose(attenuation, view, rng), [_mask(pose, polygon, heart) for polygon in polygons]
     )
 
 
@@ -80,45 +80,45 @@ def _pose(rng: np.random.Generator) -> Pose:
     return Pose(turn, rng.normal(0, 14, 2) + SIDE_PX / 2 - middle @ turn)
 
 
-def _layer(pose: Pose, inks: Sequence[Ink], blur_px: float = 0, side_px: int = GRID_PX) -> Grid:
-    """Inks, later over earlier, drawn on a square grid and blurred; values in [0, 1]."""
-    picture = Image.new("L", (side_px, side_px))
-    pen = ImageDraw.Draw(picture)
-    for points, value, width in inks:
+def _layer(pose: Pose, shapes: Sequence[Shape], blur_px: float = 0, side_px: int = GRID_PX) -> Grid:
+    """Shapes drawn over each other in order and blurred (side_px, side_px); values in [0, 1]."""
+    image = Image.new("L", (side_px, side_px))
+    pen = ImageDraw.Draw(image)
+    for points, value, width in shapes:
         if width:
             pen.line(pose.place(points, side_px), value, max(1, round(width * side_px / SIDE_PX)))
         else:
             pen.polygon(pose.place(points, side_px), value)
     if blur_px:
-        picture = picture.filter(ImageFilter.GaussianBlur(blur_px * side_px / SIDE_PX))
-    return np.asarray(picture, dtype=np.float32) / 255
+        image = image.filter(ImageFilter.GaussianBlur(blur_px * side_px / SIDE_PX))
+    return np.asarray(image, dtype=np.float32) / 255
 
 
 def _enlarge(layer: Grid) -> Grid:
-    """A coarse layer, smoothly, at GRID_PX: what is blurred widely need not be drawn finely."""
+    """A coarse layer enlarged to GRID_PX: strongly blurred layers need no fine grid."""
     return np.asarray(Image.fromarray(layer).resize((GRID_PX, GRID_PX), Image.Resampling.BILINEAR))
 
 
 def _noise(rng: np.random.Generator, side_px: int) -> Grid:
-    """Smooth noise in [-1, 1] whose grains are GRID_PX / side_px wide."""
-    picture = Image.frombytes("L", (side_px, side_px), rng.bytes(side_px * side_px))
-    smooth = picture.resize((GRID_PX, GRID_PX), Image.Resampling.BICUBIC)
+    """Smooth noise in [-1, 1] with a grain size of GRID_PX / side_px."""
+    image = Image.frombytes("L", (side_px, side_px), rng.bytes(side_px * side_px))
+    smooth = image.resize((GRID_PX, GRID_PX), Image.Resampling.BICUBIC)
     return np.asarray(smooth, dtype=np.float32) / 127.5 - 1
 
 
 def _mask(pose: Pose, polygon: Points, heart: Points) -> NDArray[np.bool_]:
-    """The native mask of an outlined polygon, without what the heart hides."""
-    picture = Image.new("1", (SIDE_PX, SIDE_PX))
-    pen = ImageDraw.Draw(picture)
+    """The native mask of a polygon, without the part that the heart hides."""
+    image = Image.new("1", (SIDE_PX, SIDE_PX))
+    pen = ImageDraw.Draw(image)
     pen.polygon(pose.place(polygon, SIDE_PX), 1)
     pen.polygon(pose.place(heart, SIDE_PX), 0)
-    return np.asarray(picture)
+    return np.asarray(image)
 
 
 def _soft_tissue(
     build: Build, pose: Pose, view: str, sex: str, heart: Points, rng: np.random.Generator
 ) -> Grid:
-    silhouette: list[Ink] = [(anatomy.half_body(build, view) * (side, 1), 255, 0) for side in (-1, 1)]
+    silhouette: list[Shape] = [(anatomy.half_body(build, view) * (side, 1), 255, 0) for side in (-1, 1)]
     midline = np.array([(0.0, -300.0), (0.0, 1300.0)])
     broad = 0.16 + 0.22 * _layer(pose, silhouette, 40, 128) + 0.34 * _layer(pose, silhouette, 120, 128)
     broad += 0.2 * _layer(pose, [(anatomy.belly(build), 255, 0)], 70, 128)
@@ -128,53 +128,53 @@ def _soft_tissue(
     if sex == "F":
         y, size = build.dome - rng.uniform(20, 110), rng.uniform(120, 180)
         x = 0.55 * build.half_width
-        breasts: list[Ink] = [(oval((side * x, y), size, size * 0.8), 255, 0) for side in (-1, 1)]
+        breasts: list[Shape] = [(oval((side * x, y), size, size * 0.8), 255, 0) for side in (-1, 1)]
         fall = (np.linspace(0, SIDE_PX, GRID_PX, dtype=np.float32) - y + size) / (1.6 * size)
         fine += rng.uniform(0.07, 0.15) * _layer(pose, breasts) * np.clip(fall, 0, 1)[:, None]
     return _enlarge(_layer(pose, silhouette, 5, 256)) * (_enlarge(broad) + fine)
 
 
 def _gas(build: Build, pose: Pose, rng: np.random.Generator) -> Grid:
-    """The windpipe, and gas in stomach and bowel."""
+    """Air in the trachea, gas in stomach and bowel."""
     windpipe = np.array([(0.0, -300.0), (0.0, build.apex + 130), (rng.normal(5, 5), build.apex + 220)])
-    inks: list[Ink] = [(windpipe, 170, 40)]
+    shapes: list[Shape] = [(windpipe, 170, 40)]
     for _ in range(rng.integers(1, 6)):
         x, y = rng.uniform(0.1, 0.8) * build.half_width, build.dome + rng.uniform(110, 330)
-        inks.append((oval((x, y), rng.uniform(15, 70), rng.uniform(12, 40)), int(rng.integers(60, 256)), 0))
-    return _enlarge(0.16 * _layer(pose, inks, 9, 256))
+        shapes.append((oval((x, y), rng.uniform(15, 70), rng.uniform(12, 40)), int(rng.integers(60, 256)), 0))
+    return _enlarge(0.16 * _layer(pose, shapes, 9, 256))
 
 
 def _lungs(
     pose: Pose, lungs: list[Lung], collapses: list[Collapse], heart: Points, rng: np.random.Generator
 ) -> Grid:
-    """What air takes from the tissue: less under the heart and in dense lung, most where it is free."""
-    cavity: list[Ink] = [(lung.outline, 255, 0) for lung in lungs]
+    """Attenuation removed by air: less under the heart and in dense lung, most in a pneumothorax."""
+    cavity: list[Shape] = [(lung.outline, 255, 0) for lung in lungs]
     air = _layer(pose, cavity) * (1 - 0.85 * _enlarge(_layer(pose, [(heart, 255, 0)], 7, 256)))
-    hila: list[Ink] = [(oval(lung.hilum - (lung.side * 25, 0), 34, 80), 255, 0) for lung in lungs]
+    hila: list[Shape] = [(oval(lung.hilum - (lung.side * 25, 0), 34, 80), 255, 0) for lung in lungs]
     broad = _enlarge(0.17 * _layer(pose, hila, 40, 128) - 0.3 - 0.2 * _layer(pose, cavity, 60, 128))
     branches = [branch for lung in lungs for branch in anatomy.vessels(lung, rng)]
     vessels = _layer(pose, [(line, int(80 + 14 * width), width) for line, width in branches])
     tissue = 0.13 * vessels + 0.035 * _noise(rng, 20) + 0.03 * _noise(rng, 130)
     darkness = rng.uniform(0.12, 0.18)
-    for collapse in collapses:  # the less air a lung holds, the denser it is
+    for collapse in collapses:  # a collapsed lung is denser
         lung = next(lung for lung in lungs if lung.side == collapse.side)
         density = anatomy.area_px(collapse.crescent()) / 500_000
         tissue += density * _layer(pose, [(lung.outline, 255, 0)])
     if collapses:
-        free = _layer(pose, [(collapse.crescent(), 255, 0) for collapse in collapses])
+        free_air = _layer(pose, [(collapse.crescent(), 255, 0) for collapse in collapses])
         pleura = _layer(pose, [(collapse.pleura, 255, 3) for collapse in collapses])
-        tissue = (1 - free) * tissue - darkness * free + 0.1 * pleura
+        tissue = (1 - free_air) * tissue - darkness * free_air + 0.1 * pleura
     return air * (broad + tissue)
 
 
 def _bones(build: Build, pose: Pose, view: str, lungs: list[Lung], rng: np.random.Generator) -> Grid:
-    back, front, girdle, spine = list[Ink](), list[Ink](), list[Ink](), list[Ink]()
-    lift = rng.uniform(0, 40)  # of the arms, and so of the collar bones
+    back, front, girdle, spine = list[Shape](), list[Shape](), list[Shape](), list[Shape]()
+    lift = rng.uniform(0, 40)  # of the arms, and with them of the clavicles
     for lung in lungs:
         behind, before = anatomy.ribs(build, lung)
         for number, line in enumerate(behind):
             back += [(line, 255 - 14 * number, 24), (line, 150 - 9 * number, 17)]
-        for line in before:  # towards the breastbone rib turns into cartilage
+        for line in before:  # towards the sternum ribs turn into cartilage
             front += [(line, 210, 26), (line, 150, 19), (line[6:], 100, 22), (line[9:], 45, 20)]
         collar, blade, head, arm = anatomy.girdle(build, view, lung.side, lift)
         girdle += [(blade, 60, 0), (blade, 110, 6), (arm, 190, 62), (arm, 120, 50), (head, 150, 0)]
@@ -191,8 +191,8 @@ def _bones(build: Build, pose: Pose, view: str, lungs: list[Lung], rng: np.rando
 
 
 def _devices(build: Build, pose: Pose, view: str, rng: np.random.Generator) -> Grid:
-    """Leads, lines and tubes: common on AP plates, and no hint at a pneumothorax."""
-    inks, likely = list[Ink](), 0.65 if view == "AP" else 0.12
+    """Leads, lines and tubes: common in AP images, independent of pneumothorax."""
+    shapes, likely = list[Shape](), 0.65 if view == "AP" else 0.12
     if rng.random() < likely:  # electrocardiogram
         for side in (-1, 1):
             x, y = side * build.half_width * rng.uniform(0.35, 0.9), rng.uniform(230, 620)
@@ -202,7 +202,7 @@ def _devices(build: Build, pose: Pose, view: str, rng: np.random.Generator) -> G
                 (x + side * rng.uniform(30, 200), y + 250),
                 (side * 400, 1100),
             ]
-            inks += [(spline(lead), 140, 3), (oval((x, y), 9, 9), 255, 0)]
+            shapes += [(spline(lead), 140, 3), (oval((x, y), 9, 9), 255, 0)]
     if rng.random() < likely * 0.8:  # central venous line
         side, top = rng.choice([-1, 1]), build.apex
         line = [
@@ -212,11 +212,11 @@ def _devices(build: Build, pose: Pose, view: str, rng: np.random.Generator) -> G
             (-25, top + 190),
             (-42, 430),
         ]
-        inks.append((spline(line), 150, 4))
+        shapes.append((spline(line), 150, 4))
     if rng.random() < likely * 0.4:  # tracheal tube
         tube = np.array([(4.0, -300.0), (3.0, build.apex + 150)])
-        inks += [(tube, 140, 10), (tube, 50, 5)]
-    return 0.25 * _layer(pose, inks)
+        shapes += [(tube, 140, 10), (tube, 50, 5)]
+    return 0.25 * _layer(pose, shapes)
 
 
 @cache
@@ -225,25 +225,25 @@ def _font(size: int) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
 
 
 def _expose(attenuation: Grid, view: str, rng: np.random.Generator) -> NDArray[np.uint8]:
-    """The plate (1024, 1024): exposure curve, blur, lettering, collimator blades, grain."""
-    grey = 1 - np.exp(-rng.uniform(1.0, 1.35) * np.maximum(attenuation, 0))
+    """The final image (1024, 1024): exposure curve, blur, text, collimator borders, noise."""
+    exposure = 1 - np.exp(-rng.uniform(1.0, 1.35) * np.maximum(attenuation, 0))
     toe = rng.uniform(0.2, 0.8)
-    grey *= 1.5 * (toe + (1 - toe) * grey)
+    exposure *= 1.5 * (toe + (1 - toe) * exposure)
     low, high = rng.uniform(0, 10), rng.uniform(155, 245)
-    picture = Image.fromarray(np.minimum(low + (high - low) * grey, 255).astype(np.uint8))
-    picture = picture.filter(ImageFilter.GaussianBlur(rng.uniform(0.9, 1.3)))
-    picture = picture.resize((SIDE_PX, SIDE_PX), Image.Resampling.BICUBIC)
-    pen = ImageDraw.Draw(picture)
+    image = Image.fromarray(np.minimum(low + (high - low) * exposure, 255).astype(np.uint8))
+    image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0.9, 1.3)))
+    image = image.resize((SIDE_PX, SIDE_PX), Image.Resampling.BICUBIC)
+    pen = ImageDraw.Draw(image)
     pen.text((rng.uniform(900, 970), rng.uniform(30, 140)), "L", 250, _font(40))
     if view == "AP":
         pen.text((rng.uniform(800, 850), rng.uniform(190, 240)), "AP PORTABLE", 235, _font(20))
-    if rng.random() < 0.4:  # collimator blades, rarely the bare plate
+    if rng.random() < 0.4:  # dark collimator borders, rarely bright ones
         left, top, right, bottom = rng.integers(1, 45, 4).tolist()
         inside = (left, top, SIDE_PX - right, SIDE_PX - bottom)
-        framed = Image.new("L", picture.size, int(rng.choice([0, 0, 0, 245])))
-        framed.paste(picture.crop(inside), inside)
-        picture = framed
+        framed = Image.new("L", image.size, int(rng.choice([0, 0, 0, 245])))
+        framed.paste(image.crop(inside), inside)
+        image = framed
     swing = int(rng.integers(6, 16))
-    grain = Image.frombytes("L", picture.size, rng.bytes(SIDE_PX * SIDE_PX))
+    grain = Image.frombytes("L", image.size, rng.bytes(SIDE_PX * SIDE_PX))
     grain = grain.point([value * swing >> 8 for value in range(256)])
-    return np.asarray(ImageChops.add(picture, grain, 1, -(swing // 2)))
+    return np.asarray(ImageChops.add(image, grain, 1, -(swing // 2)))

@@ -1,7 +1,7 @@
-"""A synthetic data set in the layout of the SIIM-ACR task on Kaggle.
+"""Writes a synthetic data set in the layout of the SIIM-ACR task on Kaggle.
 
 dicom-images-train/<study>/<series>/<UID>.dcm    dicom-images-test/ID_xxxxxxxxx.dcm
-train-rle.csv                                    sample.json (the settings that made it)
+train-rle.csv                                    sample.json (its settings)
 """
 
 from __future__ import annotations
@@ -31,25 +31,25 @@ from pneumo_experiments.locks import LOCK, work_folder
 from pneumo_experiments.synthetic.anatomy import build
 from pneumo_experiments.synthetic.radiographs import draw_radiograph
 
-FORMAT = 1  # raise it when a seed gives other bytes than before
-POSITIVE_SHARE = 0.3
-IMAGES_PER_PATIENT = (0.55, 0.25, 0.12, 0.08)  # share of the patients with 1, 2, 3, 4 images
-SEVERAL = (
+FORMAT = 1  # increase it when a seed gives different bytes than before
+POSITIVE_FRACTION = 0.3
+IMAGES_PER_PATIENT = (0.55, 0.25, 0.12, 0.08)  # fraction of the patients with 1, 2, 3, 4 images
+MULTIPLE_ANNOTATIONS = (
     (2, True),
     (2, False),
     (3, True),
     (3, False),
-)  # annotations, overlapping: in turn, every fourth positive
-SERIAL_IMAGES = 20  # fewer are written before worker processes have started
+)  # (annotations, overlapping): every fourth positive takes the next of these
+SERIAL_IMAGES = 20  # up to this number, starting worker processes takes longer than writing
 JPEG_QUALITY = 88
-OUR_UID = UID("2.25.226184077938124406379519113107846412253")  # as the program that wrote the files
+OUR_UID = UID("2.25.226184077938124406379519113107846412253")  # of the program that wrote the files
 
-PLAN, PATIENT, PICTURE = 1, 2, 3  # streams of randomness under one seed
+PLAN, PATIENT, IMAGE = 1, 2, 3  # random streams under one seed
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What one file shows; its place is ``number``, training images first."""
+    """Content of one file; ``number`` counts training images first."""
 
     number: int
     test: bool
@@ -69,10 +69,11 @@ def write_sample(
     progress: Callable[[], None] = lambda: None,
     workers: int | None = None,
 ) -> bool:
-    """Write the data set to a new or empty folder, all or nothing; ``progress`` is called once per image.
+    """Writes the data set to a new or empty folder, all or nothing; calls ``progress`` once per image.
 
-    A seed gives the same bytes whatever the number of workers (None: as many as pay). Waits for another
-    process that writes the folder; False where that one has written the same.
+    A seed gives the same bytes for any number of workers (None: chosen by the number of images). Waits for
+    another process that writes the folder; returns False if that process has written the same data set.
+    Raises UserError if the folder is not empty or cannot be written.
     """
     _refuse_to_replace(folder)
     part = folder.with_name(folder.name + ".part")
@@ -89,7 +90,7 @@ def write_sample(
             except BaseException:
                 shutil.rmtree(part, ignore_errors=True)
                 raise
-            (folder / LOCK).unlink()  # only now: a process that waits would take the folder for its own
+            (folder / LOCK).unlink()  # last, since a waiting process would take over an unlocked folder
             return True
     except OSError as error:
         raise UserError(f"{folder}: cannot be written ({reason_of(error)}); name another folder") from error
@@ -97,13 +98,13 @@ def write_sample(
 
 def _refuse_to_replace(folder: Path) -> None:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder}: exists and is not an empty folder; name another one or remove it")
+        raise UserError(f"{folder}: exists and is not an empty folder; remove it or name another one")
 
 
 def _write(
     part: Path, images: int, test_images: int, seed: int, progress: Callable[[], None], workers: int | None
 ) -> None:
-    """Fills the folder, which may hold what a killed process left."""
+    """Fills the folder, which may contain leftovers of a killed process."""
     for name in ("dicom-images-train", "dicom-images-test"):
         shutil.rmtree(part / name, ignore_errors=True)
         (part / name).mkdir()
@@ -117,7 +118,7 @@ def _write(
 
 
 def is_sample(folder: Path, images: int, test_images: int, seed: int) -> bool:
-    """Whether the folder holds the finished data set that ``write_sample`` makes of these settings."""
+    """Whether the folder contains the complete data set that ``write_sample`` writes for these settings."""
     try:
         return json.loads((folder / "sample.json").read_bytes()) == _settings(images, test_images, seed)
     except (OSError, ValueError):
@@ -125,7 +126,7 @@ def is_sample(folder: Path, images: int, test_images: int, seed: int) -> bool:
 
 
 def plan(images: int, test_images: int, seed: int) -> list[Plan]:
-    """What each file is to show; no patient has both training and test images."""
+    """Content of each file; no patient has both training and test images."""
     rng = np.random.default_rng([seed, PLAN])
     plans = list[Plan]()
     for test, count in ((False, images), (True, test_images)):
@@ -141,10 +142,10 @@ def plan(images: int, test_images: int, seed: int) -> list[Plan]:
 
 
 def _findings(count: int, rng: np.random.Generator) -> list[tuple[int, bool]]:
-    """Number of annotations, and whether they overlap, of that many images in random order."""
+    """Number of annotations and whether they overlap, for ``count`` images in random order."""
     positives = [
-        SEVERAL[k // 4 % len(SEVERAL)] if k % 4 == 1 else (1, False)
-        for k in range(round(POSITIVE_SHARE * count))
+        MULTIPLE_ANNOTATIONS[k // 4 % len(MULTIPLE_ANNOTATIONS)] if k % 4 == 1 else (1, False)
+        for k in range(round(POSITIVE_FRACTION * count))
     ]
     findings = positives + [(0, False)] * (count - len(positives))
     return [findings[k] for k in rng.permutation(count)]
@@ -157,7 +158,7 @@ def _settings(images: int, test_images: int, seed: int) -> dict[str, int]:
 def _write_images(
     folder: Path, plans: list[Plan], seed: int, workers: int | None
 ) -> Iterator[tuple[str, list[str]]]:
-    """Image id and rows of each plan, in order, as its file is written."""
+    """Writes the files; image id and run-length texts of each, in order."""
     write = partial(_write_image, folder, seed)
     if workers is None:
         workers = available_cores() if len(plans) >= SERIAL_IMAGES else 1
@@ -170,7 +171,7 @@ def _write_images(
 
 def _write_image(folder: Path, seed: int, plan: Plan) -> tuple[str, list[str]]:
     """Write one DICOM file; its image id and its rows of the CSV (none for a test image)."""
-    rng = np.random.default_rng([seed, PICTURE, plan.number])
+    rng = np.random.default_rng([seed, IMAGE, plan.number])
     patient_rng = np.random.default_rng([seed, PATIENT, plan.patient])
     patient_id = str(_uuid(patient_rng))
     study, series, uid = (UID(f"2.25.{_uuid(rng).int}") for _ in range(3))

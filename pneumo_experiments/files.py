@@ -1,0 +1,28 @@
+"""Writes files so that they appear complete or not at all."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Generator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+SUFFIX = ".part"  # of temporary files
+
+
+@contextmanager
+def write_atomically(path: Path, folder: Path | None = None) -> Generator[Path]:
+    """Yields the path of a temporary file for the block to write; it then replaces ``path``.
+
+    The temporary file is in ``folder``, which must be on the file system of ``path``, or beside ``path``. Its
+    name is unique and ends in ``.part``. If the block raises, it is removed and ``path`` stays as it was.
+    Only kill -9 leaves a temporary file behind.
+    """
+    temporary = (folder or path.parent) / f"{path.name}.{uuid.uuid4().hex[:8]}{SUFFIX}"
+    try:
+        yield temporary
+        temporary.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
