@@ -324,7 +324,7 @@ def test_a_data_set_file_that_cannot_be_used_is_named(
     [
         (["--folds", "50"], "folds=50 and a holdout: needs 51 patients, the data set has"),
         (["--fold", "5"], "fold=5: does not exist; set fold from 0 to 4"),
-        (["--holdout", "1"], "holdout=1: out of range of the patients"),
+        (["--holdout", "1"], "holdout=1: out of range"),
         (["--weights", "missing.pt"], "weights=missing.pt: no such file"),
         (["--weights", "rubbish.pt"], "weights=rubbish.pt: not a state dict"),
         (["--precision", "fp16", "--device", "cpu"], "precision=fp16: not on a CPU"),

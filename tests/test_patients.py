@@ -173,7 +173,7 @@ def test_by_default_the_shipped_table_tells_of_its_images_and_patient_id_of_the_
     assert run.data.params["patients_from"] == line
     assert line in run.data.tags["mlflow.note.content"]
     page = (desk / "d.report.html").read_text()
-    card = page.split("<h3>Patients told by</h3>")[1].split("</section>")[0]
+    card = page.split("<h3>Source of the patients</h3>")[1].split("</section>")[0]
     assert [card.count(f"<th scope=row>{name}</th>") for name in told] == [1, 1, 1]
     assert warnings_of(caplog) == []
 
@@ -236,7 +236,7 @@ def test_images_that_each_count_as_a_patient_are_a_warning_once_for_preprocess_a
     assert told.startswith(
         f"Warning: dataset={desk / 'alone.h5'}: each of the 12 images counts as a separate patient"
     )
-    assert told.endswith("name the patients in patients_csv")
+    assert told.endswith("name them in patients_csv")
     with Dataset.open(desk / "alone.h5") as dataset:
         for fold in range(5):
             make_split(dataset, SplitSettings(fold=str(fold)))
