@@ -1,1 +1,1 @@
-"""One file per entry point, named after it; only these hand results to tracking."""
+"""One file per entry point, named after it: opens the run, calls the rooms below, prints the result."""
