@@ -36,7 +36,7 @@ from pneumo_experiments.learning.loss import RunningMeans  # noqa: E402
 from pneumo_experiments.learning.network import PneumothoraxNet, build  # noqa: E402
 from pneumo_experiments.learning.predict import Predictor  # noqa: E402
 from pneumo_experiments.learning.trainer import Trainer  # noqa: E402
-from pneumo_experiments.settings import Device, Recipe, Score, Search, Train  # noqa: E402
+from pneumo_experiments.settings import Device, Recipe, Score, Search, Train, flat  # noqa: E402
 from pneumo_experiments.stages.score import score  # noqa: E402
 from pneumo_experiments.stages.search import search  # noqa: E402
 from pneumo_experiments.stages.train import train  # noqa: E402
@@ -131,9 +131,10 @@ def test_when_memory_runs_out_fewer_images_pass_at_once(
 
 def test_a_search_runs_its_trials(settings: Train) -> None:
     names = ("dataset", "network", "weights", "batch_size")
-    shared = {name: getattr(settings, name) for name in names}
+    shared = {name: flat(settings)[name] for name in names}
     result = search(make(Search, **shared, search_epochs=1, trials=2))
-    assert set(result.loss_weights) == {"bce_weight", "dice_weight", "focal_weight"}
+    assert 0.1 <= result.loss.bce_weight <= 3
+    assert result.loss.aux_weight == settings.recipe.loss.aux_weight
 
 
 def test_a_model_scores_writes_a_submission_and_predicts_dicom_bytes(settings: Train, dataset: Path) -> None:

@@ -270,7 +270,7 @@ def test_a_training_goes_on_in_no_run_that_has_finished(
     dataset: Path, desk: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     settings = settings_of(dataset)
-    train(settings, keep=True)
+    train(settings, keep_checkpoint=True)
     train(settings)
     assert "continues after epoch 1 of 1" in capsys.readouterr().out
     one, two = runs("train")

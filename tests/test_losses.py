@@ -258,8 +258,8 @@ def test_every_term_is_returned_unweighted_under_its_name() -> None:
     total = aux = 0.0
     for name, loss in by_name.items():
         assert terms[f"loss_{name}"].item() == loss(output.mask, target).item()
-        total += getattr(EVERY_TERM, f"{name}_weight") * loss(output.mask, target).item()
-        aux += getattr(EVERY_TERM, f"{name}_weight") * loss(output.aux, target).item()
+        total += getattr(EVERY_TERM.loss, f"{name}_weight") * loss(output.mask, target).item()
+        aux += getattr(EVERY_TERM.loss, f"{name}_weight") * loss(output.aux, target).item()
     assert terms["loss_aux"].item() == pytest.approx(aux, rel=1e-5)
     total += 0.4 * aux + 0.7 * terms["loss_presence"].item()
     assert terms["loss"].item() == pytest.approx(total, rel=1e-5)

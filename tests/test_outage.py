@@ -46,7 +46,7 @@ import numpy as np
 from mlflow.exceptions import MlflowException
 from pneumo_experiments import tracking
 from pneumo_experiments.errors import UserError
-from pneumo_experiments.settings import Train
+from pneumo_experiments.settings import Schedule, Train
 from pneumo_experiments.tracking import buffered_client
 
 def wait(word):
@@ -59,7 +59,8 @@ def count_pings(address):
 
 pings, ping, buffered_client.ping = [], buffered_client.ping, count_pings
 buffered_client.RETRY_SECONDS = float(sys.argv[1])
-with tracking.run("train", Train(epochs=9), system_metrics=sys.argv[2] == "sampled") as run_id:
+settings = Train(schedule=Schedule(epochs=9))
+with tracking.run("train", settings, system_metrics=sys.argv[2] == "sampled") as run_id:
     print(run_id)
     tracking.log_metrics({"dice": 0.1, "loss": 0.9}, step=1)
     wait("up")

@@ -374,7 +374,7 @@ def test_with_default_settings_no_real_patient_is_in_two_parts(
     labels: tuple[dict[str, str], dict[str, int]], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     patients, areas = labels
-    grouping = make_grouping(Preprocess().patients_csv, list(patients))
+    grouping = make_grouping(Preprocess().source.patients_csv, list(patients))
     hashes = {name: grouping.hashes.get(name) or hash_patient("", name) for name in patients}
     path = labelled(tmp_path / "all.h5", hashes, areas)
     nih = np.array(list(patients.values()))

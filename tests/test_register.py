@@ -279,5 +279,5 @@ def test_what_was_trained_in_fp16_computes_in_fp32_on_a_cpu_and_says_so(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     assert choose_compute_for("fp16", Device(device="cpu")).precision == "fp32"
-    assert "fp32 is used here" in caplog.text
+    assert "using fp32" in caplog.text
     assert choose_compute_for("fp16", Device(device="cpu", precision="bf16")).precision == "bf16"

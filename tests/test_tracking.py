@@ -28,7 +28,7 @@ from test_outage import TIMEOUT_SECONDS, Server, wait_until
 
 from pneumo_experiments import interrupts, tracking
 from pneumo_experiments.errors import UserError
-from pneumo_experiments.settings import Preprocess, Register, Sample, Score, Search, Train
+from pneumo_experiments.settings import Preprocess, Register, Sample, Score, Search, Train, flat
 from pneumo_experiments.tracking import context
 from pneumo_experiments.tracking.processes import is_dead, process_tags
 
@@ -90,7 +90,7 @@ def test_runs_nest_under_their_step_and_hold_every_setting(store: Store) -> None
     assert runs["trial 0"].data.tags["mlflow.parentRunId"] == runs["search"].info.run_id
     assert "mlflow.parentRunId" not in runs["search"].data.tags
     assert runs["search"].data.tags["mlflow.note.content"] == "Two\nlines."
-    assert set(Search.__dataclass_fields__) <= set(runs["search"].data.params)
+    assert set(flat(Search())) <= set(runs["search"].data.params)
     assert runs["search"].data.params["study"] == "mine"
     assert runs["search"].data.params["path"] == "none"
     assert runs["trial 0"].data.params["epochs"] == "3"
@@ -585,7 +585,7 @@ def test_a_command_ends_with_the_mlflow_run_that_started_it(stopped: dict[str, S
 def test_the_run_that_mlflow_run_created_is_used_and_its_params_stay(stopped: dict[str, Stopped]) -> None:
     (run,) = stopped["kill the starter"].store.runs().values()
     assert run.info.run_name == "sample"
-    expected = {"images": "2e3", "test_images": str(Sample().test_images), "seed": "0"}
+    expected = {"images": "2e3", "test_images": str(Sample().size.test_images), "seed": "0"}
     assert run.data.params == expected | {"output_dir": str(Sample().output_dir)}
 
 

@@ -25,7 +25,7 @@ from pneumo_experiments.dataset.rle import decode
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.learning.checkpoint import Checkpoint
 from pneumo_experiments.scoring.metrics import dice
-from pneumo_experiments.settings import Train
+from pneumo_experiments.settings import Train, flat
 from pneumo_experiments.stages.train import train
 
 
@@ -169,7 +169,7 @@ def test_a_recipe_that_cannot_work_is_named(settings: Train) -> None:
 
 
 def test_under_mlflow_run_a_training_goes_on_in_its_first_run(settings: Train, tmp_path: Path) -> None:
-    words = [f"-P{name}={getattr(settings, name)}" for name in ("dataset", "weights", "threshold_trials")]
+    words = [f"-P{name}={flat(settings)[name]}" for name in ("dataset", "weights", "threshold_trials")]
     words += ["-Pepochs=3", f"-Pcheckpoints={tmp_path / 'checkpoints'}", "-Pprecision=fp32"]
     command = [BIN / "mlflow", "run", ROOT, "-e", "train", "--env-manager", "local", *words]
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"

@@ -37,7 +37,7 @@ def train(settings: Train, keep_checkpoint: bool = False) -> TrainResult:
     """
     if is_launched():
         distributed.init_process_group()
-    with Dataset.open(settings.dataset) as dataset:
+    with _open_dataset(settings) as dataset:
         checkpoints = _checkpoints(settings, dataset) if distributed.is_main_process() else []
         with lock_checkpoints(checkpoints, patience=0 if is_launched() else -1):
             if settings.schedule.processes > 1 and not is_launched():
@@ -52,6 +52,15 @@ def train(settings: Train, keep_checkpoint: bool = False) -> TrainResult:
                 for checkpoint in checkpoints:
                     checkpoint.clear()
     return result
+
+
+def _open_dataset(settings: Train) -> Dataset:
+    """Opens the data set; one that cannot be opened leaves a failed run."""
+    try:
+        return Dataset.open(settings.dataset)
+    except UserError:
+        with tracking.run("train", settings):
+            raise
 
 
 def clear_checkpoints(settings: Train) -> None:
