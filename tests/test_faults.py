@@ -221,11 +221,12 @@ def test_killed_in_a_step_in_validation_and_in_the_checkpoint_a_training_ends_as
             assert run.info.status == "RUNNING"
             assert [step for step, _ in told(run)["val_dice"]] == epochs_told
             (left,) = folder.glob("output/checkpoints/*")
+            sizes = [path.stat().st_size for path in left.glob("*.part")]
             last = Checkpoint(left).last()
             assert last is not None
             assert (last["run_id"], len(last["history"])) == (run.info.run_id, 1)
-    (part,) = left.glob("*.part")
-    assert part.stat().st_size == pytest.approx((left / "last.pt").stat().st_size / 2, rel=0.01)
+            assert not [*left.glob("*.part")]
+    assert sizes == [pytest.approx((left / "last.pt").stat().st_size / 2, rel=0.01)]
 
     train(settings)
     assert "continues after epoch 1 of 3" in capsys.readouterr().out
@@ -374,7 +375,7 @@ def test_a_data_set_of_one_patient_cannot_be_divided_and_says_so(
             train(settings_of(datasets["lonely"], **changes))
         (line,) = str(caught.value).splitlines()
         assert line.startswith(f"folds={changes.get('folds', 5)}")
-        assert "needs 6 patients, the data set has 1" in line
+        assert "patients, the data set has 1" in line
         assert line.endswith("name the patients in patients_csv")
     assert {run.info.status for run in runs()} == {"FAILED"}
     assert not (folder / "output").exists()

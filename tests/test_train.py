@@ -185,7 +185,7 @@ def test_under_mlflow_run_a_training_goes_on_in_its_first_run(settings: Train, t
     assert done.returncode == 0, done.stderr[-3000:]
     assert "train: continues after epoch" in done.stdout + done.stderr
     run, other = runs()
-    assert (run.info.run_name, other.info.run_name) == ("train", "went on in an earlier run")
+    assert (run.info.run_name, other.info.run_name) == ("train", "continued in an earlier run")
     assert run.info.run_id in other.data.tags["mlflow.note.content"]
     assert run.info.status == other.info.status == "FINISHED"
     assert len({m.step for m in MlflowClient().get_metric_history(run.info.run_id, "loss")}) == 3

@@ -13,6 +13,7 @@ import torch
 from filelock import Timeout
 
 from pneumo_experiments.errors import UserError
+from pneumo_experiments.files import SUFFIX, write_atomically
 from pneumo_experiments.locks import LOCK, work_folder
 
 LAST = "last.pt"
@@ -78,17 +79,13 @@ class Checkpoint:
 
     def _remove_all_but(self, epochs: Iterable[int]) -> None:
         names = {_file_name(epoch) for epoch in epochs}
-        for path in self.folder.glob("epoch-*.pt"):
+        for path in [*self.folder.glob("epoch-*.pt"), *self.folder.glob(f"*{SUFFIX}")]:
             if path.name not in names:
                 path.unlink()
 
     def _write(self, name: str, content: dict[str, Any]) -> None:
-        unfinished = self.folder / f"{name}.part"
-        try:
-            torch.save(content, unfinished)
-            unfinished.replace(self.folder / name)
-        finally:
-            unfinished.unlink(missing_ok=True)
+        with write_atomically(self.folder / name) as temporary:
+            torch.save(content, temporary)
 
 
 @contextmanager

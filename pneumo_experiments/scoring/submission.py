@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import uuid
 from collections.abc import Generator, Iterable
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from pneumo_experiments.errors import UserError, reason_of
+from pneumo_experiments.files import write_atomically
 
 HEADER = ("ImageId", "EncodedPixels")
 EMPTY = "-1"
@@ -22,10 +22,20 @@ def write_submission(path: Path, rows: Iterable[tuple[str, str]]) -> int:
     repeated image id, for a file that cannot be written, and as ``refuse_to_replace`` does.
     """
     refuse_to_replace(path)
-    unfinished = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.part")
     with _writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        stream = unfinished.open("x", newline="", encoding="utf-8")
+    with write_atomically(path) as temporary:
+        seen = _write_rows(path, temporary, rows)
+        with _writing(path):
+            refuse_to_replace(path)  # another process may have written it meanwhile
+            with _digests_path(path).open("a", encoding="ascii") as digests:
+                digests.write(_digest(temporary) + "\n")
+    return seen
+
+
+def _write_rows(path: Path, temporary: Path, rows: Iterable[tuple[str, str]]) -> int:
+    with _writing(path):
+        stream = temporary.open("x", newline="", encoding="utf-8")
     seen: set[str] = set()
     try:
         writer = csv.writer(stream, lineterminator="\n")
@@ -38,14 +48,9 @@ def write_submission(path: Path, rows: Iterable[tuple[str, str]]) -> int:
                 writer.writerow((image_id, run_lengths.strip() or EMPTY))
         with _writing(path):
             stream.close()
-            refuse_to_replace(path)  # another process may have written it meanwhile
-            with _digests_path(path).open("a", encoding="ascii") as digests:
-                digests.write(_digest(unfinished) + "\n")
-            unfinished.replace(path)
     finally:
         with suppress(OSError):
             stream.close()
-        unfinished.unlink(missing_ok=True)  # exists only after an error
     return len(seen)
 
 

@@ -13,6 +13,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
+from pneumo_experiments.files import write_atomically
+
 FILE = "calls.jsonl"
 LINE_START = b'{"call": '
 
@@ -64,9 +66,8 @@ def write(folder: Path, calls: Iterable[Call], invalid: Iterable[bytes]) -> None
         path.unlink(missing_ok=True)
         _remove_if_empty(folder)
         return
-    part = path.with_suffix(".part")
-    part.write_bytes(b"".join(line + b"\n" for line in lines))
-    part.replace(path)
+    with write_atomically(path) as temporary:
+        temporary.write_bytes(b"".join(line + b"\n" for line in lines))
 
 
 def copy(folder: Path, path: Path) -> str:
