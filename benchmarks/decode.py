@@ -102,7 +102,7 @@ def main() -> None:
         f"{len(files)} files ({len(contents)} different ones) at {arguments.image_size} px,"
         f" {MAX_DECODERS} decoders,"
     )
-    print(f"{detector.predictor.machine.device.type}; medians of {arguments.repeats}\n")
+    print(f"{detector.predictor.compute.device.type}; medians of {arguments.repeats}\n")
     print("| | in one process | decoders and batches |\n|---|---|---|")
     for name, ways in pairs.items():
         single: list[list[float]] = [[], []]

@@ -132,6 +132,6 @@ def _prepare(
         except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
             reason = " ".join(str(error).split())[:200]
             raise UserError(
-                f"resume=true: the checkpoint does not fit the network ({reason}); resume=false starts anew"
+                f"resume=true: the checkpoint does not fit the network ({reason}); resume=false starts again"
             ) from error
     return trainer

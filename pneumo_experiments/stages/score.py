@@ -54,10 +54,10 @@ def score(settings: Score) -> ScoreResult:
         tracking.log_params({"device_used": str(compute.device), "precision_used": compute.precision})
         if settings.dicom_dir is not None:
             return _submit(settings, detector, settings.dicom_dir)
-        return _judge(settings, detector)
+        return _score_dataset(settings, detector)
 
 
-def _judge(settings: Score, detector: Detector) -> ScoreResult:
+def _score_dataset(settings: Score, detector: Detector) -> ScoreResult:
     with Dataset.open(settings.dataset) as dataset:
         if not dataset.labelled:
             raise UserError(
@@ -93,7 +93,7 @@ def _name_subset(settings: Score, detector: Detector, subset: Subset) -> str:
     if settings.subset == "holdout" and seen:
         raise UserError(
             f"subset=holdout: {seen} of {len(subset)} images trained the model or chose its thresholds: its"
-            " split was drawn in another way; train anew to score a hold-out part"
+            " split was drawn in another way; train again to score a hold-out part"
         )
     if settings.subset != "all" or subset.dataset.fingerprint == detector.data_fingerprint:
         return settings.subset
@@ -119,11 +119,11 @@ def _indices(settings: Score, detector: Detector, dataset: Dataset) -> NDArray[n
             f"subset={settings.subset}: the model was trained on another data set than {settings.dataset};"
             " subset=all scores every image"
         )
-    made = split_settings_of(detector.settings)
-    indices: NDArray[np.int64] = getattr(make_split(dataset, made), settings.subset)
+    split = split_settings_of(detector.settings)
+    indices: NDArray[np.int64] = getattr(make_split(dataset, split), settings.subset)
     if not len(indices):
         raise UserError(
-            f"subset={settings.subset}: the model's split has none, holdout={made.holdout}; try validation"
+            f"subset={settings.subset}: the model's split has none, holdout={split.holdout}; try validation"
         )
     return indices
 
@@ -143,8 +143,8 @@ def _submit(settings: Score, detector: Detector, folder: Path) -> ScoreResult:
             errors.append(f"{image_id}: {DIFFERING_FILES}")
             yield image_id, EMPTY
         bar = tqdm(total=len(archive.members), desc="submission", unit="image", disable=None)
-        with bar, closing(detector.detect(files())) as found:
-            for row in found:
+        with bar, closing(detector.detect(files())) as answers:
+            for row in answers:
                 bar.update()
                 if row["error"]:
                     errors.append(row["error"])

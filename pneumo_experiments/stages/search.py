@@ -34,41 +34,36 @@ class SearchResult:
 
 
 def search(settings: Search) -> SearchResult:
-    """Runs the study: each trial is a short training in a child run, judged by its validation Dice."""
-    optuna.logging.set_verbosity(optuna.logging.ERROR)  # a failed trial's error is raised, once is enough
+    """Runs the study: each trial is a short training in a child run, valued by its validation Dice."""
+    optuna.logging.set_verbosity(optuna.logging.ERROR)  # a failed trial's error is raised, too
     with tracking.run("search", settings), Dataset.open(settings.dataset) as dataset:
         tracking.log_dataset(settings.dataset, dataset.fingerprint, "search")
         study = _study(settings, dataset.fingerprint)
-        parts = make_split(dataset, settings.split)
-        validation = Subset(dataset, parts.validation).in_memory(settings.recipe.batches.cache)
-        drawn = np.random.default_rng(settings.recipe.seed).permutation(parts.train)
+        recipe = settings.recipe
+        split = make_split(dataset, settings.split)
+        validation = Subset(dataset, split.validation).in_memory(recipe.batches.cache)
+        shuffled = np.random.default_rng(recipe.seed).permutation(split.train)
+        training_subset = Subset(dataset, np.sort(shuffled[: settings.study.search_images or len(shuffled)]))
         compute = choose_compute(settings.compute)
-        chosen = Subset(dataset, np.sort(drawn[: settings.study.search_images or len(drawn)]))
-        examples = chosen.training_data(settings.recipe.batches.cache, compute)
-        start = build(
-            settings.recipe.network.network, settings.recipe.network.weights, settings.recipe.seed
-        )  # every trial trains a copy
+        training_data = training_subset.training_data(recipe.batches.cache, compute)
+        initial = build(recipe.network.network, recipe.network.weights, recipe.seed)
 
         def objective(trial: optuna.Trial) -> float:
             weights = {name: trial.suggest_float(name, LOWEST, HIGHEST, log=True) for name in SEARCHED}
             line = ", ".join(f"{name} {weight:.3f}" for name, weight in weights.items())
-            tqdm.write(f"search: trial {trial.number}: {line}")
-            loss = replace(settings.recipe.loss, **weights)
-            tried, name = (
-                replace(settings, recipe=replace(settings.recipe, loss=loss)),
-                f"trial {trial.number}",
-            )
-            predictor, dice = Predictor(copy.deepcopy(start), compute, settings.recipe.network.tta_flip), 0.0
-            with tracking.run(name, tried):
-                for judged in train_and_validate(
-                    name, predictor, examples, validation, tried.recipe, settings.study.search_epochs
+            name, dice = f"trial {trial.number}", 0.0
+            tqdm.write(f"search: {name}: {line}")
+            trial_recipe = replace(recipe, loss=replace(recipe.loss, **weights))
+            predictor = Predictor(copy.deepcopy(initial), compute, recipe.network.tta_flip)
+            epochs = settings.study.search_epochs
+            with tracking.run(name, replace(settings, recipe=trial_recipe)):
+                for result in train_and_validate(
+                    name, predictor, training_data, validation, trial_recipe, epochs
                 ):
-                    dice = judged.scores.dice
-                    if judged.epoch.number == 1:
-                        tracking.log_params(judged.scores.as_facts("val_"))
-                tracking.describe(
-                    f"{settings.study.search_epochs} epochs with {line}.\nValidation Dice {dice:.3f}."
-                )
+                    dice = result.scores.dice
+                    if result.epoch.number == 1:
+                        tracking.log_params(result.scores.as_facts("val_"))
+                tracking.describe(f"{epochs} epochs with {line}.\nValidation Dice {dice:.3f}.")
             return dice
 
         study.optimize(objective, n_trials=settings.study.trials)
@@ -101,7 +96,7 @@ def _study(settings: Search, fingerprint: str) -> optuna.Study:
         reason = tracking.hide_passwords(str(error).split("\n")[0])
         address = tracking.hide_passwords(settings.study.storage)
         raise UserError(
-            f"storage={address}: the study's database does not open ({reason});"
+            f"storage={address}: the study's database cannot be opened ({reason});"
             " name another, such as sqlite:///optuna.db, or none"
         ) from error
     _refuse_foreign(study, settings, fingerprint)
@@ -114,28 +109,28 @@ def _study(settings: Search, fingerprint: str) -> optuna.Study:
 
 
 def _refuse_foreign(study: optuna.Study, settings: Search, fingerprint: str) -> None:
-    """Raises UserError for a study of other data or settings: its Dice values do not compare with ours.
+    """Raises UserError for a study of other data or settings: its Dice values cannot be compared with these.
 
-    What a study is made with is noted in it by the first search that finds it empty.
+    The first search that finds a study empty records in it what it is made with.
     """
-    ours = {name: text for name, text in weight_shaping(settings).items() if name not in SEARCHED}
-    ours |= {"data": fingerprint[:16], "search_space": f"{', '.join(SEARCHED)} from {LOWEST} to {HIGHEST}"}
+    wanted = {name: text for name, text in weight_shaping(settings).items() if name not in SEARCHED}
+    wanted |= {"data": fingerprint[:16], "search_space": f"{', '.join(SEARCHED)} from {LOWEST} to {HIGHEST}"}
     trials = study.get_trials(deepcopy=False)
-    noted: object = study.user_attrs.get(MADE_WITH)
-    if noted is None and not trials and study.directions == [StudyDirection.MAXIMIZE]:
-        study.set_user_attr(MADE_WITH, ours)
+    stored: object = study.user_attrs.get(MADE_WITH)
+    if stored is None and not trials and study.directions == [StudyDirection.MAXIMIZE]:
+        study.set_user_attr(MADE_WITH, wanted)
         return
-    if isinstance(noted, dict):
-        theirs = cast("dict[str, object]", noted)
-        names = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
-        differing = [
-            f"{name} {theirs.get(name, 'unknown')}, not {ours.get(name, 'unknown')}" for name in names
+    if isinstance(stored, dict):
+        recorded = cast("dict[str, object]", stored)
+        names = [name for name in {**wanted, **recorded} if wanted.get(name) != recorded.get(name)]
+        differences = [
+            f"{name} {recorded.get(name, 'unknown')}, not {wanted.get(name, 'unknown')}" for name in names
         ]
     else:
-        lacking = [name for name in SEARCHED if any(name not in trial.params for trial in trials)]
-        differing = [f"no {', '.join(lacking)}" if lacking else "another program"]
-    if differing:
+        missing = [name for name in SEARCHED if any(name not in trial.params for trial in trials)]
+        differences = [f"no {', '.join(missing)}" if missing else "another program"]
+    if differences:
         raise UserError(
-            f"study={settings.study.study}: was made with {'; '.join(differing)}; name another study,"
+            f"study={settings.study.study}: was made with {'; '.join(differences)}; name another study,"
             " or search with the same data and settings"
         )
