@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,16 +13,50 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 ROOT = Path(__file__).parents[1]
+# Of two workers, none shall begin one of these when the other has nothing left: the longest files go first.
+LONGEST_FIRST = (
+    *("test_train", "test_bombs", "test_kills", "test_simulated_cuda", "test_chain", "test_at_once"),
+    *("test_faults", "test_tracking", "test_outage", "test_distributed", "test_learning", "test_network"),
+)
 
 
-@pytest.fixture
-def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    rank = {name: place for place, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Iterator[None]:
     """Lets ``network="tiny"`` name the network of tiny_network.py."""
-    from tiny_network import TINY
+    from tiny_network import add_tiny_network
 
     from pneumo_experiments.learning.network import NETWORKS
 
-    monkeypatch.setitem(NETWORKS, "tiny", TINY)
+    before = dict(NETWORKS)
+    add_tiny_network()
+    yield
+    NETWORKS.clear()
+    NETWORKS.update(before)
+
+
+@pytest.fixture(scope="module")
+def tiny_default(tiny: None) -> None:
+    """Puts that network in the place of the default one, for tests that start commands with default names."""
+    from tiny_network import replace_default_network
+
+    replace_default_network()
+
+
+@pytest.fixture(scope="session")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Database of a store without runs; to create one takes seconds, to copy it none."""
+    from mlflow import MlflowClient
+
+    folder = tmp_path_factory.mktemp("store")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)  # for the artifacts
+        MlflowClient(f"sqlite:///{folder / 'mlflow.db'}").search_experiments()
+    return folder / "mlflow.db"
 
 
 @pytest.fixture(scope="session")

@@ -2,8 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import signal
+import sqlite3
+import sys
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import pytest
+from conftest import ROOT
+
+from pneumo_experiments import cli
 from pneumo_experiments.settings import Settings, flat, from_flat
 
 
@@ -16,3 +28,54 @@ def make(kind: type[Settings], **values: Any) -> Settings:
 def changed(settings: Settings, **values: Any) -> Settings:
     """The same settings with other values, by flat name."""
     return make(type(settings), **(flat(settings) | values))
+
+
+@dataclass(frozen=True)
+class End:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+def ended(words: list[str], patch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> End:
+    patch.setattr("sys.argv", ["pneumo_experiments", *words])
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    out, err = capsys.readouterr()
+    assert isinstance(stop.value.code, int)
+    return End(stop.value.code, out, err)
+
+
+BIN = Path(sys.executable).parent  # where mlflow is
+
+
+def environment() -> dict[str, str]:
+    """For a process that tests start: of MLflow's variables none, the package and the tests on the path."""
+    return _without_mlflow() | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+
+
+def environment_of_mlflow(uri: str) -> dict[str, str]:
+    """For MLflow's own commands: the store and where Python is; they have to find the package themselves."""
+    return _without_mlflow() | {
+        "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
+        "MLFLOW_TRACKING_URI": uri,
+    }
+
+
+def _without_mlflow() -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
+    return kept | {"MLFLOW_DISABLE_TELEMETRY": "true"}
+
+
+def copy_store(database: Path, folder: Path) -> None:
+    """Copies the database of an empty store into a folder, where its artifacts go as well."""
+    shutil.copy(database, folder)
+    with closing(sqlite3.connect(folder / database.name)) as copied, copied:
+        copied.execute("UPDATE experiments SET artifact_location = ?", [str(folder / "mlruns" / "0")])

@@ -13,11 +13,12 @@ from typing import Any
 import mlflow
 import pytest
 from conftest import ROOT
-from helpers import changed, make
+from helpers import changed, copy_store, make
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from samples import stored_sample
-from test_outage import TIMEOUT_SECONDS, wait_until
+from tiny_network import TINY_COMMAND
+from tracking_server import TIMEOUT_SECONDS, wait_until
 
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.learning.checkpoint import Checkpoint
@@ -31,14 +32,15 @@ from pneumo_experiments.synthetic.kaggle_layout import is_sample, write_sample
 
 
 @pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def dataset(tmp_path_factory: pytest.TempPathFactory, tiny_default: None) -> Path:
     """``d.h5``, and beside it in ``sample`` what it was made from."""
     return stored_sample(tmp_path_factory.mktemp("data"), images=18, image_size=32)
 
 
 @pytest.fixture
-def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """An empty folder to work in, with a store of its own."""
+def desk(empty_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder to work in, empty but for a store of its own."""
+    copy_store(empty_store, tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
     mlflow.set_tracking_uri(None)  # pyright: ignore[reportArgumentType]
@@ -161,7 +163,7 @@ def test_a_second_preprocess_waits_for_the_first_and_takes_what_it_made(
 
 def start(entry_point: str, words: list[str], folder: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "pneumo_experiments", entry_point, *words],
+        [sys.executable, TINY_COMMAND, entry_point, *words],
         cwd=folder,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
@@ -249,6 +251,7 @@ def test_main_killed_after_its_training_takes_it_as_it_ended(
     assert not [*Path("output").rglob("*.pt")]
 
 
+@pytest.mark.usefixtures("tiny_default")
 def test_two_whole_chains_at_once_in_one_folder_both_end_well(desk: Path) -> None:
     chosen = {"images": 24, "test_images": 2, "image_size": 32, "epochs": 1, "trials": 1, "search_images": 8}
     chosen |= {"threshold_trials": 0, "overlays": 1, "weights": "none", "precision": "fp32", "device": "cpu"}

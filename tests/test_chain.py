@@ -5,10 +5,8 @@ from __future__ import annotations
 import base64
 import csv
 import json
-import os
 import socket
 import subprocess
-import sys
 import time
 import urllib.error
 import urllib.request
@@ -22,6 +20,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from conftest import ROOT
+from helpers import BIN, environment_of_mlflow
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from PIL import Image
@@ -29,7 +28,6 @@ from PIL import Image
 from pneumo_experiments.dataset.hdf5 import Dataset
 from pneumo_experiments.dataset.rle import decode
 
-BIN = Path(sys.executable).parent
 SMALL = {
     "images": 40,
     "test_images": 3,
@@ -58,15 +56,6 @@ class Chain:
         return run
 
 
-def environment(uri: str) -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
-    return kept | {
-        "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
-        "MLFLOW_TRACKING_URI": uri,
-        "MLFLOW_DISABLE_TELEMETRY": "true",
-    }
-
-
 def run_chain(folder: Path, **settings: object) -> Chain:
     """`mlflow run` of the entry point main on a store of its own."""
     uri = f"sqlite:///{folder / 'mlflow.db'}"
@@ -76,7 +65,7 @@ def run_chain(folder: Path, **settings: object) -> Chain:
     words = [f"-P{name}={value}" for name, value in (settings | {"output_dir": folder / "output"}).items()]
     done = subprocess.run(
         [BIN / "mlflow", "run", ROOT, "--env-manager", "local", "--experiment-name", "chain", *words],
-        env=environment(uri),
+        env=environment_of_mlflow(uri),
         cwd=folder,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -225,7 +214,7 @@ def test_a_served_champion_gives_the_same_answer_over_http(chain: Chain, dicom: 
     with (
         log.open("w") as out,
         subprocess.Popen(
-            command, env=environment(chain.uri), cwd=chain.folder, stdout=out, stderr=out
+            command, env=environment_of_mlflow(chain.uri), cwd=chain.folder, stdout=out, stderr=out
         ) as server,
     ):
         try:

@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import changed, make
-from test_fit import CPU, noise, weights_of
-from tiny_network import add_tiny_network
+from tiny_network import CPU, add_tiny_network, noise, weights_of
 from torch import nn
 
 from pneumo_experiments.errors import UserError

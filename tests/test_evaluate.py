@@ -175,8 +175,8 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Dataset]:
 
 
 @pytest.fixture(scope="module")
-def predictor() -> Predictor:
-    return Predictor(build("fcn_resnet50", "none", seed=0), CPU)
+def predictor(tiny: None) -> Predictor:
+    return Predictor(build("tiny", "none", seed=0), CPU)
 
 
 def with_native_sizes(dataset: Dataset, sizes: list[tuple[int, int]]) -> Dataset:
@@ -208,9 +208,10 @@ def test_an_empty_subset_has_empty_counts(dataset: Dataset, predictor: Predictor
     assert len(Subset(dataset, np.zeros(0, np.int64)).count(predictor)) == 0
 
 
+@pytest.mark.usefixtures("tiny")
 @pytest.mark.parametrize("head", ["mask_head", "presence_head"])
 def test_a_diverged_network_is_an_error_with_advice(dataset: Dataset, head: str) -> None:
-    network = build("fcn_resnet50", "none", seed=0)
+    network = build("tiny", "none", seed=0)
     for weights in getattr(network, head).parameters():
         torch.nn.init.constant_(weights, float("nan"))
     diverged = Predictor(network, CPU)
@@ -220,6 +221,7 @@ def test_a_diverged_network_is_an_error_with_advice(dataset: Dataset, head: str)
         next(diverged.predict(dataset.images([0])))
 
 
+@pytest.mark.usefixtures("tiny")
 def test_one_nan_pixel_marks_its_image_alone(dataset: Dataset) -> None:
     class OneBadPixel(PneumothoraxNet):
         def forward(self, images: torch.Tensor) -> Output:
@@ -227,7 +229,7 @@ def test_one_nan_pixel_marks_its_image_alone(dataset: Dataset) -> None:
             mask[1, 0, 0] = float("nan")
             return Output(mask, mask, torch.zeros(len(images)))
 
-    predictor = Predictor(OneBadPixel("fcn_resnet50"), CPU)
+    predictor = Predictor(OneBadPixel("tiny"), CPU)
     (batch,) = predictor.predict_batches(dataset.images([0, 1, 2]))
     assert batch.finite.tolist() == [True, False, True]
     assert batch.presence.tolist() == [0.5] * 3

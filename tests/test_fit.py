@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import make
+from tiny_network import CPU, noise, weights_of
 
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.experiment.progress import read_checkpoint
@@ -19,25 +20,12 @@ from pneumo_experiments.learning.averaging import MovingAverage, mean_state
 from pneumo_experiments.learning.checkpoint import Checkpoint
 from pneumo_experiments.learning.device import ComputeConfig
 from pneumo_experiments.learning.fit import Epoch, fit
-from pneumo_experiments.learning.loader import InMemoryData, batches
+from pneumo_experiments.learning.loader import batches
 from pneumo_experiments.learning.network import Output, PneumothoraxNet, build
 from pneumo_experiments.learning.trainer import State, Trainer
 from pneumo_experiments.settings import Recipe
 
-CPU = ComputeConfig(torch.device("cpu"), "fp32")
 pytestmark = pytest.mark.usefixtures("tiny")
-
-
-def noise(count: int, side: int = 32) -> InMemoryData:
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 256, (count, side, side), dtype=torch.uint8, generator=generator)
-    targets = torch.zeros_like(images)
-    targets[::2, 8:20, 8:20] = 255
-    return InMemoryData(images, targets, targets.numpy().any(axis=(1, 2)))
-
-
-def weights_of(network: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return {name: tensor.clone() for name, tensor in network.state_dict().items()}
 
 
 def assert_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:

@@ -1,63 +1,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
-from samples import write_dataset
+from samples import SIZE, examples, packed, write, write_dataset
 
-from pneumo_experiments.dataset import rle
 from pneumo_experiments.dataset.hdf5 import Dataset
 from pneumo_experiments.dataset.hdf5_writer import DatasetWriter
-from pneumo_experiments.dataset.packed import Entry, Packed, ResizedImage, hash_patient, pack
-from pneumo_experiments.dataset.resize import area_resize
+from pneumo_experiments.dataset.packed import ResizedImage, hash_patient
 from pneumo_experiments.errors import UserError
-
-SIZE = 16
-
-
-def examples(count: int, seed: int = 0) -> Iterator[ResizedImage]:
-    """Random greys; every other image is annotated."""
-    rng = np.random.default_rng(seed)
-    for number in range(count):
-        mask = np.zeros((40, 30), bool)
-        mask[3 : 3 + number % 30, 5:17] = number % 2
-        entry = Entry(
-            image_id=f"image-{number}",
-            patient=hash_patient(str(number // 2)),
-            view="PA",
-            sex="F",
-            age=number - 1,
-            rows=40,
-            columns=30,
-            annotations=number % 2,
-            area_px=int(mask.sum()),
-        )
-        image = rng.integers(0, 256, (SIZE, SIZE), np.uint8)
-        yield ResizedImage(entry, image, area_resize(mask, SIZE), rle.encode(mask))
-
-
-def packed(examples: Iterable[ResizedImage], pixel_dtype: str, labelled: bool = True) -> Iterator[Packed]:
-    for example in examples:
-        yield pack(example if labelled else replace(example, target=None, rle=None), pixel_dtype)
-
-
-def write(
-    path: Path, count: int = 5, seed: int = 0, pixel_dtype: str = "float32", labelled: bool = True
-) -> str:
-    settings = {"rle_csv": "train-rle.csv"}
-    return write_dataset(
-        path,
-        packed(examples(count, seed), pixel_dtype, labelled),
-        image_size=SIZE,
-        pixel_dtype=pixel_dtype,
-        settings=settings,
-        labelled=labelled,
-    )
 
 
 @pytest.mark.parametrize("pixel_dtype", ["float32", "float16", "uint8"])

@@ -15,8 +15,8 @@ import mlflow.pyfunc
 import pytest
 import torch
 import yaml
+from helpers import ended
 from mlflow import MlflowClient
-from test_mistakes import ended
 
 from pneumo_experiments import tracking
 from pneumo_experiments.errors import UserError
@@ -33,25 +33,15 @@ DESCRIPTION: dict[str, Any] = {
 }
 
 
-@pytest.fixture(scope="module")
-def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store without runs; to create one takes seconds, to copy it none."""
-    folder = tmp_path_factory.mktemp("store")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        MlflowClient(f"sqlite:///{folder / 'mlflow.db'}").search_experiments()
-    return folder / "mlflow.db"
-
-
 @pytest.fixture
 def error_of(
-    empty_database: Path,
+    empty_store: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> Callable[..., str]:
     """The one line of a command that ends with 2 and leaves its run FAILED."""
-    shutil.copy(empty_database, tmp_path)
+    shutil.copy(empty_store, tmp_path)
     monkeypatch.chdir(tmp_path)
     for name in ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID", "MLFLOW_EXPERIMENT_NAME"):
         monkeypatch.delenv(name, raising=False)

@@ -134,3 +134,10 @@ def test_stages_holds_the_entry_points_and_nothing_else() -> None:
 def test_no_two_modules_have_one_name() -> None:
     names = [path.name for path in PACKAGE.rglob("*.py") if not path.name.startswith("__")]
     assert sorted(set(names)) == sorted(names)
+
+
+def test_no_test_module_imports_another() -> None:
+    modules = sorted((ROOT / "tests").glob("*.py"))
+    found = {path.name: [name for name in imports_of(path) if name.startswith("test_")] for path in modules}
+    assert len(found) > 40
+    assert not {name: names for name, names in found.items() if names}

@@ -36,8 +36,8 @@ LOGIT = math.log(3)  # of probability 0.75
 
 
 @pytest.fixture(scope="module")
-def network() -> PneumothoraxNet:
-    return build("fcn_resnet50", "none", seed=0)
+def network(tiny: None) -> PneumothoraxNet:
+    return build("tiny", "none", seed=0)
 
 
 def squares(count: int, side: int = 32, seed: int = 0) -> InMemoryData:
@@ -215,19 +215,21 @@ def test_training_learns_to_segment_bright_squares() -> None:
     assert inside > outside + 0.2
 
 
+@pytest.mark.usefixtures("tiny")
 def test_one_seed_trains_to_the_same_weights() -> None:
     recipe = make(Recipe, batch_size=4, augment=True, seed=3)
     ends: list[torch.Tensor] = []
     for _ in range(2):
-        network = build("fcn_resnet50", "none", recipe.seed)
+        network = build("tiny", "none", recipe.seed)
         list(fit(network, squares(4), recipe, 1, CPU))
         ends.append(network.mask_head[0].weight.detach().clone())
     assert torch.equal(*ends)
 
 
+@pytest.mark.usefixtures("tiny")
 def test_a_loss_that_is_not_finite_ends_with_advice() -> None:
     recipe = make(Recipe, batch_size=4, learning_rate=1e30, augment=False)
-    network = build("fcn_resnet50", "none", 0)
+    network = build("tiny", "none", 0)
     with pytest.raises(UserError, match="learning_rate=1e\\+30"):
         list(fit(network, squares(4), recipe, 3, CPU))
 

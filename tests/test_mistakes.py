@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -19,6 +18,7 @@ import optuna
 import pytest
 import sqlalchemy
 import torch
+from helpers import End, ended, make
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from sqlalchemy import Engine
@@ -62,34 +62,11 @@ class Desk:
         return MlflowClient(self.uri).search_runs(["0"], order_by=["attributes.start_time DESC"])
 
 
-@dataclass(frozen=True)
-class End:
-    """How a command ended."""
-
-    code: int
-    out: str
-    err: str
-
-
 Command = Callable[..., End]
 
 
-def ended(words: list[str], patch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> End:
-    patch.setattr("sys.argv", ["pneumo_experiments", *words])
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    out, err = capsys.readouterr()
-    assert isinstance(stop.value.code, int)
-    return End(stop.value.code, out, err)
-
-
 @pytest.fixture(scope="module")
-def desk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Desk]:
+def desk(tmp_path_factory: pytest.TempPathFactory, tiny: None) -> Iterator[Desk]:
     folder = tmp_path_factory.mktemp("mit ümlaut")  # a space and a non-ASCII letter
     uri = f"sqlite:///{folder / 'mlflow.db'}"
     sample = folder / "sample"
@@ -101,11 +78,14 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Desk]:
         patch.setenv("MLFLOW_TRACKING_URI", uri)
         mlflow.set_tracking_uri(None)
         with tracking.run("train", Train()):
-            network, machine = PneumothoraxNet("fcn_resnet50"), ComputeConfig(torch.device("cpu"), "fp32")
+            network, machine = PneumothoraxNet("tiny"), ComputeConfig(torch.device("cpu"), "fp32")
             predictor = Predictor(network, machine, tta_flip=False)
             weights = folder / "weights"
             weights.mkdir()
-            save(weights, Detector(predictor, 32, Thresholds(), as_config(Train()), "another"))
+            save(
+                weights,
+                Detector(predictor, 32, Thresholds(), as_config(make(Train, network="tiny")), "another"),
+            )
             model = tracking.log_model(weights)
         made = Desk(
             sample / "dicom-images-train",

@@ -8,13 +8,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import socket
 import sqlite3
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -25,18 +23,16 @@ from typing import Any
 import mlflow
 import pytest
 import requests
-from conftest import ROOT
-from helpers import make
+from helpers import environment, make
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException, RestException
+from tracking_server import TIMEOUT_SECONDS, Server, calls_in, wait_until
 
 from pneumo_experiments import tracking
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.settings import Preprocess, Sample, Train
 from pneumo_experiments.tracking import buffered_client, context
 from pneumo_experiments.tracking.__main__ import send_buffered
-
-TIMEOUT_SECONDS = 120  # reached only by a hang
 
 # Logs before, during and after an outage; continues at each line on stdin.
 TRAINING = """
@@ -93,57 +89,6 @@ print("end")
 """
 
 
-def wait_until(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + TIMEOUT_SECONDS
-    while not condition():
-        assert time.monotonic() < end, f"not within {TIMEOUT_SECONDS} s"
-        time.sleep(0.1)
-
-
-@dataclass
-class Server:
-    """An MLflow server with its database and artifacts in a folder."""
-
-    folder: Path
-    port: int
-    process: subprocess.Popen[bytes] | None = None
-
-    @property
-    def uri(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
-
-    @property
-    def client(self) -> MlflowClient:
-        return MlflowClient(self.uri)
-
-    def start(self) -> None:
-        words = ["--backend-store-uri", f"sqlite:///{self.folder}/server.db", "--workers", "1"]
-        words += ["--artifacts-destination", f"{self.folder}/artifacts"]
-        words += ["--host", "127.0.0.1", "--port", str(self.port)]
-        with (self.folder / "server.log").open("ab") as out:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "mlflow", "server", *words],
-                cwd=self.folder,
-                env=environment() | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
-                stdout=out,
-                stderr=out,
-                start_new_session=True,
-            )
-        wait_until(self.responds)
-
-    def responds(self) -> bool:
-        try:
-            return requests.get(f"{self.uri}/health", timeout=2).ok
-        except requests.RequestException:
-            return False
-
-    def kill(self) -> None:
-        if self.process is not None:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
-            self.process = None
-
-
 @dataclass
 class Training:
     """A process of TRAINING, and its lines on stdout."""
@@ -178,11 +123,6 @@ class Training:
         return self.folder / "output" / f"undelivered-{self.run_id}" / "calls.jsonl"
 
 
-def environment() -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
-    return kept | {"PYTHONPATH": str(ROOT), "MLFLOW_DISABLE_TELEMETRY": "true"}
-
-
 def start(server: Server, folder: Path, *words: str) -> Training:
     folder.mkdir()
     process = subprocess.Popen(
@@ -209,10 +149,6 @@ class Outage:
     left: list[dict[str, Any]]  # the calls in the file of the second
     left_files: list[str]
     sent: subprocess.CompletedProcess[str]
-
-
-def calls_in(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")

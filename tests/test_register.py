@@ -103,7 +103,7 @@ def logged(network: PneumothoraxNet, settings: Train, threshold: float) -> str:
 
 
 @pytest.fixture(scope="module")
-def ward(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ward]:
+def ward(tmp_path_factory: pytest.TempPathFactory, tiny: None) -> Iterator[Ward]:
     folder = tmp_path_factory.mktemp("ward")
     for name, seed in (("ours", 1), ("theirs", 2)):
         (folder / name).mkdir()
@@ -111,7 +111,7 @@ def ward(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ward]:
     positives = stored(folder / "ours" / "sample", "positives", is_positive)
     mixed = stored(folder / "ours" / "sample", "mixed", lambda _: True)
     foreign = stored(folder / "theirs" / "sample", "foreign", is_positive)
-    settings = make(Train, dataset=positives, holdout=0.3, folds=2)
+    settings = make(Train, network="tiny", dataset=positives, holdout=0.3, folds=2)
     with Dataset.open(positives) as dataset:
         for seed in range(100):
             parts = make_split(dataset, settings.split)
@@ -124,7 +124,7 @@ def ward(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ward]:
             patch.delenv(name, raising=False)
         patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
         mlflow.set_tracking_uri(None)
-        network = PneumothoraxNet("fcn_resnet50")
+        network = PneumothoraxNet("tiny")
         first, second = (logged(network, settings, EVERYTHING) for _ in range(2))
         empty = logged(network, changed(settings, dataset=mixed), NOTHING)
         scored(first, positives)
@@ -270,7 +270,7 @@ def test_an_interval_from_few_patients_is_marked(ward: Ward) -> None:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])  # of which this machine is faster in one
 def test_a_model_computes_as_its_training_did(ward: Ward, precision: str, tmp_path: Path) -> None:
-    predictor = Predictor(PneumothoraxNet("fcn_resnet50"), ComputeConfig(torch.device("cpu"), precision))
+    predictor = Predictor(PneumothoraxNet("tiny"), ComputeConfig(torch.device("cpu"), precision))
     save(tmp_path, Detector(predictor, 32, Thresholds(), as_config(ward.settings), "a"))
     assert load(tmp_path).predictor.compute == predictor.compute
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 from isal import isal_zlib
-from test_hdf5 import SIZE, write
+from samples import SIZE, write
 
 from pneumo_experiments.dataset.hdf5 import Dataset
 from pneumo_experiments.dataset.seal import append_seal, read_seal

@@ -24,7 +24,7 @@ from helpers import make
 from mlflow import MlflowClient
 from mlflow.entities import DatasetInput, Run
 from mlflow.exceptions import MlflowException
-from test_outage import TIMEOUT_SECONDS, Server, wait_until
+from tracking_server import TIMEOUT_SECONDS, Server, wait_until
 
 from pneumo_experiments import interrupts, tracking
 from pneumo_experiments.errors import UserError
@@ -54,19 +54,9 @@ class Store:
         return {name: run.info.status for name, run in self.runs().items()}
 
 
-@pytest.fixture(scope="session")
-def fresh_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store without runs; to create one takes a second, to copy it none."""
-    folder = tmp_path_factory.mktemp("store")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)  # for the artifacts
-        MlflowClient(f"sqlite:///{folder / 'mlflow.db'}").search_experiments()
-    return folder / "mlflow.db"
-
-
 @pytest.fixture
-def store(fresh_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
-    shutil.copy(fresh_store, tmp_path)
+def store(empty_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
+    shutil.copy(empty_store, tmp_path)
     monkeypatch.chdir(tmp_path)
     for name in ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID", "MLFLOW_EXPERIMENT_NAME"):
         monkeypatch.delenv(name, raising=False)
@@ -521,11 +511,11 @@ def start(store: Store, by_mlflow_run: bool) -> subprocess.Popen[str]:
 
 
 @pytest.fixture(scope="module")
-def stopped(fresh_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Stopped]]:
+def stopped(empty_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Stopped]]:
     stores: dict[str, Store] = {}
     for how in STOPS:
         stores[how] = Store(tmp_path_factory.mktemp("stopped"))
-        shutil.copy(fresh_store, stores[how].folder)
+        shutil.copy(empty_store, stores[how].folder)
     processes = {how: start(store, how == "kill the starter") for how, store in stores.items()}
     workers: dict[str, list[psutil.Process]] = {}
 

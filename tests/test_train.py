@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import csv
-import os
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,16 +14,17 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from helpers import changed, make
+from helpers import BIN, changed, copy_store, environment_of_mlflow, make
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from samples import stored_sample
-from test_chain import BIN, environment
+from tiny_network import with_tiny_network
 
 from pneumo_experiments.dataset.hdf5 import Dataset
 from pneumo_experiments.dataset.rle import decode
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.learning.checkpoint import Checkpoint
+from pneumo_experiments.learning.launch import launch
 from pneumo_experiments.scoring.metrics import dice
 from pneumo_experiments.settings import Train, flat
 from pneumo_experiments.stages.train import train
@@ -35,12 +36,24 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def settings(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Train]:
+def settings(
+    dataset: Path, tiny: None, empty_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Train]:
     """Short trainings in an empty folder with a store of its own."""
+    copy_store(empty_store, tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
     mlflow.set_tracking_uri(None)
-    yield make(Train, dataset=dataset, weights="none", epochs=2, threshold_trials=5, overlays=2, batch_size=8)
+    yield make(
+        Train,
+        network="tiny",
+        dataset=dataset,
+        weights="none",
+        epochs=2,
+        threshold_trials=5,
+        overlays=2,
+        batch_size=8,
+    )
     mlflow.set_tracking_uri(None)
 
 
@@ -123,11 +136,10 @@ def test_the_run_holds_curves_pictures_and_how_the_time_was_spent(settings: Trai
     assert not list(Path("output/checkpoints").glob("*"))
 
 
-@pytest.mark.usefixtures("tiny")
 def test_with_another_micro_batch_a_training_starts_anew(
     settings: Train, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    settings, save = changed(settings, network="tiny"), Checkpoint.save
+    save = Checkpoint.save
 
     def save_and_stop(self: Checkpoint, *state: Any) -> None:
         save(self, *state)
@@ -139,7 +151,7 @@ def test_with_another_micro_batch_a_training_starts_anew(
             train(settings)
     capsys.readouterr()
     train(changed(settings, micro_batch=2))  # batch norm and the batch's Dice see other images
-    assert "goes on" not in capsys.readouterr().out
+    assert "continues after" not in capsys.readouterr().out
     train(settings)
     assert "continues after epoch 1 of 2" in capsys.readouterr().out
 
@@ -151,7 +163,13 @@ def test_patience_ends_a_training_that_gets_no_better(
     assert "no better Dice in 1 epochs: stopped early" in capsys.readouterr().out
 
 
-def test_two_processes_train_in_one_run(settings: Train, capfd: pytest.CaptureFixture[str]) -> None:
+def test_two_processes_train_in_one_run(
+    settings: Train, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(
+        "pneumo_experiments.stages.train.launch",
+        lambda processes, work, *arguments: launch(processes, with_tiny_network, work, *arguments),
+    )
     trained = train(changed(settings, processes=2, aux_weight=0.0))
     (run,) = runs()
     assert run.info.status == "FINISHED"
@@ -174,14 +192,20 @@ def test_under_mlflow_run_a_training_goes_on_in_its_first_run(settings: Train, t
     command = [BIN / "mlflow", "run", ROOT, "-e", "train", "--env-manager", "local", *words]
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     killed = subprocess.Popen(
-        command, cwd=tmp_path, env=environment(uri), stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT
+        command,
+        cwd=tmp_path,
+        env=environment_of_mlflow(uri),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.STDOUT,
     )
     while not list(tmp_path.glob("checkpoints/*/last.pt")):
         assert killed.poll() is None
-        os.sched_yield()
+        time.sleep(0.02)
     killed.kill()
     killed.wait()
-    done = subprocess.run(command, cwd=tmp_path, env=environment(uri), capture_output=True, text=True)
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment_of_mlflow(uri), capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "train: continues after epoch" in done.stdout + done.stderr
     run, other = runs()

@@ -1,13 +1,25 @@
-"""A network with the interface of torchvision's and some ten thousand parameters, for tests of loops."""
+"""A network with the interface of torchvision's and some ten thousand parameters, for tests of loops.
+
+As a script: the command line, with this network under the name of the default one.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
+from pneumo_experiments import cli
+from pneumo_experiments.learning.device import ComputeConfig
+from pneumo_experiments.learning.loader import InMemoryData
 from pneumo_experiments.learning.network import NETWORKS
 
+Result = TypeVar("Result")
+CPU = ComputeConfig(torch.device("cpu"), "fp32")
+DEFAULT = "fcn_resnet50"
+TINY_COMMAND = __file__  # runs the command line with it
 CHANNELS = 2048  # of torchvision's last layer, which the presence head pools
 
 
@@ -37,9 +49,38 @@ def _head(channels: int) -> nn.Sequential:
     return nn.Sequential(first, nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.1), nn.Conv2d(4, 1, 1))
 
 
-TINY = NETWORKS["fcn_resnet50"]._replace(make=Tiny)  # pyright: ignore[reportArgumentType]
+TINY = NETWORKS[DEFAULT]._replace(make=Tiny)  # pyright: ignore[reportArgumentType]
 
 
 def add_tiny_network() -> None:
     """Lets ``network="tiny"`` name it, in this process; tests take the fixture ``tiny`` instead."""
     NETWORKS["tiny"] = TINY
+
+
+def replace_default_network() -> None:
+    """Gives it the default network's name, in this process: the command line accepts no other names."""
+    NETWORKS[DEFAULT] = TINY
+
+
+def with_tiny_network(work: Callable[..., Result], *arguments: Any) -> Result:
+    """The result of ``work(*arguments)`` in a new process that has this network."""
+    add_tiny_network()
+    return work(*arguments)
+
+
+def noise(count: int, side: int = 32) -> InMemoryData:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (count, side, side), dtype=torch.uint8, generator=generator)
+    targets = torch.zeros_like(images)
+    targets[::2, 8:20, 8:20] = 255
+    return InMemoryData(images, targets, targets.numpy().any(axis=(1, 2)))
+
+
+def weights_of(network: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in network.state_dict().items()}
+
+
+if __name__ == "__main__":
+    add_tiny_network()
+    replace_default_network()
+    cli.main()

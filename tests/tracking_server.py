@@ -1,0 +1,75 @@
+"""A real MLflow server that tests kill and restart."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import requests
+from helpers import environment
+from mlflow import MlflowClient
+
+TIMEOUT_SECONDS = 120  # reached only by a hang
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + TIMEOUT_SECONDS
+    while not condition():
+        assert time.monotonic() < end, f"not within {TIMEOUT_SECONDS} s"
+        time.sleep(0.1)
+
+
+@dataclass
+class Server:
+    """An MLflow server with its database and artifacts in a folder."""
+
+    folder: Path
+    port: int
+    process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def uri(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def client(self) -> MlflowClient:
+        return MlflowClient(self.uri)
+
+    def start(self) -> None:
+        words = ["--backend-store-uri", f"sqlite:///{self.folder}/server.db", "--workers", "1"]
+        words += ["--artifacts-destination", f"{self.folder}/artifacts"]
+        words += ["--host", "127.0.0.1", "--port", str(self.port)]
+        with (self.folder / "server.log").open("ab") as out:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "mlflow", "server", *words],
+                cwd=self.folder,
+                env=environment() | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+                stdout=out,
+                stderr=out,
+                start_new_session=True,
+            )
+        wait_until(self.responds)
+
+    def responds(self) -> bool:
+        try:
+            return requests.get(f"{self.uri}/health", timeout=2).ok
+        except requests.RequestException:
+            return False
+
+    def kill(self) -> None:
+        if self.process is not None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+            self.process = None
+
+
+def calls_in(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
