@@ -378,7 +378,7 @@ def test_a_data_set_of_one_patient_cannot_be_divided_and_says_so(
             train(settings_of(datasets["lonely"], **changes))
         (line,) = str(caught.value).splitlines()
         assert line.startswith(f"folds={changes.get('folds', 5)}")
-        assert "patients, the data set has 1" in line
+        assert f"needs {needed} patients, the data set has 1" in line
         assert line.endswith("name the patients in patients_csv")
     assert {run.info.status for run in runs()} == {"FAILED"}
     assert not (folder / "output").exists()

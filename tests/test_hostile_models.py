@@ -200,7 +200,7 @@ BROKEN_DESCRIPTIONS = {
 @pytest.mark.parametrize("damage", BROKEN_DESCRIPTIONS)
 def test_a_damaged_description_is_named(damage: str, tmp_path: Path) -> None:
     (tmp_path / "model.json").write_text(BROKEN_DESCRIPTIONS[damage], encoding="utf-8")
-    with pytest.raises(UserError, match=r"model\.json: missing or damaged .*; log the model anew") as error:
+    with pytest.raises(UserError, match=r"model\.json: missing or damaged .*; train again") as error:
         load(tmp_path)
     assert "\n" not in str(error.value)
 
@@ -218,7 +218,7 @@ def test_damaged_weights_are_named(damage: str, tmp_path: Path) -> None:
         torch.save(content.get(damage, {"a": torch.ones(300)}), path)
     if damage == "cut":
         path.write_bytes(path.read_bytes()[:500])
-    with pytest.raises(UserError, match=r"weights\.pt: missing or damaged .*; log the model anew") as error:
+    with pytest.raises(UserError, match=r"weights\.pt: missing or damaged .*; train again") as error:
         load(tmp_path)
     assert "\n" not in str(error.value)
 
