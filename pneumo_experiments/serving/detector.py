@@ -166,6 +166,4 @@ def _require(value: Any, expected: type | tuple[type, ...]) -> Any:
 
 def _damaged(path: Path, error: Exception) -> UserError:
     reason = str(error).split("\n")[0][:200]
-    return UserError(
-        f"{path}: missing or damaged ({type(error).__name__}: {reason}); train again"
-    )
+    return UserError(f"{path}: missing or damaged ({type(error).__name__}: {reason}); train again")
