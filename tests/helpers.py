@@ -7,11 +7,12 @@ import shutil
 import signal
 import sqlite3
 import sys
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from conftest import ROOT
 
@@ -79,3 +80,13 @@ def copy_store(database: Path, folder: Path) -> None:
     shutil.copy(database, folder)
     with closing(sqlite3.connect(folder / database.name)) as copied, copied:
         copied.execute("UPDATE experiments SET artifact_location = ?", [str(folder / "mlruns" / "0")])
+
+
+def decoders() -> list[psutil.Process]:
+    """The decoder processes of this process, at work or idle."""
+    found = list[psutil.Process]()
+    for child in psutil.Process().children():
+        with suppress(psutil.NoSuchProcess):  # it has just ended
+            if "decoder_process" in " ".join(child.cmdline()):
+                found.append(child)
+    return found

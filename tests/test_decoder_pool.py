@@ -10,7 +10,6 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +18,7 @@ import pytest
 from bombs import deflated_header, many_scans, tiny_precincts
 from conftest import ROOT
 from dicom_files import GREYS, dicom_bytes, jpeg_file
+from helpers import decoders
 
 from pneumo_experiments.dataset.decoder_pool import MAX_PENDING, DecodedImage, File, decode_all
 from pneumo_experiments.dataset.resize import resize_image
@@ -44,15 +44,6 @@ def outcomes(*files: File) -> list[DecodedImage | Rejected]:
     found = list(decode_all(files, SIZE))
     assert [image_id for image_id, _ in found] == [image_id for image_id, _ in files]
     return [outcome for _, outcome in found]
-
-
-def decoders() -> list[psutil.Process]:
-    found = list[psutil.Process]()
-    for child in psutil.Process().children():
-        with suppress(psutil.NoSuchProcess):  # it has just ended
-            if "decoder_process" in " ".join(child.cmdline()):
-                found.append(child)
-    return found
 
 
 def peak_bytes(process: psutil.Process) -> int:

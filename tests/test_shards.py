@@ -15,6 +15,7 @@ import numpy as np
 import psutil
 import pydicom
 import pytest
+from helpers import decoders
 from PIL import Image
 from pydicom.encaps import encapsulate, get_frame
 from pydicom.uid import JPEGLSLossless
@@ -196,6 +197,8 @@ def test_a_file_that_ends_its_worker_is_rejected_and_the_rest_goes_on(
         "import os, signal\n\ndef decode_pixel_data(frame):\n    os.kill(os.getpid(), signal.SIGSEGV)\n"
     )
     monkeypatch.syspath_prepend(tmp_path / "crash")
+    for decoder in decoders():  # an idle one, of an earlier test, has the right module
+        decoder.kill()
     annotations = read_annotations(sample / "train-rle.csv")
     jobs = make_jobs(folder, SETTINGS, open_archive(folder).members, annotations, {})
     found = list(results(jobs, tmp_path, 2))
