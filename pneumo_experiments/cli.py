@@ -22,7 +22,7 @@ from pneumo_experiments.cli_types import PathType, type_of
 from pneumo_experiments.errors import UserError, reason_of
 from pneumo_experiments.interrupts import Interrupted, Terminated, handle_signals
 from pneumo_experiments.settings import (
-    CONFIG,
+    CONFIG_HELP,
     DEMO,
     ENTRY_POINTS,
     Leaf,
@@ -59,12 +59,8 @@ class EntryPoint(click.Command):
 
 
 def _option_of(leaf: Leaf) -> click.Option:
-    return click.Option(
-        [f"--{leaf.name}"],
-        type=type_of(leaf),
-        help=f"{leaf.arg.help}  [default: {as_text(leaf.default)}]",
-        show_default=False,
-    )
+    text = f"{leaf.arg.help}  [default: {as_text(leaf.default)}]"
+    return click.Option([f"--{leaf.name}"], type=type_of(leaf), help=text)
 
 
 def _command_of(name: str) -> click.Command:
@@ -77,7 +73,7 @@ def _command_of(name: str) -> click.Command:
         run: Callable[[Any], object] = getattr(stage, name)
         run(settings)
 
-    config = click.Option(["--config"], type=PathType(optional=True), help=CONFIG.help + "  [default: none]")
+    config = click.Option(["--config"], type=PathType(optional=True), help=f"{CONFIG_HELP}  [default: none]")
     command = EntryPoint(
         name,
         params=[config, *map(_option_of, leaves(kind))],

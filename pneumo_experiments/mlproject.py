@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from pneumo_experiments.settings import CONFIG, ENTRY_POINTS, NONE, as_text, leaves
+from pneumo_experiments.settings import CONFIG_HELP, ENTRY_POINTS, NONE, as_text, leaves
 
 HEAD = """\
 # Written by `python -m pneumo_experiments mlproject` from pneumo_experiments/settings: change it there.
@@ -25,7 +25,7 @@ def mlproject_text() -> str:
 
 
 def _entry_point(name: str, kind: type) -> str:
-    declared = [("config", CONFIG.help, NONE)]
+    declared = [("config", CONFIG_HELP, NONE)]
     declared += [
         (leaf.name, leaf.arg.help, as_text(leaf.default)) for leaf in leaves(kind) if leaf.arg.declared
     ]

@@ -36,7 +36,7 @@ from pneumo_experiments.dataset.patients import (
 from pneumo_experiments.dataset.splits import Split, split
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.experiment.grouping import SOURCES, make_grouping
-from pneumo_experiments.experiment.subset import make_split, split_settings_of
+from pneumo_experiments.experiment.subset import make_split
 from pneumo_experiments.settings import Preprocess, SplitSettings, Train, as_config, from_flat
 from pneumo_experiments.stages.preprocess import preprocess
 
@@ -350,7 +350,7 @@ def test_seeds_share_their_split_and_another_split_seed_has_another(pairs: Path)
 def test_a_model_is_scored_on_the_split_that_it_was_trained_with(pairs: Path) -> None:
     with Dataset.open(pairs) as dataset:
         trained = make(Train, seed=7, split_seed=3, holdout=0.3, folds=3, fold="2")
-        split = make_split(dataset, split_settings_of(as_config(trained)))
+        split = make_split(dataset, from_flat(SplitSettings, as_config(trained)))
         assert equal(split, make_split(dataset, trained.split))
 
 

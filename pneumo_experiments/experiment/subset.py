@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,7 +34,7 @@ from pneumo_experiments.scoring.thresholds import (
     Thresholds,
     apply_thresholds,
 )
-from pneumo_experiments.settings import SplitSettings, from_flat
+from pneumo_experiments.settings import SplitSettings
 
 CHUNK_SIZE = 64  # images read at once, so that a large validation set needs little memory
 
@@ -131,12 +130,12 @@ class Subset:
         return score(counts, thresholds, [entry.patient for entry in self.entries])
 
 
-def make_split(dataset: Dataset, recipe: SplitSettings) -> Split:
+def make_split(dataset: Dataset, settings: SplitSettings) -> Split:
     """The split of the data set's patients; the same for the same data set and settings."""
     dataset.require_labels()
-    if not recipe.fold.isdecimal():
+    if not settings.fold.isdecimal():
         raise UserError(
-            f"fold={recipe.fold}: give a number from 0 to {recipe.folds - 1}; only train accepts all"
+            f"fold={settings.fold}: give a number from 0 to {settings.folds - 1}; only train accepts all"
         )
     entries = dataset.entries
     areas = np.array([entry.area_px for entry in entries])
@@ -145,16 +144,11 @@ def make_split(dataset: Dataset, recipe: SplitSettings) -> Split:
     return split(
         [entry.patient for entry in entries],
         areas,
-        holdout=recipe.holdout,
-        folds=recipe.folds,
-        fold=int(recipe.fold),
-        seed=recipe.split_seed,
+        holdout=settings.holdout,
+        folds=settings.folds,
+        fold=int(settings.fold),
+        seed=settings.split_seed,
     )
-
-
-def split_settings_of(model: Mapping[str, Any]) -> SplitSettings:
-    """The split settings among those stored in a model."""
-    return from_flat(SplitSettings, model)
 
 
 def log_split(dataset: Dataset, subsets: Split) -> None:

@@ -10,12 +10,10 @@ import yaml
 
 from pneumo_experiments.errors import UserError, reason_of
 from pneumo_experiments.settings.entry_points import ENTRY_POINTS
-from pneumo_experiments.settings.fields import Arg, as_text, leaves
+from pneumo_experiments.settings.fields import as_text, leaves
 
-CONFIG = Arg(
-    "YAML file of settings by name; an option beats the file, the file beats the default", declared=True
-)
-# main takes it where no data and no config are given
+CONFIG_HELP = "YAML file of settings by name; an option beats the file, the file beats the default"
+# main uses it when neither data nor a config file are given.
 DEMO = Path(__file__).parents[2] / "configs" / "demo.yaml"
 MAX_BYTES = 2**20
 

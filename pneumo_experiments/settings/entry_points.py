@@ -111,7 +111,8 @@ class Register:
 class Main:
     """Run the whole chain: preprocess, search, train, score, register.
 
-    Without dicom_dir it writes and takes a synthetic data set.
+    Without dicom_dir it uses a synthetic data set, and without config as well the values of
+    configs/demo.yaml.
     """
 
     source: SourceFiles = field(default_factory=SourceFiles)

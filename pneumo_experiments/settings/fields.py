@@ -18,8 +18,8 @@ class Arg:
     """What a setting means and accepts, for ``Annotated``.
 
     ``min`` and ``max`` limit a number; ``pattern`` is a regular expression for a text, and what that means.
-    ``shapes_weights`` is False for what may change when an interrupted training goes on, or between the
-    trials of a study. ``declared`` names the entry points whose MLproject parameters include it.
+    ``shapes_weights`` is False for what may change when an interrupted training continues, or between the
+    searches of one study. ``declared`` ones are parameters in MLproject: what goes in and out.
     """
 
     help: str
@@ -61,16 +61,12 @@ def _leaves(kind: type, path: tuple[str, ...], heading: str) -> Iterator[Leaf]:
 
 def from_flat(kind: type[Settings], values: Mapping[str, Any]) -> Settings:
     """Settings from values by flat name; a setting that is not among them takes its default."""
-    return _from_flat(kind, values)
-
-
-def _from_flat(kind: type[Any], values: Mapping[str, Any]) -> Any:
-    hints = get_type_hints(kind)
-    chosen = {
-        f.name: _from_flat(hints[f.name], values) if is_dataclass(hints[f.name]) else values[f.name]
-        for f in fields(kind)
-        if is_dataclass(hints[f.name]) or f.name in values
-    }
+    chosen: dict[str, Any] = {}
+    for name, hint in get_type_hints(kind).items():
+        if is_dataclass(hint):
+            chosen[name] = from_flat(cast("type", hint), values)
+        elif name in values:
+            chosen[name] = values[name]
     return kind(**chosen)
 
 

@@ -95,7 +95,7 @@ def _read_inputs(settings: Preprocess) -> PreprocessInputs:
     patients = make_grouping(settings.source.patients_csv, [member.image_id for member in members])
     recorded = {
         "image_size": str(settings.format.image_size),
-        "pixel_dtype": str(settings.format.pixel_dtype),
+        "pixel_dtype": settings.format.pixel_dtype,
         "max_pixels": str(settings.reading.max_pixels),
         "rle_csv": digest,
         "patients_csv": patients.digest,

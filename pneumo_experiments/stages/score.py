@@ -19,12 +19,12 @@ from pneumo_experiments.dicom.archive import DIFFERING_FILES, open_archive, read
 from pneumo_experiments.dicom.radiograph import MAX_PIXELS
 from pneumo_experiments.errors import Rejected, UserError
 from pneumo_experiments.experiment.scored_images import digests, identity, log_per_image
-from pneumo_experiments.experiment.subset import Subset, log_overlays, make_split, split_settings_of
+from pneumo_experiments.experiment.subset import Subset, log_overlays, make_split
 from pneumo_experiments.learning.device import choose_compute_for
 from pneumo_experiments.scoring.scores import Scores
 from pneumo_experiments.scoring.submission import write_submission
 from pneumo_experiments.serving import Detector, load
-from pneumo_experiments.settings import Score
+from pneumo_experiments.settings import Score, SplitSettings, from_flat
 
 # How names of metrics begin. Without a prefix they tell of images that neither trained the model nor chose
 # its epoch or thresholds; "external" is subset=all of another data set than that of the training.
@@ -119,7 +119,7 @@ def _indices(settings: Score, detector: Detector, dataset: Dataset) -> NDArray[n
             f"subset={settings.subset}: the model was trained on another data set than {settings.dataset};"
             " subset=all scores every image"
         )
-    split = split_settings_of(detector.settings)
+    split = from_flat(SplitSettings, detector.settings)
     indices: NDArray[np.int64] = getattr(make_split(dataset, split), settings.subset)
     if not len(indices):
         raise UserError(

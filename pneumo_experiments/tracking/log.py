@@ -100,10 +100,7 @@ def log_image(pixels: NDArray[np.uint8], name: str) -> None:
 
 def log_json(value: Mapping[str, Any], name: str) -> None:
     """Logs a JSON file as artifact ``name`` of the active run."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, PurePosixPath(name).name)
-        path.write_text(json.dumps(value, indent=2), encoding="utf-8")
-        _log_artifact(path, name)
+    _log_text(json.dumps(value, indent=2), name)
 
 
 def log_config(settings: object) -> None:
@@ -112,10 +109,14 @@ def log_config(settings: object) -> None:
         name: hide_passwords(value) if isinstance(value, str) else value
         for name, value in as_config(settings).items()
     }
+    _log_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), "config.yaml")
+
+
+def _log_text(text: str, name: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "config.yaml")
-        path.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
-        _log_artifact(path, path.name)
+        path = Path(folder, PurePosixPath(name).name)
+        path.write_text(text, encoding="utf-8")
+        _log_artifact(path, name)
 
 
 def log_table(columns: Sequence[str], rows: Sequence[Sequence[object]], name: str) -> None:
