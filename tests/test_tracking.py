@@ -19,6 +19,7 @@ from pathlib import Path
 import mlflow
 import psutil
 import pytest
+import yaml
 from conftest import ROOT
 from helpers import make
 from mlflow import MlflowClient
@@ -28,7 +29,7 @@ from tracking_server import TIMEOUT_SECONDS, Server, wait_until
 
 from pneumo_experiments import interrupts, tracking
 from pneumo_experiments.errors import UserError
-from pneumo_experiments.settings import Preprocess, Register, Sample, Score, Search, Train, flat
+from pneumo_experiments.settings import Preprocess, Register, Sample, Score, Search, Train, as_config, flat
 from pneumo_experiments.tracking import context
 from pneumo_experiments.tracking.processes import is_dead, process_tags
 
@@ -67,6 +68,37 @@ def store(empty_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 # Runs
+
+
+def test_a_run_holds_its_settings_as_a_config_file_without_passwords(store: Store) -> None:
+    storage = "postgresql://me:hush@127.0.0.1/optuna"
+    settings = make(Search, storage=storage, learning_rate=1e-5, augment=False)
+    with tracking.run("search", settings) as run_id:
+        pass
+    text = Path(store.client.download_artifacts(run_id, "config.yaml", str(store.folder))).read_text()
+    assert "hush" not in text
+    assert yaml.safe_load(text) == as_config(settings) | {"storage": storage.replace("hush", "***")}
+
+
+def test_a_setting_that_differs_from_what_the_run_has_already_is_a_param_of_its_own(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_id = store.client.create_run("0").info.run_id
+    for name, text in {
+        "dataset": "output/dataset.h5",
+        "epochs": "3e0",
+        "augment": "True",
+        "best_k": "3",
+    }.items():
+        store.client.log_param(run_id, name, text)
+    monkeypatch.setenv("MLFLOW_RUN_ID", run_id)
+    with tracking.run("train", make(Train, dataset=Path("mine.h5"), epochs=3)):
+        pass
+    params = store.client.get_run(run_id).data.params
+    assert {name: text for name, text in params.items() if name.endswith("_used")} == {
+        "dataset_used": "mine.h5"
+    }
+    assert (params["dataset"], params["epochs"]) == ("output/dataset.h5", "3e0")
 
 
 def test_runs_nest_under_their_step_and_hold_every_setting(store: Store) -> None:
