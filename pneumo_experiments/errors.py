@@ -15,6 +15,10 @@ class UserError(ValueError):
     exit_code: ClassVar[int] = 2
 
 
+class ServerUnreachable(UserError):
+    """A server does not respond; the same may succeed later."""
+
+
 class Rejected(UserError):
     """One file that cannot be used; the message is the reason, the other files are still used."""
 

@@ -18,7 +18,7 @@ from pneumo_experiments.learning.predict import Predictor
 from pneumo_experiments.learning.trainer import State
 from pneumo_experiments.scoring.figures import contact_sheet, overlay
 from pneumo_experiments.scoring.scores import Scores
-from pneumo_experiments.scoring.thresholds import ThresholdCounts, best_on_grid
+from pneumo_experiments.scoring.thresholds import ThresholdCounts, Thresholds, best_on_grid
 from pneumo_experiments.settings import Recipe
 
 MAX_SHOWN = 12  # images of the first batch
@@ -42,6 +42,7 @@ class EpochResult:
 
     epoch: Epoch
     counts: ThresholdCounts
+    thresholds: Thresholds  # the best of the coarse grid, at which it is scored
     scores: Scores
     metrics: dict[str, float]  # as logged
 
@@ -54,12 +55,16 @@ def train_and_validate(
     recipe: Recipe,
     epochs: int,
     state: State | None = None,
+    *,
+    first_step: int = 0,
+    lines: bool = True,
 ) -> Iterator[EpochResult]:
     """Trains the predictor's network in place; logs each epoch in the active run and on the terminal.
 
     Scores at the best thresholds of the coarse grid are logged as ``val_dice`` and so on: these images choose
     the epoch and the thresholds. The caller may stop at any time; training continues from the ``state`` of an
-    epoch.
+    epoch. Metrics of epoch e are logged at step ``first_step`` + e. Without ``lines`` the terminal shows the
+    progress bar alone.
     """
     quiet = None if distributed.is_main_process() else True  # None: hidden unless on a terminal
     with tqdm(total=len(data) * epochs, desc=desc, unit="image", disable=quiet, leave=False) as bar:
@@ -71,13 +76,15 @@ def train_and_validate(
         start = time.perf_counter()
         for done, epoch in enumerate(trained_epochs, start=1):
             counts = validation.count(replace(predictor, network=epoch.network))
-            scores = validation.score(counts, best_on_grid(counts))
+            thresholds = best_on_grid(counts)
+            scores = validation.score(counts, thresholds)
             metrics = epoch.losses | scores.as_metrics("val_") | epoch.speed
-            tracking.log_metrics(metrics, step=epoch.number)
+            tracking.log_metrics(metrics, step=first_step + epoch.number)
             left = (time.perf_counter() - start) / done * (epochs - epoch.number)
-            tqdm.write(
-                f"  epoch {epoch.number}/{epochs}  loss {epoch.losses['loss']:.4f}  validation Dice"
-                f" {scores.dice:.4f}  on positives {scores.on_positives}"
-                f"  {epoch.images_per_second:.1f} images/s  {tqdm.format_interval(left)} left"
-            )
-            yield EpochResult(epoch, counts, scores, metrics)
+            if lines:
+                tqdm.write(
+                    f"  epoch {epoch.number}/{epochs}  loss {epoch.losses['loss']:.4f}  validation Dice"
+                    f" {scores.dice:.4f}  on positives {scores.on_positives}"
+                    f"  {epoch.images_per_second:.1f} images/s  {tqdm.format_interval(left)} left"
+                )
+            yield EpochResult(epoch, counts, thresholds, scores, metrics)

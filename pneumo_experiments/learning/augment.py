@@ -31,28 +31,29 @@ def augment(
     generator: torch.Generator,
     rows: slice = slice(None),
     batch_size: int = 0,
+    strength: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """Images (n, 1, S, S) and masks (n, S, S), warped alike, images with other intensities; all in [0, 1].
 
     Pixels from outside an image are black and unmarked. ``generator`` lives on the CPU, so that a seed gives
     the same changes on every device. Where the images are the ``rows`` of a larger batch of ``batch_size``,
-    they change as they would in that batch.
+    they change as they would in that batch. ``strength`` scales every range but the flip's probability.
     """
     count = batch_size or len(images)
-    affine = random_affine(count, generator)[rows]
-    displacement = random_displacement(count, generator)[rows]
-    images = adjust_intensity(images, random_intensity(count, generator)[:, rows])
+    affine = random_affine(count, generator, strength)[rows]
+    displacement = random_displacement(count, generator)[rows] * strength
+    images = adjust_intensity(images, random_intensity(count, generator, strength)[:, rows])
     # Intensities change first: the outside stays black.
     warped = warp(torch.cat([images, targets[:, None]], dim=1), affine, displacement)
     return warped[:, :1], warped[:, 1]
 
 
-def random_affine(count: int, generator: torch.Generator) -> Tensor:
+def random_affine(count: int, generator: torch.Generator, strength: float = 1.0) -> Tensor:
     """Matrices (n, 2, 3) from a point (x, y, 1) in the new image to its point in the old, for ``warp``."""
     flip = 1 - 2 * (torch.rand(count, generator=generator) < FLIP_PROBABILITY).float()
-    angle = math.radians(ROTATION_DEGREES) * _uniform((count,), generator)
-    scale = 1 + SCALE * _uniform((count,), generator)
-    shift = 2 * SHIFT * _uniform((2, count), generator)  # an image's side measures 2
+    angle = math.radians(strength * ROTATION_DEGREES) * _uniform((count,), generator)
+    scale = 1 + strength * SCALE * _uniform((count,), generator)
+    shift = strength * 2 * SHIFT * _uniform((2, count), generator)  # an image's side measures 2
     cos, sin = torch.cos(angle) / scale, torch.sin(angle) / scale
     rows = (flip * cos, -sin, shift[0], flip * sin, cos, shift[1])
     return torch.stack(rows, dim=1).view(count, 2, 3)
@@ -64,9 +65,9 @@ def random_displacement(count: int, generator: torch.Generator) -> Tensor:
     return displacement * (torch.rand(count, 1, 1, 1, generator=generator) < DISTORTION_PROBABILITY)
 
 
-def random_intensity(count: int, generator: torch.Generator) -> Tensor:
+def random_intensity(count: int, generator: torch.Generator, strength: float = 1.0) -> Tensor:
     """Gamma, contrast and brightness (3, n), for ``adjust_intensity``."""
-    gamma, contrast, brightness = _uniform((3, count), generator)
+    gamma, contrast, brightness = strength * _uniform((3, count), generator)
     return torch.stack([GAMMA**gamma, 1 + CONTRAST * contrast, BRIGHTNESS * brightness])
 
 

@@ -137,7 +137,8 @@ def batches(
     for whole, indices, (images, targets) in zip(whole_batches, own_batches, fetched, strict=True):
         image, target = images[:, None].float() / 255, targets.float() / 255
         if recipe.batches.augment:
-            image, target = augment(image, target, generator, own_rows, len(whole))
+            strength = recipe.batches.augment_strength
+            image, target = augment(image, target, generator, own_rows, len(whole), strength)
         present = from_numpy(data.present[indices]).to(device, torch.float32, non_blocking=True)
         yield Batch(image, target, present, len(whole))
 

@@ -113,6 +113,15 @@ class ThresholdCounts:
         area, overlap = self._masked(thresholds)
         return dice_of_areas(overlap, area, self.truth_area)
 
+    def rows(self, indices: NDArray[np.int64]) -> ThresholdCounts:
+        """The counts of some images, by index."""
+        chosen = ThresholdCounts()
+        for i in map(int, indices):
+            chosen._predicted.append(self._predicted[i])
+            chosen._overlap.append(self._overlap[i])
+            chosen._presence.append(self._presence[i])
+        return chosen
+
     @staticmethod
     def joined(subsets: Iterable[ThresholdCounts]) -> ThresholdCounts:
         """The images of several counts, in order."""

@@ -7,7 +7,7 @@ An entry point is a dataclass of fields and of groups, which are dataclasses, to
 below one entry point are unique, so that users need not know the groups.
 """
 
-from pneumo_experiments.settings.config_file import CONFIG_HELP, DEMO, read_config
+from pneumo_experiments.settings.config_file import CONFIG_HELP, DEMO, read_config, read_yaml
 from pneumo_experiments.settings.entry_points import (
     ENTRY_POINTS,
     Main,
@@ -90,5 +90,6 @@ __all__ = [
     "from_flat",
     "leaves",
     "read_config",
+    "read_yaml",
     "weight_shaping",
 ]

@@ -24,25 +24,33 @@ def read_config(path: Path, kind: type) -> dict[str, str]:
     Raises UserError for a file that cannot be read, is not a mapping of names to single values, or has a name
     that no entry point knows.
     """
+    return _checked(path, read_yaml("config", path, "epochs: 12"), kind)
+
+
+def read_yaml(setting: str, path: Path, example: str) -> dict[object, object]:
+    """A YAML file's mapping; ``setting`` names the file, and ``example`` is a line of such a file.
+
+    Raises UserError for a file that cannot be read or is not a mapping.
+    """
     try:
         with path.open("rb") as file:
             content = file.read(MAX_BYTES + 1)
     except OSError as error:
         raise UserError(
-            f"config={path}: cannot be read ({reason_of(error)}); name a YAML file of settings"
+            f"{setting}={path}: cannot be read ({reason_of(error)}); name a YAML file of settings"
         ) from None
     if len(content) > MAX_BYTES:
-        raise UserError(f"config={path}: more than {MAX_BYTES:,} bytes; name a YAML file of settings")
+        raise UserError(f"{setting}={path}: more than {MAX_BYTES:,} bytes; name a YAML file of settings")
     try:
         loaded: object = yaml.safe_load(content)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"config={path}: not valid YAML ({reason})") from None
+        raise UserError(f"{setting}={path}: not valid YAML ({reason})") from None
     if loaded is None:
         return {}
     if not isinstance(loaded, dict):
-        raise UserError(f"config={path}: not a mapping; write lines such as `epochs: 12`")
-    return _checked(path, cast("dict[object, object]", loaded), kind)
+        raise UserError(f"{setting}={path}: not a mapping; write lines such as `{example}`")
+    return cast("dict[object, object]", loaded)
 
 
 def _checked(path: Path, values: dict[object, object], kind: type) -> dict[str, str]:

@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pneumo_experiments.settings.fields import Arg
+from pneumo_experiments.settings.fields import NONE, Arg
 from pneumo_experiments.settings.groups import (
+    STORAGE,
     DatasetPath,
     Evaluation,
     ImageFormat,
@@ -18,6 +19,7 @@ from pneumo_experiments.settings.groups import (
     Schedule,
     SourceFiles,
     StudySettings,
+    StudyStorage,
 )
 from pneumo_experiments.settings.recipe import Device, Recipe, Seed, SplitSettings
 
@@ -56,17 +58,31 @@ class Train:
     split: SplitSettings = field(default_factory=SplitSettings)
     compute: Device = field(default_factory=Device)
     evaluation: Evaluation = field(default_factory=Evaluation)
+    from_study: Annotated[
+        str,
+        Arg("train with the best settings of this study of the storage; none", shapes_weights=False),
+    ] = NONE
+    storage: StudyStorage = STORAGE
 
 
 @dataclass(frozen=True)
 class Search:
-    """Search loss weights with Optuna by short trainings."""
+    """Search loss weights and other settings with Optuna by short trainings."""
 
     dataset: DatasetPath = Path("output/dataset.h5")
     study: StudySettings = field(default_factory=StudySettings)
     recipe: Recipe = field(default_factory=Recipe)
     split: SplitSettings = field(default_factory=SplitSettings)
     compute: Device = field(default_factory=Device)
+    workers: Annotated[
+        int,
+        Arg(
+            "processes of this machine that share the trials; 0 takes one per GPU, or one",
+            min=0,
+            max=1024,
+            shapes_weights=False,
+        ),
+    ] = 1
 
 
 @dataclass(frozen=True)

@@ -132,26 +132,100 @@ class Evaluation:
     overlays: Overlays = 8
 
 
+StudyStorage = Annotated[
+    str,
+    Arg(
+        "database of the study: sqlite:///FILE for one machine, postgresql://HOST/NAME for several;"
+        " none keeps it in memory, where nothing survives",
+        shapes_weights=False,
+        declared=True,
+    ),
+]
+STORAGE = "sqlite:///optuna.db"
+
+
 @dataclass(frozen=True)
 class StudySettings:
     """Search with Optuna."""
 
-    trials: Annotated[int, Arg("short trainings to run", min=1, max=100_000, shapes_weights=False)] = 8
+    trials: Annotated[
+        int,
+        Arg("trials of the study in all, short trainings each", min=1, max=100_000, shapes_weights=False),
+    ] = 8
+    searched: Annotated[
+        str,
+        Arg("settings to search, with commas between; the README has their ranges", shapes_weights=False),
+    ] = "dice_weight,focal_weight,presence_weight"
+    space: Annotated[
+        Path | None,
+        Arg(
+            "YAML file of other ranges, such as `dice_weight: {low: 0.1, high: 3, log: true}`", declared=True
+        ),
+    ] = None
     search_epochs: Annotated[int, Arg("epochs of each trial", min=1, max=100_000)] = 3
     search_images: Annotated[
         int, Arg("training images of each trial, drawn at random; 0 takes all", min=0, max=10**7)
     ] = 0
-    study: Annotated[str, Arg("name of the Optuna study", shapes_weights=False, declared=True)] = (
-        "loss-weights"
-    )
-    storage: Annotated[
+    search_warmup_epochs: Annotated[
+        int,
+        Arg(
+            "epochs of one training with the settings as given, on all training images, from whose weights"
+            " every trial starts; 0: from the initial weights",
+            min=0,
+            max=100_000,
+        ),
+    ] = 0
+    folds_per_trial: Annotated[
+        int, Arg("folds that each trial trains and validates on; their mean counts", min=1, max=1000)
+    ] = 1
+    confirm: Annotated[
+        int,
+        Arg(
+            "so many of the best trials are trained again with another seed; the best mean of both wins",
+            min=0,
+            max=1000,
+            shapes_weights=False,
+        ),
+    ] = 2
+    keep: Annotated[
+        int, Arg("models to keep: those of the best trials", min=0, max=1000, shapes_weights=False)
+    ] = 3
+    sampler: Annotated[
+        Literal["tpe", "gp", "cmaes", "random"],
+        Arg("Optuna sampler that chooses the settings of each trial", shapes_weights=False),
+    ] = "tpe"
+    pruner: Annotated[
+        Literal["hyperband", "median", "none"],
+        Arg("Optuna pruner that stops hopeless trials after each epoch", shapes_weights=False),
+    ] = "hyperband"
+    objectives: Annotated[
+        Literal["dice", "dice,seconds"],
+        Arg("what to optimise: Dice, or Dice and the seconds per image of a prediction, without pruning"),
+    ] = "dice"
+    timeout: Annotated[
+        float,
+        Arg("start no trial after so many seconds; 0: no limit", min=0, max=1e9, shapes_weights=False),
+    ] = 0.0
+    target: Annotated[
+        float,
+        Arg("start no trial once a Dice reaches this; 0: no target", min=0, max=1, shapes_weights=False),
+    ] = 0.0
+    warm_start: Annotated[
         str,
         Arg(
-            "database of the study, e.g. sqlite:///optuna.db; none keeps it in memory",
+            "try the best settings of another study of the storage first, or of a config file; none",
+            shapes_weights=False,
+        ),
+    ] = NONE
+    study: Annotated[
+        str,
+        Arg(
+            "name of the Optuna study; auto: one for each data set, search space and fixed settings",
             shapes_weights=False,
             declared=True,
         ),
-    ] = NONE
+    ] = AUTO
+    storage: StudyStorage = STORAGE
 
 
 @dataclass(frozen=True)

@@ -127,6 +127,9 @@ class Batches:
             " and brightness"
         ),
     ] = True
+    augment_strength: Annotated[float, Arg("factor of these random changes, but the flip", min=0, max=3)] = (
+        1.0
+    )
     cache: Annotated[
         Literal["auto", "device", "host", "stream"],
         Arg(

@@ -58,7 +58,7 @@ def main(settings: Main) -> ScoreResult:
         training = Train(
             dataset=dataset,
             schedule=settings.schedule,
-            recipe=replace(settings.recipe, loss=best.loss),
+            recipe=best.recipe,
             split=settings.split,
             compute=settings.compute,
             evaluation=settings.evaluation,

@@ -18,7 +18,7 @@ from pneumo_experiments.learning import distributed
 from pneumo_experiments.learning.checkpoint import Checkpoint, lock_checkpoints
 from pneumo_experiments.learning.launch import is_launched, launch
 from pneumo_experiments.scoring.scores import Scores
-from pneumo_experiments.settings import Train
+from pneumo_experiments.settings import NONE, Train, flat, from_flat
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,8 @@ def train(settings: Train, keep_checkpoint: bool = False) -> TrainResult:
     """
     if is_launched():
         distributed.init_process_group()
+    if settings.from_study not in ("", NONE):
+        settings = _with_best_of_study(settings)
     with _open_dataset(settings) as dataset:
         checkpoints = _checkpoints(settings, dataset) if distributed.is_main_process() else []
         with lock_checkpoints(checkpoints, patience=0 if is_launched() else -1):
@@ -52,6 +54,15 @@ def train(settings: Train, keep_checkpoint: bool = False) -> TrainResult:
                 for checkpoint in checkpoints:
                     checkpoint.clear()
     return result
+
+
+def _with_best_of_study(settings: Train) -> Train:
+    from pneumo_experiments.experiment.study_report import best_of_study  # Optuna loads only where needed
+
+    best = best_of_study(settings.storage, settings.from_study)
+    line = ", ".join(f"{name} {value}" for name, value in best.items())
+    print(f"train: best settings of study {settings.from_study}: {line}")
+    return from_flat(Train, flat(settings) | best | {"from_study": NONE})
 
 
 def _open_dataset(settings: Train) -> Dataset:

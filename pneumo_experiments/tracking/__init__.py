@@ -10,7 +10,7 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")  # seconds, also for 
 os.environ.setdefault("PGCONNECT_TIMEOUT", "10")  # seconds; libpq would wait forever
 os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")  # no warning on a machine without git
 
-from pneumo_experiments.tracking.addresses import hide_passwords
+from pneumo_experiments.tracking.addresses import database_file, hide_passwords
 from pneumo_experiments.tracking.context import disabled
 from pneumo_experiments.tracking.log import (
     describe,
@@ -22,13 +22,20 @@ from pneumo_experiments.tracking.log import (
     log_params,
     log_scores,
     log_table,
+    log_yaml,
 )
-from pneumo_experiments.tracking.models import log_model, model_data
-from pneumo_experiments.tracking.processes import end_with_mlflow_run
+from pneumo_experiments.tracking.models import delete_model, log_model, model_data
+from pneumo_experiments.tracking.processes import end_with_mlflow_run, has_ended, process_tags
 from pneumo_experiments.tracking.registry import UNSEEN_SUBSETS, Version, best_model, register_model
-from pneumo_experiments.tracking.runs import active_run, artifacts_of_active_run, run
+from pneumo_experiments.tracking.runs import (
+    active_run,
+    artifacts_of_active_run,
+    end_if_running,
+    keep_running,
+    run,
+)
 from pneumo_experiments.tracking.servers import check_server
-from pneumo_experiments.tracking.store import open_store, tracking_uri
+from pneumo_experiments.tracking.store import open_store, tracking_uri, wait_for_store
 
 __all__ = [
     "UNSEEN_SUBSETS",
@@ -37,10 +44,15 @@ __all__ = [
     "artifacts_of_active_run",
     "best_model",
     "check_server",
+    "database_file",
+    "delete_model",
     "describe",
     "disabled",
+    "end_if_running",
     "end_with_mlflow_run",
+    "has_ended",
     "hide_passwords",
+    "keep_running",
     "log_dataset",
     "log_file",
     "log_image",
@@ -50,9 +62,12 @@ __all__ = [
     "log_params",
     "log_scores",
     "log_table",
+    "log_yaml",
     "model_data",
     "open_store",
+    "process_tags",
     "register_model",
     "run",
     "tracking_uri",
+    "wait_for_store",
 ]

@@ -14,7 +14,7 @@ import mlflow
 import requests
 from mlflow.exceptions import MlflowException
 
-from pneumo_experiments.errors import UserError
+from pneumo_experiments.errors import ServerUnreachable
 from pneumo_experiments.tracking import buffer_file
 from pneumo_experiments.tracking.addresses import escape_surrogates, hide_passwords
 from pneumo_experiments.tracking.calls import CALLS
@@ -53,13 +53,13 @@ def is_outage(error: Exception) -> bool:
 
 @contextmanager
 def outages_as_user_errors() -> Generator[None]:
-    """Raises UserError for an outage during calls that cannot be buffered, because their result is needed."""
+    """Raises ServerUnreachable for an outage, during calls whose result is needed, so that none is buffered."""
     try:
         yield
     except (MlflowException, requests.RequestException) as error:
         if not is_outage(error):
             raise
-        raise UserError(
+        raise ServerUnreachable(
             f"{SETTING}={tracking_uri()}: unreachable ({_reason(error)});"
             " run the same command again when it works"
         ) from error

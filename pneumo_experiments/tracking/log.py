@@ -109,7 +109,12 @@ def log_config(settings: object) -> None:
         name: hide_passwords(value) if isinstance(value, str) else value
         for name, value in as_config(settings).items()
     }
-    _log_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), "config.yaml")
+    log_yaml(values, "config.yaml")
+
+
+def log_yaml(values: Mapping[str, Any], name: str) -> None:
+    """Logs a YAML file as artifact ``name`` of the active run."""
+    _log_text(yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True), name)
 
 
 def _log_text(text: str, name: str) -> None:

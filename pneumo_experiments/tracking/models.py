@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import logging
 import shutil
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import mlflow
 import mlflow.artifacts
+import requests
 import yaml
+from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from mlflow.models import get_model_info
 from mlflow.models.model import MLMODEL_FILE_NAME
+from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.tracking.addresses import hide_passwords
@@ -101,3 +105,12 @@ def model_id_of(address: str) -> str | None:
     except MlflowException as error:
         reason = str(error).split("\n")[0]
         raise UserError(f"model={address}: not found ({reason})") from error
+
+
+def delete_model(address: str) -> None:
+    """Deletes a logged model and its files, to free their room; one that cannot be deleted now stays."""
+    client, model_id = MlflowClient(), address.removeprefix("models:/")
+    with suppress(MlflowException, requests.RequestException, OSError):
+        location = client.get_logged_model(model_id).artifact_location
+        get_artifact_repository(location).delete_artifacts()  # pyright: ignore[reportUnknownMemberType]
+        client.delete_logged_model(model_id)

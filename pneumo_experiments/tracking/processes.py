@@ -8,6 +8,7 @@ import signal
 import socket
 import threading
 import time
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
@@ -78,10 +79,15 @@ def end_orphaned_runs(experiment_id: str) -> None:
     client = MlflowClient()
     running = f"attributes.status = 'RUNNING' and tags.`{HOST_TAG}` = '{socket.gethostname()}'"
     for run in client.search_runs([experiment_id], running):
-        tags = run.data.tags
-        if is_dead(tags.get(MACHINE_TAG, ""), tags.get(PROCESS_TAG, ""), _machine_id()):
+        if has_ended(run.data.tags):
             client.set_terminated(run.info.run_id, "KILLED")
             log.warning("run %s was left RUNNING by a dead process: marked KILLED", run.info.run_name)
+
+
+def has_ended(tags: Mapping[str, str]) -> bool:
+    """Whether the process with these ``process_tags`` has certainly ended; False for one of another host."""
+    is_here = tags.get(HOST_TAG) == socket.gethostname()
+    return is_here and is_dead(tags.get(MACHINE_TAG, ""), tags.get(PROCESS_TAG, ""), _machine_id())
 
 
 def is_dead(machine: str, process: str, this_machine: str) -> bool:

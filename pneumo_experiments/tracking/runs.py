@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Generator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import mlflow
@@ -17,7 +17,7 @@ from pneumo_experiments.errors import UserError
 from pneumo_experiments.settings import as_params
 from pneumo_experiments.tracking.addresses import hide_passwords, local_path
 from pneumo_experiments.tracking.buffered_client import BufferedClient, outages_as_user_errors
-from pneumo_experiments.tracking.context import client_of, is_enabled
+from pneumo_experiments.tracking.context import active_client, client_of, is_enabled
 from pneumo_experiments.tracking.log import describe, log_config, now_ms
 from pneumo_experiments.tracking.processes import end_orphaned_runs, end_with_mlflow_run, process_tags
 from pneumo_experiments.tracking.servers import check_server
@@ -33,6 +33,7 @@ def run(
     continues: str | None = None,
     parent: str | None = None,
     system_metrics: bool = False,
+    is_shared: Callable[[], bool] | None = None,
 ) -> Generator[str]:
     """Starts a run named after its step, with every setting as a param; yields its id.
 
@@ -41,6 +42,8 @@ def run(
     ``continues`` is the run to resume, if it still exists and this is no child run.
     ``parent`` is the parent run, if another process has it.
     ``system_metrics`` logs CPU, memory and GPU use every few seconds.
+    ``is_shared`` tells at the end whether other processes still write this run, too, which then goes on. Such
+    a run may be resumed although it is finished.
     If the store becomes unreachable, the run continues: see BufferedClient. Raises UserError if it is
     unreachable at the start.
     """
@@ -54,7 +57,7 @@ def run(
             end_with_mlflow_run()
         else:
             check_server(SETTING, mlflow.get_tracking_uri())  # since the outer run started
-        resumed = None if nested or continues is None else _resumable(continues)
+        resumed = None if nested or continues is None else _resumable(continues, is_shared is not None)
         # Tags at once: end_orphaned_runs needs them, whenever the process is killed.
         started = mlflow.start_run(
             resumed,
@@ -92,29 +95,46 @@ def run(
             client.send_or_buffer("tags", run_id=run_id, values={"error": message})
             raise
         finally:
-            _end(client, run_id, status)
+            _end(client, run_id, None if is_shared and is_shared() else status)
 
 
-def _end(client: BufferedClient, run_id: str, status: str) -> None:
+def keep_running() -> None:
+    """Marks the active run as RUNNING in this process: another one, which shared it, may have ended."""
+    if is_enabled():
+        active = mlflow.active_run()
+        assert active is not None
+        active_client().send_or_buffer("resume", run_id=active.info.run_id, tags=process_tags())
+
+
+def end_if_running(run_id: str, status: str) -> None:
+    """Ends another process's run, if it still exists and is RUNNING."""
+    client = MlflowClient()
+    with suppress(MlflowException):
+        if client.get_run(run_id).info.status == "RUNNING":
+            client.set_terminated(run_id, status)
+
+
+def _end(client: BufferedClient, run_id: str, status: str | None) -> None:
     client.skip_pause()
     try:
-        client.send_or_buffer("end", run_id=run_id, status=status, end_time=now_ms())
+        if status is not None:
+            client.send_or_buffer("end", run_id=run_id, status=status, end_time=now_ms())
     finally:
         # The rest of mlflow.end_run, which would also wait minutes for an unreachable store.
         _active_run_stack.get().pop()  # pyright: ignore[reportUnknownMemberType]
         os.environ.pop("MLFLOW_RUN_ID", None)
 
 
-def _resumable(run_id: str) -> str | None:
-    """The run to resume; None if it is finished or deleted.
+def _resumable(run_id: str, even_finished: bool) -> str | None:
+    """The run to resume; None if it is deleted, or finished unless ``even_finished``.
 
     Ends the run that `mlflow run` created for this process, with a note that says where the work continued.
     """
     client = MlflowClient()
     try:
         info = client.get_run(run_id).info
-        # A finished run is complete: resumed, it would have its last results twice.
-        if info.lifecycle_stage != "active" or info.status == "FINISHED":
+        # A finished training is complete: resumed, it would have its last results twice.
+        if info.lifecycle_stage != "active" or (info.status == "FINISHED" and not even_finished):
             return None
     except MlflowException:
         return None
@@ -122,7 +142,7 @@ def _resumable(run_id: str) -> str | None:
     if unused is not None:
         # It cannot be deleted: `mlflow run` ends it once more.
         client.set_tag(unused, "mlflow.runName", "continued in an earlier run")
-        client.set_tag(unused, "mlflow.note.content", f"An interrupted training continued in run {run_id}.")
+        client.set_tag(unused, "mlflow.note.content", f"This process continued run {run_id}.")
         client.set_terminated(unused, "FINISHED")
     return run_id
 

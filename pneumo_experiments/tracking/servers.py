@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import socket
+import time
 from threading import Thread
 
 import requests
 from sqlalchemy import NullPool, create_engine
 
-from pneumo_experiments.errors import UserError
+from pneumo_experiments.errors import ServerUnreachable, UserError
 from pneumo_experiments.tracking.addresses import (
     check_address,
     database_server,
@@ -53,9 +54,26 @@ def connect(address: str) -> None:
         raise TimeoutError(f"the database server does not respond within {CONNECT_SECONDS} s")
 
 
+def wait_for_server(setting: str, address: str, seconds: float = 300) -> None:
+    """Waits until the server at an address responds; raises ServerUnreachable after so many seconds."""
+    start, is_waiting = time.monotonic(), False
+    while True:
+        try:
+            check_server(setting, address)
+            return
+        except ServerUnreachable as error:
+            if time.monotonic() - start > seconds:
+                raise
+            if not is_waiting:
+                print(f"{error}; waiting for it")
+            is_waiting = True
+            time.sleep(2)
+
+
 def check_server(setting: str, address: str) -> None:
     """Raises UserError if the address is ambiguous, no server responds there, or a database cannot be opened.
 
+    It is ServerUnreachable where no server responds.
     Any other address, such as a path or an SQLite file, is not opened.
     """
     shown = f"{setting}={hide_passwords(address)}"
@@ -68,7 +86,7 @@ def check_server(setting: str, address: str) -> None:
         package = DRIVER_PACKAGES.get(error.name or "", error.name)
         raise UserError(f"{shown}: no driver for this database; run: pip install '{package}'") from error
     except OSError as error:  # also requests' exceptions
-        raise UserError(f"{shown}: no server responds there; start it, or name another") from error
+        raise ServerUnreachable(f"{shown}: no server responds there; start it, or name another") from error
     except Exception as error:  # SQLAlchemy and its drivers: errors of many kinds
         reason = hide_passwords(str(error).split("\n")[0])
         raise UserError(f"{shown}: the database cannot be opened ({reason}); name another") from error

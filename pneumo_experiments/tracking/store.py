@@ -22,7 +22,7 @@ from pneumo_experiments.tracking.addresses import (
     is_misread_by_mlflow,
     local_path,
 )
-from pneumo_experiments.tracking.servers import check_server, connect
+from pneumo_experiments.tracking.servers import check_server, connect, wait_for_server
 
 SETTING = "MLFLOW_TRACKING_URI"
 LOCK_TIMEOUT_SECONDS = 60
@@ -97,6 +97,11 @@ def _creation_lock() -> Generator[None]:
             # Creates the tables, and the default experiment with an artifact location: see local_path.
             _get_store(artifact_uri=(path.parent / "mlruns").as_uri())
         yield
+
+
+def wait_for_store() -> None:
+    """Waits until the store's server responds; raises ServerUnreachable after five minutes."""
+    wait_for_server(SETTING, mlflow.get_tracking_uri())
 
 
 def tracking_uri() -> str:

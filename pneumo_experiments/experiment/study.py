@@ -1,0 +1,156 @@
+"""Optuna studies: opened by any number of workers at once, and tied to the data they were made with."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import optuna
+from optuna.distributions import CategoricalDistribution, IntDistribution
+from optuna.exceptions import DuplicatedStudyError
+from optuna.storages import BaseStorage
+from optuna.study import Study, StudyDirection
+from optuna.trial import FrozenTrial, TrialState
+
+from pneumo_experiments.errors import UserError
+from pneumo_experiments.experiment.sampling import make_pruner, make_sampler
+from pneumo_experiments.experiment.search_space import Space, as_range_text, within
+from pneumo_experiments.experiment.study_storage import ERROR, cannot_be_opened, load_study
+from pneumo_experiments.settings import AUTO, NONE, Search, as_text, flat, read_config, weight_shaping
+
+# Attributes of a study
+METRIC_NAMES = {"dice": "cross-fitted Dice", "seconds": "seconds per image"}
+MADE_WITH = "made_with"  # data, fixed settings and space, as text by name
+CREATION_SECONDS = 15  # how long a worker waits until another one has made the study ready
+WARM_STARTS = 3  # best trials of another study to try first
+
+
+def open_study(storage: BaseStorage, settings: Search, fingerprint: str, space: Space) -> Study:
+    """The study that the settings name, created if there is none; its first trial has the settings' values.
+
+    Raises UserError if it was made with other data, settings or ranges: its values could not be compared.
+    """
+    made_with = _made_with(settings, fingerprint, space)
+    metric_names = [METRIC_NAMES[objective] for objective in settings.study.objectives.split(",")]
+    name = settings.study.study
+    if name == AUTO:
+        digest = hashlib.sha256(json.dumps(made_with, sort_keys=True).encode()).hexdigest()
+        name = f"search-{digest[:8]}"
+    directions = [StudyDirection.MAXIMIZE, StudyDirection.MINIMIZE][: len(metric_names)]
+    chosen: dict[str, Any] = {
+        "sampler": make_sampler(settings.study, settings.recipe.seed),
+        "pruner": make_pruner(settings.study),
+    }
+    try:
+        study = optuna.create_study(study_name=name, storage=storage, directions=directions, **chosen)
+        is_new = True
+    except DuplicatedStudyError:
+        study = optuna.load_study(study_name=name, storage=storage, **chosen)
+        is_new = not _is_ready(study)
+    except Exception as error:
+        raise cannot_be_opened(settings.study.storage, error) from error
+    if is_new:
+        _set_metric_names(study, metric_names)
+        for values in [within(flat(settings.recipe), space), *_warm_start(storage, settings, space)]:
+            study.enqueue_trial(values, skip_if_exists=True)
+        study.set_user_attr(MADE_WITH, made_with)  # last: the others wait for it
+    _refuse_foreign(study, made_with)
+    return study
+
+
+def open_confirmations(study: Study, storage: BaseStorage) -> Study:
+    """The study of trainings that confirm trials of another one: with their settings, but another seed."""
+    confirmations = optuna.create_study(
+        study_name=confirm_name(study.study_name),
+        storage=storage,
+        directions=study.directions,
+        load_if_exists=True,
+    )
+    if study.metric_names and not confirmations.metric_names:
+        _set_metric_names(confirmations, study.metric_names)
+    return confirmations
+
+
+def _set_metric_names(study: Study, names: list[str]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        study.set_metric_names(names)
+
+
+def confirm_name(name: str) -> str:
+    """The name of the study that confirms trials of another one."""
+    return f"{name}-confirm"
+
+
+def is_counted(trial: FrozenTrial) -> bool:
+    """Whether a trial is one of the study's ``trials``: not a killed one, which another one repeats."""
+    finished = trial.state in (TrialState.COMPLETE, TrialState.PRUNED)
+    return finished or (trial.state is TrialState.FAIL and ERROR in trial.user_attrs)
+
+
+def _is_ready(study: Study) -> bool:
+    """Waits until the worker that created the study has made it ready; False if that one must have died."""
+    start = time.monotonic()
+    while MADE_WITH not in study.user_attrs:
+        if study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED)):
+            return True  # of another program
+        if time.monotonic() - start > CREATION_SECONDS:
+            return False
+        time.sleep(0.2)
+    return True
+
+
+def _made_with(settings: Search, fingerprint: str, space: Space) -> dict[str, str]:
+    fixed = {name: text for name, text in weight_shaping(settings).items() if name not in space}
+    ranges = {f"range of {name}": as_range_text(range_) for name, range_ in space.items()}
+    return {"data": fingerprint[:16]} | fixed | ranges
+
+
+def _refuse_foreign(study: Study, made_with: Mapping[str, str]) -> None:
+    stored: object = study.user_attrs.get(MADE_WITH)
+    if isinstance(stored, dict):
+        recorded = cast("dict[str, str]", stored)
+        names = [name for name in {**made_with, **recorded} if made_with.get(name) != recorded.get(name)]
+        differences = [
+            f"{name} {recorded.get(name, 'not searched')}, not {made_with.get(name, 'not searched')}"
+            for name in names
+        ]
+    else:
+        differences = ["another program"]
+    if differences:
+        raise UserError(
+            f"study={study.study_name}: was made with {'; '.join(differences)}; name another study, or auto,"
+            " or search with the same data and settings"
+        )
+
+
+def _warm_start(storage: BaseStorage, settings: Search, space: Space) -> list[dict[str, Any]]:
+    source = settings.study.warm_start
+    if source in ("", NONE):
+        return []
+    if Path(source).is_file():
+        return [within(_parsed(read_config(Path(source), Search), space), space)]
+    other = load_study("warm_start", storage, source)
+    completed = other.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    best = sorted(completed, key=lambda trial: cast("list[float]", trial.values)[0], reverse=True)
+    return [within(trial.params, space) for trial in best[:WARM_STARTS]]
+
+
+def _parsed(texts: Mapping[str, str], space: Space) -> dict[str, Any]:
+    """The texts of searched settings as values; UserError for one that is no number where one is needed."""
+    values: dict[str, Any] = {}
+    for name in texts.keys() & space.keys():
+        range_, text = space[name], texts[name]
+        if isinstance(range_, CategoricalDistribution):
+            values |= {name: c for c in range_.choices if as_text(c) == text}  # noqa: B035 # one at most
+            continue
+        try:
+            values[name] = int(text) if isinstance(range_, IntDistribution) else float(text)
+        except ValueError:
+            raise UserError(f"warm_start: {name}: {text[:60]!r} is not a number") from None
+    return values

@@ -1,0 +1,186 @@
+"""What a study found: its best settings, the table of trials and Optuna's pictures, in the parent run."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import optuna
+from numpy.typing import NDArray
+from optuna.study import Study
+from optuna.trial import FrozenTrial, TrialState
+
+from pneumo_experiments import tracking
+from pneumo_experiments.errors import UserError
+from pneumo_experiments.experiment.search_space import Space, with_values
+from pneumo_experiments.experiment.study import confirm_name
+from pneumo_experiments.experiment.study_storage import CONFIRMS, ERROR, RUN_ID, load_study, open_storage
+from pneumo_experiments.experiment.trials import best_trials
+from pneumo_experiments.settings import Search, as_config
+
+COLUMNS = ("dice", "dice_optimistic", "dice_positive", "is_all_empty", "seconds", RUN_ID, ERROR)
+
+
+@dataclass(frozen=True)
+class Winner:
+    """The best trial of a study: by the mean of its own value and of the training that confirmed it."""
+
+    trial: FrozenTrial
+    value: float
+    confirmed: dict[int, float]
+    """value of the second training of each trial that has one, by number"""
+    optimism: float
+    """mean of first minus second values; NaN without any"""
+
+
+def choose_winner(study: Study, confirmations: Study | None) -> Winner | None:
+    """The winner; None if no trial has completed. Trials with a second training win over others."""
+    best = best_trials(study)
+    if not best:
+        return None
+    second: dict[int, float] = {}
+    for trial in best_trials(confirmations) if confirmations else []:
+        second[int(trial.user_attrs[CONFIRMS])] = _first_value(trial)
+    compared = [trial for trial in best if trial.number in second] or best[:1]
+
+    def mean(trial: FrozenTrial) -> float:
+        first = _first_value(trial)
+        return (first + second.get(trial.number, first)) / 2
+
+    winner = max(compared, key=lambda trial: (mean(trial), -trial.number))
+    excess = [_first_value(trial) - second[trial.number] for trial in compared if trial.number in second]
+    return Winner(winner, mean(winner), second, float(np.mean(excess)) if excess else float("nan"))
+
+
+def log_study(study: Study, winner: Winner | None, settings: Search, space: Space) -> None:
+    """Logs the study's table of trials, and, if a trial has completed, best settings and pictures."""
+    trials = study.get_trials(deepcopy=False)
+    confirmed = winner.confirmed if winner else {}
+    _log_trials(trials, confirmed, space)
+    if winner is None:
+        return
+    tracking.log_yaml(best_settings(winner, settings), "best.yaml")
+    tracking.log_metrics({"val_dice": winner.value, "best_trial": float(winner.trial.number)})
+    tracking.describe(_description(study, trials, winner))
+    for name, picture in pictures(study).items():
+        tracking.log_image(picture, f"study/{name}.png")
+
+
+def best_settings(winner: Winner, settings: Search) -> dict[str, Any]:
+    """The settings of ``train`` that the winner was found with, by name."""
+    recipe = with_values(settings.recipe, winner.trial.params)
+    dataset = {"dataset": str(settings.dataset)}
+    return dataset | as_config(recipe) | as_config(settings.split) | as_config(settings.compute)
+
+
+def pictures(study: Study) -> dict[str, NDArray[np.uint8]]:
+    """Optuna's own plots by name, RGB (h, w, 3); those of which the study has enough trials."""
+    from optuna.visualization import matplotlib as plots
+
+    completed = best_trials(study)
+    names = [name for name in completed[0].params if len({t.params.get(name) for t in completed}) > 1]
+    values = {_first_value(trial) for trial in completed}
+    is_single = len(study.directions) == 1
+    target: dict[str, Any] = {} if is_single else {"target": _first_value, "target_name": "Dice"}
+    drawn = {"history": _draw(plots.plot_optimization_history, study, **target)}
+    if is_single and any(trial.intermediate_values for trial in study.get_trials(deepcopy=False)):
+        drawn["intermediate_values"] = _draw(plots.plot_intermediate_values, study)
+    if not is_single:
+        drawn["pareto_front"] = _draw(plots.plot_pareto_front, study)
+    if len(completed) < 2 or not names:
+        return drawn
+    drawn["parallel_coordinate"] = _draw(plots.plot_parallel_coordinate, study, params=names, **target)
+    drawn["slice"] = _draw(plots.plot_slice, study, params=names, **target)
+    if len(values) > 1:
+        drawn["importances"] = _draw(plots.plot_param_importances, study, params=names, **target)
+        importances = optuna.importance.get_param_importances(
+            study, params=names, target=target.get("target")
+        )
+        names = [*importances]
+    if len(names) >= 2:
+        drawn["contour"] = _draw(plots.plot_contour, study, params=names[:2], **target)
+    return drawn
+
+
+def _draw(plot: Callable[..., Any], study: Study, **arguments: Any) -> NDArray[np.uint8]:
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # experimental, and layouts that Matplotlib finds tight
+        axes = plot(study, **arguments)
+        figure = np.ravel(axes)[0].figure
+        figure.set_size_inches(max(9.0, figure.get_figwidth()), max(5.0, figure.get_figheight()))
+        figure.tight_layout()
+        figure.canvas.draw()
+        pixels = np.asarray(figure.canvas.buffer_rgba())[:, :, :3].copy()
+        pyplot.close(figure)
+    return pixels
+
+
+def _log_trials(trials: list[FrozenTrial], confirmed: dict[int, float], space: Space) -> None:
+    columns = ["trial", "state", "value", *space, "confirmed", *COLUMNS]
+    rows: list[list[object]] = []
+    for trial in trials:
+        if trial.state is TrialState.WAITING or (trial.state is TrialState.FAIL and not trial.params):
+            continue  # nothing has happened yet, or it was one too many
+        state = trial.state.name.lower()
+        value = trial.values[0] if trial.values else trial.intermediate_values.get(trial.last_step or 0)
+        values = [trial.params.get(name) for name in space]
+        attributes = [trial.user_attrs.get(name) for name in COLUMNS]
+        rows.append([trial.number, state, value, *values, confirmed.get(trial.number), *attributes])
+    tracking.log_table(columns, rows, "trials")
+
+
+def _description(study: Study, trials: list[FrozenTrial], winner: Winner) -> str:
+    states = Counter(trial.state.name.lower() for trial in trials if trial.params)
+    counts = ", ".join(f"{count} {state}" for state, count in states.items())
+    lines = [
+        f"Study {study.study_name}: {counts}. Best: trial {winner.trial.number},"
+        f" cross-fitted Dice {winner.value:.4f}.",
+        "",
+        "| setting | best value |",
+        "|---|---|",
+        *(f"| {name} | {value:.4g} |" for name, value in winner.trial.params.items() if _is_number(value)),
+        *(f"| {name} | {value} |" for name, value in winner.trial.params.items() if not _is_number(value)),
+        "",
+    ]
+    if winner.confirmed:
+        lines.append(
+            f"{len(winner.confirmed)} trials were trained again with another seed: their first values were"
+            f" {winner.optimism:+.4f} too high on average. The winner has the best mean of both."
+        )
+    completed = [trial for trial in trials if trial.state is TrialState.COMPLETE]
+    empty = sum(bool(trial.user_attrs.get("is_all_empty")) for trial in completed)
+    if empty:
+        lines.append(
+            f"{empty} of {len(completed)} completed trials predict every image empty: among those the Dice on"
+            " positives at the best single score decides."
+        )
+    return "\n".join(lines)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, float)
+
+
+def _first_value(trial: FrozenTrial) -> float:
+    return cast("list[float]", trial.values)[0]
+
+
+def best_of_study(address: str, name: str) -> dict[str, Any]:
+    """The best settings of a study in a storage, by name; UserError if there is none."""
+    storage = open_storage(address)
+    study = load_study("from_study", storage, name)
+    names = optuna.get_all_study_names(storage)
+    second = load_study("from_study", storage, confirm_name(name)) if confirm_name(name) in names else None
+    winner = choose_winner(study, second)
+    if winner is None:
+        raise UserError(f"from_study={name}: no trial of it has completed; search some")
+    return winner.trial.params

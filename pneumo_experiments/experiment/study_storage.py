@@ -1,0 +1,137 @@
+"""The database of Optuna studies, and the repetition of trials whose worker died."""
+
+from __future__ import annotations
+
+import copy
+import time
+import warnings
+from contextlib import ExitStack, suppress
+from typing import Any
+
+import optuna
+from filelock import FileLock
+from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
+from optuna.storages import BaseStorage, InMemoryStorage, RDBStorage, RetryHeartbeatStaleTrialCallback
+from optuna.study import Study
+from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy import event
+
+from pneumo_experiments import tracking
+from pneumo_experiments.errors import UserError
+from pneumo_experiments.settings import NONE
+
+# Attributes of a trial
+RUN_ID, PROCESS, ERROR = "run_id", "process", "error"
+CONFIRMS = "confirms"  # the number of the trial that is trained again
+HEARTBEAT_SECONDS, GRACE_SECONDS = 10, 60  # a worker that is silent for so long is taken for dead
+RECONNECT_SECONDS = 120  # a database may be restarted
+SQLITE_TIMEOUT_SECONDS = 60
+ATTEMPTS = 5  # to open a new database, which another worker may be filling
+
+
+class _Storage(RDBStorage):
+    """A database whose short outages do not stop the heartbeats of a trial."""
+
+    def record_heartbeat(self, trial_id: int) -> None:
+        with suppress(StorageInternalError):  # the next one follows soon
+            super().record_heartbeat(trial_id)
+
+
+def open_storage(address: str) -> BaseStorage:
+    """The database of studies at an address, created if it is new; in memory for none.
+
+    Raises UserError if it cannot be opened.
+    """
+    if address in ("", NONE):
+        return InMemoryStorage()
+    tracking.check_server("storage", address)
+    file = tracking.database_file(address)
+    engine: dict[str, Any] = {"pool_pre_ping": True}  # the database may have been restarted
+    if file:
+        engine["connect_args"] = {"timeout": SQLITE_TIMEOUT_SECONDS}
+    with ExitStack() as stack:
+        if file and file.parent.is_dir():  # workers that create the tables at the same time would fail
+            stack.enter_context(FileLock(file.with_name(file.name + ".lock")))
+        for attempt in range(ATTEMPTS):
+            try:
+                return _open(address, engine)
+            except Exception as error:  # SQLAlchemy and its drivers raise errors of many kinds
+                if file or attempt == ATTEMPTS - 1:
+                    raise cannot_be_opened(address, error) from error
+                time.sleep(0.2 * 2**attempt)  # another worker is creating the tables
+    raise AssertionError
+
+
+def _open(address: str, engine: dict[str, Any]) -> _Storage:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        storage = _Storage(
+            address,
+            engine_kwargs=engine,
+            heartbeat_interval=HEARTBEAT_SECONDS,
+            grace_period=GRACE_SECONDS,
+            heartbeat_stale_trial_callback=retry,
+        )
+    event.listen(storage.engine, "do_connect", _connect_patiently)
+    return storage
+
+
+def _connect_patiently(dialect: Any, record: Any, arguments: Any, parameters: Any) -> Any:
+    """Opens a connection as SQLAlchemy would, again and again while the database is restarted."""
+    start = time.monotonic()
+    while True:
+        try:
+            return dialect.connect(*arguments, **parameters)
+        except dialect.loaded_dbapi.OperationalError:
+            if time.monotonic() - start > RECONNECT_SECONDS:
+                raise
+            time.sleep(1)
+
+
+def cannot_be_opened(address: str, error: Exception) -> UserError:
+    """The error for a database that refuses; without its password."""
+    reason = tracking.hide_passwords(str(error).split("\n")[0])
+    return UserError(
+        f"storage={tracking.hide_passwords(address)}: the study's database cannot be opened ({reason});"
+        " name another, such as sqlite:///optuna.db, or none"
+    )
+
+
+def load_study(setting: str, storage: BaseStorage, name: str) -> Study:
+    """A study that exists; UserError if there is none of that name, with the names there are."""
+    try:
+        return optuna.load_study(study_name=name, storage=storage)
+    except KeyError:
+        names = optuna.get_all_study_names(storage)
+        there = f"there are {', '.join(names[:10])}" if names else "there is none yet"
+        raise UserError(f"{setting}={name}: no such study in the storage; {there}") from None
+
+
+def retry(study: Study, trial: FrozenTrial) -> None:
+    """Queues a trial whose worker died, with the same settings, and ends its run as KILLED."""
+    again = copy.copy(trial)
+    run_id = trial.user_attrs.get(RUN_ID)
+    again.user_attrs = {name: value for name, value in trial.user_attrs.items() if name == CONFIRMS}
+    RetryHeartbeatStaleTrialCallback()(study, again)
+    if run_id:
+        tracking.end_if_running(run_id, "KILLED")
+
+
+def fail_stale_trials(study: Study) -> None:
+    """Fails and queues again the trials of any machine whose heartbeat has stopped."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        optuna.storages.fail_stale_trials(study)
+
+
+def retry_dead_trials(study: Study, storage: BaseStorage) -> None:
+    """Fails and queues again the trials whose process on this machine has died, without waiting."""
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        if tracking.has_ended(trial.user_attrs.get(PROCESS, {})):
+            try:
+                trial_id = trial._trial_id  # pyright: ignore[reportPrivateUsage] # no public way leads to it
+                if not storage.set_trial_state_values(trial_id, TrialState.FAIL):
+                    continue
+            except UpdateFinishedTrialError:
+                continue  # another worker was faster
+            retry(study, trial)

@@ -1,0 +1,240 @@
+"""The short training of a trial, and what each of its epochs is worth."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from pneumo_experiments import tracking
+from pneumo_experiments.dataset.hdf5 import Dataset
+from pneumo_experiments.dataset.splits import Split, assign_folds
+from pneumo_experiments.errors import UserError
+from pneumo_experiments.experiment.scored_images import digests
+from pneumo_experiments.experiment.subset import Subset, make_split
+from pneumo_experiments.experiment.training_loop import EpochResult, train_and_validate
+from pneumo_experiments.learning.checkpoint import Checkpoint
+from pneumo_experiments.learning.device import choose_compute
+from pneumo_experiments.learning.fit import fit
+from pneumo_experiments.learning.loader import InMemoryData, StreamedData
+from pneumo_experiments.learning.network import PneumothoraxNet, build
+from pneumo_experiments.learning.predict import Predictor
+from pneumo_experiments.locks import work_folder
+from pneumo_experiments.scoring.cross_fit import best_dice_on_positives, cross_fitted
+from pneumo_experiments.scoring.thresholds import Thresholds
+from pneumo_experiments.serving import Detector, save
+from pneumo_experiments.settings import Recipe, Search, as_config, weight_shaping
+
+# A training whose masks are all empty has the Dice of the empty baseline, like every other such training.
+# This much of best_dice_on_positives is added to it, so that the search can tell them apart.
+EMPTY_BONUS = 1e-3
+TIMED_IMAGES = 16
+CHECKPOINTS = Path("output/checkpoints")
+
+
+@dataclass(frozen=True)
+class TrialScores:
+    """What a trial is worth after an epoch; means over its folds so far."""
+
+    value: float
+    """cross-fitted Dice; where every mask is empty, plus 1e-3 of the best Dice on positives"""
+    dice: float
+    """cross-fitted: each half of the validation patients judged with the thresholds of the other"""
+    dice_optimistic: float
+    """thresholds chosen and judged on the same images"""
+    dice_positive: float
+    """cross-fitted, over the images with truth; NaN without any"""
+    is_all_empty: bool
+    """whether every mask is empty, in every fold"""
+    thresholds: Thresholds
+    """the best of the coarse grid for the first fold's validation images"""
+    seconds_per_image: float
+    """of a prediction by this machine; NaN before the last epoch, and if it is no objective"""
+
+
+@dataclass(frozen=True)
+class _Fold:
+    split: Split
+    training_data: InMemoryData | StreamedData
+    validation: Subset
+    half: NDArray[np.int64]  # of the validation patients
+
+
+class TrialTraining:
+    """Short trainings on one data set, which is read once; each starts from the same weights."""
+
+    def __init__(self, dataset: Dataset, settings: Search) -> None:
+        """Reads the images of all folds, and trains the network that the trials start from."""
+        self._dataset, self._settings = dataset, settings
+        self._compute = choose_compute(settings.compute)
+        k, folds = settings.study.folds_per_trial, settings.split.folds
+        if k > folds:
+            raise UserError(f"folds_per_trial={k}: there are {folds} folds; give no more")
+        first = settings.split.fold  # make_split refuses all
+        others = [str((int(first) + i) % folds) for i in range(1, k)] if first.isdecimal() else []
+        self._folds = [self._fold(number) for number in [first, *others]]
+        self._trained: tuple[Predictor, Thresholds] | None = None  # on the first fold, in the latest trial
+        self._initial = self._initial_network()
+
+    def epochs(self, recipe: Recipe) -> Iterator[TrialScores]:
+        """Trains with a recipe on each fold in turn; one item for each epoch of each fold.
+
+        Logs in the active run. The caller may stop at any time.
+        """
+        epochs, finished = self._settings.study.search_epochs, list[TrialScores]()
+        for number, fold in enumerate(self._folds):
+            predictor, first_step, scores = self._predictor(recipe), number * epochs, None
+            for result in train_and_validate(
+                *("trial", predictor, fold.training_data, fold.validation, recipe, epochs),
+                first_step=first_step,
+                lines=False,
+            ):
+                scores = _score_fold(fold, result)
+                if result.epoch.number == epochs:
+                    last = replace(predictor, network=result.epoch.network)
+                    scores = replace(scores, seconds_per_image=self._seconds_per_image(last))
+                    if number == 0:
+                        self._trained = last, scores.thresholds
+                mean = _mean([*finished, scores])
+                tracking.log_metrics(
+                    {"val_dice_cross_fitted": mean.dice}, step=first_step + result.epoch.number
+                )
+                yield mean
+            assert scores is not None
+            finished.append(scores)
+
+    def save_model(self, folder: Path, recipe: Recipe) -> None:
+        """Saves what ``epochs`` has trained on the first fold as a model, with its thresholds."""
+        assert self._trained is not None
+        predictor, thresholds = self._trained
+        fold, dataset = self._folds[0], self._dataset
+        seen = digests(fold.validation) | digests(Subset(dataset, fold.split.train))
+        settings = as_config(replace(self._settings, recipe=recipe))
+        save(
+            folder,
+            Detector(predictor, dataset.image_size, thresholds, settings, dataset.fingerprint, seen),
+        )
+
+    def _fold(self, number: str) -> _Fold:
+        settings = self._settings
+        split = make_split(self._dataset, replace(settings.split, fold=number))
+        training = split.train
+        if limit := settings.study.search_images:
+            shuffled = np.random.default_rng(settings.recipe.seed).permutation(training)
+            training = np.sort(shuffled[:limit])
+        cache = settings.recipe.batches.cache
+        validation = Subset(self._dataset, split.validation).in_memory(cache)
+        data = Subset(self._dataset, training).training_data(cache, self._compute)
+        return _Fold(split, data, validation, _halves(validation))
+
+    def _predictor(self, recipe: Recipe) -> Predictor:
+        own, other = self._settings.recipe, recipe.network
+        is_same = (other.network, other.weights) == (own.network.network, own.network.weights)
+        if is_same and (recipe.seed == own.seed or self._settings.study.search_warmup_epochs):
+            network = copy.deepcopy(self._initial)
+        else:
+            network = build(other.network, other.weights, recipe.seed)
+        return Predictor(network, self._compute, other.tta_flip)
+
+    def _seconds_per_image(self, predictor: Predictor) -> float:
+        """The shorter of two predictions of the same images, per image."""
+        if self._settings.study.objectives == "dice":
+            return np.nan
+        validation = self._folds[0].validation
+        images = self._dataset.images(validation.indices[:TIMED_IMAGES])
+        seconds: list[float] = []
+        for _ in range(2):
+            start = time.perf_counter()
+            list(predictor.predict(images))
+            seconds.append((time.perf_counter() - start) / len(images))
+        return min(seconds)
+
+    def _initial_network(self) -> PneumothoraxNet:
+        """The network that every trial starts from, after the warm-up epochs if there are any.
+
+        Its weights are saved for other workers and for the next command.
+        """
+        recipe, epochs = self._settings.recipe, self._settings.study.search_warmup_epochs
+        network = build(recipe.network.network, recipe.network.weights, recipe.seed)
+        if epochs == 0:
+            return network
+        checkpoint = warmup_checkpoint(self._settings, self._dataset.fingerprint)
+        with work_folder(checkpoint.folder, "search: another worker trains the first network; waiting"):
+            saved = checkpoint.last()
+            if saved is None:
+                state = self._warm_up(network, epochs)
+                checkpoint.save({"epochs": epochs}, {epochs: state})
+            else:
+                state = saved["networks"][epochs]
+        network.load_state_dict(state)
+        return network
+
+    def _warm_up(self, network: PneumothoraxNet, epochs: int) -> dict[str, Any]:
+        recipe, training = self._settings.recipe, Subset(self._dataset, self._folds[0].split.train)
+        data = training.training_data(recipe.batches.cache, self._compute)
+        with tqdm(total=len(data) * epochs, desc="warm-up", unit="image", disable=None, leave=False) as bar:
+
+            def advance(count: int) -> None:
+                bar.update(count)
+
+            *_, last = fit(network, data, recipe, epochs, self._compute, advance)
+        print(f"search: every trial starts from one network, trained for {epochs} epochs")
+        return {name: tensor.cpu() for name, tensor in last.network.state_dict().items()}
+
+
+def warmup_checkpoint(settings: Search, fingerprint: str) -> Checkpoint:
+    """Where the network from which trials start is saved."""
+    study = settings.study
+    key = [fingerprint, weight_shaping(settings.recipe), weight_shaping(settings.split)]
+    digest = hashlib.sha256(json.dumps([*key, study.search_warmup_epochs]).encode()).hexdigest()[:16]
+    return Checkpoint(CHECKPOINTS / f"warm-up-{digest}")
+
+
+def _mean(folds: list[TrialScores]) -> TrialScores:
+    """Means over folds; thresholds and seconds of the first one."""
+
+    def mean(name: str) -> float:
+        return float(np.mean([getattr(fold, name) for fold in folds]))
+
+    return replace(
+        folds[0],
+        value=mean("value"),
+        dice=mean("dice"),
+        dice_optimistic=mean("dice_optimistic"),
+        dice_positive=mean("dice_positive"),
+        is_all_empty=all(fold.is_all_empty for fold in folds),
+    )
+
+
+def _score_fold(fold: _Fold, result: EpochResult) -> TrialScores:
+    crossed = cross_fitted(result.counts, fold.half)
+    bonus = EMPTY_BONUS * best_dice_on_positives(result.counts) if crossed.is_all_empty else 0.0
+    return TrialScores(
+        value=crossed.dice + bonus,
+        dice=crossed.dice,
+        dice_optimistic=result.scores.dice,
+        dice_positive=crossed.dice_positive,
+        is_all_empty=crossed.is_all_empty,
+        thresholds=result.thresholds,
+        seconds_per_image=float("nan"),
+    )
+
+
+def _halves(validation: Subset) -> NDArray[np.int64]:
+    """The half, 0 or 1, of each image (n,), by patient and stratified by area; the same for every trial."""
+    entries = validation.entries
+    patients = [entry.patient for entry in entries]
+    if len(set(patients)) < 2:
+        raise UserError(
+            f"folds: {len(set(patients))} patients to validate, but a search needs 2; give fewer folds"
+        )
+    return assign_folds(patients, np.array([entry.area_px for entry in entries]), 2, seed=0)

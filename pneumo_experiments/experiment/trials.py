@@ -1,0 +1,273 @@
+"""Runs the trials of a study, together with any number of other workers."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from math import inf
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import optuna
+from optuna.exceptions import StorageInternalError, TrialPruned
+from optuna.storages import BaseStorage
+from optuna.study import Study
+from optuna.trial import FrozenTrial, TrialState
+from tqdm import tqdm
+
+from pneumo_experiments import tracking
+from pneumo_experiments.errors import ServerUnreachable, UserError
+from pneumo_experiments.experiment.search_space import Space, suggest, with_values
+from pneumo_experiments.experiment.study import is_counted
+from pneumo_experiments.experiment.study_storage import (
+    CONFIRMS,
+    ERROR,
+    PROCESS,
+    RUN_ID,
+    fail_stale_trials,
+    retry,
+    retry_dead_trials,
+)
+from pneumo_experiments.experiment.trial_training import TrialScores
+from pneumo_experiments.settings import Recipe, Search
+
+# What ends one trial, not the search: a training that diverged, or that did not fit in the memory.
+TRIAL_ERRORS = (UserError, RuntimeError, MemoryError)
+MAX_FAILURES = 3  # in a row: then the cause is not a trial's settings
+POLL_SECONDS = 2.0  # between looks at the trials of other workers
+
+
+class Training(Protocol):
+    """What a trial does: see TrialTraining."""
+
+    def epochs(self, recipe: Recipe) -> Iterator[TrialScores]:
+        """Scores after each epoch."""
+        ...
+
+    def save_model(self, folder: Path, recipe: Recipe) -> None:
+        """Saves what was trained last."""
+        ...
+
+
+class TrialFailed(Exception):
+    """A trial ended with an error of its own, which is the cause."""
+
+
+class Surplus(Exception):
+    """Several workers started the last trial at once, and this one is too many."""
+
+
+@dataclass
+class Objective:
+    """One trial: a short training in a child run.
+
+    With ``confirms`` it trains a trial of another study again, with the next seed and without pruning.
+    """
+
+    settings: Search
+    space: Space
+    training: Callable[[], Training]  # made by the first trial that this worker runs
+    total: int
+    confirms: bool = False
+
+    def __call__(self, trial: optuna.Trial) -> tuple[float, ...]:
+        """The trial's values. Raises TrialPruned, TrialFailed and Surplus."""
+        _refuse_surplus(trial, self.total, self.confirms)
+        number = trial.user_attrs[CONFIRMS] if self.confirms else trial.number
+        training = self.training()
+        start = time.perf_counter()
+        try:
+            values = suggest(trial, self.space)
+            recipe = with_values(self.settings.recipe, values)
+            if self.confirms:
+                recipe = replace(recipe, seed=(recipe.seed + 1) % 2**32)
+            line = ", ".join(f"{name} {_short(value)}" for name, value in values.items())
+            title = f"{'confirm' if self.confirms else 'trial'} {number}"
+            tracking.keep_running()
+            with tracking.run(f"{title}: {line}", replace(self.settings, recipe=recipe)) as run_id:
+                trial.set_user_attr(PROCESS, tracking.process_tags())
+                trial.set_user_attr(RUN_ID, run_id)
+                scores, epochs = self._train(trial, training, recipe)
+                seconds = time.perf_counter() - start
+                is_pruned = scores is not None and epochs < self._epochs
+                assert scores is not None
+                self._record(trial, scores, seconds, is_pruned)
+                if not is_pruned and not self.confirms:
+                    self._keep_model(trial, scores.value, recipe)
+                state = f"pruned after epoch {epochs} of {self._epochs}" if is_pruned else "complete"
+                tracking.describe(f"{title}, {state}: {line}.\nCross-fitted Dice {scores.dice:.4f}.")
+        except (KeyboardInterrupt, ServerUnreachable):
+            # Not a failure of its settings: they are tried again, by the next command at the latest.
+            retry(trial.study, trial.study.get_trials(deepcopy=False)[trial.number])
+            raise
+        except TRIAL_ERRORS as error:
+            reason = tracking.hide_passwords(str(error).split("\n")[0])[:500]
+            trial.set_user_attr(ERROR, reason)
+            tqdm.write(f"search: trial {number} failed: {reason}")
+            raise TrialFailed from error
+        print_row(self.space, title, values, scores, seconds, state)
+        if is_pruned:
+            raise TrialPruned
+        is_single = self.settings.study.objectives == "dice"
+        return (scores.value,) if is_single else (scores.value, scores.seconds_per_image)
+
+    @property
+    def _epochs(self) -> int:
+        return self.settings.study.search_epochs * self.settings.study.folds_per_trial
+
+    def _train(
+        self, trial: optuna.Trial, training: Training, recipe: Recipe
+    ) -> tuple[TrialScores | None, int]:
+        """Scores after the last epoch that ran, and its number."""
+        scores, epoch = None, 0
+        prunes = not self.confirms and self.settings.study.objectives == "dice"
+        for epoch, scores in enumerate(training.epochs(recipe), start=1):
+            if prunes:
+                trial.report(scores.value, epoch)
+                if epoch < self._epochs and trial.should_prune():
+                    break
+        return scores, epoch
+
+    def _record(self, trial: optuna.Trial, scores: TrialScores, seconds: float, is_pruned: bool) -> None:
+        measured = {name: getattr(scores, name) for name in ("dice", "dice_optimistic", "dice_positive")}
+        facts = {"trial_state": "pruned" if is_pruned else "complete", "is_all_empty": scores.is_all_empty}
+        tracking.log_metrics({"trial_value": scores.value, "trial_seconds": seconds})
+        tracking.log_params(facts | asdict(scores.thresholds))
+        for name, value in (measured | facts | {"seconds": round(seconds, 3)}).items():
+            trial.set_user_attr(name, value)
+        trial.set_user_attr("thresholds", asdict(scores.thresholds))
+
+    def _keep_model(self, trial: optuna.Trial, value: float, recipe: Recipe) -> None:
+        """Logs the model if the trial is among the best so far, and deletes the one that it displaces."""
+        keep, best = self.settings.study.keep, best_trials(trial.study)
+        better = sum(cast("list[float]", other.values)[0] >= value for other in best)
+        if better >= keep:
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            self.training().save_model(Path(folder), recipe)
+            trial.set_user_attr("model", tracking.log_model(Path(folder)))
+        delete_models(best[keep - 1 : keep])
+
+
+def run_trials(
+    study: Study,
+    storage: BaseStorage,
+    objective: Objective,
+    deadline: float = inf,
+    target: float = 0.0,
+    queue: Callable[[], None] = lambda: None,
+) -> None:
+    """Runs trials until the study has its total, together with other workers, and waits for theirs.
+
+    Starts none after ``deadline`` (of time.monotonic), or once a Dice reaches ``target``. ``queue`` is called
+    before each trial. Raises UserError when several trials in a row have failed.
+    """
+    failures, is_waiting = 0, False
+    ended: list[FrozenTrial] = []
+    while not _is_over(study, objective.total, deadline, target):
+        queue()
+        retry_dead_trials(study, storage)
+        running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        if _count(study) + len(running) >= objective.total:
+            if not is_waiting:
+                print(f"search: waiting for {len(running)} trials of other workers")
+            is_waiting = True
+            time.sleep(POLL_SECONDS)
+            fail_stale_trials(study)
+            continue
+        try:
+            study.optimize(
+                objective,
+                n_trials=1,
+                catch=(TrialFailed, Surplus),
+                callbacks=[lambda _, trial: ended.append(trial)],
+            )
+        except StorageInternalError as error:
+            print(f"search: storage: the database does not respond ({type(error).__name__}); trying again")
+            time.sleep(POLL_SECONDS)
+        except ServerUnreachable:
+            tracking.wait_for_store()
+        else:
+            reason = ended.pop().user_attrs.get(ERROR)
+            failures = failures + 1 if reason else 0
+            if failures >= MAX_FAILURES:
+                raise UserError(f"search: the last {failures} trials failed: {reason}")
+
+
+def confirm_trials(study: Study, confirmations: Study, storage: BaseStorage, objective: Objective) -> None:
+    """Trains the best trials of the study again, in ``confirmations``: each once, whoever does it."""
+    numbers = {trial.number: trial for trial in best_trials(study)[: objective.settings.study.confirm]}
+
+    def queue() -> None:
+        trials = confirmations.get_trials(deepcopy=False)
+        active = [t for t in trials if is_counted(t) or t.state in (TrialState.RUNNING, TrialState.WAITING)]
+        for number in numbers.keys() - {trial.user_attrs.get(CONFIRMS) for trial in active}:
+            confirmations.enqueue_trial(numbers[number].params, user_attrs={CONFIRMS: number})
+
+    earlier = {t.user_attrs[CONFIRMS] for t in confirmations.get_trials(deepcopy=False) if is_counted(t)}
+    total = len(numbers.keys() | earlier)
+    run_trials(confirmations, storage, replace(objective, total=total, confirms=True), queue=queue)
+
+
+def best_trials(study: Study) -> list[FrozenTrial]:
+    """The completed trials, the best first; of equal ones the earlier."""
+    completed = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    return sorted(completed, key=lambda trial: (-cast("list[float]", trial.values)[0], trial.number))
+
+
+def delete_models(trials: list[FrozenTrial]) -> None:
+    """Deletes the logged models of trials."""
+    for trial in trials:
+        address = str(trial.user_attrs.get("model", ""))
+        if address.startswith("models:/"):
+            tracking.delete_model(address)
+
+
+def print_row(
+    space: Space, title: str, values: dict[str, Any], scores: TrialScores, seconds: float, state: str
+) -> None:
+    """Prints a finished trial as a row of a table."""
+    cells = [f"{_short(values[name]):>{max(len(name), 8)}}" for name in space]
+    empty = "  all empty" if scores.is_all_empty else ""
+    tqdm.write(
+        f"  {title:<11}{scores.dice:>8.4f}{scores.dice_positive:>14.4f}  {'  '.join(cells)}"
+        f"  {seconds:>7.1f} s  {state}{empty}"
+    )
+
+
+def print_header(space: Space) -> None:
+    """Prints the head of the table."""
+    names = "  ".join(f"{name:>8}" for name in space)
+    print(f"  {'':<11}{'Dice':>8}{'on positives':>14}  {names}  {'time':>9}")
+
+
+def _short(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def _count(study: Study) -> int:
+    return sum(map(is_counted, study.get_trials(deepcopy=False)))
+
+
+def _is_over(study: Study, total: int, deadline: float, target: float) -> bool:
+    best = best_trials(study)
+    reached = target > 0 and bool(best) and cast("list[float]", best[0].values)[0] >= target
+    return reached or time.monotonic() >= deadline or _count(study) >= total
+
+
+def _refuse_surplus(trial: optuna.Trial, total: int, confirms: bool) -> None:
+    """Raises Surplus if earlier trials fill the study, or if an earlier one confirms the same trial."""
+    earlier = [
+        other
+        for other in trial.study.get_trials(deepcopy=False)
+        if other.number < trial.number and (is_counted(other) or other.state is TrialState.RUNNING)
+    ]
+    if confirms:
+        number = trial.user_attrs.get(CONFIRMS)  # None: another worker took the queued one
+        if number is None:
+            raise Surplus
+        earlier = [other for other in earlier if other.user_attrs.get(CONFIRMS) == number]
+    if len(earlier) >= (1 if confirms else total):
+        raise Surplus
