@@ -6,6 +6,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from io import BytesIO
 from typing import Any, cast
 
 import numpy as np
@@ -13,11 +14,12 @@ import optuna
 from numpy.typing import NDArray
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
+from PIL import Image
 
 from pneumo_experiments import tracking
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.experiment.search_space import Space, with_values
-from pneumo_experiments.experiment.study import confirm_name
+from pneumo_experiments.experiment.study import METRIC_NAMES, confirm_name
 from pneumo_experiments.experiment.study_storage import CONFIRMS, ERROR, RUN_ID, load_study, open_storage
 from pneumo_experiments.experiment.trials import best_trials
 from pneumo_experiments.settings import Search, as_config
@@ -85,7 +87,9 @@ def pictures(study: Study) -> dict[str, NDArray[np.uint8]]:
     names = [name for name in completed[0].params if len({t.params.get(name) for t in completed}) > 1]
     values = {_first_value(trial) for trial in completed}
     is_single = len(study.directions) == 1
-    target: dict[str, Any] = {} if is_single else {"target": _first_value, "target_name": "Dice"}
+    # With a target of ours Optuna no longer knows that higher is better.
+    target: dict[str, Any] = {"target_name": METRIC_NAMES["dice"]}
+    target |= {} if is_single else {"target": _first_value}
     drawn = {"history": _draw(plots.plot_optimization_history, study, **target)}
     if is_single and any(trial.intermediate_values for trial in study.get_trials(deepcopy=False)):
         drawn["intermediate_values"] = _draw(plots.plot_intermediate_values, study)
@@ -96,11 +100,15 @@ def pictures(study: Study) -> dict[str, NDArray[np.uint8]]:
     drawn["parallel_coordinate"] = _draw(plots.plot_parallel_coordinate, study, params=names, **target)
     drawn["slice"] = _draw(plots.plot_slice, study, params=names, **target)
     if len(values) > 1:
-        drawn["importances"] = _draw(plots.plot_param_importances, study, params=names, **target)
-        importances = optuna.importance.get_param_importances(
-            study, params=names, target=target.get("target")
+        evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
+        drawn["importances"] = _draw(
+            plots.plot_param_importances, study, params=names, evaluator=evaluator, **target
         )
-        names = [*importances]
+        names = [
+            *optuna.importance.get_param_importances(
+                study, params=names, evaluator=evaluator, target=target.get("target")
+            )
+        ]
     if len(names) >= 2:
         drawn["contour"] = _draw(plots.plot_contour, study, params=names[:2], **target)
     return drawn
@@ -117,11 +125,10 @@ def _draw(plot: Callable[..., Any], study: Study, **arguments: Any) -> NDArray[n
         axes = plot(study, **arguments)
         figure = np.ravel(axes)[0].figure
         figure.set_size_inches(max(9.0, figure.get_figwidth()), max(5.0, figure.get_figheight()))
-        figure.tight_layout()
-        figure.canvas.draw()
-        pixels = np.asarray(figure.canvas.buffer_rgba())[:, :, :3].copy()
+        content = BytesIO()
+        figure.savefig(content, bbox_inches="tight")
         pyplot.close(figure)
-    return pixels
+    return np.asarray(Image.open(content).convert("RGB"))
 
 
 def _log_trials(trials: list[FrozenTrial], confirmed: dict[int, float], space: Space) -> None:
