@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from math import inf
 from pathlib import Path
@@ -83,7 +83,7 @@ class Objective:
             recipe = with_values(self.settings.recipe, values)
             if self.confirms:
                 recipe = replace(recipe, seed=(recipe.seed + 1) % 2**32)
-            line = ", ".join(f"{name} {_short(value)}" for name, value in values.items())
+            line = in_words(values)
             title = f"{'confirm' if self.confirms else 'trial'} {number}"
             tracking.keep_running()
             with tracking.run(f"{title}: {line}", replace(self.settings, recipe=recipe)) as run_id:
@@ -241,6 +241,11 @@ def print_header(space: Space) -> None:
     """Prints the head of the table."""
     names = "  ".join(f"{name:>8}" for name in space)
     print(f"  {'':<11}{'Dice':>8}{'on positives':>14}  {names}  {'time':>9}")
+
+
+def in_words(values: Mapping[str, Any]) -> str:
+    """Settings as text: ``dice_weight 0.31, ema 0.9``."""
+    return ", ".join(f"{name} {_short(value)}" for name, value in values.items())
 
 
 def _short(value: Any) -> str:

@@ -28,6 +28,7 @@ from pneumo_experiments.experiment.trials import (
     best_trials,
     confirm_trials,
     delete_models,
+    in_words,
     print_header,
     run_trials,
 )
@@ -88,6 +89,12 @@ def run_study(
         with tracking.run("search", settings):
             raise
 
+    @cache
+    def training() -> Training:
+        made = make_training()
+        print_header(space)
+        return made
+
     def is_shared() -> bool:
         return _others_work(study) or _others_work(confirmations)
 
@@ -101,8 +108,7 @@ def run_study(
         if workers > 1:
             run_workers(workers, worker, replace(settings, workers=1))
         deadline = start + study_settings.timeout if study_settings.timeout else inf
-        objective = Objective(settings, space, cache(make_training), study_settings.trials)
-        print_header(space)
+        objective = Objective(settings, space, training, study_settings.trials)
         run_trials(study, storage, objective, deadline, study_settings.target)
         confirm_trials(study, confirmations, storage, objective)
         winner = choose_winner(study, confirmations)
@@ -110,8 +116,7 @@ def run_study(
         delete_models(best_trials(study)[study_settings.keep :])
         if winner is None:
             raise UserError("search: no trial has completed; give it more trials, or more time")
-        line = ", ".join(f"{name} {value}" for name, value in winner.trial.params.items())
-        print(f"search: best is trial {winner.trial.number} of {len(study.trials)}: {line}")
+        print(f"search: best is trial {winner.trial.number}: {in_words(winner.trial.params)}")
     return SearchResult(with_values(settings.recipe, winner.trial.params), winner.trial.number)
 
 

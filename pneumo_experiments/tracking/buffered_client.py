@@ -53,7 +53,7 @@ def is_outage(error: Exception) -> bool:
 
 @contextmanager
 def outages_as_user_errors() -> Generator[None]:
-    """Raises ServerUnreachable for an outage, during calls whose result is needed: they cannot be buffered."""
+    """Raises ServerUnreachable for an outage in calls that cannot be buffered: their result is needed."""
     try:
         yield
     except (MlflowException, requests.RequestException) as error:
