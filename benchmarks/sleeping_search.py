@@ -1,8 +1,9 @@
 """A search whose trials only sleep and report: what the framework around them costs, and whether it loses any.
 
-    python benchmarks/sleeping_search.py trials=40 search_epochs=2 storage=… study=… [sleep=0.1]
+    python benchmarks/sleeping_search.py trials=40 search_epochs=2 storage=… study=… [sleep=0.1] [model_mb=0]
 
-Every other word is a setting of `search`. The value of a trial is a smooth function of its settings.
+Every other word is a setting of `search`. The value of a trial is a smooth function of its settings; a kept
+model is a file of ``model_mb`` megabytes.
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ from dataclasses import dataclass
 from math import log
 from pathlib import Path
 from typing import Any
+
+import measure  # noqa: F401 # makes the package importable from its folder
+import numpy as np
 
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.experiment.trial_training import TrialScores
@@ -30,6 +34,7 @@ class Sleeping:
     """Epochs that last ``seconds`` each."""
 
     seconds: float
+    model_mb: float
     count: int
 
     def epochs(self, recipe: Recipe) -> Iterator[TrialScores]:
@@ -38,7 +43,7 @@ class Sleeping:
             yield scores_of(recipe, epoch / self.count)
 
     def save_model(self, folder: Path, recipe: Recipe) -> None:
-        (folder / "model.json").write_text("{}", encoding="utf-8")
+        (folder / "weights.pt").write_bytes(np.random.default_rng(0).bytes(int(self.model_mb * 1e6)))
 
 
 def scores_of(recipe: Recipe, progress: float) -> TrialScores:
@@ -50,30 +55,28 @@ def scores_of(recipe: Recipe, progress: float) -> TrialScores:
     return TrialScores(value, value, value + 0.01, value / 2, False, Thresholds(), 0.01)
 
 
-def settings_of(words: list[str]) -> tuple[Search, float]:
-    """Settings from words ``name=value``, and the seconds of an epoch."""
+def settings_of(words: list[str]) -> tuple[Search, Sleeping]:
+    """Settings and training from words ``name=value``."""
     texts = dict(word.split("=", 1) for word in words)
-    seconds = float(texts.pop("sleep", 0.1))
+    seconds, model_mb = float(texts.pop("sleep", 0.1)), float(texts.pop("model_mb", 0))
     types = {leaf.name: leaf.type for leaf in leaves(Search)}
     values: dict[str, Any] = {}
     for name, text in texts.items():
         values[name] = types[name](text) if types[name] in (int, float, str) else text
-    return from_flat(Search, values), seconds
+    settings = from_flat(Search, values)
+    return settings, Sleeping(seconds, model_mb, settings.study.search_epochs)
 
 
-def search(settings: Search, seconds: float) -> None:
+def search(settings: Search) -> None:
     """One worker, or as many as the settings say."""
-    run_study(settings, FINGERPRINT, lambda: Sleeping(seconds, settings.study.search_epochs), _worker)
-
-
-def _worker(settings: Search) -> None:
-    search(settings, settings_of(sys.argv[1:])[1])
+    training = settings_of(sys.argv[1:])[1]
+    run_study(settings, FINGERPRINT, lambda: training, search)
 
 
 if __name__ == "__main__":
     handle_signals()
     try:
-        search(*settings_of(sys.argv[1:]))
+        search(settings_of(sys.argv[1:])[0])
     except UserError as error:
         print(f"Error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)

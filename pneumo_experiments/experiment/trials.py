@@ -96,6 +96,8 @@ class Objective:
                 self._record(trial, scores, seconds, is_pruned)
                 if not is_pruned and not self.confirms:
                     self._keep_model(trial, scores.value, recipe)
+                if is_pruned:
+                    tracking.rename(f"{title} (pruned): {line}")
                 state = f"pruned after epoch {epochs} of {self._epochs}" if is_pruned else "complete"
                 tracking.describe(f"{title}, {state}: {line}.\nCross-fitted Dice {scores.dice:.4f}.")
         except (KeyboardInterrupt, ServerUnreachable):

@@ -23,6 +23,7 @@ from pneumo_experiments.tracking.log import (
     log_scores,
     log_table,
     log_yaml,
+    rename,
 )
 from pneumo_experiments.tracking.models import delete_model, log_model, model_data
 from pneumo_experiments.tracking.processes import end_with_mlflow_run, has_ended, process_tags
@@ -67,6 +68,7 @@ __all__ = [
     "open_store",
     "process_tags",
     "register_model",
+    "rename",
     "run",
     "tracking_uri",
     "wait_for_store",

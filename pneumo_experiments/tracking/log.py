@@ -57,6 +57,11 @@ def describe(text: str) -> None:
         _send("tags", values={"mlflow.note.content": text})
 
 
+def rename(name: str) -> None:
+    """Gives the active run another name."""
+    _send("tags", values={"mlflow.runName": name})
+
+
 def log_metrics(values: Mapping[str, float], step: int | None = None) -> None:
     """Logs metrics of the active run; raises MlflowException for an invalid name."""
     numbers, now = {name: float(value) for name, value in values.items()}, now_ms()
