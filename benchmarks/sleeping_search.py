@@ -1,4 +1,4 @@
-"""A search whose trials only sleep and report: what the framework around them costs, and whether it loses any.
+"""A search whose trials only sleep and report: what the framework costs, and whether it loses any.
 
     python benchmarks/sleeping_search.py trials=40 search_epochs=2 storage=… study=… [sleep=0.1] [model_mb=0]
 
