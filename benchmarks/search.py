@@ -112,7 +112,7 @@ def overhead() -> None:
                 per_trial = seconds / count - epochs * sleep
                 print(
                     f"{place}: {per_trial:.2f} s a trial, {per_trial / DEMO_TRIAL_SECONDS:.1%} of the demo's"
-                    f" {DEMO_TRIAL_SECONDS:.0f} s; {wall - seconds:.1f} s once (start of Python, pictures, report)"
+                    f" {DEMO_TRIAL_SECONDS:.0f} s; {wall - seconds:.1f} s once (start of Python, pictures)"
                 )
 
 
@@ -195,7 +195,8 @@ def best_of_search(seed: int, chosen: dict[str, Any]) -> dict[str, Any]:
 
     storage, name = "sqlite:///optuna.db", f"{chosen['sampler']}-{seed}"
     study = {
-        "study": name, "storage": storage, "search_epochs": EPOCHS, "search_images": IMAGES, "confirm": 0, "keep": 0,
+        "study": name, "storage": storage, "search_epochs": EPOCHS, "search_images": IMAGES,
+        "confirm": 0, "keep": 0,
         "search_warmup_epochs": 1, "searched": "dice_weight,focal_weight,presence_weight,learning_rate",
     }  # fmt: skip
     trials, spent = 0, 0

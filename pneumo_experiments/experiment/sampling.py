@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import optuna
 from optuna.distributions import BaseDistribution
 from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner, NopPruner
 from optuna.samplers import BaseSampler, CmaEsSampler, GPSampler, RandomSampler, TPESampler
@@ -15,6 +13,7 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
 from pneumo_experiments.errors import UserError
+from pneumo_experiments.experiment.study_storage import allow_experimental
 from pneumo_experiments.settings import StudySettings
 
 MAX_STARTUP_TRIALS = 10  # Optuna's default
@@ -62,12 +61,12 @@ class _SeededPerTrial(BaseSampler):
 
     def __init__(self, make: Callable[[int], BaseSampler], seed: int) -> None:
         self._make, self._seed = make, seed
-        self._sampler = make(seed)
+        with allow_experimental():
+            self._sampler = make(seed)
 
     def before_trial(self, study: Study, trial: FrozenTrial) -> None:
         seed = int(np.random.SeedSequence([self._seed, trial.number]).generate_state(1)[0])
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        with allow_experimental():
             self._sampler = self._make(seed)
         self._sampler.before_trial(study, trial)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -20,7 +19,12 @@ from optuna.trial import FrozenTrial, TrialState
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.experiment.sampling import make_pruner, make_sampler
 from pneumo_experiments.experiment.search_space import Space, as_range_text, within
-from pneumo_experiments.experiment.study_storage import ERROR, cannot_be_opened, load_study
+from pneumo_experiments.experiment.study_storage import (
+    ERROR,
+    allow_experimental,
+    cannot_be_opened,
+    load_study,
+)
 from pneumo_experiments.settings import AUTO, NONE, Search, as_text, flat, read_config, weight_shaping
 
 # Attributes of a study
@@ -77,8 +81,7 @@ def open_confirmations(study: Study, storage: BaseStorage) -> Study:
 
 
 def _set_metric_names(study: Study, names: list[str]) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+    with allow_experimental():
         study.set_metric_names(names)
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import time
 import warnings
-from contextlib import ExitStack, suppress
+from collections.abc import Generator
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import optuna
@@ -27,6 +28,14 @@ HEARTBEAT_SECONDS, GRACE_SECONDS = 10, 60  # a worker that is silent for so long
 RECONNECT_SECONDS = 120  # a database may be restarted
 SQLITE_TIMEOUT_SECONDS = 60
 ATTEMPTS = 5  # to open a new database, which another worker may be filling
+
+
+@contextmanager
+def allow_experimental() -> Generator[None]:
+    """Silences Optuna's warnings that a function may change in the future: see its range in pyproject."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        yield
 
 
 class _Storage(RDBStorage):
@@ -63,8 +72,7 @@ def open_storage(address: str) -> BaseStorage:
 
 
 def _open(address: str, engine: dict[str, Any]) -> _Storage:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+    with allow_experimental():
         storage = _Storage(
             address,
             engine_kwargs=engine,
@@ -112,15 +120,15 @@ def retry(study: Study, trial: FrozenTrial) -> None:
     again = copy.copy(trial)
     run_id = trial.user_attrs.get(RUN_ID)
     again.user_attrs = {name: value for name, value in trial.user_attrs.items() if name == CONFIRMS}
-    RetryHeartbeatStaleTrialCallback()(study, again)
+    with allow_experimental():
+        RetryHeartbeatStaleTrialCallback()(study, again)
     if run_id:
         tracking.end_if_running(run_id, "KILLED")
 
 
 def fail_stale_trials(study: Study) -> None:
     """Fails and queues again the trials of any machine whose heartbeat has stopped."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+    with allow_experimental():
         optuna.storages.fail_stale_trials(study)
 
 
