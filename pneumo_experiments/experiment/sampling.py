@@ -55,8 +55,7 @@ def make_pruner(settings: StudySettings) -> BasePruner:
 class _SeededPerTrial(BaseSampler):
     """A new sampler for each trial, seeded by the study's seed and the trial's number.
 
-    Workers that share a study never have the same trial, so no two draw the same; and a study that was
-    interrupted continues as if it had not been.
+    Workers that share a study never have the same trial, so no two draw the same.
     """
 
     def __init__(self, make: Callable[[int], BaseSampler], seed: int) -> None:

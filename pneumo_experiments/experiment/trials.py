@@ -174,7 +174,7 @@ def run_trials(
         running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
         if _count(study) + len(running) >= objective.total:
             if not is_waiting:
-                print(f"search: waiting for {len(running)} trials of other workers")
+                print(f"search: waiting for other workers, which still run {len(running)}")
             is_waiting = True
             time.sleep(POLL_SECONDS)
             fail_stale_trials(study)
