@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from math import inf
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Protocol, cast
 
 import optuna
 from optuna.exceptions import StorageInternalError, TrialPruned
@@ -30,6 +30,7 @@ from pneumo_experiments.experiment.study_storage import (
     retry,
     retry_dead_trials,
 )
+from pneumo_experiments.experiment.trial_table import in_words, print_row
 from pneumo_experiments.experiment.trial_training import TrialScores
 from pneumo_experiments.settings import Recipe, Search
 
@@ -172,7 +173,7 @@ def run_trials(
         queue()
         retry_dead_trials(study, storage)
         running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-        if _count(study) + len(running) >= objective.total:
+        if count_trials(study) + len(running) >= objective.total:
             if not is_waiting:
                 print(f"search: waiting for other workers, which still run {len(running)}")
             is_waiting = True
@@ -219,6 +220,11 @@ def best_trials(study: Study) -> list[FrozenTrial]:
     return sorted(completed, key=lambda trial: (-cast("list[float]", trial.values)[0], trial.number))
 
 
+def count_trials(study: Study) -> int:
+    """The trials that count towards the study's total."""
+    return sum(map(is_counted, study.get_trials(deepcopy=False)))
+
+
 def delete_models(trials: list[FrozenTrial]) -> None:
     """Deletes the logged models of trials."""
     for trial in trials:
@@ -227,41 +233,10 @@ def delete_models(trials: list[FrozenTrial]) -> None:
             tracking.delete_model(address)
 
 
-def print_row(
-    space: Space, title: str, values: dict[str, Any], scores: TrialScores, seconds: float, state: str
-) -> None:
-    """Prints a finished trial as a row of a table."""
-    cells = [f"{_short(values[name]):>{max(len(name), 8)}}" for name in space]
-    empty = "  all empty" if scores.is_all_empty else ""
-    tqdm.write(
-        f"  {title:<11}{scores.dice:>8.4f}{scores.dice_positive:>14.4f}  {'  '.join(cells)}"
-        f"  {seconds:>7.1f} s  {state}{empty}"
-    )
-
-
-def print_header(space: Space) -> None:
-    """Prints the head of the table."""
-    names = "  ".join(f"{name:>8}" for name in space)
-    print(f"  {'':<11}{'Dice':>8}{'on positives':>14}  {names}  {'time':>9}")
-
-
-def in_words(values: Mapping[str, Any]) -> str:
-    """Settings as text: ``dice_weight 0.31, ema 0.9``."""
-    return ", ".join(f"{name} {_short(value)}" for name, value in values.items())
-
-
-def _short(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
-
-
-def _count(study: Study) -> int:
-    return sum(map(is_counted, study.get_trials(deepcopy=False)))
-
-
 def _is_over(study: Study, total: int, deadline: float, target: float) -> bool:
     best = best_trials(study)
     reached = target > 0 and bool(best) and cast("list[float]", best[0].values)[0] >= target
-    return reached or time.monotonic() >= deadline or _count(study) >= total
+    return reached or time.monotonic() >= deadline or count_trials(study) >= total
 
 
 def _refuse_surplus(trial: optuna.Trial, total: int, confirms: bool) -> None:

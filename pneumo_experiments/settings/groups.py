@@ -154,7 +154,7 @@ class StudySettings:
     ] = 8
     searched: Annotated[
         str,
-        Arg("settings to search, with commas between; the README has their ranges", shapes_weights=False),
+        Arg("settings to search, with commas between; docs/search.md has their ranges", shapes_weights=False),
     ] = "dice_weight,focal_weight,presence_weight"
     space: Annotated[
         Path | None,

@@ -21,15 +21,15 @@ from pneumo_experiments.experiment.search_workers import count_workers, run_work
 from pneumo_experiments.experiment.study import open_confirmations, open_study
 from pneumo_experiments.experiment.study_report import choose_winner, log_study
 from pneumo_experiments.experiment.study_storage import open_storage
+from pneumo_experiments.experiment.trial_table import in_words, print_header
 from pneumo_experiments.experiment.trial_training import TrialTraining, warmup_checkpoint
 from pneumo_experiments.experiment.trials import (
     Objective,
     Training,
     best_trials,
     confirm_trials,
+    count_trials,
     delete_models,
-    in_words,
-    print_header,
     run_trials,
 )
 from pneumo_experiments.settings import NONE, Recipe, Search
@@ -103,6 +103,8 @@ def run_study(
         if run_id != parent:
             study.set_user_attr(PARENT, run_id)
         print(f"search: study {study.study_name} in {tracking.hide_passwords(study_settings.storage)}")
+        if (count := count_trials(study)) >= study_settings.trials:
+            print(f"search: the study has {count} trials already; a higher trials asks for more")
         if others := unsearched_ranges(study_settings):
             print(f"search: space has ranges of {', '.join(others)}, too; searched names what is searched")
         if workers > 1:
