@@ -1,9 +1,9 @@
-"""Figures: masks drawn on radiographs (truth green, prediction orange), and learning curves."""
+"""Figures: masks drawn on radiographs (truth green, prediction orange), learning curves and other plots."""
 
 from __future__ import annotations
 
 from base64 import b64encode
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from io import BytesIO
 from typing import Any
 
@@ -99,6 +99,22 @@ def learning_curves(history: Sequence[Mapping[str, float]], baseline: float) -> 
         axes.legend()
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[:, :, :3].copy()
+
+
+def pyplot_picture(draw: Callable[[], object], inches: tuple[float, float] = (10, 5)) -> NDArray[np.uint8]:
+    """What a function draws with pyplot in a figure of its own, about as large; RGB (h, w, 3)."""
+    from matplotlib import pyplot
+
+    pyplot.switch_backend("Agg")  # a process without a screen draws as well
+    draw()
+    figure: Any = pyplot.gcf()
+    content = BytesIO()
+    try:
+        figure.set_size_inches(*inches)
+        figure.savefig(content, bbox_inches="tight")
+    finally:
+        pyplot.close(figure)
+    return np.asarray(Image.open(content).convert("RGB"))
 
 
 def jpeg_uri(picture: NDArray[np.uint8]) -> str:
