@@ -16,7 +16,7 @@ from pneumo_experiments.experiment.fold_training import TrainedFold
 from pneumo_experiments.learning.predict import to_native
 from pneumo_experiments.scoring.exact import best_of_all
 from pneumo_experiments.scoring.metrics import dice
-from pneumo_experiments.scoring.scores import Scores, score_images
+from pneumo_experiments.scoring.scores import ScoredImages, Scores, score_images
 from pneumo_experiments.scoring.thresholds import ThresholdCounts, apply_thresholds
 
 COLUMNS = ("image_id", "fold", "presence", "truth_area_px", "dice", "predicted_area_px", "rle")
@@ -58,7 +58,7 @@ def log_out_of_fold(folds: Sequence[TrainedFold]) -> Scores:
                     done += 1
                     bar.update()
         tracking.log_file(path)
-    scores = score_images(dices, areas > 0, truths > 0, all_counts.presence, patients)
+    scores = score_images(ScoredImages(dices, areas > 0, truths > 0, all_counts.presence, patients))
     tracking.log_metrics(scores.as_metrics("oof_"))
     tracking.log_params(scores.as_facts("oof_"))
     return scores

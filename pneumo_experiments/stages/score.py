@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
+from math import isnan
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from pneumo_experiments.dataset.hdf5 import Dataset
 from pneumo_experiments.dataset.rle import EMPTY
 from pneumo_experiments.dicom.archive import DIFFERING_FILES, open_archive
 from pneumo_experiments.errors import UserError
-from pneumo_experiments.experiment.scored_images import digests, identity, log_per_image
+from pneumo_experiments.experiment.scored_images import digests, identity, log_groups, log_per_image
 from pneumo_experiments.experiment.submission_check import (
     check_submission,
     expected_images,
@@ -26,7 +27,7 @@ from pneumo_experiments.experiment.submission_check import (
 )
 from pneumo_experiments.experiment.subset import Subset, log_overlays, make_split
 from pneumo_experiments.learning.device import choose_compute_for
-from pneumo_experiments.scoring.scores import Scores
+from pneumo_experiments.scoring.scores import Scores, score_images
 from pneumo_experiments.scoring.submission import write_submission
 from pneumo_experiments.serving import Detector, load
 from pneumo_experiments.settings import Score, SplitSettings, from_flat
@@ -79,19 +80,21 @@ def _score_dataset(settings: Score, detector: Detector) -> ScoreResult:
         subset = Subset(dataset, _indices(settings, detector, dataset))
         name, images = _name_subset(settings, detector, subset), identity(subset)
         counts = subset.count(detector.predictor, desc="score")
-        scores = subset.score(counts, detector.thresholds)
+        scored = subset.scored(counts, detector.thresholds)
+        scores, prefix = score_images(scored), PREFIXES[name]
+        intervals = {prefix + end: value for end, value in scored.intervals().items() if not isnan(value)}
         facts = {"subset": name, "data_fingerprint": dataset.fingerprint} | scores.as_facts()
-        tracking.log_scores(
-            scores.as_metrics(PREFIXES[name]), settings.model, settings.dataset, images, facts
-        )
+        metrics = intervals | scores.as_metrics(prefix)
+        tracking.log_scores(metrics, settings.model, settings.dataset, images, facts)
         constants = {key: value for key, value in facts.items() if key != "subset"}
         tracking.log_params(constants | {"identity": images} | asdict(detector.thresholds))
-        log_per_image(subset, counts, detector.thresholds)
+        log_groups(subset, counts, scored)
+        log_per_image(subset, counts, detector.thresholds)  # last: the table that the evaluation view opens
         where = log_overlays(subset, counts, detector.predictor, detector.thresholds, settings.overlays)
         line = scores_line(scores)
         tracking.describe(f"{name} images of {settings.dataset}, by {settings.model}.\n{line}.")
         print(f"score: {name}: {line}")
-    return ScoreResult(scores, where, None, PREFIXES[name])
+    return ScoreResult(scores, where, None, prefix)
 
 
 def _name_subset(settings: Score, detector: Detector, subset: Subset) -> str:
