@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import asdict, dataclass
 
 import numpy as np
 import optuna
 from numpy.typing import NDArray
+from optuna.visualization import matplotlib as plots
 
 from pneumo_experiments.scoring.exact import Optimum, best_of_all
 from pneumo_experiments.scoring.figures import pyplot_picture
@@ -43,23 +43,15 @@ class ThresholdSearch:
 
     def pictures(self) -> dict[str, NDArray[np.uint8]]:
         """History and contour plots of the study, RGB (h, w, 3) by file name; none without a study."""
-        if self.study is None:
+        if (study := self.study) is None:
             return {}
-        study = self.study
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            warnings.simplefilter("ignore", UserWarning)  # few trials leave some contours empty
-            return {
-                "threshold_history.png": pyplot_picture(
-                    lambda: optuna.visualization.matplotlib.plot_optimization_history(
-                        study, target_name="Dice"
-                    )
-                ),
-                "threshold_contours.png": pyplot_picture(
-                    lambda: optuna.visualization.matplotlib.plot_contour(study, target_name="Dice"),
-                    inches=(14, 12),
-                ),
-            }
+        history, contours = plots.plot_optimization_history, plots.plot_contour
+        return {
+            "threshold_history.png": pyplot_picture(lambda: history(study, target_name="Dice")),
+            "threshold_contours.png": pyplot_picture(
+                lambda: contours(study, target_name="Dice"), inches=(14, 12)
+            ),
+        }
 
 
 def search_thresholds(counts: ThresholdCounts, trials: int, seed: int) -> ThresholdSearch:

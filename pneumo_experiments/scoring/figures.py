@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from base64 import b64encode
 from collections.abc import Callable, Mapping, Sequence
 from io import BytesIO
@@ -116,19 +117,22 @@ def calibration_plot(
     return _pixels(figure)
 
 
-def pyplot_picture(draw: Callable[[], object], inches: tuple[float, float] = (10, 5)) -> NDArray[np.uint8]:
-    """What a function draws with pyplot in a figure of its own, about as large; RGB (h, w, 3)."""
+def pyplot_picture(draw: Callable[[], object], inches: tuple[float, float] = (9, 5)) -> NDArray[np.uint8]:
+    """What a function draws with pyplot in a figure of its own, at least so wide and high; RGB (h, w, 3)."""
     from matplotlib import pyplot
 
     pyplot.switch_backend("Agg")  # a process without a screen draws as well
-    draw()
-    figure: Any = pyplot.gcf()
-    content = BytesIO()
-    try:
-        figure.set_size_inches(*inches)
-        figure.savefig(content, bbox_inches="tight")
-    finally:
-        pyplot.close(figure)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Optuna's plots are experimental, and some leave a contour empty
+        draw()
+        figure: Any = pyplot.gcf()
+        content = BytesIO()
+        try:
+            width, height = figure.get_size_inches()
+            figure.set_size_inches(max(width, inches[0]), max(height, inches[1]))
+            figure.savefig(content, bbox_inches="tight")
+        finally:
+            pyplot.close(figure)
     return np.asarray(Image.open(content).convert("RGB"))
 
 
