@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from reference_counts import add_image
 
+from pneumo_experiments.dataset.annotations import read_annotations, unite
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.scoring.metrics import (
     auroc,
@@ -281,6 +282,50 @@ def test_predicting_nothing_scores_0_7785_on_all_real_labels(real_data: Path) ->
     assert scores.auroc == 0.5
     image_level = 1.96 * (0.7785 * 0.2215 / 12_047) ** 0.5
     assert scores.dice_high - scores.dice_low > 2 * image_level  # images of a patient are not independent
+
+
+def dilated(mask: np.ndarray) -> np.ndarray:
+    return np.logical_or.reduce([np.roll(mask, (dy, dx), (0, 1)) for dy in (-9, 0, 9) for dx in (-9, 0, 9)])
+
+
+@pytest.mark.parametrize(
+    ("change", "least", "most"),
+    [
+        (lambda mask: np.roll(mask, 25, axis=1), 0.3, 0.9),
+        (dilated, 0.6, 0.95),
+        (np.zeros_like, 0.3, 0.6),  # the fraction of negatives
+        (np.ones_like, 0.0, 0.05),
+        (lambda mask: mask, 1.0, 1.0),
+    ],
+    ids=["shifted", "dilated", "emptied", "filled", "equal"],
+)
+def test_scores_on_real_annotations_are_those_of_sets_of_pixels(
+    change: Callable[[np.ndarray], np.ndarray], least: float, most: float, real_data: Path
+) -> None:
+    counts, dices, kinds = ThresholdCounts(), list[float](), list[tuple[bool, bool]]()
+    for image_id, texts in read_annotations(real_data / "train-rle.csv").items():
+        truth, _ = unite(texts, (1024, 1024), image_id)
+        prediction = change(truth)
+        add_image(counts, prediction.astype(np.float32), 1.0, truth)
+        x, y = ({*np.flatnonzero(mask.T).tolist()} for mask in (truth, prediction))
+        dices.append(2 * len(x & y) / (len(x) + len(y)) if x or y else 1.0)
+        kinds.append((bool(x), bool(y)))
+    scores = score(counts, Thresholds(), [str(number) for number in range(len(dices))])
+    assert len(dices) == 13
+    assert counts.dice(Thresholds()).tolist() == dices
+    assert least <= scores.dice <= most
+    assert scores.dice == pytest.approx(sum(dices) / 13)
+    assert scores.dice_positive == pytest.approx(
+        sum(value for value, (x, _) in zip(dices, kinds, strict=True) if x) / scores.positives
+    )
+    assert scores.misses == pytest.approx(kinds.count((True, False)) / 13)
+    assert scores.false_alarms == pytest.approx(kinds.count((False, True)) / 13)
+    assert scores.sensitivity == pytest.approx(kinds.count((True, True)) / scores.positives)
+    found = kinds.count((True, True)) + kinds.count((False, True))
+    if found:
+        assert scores.precision == pytest.approx(kinds.count((True, True)) / found)
+    else:
+        assert np.isnan(scores.precision)
 
 
 def test_the_interval_of_each_score_is_that_of_a_slow_bootstrap() -> None:
