@@ -197,7 +197,7 @@ def best_of_search(seed: int, chosen: dict[str, Any]) -> dict[str, Any]:
     study = {
         "study": name, "storage": storage, "search_epochs": EPOCHS, "search_images": IMAGES,
         "confirm": 0, "keep": 0,
-        "search_warmup_epochs": 1, "searched": "dice_weight,focal_weight,presence_weight,learning_rate",
+        "search_warmup_epochs": 1,
     }  # fmt: skip
     trials, spent = 0, 0
     while spent < EPOCHS * TRIALS:

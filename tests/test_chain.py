@@ -158,6 +158,42 @@ def test_the_data_set_is_an_input_with_its_fingerprint(chain: Chain) -> None:
         assert used.dataset.digest == fingerprint[:16]
 
 
+def test_every_score_has_its_interval_and_stands_by_group(chain: Chain) -> None:
+    judged = next(run for run in chain.runs["score"] if run.data.params["dicom_dir"] == "none")
+    metrics = judged.data.metrics
+    for name in ("dice", "specificity", "auroc", "average_precision", "false_alarms", "calibration_error"):
+        assert metrics[f"{name}_low"] <= metrics[f"{name}_high"]
+        assert name in metrics
+    with artifact(judged, "by_group.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["group"] for row in rows} == {"all", "area", "view", "sex", "age"}
+    assert float(rows[0]["dice"]) == metrics["dice"]
+    assert float(rows[0]["specificity_high"]) == metrics["specificity_high"]
+    for group in ("view", "sex", "age"):
+        images = sum(int(row["images"]) for row in rows if row["group"] == group)
+        assert images == int(judged.data.params["images"])
+    with artifact(judged, "calibration.csv").open(newline="") as file:
+        assert sum(int(row["images"]) for row in csv.DictReader(file)) == int(judged.data.params["images"])
+    assert artifact(judged, "calibration.png").is_file()
+    tables = json.loads(judged.data.tags["mlflow.loggedArtifacts"])
+    assert tables == [{"path": "scores.json", "type": "table"}]  # what the evaluation view opens
+
+
+def test_the_thresholds_are_the_exact_ones_and_the_study_is_recorded_beside_them(chain: Chain) -> None:
+    train = chain.only("train")
+    exact, distance = (
+        train.data.metrics["threshold_dice_exact"],
+        train.data.metrics["threshold_dice_distance"],
+    )
+    assert exact == pytest.approx(train.data.metrics["val_dice_final"], abs=1e-12)
+    assert distance == exact - train.data.metrics["threshold_dice_optuna"] >= 0
+    with artifact(train, "threshold_trials.csv").open(newline="") as file:
+        assert len(list(csv.DictReader(file))) == SMALL["threshold_trials"]
+    for name in ("threshold_history.png", "threshold_contours.png"):
+        with Image.open(artifact(train, name)) as picture:
+            assert picture.width > 500
+
+
 def test_overlays_are_pictures_of_the_final_run(chain: Chain) -> None:
     judged = next(run for run in chain.runs["score"] if run.data.params["dicom_dir"] == "none")
     with Image.open(artifact(judged, "overlays.png")) as picture:

@@ -19,7 +19,7 @@ PACKAGE = ROOT / "pneumo_experiments"
 LIBRARIES = {
     "click": {"cli.py", "cli_types.py"},
     "mlflow": {"tracking"},
-    "optuna": {"stages/search.py", "experiment/threshold_search.py"},
+    "optuna": {"stages/search.py", "experiment"},
     "torch": {"learning", "serving"},
     "torchvision": {"learning"},
     "pydicom": {"dicom", "synthetic"},

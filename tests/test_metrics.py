@@ -3,6 +3,7 @@ from __future__ import annotations
 import csv
 import gzip
 import random
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +13,17 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from reference_counts import add_image
 
+from pneumo_experiments.dataset.annotations import read_annotations, unite
 from pneumo_experiments.errors import UserError
-from pneumo_experiments.scoring.metrics import auroc, bootstrap_interval, dice
-from pneumo_experiments.scoring.scores import Scores, score
+from pneumo_experiments.scoring.metrics import (
+    auroc,
+    average_precision,
+    bootstrap_intervals,
+    calibration_error,
+    dice,
+    mean,
+)
+from pneumo_experiments.scoring.scores import ScoredImages, Scores, score_images
 from pneumo_experiments.scoring.thresholds import ThresholdCounts, Thresholds
 
 pairs = st.tuples(st.integers(1, 9), st.integers(1, 9)).flatmap(
@@ -36,6 +45,15 @@ def counts_of(images: list[tuple[float, float, bool]]) -> ThresholdCounts:
     for probability, presence, truth in images:
         add_image(counts, np.full((1, 1), probability, np.float32), presence, np.full((1, 1), truth))
     return counts
+
+
+def score(counts: ThresholdCounts, thresholds: Thresholds, patients: Sequence[str], seed: int = 0) -> Scores:
+    return score_images(ScoredImages.of(counts, thresholds, patients), seed)
+
+
+def interval_of_mean(values: np.ndarray, patients: Sequence[str], seed: int = 0) -> tuple[float, float]:
+    rng = np.random.default_rng(seed)
+    return bootstrap_intervals({"mean": lambda weights: mean(values, weights)}, patients, rng)["mean"]
 
 
 @given(pairs)
@@ -80,10 +98,66 @@ def test_auroc_is_the_fraction_of_pairs_in_the_right_order(cases: list[tuple[boo
         for other, low in cases
         if not other
     ]
+    (found,) = auroc(truth, presence, np.ones((1, len(cases))))
     if ordered:
-        assert auroc(truth, presence) == pytest.approx(sum(ordered) / len(ordered), abs=1e-12)
+        assert found == pytest.approx(sum(ordered) / len(ordered), abs=1e-12)
     else:
-        assert np.isnan(auroc(truth, presence))
+        assert np.isnan(found)
+
+
+def slow_average_precision(truth: np.ndarray, presence: np.ndarray) -> float:
+    """At each distinct threshold from above: the recall that it adds, times its precision."""
+    total, recall = 0.0, 0.0
+    for threshold in sorted({*presence.tolist()}, reverse=True):
+        found = [bool(t) for t, p in zip(truth, presence, strict=True) if p >= threshold]
+        total += (sum(found) / truth.sum() - recall) * (sum(found) / len(found))
+        recall = sum(found) / truth.sum()
+    return total
+
+
+@given(ranked)
+def test_average_precision_is_the_sum_over_thresholds(cases: list[tuple[bool, int]]) -> None:
+    truth = np.array([positive for positive, _ in cases])
+    presence = np.array([tenths / 10 for _, tenths in cases], np.float32)
+    (found,) = average_precision(truth, presence, np.ones((1, len(cases))))
+    if truth.any():
+        assert found == pytest.approx(slow_average_precision(truth, presence), abs=1e-12)
+    else:
+        assert np.isnan(found)
+
+
+def test_average_precision_of_a_textbook_ranking() -> None:
+    truth, presence = np.array([True, False, True, False]), np.array([0.9, 0.8, 0.7, 0.1], np.float32)
+    assert average_precision(truth, presence, np.ones((1, 4)))[0] == pytest.approx((1 + 2 / 3) / 2)
+
+
+@given(st.lists(st.tuples(st.booleans(), st.floats(0, 1, width=32)), min_size=1, max_size=30))
+def test_the_calibration_error_is_the_mean_distance_within_tenths(cases: list[tuple[bool, float]]) -> None:
+    tenths: dict[int, list[tuple[bool, float]]] = {}
+    for positive, presence in cases:
+        tenths.setdefault(min(9, int(np.float32(presence) * np.float32(10))), []).append((positive, presence))
+    expected = sum(
+        len(some) * abs(sum(p for _, p in some) / len(some) - sum(t for t, _ in some) / len(some))
+        for some in tenths.values()
+    ) / len(cases)
+    truth = np.array([positive for positive, _ in cases])
+    presences = np.array([presence for _, presence in cases], np.float32)
+    (found,) = calibration_error(truth, presences, np.ones((1, len(cases))))
+    assert found == pytest.approx(expected, abs=1e-9)
+
+
+@pytest.mark.parametrize("measure", [auroc, average_precision, calibration_error])
+def test_an_image_of_weight_2_counts_as_two_and_one_of_weight_0_not_at_all(
+    measure: Callable[..., np.ndarray],
+) -> None:
+    rng = np.random.default_rng(0)
+    truth, presence = rng.random(40) < 0.4, (rng.integers(0, 12, 40) / 12).astype(np.float32)
+    weights = rng.integers(0, 4, (5, 40)).astype(np.float64)
+    found = measure(truth, presence, weights)
+    for row, times in zip(found, weights.astype(int), strict=True):
+        repeated = np.repeat(np.arange(40), times)
+        (alone,) = measure(truth[repeated], presence[repeated], np.ones((1, len(repeated))))
+        assert row == pytest.approx(alone, abs=1e-12)
 
 
 def test_scores_of_six_images_are_those_counted_by_hand() -> None:
@@ -104,6 +178,9 @@ def test_scores_of_six_images_are_those_counted_by_hand() -> None:
     assert scores.sensitivity == pytest.approx(1 / 3)
     assert scores.specificity == pytest.approx(2 / 3)
     assert scores.auroc == pytest.approx((3 + 1 + 2.5) / 9)
+    assert scores.precision == pytest.approx(1 / 2)
+    assert scores.false_alarms == pytest.approx(1 / 6)
+    assert scores.misses == pytest.approx(2 / 6)
     assert (scores.images, scores.positives) == (6, 3)
     assert scores.dice_low <= scores.dice <= scores.dice_high
 
@@ -115,15 +192,23 @@ def test_a_perfect_prediction_scores_1_throughout() -> None:
     for mask in truth:
         add_image(counts, mask.astype(np.float32), float(mask.any()), mask)
     scores = score(counts, Thresholds(), patients=[str(i) for i in range(20)])
-    assert scores == Scores(1.0, 1.0, 1.0, 8 / 20, 1.0, 1.0, 1.0, 1.0, 20, 12, 20)
+    perfect = ("dice", "dice_low", "dice_high", "dice_positive", "sensitivity", "specificity", "precision")
+    perfect = dict.fromkeys((*perfect, "auroc", "average_precision"), 1.0)
+    none = dict.fromkeys(("false_alarms", "misses", "calibration_error"), 0.0)
+    assert scores == Scores(**perfect, **none, dice_baseline=8 / 20, images=20, positives=12, patients=20)
     assert scores.interval_reliable
 
 
 def test_without_positives_the_undefined_numbers_are_left_out_of_the_metrics() -> None:
     scores = score(counts_of([(0.1, 0.1, False), (0.9, 0.9, False)]), Thresholds(), ["a", "b"])
     metrics = scores.as_metrics("val_")
-    assert set(metrics) == {"val_dice", "val_dice_low", "val_dice_high", "val_specificity"}
-    assert metrics["val_dice"] == metrics["val_specificity"] == 0.5
+    assert set(metrics) == {
+        *("val_dice", "val_dice_low", "val_dice_high", "val_specificity", "val_precision"),
+        *("val_false_alarms", "val_misses", "val_calibration_error"),
+    }
+    assert metrics["val_dice"] == metrics["val_specificity"] == metrics["val_false_alarms"] == 0.5
+    assert metrics["val_precision"] == metrics["val_misses"] == 0.0
+    assert metrics["val_calibration_error"] == pytest.approx(0.5)
     assert all(type(value) is float for value in metrics.values())
     facts = {"images": 2, "positives": 0, "patients": 2, "dice_baseline": 1.0, "interval_reliable": False}
     assert scores.as_facts() == facts
@@ -148,11 +233,10 @@ def test_no_images_and_a_wrong_number_of_patients_are_refused() -> None:
 
 def test_the_bootstrap_draws_patients_and_not_images() -> None:
     values = np.repeat([1.0, 0.0], 500)
-    rng = np.random.default_rng(0)
-    assert bootstrap_interval(values, ["a"] * 500 + ["b"] * 500, rng) == (0.0, 1.0)
-    low, high = bootstrap_interval(values, [str(i) for i in range(1000)], rng)
+    assert interval_of_mean(values, ["a"] * 500 + ["b"] * 500) == (0.0, 1.0)
+    low, high = interval_of_mean(values, [str(i) for i in range(1000)])
     assert 0.46 < low < 0.48 < 0.52 < high < 0.54
-    assert bootstrap_interval(values, ["a"] * 1000, rng) == (0.5, 0.5)
+    assert interval_of_mean(values, ["a"] * 1000) == (0.5, 0.5)
 
 
 def test_the_bootstrap_weighs_patients_by_their_images_as_a_slow_one_does() -> None:
@@ -164,7 +248,7 @@ def test_the_bootstrap_weighs_patients_by_their_images_as_a_slow_one_does() -> N
         drawn = [value for name in dealer.choices(sorted(groups), k=6) for value in groups[name]]
         means.append(sum(drawn) / len(drawn))
     means.sort()
-    low, high = bootstrap_interval(values, patients, np.random.default_rng(0))
+    low, high = interval_of_mean(values, patients)
     assert low == pytest.approx(means[500], abs=0.02)
     assert high == pytest.approx(means[19_500], abs=0.02)
 
@@ -198,3 +282,99 @@ def test_predicting_nothing_scores_0_7785_on_all_real_labels(real_data: Path) ->
     assert scores.auroc == 0.5
     image_level = 1.96 * (0.7785 * 0.2215 / 12_047) ** 0.5
     assert scores.dice_high - scores.dice_low > 2 * image_level  # images of a patient are not independent
+
+
+def dilated(mask: np.ndarray) -> np.ndarray:
+    return np.logical_or.reduce([np.roll(mask, (dy, dx), (0, 1)) for dy in (-9, 0, 9) for dx in (-9, 0, 9)])
+
+
+@pytest.mark.parametrize(
+    ("change", "least", "most"),
+    [
+        (lambda mask: np.roll(mask, 25, axis=1), 0.3, 0.9),
+        (dilated, 0.6, 0.95),
+        (np.zeros_like, 0.3, 0.6),  # the fraction of negatives
+        (np.ones_like, 0.0, 0.05),
+        (lambda mask: mask, 1.0, 1.0),
+    ],
+    ids=["shifted", "dilated", "emptied", "filled", "equal"],
+)
+def test_scores_on_real_annotations_are_those_of_sets_of_pixels(
+    change: Callable[[np.ndarray], np.ndarray], least: float, most: float, real_data: Path
+) -> None:
+    counts, dices, kinds = ThresholdCounts(), list[float](), list[tuple[bool, bool]]()
+    for image_id, texts in read_annotations(real_data / "train-rle.csv").items():
+        truth, _ = unite(texts, (1024, 1024), image_id)
+        prediction = change(truth)
+        add_image(counts, prediction.astype(np.float32), 1.0, truth)
+        x, y = ({*np.flatnonzero(mask.T).tolist()} for mask in (truth, prediction))
+        dices.append(2 * len(x & y) / (len(x) + len(y)) if x or y else 1.0)
+        kinds.append((bool(x), bool(y)))
+    scores = score(counts, Thresholds(), [str(number) for number in range(len(dices))])
+    assert len(dices) == 13
+    assert counts.dice(Thresholds()).tolist() == dices
+    assert least <= scores.dice <= most
+    assert scores.dice == pytest.approx(sum(dices) / 13)
+    assert scores.dice_positive == pytest.approx(
+        sum(value for value, (x, _) in zip(dices, kinds, strict=True) if x) / scores.positives
+    )
+    assert scores.misses == pytest.approx(kinds.count((True, False)) / 13)
+    assert scores.false_alarms == pytest.approx(kinds.count((False, True)) / 13)
+    assert scores.sensitivity == pytest.approx(kinds.count((True, True)) / scores.positives)
+    found = kinds.count((True, True)) + kinds.count((False, True))
+    if found:
+        assert scores.precision == pytest.approx(kinds.count((True, True)) / found)
+    else:
+        assert np.isnan(scores.precision)
+
+
+def test_the_interval_of_each_score_is_that_of_a_slow_bootstrap() -> None:
+    rng = np.random.default_rng(4)
+    truth = rng.random(120) < 0.4
+    presence = np.clip(0.3 + 0.3 * truth + rng.normal(0, 0.25, 120), 0, 1).astype(np.float32)
+    predicted = presence > 0.45
+    dices = np.where(truth & predicted, rng.random(120), truth == predicted)
+    patients = [str(number // 2) for number in range(120)]
+    images = ScoredImages(dices, predicted, truth, presence, patients)
+    ends, names = images.intervals(), list(images.measures())
+    resampled: dict[str, list[float]] = {name: [] for name in names}
+    for _ in range(1000):
+        drawn = rng.integers(60, size=60)
+        some = np.concatenate([[2 * patient, 2 * patient + 1] for patient in drawn])
+        counted = {
+            "dice": dices[some].mean(),
+            "dice_positive": dices[some][truth[some]].mean(),
+            "sensitivity": predicted[some][truth[some]].mean(),
+            "specificity": (~predicted[some][~truth[some]]).mean(),
+            "precision": truth[some][predicted[some]].mean(),
+            "false_alarms": (predicted & ~truth)[some].mean(),
+            "misses": (truth & ~predicted)[some].mean(),
+            "average_precision": slow_average_precision(truth[some], presence[some]),
+            "auroc": np.mean(
+                np.sign(np.subtract.outer(presence[some][truth[some]], presence[some][~truth[some]]))
+            )
+            / 2
+            + 0.5,
+        }
+        for name, value in counted.items():
+            resampled[name].append(float(value))
+    assert set(names) - {"calibration_error"} == set(counted)
+    for name in counted:
+        low, high = np.percentile(resampled[name], [2.5, 97.5])
+        assert ends[f"{name}_low"] == pytest.approx(low, abs=0.03)
+        assert ends[f"{name}_high"] == pytest.approx(high, abs=0.03)
+        assert high - low > 0.05
+    assert images.intervals(["dice", "auroc"]).items() <= ends.items()
+    assert (ends["dice_low"], ends["dice_high"]) == (
+        score_images(images).dice_low,
+        score_images(images).dice_high,
+    )
+
+
+def test_an_undefined_score_has_an_undefined_interval() -> None:
+    nothing = np.zeros(3, bool)
+    images = ScoredImages(np.ones(3), nothing, nothing, np.zeros(3, np.float32), ["a", "b", "c"])
+    ends = images.intervals()
+    assert np.isnan(ends["sensitivity_low"])
+    assert np.isnan(ends["auroc_high"])
+    assert (ends["specificity_low"], ends["dice_high"]) == (1.0, 1.0)

@@ -233,6 +233,46 @@ def test_a_folder_of_broken_files_only_writes_nothing(
     assert line.startswith("dicom_dir=broken: no file can be used; the first:")
 
 
+def test_a_submission_that_would_be_refused_is_an_error_and_a_valid_one_is_not(
+    command: Command, error_of: Callable[..., str], desk: Desk, tmp_path: Path
+) -> None:
+    ids = [path.stem for path in desk.files][::-1]
+    (tmp_path / "sample.csv").write_text("ImageId,EncodedPixels\n" + "".join(f"{each},-1\n" for each in ids))
+    folder = ["--dicom_dir", desk.radiographs, "--sample_submission", "sample.csv"]
+    end = command("score", "--model", desk.model, *folder, "--submission", "s.csv")
+    assert end.code == 0, end.err
+    rows = (tmp_path / "s.csv").read_text().splitlines()
+    assert [row.split(",")[0] for row in rows] == ["ImageId", *ids]
+
+    end = command("score", "--check", "s.csv", *folder, "--dataset", desk.labelled)
+    assert (end.code, end.err) == (0, "")
+    assert "of 10 images have a mask" in end.out
+    assert "of the training images 30.0%" in end.out
+    assert end.out.splitlines()[-1] == "score: s.csv is a valid submission; all ids are right"
+
+    (tmp_path / "cut.csv").write_text("\n".join(rows[:-1]) + "\n")
+    line = error_of("score", "--check", "cut.csv", "--sample_submission", "sample.csv")
+    assert line == f"check=cut.csv: not a valid submission, 1 problem; the first: {ids[-1]}: missing"
+    end = command("score", "--check", "cut.csv")
+    assert end.code == 0
+    assert end.out.splitlines()[-1].endswith("its ids were not checked: give sample_submission or dicom_dir")
+
+
+def test_a_sample_submission_chooses_images_and_none_of_them_may_be_missing(
+    command: Command, error_of: Callable[..., str], desk: Desk, tmp_path: Path
+) -> None:
+    first, last = desk.files[0].stem, desk.files[-1].stem
+    (tmp_path / "two.csv").write_text(f"ImageId,EncodedPixels\n{last},-1\n{first},-1\n")
+    words = ["score", "--model", desk.model, "--dicom_dir", desk.radiographs, "--submission", "s.csv"]
+    end = command(*words, "--sample_submission", "two.csv")
+    assert "8 images of" in end.out
+    rows = (tmp_path / "s.csv").read_text().splitlines()
+    assert [row.split(",")[0] for row in rows] == ["ImageId", last, first]
+    (tmp_path / "more.csv").write_text(f"ImageId,EncodedPixels\n{last},-1\nID_other,-1\n")
+    line = error_of(*words, "--sample_submission", "more.csv")
+    assert "1 of 2 images of more.csv have no file, such as ID_other" in line
+
+
 def test_names_that_are_not_utf_8_are_written_in_ascii(command: Command, desk: Desk, tmp_path: Path) -> None:
     odd = os.fsdecode(b"x\xff")
     (tmp_path / odd).mkdir()

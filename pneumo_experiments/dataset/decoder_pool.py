@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 from collections import deque
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pneumo_experiments.dataset.decoder_process import OUT_OF_MEMORY, receive, send
+from pneumo_experiments.dicom.archive import Member, read_member
 from pneumo_experiments.dicom.limits import (
     MAX_BYTES_PER_PIXEL,
     MAX_HEADER_BYTES,
@@ -53,6 +54,15 @@ class DecodedImage(NamedTuple):
 
 
 File = tuple[str, bytes | Rejected]  # image id, and DICOM bytes or the reason why it could not be read
+
+
+def read_files(root: Path, members: Iterable[Member]) -> Iterator[File]:
+    """The files of an archive, read one by one; UserError as ``read_member`` raises it."""
+    for member in members:
+        try:
+            yield member.image_id, read_member(root, member, MAX_PIXELS)
+        except Rejected as reason:
+            yield member.image_id, reason
 
 
 def decode_all(

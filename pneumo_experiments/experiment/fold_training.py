@@ -13,7 +13,7 @@ from pneumo_experiments.dataset.splits import Split
 from pneumo_experiments.experiment.progress import Progress, checkpoint_of, read_checkpoint
 from pneumo_experiments.experiment.scored_images import digests
 from pneumo_experiments.experiment.subset import Subset, log_overlays, log_split, make_split
-from pneumo_experiments.experiment.threshold_search import refine_thresholds
+from pneumo_experiments.experiment.threshold_search import TRIAL_COLUMNS, search_thresholds
 from pneumo_experiments.experiment.training_loop import log_first_batch, train_and_validate
 from pneumo_experiments.learning import distributed
 from pneumo_experiments.learning.averaging import mean_state
@@ -124,13 +124,18 @@ def _finish(name: str, settings: Train, prepared: _Prepared, progress: Progress)
     predictor, validation = prepared.predictor, prepared.validation
     dataset, trained_on = validation.dataset, len(prepared.training_data)
     counts, averaged = _choose_weights(progress, predictor, validation)
-    thresholds = refine_thresholds(counts, settings.evaluation.threshold_trials, settings.recipe.seed)
+    search = search_thresholds(counts, settings.evaluation.threshold_trials, settings.recipe.seed)
+    thresholds = search.thresholds
     scores = validation.score(counts, thresholds)
     if not distributed.is_main_process():
         return TrainedFold("", predictor, validation, counts, scores)
     # Beside the curves, not on them: the weights that were kept, at their own thresholds.
     final = {f"{metric}_final": value for metric, value in scores.as_metrics("val_").items()}
-    tracking.log_metrics(final, step=len(progress.history))
+    tracking.log_metrics(final | search.as_metrics(), step=len(progress.history))
+    if trials := search.trials():
+        tracking.log_table(TRIAL_COLUMNS, trials, "threshold_trials")
+    for file_name, picture in search.pictures().items():
+        tracking.log_image(picture, file_name)
     chosen_by = {"best_epoch": next(iter(progress.dices)), "averaged_epochs": len(averaged)}
     tracking.log_params(chosen_by | asdict(thresholds) | scores.as_facts("val_"))
     tracking.log_image(learning_curves(progress.history, scores.dice_baseline), "learning_curves.png")

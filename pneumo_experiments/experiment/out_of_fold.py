@@ -13,17 +13,16 @@ from tqdm import tqdm
 from pneumo_experiments import tracking
 from pneumo_experiments.dataset.rle import encode
 from pneumo_experiments.experiment.fold_training import TrainedFold
-from pneumo_experiments.experiment.threshold_search import refine_thresholds
 from pneumo_experiments.learning.predict import to_native
+from pneumo_experiments.scoring.exact import best_of_all
 from pneumo_experiments.scoring.metrics import dice
-from pneumo_experiments.scoring.scores import Scores, score_images
+from pneumo_experiments.scoring.scores import ScoredImages, Scores, score_images
 from pneumo_experiments.scoring.thresholds import ThresholdCounts, apply_thresholds
-from pneumo_experiments.settings import Train
 
 COLUMNS = ("image_id", "fold", "presence", "truth_area_px", "dice", "predicted_area_px", "rle")
 
 
-def log_out_of_fold(folds: Sequence[TrainedFold], settings: Train) -> Scores:
+def log_out_of_fold(folds: Sequence[TrainedFold]) -> Scores:
     """Logs each image's out-of-fold prediction as ``out_of_fold.csv`` and the scores of all as metrics.
 
     Each fold's network predicts its validation images, which it never trained on. The masks, at native size
@@ -45,9 +44,7 @@ def log_out_of_fold(folds: Sequence[TrainedFold], settings: Train) -> Scores:
             for number, fold in enumerate(folds):
                 subset = fold.validation
                 others = ThresholdCounts.joined(other.counts for other in folds if other is not fold)
-                thresholds = refine_thresholds(
-                    others, settings.evaluation.threshold_trials, settings.recipe.seed
-                )
+                thresholds = best_of_all(others).thresholds
                 for index, prediction in subset.predictions(fold.predictor):
                     truth = subset.dataset.mask(index)
                     mask = apply_thresholds(
@@ -61,7 +58,7 @@ def log_out_of_fold(folds: Sequence[TrainedFold], settings: Train) -> Scores:
                     done += 1
                     bar.update()
         tracking.log_file(path)
-    scores = score_images(dices, areas > 0, truths > 0, all_counts.presence, patients)
+    scores = score_images(ScoredImages(dices, areas > 0, truths > 0, all_counts.presence, patients))
     tracking.log_metrics(scores.as_metrics("oof_"))
     tracking.log_params(scores.as_facts("oof_"))
     return scores

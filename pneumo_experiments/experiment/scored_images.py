@@ -1,4 +1,4 @@
-"""Identity of the scored images, and the table of their scores."""
+"""Identity of the scored images, and the tables of their scores: by image, group and probability."""
 
 from __future__ import annotations
 
@@ -7,6 +7,17 @@ import hashlib
 from pneumo_experiments import tracking
 from pneumo_experiments.dataset.packed import salted
 from pneumo_experiments.experiment.subset import Subset
+from pneumo_experiments.scoring.figures import calibration_plot
+from pneumo_experiments.scoring.scores import ScoredImages
+from pneumo_experiments.scoring.subgroups import (
+    CALIBRATION_COLUMNS,
+    GROUP_COLUMNS,
+    UNKNOWN,
+    age_band,
+    area_terciles,
+    by_group,
+    calibration,
+)
 from pneumo_experiments.scoring.thresholds import ThresholdCounts, Thresholds
 
 COLUMNS = ("image_id", "patient", "truth_area_px", "predicted_area_px", "dice", "presence")
@@ -40,3 +51,18 @@ def log_per_image(subset: Subset, counts: ThresholdCounts, thresholds: Threshold
         counts.presence.tolist(),
     )
     tracking.log_table(COLUMNS, [*zip(*columns, strict=True)], "scores")
+
+
+def log_groups(subset: Subset, counts: ThresholdCounts, images: ScoredImages) -> None:
+    """Logs scores by area, view, sex and age, and the calibration of presence as table and picture."""
+    groups = {
+        "area": area_terciles(counts.truth_area),
+        "view": [entry.view or UNKNOWN for entry in subset.entries],
+        "sex": [entry.sex or UNKNOWN for entry in subset.entries],
+        "age": [age_band(entry.age) for entry in subset.entries],
+    }
+    tracking.log_table(GROUP_COLUMNS, by_group(images, groups), "by_group")
+    curve = calibration(images)
+    tracking.log_table(CALIBRATION_COLUMNS, curve, "calibration")
+    presence, positive, low, high = [*zip(*curve, strict=True)][-4:]
+    tracking.log_image(calibration_plot(presence, positive, low, high), "calibration.png")

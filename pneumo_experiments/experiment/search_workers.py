@@ -11,10 +11,9 @@ from multiprocessing import get_context
 from multiprocessing.process import BaseProcess
 from typing import TypeVar
 
-import torch
-
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.interrupts import Terminated, handle_signals
+from pneumo_experiments.learning.device import count_gpus
 from pneumo_experiments.terminal import make_streams_unfailing
 
 Settings = TypeVar("Settings")
@@ -23,7 +22,7 @@ GPUS, THREADS = "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS"
 
 def count_workers(requested: int) -> int:
     """The number of workers: for 0 one per GPU, or one."""
-    return requested or max(1, torch.cuda.device_count())
+    return requested or max(1, count_gpus())
 
 
 def run_workers(count: int, work: Callable[[Settings], object], settings: Settings) -> None:
@@ -56,7 +55,7 @@ def run_workers(count: int, work: Callable[[Settings], object], settings: Settin
 
 def _share(number: int, count: int) -> dict[str, str]:
     """Environment of a worker: its GPU, or its part of the cores."""
-    gpus = torch.cuda.device_count()
+    gpus = count_gpus()
     if gpus:
         visible = os.environ.get(GPUS, ",".join(map(str, range(gpus)))).split(",")
         return {GPUS: visible[number % gpus]}

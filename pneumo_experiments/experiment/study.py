@@ -30,13 +30,16 @@ from pneumo_experiments.settings import AUTO, NONE, Search, as_text, flat, read_
 # Attributes of a study
 METRIC_NAMES = {"dice": "cross-fitted Dice", "seconds": "seconds per image"}
 MADE_WITH = "made_with"  # data, fixed settings and space, as text by name
-CREATION_SECONDS = 15  # how long a worker waits until another one has made the study ready
+PARENT = "parent_run"  # id of the run above those of the trials
+# How long a worker waits until the one that created the study has made it ready, and started its run
+CREATION_SECONDS = 30
 WARM_STARTS = 3  # best trials of another study to try first
 
 
-def open_study(storage: BaseStorage, settings: Search, fingerprint: str, space: Space) -> Study:
-    """The study that the settings name, created if there is none; its first trial has the settings' values.
+def open_study(storage: BaseStorage, settings: Search, fingerprint: str, space: Space) -> tuple[Study, bool]:
+    """The study that the settings name, and whether this process created it.
 
+    The first trial of a new study has the settings' values.
     Raises UserError if it was made with other data, settings or ranges: its values could not be compared.
     """
     made_with = _made_with(settings, fingerprint, space)
@@ -64,7 +67,7 @@ def open_study(storage: BaseStorage, settings: Search, fingerprint: str, space: 
             study.enqueue_trial(values, skip_if_exists=True)
         study.set_user_attr(MADE_WITH, made_with)  # last: the others wait for it
     _refuse_foreign(study, made_with)
-    return study
+    return study, is_new
 
 
 def open_confirmations(study: Study, storage: BaseStorage) -> Study:
@@ -96,12 +99,23 @@ def is_counted(trial: FrozenTrial) -> bool:
     return finished or (trial.state is TrialState.FAIL and ERROR in trial.user_attrs)
 
 
+def parent_run(study: Study, is_new: bool) -> str | None:
+    """Id of the run above those of the trials; None if this process is to start it."""
+    if not is_new:
+        _wait_for(study, PARENT)
+    return study.user_attrs.get(PARENT)
+
+
 def _is_ready(study: Study) -> bool:
     """Waits until the worker that created the study has made it ready; False if that one must have died."""
+    has_ended = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
+    return bool(has_ended) or _wait_for(study, MADE_WITH)  # if it has ended trials, of another program
+
+
+def _wait_for(study: Study, attribute: str) -> bool:
+    """Waits until another worker has set an attribute of the study; False if that one must have died."""
     start = time.monotonic()
-    while MADE_WITH not in study.user_attrs:
-        if study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED)):
-            return True  # of another program
+    while attribute not in study.user_attrs:
         if time.monotonic() - start > CREATION_SECONDS:
             return False
         time.sleep(0.2)

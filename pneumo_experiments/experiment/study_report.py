@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from io import BytesIO
 from typing import Any, cast
 
 import numpy as np
@@ -14,7 +12,7 @@ import optuna
 from numpy.typing import NDArray
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
-from PIL import Image
+from optuna.visualization import matplotlib as plots
 
 from pneumo_experiments import tracking
 from pneumo_experiments.errors import UserError
@@ -22,6 +20,7 @@ from pneumo_experiments.experiment.search_space import Space, with_values
 from pneumo_experiments.experiment.study import METRIC_NAMES, confirm_name
 from pneumo_experiments.experiment.study_storage import CONFIRMS, ERROR, RUN_ID, load_study, open_storage
 from pneumo_experiments.experiment.trials import best_trials
+from pneumo_experiments.scoring.figures import pyplot_picture
 from pneumo_experiments.settings import Search, as_config
 
 COLUMNS = ("dice", "dice_optimistic", "dice_positive", "is_all_empty", "seconds", RUN_ID, ERROR)
@@ -81,8 +80,6 @@ def best_settings(winner: Winner, settings: Search) -> dict[str, Any]:
 
 def pictures(study: Study) -> dict[str, NDArray[np.uint8]]:
     """Optuna's own plots by name, RGB (h, w, 3); those of which the study has enough trials."""
-    from optuna.visualization import matplotlib as plots
-
     completed = best_trials(study)
     names = [name for name in completed[0].params if len({t.params.get(name) for t in completed}) > 1]
     values = {_first_value(trial) for trial in completed}
@@ -115,20 +112,7 @@ def pictures(study: Study) -> dict[str, NDArray[np.uint8]]:
 
 
 def _draw(plot: Callable[..., Any], study: Study, **arguments: Any) -> NDArray[np.uint8]:
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # experimental, and layouts that Matplotlib finds tight
-        axes = plot(study, **arguments)
-        figure = np.ravel(axes)[0].figure
-        figure.set_size_inches(max(9.0, figure.get_figwidth()), max(5.0, figure.get_figheight()))
-        content = BytesIO()
-        figure.savefig(content, bbox_inches="tight")
-        pyplot.close(figure)
-    return np.asarray(Image.open(content).convert("RGB"))
+    return pyplot_picture(lambda: plot(study, **arguments))
 
 
 def _log_trials(trials: list[FrozenTrial], confirmed: dict[int, float], space: Space) -> None:

@@ -27,7 +27,7 @@ from pneumo_experiments.learning.loader import (
 )
 from pneumo_experiments.learning.predict import Prediction, Predictor, to_native
 from pneumo_experiments.scoring.figures import contact_sheet, overlay
-from pneumo_experiments.scoring.scores import Scores, score
+from pneumo_experiments.scoring.scores import ScoredImages, Scores, score_images
 from pneumo_experiments.scoring.thresholds import (
     HUNDREDTHS,
     ThresholdCounts,
@@ -127,7 +127,11 @@ class Subset:
 
     def score(self, counts: ThresholdCounts, thresholds: Thresholds) -> Scores:
         """Scores of the counts of this subset."""
-        return score(counts, thresholds, [entry.patient for entry in self.entries])
+        return score_images(self.scored(counts, thresholds))
+
+    def scored(self, counts: ThresholdCounts, thresholds: Thresholds) -> ScoredImages:
+        """What the scores of the counts of this subset are made of."""
+        return ScoredImages.of(counts, thresholds, [entry.patient for entry in self.entries])
 
 
 def make_split(dataset: Dataset, settings: SplitSettings) -> Split:

@@ -37,6 +37,7 @@ from pneumo_experiments.settings import Recipe, Search
 # What ends one trial, not the search: a training that diverged, or that did not fit in the memory.
 TRIAL_ERRORS = (UserError, RuntimeError, MemoryError)
 MAX_FAILURES = 3  # in a row: then the cause is not a trial's settings
+PARENT_SECONDS = 30  # between looks at the parent run, which another worker may have ended
 POLL_SECONDS = 2.0  # between looks at the trials of other workers
 
 
@@ -72,6 +73,7 @@ class Objective:
     training: Callable[[], Training]  # made by the first trial that this worker runs
     total: int
     confirms: bool = False
+    _parent_checked: float = -inf
 
     def __call__(self, trial: optuna.Trial) -> tuple[float, ...]:
         """The trial's values. Raises TrialPruned, TrialFailed and Surplus."""
@@ -86,7 +88,7 @@ class Objective:
                 recipe = replace(recipe, seed=(recipe.seed + 1) % 2**32)
             line = in_words(values)
             title = f"{'confirm' if self.confirms else 'trial'} {number}"
-            tracking.keep_running()
+            self._keep_parent_running()
             with tracking.run(f"{title}: {line}", replace(self.settings, recipe=recipe)) as run_id:
                 trial.set_user_attr(PROCESS, tracking.process_tags())
                 trial.set_user_attr(RUN_ID, run_id)
@@ -115,6 +117,11 @@ class Objective:
             raise TrialPruned
         is_single = self.settings.study.objectives == "dice"
         return (scores.value,) if is_single else (scores.value, scores.seconds_per_image)
+
+    def _keep_parent_running(self) -> None:
+        if time.monotonic() > self._parent_checked + PARENT_SECONDS:
+            tracking.keep_running()
+            self._parent_checked = time.monotonic()
 
     @property
     def _epochs(self) -> int:

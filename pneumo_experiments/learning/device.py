@@ -56,6 +56,11 @@ def choose_compute(settings: Device) -> ComputeConfig:
     return ComputeConfig(device, precision)
 
 
+def count_gpus() -> int:
+    """CUDA devices that this process sees."""
+    return torch.cuda.device_count()
+
+
 def from_numpy(array: NDArray[Any]) -> Tensor:
     """A tensor that shares the array's memory; torch's own function has no type for its argument."""
     return torch.from_numpy(array)  # pyright: ignore[reportUnknownMemberType]

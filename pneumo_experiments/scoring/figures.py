@@ -1,9 +1,10 @@
-"""Figures: masks drawn on radiographs (truth green, prediction orange), and learning curves."""
+"""Figures: masks drawn on radiographs (truth green, prediction orange), learning curves and other plots."""
 
 from __future__ import annotations
 
+import warnings
 from base64 import b64encode
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from io import BytesIO
 from typing import Any
 
@@ -77,12 +78,10 @@ def contact_sheet(pictures: Sequence[NDArray[np.uint8]], columns: int) -> NDArra
 
 def learning_curves(history: Sequence[Mapping[str, float]], baseline: float) -> NDArray[np.uint8]:
     """Losses, and validation Dice with its all-empty baseline, over n >= 1 epochs; RGB (h, w, 3)."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # takes half a second
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure  # takes half a second
     from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(10, 4), layout="constrained")
-    canvas = FigureCanvasAgg(figure)
     epochs = range(1, len(history) + 1)
     losses = [name for name in history[-1] if name.startswith("loss")]
     dices = [name for name in ("val_dice", "val_dice_positive") if name in history[-1]]
@@ -97,8 +96,44 @@ def learning_curves(history: Sequence[Mapping[str, float]], baseline: float) -> 
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
         axes.legend()
-    canvas.draw()
-    return np.asarray(canvas.buffer_rgba())[:, :, :3].copy()
+    return _pixels(figure)
+
+
+def calibration_plot(
+    presence: Sequence[float], positive: Sequence[float], low: Sequence[float], high: Sequence[float]
+) -> NDArray[np.uint8]:
+    """Fraction of positives with its interval over mean presence, one point per bin; RGB (h, w, 3)."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5, 5), layout="constrained")
+    axes: Any = figure.add_subplot()
+    axes.plot([0, 1], [0, 1], color="grey", linestyle="--", label="calibrated")
+    axes.vlines(presence, low, high, alpha=0.5, label="95% interval")
+    axes.plot(presence, positive, marker="o", label="bins of presence")
+    axes.set(xlabel="mean probability of presence", ylabel="fraction with pneumothorax")
+    axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return _pixels(figure)
+
+
+def pyplot_picture(draw: Callable[[], object], inches: tuple[float, float] = (9, 5)) -> NDArray[np.uint8]:
+    """What a function draws with pyplot in a figure of its own, at least so wide and high; RGB (h, w, 3)."""
+    from matplotlib import pyplot
+
+    pyplot.switch_backend("Agg")  # a process without a screen draws as well
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Optuna's plots are experimental, and some leave a contour empty
+        draw()
+        figure: Any = pyplot.gcf()
+        content = BytesIO()
+        try:
+            width, height = figure.get_size_inches()
+            figure.set_size_inches(max(width, inches[0]), max(height, inches[1]))
+            figure.savefig(content, bbox_inches="tight")
+        finally:
+            pyplot.close(figure)
+    return np.asarray(Image.open(content).convert("RGB"))
 
 
 def jpeg_uri(picture: NDArray[np.uint8]) -> str:
@@ -106,6 +141,15 @@ def jpeg_uri(picture: NDArray[np.uint8]) -> str:
     content = BytesIO()
     Image.fromarray(picture).save(content, "JPEG", quality=85)
     return "data:image/jpeg;base64," + b64encode(content.getvalue()).decode()
+
+
+def _pixels(figure: Any) -> NDArray[np.uint8]:
+    """The figure, drawn; RGB (h, w, 3)."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[:, :, :3].copy()
 
 
 def _draw_mask(base: Image.Image, mask: NDArray[np.bool_], colour: Colour) -> Image.Image:

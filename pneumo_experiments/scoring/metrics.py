@@ -1,17 +1,25 @@
-"""The official metric, AUROC and the bootstrap interval.
+"""The official metric, scores of presence, and bootstrap intervals.
 
 Dice is the metric of the SIIM-ACR challenge: the mean over images of 2|X∩Y| / (|X| + |Y|) at
 native size; 1 for an image whose truth and prediction are both empty.
+
+Scores of a set of images take weights (r, n), r at once: ones give the score itself, and how often the
+bootstrap drew each image gives its resamples.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-RESAMPLES = 1000
+RESAMPLES, AT_ONCE = 1000, 100  # AT_ONCE of them in memory
+BINS = 10  # of presence, for its calibration
+
+Weights = NDArray[np.float64]  # (r, n)
+Measure = Callable[[Weights], NDArray[np.float64]]  # the score (r,) for each row of weights
 
 
 def dice_of_areas(
@@ -32,33 +40,100 @@ def dice(truth: NDArray[np.bool_], prediction: NDArray[np.bool_]) -> float:
     return float(dice_of_areas(*areas))
 
 
-def auroc(truth: NDArray[np.bool_], presence: NDArray[np.float32]) -> float:
-    """Area under the ROC curve of presence (n,), ties count half; NaN without both classes.
+def mean(
+    values: NDArray[Any], weights: Weights, among: NDArray[np.bool_] | None = None
+) -> NDArray[np.float64]:
+    """Weighted means (r,) of values (n,), those that are ``among``; NaN where these have no weight."""
+    if among is not None:
+        values, weights = values[among], weights[:, among]
+    return _ratio(weights @ values.astype(np.float64), weights.sum(axis=1))
 
-    The Mann-Whitney U of the positives' average ranks over the number of pairs. By hand, since six lines
-    are not worth importing scikit-learn.
+
+def auroc(truth: NDArray[np.bool_], presence: NDArray[np.float32], weights: Weights) -> NDArray[np.float64]:
+    """Areas (r,) under the ROC curve of presence (n,), ties count half; NaN without both classes.
+
+    The fraction of pairs of a positive and a negative in the right order (Mann-Whitney U).
     """
-    positives = np.count_nonzero(truth)
-    negatives = truth.size - positives
-    if positives == 0 or negatives == 0:
-        return float("nan")
-    _, inverse, ties = np.unique(presence, return_inverse=True, return_counts=True)
-    ranks = np.cumsum(ties) - (ties - 1) / 2  # of each distinct value, from 1
-    u = ranks[inverse][truth].sum() - positives * (positives + 1) / 2
-    return float(u / (positives * negatives))
+    positives, negatives = _by_presence(truth, presence, weights)
+    below = np.cumsum(negatives, axis=1) - negatives / 2  # of each positive, ties by half
+    return _ratio((positives * below).sum(axis=1), positives.sum(axis=1) * negatives.sum(axis=1))
 
 
-def bootstrap_interval(
-    values: NDArray[np.float64], patients: Sequence[str], rng: np.random.Generator
-) -> tuple[float, float]:
-    """95% percentile interval of the mean of values (n,), by resampling patients with all their images.
+def average_precision(
+    truth: NDArray[np.bool_], presence: NDArray[np.float32], weights: Weights
+) -> NDArray[np.float64]:
+    """Average precisions (r,): the precision at each presence (n,), weighted by the recall that it adds.
 
-    Images of one patient are correlated: resampling images would make the interval too narrow.
+    NaN without positives. The sum over thresholds of (R_k - R_(k-1)) P_k, without interpolation.
+    """
+    positives, negatives = (side[:, ::-1] for side in _by_presence(truth, presence, weights))
+    found = np.cumsum(positives, axis=1)
+    precision = np.nan_to_num(_ratio(found, found + np.cumsum(negatives, axis=1)))  # 0 above all images
+    return _ratio((positives * precision).sum(axis=1), positives.sum(axis=1))
+
+
+def calibration_error(
+    truth: NDArray[np.bool_], presence: NDArray[np.float32], weights: Weights
+) -> NDArray[np.float64]:
+    """Expected calibration errors (r,): mean distance of presence (n,) to the bin's fraction of positives.
+
+    Ten bins of equal width (Guo et al., On Calibration of Modern Neural Networks, 2017).
+    """
+    gaps = np.zeros(len(weights))
+    for here in bins(presence):  # |sum of presence - positives| of each bin
+        gaps += np.abs(weights[:, here] @ (presence[here].astype(np.float64) - truth[here]))
+    return _ratio(gaps, weights.sum(axis=1))
+
+
+def bins(presence: NDArray[np.float32]) -> list[NDArray[np.bool_]]:
+    """Which images (n,) have a presence in each of BINS intervals of equal width; the last includes 1."""
+    number = np.minimum((presence * np.float32(BINS)).astype(np.int64), BINS - 1)
+    return [number == each for each in range(BINS)]
+
+
+def bootstrap_intervals(
+    measures: Mapping[str, Measure], patients: Sequence[str], rng: np.random.Generator
+) -> dict[str, tuple[float, float]]:
+    """95% percentile interval of each score, by resampling patients with all their images.
+
+    A measure computes its score for each row of weights (r, n): how often each image was drawn. Resamples in
+    which it is undefined do not count. Images of one patient are correlated: resampling images would make the
+    interval too narrow.
     """
     _, patient = np.unique(np.asarray(patients), return_inverse=True)
-    sums = np.bincount(patient, weights=values)
-    images = np.bincount(patient)
-    drawn = rng.integers(len(sums), size=(RESAMPLES, len(sums)))
-    means = sums[drawn].sum(axis=1) / images[drawn].sum(axis=1)
-    low, high = np.percentile(means, [2.5, 97.5])
+    count = int(patient.max()) + 1
+    values = {name: list[NDArray[np.float64]]() for name in measures}
+    for _ in range(0, RESAMPLES, AT_ONCE):
+        drawn = rng.integers(count, size=(AT_ONCE, count)) + count * np.arange(AT_ONCE)[:, None]
+        times = np.bincount(drawn.ravel(), minlength=AT_ONCE * count).reshape(AT_ONCE, count)
+        weights = times.astype(np.float64)[:, patient]
+        for name, measure in measures.items():
+            values[name].append(measure(weights))
+    return {name: _middle(np.concatenate(parts)) for name, parts in values.items()}
+
+
+def _middle(values: NDArray[np.float64]) -> tuple[float, float]:
+    """The 2.5th and 97.5th percentile of the values that are not NaN; NaN if all are."""
+    defined = values[~np.isnan(values)]
+    if not defined.size:
+        return float("nan"), float("nan")
+    low, high = np.percentile(defined, [2.5, 97.5])
     return float(low), float(high)
+
+
+def _by_presence(
+    truth: NDArray[np.bool_], presence: NDArray[np.float32], weights: Weights
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Weight of the positives and of the negatives at each distinct presence, ascending; (r, values) each."""
+    order = np.argsort(presence, kind="stable")
+    ranked = presence[order]
+    starts = np.flatnonzero(np.append(True, ranked[1:] > ranked[:-1]))
+    positives, negatives = (
+        np.add.reduceat(weights[:, order] * side[order], starts, axis=1) for side in (truth, ~truth)
+    )
+    return positives, negatives
+
+
+def _ratio(numerator: NDArray[np.float64], denominator: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The quotient, NaN where the denominator is 0."""
+    return np.divide(numerator, denominator, out=np.full(numerator.shape, np.nan), where=denominator > 0)

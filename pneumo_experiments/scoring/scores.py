@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from math import isnan
 
@@ -10,7 +10,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pneumo_experiments.errors import UserError
-from pneumo_experiments.scoring.metrics import auroc, bootstrap_interval
+from pneumo_experiments.scoring.metrics import (
+    Measure,
+    Weights,
+    auroc,
+    average_precision,
+    bootstrap_intervals,
+    calibration_error,
+    mean,
+)
 from pneumo_experiments.scoring.thresholds import ThresholdCounts, Thresholds
 
 MIN_PATIENTS = 20  # with fewer the interval covers too rarely: see docs/training.md
@@ -39,8 +47,18 @@ class Scores:
     """fraction of the images with truth whose prediction is not empty"""
     specificity: float
     """fraction of the images without truth whose prediction is empty"""
+    precision: float
+    """fraction of the images with a predicted mask that have truth"""
+    false_alarms: float
+    """fraction of all images that have a predicted mask but no truth"""
+    misses: float
+    """fraction of all images that have truth but no predicted mask"""
     auroc: float
     """of the probability of presence, before any threshold"""
+    average_precision: float
+    """of the probability of presence, before any threshold"""
+    calibration_error: float
+    """expected calibration error of the probability of presence"""
     images: int
     positives: int
     """images with truth"""
@@ -73,41 +91,68 @@ class Scores:
         return {prefix + name: value for name, value in facts.items()}
 
 
-def score(counts: ThresholdCounts, thresholds: Thresholds, patients: Sequence[str], seed: int = 0) -> Scores:
-    """Scores of n >= 1 counted images; ``patients`` holds the patient of each. UserError without images."""
-    if len(counts) == 0:
+@dataclass(frozen=True)
+class ScoredImages:
+    """What the scores of n images are made of; all (n,)."""
+
+    dices: NDArray[np.float64]
+    predicted: NDArray[np.bool_]  # whether the prediction has pixels
+    truth: NDArray[np.bool_]  # whether the truth has pixels
+    presence: NDArray[np.float32]
+    patients: Sequence[str]
+
+    @classmethod
+    def of(cls, counts: ThresholdCounts, thresholds: Thresholds, patients: Sequence[str]) -> ScoredImages:
+        """Counted images; ``patients`` holds the patient of each."""
+        if len(patients) != len(counts):
+            raise ValueError(f"{len(patients)} patients for {len(counts)} images")
+        predicted, truth = counts.predicted_area(thresholds) > 0, counts.truth_area > 0
+        return cls(counts.dice(thresholds), predicted, truth, counts.presence, patients)
+
+    def select(self, chosen: NDArray[np.bool_]) -> ScoredImages:
+        """Those of the images (n,) that are chosen."""
+        patients = [patient for patient, here in zip(self.patients, chosen, strict=True) if here]
+        return ScoredImages(
+            self.dices[chosen], self.predicted[chosen], self.truth[chosen], self.presence[chosen], patients
+        )
+
+    def measures(self) -> dict[str, Measure]:
+        """How each score is computed from the weights of the images."""
+        dices, predicted, truth, presence = self.dices, self.predicted, self.truth, self.presence
+        return {
+            "dice": lambda weights: mean(dices, weights),
+            "dice_positive": lambda weights: mean(dices, weights, truth),
+            "sensitivity": lambda weights: mean(predicted, weights, truth),
+            "specificity": lambda weights: mean(~predicted, weights, ~truth),
+            "precision": lambda weights: mean(truth, weights, predicted),
+            "false_alarms": lambda weights: mean(predicted & ~truth, weights),
+            "misses": lambda weights: mean(~predicted & truth, weights),
+            "auroc": lambda weights: auroc(truth, presence, weights),
+            "average_precision": lambda weights: average_precision(truth, presence, weights),
+            "calibration_error": lambda weights: calibration_error(truth, presence, weights),
+        }
+
+    def intervals(self, names: Collection[str] = (), seed: int = 0) -> dict[str, float]:
+        """95% intervals of these scores, or of all: ``<name>_low`` and ``<name>_high``; NaN if undefined."""
+        chosen = {name: measure for name, measure in self.measures().items() if not names or name in names}
+        ends = bootstrap_intervals(chosen, self.patients, np.random.default_rng(seed))
+        return {
+            f"{name}_{end}": value
+            for name, (low, high) in ends.items()
+            for end, value in (("low", low), ("high", high))
+        }
+
+
+def score_images(images: ScoredImages, seed: int = 0) -> Scores:
+    """Scores of n >= 1 images; raises UserError without any."""
+    if len(images.dices) == 0:
         raise UserError("no images to score: choose a subset that has some")
-    if len(patients) != len(counts):
-        raise ValueError(f"{len(patients)} patients for {len(counts)} images")
-    predicted, truth = counts.predicted_area(thresholds) > 0, counts.truth_area > 0
-    return score_images(counts.dice(thresholds), predicted, truth, counts.presence, patients, seed)
-
-
-def score_images(
-    dices: NDArray[np.float64],
-    predicted: NDArray[np.bool_],
-    truth: NDArray[np.bool_],
-    presence: NDArray[np.float32],
-    patients: Sequence[str],
-    seed: int = 0,
-) -> Scores:
-    """Scores of n >= 1 images (n,) from Dice, whether prediction and truth have pixels, and presence."""
-    low, high = bootstrap_interval(dices, patients, np.random.default_rng(seed))
+    itself: Weights = np.ones((1, len(images.dices)))
     return Scores(
-        dice=float(dices.mean()),
-        dice_low=low,
-        dice_high=high,
-        dice_baseline=float(np.mean(~truth)),
-        dice_positive=_mean(dices[truth]),
-        sensitivity=_mean(predicted[truth]),
-        specificity=_mean(~predicted[~truth]),
-        auroc=auroc(truth, presence),
-        images=len(dices),
-        positives=int(np.count_nonzero(truth)),
-        patients=len(set(patients)),
+        **{name: float(measure(itself)[0]) for name, measure in images.measures().items()},
+        **images.intervals(["dice"], seed),
+        dice_baseline=float(np.mean(~images.truth)),
+        images=len(images.dices),
+        positives=int(np.count_nonzero(images.truth)),
+        patients=len(set(images.patients)),
     )
-
-
-def _mean(values: NDArray[np.float64] | NDArray[np.bool_]) -> float:
-    """Mean of (n,); NaN when n is 0."""
-    return float(values.mean()) if values.size else float("nan")

@@ -100,6 +100,14 @@ class ThresholdCounts:
         """Annotated pixels of each image (n,)."""
         return _at_level(self._overlap, 0)
 
+    def pixels(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Pixels of each image at or above each hundredth, (n, 101): all, and those within the truth."""
+        shape = (len(self), 101)  # also without images
+        return (
+            np.array(self._predicted, np.int64).reshape(shape),
+            np.array(self._overlap, np.int64).reshape(shape),
+        )
+
     def at(self, score: float) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Pixels of each image at or above a probability: all (n,), and those within the truth (n,)."""
         return _at_level(self._predicted, _level(score)), _at_level(self._overlap, _level(score))

@@ -87,7 +87,7 @@ class Search:
 
 @dataclass(frozen=True)
 class Score:
-    """Score a model on a data set, or write the submission for a folder of DICOM files."""
+    """Score a model on a data set, write the submission for a folder of DICOM files, or check one."""
 
     model: Annotated[str, Arg("model to score: a models:/ or runs:/ address", declared=True)] = (
         "models:/pneumothorax@champion"
@@ -104,6 +104,17 @@ class Score:
     submission: Annotated[Path, Arg("submission file to write", declared=True)] = Path(
         "output/submission.csv"
     )
+    sample_submission: Annotated[
+        Path | None,
+        Arg("the challenge's table of test images: gives the submission its order", declared=True),
+    ] = None
+    check: Annotated[
+        Path | None,
+        Arg(
+            "submission to check, by sample_submission and dicom_dir if given; nothing else is done",
+            declared=True,
+        ),
+    ] = None
     compute: Device = field(default_factory=Device)
     overlays: Overlays = 8
 

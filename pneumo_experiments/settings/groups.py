@@ -135,8 +135,8 @@ class Evaluation:
 StudyStorage = Annotated[
     str,
     Arg(
-        "database of the study: sqlite:///FILE for one machine, postgresql://HOST/NAME for several;"
-        " none keeps it in memory, where nothing survives",
+        "database of the study: sqlite:///FILE for one machine, the address of a PostgreSQL database for"
+        " several; none keeps it in memory, where nothing survives",
         shapes_weights=False,
         declared=True,
     ),

@@ -1,10 +1,11 @@
-"""Entry point ``score``: Dice on labelled images, or the submission for unlabelled ones."""
+"""Entry point ``score``: Dice on labelled images, the submission for unlabelled ones, or its check."""
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
+from math import isnan
 from pathlib import Path
 
 import numpy as np
@@ -12,16 +13,21 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from pneumo_experiments import tracking
-from pneumo_experiments.dataset.decoder_pool import File
+from pneumo_experiments.dataset.decoder_pool import read_files
 from pneumo_experiments.dataset.hdf5 import Dataset
 from pneumo_experiments.dataset.rle import EMPTY
-from pneumo_experiments.dicom.archive import DIFFERING_FILES, open_archive, read_member
-from pneumo_experiments.dicom.radiograph import MAX_PIXELS
-from pneumo_experiments.errors import Rejected, UserError
-from pneumo_experiments.experiment.scored_images import digests, identity, log_per_image
+from pneumo_experiments.dicom.archive import DIFFERING_FILES, open_archive
+from pneumo_experiments.errors import UserError
+from pneumo_experiments.experiment.scored_images import digests, identity, log_groups, log_per_image
+from pneumo_experiments.experiment.submission_check import (
+    check_submission,
+    expected_images,
+    native_shapes,
+    positives_of,
+)
 from pneumo_experiments.experiment.subset import Subset, log_overlays, make_split
 from pneumo_experiments.learning.device import choose_compute_for
-from pneumo_experiments.scoring.scores import Scores
+from pneumo_experiments.scoring.scores import Scores, score_images
 from pneumo_experiments.scoring.submission import write_submission
 from pneumo_experiments.serving import Detector, load
 from pneumo_experiments.settings import Score, SplitSettings, from_flat
@@ -37,7 +43,7 @@ PREFIXES = dict.fromkeys(tracking.UNSEEN_SUBSETS, "") | {
 
 @dataclass(frozen=True)
 class ScoreResult:
-    """What score left: scores and pictures of labelled images, or the submission."""
+    """What score left: scores and pictures of labelled images, or the submission, written or checked."""
 
     scores: Scores | None
     overlays: str
@@ -46,8 +52,10 @@ class ScoreResult:
 
 
 def score(settings: Score) -> ScoreResult:
-    """Scores the model on one part of a data set, or writes the submission for ``dicom_dir``."""
+    """Scores the model on one part of a data set, writes the submission for ``dicom_dir``, or checks one."""
     with tracking.run("score", settings):
+        if settings.check is not None:
+            return _check(settings, settings.check)
         detector = load(tracking.model_data(settings.model))
         compute = choose_compute_for(detector.predictor.compute.precision, settings.compute)
         detector = replace(detector, predictor=replace(detector.predictor, compute=compute))
@@ -72,19 +80,21 @@ def _score_dataset(settings: Score, detector: Detector) -> ScoreResult:
         subset = Subset(dataset, _indices(settings, detector, dataset))
         name, images = _name_subset(settings, detector, subset), identity(subset)
         counts = subset.count(detector.predictor, desc="score")
-        scores = subset.score(counts, detector.thresholds)
+        scored = subset.scored(counts, detector.thresholds)
+        scores, prefix = score_images(scored), PREFIXES[name]
+        intervals = {prefix + end: value for end, value in scored.intervals().items() if not isnan(value)}
         facts = {"subset": name, "data_fingerprint": dataset.fingerprint} | scores.as_facts()
-        tracking.log_scores(
-            scores.as_metrics(PREFIXES[name]), settings.model, settings.dataset, images, facts
-        )
+        metrics = intervals | scores.as_metrics(prefix)
+        tracking.log_scores(metrics, settings.model, settings.dataset, images, facts)
         constants = {key: value for key, value in facts.items() if key != "subset"}
         tracking.log_params(constants | {"identity": images} | asdict(detector.thresholds))
-        log_per_image(subset, counts, detector.thresholds)
+        log_groups(subset, counts, scored)
+        log_per_image(subset, counts, detector.thresholds)  # last: the table that the evaluation view opens
         where = log_overlays(subset, counts, detector.predictor, detector.thresholds, settings.overlays)
         line = scores_line(scores)
         tracking.describe(f"{name} images of {settings.dataset}, by {settings.model}.\n{line}.")
         print(f"score: {name}: {line}")
-    return ScoreResult(scores, where, None, PREFIXES[name])
+    return ScoreResult(scores, where, None, prefix)
 
 
 def _name_subset(settings: Score, detector: Detector, subset: Subset) -> str:
@@ -130,29 +140,37 @@ def _indices(settings: Score, detector: Detector, dataset: Dataset) -> NDArray[n
 
 def _submit(settings: Score, detector: Detector, folder: Path) -> ScoreResult:
     archive, errors = open_archive(folder), list[str]()
-
-    def files() -> Iterator[File]:
-        for member in archive.members:
-            try:
-                yield member.image_id, read_member(archive.root, member, MAX_PIXELS)
-            except Rejected as reason:
-                yield member.image_id, reason
+    order = expected_images(settings.sample_submission, archive) or []
+    place = {image_id: number for number, image_id in enumerate(order)}
+    if missing := [image_id for image_id in order if image_id not in archive.image_ids]:
+        raise UserError(
+            f"dicom_dir={folder}: {len(missing)} of {len(order)} images of {settings.sample_submission} have"
+            f" no file, such as {missing[0]}; name the folder with all test images"
+        )
+    if others := len(archive.image_ids) - len(order):
+        print(f"score: {others} images of {folder} are not in {settings.sample_submission}: left out")
+    members = [member for member in archive.members if member.image_id in place]
 
     def rows() -> Generator[tuple[str, str]]:
         for image_id in archive.differing:
-            errors.append(f"{image_id}: {DIFFERING_FILES}")
-            yield image_id, EMPTY
-        bar = tqdm(total=len(archive.members), desc="submission", unit="image", disable=None)
-        with bar, closing(detector.detect(files())) as answers:
+            if image_id in place:
+                errors.append(f"{image_id}: {DIFFERING_FILES}")
+                yield image_id, EMPTY
+        bar = tqdm(total=len(members), desc="submission", unit="image", disable=None)
+        with bar, closing(detector.detect(read_files(archive.root, members))) as answers:
             for row in answers:
                 bar.update()
                 if row["error"]:
                     errors.append(row["error"])
                 yield row["image_id"], row["rle"]
-        if len(errors) == len(archive.image_ids):
+        if len(errors) == len(order):
             raise UserError(f"dicom_dir={folder}: no file can be used; the first: {errors[0]}")
 
-    with closing(rows()) as lines:
+    def in_order() -> Generator[tuple[str, str]]:
+        with closing(rows()) as lines:
+            yield from sorted(lines, key=lambda line: place[line[0]])
+
+    with closing(in_order()) as lines:
         count = write_submission(settings.submission, lines)
     tracking.log_file(settings.submission)
     tracking.log_params({"images": count, "rejected": len(errors)})
@@ -163,3 +181,27 @@ def _submit(settings: Score, detector: Detector, folder: Path) -> ScoreResult:
         print(f"score: submitted as empty: {error}")
     print(f"score: {count} images in {settings.submission}, {len(errors)} could not be read")
     return ScoreResult(None, "", settings.submission)
+
+
+def _check(settings: Score, path: Path) -> ScoreResult:
+    """Prints and logs what is wrong with a submission; raises UserError if anything is."""
+    archive = None if settings.dicom_dir is None else open_archive(settings.dicom_dir)
+    expected = expected_images(settings.sample_submission, archive)
+    result = check_submission(path, expected, {} if archive is None else native_shapes(archive))
+    line = result.positives_line(positives_of(settings.dataset))
+    tracking.log_json(asdict(result), "submission_check.json")
+    tracking.log_params({"images": result.images, "positives": result.positives})
+    tracking.describe(f"Check of the submission {path}: {len(result.problems)} problems.\n{line}.")
+    for problem in result.problems:
+        print(f"score: {problem}")
+    print(f"score: {line}")
+    if result.problems:
+        count = f"{len(result.problems)} problem{'s' * (len(result.problems) > 1)}"
+        raise UserError(f"check={path}: not a valid submission, {count}; the first: {result.problems[0]}")
+    ids = (
+        "its ids were not checked: give sample_submission or dicom_dir"
+        if expected is None
+        else "all ids are right"
+    )
+    print(f"score: {path} is a valid submission; {ids}")
+    return ScoreResult(None, "", path)

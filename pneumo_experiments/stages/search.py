@@ -18,7 +18,7 @@ from pneumo_experiments.dataset.hdf5 import Dataset
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.experiment.search_space import search_space, unsearched_ranges, with_values
 from pneumo_experiments.experiment.search_workers import count_workers, run_workers
-from pneumo_experiments.experiment.study import open_confirmations, open_study
+from pneumo_experiments.experiment.study import PARENT, open_confirmations, open_study, parent_run
 from pneumo_experiments.experiment.study_report import choose_winner, log_study
 from pneumo_experiments.experiment.study_storage import open_storage
 from pneumo_experiments.experiment.trial_table import in_words, print_header
@@ -33,8 +33,6 @@ from pneumo_experiments.experiment.trials import (
     run_trials,
 )
 from pneumo_experiments.settings import NONE, Recipe, Search
-
-PARENT = "parent_run"  # attribute of a study: the run above those of its trials
 
 
 @dataclass(frozen=True)
@@ -83,7 +81,7 @@ def run_study(
         tracking.open_store()
         space = search_space(study_settings, settings.recipe)
         storage = open_storage(study_settings.storage)
-        study = open_study(storage, settings, fingerprint, space)
+        study, is_new = open_study(storage, settings, fingerprint, space)
         confirmations = open_confirmations(study, storage)
     except UserError:
         with tracking.run("search", settings):
@@ -98,7 +96,7 @@ def run_study(
     def is_shared() -> bool:
         return _others_work(study) or _others_work(confirmations)
 
-    parent = study.user_attrs.get(PARENT)
+    parent = parent_run(study, is_new)
     with tracking.run("search", settings, continues=parent, is_shared=is_shared) as run_id:
         if run_id != parent:
             study.set_user_attr(PARENT, run_id)

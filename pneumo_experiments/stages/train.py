@@ -108,7 +108,7 @@ def _train_folds(settings: Train, dataset: Dataset, parent: str | None) -> Train
         best = max(folds, key=lambda fold: fold.scores.dice)
         if not distributed.is_main_process():
             return TrainResult(best.model, best.scores)
-        scores = log_out_of_fold(folds, settings)
+        scores = log_out_of_fold(folds)
         tracking.describe(
             f"{settings.recipe.network.network} at {dataset.image_size} px, one for each of"
             f" {len(folds)} folds.\n"

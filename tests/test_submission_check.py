@@ -1,0 +1,132 @@
+"""The check of a submission: each kind of problem is named, and only what is wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from dicom_files import GREYS, dicom_bytes
+from samples import write
+
+from pneumo_experiments.dataset.rle import encode
+from pneumo_experiments.dicom.archive import open_archive
+from pneumo_experiments.errors import UserError
+from pneumo_experiments.experiment.submission_check import (
+    SubmissionCheck,
+    check_submission,
+    expected_images,
+    native_shapes,
+    positives_of,
+)
+from pneumo_experiments.scoring.submission import write_submission
+
+IDS = ["ID_a", "ID_b", "ID_c"]
+GOOD = "ImageId,EncodedPixels\nID_c,0 5 3 2\nID_a,-1\nID_b,1048575 1\n"
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "s.csv"
+
+
+def checked(path: Path, text: str, expected: list[str] | None = IDS) -> SubmissionCheck:
+    path.write_text(text, encoding="utf-8", newline="")
+    return check_submission(path, expected, {})
+
+
+def test_a_submission_as_score_writes_it_has_no_problems(path: Path) -> None:
+    mask = np.zeros((1024, 1024), bool)
+    mask[3:900, 5:50] = True
+    write_submission(path, [("ID_c", encode(mask)), ("ID_a", ""), ("ID_b", "-1")])
+    assert check_submission(path, IDS, {}) == SubmissionCheck(images=3, positives=1, problems=[])
+    assert checked(path, GOOD) == SubmissionCheck(3, 2, [])
+    assert checked(path, GOOD.replace("\n", "\r\n")) == SubmissionCheck(3, 2, [])
+    assert checked(path, GOOD.replace(",-1", ", -1")) == SubmissionCheck(3, 2, [])
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "problem"),
+    [
+        ("ImageId,EncodedPixels\n", "", "the first line is not ImageId,EncodedPixels"),
+        ("ImageId,", "image_id,", "the first line is not ImageId,EncodedPixels"),
+        ("ID_a,-1\n", "ID_a,-1,0.3\n", "line 3: not an image id and run lengths"),
+        ("ID_a,-1\n", "ID_a,-1\nID_a,-1\n", "ID_a: more than one row"),
+        ("ID_a,-1\n", "", "ID_a: missing"),
+        ("ID_a,-1\n", "ID_a,-1\nID_d,-1\n", "ID_d: no image of the test set"),
+        ("ID_a,-1", "ID_a.dcm,-1", "ID_a.dcm: no image of the test set"),
+        ("ID_a,-1", "ID_a,", "ID_a: no run lengths; an empty mask is written -1"),
+        ("ID_a,-1", "ID_a,5 3 2", "ID_a: odd number of run lengths (3); write pairs 'gap length'"),
+        ("ID_a,-1", "ID_a,5 x", "ID_a: run length 'x' is not a whole number of pixels"),
+        ("1048575 1", "1048575 2", "ID_b: run lengths reach pixel 1048577 of an image with 1048576"),
+        ("0 5 3 2", "0 5 0 2", "ID_c: runs of length 0, runs that touch"),
+        ("0 5 3 2", "0 5 3 0", "ID_c: runs of length 0, runs that touch"),
+        (
+            "ID_a,-1",
+            "ID_a,7 0",
+            "ID_a: runs of length 0, runs that touch, or an empty mask not written as -1",
+        ),
+    ],
+)
+def test_each_kind_of_problem_is_named(path: Path, old: str, new: str, problem: str) -> None:
+    assert old in GOOD
+    problems = checked(path, GOOD.replace(old, new)).problems
+    assert any(line.startswith(problem) for line in problems), problems
+    assert all("\n" not in line for line in problems)
+    # A row that cannot be used, or an id that is misspelled, also leaves an image without its row.
+    assert len(problems) == 1 + any("missing" in line for line in problems if not line.startswith(problem))
+
+
+def test_many_images_with_one_problem_are_one_line(path: Path) -> None:
+    ids = [f"ID_{number}" for number in range(10)]
+    problems = checked(path, GOOD, [*IDS, *ids]).problems
+    assert problems == ["ID_0, ID_1, ID_2 and 7 more: missing"]
+    rows = "".join(f"{image_id},1\n" for image_id in ids)
+    problems = checked(path, f"ImageId,EncodedPixels\n{rows}", ids).problems
+    assert len(problems) == 4
+    assert problems[-1] == "7 more images with run lengths that cannot be decoded"
+
+
+def test_a_file_that_is_no_table_is_an_error(path: Path) -> None:
+    for content, reason in ((b"", "empty"), (b"\xff\xfe\0", "not a CSV table"), (None, "no such file")):
+        path.unlink(missing_ok=True)
+        if content is not None:
+            path.write_bytes(content)
+        with pytest.raises(UserError, match=reason):
+            check_submission(path, None, {})
+
+
+def test_the_sizes_of_the_radiographs_limit_the_run_lengths(tmp_path: Path, path: Path) -> None:
+    folder = tmp_path / "test"
+    folder.mkdir()
+    for name in IDS:
+        (folder / f"{name}.dcm").write_bytes(dicom_bytes(GREYS))
+    (folder / "ID_c.dcm").write_bytes(b"broken")
+    archive = open_archive(folder)
+    shapes = native_shapes(archive)
+    assert shapes == {"ID_a": GREYS.shape, "ID_b": GREYS.shape}
+    assert expected_images(None, archive) == IDS
+    path.write_text(f"ImageId,EncodedPixels\nID_c,9999 1\nID_a,{GREYS.size - 1} 1\nID_b,{GREYS.size} 1\n")
+    (problem,) = check_submission(path, expected_images(None, archive), shapes).problems
+    assert problem.startswith(f"ID_b: run lengths reach pixel {GREYS.size + 1} of an image with {GREYS.size}")
+
+
+def test_the_expected_images_are_those_of_the_sample_in_its_order(tmp_path: Path) -> None:
+    sample = tmp_path / "sample.csv"
+    sample.write_text("ImageId,EncodedPixels\nb,-1\na,-1\nb,-1\n")
+    assert expected_images(sample, None) == ["b", "a"]
+    assert expected_images(None, None) is None
+
+
+def test_the_fraction_of_positives_stands_beside_the_training_images(tmp_path: Path) -> None:
+    write(tmp_path / "d.h5", count=5)
+    write(tmp_path / "unlabelled.h5", count=5, labelled=False)
+    assert positives_of(tmp_path / "d.h5") == 0.4
+    assert positives_of(tmp_path / "unlabelled.h5") is None
+    assert positives_of(tmp_path / "nothing.h5") is None
+    check = SubmissionCheck(images=100, positives=25, problems=[])
+    assert check.positives_line(None) == "25 of 100 images have a mask (25.0%)"
+    assert check.positives_line(0.4) == "25 of 100 images have a mask (25.0%), of the training images 40.0%"
+    assert check.positives_line(0.6).endswith("check the thresholds, and that the model suits these images")
+    assert check.positives_line(0.1).endswith("check the thresholds, and that the model suits these images")
+    assert "check the thresholds" in SubmissionCheck(100, 0, []).positives_line(0.2)
