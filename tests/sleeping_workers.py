@@ -68,5 +68,7 @@ def _work(folder: Path, uri: str, words: list[str]) -> None:
 def ended(process: BaseProcess, seconds: float = 120) -> int:
     """Waits for a worker; its exit code."""
     process.join(seconds)
-    assert process.exitcode is not None, f"not within {seconds} s"
+    if process.exitcode is None:
+        process.kill()
+        pytest.fail(f"a worker has not ended within {seconds} s")
     return process.exitcode

@@ -13,7 +13,6 @@ from collections import Counter
 from collections.abc import Iterator
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
 
 import optuna
 import pytest
@@ -73,7 +72,9 @@ def check_study(uri: str, address: str, trials: int) -> optuna.Study:
     states = Counter(trial.state for trial in study.trials)
     assert sum(states[state] for state in FINISHED) == trials, states
     assert states[TrialState.RUNNING] == states[TrialState.WAITING] == 0, states
-    tried = [json.dumps(trial.params, sort_keys=True) for trial in without_retries(study.trials) if trial.params]
+    tried = [
+        json.dumps(trial.params, sort_keys=True) for trial in without_retries(study.trials) if trial.params
+    ]
     assert len(set(tried)) == len(tried)  # no two workers drew the same
     finished = [trial for trial in study.trials if trial.state in FINISHED]
     assert len({json.dumps(trial.params, sort_keys=True) for trial in finished}) == trials
@@ -110,14 +111,15 @@ def test_killed_workers_lose_no_trial_and_repeat_none(
     chance, struck = random.Random(0), Counter[str]()
     workers = [start_worker(tmp_path, uri, *words) for _ in range(WORKERS)]
     start = time.monotonic()
-    for _ in range(KILLS):
-        time.sleep(chance.uniform(0.2, 1.5))
+    wait_until(lambda: is_there(address))
+    studies = {"trial": study_of(address), "confirmation": study_of(address, "study-confirm")}
+    for kill in range(KILLS):
         number = chance.randrange(WORKERS)
-        if workers[number].is_alive():
-            struck[where(address, workers[number])] += 1
-            workers[number].kill()
-        else:
-            struck["ended"] += 1
+        if kill % 3:  # at work; else at any moment, also while it starts
+            wait_until(lambda n=number: place(studies, workers[n]) in ("trial", "confirmation", "ended"))
+        time.sleep(chance.uniform(0, 2 * EPOCH_SECONDS))
+        struck[place(studies, workers[number])] += 1
+        workers[number].kill()
         workers[number].join()
         workers[number] = start_worker(tmp_path, uri, *words)
     assert [ended(worker) for worker in workers] == [0] * WORKERS, (tmp_path / "log").read_text()
@@ -128,16 +130,21 @@ def test_killed_workers_lose_no_trial_and_repeat_none(
     assert sum(struck.values()) - struck["ended"] >= KILLS // 2
 
 
-def where(address: str, worker: BaseProcess) -> str:
+def is_there(address: str) -> bool:
+    try:
+        return bool(study_of(address, "study-confirm"))
+    except Exception:  # the tables are not yet there, or not yet the study
+        return False
+
+
+def place(studies: dict[str, optuna.Study], worker: BaseProcess) -> str:
     """What a worker is at, by the trials that name it."""
-    for name, word in (("study", "trial"), ("study-confirm", "confirmation")):
-        try:
-            running = study_of(address, name).get_trials(states=(TrialState.RUNNING,))
-        except (KeyError, Exception):
-            return "starting"
-        for trial in running:
+    if not worker.is_alive():
+        return "ended"
+    for name, study in studies.items():
+        for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             if trial.user_attrs.get("process", {}).get("pneumo.process", "").startswith(f"{worker.pid}:"):
-                return word
+                return name
     return "between trials"
 
 
