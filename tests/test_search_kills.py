@@ -1,4 +1,4 @@
-"""kill -9, lost databases and lost servers under a search of several workers: nothing is lost, nothing run twice.
+"""kill -9, lost databases and lost servers under a search of several workers: it loses and repeats nothing.
 
 PNEUMO_KILLS=20 (make soak) kills more often than the few times of the suite, and prints what it did.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import socket
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 from optuna.trial import FrozenTrial, TrialState
 from sleeping_workers import ended, start_worker
-from tracking_server import wait_until
+from tracking_server import Server, wait_until
 
 KILLS = int(os.environ.get("PNEUMO_KILLS") or 3)
 IS_SOAK = KILLS >= 10
@@ -156,3 +157,56 @@ def table(struck: Counter[str], study: optuna.Study, uri: str, seconds: float) -
     for title, counts in (("killed in", struck), ("trials", states), ("runs", statuses)):
         print(f"  {title:<12}" + ", ".join(f"{name} {count}" for name, count in sorted(counts.items())))
     print(f"  {'retried':<12}{retried}")
+
+
+@pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
+def test_two_workers_that_start_at_once_on_empty_stores_share_one_study_and_one_parent(
+    kind: str, tmp_path: Path, database: DatabaseServer
+) -> None:
+    uri, address = f"sqlite:///{tmp_path}/mlflow.db", f"sqlite:///{tmp_path}/optuna.db"
+    if kind == "postgresql":
+        uri, address = database.create("empty_store"), database.create("empty_study")
+    words = ["trials=4", "search_epochs=2", "sleep=0.1", "confirm=2", "study=study", f"storage={address}"]
+    words += ["pruner=none"]
+    workers = [start_worker(tmp_path, uri, *words) for _ in range(2)]
+    assert [ended(worker) for worker in workers] == [0, 0], (tmp_path / "log").read_text()
+    check_study(uri, address, trials=4)
+
+
+def test_a_database_that_restarts_costs_no_trial(
+    tmp_path: Path, empty_store: Path, database: DatabaseServer
+) -> None:
+    copy_store(empty_store, tmp_path)
+    uri, address = f"sqlite:///{tmp_path}/mlflow.db", database.create("restarted")
+    words = ["trials=4", "search_epochs=3", "sleep=0.3", "confirm=2", "study=study", f"storage={address}"]
+    worker = start_worker(tmp_path, uri, *words)
+    wait_until(lambda: is_there(address) and bool(study_of(address).get_trials(states=FINISHED)))
+    database.stop()
+    time.sleep(20 if IS_SOAK else 1)
+    database.start()
+    assert ended(worker) == 0, (tmp_path / "log").read_text()
+    check_study(uri, address, trials=4)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def test_a_tracking_server_that_is_down_for_a_while_costs_no_trial(tmp_path: Path, empty_store: Path) -> None:
+    copy_store(empty_store, tmp_path)
+    (tmp_path / "mlflow.db").rename(tmp_path / "server.db")
+    server, address = Server(tmp_path, free_port()), f"sqlite:///{tmp_path}/optuna.db"
+    server.start()
+    try:
+        words = ["trials=3", "search_epochs=3", "sleep=0.3", "confirm=2", "study=study", f"storage={address}"]
+        worker = start_worker(tmp_path, server.uri, *words)
+        wait_until(lambda: is_there(address) and bool(study_of(address).get_trials(states=FINISHED)))
+        server.kill()
+        time.sleep(20 if IS_SOAK else 1)
+        server.start()
+        assert ended(worker) == 0, (tmp_path / "log").read_text()
+        check_study(server.uri, address, trials=3)
+    finally:
+        server.kill()
