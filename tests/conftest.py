@@ -5,8 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from database_server import DatabaseServer
 
 # Before torch is imported, here and in the processes that tests start: two test files run side by side, and
 # threads of both would wait for each other.
@@ -57,6 +61,15 @@ def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.chdir(folder)  # for the artifacts
         MlflowClient(f"sqlite:///{folder / 'mlflow.db'}").search_experiments()
     return folder / "mlflow.db"
+
+
+@pytest.fixture(scope="session")
+def database() -> Iterator[DatabaseServer]:
+    from database_server import DatabaseServer
+
+    server = DatabaseServer()
+    yield server
+    server.remove()
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,6 @@ import random
 import socket
 import time
 from collections import Counter
-from collections.abc import Iterator
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -30,13 +29,6 @@ IS_SOAK = KILLS >= 10
 TRIALS, WORKERS, EPOCH_SECONDS = (40, 3, 0.3) if IS_SOAK else (8, 2, 0.15)
 CONFIRMED = 2
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
-
-
-@pytest.fixture(scope="session")
-def database() -> Iterator[DatabaseServer]:
-    server = DatabaseServer()
-    yield server
-    server.remove()
 
 
 def study_of(address: str, name: str = "study") -> optuna.Study:
