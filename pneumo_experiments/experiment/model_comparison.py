@@ -13,7 +13,7 @@ from pneumo_experiments.scoring.figures import comparison_plot
 from pneumo_experiments.scoring.scores import ScoredImages
 from pneumo_experiments.serving import Detector
 
-COLUMNS = ("image_id", "difference", "dice", "baseline_dice", "truth_area_px")
+COLUMNS = ("image_id", "difference", "dice", "baseline_dice")
 MAX_CHANGED = 100  # images in the table
 
 
@@ -48,21 +48,16 @@ def log_comparison(
     }
     tracking.log_metrics({prefix + name: value for name, value in metrics.items()})
     differences = images.dices - other.dices
-    most = np.argsort(-np.abs(differences), kind="stable")[:MAX_CHANGED].tolist()
+    most = [int(i) for i in np.argsort(-np.abs(differences), kind="stable")[:MAX_CHANGED]]
+    entries = subset.entries
     rows = [
-        [
-            subset.entries[i].image_id,
-            float(differences[i]),
-            float(images.dices[i]),
-            float(other.dices[i]),
-            subset.entries[i].area_px,
-        ]
+        (entries[i].image_id, float(differences[i]), float(images.dices[i]), float(other.dices[i]))
         for i in most
         if differences[i] != 0
     ]
     tracking.log_table(COLUMNS, rows, "changed_images")
     tracking.log_image(comparison_plot(differences, comparison), "comparison.png")
     print(f"score: against {address}: {comparison.line}")
-    for image_id, difference, dice, before, _ in rows[:3]:
+    for image_id, difference, dice, before in rows[:3]:
         print(f"score:   {image_id}: Dice {dice:.3f} instead of {before:.3f} ({difference:+.3f})")
     return comparison

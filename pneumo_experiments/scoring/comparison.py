@@ -47,5 +47,5 @@ def compare(
     measures: dict[str, Measure] = {"difference": lambda weights: mean(differences, weights)}
     resamples = bootstrap(measures, patients, np.random.default_rng(seed))["difference"]
     low, high = interval_of(resamples)
-    better = float(np.mean(resamples > 0) + 0.5 * np.mean(resamples == 0))
-    return Comparison(float(differences.mean()), low, high, better, resamples)
+    better = np.count_nonzero(resamples > 0) + 0.5 * np.count_nonzero(resamples == 0)
+    return Comparison(float(differences.mean()), low, high, better / len(resamples), resamples)
