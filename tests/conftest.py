@@ -5,8 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from command_server import CommandServer
 
 # Before torch is imported, here and in the processes that tests start: two test files run side by side, and
 # threads of both would wait for each other.
@@ -57,6 +61,15 @@ def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.chdir(folder)  # for the artifacts
         MlflowClient(f"sqlite:///{folder / 'mlflow.db'}").search_experiments()
     return folder / "mlflow.db"
+
+
+@pytest.fixture(scope="session")
+def commands() -> Iterator[CommandServer]:
+    """Starts commands in processes of their own that need no time for imports."""
+    from command_server import command_server
+
+    with command_server() as server:
+        yield server
 
 
 @pytest.fixture(scope="session")
