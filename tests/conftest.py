@@ -19,8 +19,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).parents[1]
 # Of two workers, none shall begin one of these when the other has nothing left: the longest files go first.
 LONGEST_FIRST = (
-    *("test_train", "test_bombs", "test_kills", "test_simulated_cuda", "test_chain", "test_at_once"),
-    *("test_faults", "test_tracking", "test_outage", "test_distributed", "test_learning", "test_network"),
+    *("test_train", "test_simulated_cuda", "test_outage", "test_chain", "test_bombs", "test_faults"),
+    *("test_tracking", "test_at_once", "test_kills", "test_full_disk", "test_distributed", "test_mutants"),
+    *("test_learning", "test_network"),
 )
 
 
