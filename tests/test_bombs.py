@@ -237,6 +237,8 @@ def test_the_timer_of_a_worker_ends_a_file_that_takes_too_long(desk: Desk) -> No
     [
         ("score", signal.SIGINT, 130, "KILLED"),
         ("score", signal.SIGKILL, -signal.SIGKILL, "RUNNING"),
+        ("score", signal.SIGTERM, 143, "KILLED"),
+        ("preprocess", signal.SIGINT, 130, "KILLED"),
         ("preprocess", signal.SIGTERM, 143, "KILLED"),
         ("preprocess", signal.SIGKILL, -signal.SIGKILL, "RUNNING"),
     ],
