@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Protocol, cast
 
 import optuna
-from optuna.exceptions import StorageInternalError, TrialPruned
+from optuna.exceptions import StorageInternalError, TrialPruned, UpdateFinishedTrialError
 from optuna.storages import BaseStorage
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
@@ -77,7 +77,18 @@ class Objective:
 
     def __call__(self, trial: optuna.Trial) -> tuple[float, ...]:
         """The trial's values. Raises TrialPruned, TrialFailed and Surplus."""
+        trial.set_user_attr(PROCESS, tracking.process_tags())  # first: without it a dead trial is a riddle
         _refuse_surplus(trial, self.total, self.confirms)
+        try:
+            return self._run(trial)
+        except (TrialPruned, TrialFailed):
+            raise
+        except BaseException:
+            # Not a failure of its settings: they are tried again, by the next command at the latest.
+            retry(trial.study, trial.study.get_trials(deepcopy=False)[trial.number])
+            raise
+
+    def _run(self, trial: optuna.Trial) -> tuple[float, ...]:
         number = trial.user_attrs[CONFIRMS] if self.confirms else trial.number
         training = self.training()
         start = time.perf_counter()
@@ -90,7 +101,6 @@ class Objective:
             title = f"{'confirm' if self.confirms else 'trial'} {number}"
             self._keep_parent_running()
             with tracking.run(f"{title}: {line}", replace(self.settings, recipe=recipe)) as run_id:
-                trial.set_user_attr(PROCESS, tracking.process_tags())
                 trial.set_user_attr(RUN_ID, run_id)
                 scores, epochs = self._train(trial, training, recipe)
                 seconds = time.perf_counter() - start
@@ -103,9 +113,7 @@ class Objective:
                     tracking.rename(f"{title} (pruned): {line}")
                 state = f"pruned after epoch {epochs} of {self._epochs}" if is_pruned else "complete"
                 tracking.describe(f"{title}, {state}: {line}.\nCross-fitted Dice {scores.dice:.4f}.")
-        except (KeyboardInterrupt, ServerUnreachable):
-            # Not a failure of its settings: they are tried again, by the next command at the latest.
-            retry(trial.study, trial.study.get_trials(deepcopy=False)[trial.number])
+        except ServerUnreachable:
             raise
         except TRIAL_ERRORS as error:
             reason = tracking.hide_passwords(str(error).split("\n")[0])[:500]
@@ -175,10 +183,11 @@ def run_trials(
     before each trial. Raises UserError when several trials in a row have failed.
     """
     failures, is_waiting = 0, False
+    first_seen: dict[int, float] = {}
     ended: list[FrozenTrial] = []
     while not _is_over(study, objective.total, deadline, target):
         queue()
-        retry_dead_trials(study, storage)
+        retry_dead_trials(study, storage, first_seen)
         running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
         if count_trials(study) + len(running) >= objective.total:
             if not is_waiting:
@@ -197,6 +206,10 @@ def run_trials(
         except StorageInternalError as error:
             print(f"search: storage: the database does not respond ({type(error).__name__}); trying again")
             time.sleep(POLL_SECONDS)
+        except UpdateFinishedTrialError:
+            print(
+                "search: a trial was taken for dead, since this process was silent for long; it is repeated"
+            )
         except ServerUnreachable:
             tracking.wait_for_store()
         else:
