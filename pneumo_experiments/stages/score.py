@@ -18,6 +18,7 @@ from pneumo_experiments.dataset.hdf5 import Dataset
 from pneumo_experiments.dataset.rle import EMPTY
 from pneumo_experiments.dicom.archive import DIFFERING_FILES, open_archive
 from pneumo_experiments.errors import UserError
+from pneumo_experiments.experiment.model_comparison import log_comparison, refuse_seen
 from pneumo_experiments.experiment.scored_images import digests, identity, log_groups, log_per_image
 from pneumo_experiments.experiment.submission_check import (
     check_submission,
@@ -30,7 +31,7 @@ from pneumo_experiments.learning.device import choose_compute_for
 from pneumo_experiments.scoring.scores import Scores, score_images
 from pneumo_experiments.scoring.submission import write_submission
 from pneumo_experiments.serving import Detector, load
-from pneumo_experiments.settings import Score, SplitSettings, from_flat
+from pneumo_experiments.settings import NONE, Score, SplitSettings, from_flat
 
 # How names of metrics begin. Without a prefix they tell of images that neither trained the model nor chose
 # its epoch or thresholds; "external" is subset=all of another data set than that of the training.
@@ -56,13 +57,18 @@ def score(settings: Score) -> ScoreResult:
     with tracking.run("score", settings):
         if settings.check is not None:
             return _check(settings, settings.check)
-        detector = load(tracking.model_data(settings.model))
-        compute = choose_compute_for(detector.predictor.compute.precision, settings.compute)
-        detector = replace(detector, predictor=replace(detector.predictor, compute=compute))
+        detector = _load(settings.model, settings)
+        compute = detector.predictor.compute
         tracking.log_params({"device_used": str(compute.device), "precision_used": compute.precision})
         if settings.dicom_dir is not None:
             return _submit(settings, detector, settings.dicom_dir)
         return _score_dataset(settings, detector)
+
+
+def _load(address: str, settings: Score) -> Detector:
+    detector = load(tracking.model_data(address))
+    compute = choose_compute_for(detector.predictor.compute.precision, settings.compute)
+    return replace(detector, predictor=replace(detector.predictor, compute=compute))
 
 
 def _score_dataset(settings: Score, detector: Detector) -> ScoreResult:
@@ -79,6 +85,9 @@ def _score_dataset(settings: Score, detector: Detector) -> ScoreResult:
         tracking.log_dataset(settings.dataset, dataset.fingerprint, settings.subset)
         subset = Subset(dataset, _indices(settings, detector, dataset))
         name, images = _name_subset(settings, detector, subset), identity(subset)
+        baseline = None if settings.baseline in ("", NONE) else _load(settings.baseline, settings)
+        if baseline is not None:
+            refuse_seen(settings.baseline, baseline, subset)
         counts = subset.count(detector.predictor, desc="score")
         scored = subset.scored(counts, detector.thresholds)
         scores, prefix = score_images(scored), PREFIXES[name]
@@ -92,8 +101,12 @@ def _score_dataset(settings: Score, detector: Detector) -> ScoreResult:
         log_per_image(subset, counts, detector.thresholds)  # last: the table that the evaluation view opens
         where = log_overlays(subset, counts, detector.predictor, detector.thresholds, settings.overlays)
         line = scores_line(scores)
-        tracking.describe(f"{name} images of {settings.dataset}, by {settings.model}.\n{line}.")
         print(f"score: {name}: {line}")
+        text = f"{name} images of {settings.dataset}, by {settings.model}.\n{line}."
+        if baseline is not None:
+            comparison = log_comparison(settings.baseline, subset, scored, baseline, prefix)
+            text += f"\nAgainst {settings.baseline}: {comparison.line}."
+        tracking.describe(text)
     return ScoreResult(scores, where, None, prefix)
 
 
