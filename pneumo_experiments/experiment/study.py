@@ -59,6 +59,8 @@ def open_study(storage: BaseStorage, settings: Search, fingerprint: str, space: 
         is_new = True
     except DuplicatedStudyError:
         study = optuna.load_study(study_name=name, storage=storage, **chosen)
+        if study.directions != directions:
+            _refuse_foreign(study, made_with)
         is_new = not _is_ready(study)
     except Exception as error:
         raise cannot_be_opened(settings.study.storage, error) from error
