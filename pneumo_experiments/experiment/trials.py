@@ -36,6 +36,7 @@ from pneumo_experiments.settings import Recipe, Search
 
 # What ends one trial, not the search: a training that diverged, or that did not fit in the memory.
 TRIAL_ERRORS = (UserError, RuntimeError, MemoryError)
+MAX_OUTAGES = 5  # of the database in a row
 MAX_FAILURES = 3  # in a row: then the cause is not a trial's settings
 PARENT_SECONDS = 30  # between looks at the parent run, which another worker may have ended
 POLL_SECONDS = 2.0  # between looks at the trials of other workers
@@ -182,41 +183,50 @@ def run_trials(
     Starts none after ``deadline`` (of time.monotonic), or once a Dice reaches ``target``. ``queue`` is called
     before each trial. Raises UserError when several trials in a row have failed.
     """
-    failures, is_waiting = 0, False
+    failures, outages, is_waiting = 0, 0, False
     first_seen: dict[int, float] = {}
-    ended: list[FrozenTrial] = []
-    while not _is_over(study, objective.total, deadline, target):
-        queue()
-        retry_dead_trials(study, storage, first_seen)
-        running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-        if count_trials(study) + len(running) >= objective.total:
-            if not is_waiting:
-                print(f"search: waiting for other workers, which still run {len(running)}")
-            is_waiting = True
-            time.sleep(POLL_SECONDS)
-            fail_stale_trials(study)
-            continue
+    while True:
         try:
-            study.optimize(
-                objective,
-                n_trials=1,
-                catch=(TrialFailed, Surplus),
-                callbacks=[lambda _, trial: ended.append(trial)],
-            )
-        except StorageInternalError as error:
-            print(f"search: storage: the database does not respond ({type(error).__name__}); trying again")
+            if _is_over(study, objective.total, deadline, target):
+                return
+            queue()
+            retry_dead_trials(study, storage, first_seen)
+            running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+            if count_trials(study) + len(running) >= objective.total:
+                if not is_waiting:
+                    print(f"search: waiting for other workers, which still run {len(running)}")
+                is_waiting = True
+                time.sleep(POLL_SECONDS)
+                fail_stale_trials(study)
+                continue
+            error = _run_one(study, objective)
+        except StorageInternalError:
+            outages += 1
+            if outages >= MAX_OUTAGES:
+                raise UserError("storage: the database does not respond; the same command goes on") from None
+            print("search: storage: the database does not respond; trying again")
             time.sleep(POLL_SECONDS)
         except UpdateFinishedTrialError:
-            print(
-                "search: a trial was taken for dead, since this process was silent for long; it is repeated"
-            )
+            print("search: this process was silent for so long that its trial is repeated")
         except ServerUnreachable:
             tracking.wait_for_store()
         else:
-            reason = ended.pop().user_attrs.get(ERROR)
-            failures = failures + 1 if reason else 0
+            outages = 0
+            failures = failures + 1 if error else 0
             if failures >= MAX_FAILURES:
-                raise UserError(f"search: the last {failures} trials failed: {reason}")
+                raise UserError(f"search: the last {failures} trials failed: {error}")
+
+
+def _run_one(study: Study, objective: Objective) -> str | None:
+    """Runs one trial; returns its error, if it failed."""
+    ended: list[FrozenTrial] = []
+    study.optimize(
+        objective,
+        n_trials=1,
+        catch=(TrialFailed, Surplus),
+        callbacks=[lambda _, trial: ended.append(trial)],
+    )
+    return ended[0].user_attrs.get(ERROR)
 
 
 def confirm_trials(study: Study, confirmations: Study, storage: BaseStorage, objective: Objective) -> None:
