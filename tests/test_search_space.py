@@ -8,6 +8,7 @@ from typing import Any
 import optuna
 import pytest
 import yaml
+from conftest import ROOT
 from helpers import make
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.storages import InMemoryStorage
@@ -15,6 +16,7 @@ from optuna.storages import InMemoryStorage
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.experiment.search_space import (
     SPACE,
+    as_range_text,
     search_space,
     suggest,
     unsearched_ranges,
@@ -201,3 +203,12 @@ def test_a_warm_start_that_is_not_there_leaves_no_study() -> None:
     with pytest.raises(UserError, match=r"^warm_start=odl: no such study in the storage; there is none yet"):
         queued(storage, warm_start="odl")
     assert optuna.get_all_study_names(storage) == []
+
+
+def test_the_table_in_the_docs_holds_every_range() -> None:
+    table = (ROOT / "docs/search.md").read_text(encoding="utf-8")
+    rows = [
+        row.strip("| \n").replace("\\|", "/").split(" | ") for row in table.splitlines() if row[:3] == "| `"
+    ]
+    documented = {name.strip("`"): text.replace("/", "|") for name, text in rows}
+    assert documented == {name: as_range_text(range_) for name, range_ in SPACE.items()}
