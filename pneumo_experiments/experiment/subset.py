@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 
 import numpy as np
@@ -195,16 +195,30 @@ def log_overlays(
     positives = [i for i in np.argsort(-dices, kind="stable").tolist() if counts.truth_area[i] > 0]
     negatives = [i for i in np.argsort(dices, kind="stable").tolist() if counts.truth_area[i] == 0]
     chosen = _evenly_spaced(positives, count) | dict.fromkeys(negatives[: max(0, count - len(positives))], "")
-    shown = Subset(subset.dataset, subset.indices[list(chosen)])
     drawn: list[NDArray[np.uint8]] = []
+    for picture in draw_overlays(subset, counts, predictor, thresholds, chosen):
+        drawn.append(picture)
+        tracking.log_image(picture, f"overlays/{len(drawn):02}.png")
+    tracking.log_image(contact_sheet(drawn, columns=2), "overlays.png")
+    return f"{tracking.artifacts_of_active_run()}/overlays.png"
+
+
+def draw_overlays(
+    subset: Subset,
+    counts: ThresholdCounts,
+    predictor: Predictor,
+    thresholds: Thresholds,
+    labels: Mapping[int, str],
+    size_px: int = 384,
+) -> Iterator[NDArray[np.uint8]]:
+    """Overlays of some images by position; their captions are the label, Dice and both areas."""
+    dices = counts.dice(thresholds)
+    shown = Subset(subset.dataset, subset.indices[list(labels)])
     for (position, label), (index, prediction) in zip(
-        chosen.items(), shown.predictions(predictor), strict=True
+        labels.items(), shown.predictions(predictor), strict=True
     ):
         truth = shown.dataset.mask(index)
         mask = apply_thresholds(to_native(prediction.mask, truth.shape), prediction.presence, thresholds)
         image = shown.dataset.images(np.array([index]))[0]
         areas = f"truth {np.count_nonzero(truth):,} px, predicted {np.count_nonzero(mask):,} px"
-        drawn.append(overlay(image, truth, mask, f"{label} Dice {dices[position]:.2f}, {areas}".strip()))
-        tracking.log_image(drawn[-1], f"overlays/{len(drawn):02}.png")
-    tracking.log_image(contact_sheet(drawn, columns=2), "overlays.png")
-    return f"{tracking.artifacts_of_active_run()}/overlays.png"
+        yield overlay(image, truth, mask, f"{label} Dice {dices[position]:.2f}, {areas}".strip(), size_px)
