@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 import torch
 from helpers import make
+from html_reader import HOSTILE, Reader
 from mlflow import MlflowClient
 from reference_counts import add_image
 from samples import packed, write_dataset
-from test_report import HOSTILE, Reader
 
 from pneumo_experiments import tracking
 from pneumo_experiments.dataset import rle
@@ -179,7 +179,7 @@ def test_the_page_has_every_score_with_its_interval(mixed: Report) -> None:
         images, positives, patients, dice, *_ = rows[row["value"]]
         assert [images, positives, patients] == [row["images"], row["positives"], row["patients"]]
         interval = f"{float(row['dice_low']):.2f} to {float(row['dice_high']):.2f}"
-        assert dice == f"{float(row['dice']):.3f} {interval}"
+        assert dice == f"{float(row['dice']):.3f}{interval}"
     seen = Reader(mixed.html).text
     assert f"{mixed.scores.images} images" not in seen  # the strip's number stands before its name
     assert f"dice {mixed.scores.dice:.4f}" in seen
@@ -218,11 +218,18 @@ def test_the_evaluation_view_opens_the_table_of_images(mixed: Report) -> None:
 
 
 def test_each_picture_on_the_page_is_an_artifact_with_its_id_in_the_name(mixed: Report) -> None:
-    on_page = re.findall(r"prediction of (.*?)\"><figcaption>(.*?)</figcaption>", mixed.html)
+    on_page = re.findall(r"prediction of (.*?)\"><figcaption><b>(.*?)</b>", mixed.html)
     assert len(on_page) == len(mixed.pictures) == 12
     assert all(alt == caption for alt, caption in on_page)
     in_names = {name.removesuffix(".png").split()[-1] for name in mixed.pictures}
     assert in_names == {image_id for _, image_id in on_page}
+    with mixed.artifact("scores.csv").open(newline="") as file:
+        for row in csv.DictReader(file):
+            note = (
+                f"<b>{row['image_id']}</b><br>Dice {float(row['dice']):.2f}, truth"
+                f" {int(row['truth_area_px']):,} px, predicted {int(row['predicted_area_px']):,} px"
+            )
+            assert (note in mixed.html) == (row["image_id"] in in_names)
     kinds = {" ".join(name.split()[1:-1]) for name in mixed.pictures}
     assert kinds == {"best", "median", "worst", "false alarm", "miss"}
     for title in ("Best", "Median", "Worst", "False alarms", "Misses"):

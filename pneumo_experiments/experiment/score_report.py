@@ -12,12 +12,13 @@ from numpy.typing import NDArray
 from pneumo_experiments import tracking
 from pneumo_experiments.experiment.model_comparison import ModelComparison
 from pneumo_experiments.experiment.scored_images import log_calibration, log_groups, log_per_image
-from pneumo_experiments.experiment.subset import Subset, draw_overlays
+from pneumo_experiments.experiment.subset import Subset, describe_images, draw_overlays
 from pneumo_experiments.report.score_page import (
     MAX_ID_LENGTH,
     BaselineModel,
     Figure,
     Gallery,
+    Picture,
     ScorePage,
     score_page,
 )
@@ -162,10 +163,14 @@ def _log_galleries(
 ) -> tuple[list[Gallery], int]:
     """Logs overlays with ids in their names; returns those that fit in ``room`` bytes, and how many not."""
     chosen = choose_images(counts, detector.thresholds, number)
+    texts = describe_images(counts, detector.thresholds)
     ids = {position: subset.entries[position].image_id for position in chosen}
-    labels = {position: f"{kind}: {ids[position][:MAX_ID_LENGTH]}," for position, kind in chosen.items()}
-    pictures, omitted = {kind: list[tuple[str, str]]() for kind in KINDS}, 0
-    drawn = draw_overlays(subset, counts, detector.predictor, detector.thresholds, labels, PANEL_PX)
+    captions = {
+        position: f"{kind}: {ids[position][:MAX_ID_LENGTH]}, {texts[position]}"
+        for position, kind in chosen.items()
+    }
+    pictures, omitted = {kind: list[Picture]() for kind in KINDS}, 0
+    drawn = draw_overlays(subset, detector.predictor, detector.thresholds, captions, PANEL_PX)
     for place, (picture, (position, kind)) in enumerate(zip(drawn, chosen.items(), strict=True), start=1):
         tracking.log_image(picture, f"overlays/{place:02} {kind} {_file_name(ids[position])}.png")
         source = jpeg_uri(picture)
@@ -173,7 +178,7 @@ def _log_galleries(
         if room < 0:
             omitted += 1
         else:
-            pictures[kind].append((ids[position], source))
+            pictures[kind].append(Picture(ids[position], texts[position], source))
     return [
         Gallery(TITLES[kind], note, pictures[kind]) for kind, note in KINDS.items() if pictures[kind]
     ], omitted

@@ -195,30 +195,35 @@ def log_overlays(
     positives = [i for i in np.argsort(-dices, kind="stable").tolist() if counts.truth_area[i] > 0]
     negatives = [i for i in np.argsort(dices, kind="stable").tolist() if counts.truth_area[i] == 0]
     chosen = _evenly_spaced(positives, count) | dict.fromkeys(negatives[: max(0, count - len(positives))], "")
+    texts = describe_images(counts, thresholds)
+    captions = {position: f"{label} {texts[position]}".strip() for position, label in chosen.items()}
     drawn: list[NDArray[np.uint8]] = []
-    for picture in draw_overlays(subset, counts, predictor, thresholds, chosen):
+    for picture in draw_overlays(subset, predictor, thresholds, captions):
         drawn.append(picture)
         tracking.log_image(picture, f"overlays/{len(drawn):02}.png")
     tracking.log_image(contact_sheet(drawn, columns=2), "overlays.png")
     return f"{tracking.artifacts_of_active_run()}/overlays.png"
 
 
+def describe_images(counts: ThresholdCounts, thresholds: Thresholds) -> list[str]:
+    """Dice, true and predicted area of each image in words."""
+    columns = (counts.dice(thresholds), counts.truth_area, counts.predicted_area(thresholds))
+    return [
+        f"Dice {dice:.2f}, truth {truth:,} px, predicted {predicted:,} px"
+        for dice, truth, predicted in zip(*columns, strict=True)
+    ]
+
+
 def draw_overlays(
     subset: Subset,
-    counts: ThresholdCounts,
     predictor: Predictor,
     thresholds: Thresholds,
-    labels: Mapping[int, str],
+    captions: Mapping[int, str],
     size_px: int = 384,
 ) -> Iterator[NDArray[np.uint8]]:
-    """Overlays of some images by position; their captions are the label, Dice and both areas."""
-    dices = counts.dice(thresholds)
-    shown = Subset(subset.dataset, subset.indices[list(labels)])
-    for (position, label), (index, prediction) in zip(
-        labels.items(), shown.predictions(predictor), strict=True
-    ):
+    """Overlays of the images at some positions, with their captions."""
+    shown = Subset(subset.dataset, subset.indices[list(captions)])
+    for caption, (index, prediction) in zip(captions.values(), shown.predictions(predictor), strict=True):
         truth = shown.dataset.mask(index)
         mask = apply_thresholds(to_native(prediction.mask, truth.shape), prediction.presence, thresholds)
-        image = shown.dataset.images(np.array([index]))[0]
-        areas = f"truth {np.count_nonzero(truth):,} px, predicted {np.count_nonzero(mask):,} px"
-        yield overlay(image, truth, mask, f"{label} Dice {dices[position]:.2f}, {areas}".strip(), size_px)
+        yield overlay(shown.dataset.images(np.array([index]))[0], truth, mask, caption, size_px)

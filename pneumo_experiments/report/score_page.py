@@ -39,12 +39,21 @@ class Figure:
 
 
 @dataclass(frozen=True)
+class Picture:
+    """The overlay of an image; ``source`` is a data: URI."""
+
+    image_id: str
+    note: str
+    source: str
+
+
+@dataclass(frozen=True)
 class Gallery:
-    """Overlays of one kind: image id and data: URI of each."""
+    """Overlays of one kind."""
 
     title: str
     note: str
-    pictures: Sequence[tuple[str, str]]
+    pictures: Sequence[Picture]
 
 
 @dataclass(frozen=True)
@@ -94,12 +103,13 @@ def score_page(page: ScorePage) -> str:
     )
 
 
-def _group_rows(rows: Sequence[Row], group: str) -> list[list[str]]:
+def _group_rows(rows: Sequence[Row], group: str) -> list[tuple[list[str], list[tuple[str, str]]]]:
+    """Value and counts of each row, and its scores with their intervals."""
     return [
-        [
-            *(str(row[name]) for name in ("value", "images", "positives", "patients")),
-            *(f"{_number(row[name], 3)} {_interval(row, name, 2)}".strip() for name in BY_GROUP),
-        ]
+        (
+            [str(row[name]) for name in ("value", "images", "positives", "patients")],
+            [(_number(row[name], 3), _interval(row, name, 2)) for name in BY_GROUP],
+        )
         for row in rows
         if row["group"] == group
     ]
