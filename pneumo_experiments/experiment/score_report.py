@@ -62,7 +62,7 @@ def log_report(
     intervals: Mapping[str, float],
     comparison: ModelComparison | None,
 ) -> str:
-    """Logs tables, pictures and ``report.html`` of a subset called ``name``; returns the page's address."""
+    """Logs tables, pictures and ``report.html`` of the images called ``name``; returns the page's address."""
     thresholds = detector.thresholds
     groups = log_groups(subset, counts, images)
     figures = _log_figures(counts, thresholds, images, scores)
@@ -172,7 +172,7 @@ def _log_galleries(
     pictures, omitted = {kind: list[Picture]() for kind in KINDS}, 0
     drawn = draw_overlays(subset, detector.predictor, detector.thresholds, captions, PANEL_PX)
     for place, (picture, (position, kind)) in enumerate(zip(drawn, chosen.items(), strict=True), start=1):
-        tracking.log_image(picture, f"overlays/{place:02} {kind} {_file_name(ids[position])}.png")
+        tracking.log_image(picture, f"overlays/{place:02}-{_file_name(f'{kind}-{ids[position]}')}.png")
         source = jpeg_uri(picture)
         room -= len(source)
         if room < 0:
@@ -184,9 +184,9 @@ def _log_galleries(
     ], omitted
 
 
-def _file_name(image_id: str) -> str:
-    """The id as part of a file name on any system, at most 100 characters."""
-    return re.sub(r"[^A-Za-z0-9._-]", "_", image_id)[:100]
+def _file_name(name: str) -> str:
+    """The name as part of a file name on any system, at most 100 characters."""
+    return re.sub(r"[^A-Za-z0-9._-]", "_", name)[:100]
 
 
 def _baseline_model(found: ModelComparison) -> BaselineModel:
