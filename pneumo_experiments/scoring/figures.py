@@ -6,7 +6,7 @@ import warnings
 from base64 import b64encode
 from collections.abc import Callable, Mapping, Sequence
 from io import BytesIO
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -101,10 +101,12 @@ def learning_curves(history: Sequence[Mapping[str, float]], baseline: float) -> 
 
 def pyplot_picture(draw: Callable[[], object], inches: tuple[float, float] = (9, 5)) -> NDArray[np.uint8]:
     """What a function draws with pyplot in a figure of its own, at least so wide and high; RGB (h, w, 3)."""
+    import matplotlib
     from matplotlib import pyplot
 
     pyplot.switch_backend("Agg")  # a process without a screen draws as well
-    with warnings.catch_warnings():
+    own_style: Any = cast("Any", matplotlib).rc_context()  # Optuna sets one, which other figures do not want
+    with warnings.catch_warnings(), own_style:
         warnings.simplefilter("ignore")  # Optuna's plots are experimental, and some leave a contour empty
         draw()
         figure: Any = pyplot.gcf()

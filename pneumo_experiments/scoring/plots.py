@@ -96,6 +96,7 @@ def dice_by_area_plot(
 ) -> NDArray[np.uint8]:
     """Dice of n >= 1 positives (n,) over their annotated area, and whether the prediction has a mask."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     axes: Any = figure.add_subplot()
@@ -114,6 +115,10 @@ def dice_by_area_plot(
         )
     axes.axhline(dices.mean(), color="grey", linestyle="--", label=f"mean {dices.mean():.3f}")
     axes.set(xscale="log", xlabel="annotated area in native pixels", ylabel="Dice", ylim=(-0.04, 1.04))
+    axes.set_xlim(area_px.min() / 1.6, area_px.max() * 1.6)  # at least one of the ticks is inside
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.grid(alpha=0.3)
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     return pixels_of(figure)
