@@ -201,12 +201,16 @@ def test_the_thresholds_are_the_exact_ones_and_the_study_is_recorded_beside_them
             assert picture.width > 500
 
 
-def test_overlays_are_pictures_of_the_final_run(chain: Chain) -> None:
+def test_the_report_and_its_pictures_are_artifacts_of_the_final_run(chain: Chain) -> None:
     judged = next(run for run in chain.runs["score"] if run.data.params["dicom_dir"] == "none")
-    with Image.open(artifact(judged, "overlays.png")) as picture:
-        assert picture.width > 1000
+    page = artifact(judged, "report.html").read_text(encoding="utf-8")
+    assert f"<b>{judged.data.metrics['dice']:.4f}</b>" in page
+    pictures = sorted(item.path for item in MlflowClient().list_artifacts(judged.info.run_id, "overlays"))
+    assert len(pictures) > 1
+    assert page.count("radiograph, truth and prediction of") == len(pictures)
+    with Image.open(artifact(judged, pictures[0])) as picture:
+        assert picture.width > 700
         assert np.asarray(picture).std() > 20
-    assert artifact(judged, "overlays/02.png").is_file()
 
 
 def test_the_submission_has_a_row_for_every_test_image(chain: Chain) -> None:

@@ -3,7 +3,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pneumo_experiments.scoring.figures import BACKGROUND, PREDICTION, TRUTH, contact_sheet, overlay
+from pneumo_experiments.scoring.figures import (
+    BACKGROUND,
+    PREDICTION,
+    TRUTH,
+    contact_sheet,
+    overlay,
+    pyplot_picture,
+)
 
 
 def square(top: int, left: int, side: int, shape: tuple[int, int] = (256, 256)) -> np.ndarray:
@@ -123,3 +130,17 @@ def test_fewer_pictures_than_columns_make_a_narrow_sheet() -> None:
 def test_a_sheet_of_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match="0 pictures"):
         contact_sheet([], columns=2)
+
+
+def test_a_style_that_a_pyplot_picture_sets_ends_with_it() -> None:
+    from matplotlib import pyplot
+
+    before = pyplot.rcParams["axes.facecolor"]
+
+    def draw() -> None:
+        pyplot.style.use("ggplot")
+        assert pyplot.rcParams["axes.facecolor"] != before
+        pyplot.plot([0, 1])
+
+    assert pyplot_picture(draw).std() > 1
+    assert pyplot.rcParams["axes.facecolor"] == before

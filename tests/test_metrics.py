@@ -22,6 +22,8 @@ from pneumo_experiments.scoring.metrics import (
     calibration_error,
     dice,
     mean,
+    precision_recall_points,
+    roc_points,
 )
 from pneumo_experiments.scoring.scores import ScoredImages, Scores, score_images
 from pneumo_experiments.scoring.thresholds import ThresholdCounts, Thresholds
@@ -129,6 +131,31 @@ def test_average_precision_is_the_sum_over_thresholds(cases: list[tuple[bool, in
 def test_average_precision_of_a_textbook_ranking() -> None:
     truth, presence = np.array([True, False, True, False]), np.array([0.9, 0.8, 0.7, 0.1], np.float32)
     assert average_precision(truth, presence, np.ones((1, 4)))[0] == pytest.approx((1 + 2 / 3) / 2)
+
+
+@given(ranked)
+def test_curve_points_are_counted_at_each_threshold(cases: list[tuple[bool, int]]) -> None:
+    cases = [*cases, (True, 3), (False, 3)]  # both classes, and a tie between them
+    truth = np.array([positive for positive, _ in cases])
+    presence = np.array([tenths / 10 for _, tenths in cases], np.float32)
+    positives = sum(truth.tolist())
+    roc, recall_precision = [(0.0, 0.0)], list[tuple[float, float]]()
+    for threshold in sorted({tenths for _, tenths in cases}, reverse=True):
+        hits = sum(positive for positive, tenths in cases if tenths >= threshold)
+        alarms = sum(not positive for positive, tenths in cases if tenths >= threshold)
+        roc.append((alarms / (len(cases) - positives), hits / positives))
+        recall_precision.append((hits / positives, hits / (hits + alarms)))
+    x, y = roc_points(truth, presence)
+    assert np.stack([x, y], axis=1) == pytest.approx(np.array(roc), abs=1e-12)
+    recall, precision = precision_recall_points(truth, presence)
+    points = np.stack([recall, precision], axis=1)
+    assert points == pytest.approx(np.array(recall_precision), abs=1e-12)
+    # The areas are the scores.
+    itself = np.ones((1, len(cases)))
+    area = sum((b - a) * (c + d) / 2 for a, b, c, d in zip(x[:-1], x[1:], y[:-1], y[1:], strict=True))
+    assert auroc(truth, presence, itself)[0] == pytest.approx(area, abs=1e-12)
+    steps = np.diff(recall, prepend=0) @ precision
+    assert average_precision(truth, presence, itself)[0] == pytest.approx(steps, abs=1e-12)
 
 
 @given(st.lists(st.tuples(st.booleans(), st.floats(0, 1, width=32)), min_size=1, max_size=30))

@@ -235,6 +235,10 @@ def test_a_score_against_a_baseline_shows_the_difference_and_the_images_that_cha
     assert changes == sorted(changes, reverse=True)
     assert Path(mlflow.artifacts.download_artifacts(f"runs:/{run_id}/comparison.png")).stat().st_size > 1000
     assert f"against {ward.empty}: +" in capsys.readouterr().out
+    page = Path(mlflow.artifacts.download_artifacts(result.report)).read_text(encoding="utf-8")
+    assert f"{ward.empty} has a Dice of <b>0.0000</b>" in page
+    tags = json.loads(last_run().data.tags["mlflow.loggedArtifacts"])
+    assert tags == [{"path": "scores.json", "type": "table"}]  # what the evaluation view opens
 
 
 def test_a_baseline_that_was_trained_on_the_images_is_refused(ward: Ward) -> None:

@@ -4,12 +4,12 @@ import json
 import re
 from collections import Counter
 from dataclasses import replace
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from html_reader import HOSTILE, Reader
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -20,7 +20,6 @@ from pneumo_experiments.report.page import page
 from pneumo_experiments.report.statistics import Report, make_report
 from pneumo_experiments.report.summary import summary
 
-HOSTILE = '<script>alert("1")</script>'
 ANNA, BERT, CARL = (hash_patient(name) for name in ("Anna", "Bert", "Carl"))
 JPEG, PLAIN = "JPEG Baseline, 8 bit, MONOCHROME2", "Explicit VR Little Endian, 12 bit, MONOCHROME1"
 
@@ -68,34 +67,6 @@ FULL = CLEAN | {
 
 def full_report() -> Report:
     return make_report(**FULL)
-
-
-class Reader(HTMLParser):
-    """Tags with their attributes, and the text that a reader sees."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.seen: list[str] = []
-        self.open: list[str] = []
-        self.feed(html)
-        self.close()
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        if tag not in ("meta", "img"):
-            self.open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if "style" not in self.open:
-            self.seen.append(data)
-
-    @property
-    def text(self) -> str:
-        return " ".join(" ".join(self.seen).split())
 
 
 def findings(html: str) -> dict[str, int]:

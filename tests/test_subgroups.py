@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pneumo_experiments.scoring.figures import calibration_plot
+from pneumo_experiments.scoring.plots import calibration_plot
 from pneumo_experiments.scoring.scores import ScoredImages, score_images
 from pneumo_experiments.scoring.subgroups import (
     CALIBRATION_COLUMNS,

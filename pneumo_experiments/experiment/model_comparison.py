@@ -2,19 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import numpy as np
+from numpy.typing import NDArray
 
 from pneumo_experiments import tracking
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.experiment.scored_images import digests
 from pneumo_experiments.experiment.subset import Subset
 from pneumo_experiments.scoring.comparison import Comparison, compare
-from pneumo_experiments.scoring.figures import comparison_plot
+from pneumo_experiments.scoring.plots import comparison_plot
 from pneumo_experiments.scoring.scores import ScoredImages
 from pneumo_experiments.serving import Detector
 
+Change = tuple[str, float, float, float]  # the columns
+
 COLUMNS = ("image_id", "difference", "dice", "baseline_dice")
 MAX_CHANGED = 100  # images in the table
+
+
+@dataclass(frozen=True)
+class ModelComparison:
+    """How a model and the baseline model at an address differ on the same images."""
+
+    address: str
+    comparison: Comparison
+    baseline_dice: float
+    changed: Sequence[Change]
+    """the images that changed most, in falling order"""
+    picture: NDArray[np.uint8]
+
+    @property
+    def line(self) -> str:
+        """The comparison in words."""
+        return self.comparison.line
 
 
 def refuse_seen(address: str, baseline: Detector, subset: Subset) -> None:
@@ -34,7 +57,7 @@ def refuse_seen(address: str, baseline: Detector, subset: Subset) -> None:
 
 def log_comparison(
     address: str, subset: Subset, images: ScoredImages, baseline: Detector, prefix: str
-) -> Comparison:
+) -> ModelComparison:
     """Scores the baseline model on the images of a scored model, and logs how the two differ."""
     counts = subset.count(baseline.predictor, desc="baseline")
     other = subset.scored(counts, baseline.thresholds)
@@ -56,8 +79,9 @@ def log_comparison(
         if differences[i] != 0
     ]
     tracking.log_table(COLUMNS, rows, "changed_images")
-    tracking.log_image(comparison_plot(differences, comparison), "comparison.png")
+    picture = comparison_plot(differences, comparison)
+    tracking.log_image(picture, "comparison.png")
     print(f"score: against {address}: {comparison.line}")
     for image_id, difference, dice, before in rows[:3]:
         print(f"score:   {image_id}: Dice {dice:.3f} instead of {before:.3f} ({difference:+.3f})")
-    return comparison
+    return ModelComparison(address, comparison, metrics["baseline_model_dice"], rows, picture)

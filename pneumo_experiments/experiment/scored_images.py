@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import hashlib
 
+import numpy as np
+from numpy.typing import NDArray
+
 from pneumo_experiments import tracking
 from pneumo_experiments.dataset.packed import salted
 from pneumo_experiments.experiment.subset import Subset
-from pneumo_experiments.scoring.figures import calibration_plot
+from pneumo_experiments.scoring.plots import calibration_plot
 from pneumo_experiments.scoring.scores import ScoredImages
 from pneumo_experiments.scoring.subgroups import (
     CALIBRATION_COLUMNS,
     GROUP_COLUMNS,
     UNKNOWN,
+    Row,
     age_band,
     area_terciles,
     by_group,
@@ -53,16 +57,24 @@ def log_per_image(subset: Subset, counts: ThresholdCounts, thresholds: Threshold
     tracking.log_table(COLUMNS, [*zip(*columns, strict=True)], "scores")
 
 
-def log_groups(subset: Subset, counts: ThresholdCounts, images: ScoredImages) -> None:
-    """Logs scores by area, view, sex and age, and the calibration of presence as table and picture."""
+def log_groups(subset: Subset, counts: ThresholdCounts, images: ScoredImages) -> list[Row]:
+    """Logs scores by area, view, sex and age; returns the rows of GROUP_COLUMNS."""
     groups = {
         "area": area_terciles(counts.truth_area),
         "view": [entry.view or UNKNOWN for entry in subset.entries],
         "sex": [entry.sex or UNKNOWN for entry in subset.entries],
         "age": [age_band(entry.age) for entry in subset.entries],
     }
-    tracking.log_table(GROUP_COLUMNS, by_group(images, groups), "by_group")
+    rows = by_group(images, groups)
+    tracking.log_table(GROUP_COLUMNS, rows, "by_group")
+    return rows
+
+
+def log_calibration(images: ScoredImages) -> NDArray[np.uint8]:
+    """Logs the calibration of presence as table and picture; returns the picture."""
     curve = calibration(images)
     tracking.log_table(CALIBRATION_COLUMNS, curve, "calibration")
     presence, positive, low, high = [*zip(*curve, strict=True)][-4:]
-    tracking.log_image(calibration_plot(presence, positive, low, high), "calibration.png")
+    picture = calibration_plot(presence, positive, low, high)
+    tracking.log_image(picture, "calibration.png")
+    return picture

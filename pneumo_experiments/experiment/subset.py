@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 
 import numpy as np
@@ -195,16 +195,35 @@ def log_overlays(
     positives = [i for i in np.argsort(-dices, kind="stable").tolist() if counts.truth_area[i] > 0]
     negatives = [i for i in np.argsort(dices, kind="stable").tolist() if counts.truth_area[i] == 0]
     chosen = _evenly_spaced(positives, count) | dict.fromkeys(negatives[: max(0, count - len(positives))], "")
-    shown = Subset(subset.dataset, subset.indices[list(chosen)])
+    texts = describe_images(counts, thresholds)
+    captions = {position: f"{label} {texts[position]}".strip() for position, label in chosen.items()}
     drawn: list[NDArray[np.uint8]] = []
-    for (position, label), (index, prediction) in zip(
-        chosen.items(), shown.predictions(predictor), strict=True
-    ):
-        truth = shown.dataset.mask(index)
-        mask = apply_thresholds(to_native(prediction.mask, truth.shape), prediction.presence, thresholds)
-        image = shown.dataset.images(np.array([index]))[0]
-        areas = f"truth {np.count_nonzero(truth):,} px, predicted {np.count_nonzero(mask):,} px"
-        drawn.append(overlay(image, truth, mask, f"{label} Dice {dices[position]:.2f}, {areas}".strip()))
-        tracking.log_image(drawn[-1], f"overlays/{len(drawn):02}.png")
+    for picture in draw_overlays(subset, predictor, thresholds, captions):
+        drawn.append(picture)
+        tracking.log_image(picture, f"overlays/{len(drawn):02}.png")
     tracking.log_image(contact_sheet(drawn, columns=2), "overlays.png")
     return f"{tracking.artifacts_of_active_run()}/overlays.png"
+
+
+def describe_images(counts: ThresholdCounts, thresholds: Thresholds) -> list[str]:
+    """Dice, true and predicted area of each image in words."""
+    columns = (counts.dice(thresholds), counts.truth_area, counts.predicted_area(thresholds))
+    return [
+        f"Dice {dice:.2f}, truth {truth:,} px, predicted {predicted:,} px"
+        for dice, truth, predicted in zip(*columns, strict=True)
+    ]
+
+
+def draw_overlays(
+    subset: Subset,
+    predictor: Predictor,
+    thresholds: Thresholds,
+    captions: Mapping[int, str],
+    size_px: int = 384,
+) -> Iterator[NDArray[np.uint8]]:
+    """Overlays of the images at some positions, with their captions."""
+    shown = Subset(subset.dataset, subset.indices[list(captions)])
+    for caption, (index, prediction) in zip(captions.values(), shown.predictions(predictor), strict=True):
+        truth = shown.dataset.mask(index)
+        mask = apply_thresholds(to_native(prediction.mask, truth.shape), prediction.presence, thresholds)
+        yield overlay(shown.dataset.images(np.array([index]))[0], truth, mask, caption, size_px)

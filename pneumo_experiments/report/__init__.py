@@ -1,4 +1,5 @@
-"""The data report of preprocess: what was used, what was rejected, what looks wrong; numpy and jinja2.
+"""Reports as HTML pages, of values that others computed; numpy and jinja2.
 
-statistics: the numbers; summary: a few lines for the terminal; page: the HTML page, from page.html.j2.
+The data report of preprocess (what was used, what was rejected, what looks wrong). statistics: the numbers;
+summary: a few lines for the terminal; page: the HTML page. The report of a score: score_page.
 """

@@ -4,14 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cache
 from itertools import islice
-from typing import Any, cast
-from urllib.parse import quote
 
-from jinja2 import Environment, PackageLoader, StrictUndefined, Template
-from markupsafe import Markup
-
+from pneumo_experiments.report.html import address, template
 from pneumo_experiments.report.statistics import (
     MAX_PLAUSIBLE_AGE,
     Ages,
@@ -19,7 +14,7 @@ from pneumo_experiments.report.statistics import (
     IdenticalImages,
     Report,
 )
-from pneumo_experiments.report.summary import plural, printable
+from pneumo_experiments.report.summary import plural
 
 MAX_LISTED = 1000  # names in a list
 MAX_BARS = 12  # in a chart; ages have 12 decades
@@ -81,7 +76,7 @@ def page(report: Report, title: str, figures: Sequence[tuple[str, str]] = ()) ->
         if count
     ]
     annotated = report.annotated
-    return _template().render(
+    return template("page.html.j2").render(
         title=title,
         used=report.outcome.used,
         numbers=_numbers(report),
@@ -93,34 +88,9 @@ def page(report: Report, title: str, figures: Sequence[tuple[str, str]] = ()) ->
         area_rows=_area_rows(annotated),
         annotations_chart=annotated
         and _chart("Annotations per image with pneumothorax", annotated.annotations_per_positive),
-        figures=[(caption, _address(source)) for caption, source in figures],
+        figures=[(caption, address(source)) for caption, source in figures],
         max_listed=MAX_LISTED,
     )
-
-
-@cache
-def _template() -> Template:
-    environment = Environment(
-        loader=PackageLoader("pneumo_experiments.report", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        finalize=_finalize,
-    )
-    filters = cast("dict[str, Any]", environment.filters)  # pyright: ignore[reportUnknownMemberType]
-    filters.update(thousands="{:,}".format, plural=plural)
-    return environment.get_template("page.html.j2")
-
-
-def _finalize(value: Any) -> Any:
-    """Texts without characters that cannot be printed; output of macros unchanged."""
-    return printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
-
-
-def _address(source: str) -> str:
-    # Anything but an image's data URI becomes a file name beside the page, never an external address.
-    return source if source.startswith("data:image/") else "./" + quote(source)
 
 
 def _numbers(report: Report) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""Figures: masks drawn on radiographs (truth green, prediction orange), learning curves and other plots."""
+"""Figures: masks drawn on radiographs (truth green, prediction orange), learning curves."""
 
 from __future__ import annotations
 
@@ -6,13 +6,11 @@ import warnings
 from base64 import b64encode
 from collections.abc import Callable, Mapping, Sequence
 from io import BytesIO
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
-
-from pneumo_experiments.scoring.comparison import Comparison
 
 Colour = tuple[int, int, int]
 
@@ -98,60 +96,17 @@ def learning_curves(history: Sequence[Mapping[str, float]], baseline: float) -> 
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
         axes.legend()
-    return _pixels(figure)
-
-
-def calibration_plot(
-    presence: Sequence[float], positive: Sequence[float], low: Sequence[float], high: Sequence[float]
-) -> NDArray[np.uint8]:
-    """Fraction of positives with its interval over mean presence, one point per bin; RGB (h, w, 3)."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5, 5), layout="constrained")
-    axes: Any = figure.add_subplot()
-    axes.plot([0, 1], [0, 1], color="grey", linestyle="--", label="calibrated")
-    axes.vlines(presence, low, high, alpha=0.5, label="95% interval")
-    axes.plot(presence, positive, marker="o", label="bins of presence")
-    axes.set(xlabel="mean probability of presence", ylabel="fraction with pneumothorax")
-    axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
-    axes.grid(alpha=0.3)
-    axes.legend()
-    return _pixels(figure)
-
-
-def comparison_plot(differences: NDArray[np.float64], comparison: Comparison) -> NDArray[np.uint8]:
-    """Differences of Dice (n,) of each image in order, and of the mean in resamples; RGB (h, w, 3)."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    left: Any = figure.add_subplot(1, 2, 1)
-    ordered = np.sort(differences)[::-1]
-    left.bar(range(len(ordered)), ordered, width=1, color=np.where(ordered > 0, "tab:green", "tab:red"))
-    better, worse = int((differences > 0).sum()), int((differences < 0).sum())
-    left.set(
-        title=f"{better} images better, {worse} worse, {len(ordered) - better - worse} equal",
-        xlabel="images",
-        ylabel="Dice minus baseline's Dice",
-    )
-    right: Any = figure.add_subplot(1, 2, 2)
-    right.hist(comparison.resamples, bins=40, color="tab:grey")
-    right.axvline(0, color="black", linestyle="--", label="no difference")
-    right.axvspan(comparison.low, comparison.high, alpha=0.2, label="95% interval")
-    right.set(
-        title=f"better with a probability of {comparison.probability_better:.3f}",
-        xlabel="difference of mean Dice",
-        ylabel="resamples of the patients",
-    )
-    right.legend()
-    return _pixels(figure)
+    return pixels_of(figure)
 
 
 def pyplot_picture(draw: Callable[[], object], inches: tuple[float, float] = (9, 5)) -> NDArray[np.uint8]:
     """What a function draws with pyplot in a figure of its own, at least so wide and high; RGB (h, w, 3)."""
+    import matplotlib
     from matplotlib import pyplot
 
     pyplot.switch_backend("Agg")  # a process without a screen draws as well
-    with warnings.catch_warnings():
+    own_style: Any = cast("Any", matplotlib).rc_context()  # Optuna sets one, which other figures do not want
+    with warnings.catch_warnings(), own_style:
         warnings.simplefilter("ignore")  # Optuna's plots are experimental, and some leave a contour empty
         draw()
         figure: Any = pyplot.gcf()
@@ -172,7 +127,7 @@ def jpeg_uri(picture: NDArray[np.uint8]) -> str:
     return "data:image/jpeg;base64," + b64encode(content.getvalue()).decode()
 
 
-def _pixels(figure: Any) -> NDArray[np.uint8]:
+def pixels_of(figure: Any) -> NDArray[np.uint8]:
     """The figure, drawn; RGB (h, w, 3)."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 

@@ -72,6 +72,25 @@ def average_precision(
     return _ratio((positives * precision).sum(axis=1), positives.sum(axis=1))
 
 
+def roc_points(
+    truth: NDArray[np.bool_], presence: NDArray[np.float32]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """False positive rate and sensitivity (k + 1,) at each of k distinct presences, falling, from (0, 0).
+
+    Of n images with both classes. The straight lines between the points enclose the area ``auroc``.
+    """
+    positives, negatives = _reached(truth, presence)
+    return negatives / negatives[-1], positives / positives[-1]
+
+
+def precision_recall_points(
+    truth: NDArray[np.bool_], presence: NDArray[np.float32]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Recall and precision (k,) at each of k distinct presences, falling; of n images with positives."""
+    positives, negatives = (side[1:] for side in _reached(truth, presence))
+    return positives / positives[-1], positives / (positives + negatives)
+
+
 def calibration_error(
     truth: NDArray[np.bool_], presence: NDArray[np.float32], weights: Weights
 ) -> NDArray[np.float64]:
@@ -137,6 +156,15 @@ def _by_presence(
     positives, negatives = (
         np.add.reduceat(weights[:, order] * side[order], starts, axis=1) for side in (truth, ~truth)
     )
+    return positives, negatives
+
+
+def _reached(
+    truth: NDArray[np.bool_], presence: NDArray[np.float32]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Positives and negatives (k + 1,) at or above each of k distinct presences, falling; first none."""
+    sides = _by_presence(truth, presence, np.ones((1, len(truth))))
+    positives, negatives = (np.append(0.0, np.cumsum(side[0, ::-1])) for side in sides)
     return positives, negatives
 
 

@@ -140,7 +140,7 @@ Dice                {s.dice:.4f} ({s.interval}), {s.images} images of {who}
 all-empty baseline  {s.dice_baseline:.4f}
 Dice on positives   {s.on_positives}, {s.positives} images
 
-overlays  {result.overlays}
+report    {result.report}
 model     models:/{version.name}/{version.number}{alias}
 runs      {tracking.tracking_uri()}
 

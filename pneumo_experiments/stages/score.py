@@ -19,14 +19,15 @@ from pneumo_experiments.dataset.rle import EMPTY
 from pneumo_experiments.dicom.archive import DIFFERING_FILES, open_archive
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.experiment.model_comparison import log_comparison, refuse_seen
-from pneumo_experiments.experiment.scored_images import digests, identity, log_groups, log_per_image
+from pneumo_experiments.experiment.score_report import log_report
+from pneumo_experiments.experiment.scored_images import digests, identity
 from pneumo_experiments.experiment.submission_check import (
     check_submission,
     expected_images,
     native_shapes,
     positives_of,
 )
-from pneumo_experiments.experiment.subset import Subset, log_overlays, make_split
+from pneumo_experiments.experiment.subset import Subset, make_split
 from pneumo_experiments.learning.device import choose_compute_for
 from pneumo_experiments.scoring.scores import Scores, score_images
 from pneumo_experiments.scoring.submission import write_submission
@@ -44,10 +45,10 @@ PREFIXES = dict.fromkeys(tracking.UNSEEN_SUBSETS, "") | {
 
 @dataclass(frozen=True)
 class ScoreResult:
-    """What score left: scores and pictures of labelled images, or the submission, written or checked."""
+    """What score left: scores and report of labelled images, or the submission, written or checked."""
 
     scores: Scores | None
-    overlays: str
+    report: str  # its address
     submission: Path | None
     prefix: str = ""  # of the scores' names
 
@@ -91,21 +92,21 @@ def _score_dataset(settings: Score, detector: Detector) -> ScoreResult:
         counts = subset.count(detector.predictor, desc="score")
         scored = subset.scored(counts, detector.thresholds)
         scores, prefix = score_images(scored), PREFIXES[name]
-        intervals = {prefix + end: value for end, value in scored.intervals().items() if not isnan(value)}
+        intervals = scored.intervals()
         facts = {"subset": name, "data_fingerprint": dataset.fingerprint} | scores.as_facts()
-        metrics = intervals | scores.as_metrics(prefix)
+        metrics = {prefix + end: value for end, value in intervals.items() if not isnan(value)}
+        metrics |= scores.as_metrics(prefix)
         tracking.log_scores(metrics, settings.model, settings.dataset, images, facts)
         constants = {key: value for key, value in facts.items() if key != "subset"}
         tracking.log_params(constants | {"identity": images} | asdict(detector.thresholds))
-        log_groups(subset, counts, scored)
-        log_per_image(subset, counts, detector.thresholds)  # last: the table that the evaluation view opens
-        where = log_overlays(subset, counts, detector.predictor, detector.thresholds, settings.overlays)
         line = scores_line(scores)
         print(f"score: {name}: {line}")
         text = f"{name} images of {settings.dataset}, by {settings.model}.\n{line}."
+        comparison = None
         if baseline is not None:
             comparison = log_comparison(settings.baseline, subset, scored, baseline, prefix)
             text += f"\nAgainst {settings.baseline}: {comparison.line}."
+        where = log_report(settings, name, subset, counts, detector, scored, scores, intervals, comparison)
         tracking.describe(text)
     return ScoreResult(scores, where, None, prefix)
 

@@ -122,6 +122,11 @@ def log_yaml(values: Mapping[str, Any], name: str) -> None:
     _log_text(yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True), name)
 
 
+def log_page(html: str, name: str) -> None:
+    """Logs an HTML page as artifact ``name`` of the active run."""
+    _log_text(html, name)
+
+
 def _log_text(text: str, name: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, PurePosixPath(name).name)
