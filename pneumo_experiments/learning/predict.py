@@ -42,14 +42,14 @@ class Predictor:
     compute: ComputeConfig
     tta_flip: bool = False
 
+    @property
+    def device(self) -> torch.device:
+        """Where the predictions are."""
+        return self.compute.device
+
     def predict(self, images: NDArray[np.uint8], batch_size: int = 16) -> Iterator[Prediction]:
         """One prediction for each 8-bit image (n, S, S), in order; UserError when an output is NaN."""
-        for batch in self.predict_batches(images, batch_size):
-            # Copied as one tensor, so that the host does not wait once more.
-            presences, finite = torch.stack([batch.presence, batch.finite.float()]).cpu().numpy()
-            require_finite(finite)
-            for mask, presence in zip(batch.mask.cpu().numpy(), presences, strict=True):
-                yield Prediction(mask, float(presence))
+        return _on_host(self.predict_batches(images, batch_size))
 
     def predict_batches(self, images: NDArray[np.uint8], batch_size: int = 16) -> Iterator[BatchPrediction]:
         """Predictions of each batch of 8-bit images (n, S, S), on the device.
@@ -73,6 +73,43 @@ class Predictor:
         with torch.inference_mode(), self.compute.autocast():
             output = self.network(inputs.contiguous(memory_format=torch.channels_last))
         return torch.sigmoid(output.mask), torch.sigmoid(output.presence)
+
+
+@dataclass(frozen=True)
+class Ensemble:
+    """One or several predictors on one device; it predicts the mean of their probabilities."""
+
+    members: tuple[Predictor, ...]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the predictions are."""
+        return self.members[0].device
+
+    def predict(self, images: NDArray[np.uint8], batch_size: int = 16) -> Iterator[Prediction]:
+        """One prediction for each 8-bit image (n, S, S), in order; UserError when an output is NaN."""
+        return _on_host(self.predict_batches(images, batch_size))
+
+    def predict_batches(self, images: NDArray[np.uint8], batch_size: int = 16) -> Iterator[BatchPrediction]:
+        """Predictions of each batch of 8-bit images (n, S, S), as of a single predictor."""
+        for batches in zip(*(one.predict_batches(images, batch_size) for one in self.members), strict=True):
+            yield BatchPrediction(
+                torch.stack([batch.mask for batch in batches]).mean(0),
+                torch.stack([batch.presence for batch in batches]).mean(0),
+                torch.stack([batch.finite for batch in batches]).all(0),
+            )
+
+
+AnyPredictor = Predictor | Ensemble
+
+
+def _on_host(batches: Iterator[BatchPrediction]) -> Iterator[Prediction]:
+    for batch in batches:
+        # Copied as one tensor, so that the host does not wait once more.
+        presences, finite = torch.stack([batch.presence, batch.finite.float()]).cpu().numpy()
+        require_finite(finite)
+        for mask, presence in zip(batch.mask.cpu().numpy(), presences, strict=True):
+            yield Prediction(mask, float(presence))
 
 
 def require_finite(finite: NDArray[np.number]) -> None:

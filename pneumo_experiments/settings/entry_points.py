@@ -89,9 +89,13 @@ class Search:
 class Score:
     """Score a model on a data set, write the submission for a folder of DICOM files, or check one."""
 
-    model: Annotated[str, Arg("model to score: a models:/ or runs:/ address", declared=True)] = (
-        "models:/pneumothorax@champion"
-    )
+    model: Annotated[
+        str,
+        Arg(
+            "model to score: a models:/ or runs:/ address; the mean of several with commas between",
+            declared=True,
+        ),
+    ] = "models:/pneumothorax@champion"
     dataset: DatasetPath = Path("output/dataset.h5")
     subset: Annotated[
         Literal["holdout", "validation", "train", "all"],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from contextlib import closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from math import isnan
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from pneumo_experiments.dataset.hdf5 import Dataset
 from pneumo_experiments.dataset.rle import EMPTY
 from pneumo_experiments.dicom.archive import DIFFERING_FILES, open_archive
 from pneumo_experiments.errors import UserError
+from pneumo_experiments.experiment.ensemble import addresses_of, load_models
 from pneumo_experiments.experiment.scored_images import digests, identity, log_groups, log_per_image
 from pneumo_experiments.experiment.submission_check import (
     check_submission,
@@ -26,11 +27,10 @@ from pneumo_experiments.experiment.submission_check import (
     positives_of,
 )
 from pneumo_experiments.experiment.subset import Subset, log_overlays, make_split
-from pneumo_experiments.learning.device import choose_compute_for
 from pneumo_experiments.scoring.scores import Scores, score_images
 from pneumo_experiments.scoring.submission import write_submission
-from pneumo_experiments.serving import Detector, load
-from pneumo_experiments.settings import Score, SplitSettings, from_flat
+from pneumo_experiments.serving import Detector
+from pneumo_experiments.settings import Score
 
 # How names of metrics begin. Without a prefix they tell of images that neither trained the model nor chose
 # its epoch or thresholds; "external" is subset=all of another data set than that of the training.
@@ -56,10 +56,10 @@ def score(settings: Score) -> ScoreResult:
     with tracking.run("score", settings):
         if settings.check is not None:
             return _check(settings, settings.check)
-        detector = load(tracking.model_data(settings.model))
-        compute = choose_compute_for(detector.predictor.compute.precision, settings.compute)
-        detector = replace(detector, predictor=replace(detector.predictor, compute=compute))
-        tracking.log_params({"device_used": str(compute.device), "precision_used": compute.precision})
+        detector = load_models(settings.model).on(settings.compute)
+        tracking.log_params(
+            {"device_used": str(detector.predictor.device), "precision_used": detector.precisions}
+        )
         if settings.dicom_dir is not None:
             return _submit(settings, detector, settings.dicom_dir)
         return _score_dataset(settings, detector)
@@ -85,7 +85,7 @@ def _score_dataset(settings: Score, detector: Detector) -> ScoreResult:
         intervals = {prefix + end: value for end, value in scored.intervals().items() if not isnan(value)}
         facts = {"subset": name, "data_fingerprint": dataset.fingerprint} | scores.as_facts()
         metrics = intervals | scores.as_metrics(prefix)
-        tracking.log_scores(metrics, settings.model, settings.dataset, images, facts)
+        tracking.log_scores(metrics, _scored_model(settings), settings.dataset, images, facts)
         constants = {key: value for key, value in facts.items() if key != "subset"}
         tracking.log_params(constants | {"identity": images} | asdict(detector.thresholds))
         log_groups(subset, counts, scored)
@@ -95,6 +95,12 @@ def _score_dataset(settings: Score, detector: Detector) -> ScoreResult:
         tracking.describe(f"{name} images of {settings.dataset}, by {settings.model}.\n{line}.")
         print(f"score: {name}: {line}")
     return ScoreResult(scores, where, None, prefix)
+
+
+def _scored_model(settings: Score) -> str | None:
+    """The model that the scores are about; several were put together for this run alone."""
+    addresses = addresses_of(settings.model)
+    return addresses[0] if len(addresses) == 1 else None
 
 
 def _name_subset(settings: Score, detector: Detector, subset: Subset) -> str:
@@ -129,7 +135,13 @@ def _indices(settings: Score, detector: Detector, dataset: Dataset) -> NDArray[n
             f"subset={settings.subset}: the model was trained on another data set than {settings.dataset};"
             " subset=all scores every image"
         )
-    split = from_flat(SplitSettings, detector.settings)
+    splits = {member.split for member in detector.members}
+    if len(splits) > 1 and settings.subset != "holdout":  # they have one hold-out
+        raise UserError(
+            f"subset={settings.subset}: the model's {len(detector.members)} networks were each trained on"
+            " other patients; holdout has those that trained none of them, all has everyone"
+        )
+    split = next(iter(splits))
     indices: NDArray[np.int64] = getattr(make_split(dataset, split), settings.subset)
     if not len(indices):
         raise UserError(
