@@ -12,19 +12,17 @@ from typing import Any
 import mlflow
 import numpy as np
 import pytest
-import torch
 from helpers import changed, copy_store, make
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from samples import stored_sample
-from tiny_network import CPU
+from tiny_network import CPU, random_network
 
 from pneumo_experiments import tracking
 from pneumo_experiments.dataset.hdf5 import Dataset
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.experiment.scored_images import digests
 from pneumo_experiments.experiment.subset import Subset, make_split
-from pneumo_experiments.learning.network import PneumothoraxNet
 from pneumo_experiments.learning.predict import Ensemble, Predictor, to_native
 from pneumo_experiments.scoring.exact import best_of_all
 from pneumo_experiments.scoring.thresholds import ThresholdCounts, Thresholds, apply_thresholds
@@ -55,20 +53,9 @@ def store(
     mlflow.set_tracking_uri(None)
 
 
-def network(seed: int) -> PneumothoraxNet:
-    """A tiny network whose outputs differ between images, and from those of another seed."""
-    generator = torch.Generator().manual_seed(seed)
-    built = PneumothoraxNet("tiny")
-    with torch.no_grad():
-        for parameter in built.parameters():
-            inputs = max(1, parameter[0].numel())
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) / inputs**0.5)
-    return built
-
-
 def member(seed: int, **changes: Any) -> Member:
     settings = changed(SETTINGS, **changes)
-    predictor = Predictor(network(seed), CPU, settings.recipe.network.tta_flip)
+    predictor = Predictor(random_network(seed), CPU, settings.recipe.network.tta_flip)
     return Member(predictor, as_config(settings))
 
 
@@ -104,7 +91,7 @@ def pixels(count: int) -> np.ndarray:
 
 @pytest.mark.usefixtures("tiny")
 def test_an_ensemble_predicts_the_mean_of_its_members_in_any_order() -> None:
-    members = [Predictor(network(seed), CPU, tta_flip=seed == 1) for seed in range(3)]
+    members = [Predictor(random_network(seed), CPU, tta_flip=seed == 1) for seed in range(3)]
     alone = [list(member.predict(pixels(5))) for member in members]
     for order in itertools.permutations(range(3)):
         together = Ensemble(tuple(members[place] for place in order)).predict(pixels(5), batch_size=2)

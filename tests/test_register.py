@@ -223,7 +223,8 @@ def test_every_score_of_a_model_keeps_the_identity_of_its_images(ward: Ward) -> 
         assert json.loads(logged.tags[f"score.{params['identity']}"])["subset"] == subset
         assert {"images", "positives", "patients", "dice_baseline"} <= params.keys()
         assert not {"images", "positives", "dice_baseline"} & metrics.keys()
-        assert float(params["presence_threshold"]) == EVERYTHING
+        assert float(params["presence_threshold_used"]) == EVERYTHING
+        assert params["presence_threshold"] == "none"
         assert params["precision_used"] == ("bf16" if subset == "external" else "fp32")
     assert len({run.data.params["identity"] for run, _ in runs.values()}) == 3
     assert "dice" not in train.data.metrics

@@ -7,8 +7,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
+
 from pneumo_experiments import tracking
 from pneumo_experiments.errors import UserError
+from pneumo_experiments.experiment.counts_search import log_counts
 from pneumo_experiments.experiment.fold_training import TrainedFold
 from pneumo_experiments.experiment.threshold_search import log_study, search_thresholds
 from pneumo_experiments.scoring.thresholds import ThresholdCounts
@@ -39,7 +42,10 @@ def log_ensemble(folds: Sequence[TrainedFold], threshold_trials: int, seed: int)
     Its thresholds are the best for all out-of-fold predictions. Their mean Dice on these very predictions is
     logged as ``val_dice_optimistic``; ``oof_dice`` beside it is that of thresholds from other folds.
     """
-    search = search_thresholds(ThresholdCounts.joined(fold.counts for fold in folds), threshold_trials, seed)
+    counts = ThresholdCounts.joined(fold.counts for fold in folds)
+    patients = [entry.patient for fold in folds for entry in fold.validation.entries]
+    log_counts(counts, patients, np.repeat(np.arange(len(folds)), [len(fold.counts) for fold in folds]))
+    search = search_thresholds(counts, threshold_trials, seed)
     tracking.log_metrics(search.as_metrics() | {"val_dice_optimistic": search.optimum.dice})
     tracking.log_params(asdict(search.thresholds))
     log_study(search)

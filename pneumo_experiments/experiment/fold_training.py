@@ -10,6 +10,7 @@ from typing import Any
 from pneumo_experiments import tracking
 from pneumo_experiments.dataset.hdf5 import Dataset
 from pneumo_experiments.dataset.splits import Split
+from pneumo_experiments.experiment.counts_search import log_counts
 from pneumo_experiments.experiment.progress import Progress, checkpoint_of, read_checkpoint
 from pneumo_experiments.experiment.scored_images import digests
 from pneumo_experiments.experiment.subset import Subset, log_overlays, log_split, make_split
@@ -136,6 +137,7 @@ def _finish(name: str, settings: Train, prepared: _Prepared, progress: Progress)
     final = {f"{metric}_final": value for metric, value in scores.as_metrics("val_").items()}
     tracking.log_metrics(final | search.as_metrics(), step=len(progress.history))
     log_study(search)
+    log_counts(counts, [entry.patient for entry in validation.entries])
     chosen_by = {"best_epoch": next(iter(progress.dices)), "averaged_epochs": len(averaged)}
     tracking.log_params(chosen_by | asdict(thresholds) | scores.as_facts("val_"))
     tracking.log_image(learning_curves(progress.history, scores.dice_baseline), "learning_curves.png")

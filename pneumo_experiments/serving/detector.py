@@ -84,6 +84,14 @@ class Detector:
 
         return replace(self, members=tuple(map(moved, self.members)))
 
+    def with_thresholds(self, given: Mapping[str, float | None]) -> Detector:
+        """The same with the thresholds that are given; None stands for the model's own.
+
+        Raises UserError for values out of range.
+        """
+        changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+        return replace(self, thresholds=replace(self.thresholds, **changes))
+
     def detect(self, files: Iterable[File]) -> Generator[Row]:
         """Presence and mask of each radiograph, in order; an unusable file has its error in its row.
 
@@ -111,11 +119,15 @@ class Detector:
         )
 
     def predict(self, frame: pd.DataFrame, params: Mapping[str, Any] | None = None) -> pd.DataFrame:
-        """Called by MLflow: columns ``image_id`` and ``dicom`` (bytes) in, the columns of Row out."""
+        """Called by MLflow: columns ``image_id`` and ``dicom`` (bytes) in, the columns of Row out.
+
+        ``params`` are thresholds for this request. Raises UserError for values out of range.
+        """
+        detector = self.with_thresholds(params or {})
         columns: Any = frame  # pandas has no type stubs
         image_ids, files = columns["image_id"].tolist(), columns["dicom"].tolist()
         pairs = ((str(i), bytes(f)) for i, f in zip(image_ids, files, strict=True))
-        return pd.DataFrame(list(self.detect(pairs)), columns=list(Row.__annotations__))
+        return pd.DataFrame(list(detector.detect(pairs)), columns=list(Row.__annotations__))
 
 
 def join(detectors: Sequence[Detector]) -> Detector:

@@ -11,6 +11,7 @@ from pneumo_experiments.settings.groups import (
     STORAGE,
     DatasetPath,
     Evaluation,
+    GivenThresholds,
     ImageFormat,
     Overlays,
     Reading,
@@ -20,6 +21,7 @@ from pneumo_experiments.settings.groups import (
     SourceFiles,
     StudySettings,
     StudyStorage,
+    ThresholdTrials,
 )
 from pneumo_experiments.settings.recipe import Device, Recipe, Seed, SplitSettings
 
@@ -119,6 +121,15 @@ class Score:
             declared=True,
         ),
     ] = None
+    counts: Annotated[
+        Path | None,
+        Arg(
+            "threshold_counts.npz of train or score: thresholds are searched in it; nothing else is done",
+            declared=True,
+        ),
+    ] = None
+    threshold_trials: ThresholdTrials = 200
+    thresholds: GivenThresholds = field(default_factory=GivenThresholds)
     compute: Device = field(default_factory=Device)
     overlays: Overlays = 8
 

@@ -18,6 +18,7 @@ from pneumo_experiments.dataset.hdf5 import Dataset
 from pneumo_experiments.dataset.rle import EMPTY
 from pneumo_experiments.dicom.archive import DIFFERING_FILES, open_archive
 from pneumo_experiments.errors import UserError
+from pneumo_experiments.experiment.counts_search import log_counts, search_counts
 from pneumo_experiments.experiment.ensemble import addresses_of, load_models
 from pneumo_experiments.experiment.scored_images import digests, identity, log_groups, log_per_image
 from pneumo_experiments.experiment.submission_check import (
@@ -30,7 +31,7 @@ from pneumo_experiments.experiment.subset import Subset, log_overlays, make_spli
 from pneumo_experiments.scoring.scores import Scores, score_images
 from pneumo_experiments.scoring.submission import write_submission
 from pneumo_experiments.serving import Detector
-from pneumo_experiments.settings import Score
+from pneumo_experiments.settings import Score, flat
 
 # How names of metrics begin. Without a prefix they tell of images that neither trained the model nor chose
 # its epoch or thresholds; "external" is subset=all of another data set than that of the training.
@@ -52,13 +53,20 @@ class ScoreResult:
 
 
 def score(settings: Score) -> ScoreResult:
-    """Scores the model on one part of a data set, writes the submission for ``dicom_dir``, or checks one."""
+    """Scores the model on one part of a data set, writes the submission for ``dicom_dir``, or checks one.
+
+    With ``counts`` it only searches thresholds in that file.
+    """
     with tracking.run("score", settings):
         if settings.check is not None:
             return _check(settings, settings.check)
-        detector = load_models(settings.model).on(settings.compute)
+        if settings.counts is not None:
+            scores = search_counts(settings.counts, settings.threshold_trials, _given(settings))
+            return ScoreResult(scores, "", None)
+        detector = load_models(settings.model).on(settings.compute).with_thresholds(_given(settings))
         tracking.log_params(
             {"device_used": str(detector.predictor.device), "precision_used": detector.precisions}
+            | {f"{name}_used": value for name, value in asdict(detector.thresholds).items()}
         )
         if settings.dicom_dir is not None:
             return _submit(settings, detector, settings.dicom_dir)
@@ -87,20 +95,32 @@ def _score_dataset(settings: Score, detector: Detector) -> ScoreResult:
         metrics = intervals | scores.as_metrics(prefix)
         tracking.log_scores(metrics, _scored_model(settings), settings.dataset, images, facts)
         constants = {key: value for key, value in facts.items() if key != "subset"}
-        tracking.log_params(constants | {"identity": images} | asdict(detector.thresholds))
+        tracking.log_params(constants | {"identity": images})
+        log_counts(counts, scored.patients)
         log_groups(subset, counts, scored)
         log_per_image(subset, counts, detector.thresholds)  # last: the table that the evaluation view opens
         where = log_overlays(subset, counts, detector.predictor, detector.thresholds, settings.overlays)
         line = scores_line(scores)
-        tracking.describe(f"{name} images of {settings.dataset}, by {settings.model}.\n{line}.")
+        tracking.describe(f"{name} images of {settings.dataset}, by {_model_text(settings)}.\n{line}.")
         print(f"score: {name}: {line}")
     return ScoreResult(scores, where, None, prefix)
 
 
 def _scored_model(settings: Score) -> str | None:
-    """The model that the scores are about; several were put together for this run alone."""
+    """The model that the scores are about: none if it was put together or changed for this run alone."""
     addresses = addresses_of(settings.model)
-    return addresses[0] if len(addresses) == 1 else None
+    return addresses[0] if len(addresses) == 1 and not _given(settings) else None
+
+
+def _given(settings: Score) -> dict[str, float]:
+    """The thresholds that were given in place of the model's own."""
+    return {name: value for name, value in flat(settings.thresholds).items() if value is not None}
+
+
+def _model_text(settings: Score) -> str:
+    """The model, with the thresholds that were given, for the run's description."""
+    given = ", ".join(f"{name} {value}" for name, value in _given(settings).items())
+    return f"{settings.model} with {given}" if given else settings.model
 
 
 def _name_subset(settings: Score, detector: Detector, subset: Subset) -> str:
@@ -187,7 +207,8 @@ def _submit(settings: Score, detector: Detector, folder: Path) -> ScoreResult:
     tracking.log_file(settings.submission)
     tracking.log_params({"images": count, "rejected": len(errors)})
     tracking.describe(
-        f"Submission of {count} images from {folder}, by {settings.model}.\n{len(errors)} could not be read."
+        f"Submission of {count} images from {folder}, by {_model_text(settings)}.\n"
+        f"{len(errors)} could not be read."
     )
     for error in errors[:3]:
         print(f"score: submitted as empty: {error}")
