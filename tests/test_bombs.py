@@ -74,7 +74,7 @@ def desk(tmp_path_factory: pytest.TempPathFactory, bombs: dict[str, bytes], tiny
         mlflow.set_tracking_uri(None)  # pyright: ignore[reportArgumentType]
         with tracking.run("train", Train()):
             predictor = Predictor(
-                PneumothoraxNet("tiny"), ComputeConfig(torch.device("cpu"), "fp32"), tta_flip=False
+                PneumothoraxNet("tiny"), ComputeConfig(torch.device("cpu"), "fp32"), tta="none"
             )
             settings = as_config(make(Train, network="tiny"))
             detector = Detector((Member(predictor, settings),), 32, Thresholds(presence_threshold=0), "")

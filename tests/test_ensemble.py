@@ -55,7 +55,7 @@ def store(
 
 def member(seed: int, **changes: Any) -> Member:
     settings = changed(SETTINGS, **changes)
-    predictor = Predictor(random_network(seed), CPU, settings.recipe.network.tta_flip)
+    predictor = Predictor(random_network(seed), CPU, settings.recipe.network.tta)
     return Member(predictor, as_config(settings))
 
 
@@ -91,7 +91,7 @@ def pixels(count: int) -> np.ndarray:
 
 @pytest.mark.usefixtures("tiny")
 def test_an_ensemble_predicts_the_mean_of_its_members_in_any_order() -> None:
-    members = [Predictor(random_network(seed), CPU, tta_flip=seed == 1) for seed in range(3)]
+    members = [Predictor(random_network(seed), CPU, tta="flip" if seed == 1 else "none") for seed in range(3)]
     alone = [list(member.predict(pixels(5))) for member in members]
     for order in itertools.permutations(range(3)):
         together = Ensemble(tuple(members[place] for place in order)).predict(pixels(5), batch_size=2)
@@ -140,7 +140,9 @@ def test_models_that_cannot_be_one_are_refused_with_the_reason(changes: Any, rea
 
 @pytest.mark.usefixtures("tiny")
 def test_a_model_folder_keeps_every_member(tmp_path: Path) -> None:
-    joined = join([model(seed, fold=str(seed), tta_flip=seed == 0, folds=5) for seed in range(3)])
+    joined = join(
+        [model(seed, fold=str(seed), tta="flip+scale" if seed == 0 else "none", folds=5) for seed in range(3)]
+    )
     save(tmp_path, joined)
     assert {path.name for path in tmp_path.iterdir()} == {
         "model.json",
@@ -149,7 +151,7 @@ def test_a_model_folder_keeps_every_member(tmp_path: Path) -> None:
     again = load(tmp_path)
     assert (again.image_size, again.thresholds, again.seen) == (32, joined.thresholds, joined.seen)
     assert [member.settings["fold"] for member in again.members] == ["0", "1", "2"]
-    assert [member.predictor.tta_flip for member in again.members] == [True, False, False]
+    assert [member.predictor.tta for member in again.members] == ["flip+scale", "none", "none"]
     before, after = (next(each.predictor.predict(pixels(1))) for each in (joined, again))
     np.testing.assert_array_equal(before.mask, after.mask)
 

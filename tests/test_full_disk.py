@@ -76,7 +76,7 @@ def test_an_error_of_reading_is_not_told_as_one_of_writing(tmp_path: Path) -> No
 
 def test_a_model_names_the_folder_without_room(tmp_path: Path) -> None:
     predictor = Predictor(
-        PneumothoraxNet("fcn_resnet50"), ComputeConfig(torch.device("cpu"), "fp32"), tta_flip=False
+        PneumothoraxNet("fcn_resnet50"), ComputeConfig(torch.device("cpu"), "fp32"), tta="none"
     )
     detector = Detector((Member(predictor, as_config(Train())),), 32, Thresholds(), "x")
     with (

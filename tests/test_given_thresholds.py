@@ -49,7 +49,7 @@ def model(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
     mlflow.set_tracking_uri(None)
     settings = make(Train, network="tiny")
-    predictor = Predictor(random_network(0), CPU, settings.recipe.network.tta_flip)
+    predictor = Predictor(random_network(0), CPU, settings.recipe.network.tta)
     with Dataset.open(dataset) as opened:
         fingerprint = opened.fingerprint
     Path("model").mkdir()
@@ -95,6 +95,28 @@ def test_given_thresholds_are_scored_logged_and_not_the_models(model: str, datas
     assert " with " not in plain.data.tags["mlflow.note.content"].split("\n")[0]
     metrics = mlflow.get_logged_model(model.removeprefix("models:/")).metrics or []
     assert {metric.run_id for metric in metrics} == {plain.info.run_id}
+
+
+def test_another_augmentation_is_scored_logged_and_not_the_models(model: str, dataset: Path) -> None:
+    settings = make(Score, model=model, dataset=dataset, subset="all", overlays=0, device="cpu")
+    with Dataset.open(dataset) as opened:
+        network = load(tracking.model_data(model)).members[0].predictor.network
+        everyone = Subset(opened, np.arange(len(opened)))
+        counts = {tta: everyone.count(Predictor(network, CPU, tta)) for tta in ("none", "flip", "flip+scale")}
+    assert len({tuple(each.presence.tolist()) for each in counts.values()}) == 3
+    runs: dict[str, Run] = {}
+    for tta, used in (("auto", "flip"), ("flip", "flip"), ("none", "none"), ("flip+scale", "flip+scale")):
+        result = score(changed(settings, tta=tta))
+        run = runs[tta] = last_run("score")
+        assert result.scores is not None
+        assert result.scores.dice == pytest.approx(counts[used].dice(OWN).mean())
+        assert result.scores.auroc == pytest.approx(run.data.metrics["all_auroc"])
+        table = mlflow.load_table("scores.json", run_ids=[run.info.run_id])
+        assert table["presence"].tolist() == pytest.approx(counts[used].presence.tolist(), abs=1e-6)
+        assert (run.data.params["tta"], run.data.params["tta_used"]) == (tta, used)
+    assert "with tta none." in runs["none"].data.tags["mlflow.note.content"]
+    metrics = mlflow.get_logged_model(model.removeprefix("models:/")).metrics or []
+    assert {metric.run_id for metric in metrics} == {runs["auto"].info.run_id, runs["flip"].info.run_id}
 
 
 @pytest.mark.parametrize(

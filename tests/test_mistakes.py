@@ -79,7 +79,7 @@ def desk(tmp_path_factory: pytest.TempPathFactory, tiny: None) -> Iterator[Desk]
         mlflow.set_tracking_uri(None)
         with tracking.run("train", Train()):
             network, machine = PneumothoraxNet("tiny"), ComputeConfig(torch.device("cpu"), "fp32")
-            predictor = Predictor(network, machine, tta_flip=False)
+            predictor = Predictor(network, machine, tta="none")
             weights = folder / "weights"
             weights.mkdir()
             save(

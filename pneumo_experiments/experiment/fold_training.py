@@ -79,7 +79,7 @@ def _prepare(settings: Train, dataset: Dataset) -> _Prepared:
         f"train: {recipe.network.network} at {dataset.image_size} px, {compute.device}, {compute.precision};"
         f" {len(training_data)} images, {training_data.present.sum()} positive; {len(validation)} to validate"
     )
-    predictor = Predictor(network, compute, recipe.network.tta_flip)
+    predictor = Predictor(network, compute, recipe.network.tta)
     return _Prepared(split, training_data, validation, predictor)
 
 

@@ -145,7 +145,7 @@ class TrialTraining:
             network = copy.deepcopy(self._initial)
         else:
             network = build(other.network, other.weights, recipe.seed)
-        return Predictor(network, self._compute, other.tta_flip)
+        return Predictor(network, self._compute, other.tta)
 
     def _seconds_per_image(self, predictor: Predictor) -> float:
         """The shorter of two predictions of the same images, per image."""

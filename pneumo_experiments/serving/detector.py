@@ -18,7 +18,7 @@ from pneumo_experiments.errors import UserError
 from pneumo_experiments.learning.device import choose_compute_for
 from pneumo_experiments.learning.predict import Ensemble, Prediction, Predictor, to_native
 from pneumo_experiments.scoring.thresholds import Thresholds, apply_thresholds
-from pneumo_experiments.settings import Device, SplitSettings, from_flat
+from pneumo_experiments.settings import AUTO, Device, SplitSettings, from_flat
 
 BATCH_SIZE = 16  # radiographs
 
@@ -70,6 +70,11 @@ class Detector:
         return ",".join(dict.fromkeys(str(member.settings["network"]) for member in self.members))
 
     @property
+    def ttas(self) -> str:
+        """The different test-time augmentations of the members, with commas between."""
+        return ",".join(dict.fromkeys(member.predictor.tta for member in self.members))
+
+    @property
     def precisions(self) -> str:
         """The different number formats of the members, with commas between."""
         return ",".join(dict.fromkeys(member.predictor.compute.precision for member in self.members))
@@ -91,6 +96,13 @@ class Detector:
         """
         changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
         return replace(self, thresholds=replace(self.thresholds, **changes))
+
+    def with_tta(self, tta: str) -> Detector:
+        """The same with that test-time augmentation for all members; auto leaves each its own."""
+        if tta == AUTO:
+            return self
+        members = (replace(member, predictor=replace(member.predictor, tta=tta)) for member in self.members)
+        return replace(self, members=tuple(members))
 
     def detect(self, files: Iterable[File]) -> Generator[Row]:
         """Presence and mask of each radiograph, in order; an unusable file has its error in its row.

@@ -13,7 +13,7 @@ import torch
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.learning.device import FORMATS, choose_compute_for
 from pneumo_experiments.learning.network import NETWORKS, PneumothoraxNet
-from pneumo_experiments.learning.predict import Predictor
+from pneumo_experiments.learning.predict import VIEWS, Predictor
 from pneumo_experiments.scoring.thresholds import Thresholds
 from pneumo_experiments.serving.detector import Detector, Member
 from pneumo_experiments.settings import Device
@@ -77,7 +77,7 @@ def _load_member(path: Path, settings: dict[str, Any], precision: str) -> Member
         raise _damaged(path, error) from error
     # The recorded format, not the fastest: the thresholds were chosen on predictions in it.
     compute = choose_compute_for(precision, Device())
-    return Member(Predictor(network, compute, settings["tta_flip"]), settings)
+    return Member(Predictor(network, compute, settings["tta"]), settings)
 
 
 def _parse(description: Any) -> tuple[dict[str, Any], list[tuple[dict[str, Any], str]]]:
@@ -110,8 +110,8 @@ def _parse_member(description: Any) -> tuple[dict[str, Any], str]:
         raise ValueError(f"unknown network {str(settings['network'])[:40]}")
     for name in ("fold", "holdout", "folds", "split_seed"):  # score recreates the model's split from these
         _require(settings[name], str if name == "fold" else (int, float))
-    if not isinstance(settings["tta_flip"], bool):
-        raise TypeError("tta_flip is neither true nor false")
+    if settings["tta"] not in VIEWS:
+        raise ValueError(f"unknown tta {str(settings['tta'])[:40]}")
     precision = description.get("precision", "auto")
     if precision not in ("auto", "fp32", *FORMATS):
         raise ValueError("unknown precision")

@@ -129,6 +129,10 @@ class Score:
         ),
     ] = None
     threshold_trials: ThresholdTrials = 200
+    tta: Annotated[
+        Literal["auto", "none", "flip", "flip+scale"],
+        Arg("test-time augmentation; auto takes the model's own"),
+    ] = "auto"
     thresholds: GivenThresholds = field(default_factory=GivenThresholds)
     compute: Device = field(default_factory=Device)
     overlays: Overlays = 8

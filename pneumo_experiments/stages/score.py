@@ -31,7 +31,7 @@ from pneumo_experiments.experiment.subset import Subset, log_overlays, make_spli
 from pneumo_experiments.scoring.scores import Scores, score_images
 from pneumo_experiments.scoring.submission import write_submission
 from pneumo_experiments.serving import Detector
-from pneumo_experiments.settings import Score, flat
+from pneumo_experiments.settings import AUTO, Score, flat
 
 # How names of metrics begin. Without a prefix they tell of images that neither trained the model nor chose
 # its epoch or thresholds; "external" is subset=all of another data set than that of the training.
@@ -63,17 +63,23 @@ def score(settings: Score) -> ScoreResult:
         if settings.counts is not None:
             scores = search_counts(settings.counts, settings.threshold_trials, _given(settings))
             return ScoreResult(scores, "", None)
-        detector = load_models(settings.model).on(settings.compute).with_thresholds(_given(settings))
+        own = load_models(settings.model).on(settings.compute)
+        detector = own.with_thresholds(_given(settings)).with_tta(settings.tta)
+        used = {"precision_used": detector.precisions, "tta_used": detector.ttas}
         tracking.log_params(
-            {"device_used": str(detector.predictor.device), "precision_used": detector.precisions}
+            {"device_used": str(detector.predictor.device)}
+            | used
             | {f"{name}_used": value for name, value in asdict(detector.thresholds).items()}
         )
         if settings.dicom_dir is not None:
             return _submit(settings, detector, settings.dicom_dir)
-        return _score_dataset(settings, detector)
+        addresses = addresses_of(settings.model)
+        # The scores are no model's if it was put together or changed for this run alone.
+        model = addresses[0] if len(addresses) == 1 and detector == own else None
+        return _score_dataset(settings, detector, model)
 
 
-def _score_dataset(settings: Score, detector: Detector) -> ScoreResult:
+def _score_dataset(settings: Score, detector: Detector, model: str | None) -> ScoreResult:
     with Dataset.open(settings.dataset) as dataset:
         if not dataset.labelled:
             raise UserError(
@@ -93,7 +99,7 @@ def _score_dataset(settings: Score, detector: Detector) -> ScoreResult:
         intervals = {prefix + end: value for end, value in scored.intervals().items() if not isnan(value)}
         facts = {"subset": name, "data_fingerprint": dataset.fingerprint} | scores.as_facts()
         metrics = intervals | scores.as_metrics(prefix)
-        tracking.log_scores(metrics, _scored_model(settings), settings.dataset, images, facts)
+        tracking.log_scores(metrics, model, settings.dataset, images, facts)
         constants = {key: value for key, value in facts.items() if key != "subset"}
         tracking.log_params(constants | {"identity": images})
         log_counts(counts, scored.patients)
@@ -106,20 +112,15 @@ def _score_dataset(settings: Score, detector: Detector) -> ScoreResult:
     return ScoreResult(scores, where, None, prefix)
 
 
-def _scored_model(settings: Score) -> str | None:
-    """The model that the scores are about: none if it was put together or changed for this run alone."""
-    addresses = addresses_of(settings.model)
-    return addresses[0] if len(addresses) == 1 and not _given(settings) else None
-
-
 def _given(settings: Score) -> dict[str, float]:
     """The thresholds that were given in place of the model's own."""
     return {name: value for name, value in flat(settings.thresholds).items() if value is not None}
 
 
 def _model_text(settings: Score) -> str:
-    """The model, with the thresholds that were given, for the run's description."""
-    given = ", ".join(f"{name} {value}" for name, value in _given(settings).items())
+    """The model, with what was given in place of its own, for the run's description."""
+    tta = {} if settings.tta == AUTO else {"tta": settings.tta}
+    given = ", ".join(f"{name} {value}" for name, value in (_given(settings) | tta).items())
     return f"{settings.model} with {given}" if given else settings.model
 
 
