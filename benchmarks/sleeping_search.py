@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from math import log
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,12 @@ class Sleeping:
             yield scores_of(recipe, epoch / self.count)
 
     def save_model(self, folder: Path, recipe: Recipe) -> None:
-        (folder / "weights.pt").write_bytes(np.random.default_rng(0).bytes(int(self.model_mb * 1e6)))
+        (folder / "weights.pt").write_bytes(_weights(self.model_mb))
+
+
+@cache
+def _weights(megabytes: float) -> bytes:
+    return np.random.default_rng(0).bytes(int(megabytes * 1e6))
 
 
 def scores_of(recipe: Recipe, progress: float) -> TrialScores:

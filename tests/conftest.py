@@ -5,8 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from command_server import CommandServer
+    from database_server import DatabaseServer
 
 # Before torch is imported, here and in the processes that tests start: two test files run side by side, and
 # threads of both would wait for each other.
@@ -15,8 +20,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).parents[1]
 # Of two workers, none shall begin one of these when the other has nothing left: the longest files go first.
 LONGEST_FIRST = (
-    *("test_train", "test_bombs", "test_kills", "test_simulated_cuda", "test_chain", "test_at_once"),
-    *("test_faults", "test_tracking", "test_outage", "test_distributed", "test_learning", "test_network"),
+    *("test_train", "test_simulated_cuda", "test_outage", "test_chain", "test_bombs", "test_faults"),
+    *("test_tracking", "test_at_once", "test_kills", "test_full_disk", "test_distributed", "test_mutants"),
+    *("test_learning", "test_network"),
 )
 
 
@@ -57,6 +63,24 @@ def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.chdir(folder)  # for the artifacts
         MlflowClient(f"sqlite:///{folder / 'mlflow.db'}").search_experiments()
     return folder / "mlflow.db"
+
+
+@pytest.fixture(scope="session")
+def database() -> Iterator[DatabaseServer]:
+    from database_server import DatabaseServer
+
+    server = DatabaseServer()
+    yield server
+    server.remove()
+
+
+@pytest.fixture(scope="session")
+def commands() -> Iterator[CommandServer]:
+    """Starts commands in processes of their own that need no time for imports."""
+    from command_server import command_server
+
+    with command_server() as server:
+        yield server
 
 
 @pytest.fixture(scope="session")

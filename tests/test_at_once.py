@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import mlflow
 import pytest
-from conftest import ROOT
+from command_server import Command, CommandServer
 from helpers import changed, copy_store, make
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from samples import stored_sample
-from tiny_network import TINY_COMMAND
 from tracking_server import TIMEOUT_SECONDS, wait_until
 
 from pneumo_experiments.errors import UserError
@@ -138,7 +135,7 @@ def test_a_folder_of_the_users_that_has_the_name_of_unfinished_work_stays(tmp_pa
 
 
 def test_a_second_preprocess_waits_for_the_first_and_takes_what_it_made(
-    dataset: Path, desk: Path, capsys: pytest.CaptureFixture[str]
+    dataset: Path, desk: Path, start: Start
 ) -> None:
     source = dataset.with_name("sample")
     settings = make(
@@ -154,30 +151,29 @@ def test_a_second_preprocess_waits_for_the_first_and_takes_what_it_made(
         heard = hear(second, "waiting until it ends")
         preprocess(changed(settings, dataset=desk / "made.h5"))
         (desk / "made.h5").rename(desk / "d.h5")
-    rest, _ = second.communicate(timeout=TIMEOUT_SECONDS)
-    assert second.returncode == 0, rest
+    code, rest = second.communicate()
+    assert code == 0, rest
     assert f"another process writes {desk / 'd.h5'}" in heard
     assert "exists already, from the same files and settings" in rest
     assert not (desk / "d.h5.work").exists()
 
 
-def start(entry_point: str, words: list[str], folder: Path) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, TINY_COMMAND, entry_point, *words],
-        cwd=folder,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+Start = Callable[[str, list[str], Path], Command]
 
 
-def hear(process: subprocess.Popen[str], word: str) -> str:
-    """What the process says up to the line with the word."""
-    said, out = "", process.stdout
-    assert out is not None
+@pytest.fixture
+def start(commands: CommandServer) -> Start:
+    def started(entry_point: str, words: list[str], folder: Path) -> Command:
+        return commands.start(entry_point, *words, folder=folder, environment=dict(os.environ), tiny=True)
+
+    return started
+
+
+def hear(command: Command, word: str) -> str:
+    """What the command says up to the line with the word."""
+    said = ""
     while word not in said:
-        line = out.readline()
+        line = command.stdout.readline()
         assert line, said
         said += line
     return said
@@ -187,21 +183,21 @@ def hear(process: subprocess.Popen[str], word: str) -> str:
 
 
 def test_a_second_training_with_the_same_settings_waits_and_neither_enters_the_others_run(
-    dataset: Path, desk: Path, monkeypatch: pytest.MonkeyPatch
+    dataset: Path, desk: Path, start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings, save, second = settings_of(dataset), Checkpoint.save, list[subprocess.Popen[str]]()
+    settings, save, second = settings_of(dataset), Checkpoint.save, list[Command]()
     words = [word for name, text in as_params(settings).items() for word in (f"--{name}", text)]
 
-    def save_and_start_another(self: Checkpoint, last: dict[str, Any], kept: dict[int, Any]) -> None:
-        save(self, last, kept)
+    def save_and_start_another(self: Checkpoint, last: dict[str, Any], networks: dict[int, Any]) -> None:
+        save(self, last, networks)
         second.append(start("train", words, desk))
         hear(second[0], "another training with the same settings is running; waiting until it ends")
 
     with monkeypatch.context() as patch:
         patch.setattr(Checkpoint, "save", save_and_start_another)
         train(settings)
-    said, _ = second[0].communicate(timeout=TIMEOUT_SECONDS)
-    assert second[0].returncode == 0, said
+    code, said = second[0].communicate()
+    assert code == 0, said
     assert "epoch 1/1" in said
     one, two = runs("train")
     assert steps_of(one) == steps_of(two) == [1]
@@ -252,14 +248,14 @@ def test_main_killed_after_its_training_takes_it_as_it_ended(
 
 
 @pytest.mark.usefixtures("tiny_default")
-def test_two_whole_chains_at_once_in_one_folder_both_end_well(desk: Path) -> None:
+def test_two_whole_chains_at_once_in_one_folder_both_end_well(desk: Path, start: Start) -> None:
     chosen = {"images": 24, "test_images": 2, "image_size": 32, "epochs": 1, "trials": 1, "search_images": 8}
     chosen |= {"threshold_trials": 0, "overlays": 1, "weights": "none", "precision": "fp32", "device": "cpu"}
     words = [word for name, value in chosen.items() for word in (f"--{name}", str(value))]
     both = [start("main", words, desk) for _ in range(2)]
     for process in both:
-        said, _ = process.communicate(timeout=TIMEOUT_SECONDS)
-        assert process.returncode == 0, said
+        code, said = process.communicate()
+        assert code == 0, said
     found = MlflowClient().search_runs(["0"])
     assert {run.info.status for run in found} == {"FINISHED"}
     assert len(found) == 18

@@ -5,13 +5,12 @@ from __future__ import annotations
 import csv
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 
 import mlflow
@@ -20,13 +19,14 @@ import psutil
 import pytest
 import torch
 from bombs import deflated_header, many_scans, tiny_precincts
+from command_server import CommandServer
 from dicom_files import GREYS, jpeg_file
 from helpers import environment, make
 from mlflow import MlflowClient
-from tiny_network import TINY_COMMAND
 
 from pneumo_experiments import tracking
-from pneumo_experiments.dataset.shards import ShardSettings, make_jobs, results
+from pneumo_experiments.dataset.shards import Job, ShardSettings, make_jobs, results
+from pneumo_experiments.dataset.shards import _result as read_file
 from pneumo_experiments.dicom import limits
 from pneumo_experiments.dicom.archive import open_archive
 from pneumo_experiments.learning.device import ComputeConfig
@@ -120,11 +120,11 @@ def peak_bytes() -> Iterator[Callable[[], int]]:
     watcher.join()
 
 
-def at_work(parent: psutil.Process, name: str) -> list[psutil.Process]:
-    """Children whose command line has this in it and that have used more than their start takes."""
+def at_work(parent: int, name: str) -> list[psutil.Process]:
+    """Children with this in their command line that have used more CPU time than their start takes."""
     found = list[psutil.Process]()
-    for child in parent.children():
-        with suppress(psutil.NoSuchProcess):  # it has just ended
+    with suppress(psutil.NoSuchProcess):  # one has just ended
+        for child in psutil.Process(parent).children():
             if name in " ".join(child.cmdline()) and sum(child.cpu_times()[:2]) > 1.5:
                 found.append(child)
     return found
@@ -190,20 +190,22 @@ def test_a_data_set_is_made_without_the_bombs(
     for name, content in (files | {"scans": bombs["scans"], "z": GOOD}).items():
         (folder / f"{name}.dcm").write_bytes(content)
 
-    def end_the_slow_one() -> None:
-        """As its timer would, half a minute later."""
-        while not any(mark.read_text().strip() == "3" for mark in work.glob("*.now")):
-            time.sleep(0.01)
-        while not (workers := at_work(psutil.Process(), "spawn_main")):
-            time.sleep(0.01)
-        (worker,) = workers
-        worker.send_signal(signal.SIGPROF)
+    ended = threading.Event()
 
-    killer = threading.Thread(target=end_the_slow_one)
+    def end_the_slow() -> None:
+        """As their timer would, half a minute later."""
+        while not ended.wait(0.05):
+            for worker in at_work(os.getpid(), "spawn_main"):
+                worker.send_signal(signal.SIGPROF)
+
+    jobs = make_jobs(folder, ShardSettings(32, "uint8", 2**22), open_archive(folder).members, None, {})
+    killer = threading.Thread(target=end_the_slow)
     if not SOAK:
         killer.start()
-    jobs = make_jobs(folder, ShardSettings(32, "uint8", 2**22), open_archive(folder).members, None, {})
-    found = {result.image_id: result for result in results(jobs, work, workers=2)}
+    try:
+        found = {result.image_id: result for result in results(jobs, work, workers=2)}
+    finally:
+        ended.set()
     assert [image_id for image_id, result in found.items() if result.packed] == ["a", "z"]
     assert found["header"].reason in (
         "header: needs more than 0.3 GB of memory to decode",
@@ -215,43 +217,64 @@ def test_a_data_set_is_made_without_the_bombs(
     assert 0 < peak_bytes() < MOST_BYTES
 
 
-@pytest.mark.parametrize("stage", ["score", "preprocess"])
+def read_first(job: Job, seconds: int) -> None:
+    """Reads the first file as a worker of preprocess does, with another limit of time."""
+    limits.BASE_SECONDS, limits.SECONDS_PER_MEGABYTE = seconds, 0
+    read_file(job, 0)
+
+
+def test_the_timer_of_a_worker_ends_a_file_that_takes_too_long(desk: Desk) -> None:
+    members = [member for member in open_archive(desk.radiographs).members if member.image_id == "scans"]
+    jobs = make_jobs(desk.radiographs, ShardSettings(32, "uint8", 2**22), members, None, {})
+    worker = get_context("spawn").Process(target=read_first, args=(jobs[0], 1))
+    worker.start()
+    worker.join()
+    assert worker.exitcode == -signal.SIGPROF
+
+
 @pytest.mark.parametrize(
-    ("number", "code", "status"),
+    ("stage", "number", "code", "status"),
     [
-        (signal.SIGINT, 130, "KILLED"),
-        (signal.SIGTERM, 143, "KILLED"),
-        (signal.SIGKILL, -signal.SIGKILL, "RUNNING"),
+        ("score", signal.SIGINT, 130, "KILLED"),
+        ("score", signal.SIGKILL, -signal.SIGKILL, "RUNNING"),
+        ("score", signal.SIGTERM, 143, "KILLED"),
+        ("preprocess", signal.SIGINT, 130, "KILLED"),
+        ("preprocess", signal.SIGTERM, 143, "KILLED"),
+        ("preprocess", signal.SIGKILL, -signal.SIGKILL, "RUNNING"),
     ],
     ids=lambda value: getattr(value, "name", ""),
 )
 def test_a_command_in_the_midst_of_a_bomb_can_be_stopped(
-    stage: str, number: signal.Signals, code: int, status: str, desk: Desk, tmp_path: Path
+    stage: str,
+    number: signal.Signals,
+    code: int,
+    status: str,
+    desk: Desk,
+    commands: CommandServer,
+    tmp_path: Path,
 ) -> None:
     (tmp_path / "files").mkdir()
     (tmp_path / "files" / "scans.dcm").write_bytes((desk.radiographs / "scans.dcm").read_bytes())
     words = ["--dicom_dir", "files"]
     words += ["--model", desk.model, "--submission", "sub.csv"] if stage == "score" else ["--dataset", "d.h5"]
-    with subprocess.Popen(
-        [sys.executable, TINY_COMMAND, stage, *words],
-        cwd=tmp_path,
-        env=environment() | {"MLFLOW_TRACKING_URI": desk.uri},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    ) as process:
-        command = psutil.Process(process.pid)
-        while not at_work(command, "dataset.decoder" if stage == "score" else "spawn_main"):
-            assert process.poll() is None, process.stdout and process.stdout.read()
-            time.sleep(0.02)
-        children = command.children(recursive=True)
-        # As a terminal sends Ctrl-C: to the whole group.
-        os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)
-        said, _ = process.communicate(timeout=PATIENCE_SECONDS)
-    assert process.returncode == code, said
+    process = commands.start(
+        *(stage, *words),
+        folder=tmp_path,
+        environment=environment() | {"MLFLOW_TRACKING_URI": desk.uri},
+        tiny=True,
+    )
+    name = "dataset.decoder" if stage == "score" else "spawn_main"
+    while not at_work(process.pid, name):
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.02)
+    command = psutil.Process(process.pid)
+    children = command.children(recursive=True)
+    # As a terminal sends Ctrl-C: to the whole group.
+    os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)
+    assert psutil.wait_procs([command, *children], timeout=PATIENCE_SECONDS)[1] == []
+    ended, said = process.communicate()
+    assert ended == code, said
     assert "Traceback" not in said
-    assert psutil.wait_procs(children, timeout=PATIENCE_SECONDS)[1] == []
     run = MlflowClient().search_runs(["0"], order_by=["attributes.start_time DESC"])[0]
     assert (run.info.run_name, run.info.status) == (stage, status)
     if number != signal.SIGKILL:

@@ -41,7 +41,7 @@ def error_of(words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
 
 
 @pytest.mark.parametrize(
-    ("words", "culprit", "mend"),
+    ("words", "culprit", "fix"),
     [
         (["train", "--learning_rate", "banana"], "learning_rate: 'banana' is not a valid number", "--help"),
         (["train", "--learning_rate", "nan"], "learning_rate: 'nan' is not a finite number", "--help"),
@@ -74,13 +74,13 @@ def error_of(words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
 def test_a_mistyped_value_or_name_is_one_line_and_exit_code_2(
     words: list[str],
     culprit: str,
-    mend: str,
+    fix: str,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     line = error_of(words, monkeypatch, capsys)
     assert culprit in line
-    assert mend in line
+    assert fix in line
 
 
 def test_an_end_of_file_that_is_our_bug_is_not_told_as_an_interrupt(monkeypatch: pytest.MonkeyPatch) -> None:

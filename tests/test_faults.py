@@ -153,7 +153,7 @@ def runs() -> list[Run]:
     return MlflowClient().search_runs(["0"], order_by=["attributes.start_time ASC"])
 
 
-def told(run: Run) -> dict[str, list[tuple[int, float]]]:
+def recorded(run: Run) -> dict[str, list[tuple[int, float]]]:
     """Step and value of all that was logged, as often as it was; but for times and the machine's state."""
     names = {name for name in run.data.metrics if not name.startswith("system/")} - TIMES
     client = MlflowClient()
@@ -177,10 +177,10 @@ def assert_same_weights(folder: Path, other: Path) -> None:
 
 @dataclass(frozen=True)
 class Whole:
-    """A training that nothing disturbed: its folder, what it told, and its model's address."""
+    """A training that nothing disturbed: its folder, what it recorded, and its model's address."""
 
     folder: Path
-    told: dict[str, list[tuple[int, float]]]
+    recorded: dict[str, list[tuple[int, float]]]
     model: str
 
 
@@ -190,7 +190,7 @@ def whole(datasets: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -
     with desk(folder):
         model = train(settings_of(datasets["usual"])).model
         (run,) = runs()
-        return Whole(folder, told(run), model)
+        return Whole(folder, recorded(run), model)
 
 
 def test_killed_in_a_step_in_validation_and_in_the_checkpoint_a_training_ends_as_if_nothing_had_been(
@@ -209,8 +209,8 @@ def test_killed_in_a_step_in_validation_and_in_the_checkpoint_a_training_ends_as
     ) as killer:
         assert killer.stdin is not None
         assert killer.stdout is not None
-        # All strike in the second epoch, the last when its metrics are told and its checkpoint half made.
-        for moment, epochs_told in (("step", [1]), ("validation", [1]), ("checkpoint", [1, 2])):
+        # All strike in the second epoch, the last when its metrics are recorded and its checkpoint half made.
+        for moment, epochs_recorded in (("step", [1]), ("validation", [1]), ("checkpoint", [1, 2])):
             killer.stdin.write(f"{moment}\n")
             killer.stdin.flush()
             said = ""
@@ -222,7 +222,7 @@ def test_killed_in_a_step_in_validation_and_in_the_checkpoint_a_training_ends_as
             assert ("continues after epoch 1 of 3" in said) == (moment != "step")
             (run,) = runs()
             assert run.info.status == "RUNNING"
-            assert [step for step, _ in told(run)["val_dice"]] == epochs_told
+            assert [step for step, _ in recorded(run)["val_dice"]] == epochs_recorded
             (left,) = folder.glob("output/checkpoints/*")
             sizes = [path.stat().st_size for path in left.glob("*.part")]
             last = Checkpoint(left).last()
@@ -235,10 +235,10 @@ def test_killed_in_a_step_in_validation_and_in_the_checkpoint_a_training_ends_as
     assert "continues after epoch 1 of 3" in capsys.readouterr().out
     (run,) = runs()
     assert run.info.status == "FINISHED"
-    found = told(run)
+    found = recorded(run)
     twice = [name for name, steps in found.items() if len(steps) > len(set(steps))]
     assert twice  # the second epoch, and with the same values
-    assert {name: sorted(set(steps)) for name, steps in found.items()} == whole.told
+    assert {name: sorted(set(steps)) for name, steps in found.items()} == whole.recorded
     assert_same_weights(folder, whole.folder)
     assert not list(folder.glob("output/checkpoints/*"))
 
@@ -249,14 +249,14 @@ def test_a_full_disk_costs_the_checkpoint_not_the_training(
     save, unlimited = Checkpoint.save, resource.getrlimit(resource.RLIMIT_FSIZE)
     stayed: list[int] = []
 
-    def save_on_a_disk_that_fills(self: Checkpoint, last: dict[str, Any], kept: dict[int, Any]) -> None:
+    def save_on_a_disk_that_fills(self: Checkpoint, last: dict[str, Any], networks: dict[int, Any]) -> None:
         if len(last["history"]) != 2:
-            return save(self, last, kept)
+            return save(self, last, networks)
         # No file may grow beyond so many bytes: the kept network does not fit, then only the last state.
         for max_bytes in (2**16, 200 * 2**10):
             resource.setrlimit(resource.RLIMIT_FSIZE, (max_bytes, unlimited[1]))
             try:
-                save(self, last, kept)
+                save(self, last, networks)
             finally:
                 resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
             earlier = self.last()
@@ -276,7 +276,7 @@ def test_a_full_disk_costs_the_checkpoint_not_the_training(
     assert stayed == [1, 1]
     (run,) = runs()
     assert run.info.status == "FINISHED"
-    assert told(run) == whole.told
+    assert recorded(run) == whole.recorded
     assert not list(folder.glob("output/checkpoints/*"))
 
 
@@ -290,8 +290,8 @@ def test_a_data_set_that_changed_meanwhile_starts_anew_and_leaves_the_stale_chec
     settings = settings_of(folder / "d.h5", epochs=2, batch_size=16)
     save = Checkpoint.save
 
-    def save_and_stop(self: Checkpoint, last: dict[str, Any], kept: dict[int, Any]) -> None:
-        save(self, last, kept)
+    def save_and_stop(self: Checkpoint, last: dict[str, Any], networks: dict[int, Any]) -> None:
+        save(self, last, networks)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Checkpoint, "save", save_and_stop)
@@ -307,8 +307,10 @@ def test_a_data_set_that_changed_meanwhile_starts_anew_and_leaves_the_stale_chec
     assert "continues after" not in said
     assert re.findall(r"at (\d+) px.* (\d+) images", said) == [("32", "15"), ("40", "8")]
     first, second = runs()
-    assert [step for step, _ in told(first)["loss"]] == [step for step, _ in told(second)["loss"]] == [1]
-    assert told(first)["loss"] != told(second)["loss"]
+    assert (
+        [step for step, _ in recorded(first)["loss"]] == [step for step, _ in recorded(second)["loss"]] == [1]
+    )
+    assert recorded(first)["loss"] != recorded(second)["loss"]
     with Dataset.open(datasets["larger"]) as dataset:
         assert second.inputs is not None
         assert second.inputs.dataset_inputs[0].dataset.digest == dataset.fingerprint[:16]
@@ -324,8 +326,8 @@ def test_a_checkpoint_of_another_network_is_refused_in_one_line_or_starts_anew(
     settings = settings_of(datasets["usual"], epochs=2, batch_size=16)
     save = Checkpoint.save
 
-    def save_and_stop(self: Checkpoint, last: dict[str, Any], kept: dict[int, Any]) -> None:
-        save(self, last, kept)
+    def save_and_stop(self: Checkpoint, last: dict[str, Any], networks: dict[int, Any]) -> None:
+        save(self, last, networks)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
@@ -403,8 +405,8 @@ def test_what_a_training_learned_after_its_server_died_is_delivered_when_that_is
         server = Server(tmp_path, free.getsockname()[1])
     save = Checkpoint.save
 
-    def save_and_kill_the_server(self: Checkpoint, last: dict[str, Any], kept: dict[int, Any]) -> None:
-        save(self, last, kept)
+    def save_and_kill_the_server(self: Checkpoint, last: dict[str, Any], networks: dict[int, Any]) -> None:
+        save(self, last, networks)
         server.kill()
 
     try:
@@ -421,14 +423,14 @@ def test_what_a_training_learned_after_its_server_died_is_delivered_when_that_is
         server.start()
         with desk(tmp_path, server.uri):
             (run,) = runs()
-            assert {step for steps in told(run).values() for step, _ in steps} == {1}
+            assert {step for steps in recorded(run).values() for step, _ in steps} == {1}
             with monkeypatch.context() as patch:
                 patch.setattr("sys.argv", ["", file])
                 patch.delitem(sys.modules, "pneumo_experiments.tracking.__main__", raising=False)
                 runpy.run_module("pneumo_experiments.tracking", run_name="__main__")
             (run,) = runs()
             assert run.info.status == "FINISHED"
-            assert told(run) == whole.told  # every epoch once, in order
+            assert recorded(run) == whole.recorded  # every epoch once, in order
             (logged,) = server.client.search_logged_models(["0"])
             assert logged.source_run_id == run.info.run_id
         assert_same_weights(tmp_path / "artifacts", whole.folder)

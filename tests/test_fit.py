@@ -71,8 +71,9 @@ def test_when_memory_runs_out_fewer_images_pass_at_once_and_a_step_stays_a_step(
     network = Cramped("tiny")
     network.room = 2
     recipe = make(Recipe, batch_size=6, augment=False, positive_share=0)
-    with pytest.warns(UserWarning, match="micro_batch=2 images .*batch_size=6"):
+    with pytest.warns(UserWarning, match="micro_batch=[32] images .*batch_size=6") as caught:
         (epoch,) = list(fit(network, noise(6), recipe, 1, CPU))
+    assert ["micro_batch=3 " in str(warning.message) for warning in caught] == [True, False]
     assert epoch.micro_batch == 2
     assert epoch.state()["steps"] == 1
     assert np.isfinite(epoch.losses["loss"])

@@ -9,15 +9,15 @@ import errno
 import os
 import re
 import resource
-import subprocess
-import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT
+from command_server import CommandServer
+from helpers import copy_store, environment
 from mlflow import MlflowClient
 
 from pneumo_experiments import cli
@@ -94,32 +94,49 @@ def test_checkpoints_that_cannot_be_held_do_not_end_a_training(tmp_path: Path) -
 
 
 def test_a_store_on_a_full_disk_is_one_line_and_with_room_the_same_command_ends_well(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    commands: CommandServer, tmp_path: Path
 ) -> None:
     """New, it has no room for its tables; made, none for a run: with either limit no database can change."""
-    monkeypatch.chdir(tmp_path)
-    command = [sys.executable, "-m", "pneumo_experiments"]
-    sample = [*command, "sample", "--output_dir", "s", "--images", "10", "--test_images", "0"]
-    register = [*command, "register"]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
-    environment["PYTHONPATH"] = str(ROOT)
+    sample = ["sample", "--output_dir", "s", "--images", "10", "--test_images", "0"]
 
-    def ended(words: list[str], most_bytes: int | None = None) -> tuple[int, str]:
-        with nullcontext() if most_bytes is None else no_file_beyond(most_bytes):
-            code = subprocess.call(words, env=environment)
-        return code, capfd.readouterr().err
+    def ended(words: list[str], max_bytes: int | None = None) -> tuple[int, str]:
+        options: dict[str, Any] = {"environment": environment(), "max_file_bytes": max_bytes}
+        return commands.start(*words, folder=tmp_path, **options).communicate()
 
-    for words, most_bytes in ((sample, 65_536), (sample, 4096), (register, 4096)):
-        code, said = ended(words, most_bytes)
-        assert (code, said.count("\n")) == (2, 1), said
-        assert said.startswith(f"Error: MLFLOW_TRACKING_URI=sqlite:///{tmp_path}/mlflow.db: ")
-        assert re.search(r"disk I/O error|is full", said)
+    for words, max_bytes in ((sample, 65_536), (sample, 4096), (["register"], 4096)):
+        code, output = ended(words, max_bytes)
+        (line,) = [line for line in output.splitlines() if " INFO mlflow" not in line]
+        assert code == 2
+        assert line.startswith(f"Error: MLFLOW_TRACKING_URI=sqlite:///{tmp_path}/mlflow.db: ")
+        assert re.search(r"disk I/O error|is full", line)
         if words == sample:
             assert ended(sample)[0] == 0
-    code, said = ended(register)
-    assert (code, "no model of this experiment was scored" in said) == (2, True)
+    code, output = ended(["register"])
+    assert (code, "no model of this experiment was scored" in output) == (2, True)
     runs = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db").search_runs(["0"])
     assert {run.info.status for run in runs} <= {"FINISHED", "FAILED"}
+
+
+@pytest.mark.parametrize("max_bytes", [20_000, 1_000_000])
+def test_main_on_a_full_disk_is_one_line_and_the_next_command_leaves_no_run_running(
+    max_bytes: int, commands: CommandServer, empty_store: Path, tmp_path: Path
+) -> None:
+    """The first limit has no room for a radiograph or a run; the second stops the chain later on."""
+    copy_store(empty_store, tmp_path)
+    words = ["main", "--images", "20", "--test_images", "1", "--image_size", "32", "--epochs", "1"]
+    words += ["--trials", "1", "--search_images", "8", "--weights", "none", "--overlays", "1"]
+    options: dict[str, Any] = {"environment": environment(), "tiny": True}
+    full = commands.start(*words, folder=tmp_path, max_file_bytes=max_bytes, **options)
+    code, output = full.communicate()
+    errors = [line for line in output.splitlines() if line.startswith("Error: ")]
+    assert (code, len(errors)) == (2, 1), output
+    assert "Traceback" not in output
+    assert re.search("File too large|disk I/O error|is full", errors[0])
+    code, output = commands.start("register", folder=tmp_path, **options).communicate()
+    assert (code, "no model of this experiment was scored" in output) == (2, True), output
+    runs = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db").search_runs(["0"])
+    assert runs
+    assert {run.info.status for run in runs} <= {"FINISHED", "FAILED", "KILLED"}
 
 
 def test_what_no_stage_put_into_words_names_the_file_or_the_full_disk(

@@ -35,6 +35,7 @@ from pneumo_experiments.synthetic.kaggle_layout import write_sample
 from pneumo_experiments.tracking import servers
 
 SMALL = ["--image_size", "32"]
+TWO_FOLDS = ["--weights", "none", "--holdout", "0", "--folds", "2"]  # else a fold has one patient
 UNTRAINED = ["--weights", "none", "--epochs", "1"]
 
 
@@ -406,7 +407,7 @@ def test_a_study_whose_database_does_not_open_is_named_without_its_password(
     error_of: Callable[..., str], desk: Desk
 ) -> None:
     address = "postgresql://me:secret@127.0.0.1:9/study"
-    line = error_of("search", "--dataset", desk.labelled, "--weights", "none", "--storage", address)
+    line = error_of("search", "--dataset", desk.labelled, *TWO_FOLDS, "--storage", address)
     assert line.startswith("storage=postgresql://me:***@127.0.0.1:9/study: ")
     assert "secret" not in str(desk.runs()[0].to_dictionary())
 
@@ -415,7 +416,8 @@ def test_a_study_of_other_data_or_settings_or_of_another_program_is_named(
     command: Command, error_of: Callable[..., str], desk: Desk, tmp_path: Path
 ) -> None:
     def search(run: Callable[..., str] | Command, *words: object) -> str | End:
-        found = ["search", "--dataset", desk.labelled, "--storage", "sqlite:///s.db", "--weights", "none"]
+        found = ["search", "--dataset", desk.labelled, "--storage", "sqlite:///s.db", *TWO_FOLDS]
+        found += ["--study", "mine", "--confirm", "0"]
         return run(*found, "--trials", "1", "--search_epochs", "1", "--search_images", "4", *words)
 
     def trial(value: float, **params: float) -> optuna.trial.FrozenTrial:
@@ -432,22 +434,18 @@ def test_a_study_of_other_data_or_settings_or_of_another_program_is_named(
     assert search(command, "--batch_size", "16", "--storage", "none").code == 0
     studies = {name: optuna.load_study(study_name=name, storage=storage) for name in ("foreign", "same")}
     line = search(error_of, "--study", "foreign")
-    assert line.startswith(
-        "study=foreign: was made with no bce_weight, dice_weight, focal_weight; name another"
-    )
+    assert line.startswith("study=foreign: was made with another program; name another")
     assert search(error_of, "--study", "same").startswith("study=same: was made with another program; name")
     assert search(error_of, "--study", "least").startswith("study=least: was made with another program; name")
     line = search(error_of, "--batch_size", "4", "--holdout", "0.25")
-    assert line.startswith(
-        "study=loss-weights: was made with batch_size 16, not 4; holdout 0.2, not 0.25; name"
-    )
+    assert line.startswith("study=mine: was made with batch_size 16, not 4; holdout 0.0, not 0.25; name")
     assert command("preprocess", *desk.source, "--pixel_dtype", "float16", "--dataset", "other.h5").code == 0
     with Dataset.open(desk.labelled) as one, Dataset.open(tmp_path / "other.h5") as other:
         line = f"data {one.fingerprint[:16]}, not {other.fingerprint[:16]}; name another study"
     assert line in search(error_of, "--dataset", "other.h5")
     for name, study in studies.items():
         assert len(optuna.load_study(study_name=name, storage=storage).trials) == 1, study
-    assert search(command, "--learning_rate", "3e-4", "--bce_weight", "2").code == 0  # resumes the study
+    assert search(command, "--trials", "2", "--sampler", "random").code == 0  # continues the study
 
 
 # The tracking store
@@ -522,7 +520,7 @@ def test_a_database_that_never_responds_ends_a_training_and_a_search(
     with socket.create_server(("127.0.0.1", 0)) as server:  # the system accepts connections for it
         address = f"postgresql://me:secret@127.0.0.1:{server.getsockname()[1]}/x"
         shown = address.replace("secret", "***")
-        line = error_of("search", "--dataset", desk.labelled, "--weights", "none", "--storage", address)
+        line = error_of("search", "--dataset", desk.labelled, *TWO_FOLDS, "--storage", address)
         assert line.startswith(f"storage={shown}: ")
         assert reason in line
         monkeypatch.setenv("MLFLOW_TRACKING_URI", address)

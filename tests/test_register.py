@@ -26,6 +26,7 @@ from pneumo_experiments.dataset.hdf5 import Dataset
 from pneumo_experiments.dataset.rle import EMPTY
 from pneumo_experiments.dataset.shards import ShardSettings, make_jobs, results
 from pneumo_experiments.dicom.archive import open_archive
+from pneumo_experiments.errors import UserError
 from pneumo_experiments.experiment.scored_images import digests, identity
 from pneumo_experiments.experiment.subset import Subset, make_split
 from pneumo_experiments.learning.device import ComputeConfig, choose_compute_for
@@ -207,6 +208,39 @@ def test_a_score_names_its_images_whatever_their_stored_size_format_and_order(wa
             assert identity(Subset(changed, everyone)) != whole
     finally:
         table.write_text(before)
+
+
+def test_a_score_against_a_baseline_shows_the_difference_and_the_images_that_changed(
+    ward: Ward, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = make(
+        *(Score, ), model=ward.first, dataset=ward.foreign, subset="all", device="cpu", overlays=0,
+        baseline=ward.empty,
+    )  # fmt: skip
+    result = score(settings)
+    assert result.scores is not None
+    metrics, run_id = last_run().data.metrics, last_run().info.run_id
+    # All images have a finding: the baseline, which marks nothing, has Dice 0 on each.
+    assert metrics["baseline_model_dice"] == 0
+    assert metrics["dice_difference"] == pytest.approx(result.scores.dice)
+    assert (metrics["dice_difference_low"], metrics["dice_difference_high"]) == pytest.approx(
+        (result.scores.dice_low, result.scores.dice_high)
+    )
+    assert metrics["probability_better"] == 1
+    table = json.loads(
+        Path(mlflow.artifacts.download_artifacts(f"runs:/{run_id}/changed_images.json")).read_text()
+    )
+    changes = [row[1] for row in table["data"]]
+    assert len(changes) == result.scores.images
+    assert changes == sorted(changes, reverse=True)
+    assert Path(mlflow.artifacts.download_artifacts(f"runs:/{run_id}/comparison.png")).stat().st_size > 1000
+    assert f"against {ward.empty}: +" in capsys.readouterr().out
+
+
+def test_a_baseline_that_was_trained_on_the_images_is_refused(ward: Ward) -> None:
+    settings = make(Score, model=ward.first, dataset=ward.positives, subset="train", baseline=ward.second)
+    with pytest.raises(UserError, match=r"baseline=.* images trained it"):
+        score(settings)
 
 
 def test_every_score_of_a_model_keeps_the_identity_of_its_images(ward: Ward) -> None:

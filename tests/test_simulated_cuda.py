@@ -14,4 +14,4 @@ def test_the_chain_runs_on_a_device_that_is_not_the_cpu() -> None:
     print(done.stdout[-5000:])
     assert done.returncode == 0, done.stdout[-10000:] + done.stderr[-3000:]
     passed = [line for line in done.stdout.splitlines() if line.startswith("PASSED")]
-    assert len(passed) >= 20
+    assert len(passed) >= 19

@@ -53,17 +53,20 @@ def open_study(storage: BaseStorage, settings: Search, fingerprint: str, space: 
         "sampler": make_sampler(settings.study, settings.recipe.seed),
         "pruner": make_pruner(settings.study),
     }
+    first = [within(flat(settings.recipe), space), *_warm_start(storage, settings, space)]  # may raise
     try:
         study = optuna.create_study(study_name=name, storage=storage, directions=directions, **chosen)
         is_new = True
     except DuplicatedStudyError:
         study = optuna.load_study(study_name=name, storage=storage, **chosen)
+        if study.directions != directions:
+            _refuse_foreign(study, made_with)
         is_new = not _is_ready(study)
     except Exception as error:
         raise cannot_be_opened(settings.study.storage, error) from error
     if is_new:
         _set_metric_names(study, metric_names)
-        for values in [within(flat(settings.recipe), space), *_warm_start(storage, settings, space)]:
+        for values in first:
             study.enqueue_trial(values, skip_if_exists=True)
         study.set_user_attr(MADE_WITH, made_with)  # last: the others wait for it
     _refuse_foreign(study, made_with)

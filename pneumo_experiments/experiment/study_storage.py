@@ -132,10 +132,17 @@ def fail_stale_trials(study: Study) -> None:
         optuna.storages.fail_stale_trials(study)
 
 
-def retry_dead_trials(study: Study, storage: BaseStorage) -> None:
-    """Fails and queues again the trials whose process on this machine has died, without waiting."""
+def retry_dead_trials(study: Study, storage: BaseStorage, first_seen: dict[int, float]) -> None:
+    """Fails and queues again the trials whose process on this machine has died, without waiting.
+
+    A process that died before its trial's first line has left neither its name nor a heartbeat: such a trial
+    is dead when it is still like this after the grace period. ``first_seen`` keeps, by number, when this
+    process saw a trial first (time.monotonic).
+    """
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        if tracking.has_ended(trial.user_attrs.get(PROCESS, {})):
+        waited = time.monotonic() - first_seen.setdefault(trial.number, time.monotonic())
+        process = trial.user_attrs.get(PROCESS)
+        if tracking.has_ended(process) if process else waited > GRACE_SECONDS:
             try:
                 trial_id = trial._trial_id  # pyright: ignore[reportPrivateUsage] # no public way leads to it
                 if not storage.set_trial_state_values(trial_id, TrialState.FAIL):

@@ -76,12 +76,7 @@ class TrialTraining:
         """Reads the images of all folds, and trains the network that the trials start from."""
         self._dataset, self._settings = dataset, settings
         self._compute = choose_compute(settings.compute)
-        k, folds = settings.study.folds_per_trial, settings.split.folds
-        if k > folds:
-            raise UserError(f"folds_per_trial={k}: there are {folds} folds; give no more")
-        first = settings.split.fold  # make_split refuses all
-        others = [str((int(first) + i) % folds) for i in range(1, k)] if first.isdecimal() else []
-        self._folds = [self._fold(number) for number in [first, *others]]
+        self._folds = [self._fold(split) for split in split_folds(dataset, settings)]
         self._trained: tuple[Predictor, Thresholds] | None = None  # on the first fold, in the latest trial
         self._initial = self._initial_network()
 
@@ -126,10 +121,8 @@ class TrialTraining:
             ),
         )
 
-    def _fold(self, number: str) -> _Fold:
-        settings = self._settings
-        split = make_split(self._dataset, replace(settings.split, fold=number))
-        training = split.train
+    def _fold(self, split: Split) -> _Fold:
+        settings, training = self._settings, split.train
         if limit := settings.study.search_images:
             shuffled = np.random.default_rng(settings.recipe.seed).permutation(training)
             training = np.sort(shuffled[:limit])
@@ -191,6 +184,19 @@ class TrialTraining:
             *_, last = fit(network, data, recipe, epochs, self._compute, advance)
         print(f"search: every trial starts from one network, trained for {epochs} epochs")
         return {name: tensor.cpu() for name, tensor in last.network.state_dict().items()}
+
+
+def split_folds(dataset: Dataset, settings: Search) -> list[Split]:
+    """The split of each fold of a trial. Raises UserError if the data set has too few patients."""
+    k, folds = settings.study.folds_per_trial, settings.split.folds
+    if k > folds:
+        raise UserError(f"folds_per_trial={k}: there are {folds} folds; give no more")
+    first = settings.split.fold  # make_split refuses all
+    others = [str((int(first) + i) % folds) for i in range(1, k)] if first.isdecimal() else []
+    splits = [make_split(dataset, replace(settings.split, fold=number)) for number in [first, *others]]
+    for split in splits:
+        _halves(Subset(dataset, split.validation))
+    return splits
 
 
 def warmup_checkpoint(settings: Search, fingerprint: str) -> Checkpoint:

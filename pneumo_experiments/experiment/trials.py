@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Protocol, cast
 
 import optuna
-from optuna.exceptions import StorageInternalError, TrialPruned
+from optuna.exceptions import StorageInternalError, TrialPruned, UpdateFinishedTrialError
 from optuna.storages import BaseStorage
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
@@ -36,7 +36,9 @@ from pneumo_experiments.settings import Recipe, Search
 
 # What ends one trial, not the search: a training that diverged, or that did not fit in the memory.
 TRIAL_ERRORS = (UserError, RuntimeError, MemoryError)
+MAX_OUTAGES = 5  # of the database in a row
 MAX_FAILURES = 3  # in a row: then the cause is not a trial's settings
+PARENT_SECONDS = 30  # between looks at the parent run, which another worker may have ended
 POLL_SECONDS = 2.0  # between looks at the trials of other workers
 
 
@@ -72,10 +74,22 @@ class Objective:
     training: Callable[[], Training]  # made by the first trial that this worker runs
     total: int
     confirms: bool = False
+    _parent_checked: float = -inf
 
     def __call__(self, trial: optuna.Trial) -> tuple[float, ...]:
         """The trial's values. Raises TrialPruned, TrialFailed and Surplus."""
+        trial.set_user_attr(PROCESS, tracking.process_tags())  # first: without it a dead trial is a riddle
         _refuse_surplus(trial, self.total, self.confirms)
+        try:
+            return self._run(trial)
+        except (TrialPruned, TrialFailed):
+            raise
+        except BaseException:
+            # Not a failure of its settings: they are tried again, by the next command at the latest.
+            retry(trial.study, trial.study.get_trials(deepcopy=False)[trial.number])
+            raise
+
+    def _run(self, trial: optuna.Trial) -> tuple[float, ...]:
         number = trial.user_attrs[CONFIRMS] if self.confirms else trial.number
         training = self.training()
         start = time.perf_counter()
@@ -86,9 +100,8 @@ class Objective:
                 recipe = replace(recipe, seed=(recipe.seed + 1) % 2**32)
             line = in_words(values)
             title = f"{'confirm' if self.confirms else 'trial'} {number}"
-            tracking.keep_running()
+            self._keep_parent_running()
             with tracking.run(f"{title}: {line}", replace(self.settings, recipe=recipe)) as run_id:
-                trial.set_user_attr(PROCESS, tracking.process_tags())
                 trial.set_user_attr(RUN_ID, run_id)
                 scores, epochs = self._train(trial, training, recipe)
                 seconds = time.perf_counter() - start
@@ -101,9 +114,7 @@ class Objective:
                     tracking.rename(f"{title} (pruned): {line}")
                 state = f"pruned after epoch {epochs} of {self._epochs}" if is_pruned else "complete"
                 tracking.describe(f"{title}, {state}: {line}.\nCross-fitted Dice {scores.dice:.4f}.")
-        except (KeyboardInterrupt, ServerUnreachable):
-            # Not a failure of its settings: they are tried again, by the next command at the latest.
-            retry(trial.study, trial.study.get_trials(deepcopy=False)[trial.number])
+        except ServerUnreachable:
             raise
         except TRIAL_ERRORS as error:
             reason = tracking.hide_passwords(str(error).split("\n")[0])[:500]
@@ -115,6 +126,11 @@ class Objective:
             raise TrialPruned
         is_single = self.settings.study.objectives == "dice"
         return (scores.value,) if is_single else (scores.value, scores.seconds_per_image)
+
+    def _keep_parent_running(self) -> None:
+        if time.monotonic() > self._parent_checked + PARENT_SECONDS:
+            tracking.keep_running()
+            self._parent_checked = time.monotonic()
 
     @property
     def _epochs(self) -> int:
@@ -167,36 +183,50 @@ def run_trials(
     Starts none after ``deadline`` (of time.monotonic), or once a Dice reaches ``target``. ``queue`` is called
     before each trial. Raises UserError when several trials in a row have failed.
     """
-    failures, is_waiting = 0, False
-    ended: list[FrozenTrial] = []
-    while not _is_over(study, objective.total, deadline, target):
-        queue()
-        retry_dead_trials(study, storage)
-        running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-        if count_trials(study) + len(running) >= objective.total:
-            if not is_waiting:
-                print(f"search: waiting for other workers, which still run {len(running)}")
-            is_waiting = True
-            time.sleep(POLL_SECONDS)
-            fail_stale_trials(study)
-            continue
+    failures, outages, is_waiting = 0, 0, False
+    first_seen: dict[int, float] = {}
+    while True:
         try:
-            study.optimize(
-                objective,
-                n_trials=1,
-                catch=(TrialFailed, Surplus),
-                callbacks=[lambda _, trial: ended.append(trial)],
-            )
-        except StorageInternalError as error:
-            print(f"search: storage: the database does not respond ({type(error).__name__}); trying again")
+            if _is_over(study, objective.total, deadline, target):
+                return
+            queue()
+            retry_dead_trials(study, storage, first_seen)
+            running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+            if count_trials(study) + len(running) >= objective.total:
+                if not is_waiting:
+                    print(f"search: waiting for other workers, which still run {len(running)}")
+                is_waiting = True
+                time.sleep(POLL_SECONDS)
+                fail_stale_trials(study)
+                continue
+            error = _run_one(study, objective)
+        except StorageInternalError:
+            outages += 1
+            if outages >= MAX_OUTAGES:
+                raise UserError("storage: the database does not respond; the same command goes on") from None
+            print("search: storage: the database does not respond; trying again")
             time.sleep(POLL_SECONDS)
+        except UpdateFinishedTrialError:
+            print("search: this process was silent for so long that its trial is repeated")
         except ServerUnreachable:
             tracking.wait_for_store()
         else:
-            reason = ended.pop().user_attrs.get(ERROR)
-            failures = failures + 1 if reason else 0
+            outages = 0
+            failures = failures + 1 if error else 0
             if failures >= MAX_FAILURES:
-                raise UserError(f"search: the last {failures} trials failed: {reason}")
+                raise UserError(f"search: the last {failures} trials failed: {error}")
+
+
+def _run_one(study: Study, objective: Objective) -> str | None:
+    """Runs one trial; returns its error, if it failed."""
+    ended: list[FrozenTrial] = []
+    study.optimize(
+        objective,
+        n_trials=1,
+        catch=(TrialFailed, Surplus),
+        callbacks=[lambda _, trial: ended.append(trial)],
+    )
+    return ended[0].user_attrs.get(ERROR)
 
 
 def confirm_trials(study: Study, confirmations: Study, storage: BaseStorage, objective: Objective) -> None:

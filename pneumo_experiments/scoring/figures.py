@@ -12,6 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
+from pneumo_experiments.scoring.comparison import Comparison
+
 Colour = tuple[int, int, int]
 
 BACKGROUND: Colour = (17, 18, 20)
@@ -114,6 +116,33 @@ def calibration_plot(
     axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
     axes.grid(alpha=0.3)
     axes.legend()
+    return _pixels(figure)
+
+
+def comparison_plot(differences: NDArray[np.float64], comparison: Comparison) -> NDArray[np.uint8]:
+    """Differences of Dice (n,) of each image in order, and of the mean in resamples; RGB (h, w, 3)."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left: Any = figure.add_subplot(1, 2, 1)
+    ordered = np.sort(differences)[::-1]
+    left.bar(range(len(ordered)), ordered, width=1, color=np.where(ordered > 0, "tab:green", "tab:red"))
+    better, worse = int((differences > 0).sum()), int((differences < 0).sum())
+    left.set(
+        title=f"{better} images better, {worse} worse, {len(ordered) - better - worse} equal",
+        xlabel="images",
+        ylabel="Dice minus baseline's Dice",
+    )
+    right: Any = figure.add_subplot(1, 2, 2)
+    right.hist(comparison.resamples, bins=40, color="tab:grey")
+    right.axvline(0, color="black", linestyle="--", label="no difference")
+    right.axvspan(comparison.low, comparison.high, alpha=0.2, label="95% interval")
+    right.set(
+        title=f"better with a probability of {comparison.probability_better:.3f}",
+        xlabel="difference of mean Dice",
+        ylabel="resamples of the patients",
+    )
+    right.legend()
     return _pixels(figure)
 
 

@@ -94,11 +94,17 @@ def bins(presence: NDArray[np.float32]) -> list[NDArray[np.bool_]]:
 def bootstrap_intervals(
     measures: Mapping[str, Measure], patients: Sequence[str], rng: np.random.Generator
 ) -> dict[str, tuple[float, float]]:
-    """95% percentile interval of each score, by resampling patients with all their images.
+    """95% percentile interval of each score, by resampling patients with all their images."""
+    return {name: interval_of(values) for name, values in bootstrap(measures, patients, rng).items()}
 
-    A measure computes its score for each row of weights (r, n): how often each image was drawn. Resamples in
-    which it is undefined do not count. Images of one patient are correlated: resampling images would make the
-    interval too narrow.
+
+def bootstrap(
+    measures: Mapping[str, Measure], patients: Sequence[str], rng: np.random.Generator
+) -> dict[str, NDArray[np.float64]]:
+    """Each score in RESAMPLES resamples of the patients, with all their images.
+
+    A measure computes its score for each row of weights (r, n): how often each image was drawn. Images of one
+    patient are correlated: resampling images would make intervals too narrow.
     """
     _, patient = np.unique(np.asarray(patients), return_inverse=True)
     count = int(patient.max()) + 1
@@ -109,11 +115,11 @@ def bootstrap_intervals(
         weights = times.astype(np.float64)[:, patient]
         for name, measure in measures.items():
             values[name].append(measure(weights))
-    return {name: _middle(np.concatenate(parts)) for name, parts in values.items()}
+    return {name: np.concatenate(parts) for name, parts in values.items()}
 
 
-def _middle(values: NDArray[np.float64]) -> tuple[float, float]:
-    """The 2.5th and 97.5th percentile of the values that are not NaN; NaN if all are."""
+def interval_of(values: NDArray[np.float64]) -> tuple[float, float]:
+    """The 2.5th and 97.5th percentile of the resamples that are not NaN; NaN if all are."""
     defined = values[~np.isnan(values)]
     if not defined.size:
         return float("nan"), float("nan")

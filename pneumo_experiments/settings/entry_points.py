@@ -103,6 +103,9 @@ class Score:
         Literal["holdout", "validation", "train", "all"],
         Arg("patients to score, in the model's own split"),
     ] = "holdout"
+    baseline: Annotated[
+        str, Arg("model to compare with on the same images, a models:/ address; none", declared=True)
+    ] = NONE
     dicom_dir: Annotated[
         Path | None,
         Arg("folder of DICOM files without labels: writes the submission instead", declared=True),

@@ -20,6 +20,7 @@ from pneumo_experiments.dicom.archive import DIFFERING_FILES, open_archive
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.experiment.counts_search import log_counts, search_counts
 from pneumo_experiments.experiment.ensemble import addresses_of, load_models
+from pneumo_experiments.experiment.model_comparison import log_comparison, refuse_seen
 from pneumo_experiments.experiment.scored_images import digests, identity, log_groups, log_per_image
 from pneumo_experiments.experiment.submission_check import (
     check_submission,
@@ -31,7 +32,7 @@ from pneumo_experiments.experiment.subset import Subset, log_overlays, make_spli
 from pneumo_experiments.scoring.scores import Scores, score_images
 from pneumo_experiments.scoring.submission import write_submission
 from pneumo_experiments.serving import Detector
-from pneumo_experiments.settings import AUTO, Score, flat
+from pneumo_experiments.settings import AUTO, NONE, Score, flat
 
 # How names of metrics begin. Without a prefix they tell of images that neither trained the model nor chose
 # its epoch or thresholds; "external" is subset=all of another data set than that of the training.
@@ -93,6 +94,11 @@ def _score_dataset(settings: Score, detector: Detector, model: str | None) -> Sc
         tracking.log_dataset(settings.dataset, dataset.fingerprint, settings.subset)
         subset = Subset(dataset, _indices(settings, detector, dataset))
         name, images = _name_subset(settings, detector, subset), identity(subset)
+        baseline = (
+            None if settings.baseline in ("", NONE) else load_models(settings.baseline).on(settings.compute)
+        )
+        if baseline is not None:
+            refuse_seen(settings.baseline, baseline, subset)
         counts = subset.count(detector.predictor, desc="score")
         scored = subset.scored(counts, detector.thresholds)
         scores, prefix = score_images(scored), PREFIXES[name]
@@ -107,8 +113,12 @@ def _score_dataset(settings: Score, detector: Detector, model: str | None) -> Sc
         log_per_image(subset, counts, detector.thresholds)  # last: the table that the evaluation view opens
         where = log_overlays(subset, counts, detector.predictor, detector.thresholds, settings.overlays)
         line = scores_line(scores)
-        tracking.describe(f"{name} images of {settings.dataset}, by {_model_text(settings)}.\n{line}.")
         print(f"score: {name}: {line}")
+        text = f"{name} images of {settings.dataset}, by {_model_text(settings)}.\n{line}."
+        if baseline is not None:
+            comparison = log_comparison(settings.baseline, subset, scored, baseline, prefix)
+            text += f"\nAgainst {settings.baseline}: {comparison.line}."
+        tracking.describe(text)
     return ScoreResult(scores, where, None, prefix)
 
 

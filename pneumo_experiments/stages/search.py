@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from math import inf
@@ -22,7 +22,7 @@ from pneumo_experiments.experiment.study import PARENT, open_confirmations, open
 from pneumo_experiments.experiment.study_report import choose_winner, log_study
 from pneumo_experiments.experiment.study_storage import open_storage
 from pneumo_experiments.experiment.trial_table import in_words, print_header
-from pneumo_experiments.experiment.trial_training import TrialTraining, warmup_checkpoint
+from pneumo_experiments.experiment.trial_training import TrialTraining, split_folds, warmup_checkpoint
 from pneumo_experiments.experiment.trials import (
     Objective,
     Training,
@@ -45,12 +45,13 @@ class SearchResult:
 
 def search(settings: Search) -> SearchResult:
     """Runs the study's trials, together with other workers: each a short training in a child run."""
-    try:
-        dataset = Dataset.open(settings.dataset)
-    except UserError:
-        with tracking.run("search", settings):
-            raise
-    with dataset:
+    with ExitStack() as stack:
+        try:
+            dataset = stack.enter_context(Dataset.open(settings.dataset))
+            split_folds(dataset, settings)  # an unsuitable data set is an error before there is a study
+        except UserError:
+            with tracking.run("search", settings):
+                raise
 
         def make_training() -> Training:
             tracking.log_dataset(settings.dataset, dataset.fingerprint, "search")

@@ -21,7 +21,7 @@ from pneumo_experiments.tracking.context import active_client, client_of, is_ena
 from pneumo_experiments.tracking.log import describe, log_config, now_ms
 from pneumo_experiments.tracking.processes import end_orphaned_runs, end_with_mlflow_run, process_tags
 from pneumo_experiments.tracking.servers import check_server
-from pneumo_experiments.tracking.store import SETTING, open_store, tracking_uri
+from pneumo_experiments.tracking.store import SETTING, open_store
 from pneumo_experiments.tracking.system_metrics import log_system_metrics
 
 
@@ -96,9 +96,6 @@ def run(
             raise
         finally:
             _end(client, run_id, None if is_shared and is_shared() else status)
-            if not nested and mlflow.get_tracking_uri().startswith("http"):
-                experiment = started.info.experiment_id
-                print(f"run: {tracking_uri()}/#/experiments/{experiment}/runs/{run_id}")
 
 
 def keep_running() -> None:

@@ -14,6 +14,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking._tracking_service.utils import (
     _get_store,  # pyright: ignore[reportPrivateUsage, reportUnknownVariableType]
 )
+from sqlalchemy import NullPool, create_engine, text
 
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.tracking.addresses import (
@@ -21,11 +22,15 @@ from pneumo_experiments.tracking.addresses import (
     hide_passwords,
     is_misread_by_mlflow,
     local_path,
+    scheme_of,
 )
 from pneumo_experiments.tracking.servers import check_server, connect, wait_for_server
 
 SETTING = "MLFLOW_TRACKING_URI"
 LOCK_TIMEOUT_SECONDS = 60
+POSTGRESQL_LOCK = (
+    7_368_662_513  # any number that other programs do not take; the connection's end releases it
+)
 KIND_TAG = "mlflow.experimentKind"
 
 
@@ -96,6 +101,11 @@ def _creation_lock() -> Generator[None]:
             connect(mlflow.get_tracking_uri())  # MLflow itself would retry for minutes
             # Creates the tables, and the default experiment with an artifact location: see local_path.
             _get_store(artifact_uri=(path.parent / "mlruns").as_uri())
+        elif scheme_of(mlflow.get_tracking_uri()) == "postgresql":
+            engine = create_engine(mlflow.get_tracking_uri(), poolclass=NullPool)
+            connection = stack.enter_context(engine.connect())
+            connection.execute(text(f"SET lock_timeout = {1000 * LOCK_TIMEOUT_SECONDS}"))
+            connection.execute(text("SELECT pg_advisory_lock(:key)"), {"key": POSTGRESQL_LOCK})
         yield
 
 

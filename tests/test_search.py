@@ -1,0 +1,429 @@
+"""The entry point ``search``: its runs, what it keeps, and how it goes on."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from math import nan
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import optuna
+import psutil
+import pytest
+import torch
+import yaml
+from conftest import ROOT
+from database_server import DatabaseServer
+from helpers import changed, copy_store, ended, environment, make
+from mlflow import MlflowClient
+from mlflow.entities import Run
+from optuna.trial import TrialState
+from samples import stored_sample
+
+from pneumo_experiments import tracking
+from pneumo_experiments.dataset.hdf5 import Dataset
+from pneumo_experiments.errors import UserError
+from pneumo_experiments.experiment import trial_training
+from pneumo_experiments.experiment.trial_training import TrialScores, TrialTraining
+from pneumo_experiments.interrupts import Interrupted
+from pneumo_experiments.scoring.thresholds import Thresholds
+from pneumo_experiments.settings import Recipe, Search, Train, flat
+from pneumo_experiments.stages import search as stage
+from pneumo_experiments.stages.search import SearchResult, run_study, search
+from pneumo_experiments.stages.train import train
+
+pytestmark = pytest.mark.usefixtures("folder")
+STORAGE = "sqlite:///optuna.db"
+SHORT = {"study": "s", "storage": STORAGE, "search_epochs": 2, "pruner": "none", "confirm": 0}
+
+PICTURES = ("history", "intermediate_values", "parallel_coordinate", "slice", "importances", "contour")
+
+
+@pytest.fixture
+def folder(empty_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty folder with a store of its own."""
+    copy_store(empty_store, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    mlflow.set_tracking_uri(None)
+    yield tmp_path
+    assert mlflow.active_run() is None
+    mlflow.set_tracking_uri(None)
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return stored_sample(tmp_path_factory.mktemp("data"), images=24, image_size=32)
+
+
+@pytest.fixture
+def settings(dataset: Path, tiny: None) -> Search:
+    shared = {"network": "tiny", "weights": "none", "batch_size": 8, "precision": "fp32", "device": "cpu"}
+    return make(Search, dataset=dataset, trials=2, **(SHORT | shared))
+
+
+def first_value(recipe: Recipe) -> float:
+    """From 0 to 0.5, another for every dice_weight."""
+    return recipe.loss.dice_weight / (recipe.loss.dice_weight + 1) / 2
+
+
+@dataclass
+class Quick:
+    """Epochs that take no time."""
+
+    value: Callable[[Recipe], float] = first_value
+    count: int = 2
+
+    def epochs(self, recipe: Recipe) -> Iterator[TrialScores]:
+        for epoch in range(1, self.count + 1):
+            value = self.value(recipe) * epoch / self.count
+            yield TrialScores(value, value, value + 0.01, value / 2, False, Thresholds(), 0.01)
+
+    def save_model(self, folder: Path, recipe: Recipe) -> None:
+        (folder / "weights.pt").write_bytes(bytes(1000))
+
+
+def quick(value: Callable[[Recipe], float] = first_value, **values: Any) -> SearchResult:
+    settings = make(Search, **(SHORT | values))
+    return run_study(settings, "f" * 64, lambda: Quick(value), lambda settings: None)
+
+
+def runs() -> list[Run]:
+    """In the order of their start."""
+    return list(MlflowClient().search_runs(["0"], order_by=["attributes.start_time ASC"]))
+
+
+def parent() -> Run:
+    (run,) = [run for run in runs() if run.info.run_name == "search"]
+    return run
+
+
+def artifact(name: str) -> Path:
+    return Path(MlflowClient().download_artifacts(parent().info.run_id, name))
+
+
+def study(name: str = "s") -> optuna.Study:
+    return optuna.load_study(study_name=name, storage=STORAGE)
+
+
+def finished() -> list[optuna.trial.FrozenTrial]:
+    return study().get_trials(states=(TrialState.COMPLETE, TrialState.PRUNED))
+
+
+# Runs, and what the parent holds
+
+
+def test_every_trial_is_a_child_run_of_one_parent_with_its_own_settings() -> None:
+    quick(trials=3)
+    children = [run for run in runs() if run.info.run_name != "search"]
+    assert {run.data.tags["mlflow.parentRunId"] for run in children} == {parent().info.run_id}
+    for trial, run in zip(study().trials, children, strict=True):
+        assert run.info.run_id == trial.user_attrs["run_id"]
+        assert run.info.run_name.startswith(
+            f"trial {trial.number}: dice_weight {trial.params['dice_weight']:.3g}"
+        )
+        assert float(run.data.params["dice_weight"]) == trial.params["dice_weight"]
+        assert run.data.params["trial_state"] == "complete"
+        assert run.data.metrics["trial_value"] == trial.value == trial.user_attrs["dice"]
+    assert [run.info.status for run in runs()] == ["FINISHED"] * 4
+
+
+def test_the_parent_holds_the_table_of_trials_the_best_settings_and_pictures() -> None:
+    result = quick(trials=4)
+    table = json.loads(artifact("trials.json").read_text())
+    rows = [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
+    assert [row["trial"] for row in rows] == [0, 1, 2, 3]
+    assert [row["value"] for row in rows] == [trial.value for trial in study().trials]
+    assert [row["dice_weight"] for row in rows] == [t.params["dice_weight"] for t in study().trials]
+    best = yaml.safe_load(artifact("best.yaml").read_text())
+    assert best["dice_weight"] == result.recipe.loss.dice_weight == study().best_params["dice_weight"]
+    assert parent().data.metrics["best_trial"] == result.trial == study().best_trial.number
+    names = {path.path for path in MlflowClient().list_artifacts(parent().info.run_id, "study")}
+    assert names == {f"study/{name}.png" for name in PICTURES}
+
+
+def test_a_pruned_trial_is_visible_as_pruned() -> None:
+    # The first trial has the settings as given; those after it are worse, and the median prunes them.
+    values = iter([0.5, 0.5, *[0.1] * 20])
+    quick(lambda recipe: next(values), trials=3, pruner="median")
+    assert [trial.state.name for trial in study().trials] == ["COMPLETE", "PRUNED", "PRUNED"]
+    (run,) = [run for run in runs() if run.info.run_name.startswith("trial 1")]
+    assert run.data.params["trial_state"] == "pruned"
+    assert run.info.run_name.startswith("trial 1 (pruned): ")
+
+
+def test_only_the_models_of_the_best_trials_stay() -> None:
+    quick(trials=6, keep=2)
+    best = sorted(study().trials, key=lambda trial: -trial.values[0])[:2]
+    models = MlflowClient().search_logged_models(["0"])
+    assert {model.source_run_id for model in models} == {trial.user_attrs["run_id"] for trial in best}
+    weights = list(Path("mlruns").rglob("weights.pt"))
+    assert len(weights) == 2  # the others' files are gone
+
+
+def test_the_winner_has_the_best_mean_of_both_trainings() -> None:
+    # The better the first value, the worse the second one: of the two confirmed, the lower first value wins.
+    def value(recipe: Recipe) -> float:
+        return first_value(recipe) if recipe.seed == 0 else 1 - 2 * first_value(recipe)
+
+    result = quick(value, trials=4, confirm=2, seed=0)
+    first, second = sorted(study().trials, key=lambda trial: -trial.values[0])[:2]
+    assert result.trial == second.number
+    confirmed = {t.user_attrs["confirms"]: t.values[0] for t in study("s-confirm").trials}
+    assert confirmed == {t.number: pytest.approx(1 - 2 * t.values[0]) for t in (first, second)}
+    mean = (second.values[0] + confirmed[second.number]) / 2
+    assert parent().data.metrics["val_dice"] == pytest.approx(mean)
+    excess = sum(t.values[0] - confirmed[t.number] for t in (first, second)) / 2
+    assert f"{excess:+.4f} too high" in parent().data.tags["mlflow.note.content"]
+
+
+def test_several_objectives_give_a_pareto_front_and_no_pruning() -> None:
+    quick(trials=3, objectives="dice,seconds", pruner="hyperband")
+    assert all(len(trial.values) == 2 and not trial.intermediate_values for trial in study().trials)
+    assert artifact("study/pareto_front.png").read_bytes()[:4] == b"\x89PNG"
+    assert [direction.name for direction in study().directions] == ["MAXIMIZE", "MINIMIZE"]
+
+
+# Going on
+
+
+def test_trials_is_the_total_of_the_study_and_its_parent_stays() -> None:
+    quick(trials=2)
+    before = parent().info.run_id
+    quick(trials=5)
+    assert len(finished()) == 5
+    assert parent().info.run_id == before
+    quick(trials=5)
+    assert len(finished()) == 5
+    assert len(json.loads(artifact("trials.json").read_text())["data"]) == 5
+
+
+def test_a_target_or_the_time_ends_a_study_early(capsys: pytest.CaptureFixture[str]) -> None:
+    quick(trials=9, target=0.2)
+    assert len(finished()) == 1  # the first value is 0.25
+    with pytest.raises(UserError, match="no trial has completed; give it more trials, or more time"):
+        quick(trials=9, study="late", timeout=1e-9)
+    assert not study("late").get_trials(states=(TrialState.COMPLETE,))
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError("no room"), UserError("diverged")]
+)
+def test_a_trial_that_fails_is_one_trial_and_the_study_goes_on(error: Exception) -> None:
+    calls = iter(range(100))
+
+    def value(recipe: Recipe) -> float:
+        if next(calls) == 2:  # the first epoch of the second trial
+            raise error
+        return first_value(recipe)
+
+    quick(value, trials=4)
+    assert [trial.state.name for trial in study().trials] == ["COMPLETE", "FAIL", "COMPLETE", "COMPLETE"]
+    assert study().trials[1].user_attrs["error"] == str(error)
+    assert sorted(run.info.status for run in runs()) == ["FAILED", *["FINISHED"] * 4]
+
+
+def test_a_value_that_is_nan_fails_one_trial() -> None:
+    calls = iter(range(100))
+    quick(lambda recipe: nan if next(calls) in (2, 3) else first_value(recipe), trials=3)
+    assert [t.state.name for t in study().trials if t.number != 1] == ["COMPLETE"] * (len(study().trials) - 1)
+    assert study().trials[1].state is TrialState.FAIL
+
+
+def test_three_failures_in_a_row_end_the_search_with_one_line() -> None:
+    def value(recipe: Recipe) -> float:
+        raise RuntimeError("no such device\nmore")
+
+    with pytest.raises(UserError, match=r"^search: the last 3 trials failed: no such device$"):
+        quick(value, trials=9)
+    assert len(study().trials) == 3 + sum(trial.state is TrialState.WAITING for trial in study().trials)
+    assert parent().info.status == "FAILED"
+
+
+def test_after_ctrl_c_the_same_command_tries_the_same_trial_again() -> None:
+    calls = iter(range(100))
+
+    def value(recipe: Recipe) -> float:
+        if next(calls) == 3:  # the second epoch of the second trial
+            raise Interrupted
+        return first_value(recipe)
+
+    with pytest.raises(Interrupted):
+        quick(value, trials=3)
+    assert parent().info.status == "KILLED"
+    interrupted = study().trials[1]
+    quick(trials=3)
+    again = [trial for trial in finished() if trial.params == interrupted.params]
+    assert len(again) == 1
+    assert len(finished()) == 3
+    assert parent().info.status == "FINISHED"
+    assert sorted(run.info.status for run in runs()) == [*["FINISHED"] * 4, "KILLED"]
+
+
+def test_ctrl_c_while_the_data_are_read_costs_no_trial() -> None:
+    def make_training() -> Quick:
+        raise Interrupted
+
+    settings = make(Search, **(SHORT | {"trials": 2}))
+    with pytest.raises(Interrupted):
+        run_study(settings, "f" * 64, make_training, lambda settings: None)
+    quick(trials=2)
+    assert finished()[0].params["dice_weight"] == settings.recipe.loss.dice_weight  # still tried first
+
+
+def test_the_same_data_and_settings_have_one_study_and_others_another() -> None:
+    def name(fingerprint: str, **values: Any) -> str:
+        before = set(optuna.get_all_study_names(STORAGE)) if Path("optuna.db").exists() else set()
+        settings = make(Search, **(SHORT | {"study": "auto", "trials": 1} | values))
+        run_study(settings, fingerprint, Quick, lambda settings: None)
+        new = {n for n in optuna.get_all_study_names(STORAGE) if not n.endswith("-confirm")} - before
+        return new.pop() if new else "none"
+
+    first = name("f" * 64)
+    assert re.fullmatch(r"search-[0-9a-f]{8}", first)
+    assert name("f" * 64) == "none"
+    others = [name("e" * 64), name("f" * 64, learning_rate=1e-2), name("f" * 64, searched="dice_weight")]
+    assert len({first, "none", *others}) == 5
+    assert name("f" * 64, trials=2, sampler="random", keep=1) == "none"  # how, not what
+
+
+def test_a_study_of_other_data_is_refused_and_the_difference_named() -> None:
+    quick(trials=1)
+    with pytest.raises(
+        UserError, match=r"^study=s: was made with learning_rate 0\.\d+, not 0\.01; name another"
+    ):
+        quick(trials=1, learning_rate=0.01)
+    settings = make(Search, **(SHORT | {"trials": 1}))
+    with pytest.raises(UserError, match=r"^study=s: was made with data f{16}, not e{16}; name another"):
+        run_study(settings, "e" * 64, Quick, lambda settings: None)
+    with pytest.raises(UserError, match=r"range of dice_weight 0\.1 to 10, logarithmic, not not searched"):
+        quick(trials=1, searched="focal_weight,presence_weight")
+    assert len(study().trials) == 1
+
+
+# Real trainings
+
+
+def test_the_best_settings_train_a_network(
+    settings: Search, tiny_default: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = changed(settings, network="fcn_resnet50", trials=3)
+    result = search(settings)
+    assert len(finished()) == 3
+    config = str(artifact("best.yaml"))
+    short = ["--epochs", "1", "--threshold_trials", "0", "--overlays", "0", "--device", "cpu"]
+    end = ended(["train", "--config", config, *short], monkeypatch, capsys)
+    assert end.code == 0, end.err
+    shared = {
+        name: flat(settings)[name] for name in ("dataset", "weights", "batch_size", "precision", "device")
+    }
+    train(make(Train, **shared, from_study="s", storage=STORAGE, epochs=1, threshold_trials=0, overlays=0))
+    for run in [run for run in runs() if run.info.run_name.startswith("train")]:
+        assert float(run.data.params["dice_weight"]) == result.recipe.loss.dice_weight
+        assert float(run.data.params["presence_weight"]) == result.recipe.loss.presence_weight
+    with pytest.raises(UserError, match=r"^from_study=t: no such study in the storage; there are s"):
+        train(make(Train, **shared, from_study="t", storage=STORAGE))
+
+
+def test_a_learning_rate_that_diverges_fails_its_trials_alone(settings: Search, folder: Path) -> None:
+    (folder / "space.yaml").write_text("learning_rate: {choices: [1.0e-4, 1.0e+30]}\n")
+    chosen = {"searched": "learning_rate", "space": folder / "space.yaml", "sampler": "random", "trials": 5}
+    search(changed(settings, learning_rate=1e-4, **chosen))
+    failed = {trial.params["learning_rate"] for trial in study().trials if trial.state is TrialState.FAIL}
+    assert failed == {1e30}
+    assert {trial.params["learning_rate"] for trial in finished()} == {1e-4}
+
+
+def test_a_trial_on_two_folds_is_worth_their_mean(settings: Search) -> None:
+    with Dataset.open(settings.dataset) as dataset, tracking.run("search", settings):
+        both = changed(settings, folds_per_trial=2)
+        one, two = (
+            list(TrialTraining(dataset, s).epochs(s.recipe)) for s in (settings, changed(settings, fold="1"))
+        )
+        mean = list(TrialTraining(dataset, both).epochs(both.recipe))
+    assert len(mean) == 4
+    assert mean[1].dice == one[-1].dice
+    assert one[-1].dice != two[-1].dice
+    assert mean[-1].dice == pytest.approx((one[-1].dice + two[-1].dice) / 2)
+
+
+def test_warm_up_epochs_are_trained_once_and_deleted_at_the_end(
+    settings: Search, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings, calls = changed(settings, search_warmup_epochs=1), list[int]()
+    fit = trial_training.fit
+
+    def counted(*arguments: Any, **named: Any) -> Any:
+        calls.append(1)
+        return fit(*arguments, **named)
+
+    monkeypatch.setattr(trial_training, "fit", counted)
+    with monkeypatch.context() as patch:
+        patch.setattr(stage, "log_study", _interrupt)
+        with pytest.raises(Interrupted):
+            search(settings)
+    assert len([*Path("output/checkpoints").glob("warm-up-*")]) == 1
+    search(changed(settings, trials=3))
+    assert calls == [1]
+    assert not [*Path("output/checkpoints").glob("warm-up-*/*.pt")]
+
+
+def _interrupt(*arguments: Any) -> None:
+    raise Interrupted
+
+
+# Several workers, and passwords
+
+
+def test_two_workers_never_exceed_the_trials_and_no_password_appears(
+    folder: Path, database: DatabaseServer
+) -> None:
+    address = database.create("workers", password="hush123")
+    words = [
+        "trials=5",
+        "workers=2",
+        "search_epochs=1",
+        "sleep=0.3",
+        "confirm=1",
+        "study=s",
+        f"storage={address}",
+    ]
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "benchmarks" / "sleeping_search.py"), *words],
+        cwd=folder,
+        env=environment() | {"MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    commands, seen = set[str](), psutil.Process(process.pid)
+    while process.poll() is None:
+        for child in seen.children(recursive=True) if seen.is_running() else []:
+            try:
+                commands.add(" ".join(child.cmdline()))
+            except psutil.NoSuchProcess:
+                continue
+        try:
+            process.wait(0.2)
+        except subprocess.TimeoutExpired:
+            continue
+    assert process.stdout is not None
+    output = process.stdout.read()
+    assert process.returncode == 0, output
+    trials = optuna.load_study(study_name="s", storage=address).trials
+    assert sum(trial.state in (TrialState.COMPLETE, TrialState.PRUNED) for trial in trials) == 5
+    workers = {
+        trial.user_attrs["process"]["pneumo.process"] for trial in trials if "run_id" in trial.user_attrs
+    }
+    assert len(workers) == 2
+    assert len([command for command in commands if "spawn_main" in command]) >= 2
+    assert not [command for command in commands if "hush123" in command]
+    assert "hush123" not in output and "***" in output
+    for path in [folder / "mlflow.db", *(folder / "mlruns").rglob("*")]:
+        assert path.is_dir() or b"hush123" not in path.read_bytes(), path

@@ -1,0 +1,204 @@
+"""kill -9, lost databases and lost servers under a search of several workers: it loses and repeats nothing.
+
+PNEUMO_KILLS=20 (make soak) kills more often than the few times of the suite, and prints what it did.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import socket
+import time
+from collections import Counter
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import optuna
+import pytest
+from database_server import DatabaseServer
+from helpers import copy_store
+from mlflow import MlflowClient
+from mlflow.entities import Run
+from optuna.trial import FrozenTrial, TrialState
+from sleeping_workers import ended, start_worker
+from tracking_server import Server, wait_until
+
+KILLS = int(os.environ.get("PNEUMO_KILLS") or 3)
+IS_SOAK = KILLS >= 10
+TRIALS, WORKERS, EPOCH_SECONDS = (40, 3, 0.3) if IS_SOAK else (8, 2, 0.15)
+CONFIRMED = 2
+FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
+
+
+def study_of(address: str, name: str = "study") -> optuna.Study:
+    return optuna.load_study(study_name=name, storage=address)
+
+
+def runs_of(uri: str) -> list[Run]:
+    return list(MlflowClient(uri).search_runs(["0"], max_results=1000))
+
+
+def name_of(run: Run) -> str:
+    return str(run.info.run_name).partition(":")[0]
+
+
+def parent_of(run: Run) -> str | None:
+    return run.data.tags.get("mlflow.parentRunId")
+
+
+def best_in_database(study: optuna.Study, confirmations: optuna.Study) -> int:
+    """The number of the best trial by the mean of its two values, from what the database holds."""
+    second = {t.user_attrs["confirms"]: t.values[0] for t in confirmations.trials if t.values}
+    first = {t.number: t.values[0] for t in study.trials if t.state is TrialState.COMPLETE}
+    return max(second, key=lambda number: (first[number] + second[number]) / 2)
+
+
+def without_retries(trials: list[FrozenTrial]) -> list[FrozenTrial]:
+    """The trials but those that repeat one whose worker died."""
+    return [trial for trial in trials if "retry_history" not in trial.system_attrs]
+
+
+def check_study(uri: str, address: str, trials: int) -> optuna.Study:
+    """Asserts what holds for a study that has ended, whatever happened to it."""
+    study, confirmations = study_of(address), study_of(address, "study-confirm")
+    states = Counter(trial.state for trial in study.trials)
+    assert sum(states[state] for state in FINISHED) == trials, states
+    assert states[TrialState.RUNNING] == states[TrialState.WAITING] == 0, states
+    tried = [
+        json.dumps(trial.params, sort_keys=True) for trial in without_retries(study.trials) if trial.params
+    ]
+    assert len(set(tried)) == len(tried)  # no two workers drew the same
+    finished = [trial for trial in study.trials if trial.state in FINISHED]
+    assert len({json.dumps(trial.params, sort_keys=True) for trial in finished}) == trials
+    confirmed = [t.user_attrs["confirms"] for t in confirmations.trials if t.state is TrialState.COMPLETE]
+    assert len(set(confirmed)) == len(confirmed) >= CONFIRMED
+    check_runs(uri, [*study.trials, *confirmations.trials])
+    parent = next(run for run in runs_of(uri) if name_of(run) == "search")
+    assert parent.data.metrics["best_trial"] == best_in_database(study, confirmations)
+    return study
+
+
+def check_runs(uri: str, trials: list[FrozenTrial]) -> None:
+    """Asserts one finished run for each finished trial, all under one parent, and none RUNNING."""
+    runs = runs_of(uri)
+    assert Counter(run.info.status for run in runs)["RUNNING"] == 0
+    (parent,) = [run for run in runs if name_of(run) == "search"]
+    assert parent.info.status == "FINISHED"
+    children = {run.info.run_id: run for run in runs if run is not parent}
+    assert {parent_of(run) for run in children.values()} == {parent.info.run_id}
+    finished = {trial.user_attrs["run_id"] for trial in trials if trial.state in FINISHED}
+    # A worker that was killed between the end of its run and that of its trial leaves one run more.
+    ended_runs = {run_id for run_id, run in children.items() if run.info.status == "FINISHED"}
+    assert finished <= ended_runs
+    assert {children[run_id].info.status for run_id in children.keys() - ended_runs} <= {"KILLED"}
+
+
+def test_killed_workers_lose_no_trial_and_repeat_none(
+    tmp_path: Path, empty_store: Path, database: DatabaseServer
+) -> None:
+    copy_store(empty_store, tmp_path)
+    uri, address = f"sqlite:///{tmp_path}/mlflow.db", database.create("kills")
+    words = [f"trials={TRIALS}", "search_epochs=3", f"sleep={EPOCH_SECONDS}", f"confirm={CONFIRMED}"]
+    words += ["study=study", f"storage={address}"]
+    chance, struck = random.Random(0), Counter[str]()
+    workers = [start_worker(tmp_path, uri, *words) for _ in range(WORKERS)]
+    start = time.monotonic()
+    wait_until(lambda: is_there(address))
+    studies = {"trial": study_of(address), "confirmation": study_of(address, "study-confirm")}
+    for kill in range(KILLS):
+        number = chance.randrange(WORKERS)
+        if kill % 3:  # at work; else at any moment, also while it starts
+            wait_until(lambda n=number: place(studies, workers[n]) in ("trial", "confirmation", "ended"))
+        time.sleep(chance.uniform(0, 2 * EPOCH_SECONDS))
+        struck[place(studies, workers[number])] += 1
+        workers[number].kill()
+        workers[number].join()
+        workers[number] = start_worker(tmp_path, uri, *words)
+    assert [ended(worker) for worker in workers] == [0] * WORKERS, (tmp_path / "log").read_text()
+    last = start_worker(tmp_path, uri, *words)
+    assert ended(last) == 0
+    study = check_study(uri, address, TRIALS)
+    table(struck, study, uri, time.monotonic() - start)
+    assert sum(struck.values()) - struck["ended"] >= KILLS // 2
+
+
+def is_there(address: str) -> bool:
+    try:
+        return bool(study_of(address, "study-confirm"))
+    except Exception:  # the tables are not yet there, or not yet the study
+        return False
+
+
+def place(studies: dict[str, optuna.Study], worker: BaseProcess) -> str:
+    """What a worker is at, by the trials that name it."""
+    if not worker.is_alive():
+        return "ended"
+    for name, study in studies.items():
+        for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+            if trial.user_attrs.get("process", {}).get("pneumo.process", "").startswith(f"{worker.pid}:"):
+                return name
+    return "between trials"
+
+
+def table(struck: Counter[str], study: optuna.Study, uri: str, seconds: float) -> None:
+    states = Counter(trial.state.name.lower() for trial in study.trials)
+    retried = sum("retry_history" in trial.system_attrs for trial in study.trials)
+    statuses = Counter(run.info.status for run in runs_of(uri))
+    print(f"\n{sum(struck.values())} kills of {WORKERS} workers, {TRIALS} trials, {seconds:.0f} s")
+    for title, counts in (("killed in", struck), ("trials", states), ("runs", statuses)):
+        print(f"  {title:<12}" + ", ".join(f"{name} {count}" for name, count in sorted(counts.items())))
+    print(f"  {'retried':<12}{retried}")
+
+
+@pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
+def test_two_workers_that_start_at_once_on_empty_stores_share_one_study_and_one_parent(
+    kind: str, tmp_path: Path, database: DatabaseServer
+) -> None:
+    uri, address = f"sqlite:///{tmp_path}/mlflow.db", f"sqlite:///{tmp_path}/optuna.db"
+    if kind == "postgresql":
+        uri, address = database.create("empty_store"), database.create("empty_study")
+    words = ["trials=4", "search_epochs=2", "sleep=0.1", "confirm=2", "study=study", f"storage={address}"]
+    words += ["pruner=none"]
+    workers = [start_worker(tmp_path, uri, *words) for _ in range(2)]
+    assert [ended(worker) for worker in workers] == [0, 0], (tmp_path / "log").read_text()
+    check_study(uri, address, trials=4)
+
+
+def test_a_database_that_restarts_costs_no_trial(
+    tmp_path: Path, empty_store: Path, database: DatabaseServer
+) -> None:
+    copy_store(empty_store, tmp_path)
+    uri, address = f"sqlite:///{tmp_path}/mlflow.db", database.create("restarted")
+    words = ["trials=4", "search_epochs=3", "sleep=0.3", "confirm=2", "study=study", f"storage={address}"]
+    worker = start_worker(tmp_path, uri, *words)
+    wait_until(lambda: is_there(address) and bool(study_of(address).get_trials(states=FINISHED)))
+    database.stop()
+    time.sleep(20 if IS_SOAK else 1)
+    database.start()
+    assert ended(worker) == 0, (tmp_path / "log").read_text()
+    check_study(uri, address, trials=4)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def test_a_tracking_server_that_is_down_for_a_while_costs_no_trial(tmp_path: Path, empty_store: Path) -> None:
+    copy_store(empty_store, tmp_path)
+    (tmp_path / "mlflow.db").rename(tmp_path / "server.db")
+    server, address = Server(tmp_path, free_port()), f"sqlite:///{tmp_path}/optuna.db"
+    server.start()
+    try:
+        words = ["trials=3", "search_epochs=3", "sleep=0.3", "confirm=2", "study=study", f"storage={address}"]
+        worker = start_worker(tmp_path, server.uri, *words)
+        wait_until(lambda: is_there(address) and bool(study_of(address).get_trials(states=FINISHED)))
+        server.kill()
+        time.sleep(20 if IS_SOAK else 1)
+        server.start()
+        assert ended(worker) == 0, (tmp_path / "log").read_text()
+        check_study(server.uri, address, trials=3)
+    finally:
+        server.kill()
