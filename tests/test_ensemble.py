@@ -213,8 +213,9 @@ def test_score_takes_several_models_in_any_order(store: Path) -> None:
         assert not mlflow.get_logged_model(address.removeprefix("models:/")).metrics
     with pytest.raises(UserError, match=r"subset=validation: the model's 3 networks were each trained on"):
         score(changed(settings, subset="validation"))
-    with pytest.raises(UserError, match="twice; name each model once"):
-        score(changed(settings, model=f"{addresses[0]},{addresses[0]}"))
+    for model_setting in (f"{addresses[0]},{addresses[0]}", f"{addresses[0]},"):
+        with pytest.raises(UserError, match=f"model={model_setting}: names a model twice, or none"):
+            score(changed(settings, model=model_setting))
     other = logged(model(0, data_fingerprint="another"))
     with pytest.raises(UserError, match="one data set"):
         score(changed(settings, model=f"{addresses[0]},{other}"))

@@ -21,12 +21,11 @@ from pneumo_experiments.serving import Detector, join, load, save
 def addresses_of(model: str) -> list[str]:
     """The addresses in a setting that takes several with commas between, sorted.
 
-    So that the order in which they were given changes nothing. Raises UserError for one named twice.
+    So that the order in which they were given changes nothing. Raises UserError if one is empty or repeated.
     """
     addresses = sorted(address.strip() for address in model.split(","))
-    for address in addresses:
-        if addresses.count(address) > 1:
-            raise UserError(f"model={model}: names {address or 'nothing'} twice; name each model once")
+    if len(addresses) > 1 and ("" in addresses or len(set(addresses)) < len(addresses)):
+        raise UserError(f"model={model}: names a model twice, or none between commas; give each one once")
     return addresses
 
 
