@@ -219,13 +219,14 @@ def test_main_killed_after_its_training_takes_it_as_it_ended(
     short = changed(settings_of(dataset), epochs=2)
     settings = make(
         Main,
-        **{name: value for name, value in flat(short).items() if name != "dataset"}
+        **{name: value for name, value in flat(short).items() if name in flat(Main())}
         | {
             "dicom_dir": source / "dicom-images-train",
             "rle_csv": source / "train-rle.csv",
             "trials": 1,
             "search_epochs": 1,
             "search_images": 8,
+            "confirm": 0,
             "image_size": 32,
         },
     )

@@ -19,6 +19,7 @@ import mlflow
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 from conftest import ROOT
 from helpers import BIN, environment_of_mlflow
 from mlflow import MlflowClient
@@ -34,6 +35,8 @@ SMALL = {
     "image_size": 32,
     "epochs": 2,
     "trials": 2,
+    "pruner": "none",
+    "confirm": 0,
     "search_images": 8,
     "threshold_trials": 5,
     "overlays": 2,
@@ -62,7 +65,8 @@ def run_chain(folder: Path, **settings: object) -> Chain:
     # The store's experiment must not have its artifacts in the repository, where `mlflow run` works.
     mlflow.set_tracking_uri(uri)
     MlflowClient().create_experiment("chain", artifact_location=(folder / "artifacts").as_uri())
-    words = [f"-P{name}={value}" for name, value in (settings | {"output_dir": folder / "output"}).items()]
+    settings |= {"output_dir": folder / "output", "storage": f"sqlite:///{folder / 'optuna.db'}"}
+    words = [f"-P{name}={value}" for name, value in settings.items()]
     done = subprocess.run(
         [BIN / "mlflow", "run", ROOT, "--env-manager", "local", "--experiment-name", "chain", *words],
         env=environment_of_mlflow(uri),
@@ -77,7 +81,7 @@ def run_chain(folder: Path, **settings: object) -> Chain:
         search_all_experiments=True, order_by=["attributes.start_time ASC"], output_format="list"
     )
     for run in found:
-        runs.setdefault(run.info.run_name, []).append(run)
+        runs.setdefault(run.info.run_name.partition(":")[0], []).append(run)  # trial 0: dice_weight 1, …
     return Chain(folder, uri, done.stdout, runs)
 
 
@@ -113,9 +117,12 @@ def test_a_setting_is_one_param_of_every_run_that_uses_it(chain: Chain) -> None:
     assert train["epochs"] == "2"
     for trial in ("trial 0", "trial 1"):
         assert {"bce_weight", "dice_weight", "focal_weight"} <= chain.only(trial).data.params.keys()
-    best = json.loads(artifact(chain.only("search"), "best_settings.json").read_text())
-    assert train["bce_weight"] == str(best["bce_weight"])
-    assert set(best) == {"bce_weight", "dice_weight", "focal_weight"}
+    best = yaml.safe_load(artifact(chain.only("search"), "best.yaml").read_text())
+    for name in ("dice_weight", "focal_weight", "presence_weight", "bce_weight"):
+        assert train[name] == str(best[name])
+    assert best["dice_weight"] in [
+        float(chain.only(f"trial {number}").data.params["dice_weight"]) for number in (0, 1)
+    ]
 
 
 def test_loss_and_dice_are_curves_over_the_epochs(chain: Chain) -> None:
@@ -235,10 +242,11 @@ def test_the_registered_champion_answers_dicom_bytes_and_survives_a_bad_file(
         assert (bad["area_px"], bad["rle"]) == (0, "-1")
 
 
-def test_the_logged_model_holds_no_pickle(chain: Chain) -> None:
-    (folder,) = (chain.folder / "artifacts" / "models").glob("m-*/artifacts")
-    names = [path.name for path in folder.rglob("*") if path.is_file()]
-    assert "weights.pt" in names  # read with weights_only
+def test_no_logged_model_holds_a_pickle(chain: Chain) -> None:
+    folders = [*(chain.folder / "artifacts" / "models").glob("m-*/artifacts")]
+    assert len(folders) == 3  # of the training and of the two trials
+    names = [path.name for folder in folders for path in folder.rglob("*") if path.is_file()]
+    assert names.count("weights.pt") == 3  # read with weights_only
     assert not [name for name in names if name.endswith((".pkl", ".pickle", ".joblib"))]
 
 

@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import nan
@@ -30,6 +31,7 @@ from pneumo_experiments import tracking
 from pneumo_experiments.dataset.hdf5 import Dataset
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.experiment import trial_training
+from pneumo_experiments.experiment.study_storage import open_storage
 from pneumo_experiments.experiment.trial_training import TrialScores, TrialTraining
 from pneumo_experiments.interrupts import Interrupted
 from pneumo_experiments.scoring.thresholds import Thresholds
@@ -381,6 +383,30 @@ def _interrupt(*arguments: Any) -> None:
 # Several workers, and passwords
 
 
+def test_no_two_workers_on_sqlite_take_the_same_waiting_trial() -> None:
+    first = optuna.create_study(study_name="s", storage=open_storage(STORAGE))
+    for number in range(30):
+        first.enqueue_trial({"x": number})
+    taken, start = list[int](), threading.Barrier(4)
+
+    def note(trial: optuna.Trial) -> float:
+        taken.append(trial.number)
+        return 0.0
+
+    def take() -> None:
+        study = optuna.load_study(study_name="s", storage=open_storage(STORAGE))
+        start.wait()
+        while study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
+            study.optimize(note, n_trials=1)
+
+    workers = [threading.Thread(target=take) for _ in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert sorted(number for number in taken if number < 30) == list(range(30))
+
+
 def test_two_workers_never_exceed_the_trials_and_no_password_appears(
     folder: Path, database: DatabaseServer
 ) -> None:
@@ -414,7 +440,8 @@ def test_two_workers_never_exceed_the_trials_and_no_password_appears(
         except subprocess.TimeoutExpired:
             continue
     assert process.stdout is not None
-    output = process.stdout.read()
+    with process.stdout:
+        output = process.stdout.read()
     assert process.returncode == 0, output
     trials = optuna.load_study(study_name="s", storage=address).trials
     assert sum(trial.state in (TrialState.COMPLETE, TrialState.PRUNED) for trial in trials) == 5

@@ -109,6 +109,17 @@ def parent_run(study: Study, is_new: bool) -> str | None:
     return study.user_attrs.get(PARENT)
 
 
+def best_trials(study: Study) -> list[FrozenTrial]:
+    """The completed trials, the best first; of equal ones the earlier."""
+    completed = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    return sorted(completed, key=lambda trial: (-cast("list[float]", trial.values)[0], trial.number))
+
+
+def count_trials(study: Study) -> int:
+    """The trials that count towards the study's total."""
+    return sum(map(is_counted, study.get_trials(deepcopy=False)))
+
+
 def _is_ready(study: Study) -> bool:
     """Waits until the worker that created the study has made it ready; False if that one must have died."""
     has_ended = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 from typing import Any, cast
 
 import numpy as np
@@ -17,9 +18,16 @@ from optuna.visualization import matplotlib as plots
 from pneumo_experiments import tracking
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.experiment.search_space import Space, with_values
-from pneumo_experiments.experiment.study import METRIC_NAMES, confirm_name
-from pneumo_experiments.experiment.study_storage import CONFIRMS, ERROR, RUN_ID, load_study, open_storage
-from pneumo_experiments.experiment.trials import best_trials
+from pneumo_experiments.experiment.study import METRIC_NAMES, best_trials, confirm_name, is_counted
+from pneumo_experiments.experiment.study_storage import (
+    CONFIRMS,
+    ERROR,
+    GRACE_SECONDS,
+    PROCESS,
+    RUN_ID,
+    load_study,
+    open_storage,
+)
 from pneumo_experiments.scoring.figures import pyplot_picture
 from pneumo_experiments.settings import Search, as_config
 
@@ -55,6 +63,18 @@ def choose_winner(study: Study, confirmations: Study | None) -> Winner | None:
     winner = max(compared, key=lambda trial: (mean(trial), -trial.number))
     excess = [_first_value(trial) - second[trial.number] for trial in compared if trial.number in second]
     return Winner(winner, mean(winner), second, float(np.mean(excess)) if excess else float("nan"))
+
+
+def is_reporter(study: Study, confirmations: Study) -> bool:
+    """Whether this worker writes the report: it ended the last trial, or the worker that did has died."""
+    trials = [trial for each in (study, confirmations) for trial in each.get_trials(deepcopy=False)]
+    ended = [trial for trial in trials if is_counted(trial) and trial.datetime_complete]
+    if not ended:
+        return True
+    last = max(ended, key=lambda trial: trial.datetime_complete or datetime.min)
+    process, complete = last.user_attrs.get(PROCESS), last.datetime_complete or datetime.min
+    is_old = datetime.now() - complete > timedelta(seconds=GRACE_SECONDS)
+    return is_old or process == tracking.process_tags() or tracking.has_ended(process or {})
 
 
 def log_study(study: Study, winner: Winner | None, settings: Search, space: Space) -> None:

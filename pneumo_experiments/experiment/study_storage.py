@@ -15,7 +15,7 @@ from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 from optuna.storages import BaseStorage, InMemoryStorage, RDBStorage, RetryHeartbeatStaleTrialCallback
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy import event
+from sqlalchemy import Connection, event
 
 from pneumo_experiments import tracking
 from pneumo_experiments.errors import UserError
@@ -81,7 +81,14 @@ def _open(address: str, engine: dict[str, Any]) -> _Storage:
             heartbeat_stale_trial_callback=retry,
         )
     event.listen(storage.engine, "do_connect", _connect_patiently)
+    if storage.engine.dialect.name == "sqlite":
+        event.listen(storage.engine, "begin", _begin_exclusively)
     return storage
+
+
+def _begin_exclusively(connection: Connection) -> None:
+    """Without row locks, as in SQLite, two workers would take the same waiting trial."""
+    connection.exec_driver_sql("BEGIN IMMEDIATE")
 
 
 def _connect_patiently(dialect: Any, record: Any, arguments: Any, parameters: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Runs the trials of a study, together with any number of other workers."""
+"""One trial of a study: a short training in a child run."""
 
 from __future__ import annotations
 
@@ -11,24 +11,20 @@ from pathlib import Path
 from typing import Protocol, cast
 
 import optuna
-from optuna.exceptions import StorageInternalError, TrialPruned, UpdateFinishedTrialError
-from optuna.storages import BaseStorage
-from optuna.study import Study
+from optuna.exceptions import TrialPruned
 from optuna.trial import FrozenTrial, TrialState
 from tqdm import tqdm
 
 from pneumo_experiments import tracking
 from pneumo_experiments.errors import ServerUnreachable, UserError
 from pneumo_experiments.experiment.search_space import Space, suggest, with_values
-from pneumo_experiments.experiment.study import is_counted
+from pneumo_experiments.experiment.study import best_trials, is_counted
 from pneumo_experiments.experiment.study_storage import (
     CONFIRMS,
     ERROR,
     PROCESS,
     RUN_ID,
-    fail_stale_trials,
     retry,
-    retry_dead_trials,
 )
 from pneumo_experiments.experiment.trial_table import in_words, print_row
 from pneumo_experiments.experiment.trial_training import TrialScores
@@ -36,10 +32,7 @@ from pneumo_experiments.settings import Recipe, Search
 
 # What ends one trial, not the search: a training that diverged, or that did not fit in the memory.
 TRIAL_ERRORS = (UserError, RuntimeError, MemoryError)
-MAX_OUTAGES = 5  # of the database in a row
-MAX_FAILURES = 3  # in a row: then the cause is not a trial's settings
 PARENT_SECONDS = 30  # between looks at the parent run, which another worker may have ended
-POLL_SECONDS = 2.0  # between looks at the trials of other workers
 
 
 class Training(Protocol):
@@ -170,103 +163,12 @@ class Objective:
         delete_models(best[keep - 1 : keep])
 
 
-def run_trials(
-    study: Study,
-    storage: BaseStorage,
-    objective: Objective,
-    deadline: float = inf,
-    target: float = 0.0,
-    queue: Callable[[], None] = lambda: None,
-) -> None:
-    """Runs trials until the study has its total, together with other workers, and waits for theirs.
-
-    Starts none after ``deadline`` (of time.monotonic), or once a Dice reaches ``target``. ``queue`` is called
-    before each trial. Raises UserError when several trials in a row have failed.
-    """
-    failures, outages, is_waiting = 0, 0, False
-    first_seen: dict[int, float] = {}
-    while True:
-        try:
-            if _is_over(study, objective.total, deadline, target):
-                return
-            queue()
-            retry_dead_trials(study, storage, first_seen)
-            running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-            if count_trials(study) + len(running) >= objective.total:
-                if not is_waiting:
-                    print(f"search: waiting for other workers, which still run {len(running)}")
-                is_waiting = True
-                time.sleep(POLL_SECONDS)
-                fail_stale_trials(study)
-                continue
-            error = _run_one(study, objective)
-        except StorageInternalError:
-            outages += 1
-            if outages >= MAX_OUTAGES:
-                raise UserError("storage: the database does not respond; the same command goes on") from None
-            print("search: storage: the database does not respond; trying again")
-            time.sleep(POLL_SECONDS)
-        except UpdateFinishedTrialError:
-            print("search: this process was silent for so long that its trial is repeated")
-        except ServerUnreachable:
-            tracking.wait_for_store()
-        else:
-            outages = 0
-            failures = failures + 1 if error else 0
-            if failures >= MAX_FAILURES:
-                raise UserError(f"search: the last {failures} trials failed: {error}")
-
-
-def _run_one(study: Study, objective: Objective) -> str | None:
-    """Runs one trial; returns its error, if it failed."""
-    ended: list[FrozenTrial] = []
-    study.optimize(
-        objective,
-        n_trials=1,
-        catch=(TrialFailed, Surplus),
-        callbacks=[lambda _, trial: ended.append(trial)],
-    )
-    return ended[0].user_attrs.get(ERROR)
-
-
-def confirm_trials(study: Study, confirmations: Study, storage: BaseStorage, objective: Objective) -> None:
-    """Trains the best trials of the study again, in ``confirmations``: each once, whoever does it."""
-    numbers = {trial.number: trial for trial in best_trials(study)[: objective.settings.study.confirm]}
-
-    def queue() -> None:
-        trials = confirmations.get_trials(deepcopy=False)
-        active = [t for t in trials if is_counted(t) or t.state in (TrialState.RUNNING, TrialState.WAITING)]
-        for number in numbers.keys() - {trial.user_attrs.get(CONFIRMS) for trial in active}:
-            confirmations.enqueue_trial(numbers[number].params, user_attrs={CONFIRMS: number})
-
-    earlier = {t.user_attrs[CONFIRMS] for t in confirmations.get_trials(deepcopy=False) if is_counted(t)}
-    total = len(numbers.keys() | earlier)
-    run_trials(confirmations, storage, replace(objective, total=total, confirms=True), queue=queue)
-
-
-def best_trials(study: Study) -> list[FrozenTrial]:
-    """The completed trials, the best first; of equal ones the earlier."""
-    completed = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    return sorted(completed, key=lambda trial: (-cast("list[float]", trial.values)[0], trial.number))
-
-
-def count_trials(study: Study) -> int:
-    """The trials that count towards the study's total."""
-    return sum(map(is_counted, study.get_trials(deepcopy=False)))
-
-
 def delete_models(trials: list[FrozenTrial]) -> None:
     """Deletes the logged models of trials."""
     for trial in trials:
         address = str(trial.user_attrs.get("model", ""))
         if address.startswith("models:/"):
             tracking.delete_model(address)
-
-
-def _is_over(study: Study, total: int, deadline: float, target: float) -> bool:
-    best = best_trials(study)
-    reached = target > 0 and bool(best) and cast("list[float]", best[0].values)[0] >= target
-    return reached or time.monotonic() >= deadline or count_trials(study) >= total
 
 
 def _refuse_surplus(trial: optuna.Trial, total: int, confirms: bool) -> None:

@@ -18,20 +18,20 @@ from pneumo_experiments.dataset.hdf5 import Dataset
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.experiment.search_space import search_space, unsearched_ranges, with_values
 from pneumo_experiments.experiment.search_workers import count_workers, run_workers
-from pneumo_experiments.experiment.study import PARENT, open_confirmations, open_study, parent_run
-from pneumo_experiments.experiment.study_report import choose_winner, log_study
+from pneumo_experiments.experiment.study import (
+    PARENT,
+    best_trials,
+    count_trials,
+    open_confirmations,
+    open_study,
+    parent_run,
+)
+from pneumo_experiments.experiment.study_report import choose_winner, is_reporter, log_study
 from pneumo_experiments.experiment.study_storage import open_storage
+from pneumo_experiments.experiment.trial_loop import confirm_trials, run_trials
 from pneumo_experiments.experiment.trial_table import in_words, print_header
 from pneumo_experiments.experiment.trial_training import TrialTraining, split_folds, warmup_checkpoint
-from pneumo_experiments.experiment.trials import (
-    Objective,
-    Training,
-    best_trials,
-    confirm_trials,
-    count_trials,
-    delete_models,
-    run_trials,
-)
+from pneumo_experiments.experiment.trials import Objective, Training, delete_models
 from pneumo_experiments.settings import NONE, Recipe, Search
 
 
@@ -113,8 +113,9 @@ def run_study(
         run_trials(study, storage, objective, deadline, study_settings.target)
         confirm_trials(study, confirmations, storage, objective)
         winner = choose_winner(study, confirmations)
-        log_study(study, winner, settings, space)
-        delete_models(best_trials(study)[study_settings.keep :])
+        if is_reporter(study, confirmations):
+            log_study(study, winner, settings, space)
+            delete_models(best_trials(study)[study_settings.keep :])
         if winner is None:
             raise UserError("search: no trial has completed; give it more trials, or more time")
         print(f"search: best is trial {winner.trial.number}: {in_words(winner.trial.params)}")
