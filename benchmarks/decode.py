@@ -28,7 +28,7 @@ from pneumo_experiments.learning.device import choose_compute
 from pneumo_experiments.learning.network import PneumothoraxNet
 from pneumo_experiments.learning.predict import Predictor, to_native
 from pneumo_experiments.scoring.thresholds import Thresholds, apply_thresholds
-from pneumo_experiments.serving import Detector
+from pneumo_experiments.serving import Detector, Member
 from pneumo_experiments.settings import Device
 from pneumo_experiments.synthetic.kaggle_layout import write_sample
 
@@ -86,10 +86,9 @@ def main() -> None:
         contents = [path.read_bytes() for path in sorted(folder.rglob("*.dcm"))]
     files = [(str(k), content) for k, content in enumerate(islice(cycle(contents), arguments.images))]
     detector = Detector(
-        Predictor(PneumothoraxNet("fcn_resnet50"), choose_compute(Device())),
+        (Member(Predictor(PneumothoraxNet("fcn_resnet50"), choose_compute(Device())), {}),),
         arguments.image_size,
         Thresholds(presence_threshold=0),
-        {},
         "",
     )
     start = time.perf_counter()
@@ -102,7 +101,7 @@ def main() -> None:
         f"{len(files)} files ({len(contents)} different ones) at {arguments.image_size} px,"
         f" {MAX_DECODERS} decoders,"
     )
-    print(f"{detector.predictor.compute.device.type}; medians of {arguments.repeats}\n")
+    print(f"{detector.predictor.device.type}; medians of {arguments.repeats}\n")
     print("| | in one process | decoders and batches |\n|---|---|---|")
     for name, ways in pairs.items():
         single: list[list[float]] = [[], []]

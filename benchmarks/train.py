@@ -325,7 +325,7 @@ def resumed(path: Path, cache: str, recipe: Recipe, compute: ComputeConfig, coun
 def validated(path: Path, network: str, compute: ComputeConfig) -> str:
     """Predictions of all images, and their counts of pixels."""
     with hdf5.Dataset.open(path) as dataset:
-        counter = ThresholdCounter(Predictor(build(network, "none", 0), compute, tta_flip=True), HUNDREDTHS)
+        counter = ThresholdCounter(Predictor(build(network, "none", 0), compute, tta="flip"), HUNDREDTHS)
         counter.add(dataset.images(range(SAMPLE)), map(dataset.mask, range(SAMPLE)))
         counts, _ = counter.read()
         areas = [entry.area_px for entry in dataset.entries]

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args, get_origin
 
 import click
 
-from pneumo_experiments.settings import NONE, Leaf
+from pneumo_experiments.settings import AUTO, NONE, Leaf
 
 LONGEST_NAME = 255  # bytes, of a file or folder: the limit of all usual file systems
 LONGEST_TEXT = 1000  # characters, of an address for example
@@ -86,16 +86,28 @@ class Bool(click.types.BoolParamType):
         return super().convert(value, param, ctx)
 
 
+class OrNone(click.ParamType):  # pyright: ignore[reportMissingTypeArgument]
+    """A value of another type; empty, ``none`` or ``auto`` is None."""
+
+    def __init__(self, of: WholeNumber | Number) -> None:
+        self.of, self.name = of, f"{of.name} or none"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return None if value in ("", NONE, AUTO) else self.of.convert(value, param, ctx)
+
+
 def type_of(leaf: Leaf) -> Any:
     """The click type of a setting."""
     if get_origin(leaf.type) is Literal:
         return click.Choice(get_args(leaf.type))
     if leaf.type is bool:
         return Bool()
-    if leaf.type is int:
-        return WholeNumber(_whole(leaf.arg.min), _whole(leaf.arg.max))
-    if leaf.type is float:
-        return Number(leaf.arg.min, leaf.arg.max)
+    if leaf.type in (int, int | None):
+        number = WholeNumber(_whole(leaf.arg.min), _whole(leaf.arg.max))
+        return number if leaf.type is int else OrNone(number)
+    if leaf.type in (float, float | None):
+        number = Number(leaf.arg.min, leaf.arg.max)
+        return number if leaf.type is float else OrNone(number)
     if leaf.type is str:
         return Text(leaf.arg.pattern)
     return PathType(optional=leaf.type is not Path)

@@ -208,7 +208,7 @@ def test_the_host_waits_once_for_all_predictions_of_a_validation(dataset: Path, 
     with Dataset.open(dataset) as opened:
         subset = Subset(opened, np.arange(16)).in_memory(cache)
         assert (subset.pixels is None) == (cache == "stream")
-        predictor = Predictor(build("tiny", "none", 0), choose_compute(Device()), tta_flip=True)
+        predictor = Predictor(build("tiny", "none", 0), choose_compute(Device()), tta="flip")
         subset.count(predictor)
         with count_syncs() as waits:
             counts = subset.count(predictor)

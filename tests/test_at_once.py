@@ -47,7 +47,7 @@ def desk(empty_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 def settings_of(dataset: Path, **changes: Any) -> Train:
     short = make(Train, dataset=dataset, weights="none", precision="fp32", epochs=1, batch_size=8, best_k=1)
-    return changed(short, tta_flip=False, threshold_trials=0, overlays=0, **changes)
+    return changed(short, tta="none", threshold_trials=0, overlays=0, **changes)
 
 
 def runs(name: str) -> list[Run]:

@@ -33,7 +33,7 @@ from pneumo_experiments.learning.device import ComputeConfig
 from pneumo_experiments.learning.network import PneumothoraxNet
 from pneumo_experiments.learning.predict import Predictor
 from pneumo_experiments.scoring.thresholds import Thresholds
-from pneumo_experiments.serving import Detector, save
+from pneumo_experiments.serving import Detector, Member, save
 from pneumo_experiments.settings import Score, Train, as_config
 from pneumo_experiments.stages.score import score
 
@@ -74,10 +74,10 @@ def desk(tmp_path_factory: pytest.TempPathFactory, bombs: dict[str, bytes], tiny
         mlflow.set_tracking_uri(None)  # pyright: ignore[reportArgumentType]
         with tracking.run("train", Train()):
             predictor = Predictor(
-                PneumothoraxNet("tiny"), ComputeConfig(torch.device("cpu"), "fp32"), tta_flip=False
+                PneumothoraxNet("tiny"), ComputeConfig(torch.device("cpu"), "fp32"), tta="none"
             )
             settings = as_config(make(Train, network="tiny"))
-            detector = Detector(predictor, 32, Thresholds(presence_threshold=0), settings, "")
+            detector = Detector((Member(predictor, settings),), 32, Thresholds(presence_threshold=0), "")
             (folder / "weights").mkdir()
             save(folder / "weights", detector)
             model = tracking.log_model(folder / "weights")

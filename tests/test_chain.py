@@ -270,6 +270,8 @@ def test_a_served_champion_gives_the_same_answer_over_http(chain: Chain, dicom: 
             content = base64.b64encode(dicom.read_bytes()).decode()
             body = {"dataframe_split": {"columns": ["image_id", "dicom"], "data": [["one", content]]}}
             (served,) = post(f"http://127.0.0.1:{port}/invocations", body)["predictions"]
+            high = body | {"params": {"min_area_px": 10**9}}
+            (emptied,) = post(f"http://127.0.0.1:{port}/invocations", high)["predictions"]
         finally:
             server.terminate()
     mlflow.set_tracking_uri(chain.uri)
@@ -278,6 +280,8 @@ def test_a_served_champion_gives_the_same_answer_over_http(chain: Chain, dicom: 
     )
     (expected,) = local.to_dict("records")
     assert served == pytest.approx(expected, abs=1e-6)
+    assert (emptied["rle"], emptied["area_px"]) == ("-1", 0)
+    assert emptied["presence"] == pytest.approx(served["presence"], abs=1e-6)
 
 
 def test_real_radiographs_go_through_the_same_command(real_data: Path, tmp_path: Path) -> None:

@@ -141,7 +141,7 @@ def settings_of(dataset: Path, **changes: Any) -> Train:
         epochs=3,
         batch_size=8,  # two steps
         best_k=2,
-        tta_flip=False,
+        tta="none",
         threshold_trials=5,
         overlays=1,
     )

@@ -28,7 +28,7 @@ from pneumo_experiments.learning.network import PneumothoraxNet
 from pneumo_experiments.learning.predict import Predictor
 from pneumo_experiments.scoring.submission import write_submission
 from pneumo_experiments.scoring.thresholds import Thresholds
-from pneumo_experiments.serving import Detector, save
+from pneumo_experiments.serving import Detector, Member, save
 from pneumo_experiments.settings import Train, as_config
 from pneumo_experiments.synthetic.kaggle_layout import write_sample
 
@@ -76,9 +76,9 @@ def test_an_error_of_reading_is_not_told_as_one_of_writing(tmp_path: Path) -> No
 
 def test_a_model_names_the_folder_without_room(tmp_path: Path) -> None:
     predictor = Predictor(
-        PneumothoraxNet("fcn_resnet50"), ComputeConfig(torch.device("cpu"), "fp32"), tta_flip=False
+        PneumothoraxNet("fcn_resnet50"), ComputeConfig(torch.device("cpu"), "fp32"), tta="none"
     )
-    detector = Detector(predictor, 32, Thresholds(), as_config(Train()), "x")
+    detector = Detector((Member(predictor, as_config(Train())),), 32, Thresholds(), "x")
     with (
         no_file_beyond(2**20),
         pytest.raises(UserError, match=rf"^{tmp_path}: has no room for the model; .* TMPDIR$"),

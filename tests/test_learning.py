@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 import torch
 from helpers import changed, make
+from tiny_network import CPU, random_network
 
 from pneumo_experiments.errors import UserError
-from pneumo_experiments.learning.device import ComputeConfig, choose_compute
+from pneumo_experiments.learning.device import choose_compute
 from pneumo_experiments.learning.fit import fit
 from pneumo_experiments.learning.loader import (
     InMemoryData,
@@ -31,7 +32,6 @@ from pneumo_experiments.learning.predict import Predictor, to_native
 from pneumo_experiments.learning.schedule import lr_factor
 from pneumo_experiments.settings import Device, Recipe
 
-CPU = ComputeConfig(torch.device("cpu"), "fp32")
 LOGIT = math.log(3)  # of probability 0.75
 
 
@@ -254,12 +254,32 @@ def test_predictions_do_not_depend_on_the_batch(network: PneumothoraxNet) -> Non
 
 def test_flip_averaging_treats_both_sides_alike(network: PneumothoraxNet) -> None:
     images = squares(2).images.numpy()
-    predictor = Predictor(network, CPU, tta_flip=True)
+    predictor = Predictor(network, CPU, tta="flip")
     (a, _), (b, _) = list(predictor.predict(images)), list(predictor.predict(images[:, :, ::-1]))
     np.testing.assert_allclose(a.mask, b.mask[:, ::-1], atol=1e-5)
     assert a.presence == pytest.approx(b.presence, abs=1e-5)
     plain = next(Predictor(network, CPU).predict(images))
     assert np.abs(plain.mask - a.mask).max() > 1e-4
+
+
+@pytest.mark.usefixtures("tiny")
+def test_scale_adds_the_prediction_of_the_enlarged_image_brought_back() -> None:
+    network, images = random_network(0), squares(3).images.numpy()
+    (all_views,) = Predictor(network, CPU, tta="flip+scale").predict_batches(images)
+    masks: list[torch.Tensor] = []
+    presences: list[torch.Tensor] = []
+    for side, flip in ((32, []), (32, [-1]), (40, []), (40, [-1])):
+        inputs = torch.from_numpy(images)[:, None].float() / 255
+        larger = torch.nn.functional.interpolate(inputs, size=side, mode="bilinear")
+        with torch.inference_mode():
+            output = network.eval()(larger.flip(flip))
+        mask = torch.sigmoid(output.mask).flip(flip)
+        masks.append(torch.nn.functional.interpolate(mask[:, None], size=32, mode="bilinear")[:, 0])
+        presences.append(torch.sigmoid(output.presence))
+    assert all_views.mask.shape == (3, 32, 32)
+    torch.testing.assert_close(all_views.mask, torch.stack(masks).mean(0), atol=1e-6, rtol=0)
+    torch.testing.assert_close(all_views.presence, torch.stack(presences).mean(0), atol=1e-6, rtol=0)
+    assert (masks[0] - masks[2]).abs().max() > 1e-3  # the larger image is another one to the network
 
 
 def test_native_size_is_bilinear_between_pixel_centres() -> None:

@@ -29,7 +29,7 @@ from pneumo_experiments.learning.device import ComputeConfig
 from pneumo_experiments.learning.network import PneumothoraxNet
 from pneumo_experiments.learning.predict import Predictor
 from pneumo_experiments.scoring.thresholds import Thresholds
-from pneumo_experiments.serving import Detector, save
+from pneumo_experiments.serving import Detector, Member, save
 from pneumo_experiments.settings import Train, as_config
 from pneumo_experiments.synthetic.kaggle_layout import write_sample
 from pneumo_experiments.tracking import servers
@@ -80,12 +80,14 @@ def desk(tmp_path_factory: pytest.TempPathFactory, tiny: None) -> Iterator[Desk]
         mlflow.set_tracking_uri(None)
         with tracking.run("train", Train()):
             network, machine = PneumothoraxNet("tiny"), ComputeConfig(torch.device("cpu"), "fp32")
-            predictor = Predictor(network, machine, tta_flip=False)
+            predictor = Predictor(network, machine, tta="none")
             weights = folder / "weights"
             weights.mkdir()
             save(
                 weights,
-                Detector(predictor, 32, Thresholds(), as_config(make(Train, network="tiny")), "another"),
+                Detector(
+                    (Member(predictor, as_config(make(Train, network="tiny"))),), 32, Thresholds(), "another"
+                ),
             )
             model = tracking.log_model(weights)
         made = Desk(

@@ -18,6 +18,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 from mlflow.entities.model_registry import ModelVersion
 from samples import write_dataset
+from tiny_network import CPU
 
 from pneumo_experiments import tracking
 from pneumo_experiments.dataset.annotations import read_annotations
@@ -32,7 +33,7 @@ from pneumo_experiments.learning.device import ComputeConfig, choose_compute_for
 from pneumo_experiments.learning.network import PneumothoraxNet
 from pneumo_experiments.learning.predict import Predictor
 from pneumo_experiments.scoring.thresholds import Thresholds
-from pneumo_experiments.serving import Detector, load, save
+from pneumo_experiments.serving import Detector, Member, load, save
 from pneumo_experiments.settings import Device, Register, Score, Train, as_config
 from pneumo_experiments.stages.register import register
 from pneumo_experiments.stages.score import score
@@ -90,10 +91,9 @@ def logged(network: PneumothoraxNet, settings: Train, threshold: float) -> str:
     with Dataset.open(settings.dataset) as dataset:
         parts = make_split(dataset, settings.split)
         detector = Detector(
-            predictor=Predictor(network, ComputeConfig(torch.device("cpu"), "fp32")),
+            members=(Member(Predictor(network, CPU), as_config(settings)),),
             image_size=32,
             thresholds=Thresholds(threshold, 0, 0, 0),
-            settings=as_config(settings),
             data_fingerprint=dataset.fingerprint,
             seen=digests(Subset(dataset, np.append(parts.train, parts.validation))),
         )
@@ -261,7 +261,8 @@ def test_every_score_of_a_model_keeps_the_identity_of_its_images(ward: Ward) -> 
         assert json.loads(logged.tags[f"score.{params['identity']}"])["subset"] == subset
         assert {"images", "positives", "patients", "dice_baseline"} <= params.keys()
         assert not {"images", "positives", "dice_baseline"} & metrics.keys()
-        assert float(params["presence_threshold"]) == EVERYTHING
+        assert float(params["presence_threshold_used"]) == EVERYTHING
+        assert params["presence_threshold"] == "none"
         assert params["precision_used"] == ("bf16" if subset == "external" else "fp32")
     assert len({run.data.params["identity"] for run, _ in runs.values()}) == 3
     assert "dice" not in train.data.metrics
@@ -309,8 +310,8 @@ def test_an_interval_from_few_patients_is_marked(ward: Ward) -> None:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])  # of which this machine is faster in one
 def test_a_model_computes_as_its_training_did(ward: Ward, precision: str, tmp_path: Path) -> None:
     predictor = Predictor(PneumothoraxNet("tiny"), ComputeConfig(torch.device("cpu"), precision))
-    save(tmp_path, Detector(predictor, 32, Thresholds(), as_config(ward.settings), "a"))
-    assert load(tmp_path).predictor.compute == predictor.compute
+    save(tmp_path, Detector((Member(predictor, as_config(ward.settings)),), 32, Thresholds(), "a"))
+    assert load(tmp_path).members[0].predictor.compute == predictor.compute
 
 
 def test_what_was_trained_in_fp16_computes_in_fp32_on_a_cpu_and_says_so(

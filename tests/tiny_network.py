@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from pneumo_experiments import cli
 from pneumo_experiments.learning.device import ComputeConfig
 from pneumo_experiments.learning.loader import InMemoryData
-from pneumo_experiments.learning.network import NETWORKS
+from pneumo_experiments.learning.network import NETWORKS, PneumothoraxNet
 
 Result = TypeVar("Result")
 CPU = ComputeConfig(torch.device("cpu"), "fp32")
@@ -60,6 +60,17 @@ def add_tiny_network() -> None:
 def replace_default_network() -> None:
     """Gives it the default network's name, in this process: the command line accepts no other names."""
     NETWORKS[DEFAULT] = TINY
+
+
+def random_network(seed: int) -> PneumothoraxNet:
+    """A tiny network whose outputs differ between images, and from those of another seed."""
+    generator = torch.Generator().manual_seed(seed)
+    built = PneumothoraxNet("tiny")  # add_tiny_network comes first
+    with torch.no_grad():
+        for parameter in built.parameters():
+            inputs = max(1, parameter[0].numel())
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) / inputs**0.5)
+    return built
 
 
 def with_tiny_network(work: Callable[..., Result], *arguments: Any) -> Result:

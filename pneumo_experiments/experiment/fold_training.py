@@ -10,10 +10,11 @@ from typing import Any
 from pneumo_experiments import tracking
 from pneumo_experiments.dataset.hdf5 import Dataset
 from pneumo_experiments.dataset.splits import Split
+from pneumo_experiments.experiment.counts_search import log_counts
 from pneumo_experiments.experiment.progress import Progress, checkpoint_of, read_checkpoint
 from pneumo_experiments.experiment.scored_images import digests
 from pneumo_experiments.experiment.subset import Subset, log_overlays, log_split, make_split
-from pneumo_experiments.experiment.threshold_search import TRIAL_COLUMNS, search_thresholds
+from pneumo_experiments.experiment.threshold_search import log_study, search_thresholds
 from pneumo_experiments.experiment.training_loop import log_first_batch, train_and_validate
 from pneumo_experiments.learning import distributed
 from pneumo_experiments.learning.averaging import mean_state
@@ -25,16 +26,16 @@ from pneumo_experiments.learning.predict import Predictor
 from pneumo_experiments.scoring.figures import learning_curves
 from pneumo_experiments.scoring.scores import Scores
 from pneumo_experiments.scoring.thresholds import ThresholdCounts, best_on_grid
-from pneumo_experiments.serving import Detector, save
+from pneumo_experiments.serving import Detector, Member, save
 from pneumo_experiments.settings import Train, as_config
 
 
 @dataclass(frozen=True)
 class TrainedFold:
-    """The logged model's address, its network, and its scores and counts on the validation images."""
+    """A logged model and its address, and its scores and counts on the validation images."""
 
     model: str
-    predictor: Predictor
+    detector: Detector
     validation: Subset
     counts: ThresholdCounts
     scores: Scores
@@ -78,7 +79,7 @@ def _prepare(settings: Train, dataset: Dataset) -> _Prepared:
         f"train: {recipe.network.network} at {dataset.image_size} px, {compute.device}, {compute.precision};"
         f" {len(training_data)} images, {training_data.present.sum()} positive; {len(validation)} to validate"
     )
-    predictor = Predictor(network, compute, recipe.network.tta_flip)
+    predictor = Predictor(network, compute, recipe.network.tta)
     return _Prepared(split, training_data, validation, predictor)
 
 
@@ -127,23 +128,20 @@ def _finish(name: str, settings: Train, prepared: _Prepared, progress: Progress)
     search = search_thresholds(counts, settings.evaluation.threshold_trials, settings.recipe.seed)
     thresholds = search.thresholds
     scores = validation.score(counts, thresholds)
+    seen = digests(validation) | digests(Subset(dataset, prepared.split.train))
+    member = Member(predictor, as_config(settings))
+    detector = Detector((member,), dataset.image_size, thresholds, dataset.fingerprint, seen)
     if not distributed.is_main_process():
-        return TrainedFold("", predictor, validation, counts, scores)
+        return TrainedFold("", detector, validation, counts, scores)
     # Beside the curves, not on them: the weights that were kept, at their own thresholds.
     final = {f"{metric}_final": value for metric, value in scores.as_metrics("val_").items()}
     tracking.log_metrics(final | search.as_metrics(), step=len(progress.history))
-    if trials := search.trials():
-        tracking.log_table(TRIAL_COLUMNS, trials, "threshold_trials")
-    for file_name, picture in search.pictures().items():
-        tracking.log_image(picture, file_name)
+    log_study(search)
+    log_counts(counts, [entry.patient for entry in validation.entries])
     chosen_by = {"best_epoch": next(iter(progress.dices)), "averaged_epochs": len(averaged)}
     tracking.log_params(chosen_by | asdict(thresholds) | scores.as_facts("val_"))
     tracking.log_image(learning_curves(progress.history, scores.dice_baseline), "learning_curves.png")
     log_overlays(validation, counts, predictor, thresholds, settings.evaluation.overlays)
-    seen = digests(validation) | digests(Subset(dataset, prepared.split.train))
-    detector = Detector(
-        predictor, dataset.image_size, thresholds, as_config(settings), dataset.fingerprint, seen
-    )
     with tempfile.TemporaryDirectory() as folder:
         save(Path(folder), detector)
         model = tracking.log_model(Path(folder))
@@ -155,7 +153,7 @@ def _finish(name: str, settings: Train, prepared: _Prepared, progress: Progress)
         f"Validation Dice {scores.dice:.3f} (all-empty {scores.dice_baseline:.3f}),"
         f" on positives {scores.on_positives}."
     )
-    return TrainedFold(model, predictor, validation, counts, scores)
+    return TrainedFold(model, detector, validation, counts, scores)
 
 
 def _choose_weights(

@@ -45,7 +45,7 @@ def log_out_of_fold(folds: Sequence[TrainedFold]) -> Scores:
                 subset = fold.validation
                 others = ThresholdCounts.joined(other.counts for other in folds if other is not fold)
                 thresholds = best_of_all(others).thresholds
-                for index, prediction in subset.predictions(fold.predictor):
+                for index, prediction in subset.predictions(fold.detector.predictor):
                     truth = subset.dataset.mask(index)
                     mask = apply_thresholds(
                         to_native(prediction.mask, truth.shape), prediction.presence, thresholds

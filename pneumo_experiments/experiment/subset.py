@@ -25,7 +25,7 @@ from pneumo_experiments.learning.loader import (
     load,
     prefetch,
 )
-from pneumo_experiments.learning.predict import Prediction, Predictor, to_native
+from pneumo_experiments.learning.predict import AnyPredictor, Prediction, to_native
 from pneumo_experiments.scoring.figures import contact_sheet, overlay
 from pneumo_experiments.scoring.scores import ScoredImages, Scores, score_images
 from pneumo_experiments.scoring.thresholds import (
@@ -81,12 +81,12 @@ class Subset:
             return self
         return replace(self, pixels=self.dataset.images(self._own_indices))
 
-    def predictions(self, predictor: Predictor) -> Iterator[tuple[int, Prediction]]:
+    def predictions(self, predictor: AnyPredictor) -> Iterator[tuple[int, Prediction]]:
         """Index and prediction of each image, in order."""
         for chunk, images in self._chunks(self.indices):
             yield from zip(chunk.tolist(), predictor.predict(images), strict=True)
 
-    def count(self, predictor: Predictor, desc: str = "") -> ThresholdCounts:
+    def count(self, predictor: AnyPredictor, desc: str = "") -> ThresholdCounts:
         """Threshold counts of the predictions at native size; shows a progress bar named ``desc``.
 
         In a group of processes each predicts some of the images, and all return the counts of all.
@@ -182,7 +182,7 @@ def _evenly_spaced(ordered: list[int], count: int) -> dict[int, str]:
 
 
 def log_overlays(
-    subset: Subset, counts: ThresholdCounts, predictor: Predictor, thresholds: Thresholds, count: int
+    subset: Subset, counts: ThresholdCounts, predictor: AnyPredictor, thresholds: Thresholds, count: int
 ) -> str:
     """Logs overlays of positives from best to worst Dice, with negatives when there are too few.
 
@@ -216,7 +216,7 @@ def describe_images(counts: ThresholdCounts, thresholds: Thresholds) -> list[str
 
 def draw_overlays(
     subset: Subset,
-    predictor: Predictor,
+    predictor: AnyPredictor,
     thresholds: Thresholds,
     captions: Mapping[int, str],
     size_px: int = 384,

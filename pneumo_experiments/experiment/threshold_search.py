@@ -9,6 +9,7 @@ import optuna
 from numpy.typing import NDArray
 from optuna.visualization import matplotlib as plots
 
+from pneumo_experiments import tracking
 from pneumo_experiments.scoring.exact import Optimum, best_of_all
 from pneumo_experiments.scoring.figures import pyplot_picture
 from pneumo_experiments.scoring.thresholds import ThresholdCounts, Thresholds, best_on_grid
@@ -72,6 +73,14 @@ def search_thresholds(counts: ThresholdCounts, trials: int, seed: int) -> Thresh
 
     study.optimize(objective, n_trials=trials)
     return ThresholdSearch(optimum, study)
+
+
+def log_study(search: ThresholdSearch) -> None:
+    """Logs the study's trials, history and contours in the active run; nothing without a study."""
+    if trials := search.trials():
+        tracking.log_table(TRIAL_COLUMNS, trials, "threshold_trials")
+    for file_name, picture in search.pictures().items():
+        tracking.log_image(picture, file_name)
 
 
 def _thresholds(trial: optuna.Trial | optuna.trial.FrozenTrial) -> Thresholds:

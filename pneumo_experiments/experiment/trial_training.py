@@ -31,7 +31,7 @@ from pneumo_experiments.learning.predict import Predictor
 from pneumo_experiments.locks import work_folder
 from pneumo_experiments.scoring.cross_fit import best_dice_on_positives, cross_fitted
 from pneumo_experiments.scoring.thresholds import Thresholds
-from pneumo_experiments.serving import Detector, save
+from pneumo_experiments.serving import Detector, Member, save
 from pneumo_experiments.settings import Recipe, Search, as_config, weight_shaping
 
 # A training whose masks are all empty has the Dice of the empty baseline, like every other such training.
@@ -116,7 +116,9 @@ class TrialTraining:
         settings = as_config(replace(self._settings, recipe=recipe))
         save(
             folder,
-            Detector(predictor, dataset.image_size, thresholds, settings, dataset.fingerprint, seen),
+            Detector(
+                (Member(predictor, settings),), dataset.image_size, thresholds, dataset.fingerprint, seen
+            ),
         )
 
     def _fold(self, split: Split) -> _Fold:
@@ -136,7 +138,7 @@ class TrialTraining:
             network = copy.deepcopy(self._initial)
         else:
             network = build(other.network, other.weights, recipe.seed)
-        return Predictor(network, self._compute, other.tta_flip)
+        return Predictor(network, self._compute, other.tta)
 
     def _seconds_per_image(self, predictor: Predictor) -> float:
         """The shorter of two predictions of the same images, per image."""

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from pneumo_experiments.learning.device import copy_to_device, from_numpy
-from pneumo_experiments.learning.predict import Predictor, require_finite
+from pneumo_experiments.learning.predict import AnyPredictor, require_finite
 
 MAX_PIXELS_AT_ONCE = 2**23  # native pixels, about 30 bytes each while they are counted
 
@@ -23,10 +23,10 @@ MAX_PIXELS_AT_ONCE = 2**23  # native pixels, about 30 bytes each while they are 
 class ThresholdCounter:
     """Counts predictions against the truth on the predictor's device; the host waits only in ``read``."""
 
-    def __init__(self, predictor: Predictor, hundredths: NDArray[np.float32]) -> None:
+    def __init__(self, predictor: AnyPredictor, hundredths: NDArray[np.float32]) -> None:
         """``hundredths`` (101,) from 0 to 1 are the thresholds."""
         self._predictor = predictor
-        device = predictor.compute.device
+        device = predictor.device
         self._hundredths = copy_to_device(from_numpy(hundredths), device)
         # A CPU counts one image in its cache; several at once wait for memory: at least twice as slow.
         self._pixels_at_once = 0 if device.type == "cpu" else MAX_PIXELS_AT_ONCE

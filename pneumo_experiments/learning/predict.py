@@ -34,22 +34,39 @@ class BatchPrediction(NamedTuple):
     finite: Tensor  # (b,), bool: whether all of an image's outputs are
 
 
+class View(NamedTuple):
+    """How an image is shown to the network: enlarged by a factor, and mirrored left to right or not."""
+
+    scale: float
+    is_flipped: bool
+
+
+LARGER = 1.25
+PLAIN, FLIPPED = (View(1, False), View(1, True))
+# Test-time augmentation: the views of an image whose predictions are averaged.
+VIEWS = {
+    "none": (PLAIN,),
+    "flip": (PLAIN, FLIPPED),
+    "flip+scale": (PLAIN, FLIPPED, View(LARGER, False), View(LARGER, True)),
+}
+
+
 @dataclass(frozen=True)
 class Predictor:
-    """A network and its inference settings; ``tta_flip`` averages predictions of image and flipped image."""
+    """A network and its inference settings; it predicts the mean over the views that ``tta`` names."""
 
     network: PneumothoraxNet
     compute: ComputeConfig
-    tta_flip: bool = False
+    tta: str = "none"
+
+    @property
+    def device(self) -> torch.device:
+        """Where the predictions are."""
+        return self.compute.device
 
     def predict(self, images: NDArray[np.uint8], batch_size: int = 16) -> Iterator[Prediction]:
         """One prediction for each 8-bit image (n, S, S), in order; UserError when an output is NaN."""
-        for batch in self.predict_batches(images, batch_size):
-            # Copied as one tensor, so that the host does not wait once more.
-            presences, finite = torch.stack([batch.presence, batch.finite.float()]).cpu().numpy()
-            require_finite(finite)
-            for mask, presence in zip(batch.mask.cpu().numpy(), presences, strict=True):
-                yield Prediction(mask, float(presence))
+        return _on_host(self.predict_batches(images, batch_size))
 
     def predict_batches(self, images: NDArray[np.uint8], batch_size: int = 16) -> Iterator[BatchPrediction]:
         """Predictions of each batch of 8-bit images (n, S, S), on the device.
@@ -61,18 +78,67 @@ class Predictor:
         self.network.eval()
         for start in range(0, len(images), batch_size):
             inputs = to_unit(images[start : start + batch_size], device)[:, None]
-            mask, presence = self._probabilities(inputs)
-            if self.tta_flip:
-                flipped_mask, flipped_presence = self._probabilities(inputs.flip(-1))
-                mask, presence = (mask + flipped_mask.flip(-1)) / 2, (presence + flipped_presence) / 2
+            masks, presences = zip(*(self._view(inputs, view) for view in VIEWS[self.tta]), strict=True)
+            mask, presence = torch.stack(masks).mean(0), torch.stack(presences).mean(0)
             finite = mask.isfinite().flatten(1).all(1) & presence.isfinite()
             yield BatchPrediction(mask, presence, finite)
+
+    def _view(self, inputs: Tensor, view: View) -> tuple[Tensor, Tensor]:
+        """As ``_probabilities``, from a view of the images; those of pixels are brought back to the image."""
+        side, flip = inputs.shape[-1], [-1] if view.is_flipped else []
+        larger = round(view.scale * side)
+        mask, presence = self._probabilities(_resized(inputs, larger).flip(flip))
+        return _resized(mask.flip(flip)[:, None], side)[:, 0], presence
 
     def _probabilities(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
         """Probabilities of pixels (n, S, S) and of presence (n,) for images (n, 1, S, S)."""
         with torch.inference_mode(), self.compute.autocast():
             output = self.network(inputs.contiguous(memory_format=torch.channels_last))
         return torch.sigmoid(output.mask), torch.sigmoid(output.presence)
+
+
+@dataclass(frozen=True)
+class Ensemble:
+    """One or several predictors on one device; it predicts the mean of their probabilities."""
+
+    members: tuple[Predictor, ...]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the predictions are."""
+        return self.members[0].device
+
+    def predict(self, images: NDArray[np.uint8], batch_size: int = 16) -> Iterator[Prediction]:
+        """One prediction for each 8-bit image (n, S, S), in order; UserError when an output is NaN."""
+        return _on_host(self.predict_batches(images, batch_size))
+
+    def predict_batches(self, images: NDArray[np.uint8], batch_size: int = 16) -> Iterator[BatchPrediction]:
+        """Predictions of each batch of 8-bit images (n, S, S), as of a single predictor."""
+        for batches in zip(*(one.predict_batches(images, batch_size) for one in self.members), strict=True):
+            yield BatchPrediction(
+                torch.stack([batch.mask for batch in batches]).mean(0),
+                torch.stack([batch.presence for batch in batches]).mean(0),
+                torch.stack([batch.finite for batch in batches]).all(0),
+            )
+
+
+AnyPredictor = Predictor | Ensemble
+
+
+def _on_host(batches: Iterator[BatchPrediction]) -> Iterator[Prediction]:
+    for batch in batches:
+        # Copied as one tensor, so that the host does not wait once more.
+        presences, finite = torch.stack([batch.presence, batch.finite.float()]).cpu().numpy()
+        require_finite(finite)
+        for mask, presence in zip(batch.mask.cpu().numpy(), presences, strict=True):
+            yield Prediction(mask, float(presence))
+
+
+def _resized(images: Tensor, side: int) -> Tensor:
+    """Images (n, 1, S, S) interpolated bilinearly to (n, 1, side, side)."""
+    if images.shape[-1] == side:
+        return images
+    return functional.interpolate(images, size=(side, side), mode="bilinear", align_corners=False)
 
 
 def require_finite(finite: NDArray[np.number]) -> None:

@@ -6,18 +6,19 @@ luckiest thresholds would win.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pneumo_experiments.scoring.metrics import dice_of_areas
-from pneumo_experiments.scoring.thresholds import HUNDREDTHS, ThresholdCounts, best_on_grid
+from pneumo_experiments.scoring.thresholds import HUNDREDTHS, ThresholdCounts, Thresholds, best_on_grid
 
 
 @dataclass(frozen=True)
 class CrossFitted:
-    """Each image judged with thresholds from the other half of the patients."""
+    """Each image judged with thresholds from other patients."""
 
     dice: float
     """mean over all images"""
@@ -27,16 +28,19 @@ class CrossFitted:
     """whether no image has a predicted mask"""
 
 
-def cross_fitted(counts: ThresholdCounts, half: NDArray[np.int64]) -> CrossFitted:
-    """Scores of n counted images; ``half`` (n,) is 0 or 1, with all images of a patient in one half.
+def cross_fitted(
+    counts: ThresholdCounts,
+    parts: NDArray[np.int64],
+    choose: Callable[[ThresholdCounts], Thresholds] = best_on_grid,
+) -> CrossFitted:
+    """Scores of n counted images; ``parts`` (n,) are numbers, with all images of a patient in one part.
 
-    The best thresholds of the coarse grid for each half judge the other one. An empty half takes the default
-    thresholds.
+    Each part is judged with the thresholds chosen for all others; a single part with those for no images.
     """
     dices, areas = np.empty(len(counts)), np.empty(len(counts), np.int64)
-    for number in (0, 1):
-        thresholds = best_on_grid(counts.rows(np.flatnonzero(half != number)))
-        judged = np.flatnonzero(half == number)
+    for number in np.unique(parts):
+        thresholds = choose(counts.rows(np.flatnonzero(parts != number)))
+        judged = np.flatnonzero(parts == number)
         dices[judged] = counts.rows(judged).dice(thresholds)
         areas[judged] = counts.rows(judged).predicted_area(thresholds)
     positive = counts.truth_area > 0

@@ -3,9 +3,10 @@
 MLflow imports this package by name (``loader_module``) and calls ``_load_pyfunc``; nothing is pickled.
 """
 
-from pneumo_experiments.serving.detector import Detector, load, save
+from pneumo_experiments.serving.detector import Detector, Member, join
+from pneumo_experiments.serving.model_folder import load, save
 
-__all__ = ["Detector", "load", "save"]
+__all__ = ["Detector", "Member", "join", "load", "save"]
 
 
 def _load_pyfunc(data_path: str) -> Detector:  # pyright: ignore[reportUnusedFunction]  # MLflow calls it

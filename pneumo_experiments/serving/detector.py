@@ -1,32 +1,26 @@
-"""A trained network with its thresholds, from DICOM bytes to run lengths."""
+"""Trained networks with their thresholds, from DICOM bytes to run lengths."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
-from math import nan
-from pathlib import Path
+from math import fsum, nan
 from typing import Any, TypedDict
 
 import numpy as np
 import pandas as pd  # pyright: ignore[reportMissingTypeStubs]
-import torch
 
 from pneumo_experiments.dataset.decoder_pool import DecodedImage, File, decode_all
 from pneumo_experiments.dataset.rle import encode
 from pneumo_experiments.errors import UserError
-from pneumo_experiments.learning.device import FORMATS, choose_compute_for
-from pneumo_experiments.learning.network import NETWORKS, PneumothoraxNet
-from pneumo_experiments.learning.predict import Prediction, Predictor, to_native
+from pneumo_experiments.learning.device import choose_compute_for
+from pneumo_experiments.learning.predict import Ensemble, Prediction, Predictor, to_native
 from pneumo_experiments.scoring.thresholds import Thresholds, apply_thresholds
-from pneumo_experiments.settings import Device
+from pneumo_experiments.settings import AUTO, Device, SplitSettings, from_flat
 
-WEIGHTS, DESCRIPTION = "weights.pt", "model.json"
 BATCH_SIZE = 16  # radiographs
-MAX_IMAGE_SIZE_PX = 16_384  # a damaged number must not exhaust the memory
 
 
 class Row(TypedDict):
@@ -40,28 +34,86 @@ class Row(TypedDict):
 
 
 @dataclass(frozen=True)
-class Detector:
-    """A predictor, its input size in pixels, its thresholds and the settings that trained it.
-
-    ``seen`` holds digests of the images that trained it or chose its epoch and thresholds.
-    """
+class Member:
+    """A predictor and the settings that trained its network."""
 
     predictor: Predictor
+    settings: Mapping[str, Any]
+
+    @property
+    def split(self) -> SplitSettings:
+        """How its data set was split."""
+        return from_flat(SplitSettings, self.settings)
+
+
+@dataclass(frozen=True)
+class Detector:
+    """One or several networks, their input size in pixels, and the thresholds for their mean probabilities.
+
+    ``seen`` holds digests of the images that trained them or chose their epochs and thresholds.
+    """
+
+    members: tuple[Member, ...]
     image_size: int
     thresholds: Thresholds
-    settings: Mapping[str, Any]
     data_fingerprint: str
     seen: frozenset[str] = frozenset()
+
+    @property
+    def predictor(self) -> Ensemble:
+        """The mean of the members."""
+        return Ensemble(tuple(member.predictor for member in self.members))
+
+    @property
+    def networks(self) -> str:
+        """The different networks of the members, with commas between."""
+        return ",".join(dict.fromkeys(str(member.settings["network"]) for member in self.members))
+
+    @property
+    def ttas(self) -> str:
+        """The different test-time augmentations of the members, with commas between."""
+        return ",".join(dict.fromkeys(member.predictor.tta for member in self.members))
+
+    @property
+    def precisions(self) -> str:
+        """The different number formats of the members, with commas between."""
+        return ",".join(dict.fromkeys(member.predictor.compute.precision for member in self.members))
+
+    def on(self, settings: Device) -> Detector:
+        """The same on that device, each member in the format of its training unless the settings name one."""
+
+        def moved(member: Member) -> Member:
+            predictor = member.predictor
+            compute = choose_compute_for(predictor.compute.precision, settings)
+            return replace(member, predictor=replace(predictor, compute=compute))
+
+        return replace(self, members=tuple(map(moved, self.members)))
+
+    def with_thresholds(self, given: Mapping[str, float | None]) -> Detector:
+        """The same with the thresholds that are given; None stands for the model's own.
+
+        Raises UserError for values out of range.
+        """
+        changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+        return replace(self, thresholds=replace(self.thresholds, **changes))
+
+    def with_tta(self, tta: str) -> Detector:
+        """The same with that test-time augmentation for all members; auto leaves each its own."""
+        if tta == AUTO:
+            return self
+        members = (replace(member, predictor=replace(member.predictor, tta=tta)) for member in self.members)
+        return replace(self, members=tuple(members))
 
     def detect(self, files: Iterable[File]) -> Generator[Row]:
         """Presence and mask of each radiograph, in order; an unusable file has its error in its row.
 
         Files (image id, DICOM bytes) are read slightly ahead, decoded in parallel and predicted in batches.
         """
+        predictor = self.predictor
         with closing(decode_all(files, self.image_size)) as decoded:
             while batch := list(islice(decoded, BATCH_SIZE)):
                 pixels = [image.pixels for _, image in batch if isinstance(image, DecodedImage)]
-                predictions = self.predictor.predict(np.stack(pixels), BATCH_SIZE) if pixels else iter(())
+                predictions = predictor.predict(np.stack(pixels), BATCH_SIZE) if pixels else iter(())
                 for image_id, image in batch:
                     if isinstance(image, DecodedImage):
                         yield self._row(image_id, (image.rows, image.columns), next(predictions))
@@ -79,91 +131,57 @@ class Detector:
         )
 
     def predict(self, frame: pd.DataFrame, params: Mapping[str, Any] | None = None) -> pd.DataFrame:
-        """Called by MLflow: columns ``image_id`` and ``dicom`` (bytes) in, the columns of Row out."""
+        """Called by MLflow: columns ``image_id`` and ``dicom`` (bytes) in, the columns of Row out.
+
+        ``params`` are thresholds for this request. Raises UserError for values out of range.
+        """
+        detector = self.with_thresholds(params or {})
         columns: Any = frame  # pandas has no type stubs
         image_ids, files = columns["image_id"].tolist(), columns["dicom"].tolist()
         pairs = ((str(i), bytes(f)) for i, f in zip(image_ids, files, strict=True))
-        return pd.DataFrame(list(self.detect(pairs)), columns=list(Row.__annotations__))
+        return pd.DataFrame(list(detector.detect(pairs)), columns=list(Row.__annotations__))
 
 
-def save(folder: Path, detector: Detector) -> None:
-    """Writes weights and description into an existing folder; raises UserError when the disk is full."""
-    try:
-        torch.save(detector.predictor.network.state_dict(), folder / WEIGHTS)
-    except RuntimeError as error:  # torch raises it when the disk is full
-        raise UserError(
-            f"{folder}: has no room for the model; free some, or name another folder in TMPDIR"
-        ) from error
-    description = {
-        "image_size": detector.image_size,
-        "thresholds": asdict(detector.thresholds),
-        "settings": dict(detector.settings),
-        "data_fingerprint": detector.data_fingerprint,
-        "precision": detector.predictor.compute.precision,
-        "seen": sorted(detector.seen),
-    }
-    (folder / DESCRIPTION).write_text(json.dumps(description, indent=2), encoding="utf-8")
+def join(detectors: Sequence[Detector]) -> Detector:
+    """The ensemble of all members of n >= 1 models; each of its thresholds is the mean of the models'.
 
-
-def load(folder: Path) -> Detector:
-    """The detector that ``save`` wrote, on the best available device.
-
-    Raises UserError when a file is missing or damaged.
+    Raises UserError for models of different image sizes, and for models with different hold-outs: patients
+    that one has never seen would have trained another.
     """
-    for path in (folder / DESCRIPTION, folder / WEIGHTS):
-        if path.exists() and not path.is_file():  # reading a device or pipe would never end
-            raise _damaged(path, FileNotFoundError("not a regular file"))
-    try:
-        fields = _parse(json.loads((folder / DESCRIPTION).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, LookupError, OverflowError, RecursionError) as error:
-        raise _damaged(folder / DESCRIPTION, error) from error
-    settings, path = fields["settings"], folder / WEIGHTS
-    network = PneumothoraxNet(settings["network"])
-    try:
-        network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    except Exception as error:  # damaged bytes raise errors of many types
-        raise _damaged(path, error) from error
-    # The recorded format, not the fastest: the thresholds were chosen on predictions in it.
-    compute = choose_compute_for(fields.pop("precision"), Device())
-    return Detector(predictor=Predictor(network, compute, settings["tta_flip"]), **fields)
+    first = detectors[0]
+    for other in detectors[1:]:
+        if first.image_size != other.image_size:
+            raise UserError(
+                "model: an ensemble needs models of one image size, but these were trained on images of"
+                f" {first.image_size} and {other.image_size} px"
+            )
+        if first.data_fingerprint != other.data_fingerprint:
+            raise UserError(
+                "model: an ensemble needs models of one data set, but these were trained on two: what one"
+                " holds out may have trained another"
+            )
+    members = tuple(member for detector in detectors for member in detector.members)
+    holdouts = dict.fromkeys((member.split.holdout, member.split.split_seed) for member in members)
+    if len(holdouts) > 1:
+        texts = " and ".join(f"holdout={holdout} split_seed={seed}" for holdout, seed in holdouts)
+        raise UserError(
+            f"model: an ensemble needs models with one hold-out, but these were trained with {texts}: what"
+            " one holds out has trained another; train with the same holdout and split_seed"
+        )
+    return replace(
+        first,
+        members=members,
+        thresholds=_mean_thresholds([detector.thresholds for detector in detectors]),
+        seen=frozenset[str]().union(*(detector.seen for detector in detectors)),
+    )
 
 
-def _parse(description: Any) -> dict[str, Any]:
-    """Detector's fields from a description; raises errors of several types when it is damaged."""
-    settings = dict(_require(description["settings"], dict))
-    if settings["network"] not in NETWORKS:
-        raise ValueError(f"unknown network {str(settings['network'])[:40]}")
-    for name in ("fold", "holdout", "folds", "split_seed"):  # score recreates the model's split from these
-        _require(settings[name], str if name == "fold" else (int, float))
-    if not isinstance(settings["tta_flip"], bool):
-        raise TypeError("tta_flip is neither true nor false")
-    thresholds = {
-        name: _require(value, int if name == "min_area_px" else (int, float))
-        for name, value in _require(description["thresholds"], dict).items()
-    }
-    image_size = _require(description["image_size"], int)
-    if not 1 <= image_size <= MAX_IMAGE_SIZE_PX:
-        raise ValueError("image_size is out of range")
-    precision = description.get("precision", "auto")
-    if precision not in ("auto", "fp32", *FORMATS):
-        raise ValueError("unknown precision")
-    return {
-        "image_size": image_size,
-        "thresholds": Thresholds(**thresholds),
-        "settings": settings,
-        "data_fingerprint": _require(description["data_fingerprint"], str),
-        "precision": precision,
-        "seen": frozenset(_require(text, str) for text in _require(description.get("seen", []), list)),
-    }
-
-
-def _require(value: Any, expected: type | tuple[type, ...]) -> Any:
-    """The value itself; raises TypeError when it has another type."""
-    if not isinstance(value, expected) or isinstance(value, bool):
-        raise TypeError(f"unexpected {type(value).__name__}")
-    return value
-
-
-def _damaged(path: Path, error: Exception) -> UserError:
-    reason = str(error).split("\n")[0][:200]
-    return UserError(f"{path}: missing or damaged ({type(error).__name__}: {reason}); train again")
+def _mean_thresholds(several: Sequence[Thresholds]) -> Thresholds:
+    """The mean of each threshold, whatever their order; scores are rounded to hundredths, areas to pixels."""
+    count = len(several)
+    return Thresholds(
+        presence_threshold=fsum(one.presence_threshold for one in several) / count,
+        top_score=round(fsum(one.top_score for one in several) / count, 2),
+        min_area_px=round(sum(one.min_area_px for one in several) / count),
+        bottom_score=round(fsum(one.bottom_score for one in several) / count, 2),
+    )

@@ -34,6 +34,7 @@ from pneumo_experiments.settings.fields import (
 )
 from pneumo_experiments.settings.groups import (
     Evaluation,
+    GivenThresholds,
     ImageFormat,
     Reading,
     Registry,
@@ -62,6 +63,7 @@ __all__ = [
     "Batches",
     "Device",
     "Evaluation",
+    "GivenThresholds",
     "ImageFormat",
     "Leaf",
     "LossWeights",

@@ -11,6 +11,7 @@ from pneumo_experiments.settings.groups import (
     STORAGE,
     DatasetPath,
     Evaluation,
+    GivenThresholds,
     ImageFormat,
     Overlays,
     Reading,
@@ -20,6 +21,7 @@ from pneumo_experiments.settings.groups import (
     SourceFiles,
     StudySettings,
     StudyStorage,
+    ThresholdTrials,
 )
 from pneumo_experiments.settings.recipe import Device, Recipe, Seed, SplitSettings
 
@@ -89,9 +91,13 @@ class Search:
 class Score:
     """Score a model on a data set, write the submission for a folder of DICOM files, or check one."""
 
-    model: Annotated[str, Arg("model to score: a models:/ or runs:/ address", declared=True)] = (
-        "models:/pneumothorax@champion"
-    )
+    model: Annotated[
+        str,
+        Arg(
+            "model to score: a models:/ or runs:/ address; the mean of several with commas between",
+            declared=True,
+        ),
+    ] = "models:/pneumothorax@champion"
     dataset: DatasetPath = Path("output/dataset.h5")
     subset: Annotated[
         Literal["holdout", "validation", "train", "all"],
@@ -118,6 +124,19 @@ class Score:
             declared=True,
         ),
     ] = None
+    counts: Annotated[
+        Path | None,
+        Arg(
+            "threshold_counts.npz of train or score: thresholds are searched in it; nothing else is done",
+            declared=True,
+        ),
+    ] = None
+    threshold_trials: ThresholdTrials = 200
+    tta: Annotated[
+        Literal["auto", "none", "flip", "flip+scale"],
+        Arg("test-time augmentation; auto takes the model's own"),
+    ] = "auto"
+    thresholds: GivenThresholds = field(default_factory=GivenThresholds)
     compute: Device = field(default_factory=Device)
     overlays: Overlays = 8
 

@@ -35,7 +35,7 @@ class Leaf:
     """One setting of an entry point: its flat name, what it accepts, and where it stands."""
 
     name: str
-    type: Any  # int, float, bool, str, Path, Path | None or a Literal
+    type: Any  # int, float, bool, str, Path, one of int, float and Path or None, or a Literal
     arg: Arg
     default: Any
     path: tuple[str, ...]  # field names that lead to it

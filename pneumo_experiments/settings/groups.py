@@ -15,6 +15,34 @@ Overlays = Annotated[
     int, Arg("overlays of radiograph, truth and prediction to log", min=0, max=1000, shapes_weights=False)
 ]
 
+ThresholdTrials = Annotated[
+    int,
+    Arg(
+        "Optuna trials over the four thresholds, beside the exact search",
+        min=0,
+        max=100_000,
+        shapes_weights=False,
+    ),
+]
+
+
+@dataclass(frozen=True)
+class GivenThresholds:
+    """Thresholds in place of the model's own; none leaves that."""
+
+    presence_threshold: Annotated[
+        float | None, Arg("an image is empty below this probability of presence", min=0, max=1)
+    ] = None
+    top_score: Annotated[
+        float | None, Arg("probability that defines the core of a finding, in hundredths", min=0, max=1)
+    ] = None
+    min_area_px: Annotated[
+        int | None, Arg("an image is empty if fewer pixels reach top_score", min=0, max=10**9)
+    ] = None
+    bottom_score: Annotated[
+        float | None, Arg("probability from which a pixel is in the mask, in hundredths", min=0, max=1)
+    ] = None
+
 
 @dataclass(frozen=True)
 class SourceFiles:
@@ -120,15 +148,7 @@ class Schedule:
 class Evaluation:
     """Thresholds and pictures."""
 
-    threshold_trials: Annotated[
-        int,
-        Arg(
-            "Optuna trials over the four thresholds on the validation images",
-            min=0,
-            max=100_000,
-            shapes_weights=False,
-        ),
-    ] = 200
+    threshold_trials: ThresholdTrials = 200
     overlays: Overlays = 8
 
 

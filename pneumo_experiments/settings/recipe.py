@@ -154,9 +154,13 @@ class Network:
             " (random), a file with a state dict, or auto: imagenet where it can be downloaded, else none"
         ),
     ] = AUTO
-    tta_flip: Annotated[
-        bool, Arg("predict each image and its mirror image, and take the mean (test-time augmentation)")
-    ] = True
+    tta: Annotated[
+        Literal["none", "flip", "flip+scale"],
+        Arg(
+            "test-time augmentation: the mean of the predictions of an image and its mirror image, and with"
+            " scale of both enlarged by a quarter"
+        ),
+    ] = "flip"
     compile: Annotated[
         bool, Arg("compile the network with torch.compile; pays in long trainings on a GPU")
     ] = False

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 from pneumo_experiments import tracking
 from pneumo_experiments.dataset.hdf5 import Dataset
@@ -67,7 +68,7 @@ def main(settings: Main) -> ScoreResult:
         scoring = Score(
             model=model,
             dataset=dataset,
-            subset="holdout" if settings.split.holdout > 0 else "validation",
+            subset=_scored_subset(settings),
             compute=settings.compute,
             overlays=settings.evaluation.overlays,
         )
@@ -98,6 +99,13 @@ def _search_settings(settings: Main, dataset: Path) -> Search:
         split=replace(settings.split, fold=fold),
         compute=settings.compute,
     )
+
+
+def _scored_subset(settings: Main) -> Literal["holdout", "validation", "all"]:
+    """The hold-out; without one the images that chose the model's thresholds: of all folds, all images."""
+    if settings.split.holdout > 0:
+        return "holdout"
+    return "all" if settings.split.fold == "all" else "validation"
 
 
 def _with_sample(settings: Main) -> Main:

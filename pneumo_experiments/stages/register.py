@@ -15,7 +15,7 @@ def register(settings: Register) -> tracking.Version:
             model, why = tracking.best_model(settings.registry.name)
             print(f"register: {model} is the {why}")
         detector = load(tracking.model_data(model))  # what cannot be loaded must not be registered
-        tags = {"data_fingerprint": detector.data_fingerprint, "network": str(detector.settings["network"])}
+        tags = {"data_fingerprint": detector.data_fingerprint, "network": detector.networks}
         version = tracking.register_model(model, settings.registry.name, settings.registry.promote, tags)
         state = "champion" if version.champion else "not champion"
         line = f"{version.name} version {version.number} is {state}: {version.reason}"

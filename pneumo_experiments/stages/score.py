@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from contextlib import closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from math import isnan
 from pathlib import Path
 
@@ -18,6 +18,8 @@ from pneumo_experiments.dataset.hdf5 import Dataset
 from pneumo_experiments.dataset.rle import EMPTY
 from pneumo_experiments.dicom.archive import DIFFERING_FILES, open_archive
 from pneumo_experiments.errors import UserError
+from pneumo_experiments.experiment.counts_search import log_counts, search_counts
+from pneumo_experiments.experiment.ensemble import addresses_of, load_models
 from pneumo_experiments.experiment.model_comparison import log_comparison, refuse_seen
 from pneumo_experiments.experiment.score_report import log_report
 from pneumo_experiments.experiment.scored_images import digests, identity
@@ -28,11 +30,10 @@ from pneumo_experiments.experiment.submission_check import (
     positives_of,
 )
 from pneumo_experiments.experiment.subset import Subset, make_split
-from pneumo_experiments.learning.device import choose_compute_for
 from pneumo_experiments.scoring.scores import Scores, score_images
 from pneumo_experiments.scoring.submission import write_submission
-from pneumo_experiments.serving import Detector, load
-from pneumo_experiments.settings import NONE, Score, SplitSettings, from_flat
+from pneumo_experiments.serving import Detector
+from pneumo_experiments.settings import AUTO, NONE, Score, flat
 
 # How names of metrics begin. Without a prefix they tell of images that neither trained the model nor chose
 # its epoch or thresholds; "external" is subset=all of another data set than that of the training.
@@ -54,25 +55,33 @@ class ScoreResult:
 
 
 def score(settings: Score) -> ScoreResult:
-    """Scores the model on one part of a data set, writes the submission for ``dicom_dir``, or checks one."""
+    """Scores the model on one part of a data set, writes the submission for ``dicom_dir``, or checks one.
+
+    With ``counts`` it only searches thresholds in that file.
+    """
     with tracking.run("score", settings):
         if settings.check is not None:
             return _check(settings, settings.check)
-        detector = _load(settings.model, settings)
-        compute = detector.predictor.compute
-        tracking.log_params({"device_used": str(compute.device), "precision_used": compute.precision})
+        if settings.counts is not None:
+            scores = search_counts(settings.counts, settings.threshold_trials, _given(settings))
+            return ScoreResult(scores, "", None)
+        own = load_models(settings.model).on(settings.compute)
+        detector = own.with_thresholds(_given(settings)).with_tta(settings.tta)
+        used = {"precision_used": detector.precisions, "tta_used": detector.ttas}
+        tracking.log_params(
+            {"device_used": str(detector.predictor.device)}
+            | used
+            | {f"{name}_used": value for name, value in asdict(detector.thresholds).items()}
+        )
         if settings.dicom_dir is not None:
             return _submit(settings, detector, settings.dicom_dir)
-        return _score_dataset(settings, detector)
+        addresses = addresses_of(settings.model)
+        # The scores are no model's if it was put together or changed for this run alone.
+        model = addresses[0] if len(addresses) == 1 and detector == own else None
+        return _score_dataset(settings, detector, model)
 
 
-def _load(address: str, settings: Score) -> Detector:
-    detector = load(tracking.model_data(address))
-    compute = choose_compute_for(detector.predictor.compute.precision, settings.compute)
-    return replace(detector, predictor=replace(detector.predictor, compute=compute))
-
-
-def _score_dataset(settings: Score, detector: Detector) -> ScoreResult:
+def _score_dataset(settings: Score, detector: Detector, model: str | None) -> ScoreResult:
     with Dataset.open(settings.dataset) as dataset:
         if not dataset.labelled:
             raise UserError(
@@ -86,7 +95,9 @@ def _score_dataset(settings: Score, detector: Detector) -> ScoreResult:
         tracking.log_dataset(settings.dataset, dataset.fingerprint, settings.subset)
         subset = Subset(dataset, _indices(settings, detector, dataset))
         name, images = _name_subset(settings, detector, subset), identity(subset)
-        baseline = None if settings.baseline in ("", NONE) else _load(settings.baseline, settings)
+        baseline = (
+            None if settings.baseline in ("", NONE) else load_models(settings.baseline).on(settings.compute)
+        )
         if baseline is not None:
             refuse_seen(settings.baseline, baseline, subset)
         counts = subset.count(detector.predictor, desc="score")
@@ -96,12 +107,13 @@ def _score_dataset(settings: Score, detector: Detector) -> ScoreResult:
         facts = {"subset": name, "data_fingerprint": dataset.fingerprint} | scores.as_facts()
         metrics = {prefix + end: value for end, value in intervals.items() if not isnan(value)}
         metrics |= scores.as_metrics(prefix)
-        tracking.log_scores(metrics, settings.model, settings.dataset, images, facts)
+        tracking.log_scores(metrics, model, settings.dataset, images, facts)
         constants = {key: value for key, value in facts.items() if key != "subset"}
-        tracking.log_params(constants | {"identity": images} | asdict(detector.thresholds))
+        tracking.log_params(constants | {"identity": images})
+        log_counts(counts, scored.patients)
         line = scores_line(scores)
         print(f"score: {name}: {line}")
-        text = f"{name} images of {settings.dataset}, by {settings.model}.\n{line}."
+        text = f"{name} images of {settings.dataset}, by {_model_text(settings)}.\n{line}."
         comparison = None
         if baseline is not None:
             comparison = log_comparison(settings.baseline, subset, scored, baseline, prefix)
@@ -109,6 +121,18 @@ def _score_dataset(settings: Score, detector: Detector) -> ScoreResult:
         where = log_report(settings, name, subset, counts, detector, scored, scores, intervals, comparison)
         tracking.describe(text)
     return ScoreResult(scores, where, None, prefix)
+
+
+def _given(settings: Score) -> dict[str, float]:
+    """The thresholds that were given in place of the model's own."""
+    return {name: value for name, value in flat(settings.thresholds).items() if value is not None}
+
+
+def _model_text(settings: Score) -> str:
+    """The model, with what was given in place of its own, for the run's description."""
+    tta = {} if settings.tta == AUTO else {"tta": settings.tta}
+    given = ", ".join(f"{name} {value}" for name, value in (_given(settings) | tta).items())
+    return f"{settings.model} with {given}" if given else settings.model
 
 
 def _name_subset(settings: Score, detector: Detector, subset: Subset) -> str:
@@ -143,7 +167,13 @@ def _indices(settings: Score, detector: Detector, dataset: Dataset) -> NDArray[n
             f"subset={settings.subset}: the model was trained on another data set than {settings.dataset};"
             " subset=all scores every image"
         )
-    split = from_flat(SplitSettings, detector.settings)
+    splits = {member.split for member in detector.members}
+    if len(splits) > 1 and settings.subset != "holdout":  # they have one hold-out
+        raise UserError(
+            f"subset={settings.subset}: the model's {len(detector.members)} networks were each trained on"
+            " other patients; holdout has those that trained none of them, all has everyone"
+        )
+    split = next(iter(splits))
     indices: NDArray[np.int64] = getattr(make_split(dataset, split), settings.subset)
     if not len(indices):
         raise UserError(
@@ -189,7 +219,8 @@ def _submit(settings: Score, detector: Detector, folder: Path) -> ScoreResult:
     tracking.log_file(settings.submission)
     tracking.log_params({"images": count, "rejected": len(errors)})
     tracking.describe(
-        f"Submission of {count} images from {folder}, by {settings.model}.\n{len(errors)} could not be read."
+        f"Submission of {count} images from {folder}, by {_model_text(settings)}.\n"
+        f"{len(errors)} could not be read."
     )
     for error in errors[:3]:
         print(f"score: submitted as empty: {error}")

@@ -11,7 +11,8 @@ from pathlib import Path
 from pneumo_experiments import tracking
 from pneumo_experiments.dataset.hdf5 import Dataset
 from pneumo_experiments.errors import UserError
-from pneumo_experiments.experiment.fold_training import train_fold
+from pneumo_experiments.experiment.ensemble import log_ensemble
+from pneumo_experiments.experiment.fold_training import TrainedFold, train_fold
 from pneumo_experiments.experiment.out_of_fold import log_out_of_fold
 from pneumo_experiments.experiment.progress import checkpoint_of
 from pneumo_experiments.learning import distributed
@@ -23,14 +24,14 @@ from pneumo_experiments.settings import NONE, Train, flat, from_flat
 
 @dataclass(frozen=True)
 class TrainResult:
-    """Address of the logged model, and its scores on the validation images."""
+    """Address of the logged model, and its scores on the validation images; of an ensemble out of fold."""
 
     model: str
     scores: Scores
 
 
 def train(settings: Train, keep_checkpoint: bool = False) -> TrainResult:
-    """Trains one network, or one per fold for ``fold=all``, and then returns that with the highest Dice.
+    """Trains one network, or for ``fold=all`` one per fold, and then returns their ensemble.
 
     With ``processes``, or started by torchrun, several processes do it together. Waits while another training
     with the same settings runs. With ``keep_checkpoint`` it stays until ``clear_checkpoints`` removes it.
@@ -105,18 +106,24 @@ def _train_folds(settings: Train, dataset: Dataset, parent: str | None) -> Train
     with tracking.run("train", settings, parent=parent):
         tracking.log_dataset(settings.dataset, dataset.fingerprint, "training")
         folds = [train_fold(f"fold {one.split.fold}", one, dataset) for one in _settings_per_fold(settings)]
-        best = max(folds, key=lambda fold: fold.scores.dice)
         if not distributed.is_main_process():
-            return TrainResult(best.model, best.scores)
-        scores = log_out_of_fold(folds)
-        tracking.describe(
-            f"{settings.recipe.network.network} at {dataset.image_size} px, one for each of"
-            f" {len(folds)} folds.\n"
-            f"Out-of-fold Dice {scores.dice:.3f} (all-empty {scores.dice_baseline:.3f}),"
-            f" on positives {scores.on_positives}."
-        )
-        print(f"train: {len(folds)} folds, out-of-fold Dice {scores.dice:.4f}")
-    return TrainResult(best.model, best.scores)
+            return TrainResult("", folds[0].scores)
+        return _finish_folds(settings, folds)
+
+
+def _finish_folds(settings: Train, folds: list[TrainedFold]) -> TrainResult:
+    """Logs the out-of-fold scores, and the networks of all folds as one model."""
+    scores = log_out_of_fold(folds)
+    model = log_ensemble(folds, settings.evaluation.threshold_trials, settings.recipe.seed)
+    dataset = folds[0].validation.dataset
+    tracking.describe(
+        f"{settings.recipe.network.network} at {dataset.image_size} px, one for each of"
+        f" {len(folds)} folds; together {model}.\n"
+        f"Out-of-fold Dice {scores.dice:.3f} (all-empty {scores.dice_baseline:.3f}),"
+        f" on positives {scores.on_positives}."
+    )
+    print(f"train: {len(folds)} folds, out-of-fold Dice {scores.dice:.4f}, together logged as {model}")
+    return TrainResult(model, scores)
 
 
 def _settings_per_fold(settings: Train) -> list[Train]:

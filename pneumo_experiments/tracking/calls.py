@@ -18,7 +18,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Param, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
-from mlflow.types import ColSpec, DataType, Schema
+from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 
 from pneumo_experiments.settings import NONE
 
@@ -34,6 +34,14 @@ SIGNATURE = ModelSignature(
             ColSpec(DataType.long, "area_px"),
             ColSpec(DataType.string, "rle"),
             ColSpec(DataType.string, "error"),
+        ]
+    ),
+    params=ParamSchema(  # thresholds of a request; without them the model's own
+        [
+            ParamSpec("presence_threshold", DataType.double, None),
+            ParamSpec("top_score", DataType.double, None),
+            ParamSpec("min_area_px", DataType.long, None),
+            ParamSpec("bottom_score", DataType.double, None),
         ]
     ),
 )

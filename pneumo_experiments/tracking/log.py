@@ -71,16 +71,16 @@ def log_metrics(values: Mapping[str, float], step: int | None = None) -> None:
 
 
 def log_scores(
-    values: Mapping[str, float], model: str, path: Path, identity: str, facts: Mapping[str, object]
+    values: Mapping[str, float], model: str | None, path: Path, identity: str, facts: Mapping[str, object]
 ) -> None:
-    """Logs metrics of the active run and of the model at an address, linked to the scored images.
+    """Logs metrics of the active run, and of the model at an address if given, linked to the scored images.
 
     ``identity`` (at most 36 characters) identifies images of the data set at ``path`` and their true masks.
     ``facts`` about them, among them the subset, become a tag of the model.
     """
     images = _data_set(path, f"{path.stem} {facts['subset']}", identity)
     texts = {name: as_text(value) for name, value in facts.items()}
-    model_id = model_id_of(model)
+    model_id = None if model is None else model_id_of(model)
     _send("scores", values=dict(values), timestamp=now_ms(), model_id=model_id, images=images, facts=texts)
 
 

@@ -1,0 +1,54 @@
+"""Several models as one: put together from their addresses, or from the folds of one training."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+
+from pneumo_experiments import tracking
+from pneumo_experiments.errors import UserError
+from pneumo_experiments.experiment.counts_search import log_counts
+from pneumo_experiments.experiment.fold_training import TrainedFold
+from pneumo_experiments.experiment.threshold_search import log_study, search_thresholds
+from pneumo_experiments.scoring.thresholds import ThresholdCounts
+from pneumo_experiments.serving import Detector, join, load, save
+
+
+def addresses_of(model: str) -> list[str]:
+    """The addresses in a setting that takes several with commas between, sorted.
+
+    So that the order in which they were given changes nothing. Raises UserError if one is empty or repeated.
+    """
+    addresses = sorted(address.strip() for address in model.split(","))
+    if len(addresses) > 1 and ("" in addresses or len(set(addresses)) < len(addresses)):
+        raise UserError(f"model={model}: names a model twice, or none between commas; give each one once")
+    return addresses
+
+
+def load_models(model: str) -> Detector:
+    """The model at an address, or the ensemble of those at several with commas between."""
+    detectors = [load(tracking.model_data(address)) for address in addresses_of(model)]
+    return detectors[0] if len(detectors) == 1 else join(detectors)
+
+
+def log_ensemble(folds: Sequence[TrainedFold], threshold_trials: int, seed: int) -> str:
+    """Logs the networks of all folds as one model of the active run; returns its address.
+
+    Its thresholds are the best for all out-of-fold predictions. Their mean Dice on these very predictions is
+    logged as ``val_dice_optimistic``; ``oof_dice`` beside it is that of thresholds from other folds.
+    """
+    counts = ThresholdCounts.joined(fold.counts for fold in folds)
+    patients = [entry.patient for fold in folds for entry in fold.validation.entries]
+    log_counts(counts, patients, np.repeat(np.arange(len(folds)), [len(fold.counts) for fold in folds]))
+    search = search_thresholds(counts, threshold_trials, seed)
+    tracking.log_metrics(search.as_metrics() | {"val_dice_optimistic": search.optimum.dice})
+    tracking.log_params(asdict(search.thresholds))
+    log_study(search)
+    detector = replace(join([fold.detector for fold in folds]), thresholds=search.thresholds)
+    with tempfile.TemporaryDirectory() as folder:
+        save(Path(folder), detector)
+        return tracking.log_model(Path(folder))

@@ -1,0 +1,135 @@
+"""A detector as files: a description, and the weights of each member."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pneumo_experiments.errors import UserError
+from pneumo_experiments.learning.device import FORMATS, choose_compute_for
+from pneumo_experiments.learning.network import NETWORKS, PneumothoraxNet
+from pneumo_experiments.learning.predict import VIEWS, Predictor
+from pneumo_experiments.scoring.thresholds import Thresholds
+from pneumo_experiments.serving.detector import Detector, Member
+from pneumo_experiments.settings import Device
+
+WEIGHTS, DESCRIPTION = "weights.pt", "model.json"
+MAX_IMAGE_SIZE_PX = 16_384  # a damaged number must not exhaust the memory
+MAX_MEMBERS = 1000
+
+
+def save(folder: Path, detector: Detector) -> None:
+    """Writes weights and description into an existing folder; raises UserError when the disk is full."""
+    members: list[dict[str, Any]] = []
+    for member, path in zip(detector.members, _weights(folder, len(detector.members)), strict=True):
+        try:
+            torch.save(member.predictor.network.state_dict(), path)
+        except RuntimeError as error:  # torch raises it when the disk is full
+            raise UserError(
+                f"{folder}: has no room for the model; free some, or name another folder in TMPDIR"
+            ) from error
+        precision = member.predictor.compute.precision
+        members.append({"settings": dict(member.settings), "precision": precision})
+    description = {
+        "image_size": detector.image_size,
+        "thresholds": asdict(detector.thresholds),
+        "data_fingerprint": detector.data_fingerprint,
+        "seen": sorted(detector.seen),
+        **(members[0] if len(members) == 1 else {"members": members}),
+    }
+    (folder / DESCRIPTION).write_text(json.dumps(description, indent=2), encoding="utf-8")
+
+
+def load(folder: Path) -> Detector:
+    """The detector that ``save`` wrote, on the best available device.
+
+    Raises UserError when a file is missing or damaged.
+    """
+    _require_file(folder / DESCRIPTION)
+    try:
+        description = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
+        fields, members = _parse(description)
+    except (OSError, ValueError, TypeError, LookupError, OverflowError, RecursionError) as error:
+        raise _damaged(folder / DESCRIPTION, error) from error
+    paths = _weights(folder, len(members))
+    loaded = tuple(_load_member(path, *member) for path, member in zip(paths, members, strict=True))
+    return Detector(members=loaded, **fields)
+
+
+def _weights(folder: Path, members: int) -> Sequence[Path]:
+    """The file of each member's weights."""
+    if members == 1:
+        return [folder / WEIGHTS]
+    return [folder / f"{Path(WEIGHTS).stem}-{number}.pt" for number in range(members)]
+
+
+def _load_member(path: Path, settings: dict[str, Any], precision: str) -> Member:
+    _require_file(path)
+    network = PneumothoraxNet(settings["network"])
+    try:
+        network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    except Exception as error:  # damaged bytes raise errors of many types
+        raise _damaged(path, error) from error
+    # The recorded format, not the fastest: the thresholds were chosen on predictions in it.
+    compute = choose_compute_for(precision, Device())
+    return Member(Predictor(network, compute, settings["tta"]), settings)
+
+
+def _parse(description: Any) -> tuple[dict[str, Any], list[tuple[dict[str, Any], str]]]:
+    """Detector's fields from a description, and the settings and number format of each member.
+
+    Raises errors of several types when it is damaged.
+    """
+    thresholds = {
+        name: _require(value, int if name == "min_area_px" else (int, float))
+        for name, value in _require(description["thresholds"], dict).items()
+    }
+    image_size = _require(description["image_size"], int)
+    if not 1 <= image_size <= MAX_IMAGE_SIZE_PX:
+        raise ValueError("image_size is out of range")
+    members = _require(description.get("members", [description]), list)
+    if not 1 <= len(members) <= MAX_MEMBERS:
+        raise ValueError(f"{len(members)} members")
+    fields = {
+        "image_size": image_size,
+        "thresholds": Thresholds(**thresholds),
+        "data_fingerprint": _require(description["data_fingerprint"], str),
+        "seen": frozenset(_require(text, str) for text in _require(description.get("seen", []), list)),
+    }
+    return fields, [_parse_member(member) for member in members]
+
+
+def _parse_member(description: Any) -> tuple[dict[str, Any], str]:
+    settings = dict(_require(description["settings"], dict))
+    if settings["network"] not in NETWORKS:
+        raise ValueError(f"unknown network {str(settings['network'])[:40]}")
+    for name in ("fold", "holdout", "folds", "split_seed"):  # score recreates the model's split from these
+        _require(settings[name], str if name == "fold" else (int, float))
+    if settings["tta"] not in VIEWS:
+        raise ValueError(f"unknown tta {str(settings['tta'])[:40]}")
+    precision = description.get("precision", "auto")
+    if precision not in ("auto", "fp32", *FORMATS):
+        raise ValueError("unknown precision")
+    return settings, precision
+
+
+def _require(value: Any, expected: type | tuple[type, ...]) -> Any:
+    """The value itself; raises TypeError when it has another type."""
+    if not isinstance(value, expected) or isinstance(value, bool):
+        raise TypeError(f"unexpected {type(value).__name__}")
+    return value
+
+
+def _require_file(path: Path) -> None:
+    if path.exists() and not path.is_file():  # reading a device or pipe would never end
+        raise _damaged(path, FileNotFoundError("not a regular file"))
+
+
+def _damaged(path: Path, error: Exception) -> UserError:
+    reason = str(error).split("\n")[0][:200]
+    return UserError(f"{path}: missing or damaged ({type(error).__name__}: {reason}); train again")
