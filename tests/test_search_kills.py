@@ -108,7 +108,7 @@ def test_killed_workers_lose_no_trial_and_repeat_none(
     studies = {"trial": study_of(address), "confirmation": study_of(address, "study-confirm")}
     for kill in range(KILLS):
         number = chance.randrange(WORKERS)
-        if kill % 3:  # at work; else at any moment, also while it starts
+        if kill % 3 or not IS_SOAK:  # at work; else at any moment, also while it starts
             wait_until(lambda n=number: place(studies, workers[n]) in ("trial", "confirmation", "ended"))
         time.sleep(chance.uniform(0, 2 * EPOCH_SECONDS))
         struck[place(studies, workers[number])] += 1
@@ -186,6 +186,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+@pytest.mark.skipif(not IS_SOAK, reason="make soak: test_outage covers what the suite needs of it")
 def test_a_tracking_server_that_is_down_for_a_while_costs_no_trial(tmp_path: Path, empty_store: Path) -> None:
     copy_store(empty_store, tmp_path)
     (tmp_path / "mlflow.db").rename(tmp_path / "server.db")
