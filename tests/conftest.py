@@ -20,9 +20,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).parents[1]
 # Of two workers, none shall begin one of these when the other has nothing left: the longest files go first.
 LONGEST_FIRST = (
-    *("test_train", "test_simulated_cuda", "test_outage", "test_chain", "test_bombs", "test_faults"),
-    *("test_tracking", "test_at_once", "test_kills", "test_full_disk", "test_distributed", "test_mutants"),
-    *("test_learning", "test_network"),
+    *("test_train", "test_search", "test_chain", "test_simulated_cuda", "test_outage", "test_search_kills"),
+    *("test_faults", "test_bombs", "test_tracking", "test_at_once", "test_kills", "test_ensemble"),
+    *("test_full_disk", "test_distributed", "test_mutants", "test_given_thresholds", "test_learning"),
+    *("test_network", "test_register", "test_mistakes"),
 )
 
 

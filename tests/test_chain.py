@@ -294,6 +294,8 @@ def test_real_radiographs_go_through_the_same_command(real_data: Path, tmp_path:
         epochs=1,
         trials=1,
         search_epochs=1,
+        confirm=0,
+        keep=0,
         weights="none",
         batch_size=4,
         threshold_trials=0,
