@@ -148,16 +148,21 @@ def test_a_file_larger_than_its_pixels_can_be_is_not_even_sent() -> None:
 def test_a_decoder_that_dies_costs_one_row_or_none() -> None:
     outcomes(*[("warm", GOOD)] * 4)
 
+    killed = set[int]()
+
     def kill_all() -> None:
         wait_for_one_at_work()
         for child in decoders():
             child.kill()
+            killed.add(child.pid)
 
     killer = threading.Thread(target=kill_all)
     killer.start()
     (struck,) = outcomes(("scans", many_scans()))
     killer.join()
     assert str(struck) == "scans: its decoder crashed"
+    while killed & {child.pid for child in decoders()}:  # still dying: it could take one more file with it
+        time.sleep(0.01)
     # Those that were idle are dead as well, which nobody notices.
     assert all(isinstance(outcome, DecodedImage) for outcome in outcomes(*[("again", GOOD)] * 4))
 

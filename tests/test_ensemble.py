@@ -229,7 +229,7 @@ def test_all_folds_become_one_model_that_is_scored_registered_and_served(store: 
         weights="none",
         epochs=1,
         batch_size=8,
-        threshold_trials=5,
+        threshold_trials=0,
         overlays=0,
         device="cpu",
     )

@@ -142,7 +142,7 @@ def settings_of(dataset: Path, **changes: Any) -> Train:
         batch_size=8,  # two steps
         best_k=2,
         tta="none",
-        threshold_trials=5,
+        threshold_trials=0,
         overlays=1,
     )
     return changed(short, **changes)

@@ -124,7 +124,8 @@ def test_main_on_a_full_disk_is_one_line_and_the_next_command_leaves_no_run_runn
     """The first limit has no room for a radiograph or a run; the second stops the chain later on."""
     copy_store(empty_store, tmp_path)
     words = ["main", "--images", "20", "--test_images", "1", "--image_size", "32", "--epochs", "1"]
-    words += ["--trials", "1", "--search_images", "8", "--weights", "none", "--overlays", "1"]
+    words += ["--trials", "1", "--search_epochs", "1", "--confirm", "0", "--keep", "0"]
+    words += ["--threshold_trials", "0", "--search_images", "8", "--weights", "none", "--overlays", "1"]
     options: dict[str, Any] = {"environment": environment(), "tiny": True}
     full = commands.start(*words, folder=tmp_path, max_file_bytes=max_bytes, **options)
     code, output = full.communicate()

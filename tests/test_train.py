@@ -50,7 +50,7 @@ def settings(
         dataset=dataset,
         weights="none",
         epochs=2,
-        threshold_trials=5,
+        threshold_trials=0,
         overlays=2,
         batch_size=8,
     )
