@@ -19,6 +19,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 ROOT = Path(__file__).parents[1]
 # Of two workers, none shall begin one of these when the other has nothing left: the longest files go first.
+# Slow tests whose faults a quicker test catches as well, or nearly.
+soak = pytest.mark.skipif(int(os.environ.get("PNEUMO_KILLS") or 0) < 10, reason="make soak")
 LONGEST_FIRST = (
     *("test_train", "test_search", "test_chain", "test_simulated_cuda", "test_outage", "test_search_kills"),
     *("test_faults", "test_bombs", "test_tracking", "test_at_once", "test_kills", "test_ensemble"),

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import optuna
 import pytest
+from conftest import soak
 from database_server import DatabaseServer
 from helpers import copy_store
 from mlflow import MlflowClient
@@ -186,7 +187,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-@pytest.mark.skipif(not IS_SOAK, reason="make soak: test_outage covers what the suite needs of it")
+@soak
 def test_a_tracking_server_that_is_down_for_a_while_costs_no_trial(tmp_path: Path, empty_store: Path) -> None:
     copy_store(empty_store, tmp_path)
     (tmp_path / "mlflow.db").rename(tmp_path / "server.db")

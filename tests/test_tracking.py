@@ -20,7 +20,7 @@ import mlflow
 import psutil
 import pytest
 import yaml
-from conftest import ROOT
+from conftest import ROOT, soak
 from helpers import make
 from mlflow import MlflowClient
 from mlflow.entities import DatasetInput, Run
@@ -473,6 +473,7 @@ def test_of_versions_registered_at_once_the_best_is_the_champion(store: Store) -
     assert_that_the_best_wins_each_race(store.folder)
 
 
+@soak
 def test_of_versions_registered_at_once_on_a_server_the_best_is_the_champion(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

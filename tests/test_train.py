@@ -13,7 +13,7 @@ import mlflow
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, soak
 from helpers import BIN, changed, copy_store, environment_of_mlflow, make
 from mlflow import MlflowClient
 from mlflow.entities import Run
@@ -186,6 +186,7 @@ def test_a_recipe_that_cannot_work_is_named(settings: Train) -> None:
         train(changed(settings, fold="most"))
 
 
+@soak
 def test_under_mlflow_run_a_training_goes_on_in_its_first_run(settings: Train, tmp_path: Path) -> None:
     words = [f"-P{name}={flat(settings)[name]}" for name in ("dataset", "weights", "threshold_trials")]
     words += ["-Pepochs=2", f"-Pcheckpoints={tmp_path / 'checkpoints'}", "-Pprecision=fp32"]
