@@ -22,8 +22,17 @@ ROOT = Path(__file__).parents[1]
 # Slow tests whose faults a quicker test catches as well, or nearly.
 soak = pytest.mark.skipif(int(os.environ.get("PNEUMO_KILLS") or 0) < 10, reason="make soak")
 LONGEST_FIRST = (
-    *("test_train", "test_search", "test_chain", "test_simulated_cuda", "test_outage", "test_search_kills"),
-    *("test_faults", "test_bombs", "test_tracking", "test_at_once", "test_kills", "test_ensemble"),
+    # test_bombs measures the memory of its process, in which no other test has left anything yet.
+    *(
+        "test_bombs",
+        "test_train",
+        "test_search",
+        "test_chain",
+        "test_simulated_cuda",
+        "test_outage",
+        "test_search_kills",
+    ),
+    *("test_faults", "test_tracking", "test_at_once", "test_kills", "test_ensemble"),
     *("test_full_disk", "test_distributed", "test_mutants", "test_given_thresholds", "test_learning"),
     *("test_network", "test_register", "test_mistakes"),
 )
