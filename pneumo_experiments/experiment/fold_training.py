@@ -25,9 +25,9 @@ from pneumo_experiments.learning.network import build
 from pneumo_experiments.learning.predict import Predictor
 from pneumo_experiments.scoring.figures import learning_curves
 from pneumo_experiments.scoring.scores import Scores
-from pneumo_experiments.scoring.thresholds import ThresholdCounts, best_on_grid
+from pneumo_experiments.scoring.thresholds import ThresholdCounts, Thresholds, best_on_grid
 from pneumo_experiments.serving import Detector, Member, save
-from pneumo_experiments.settings import Train, as_config
+from pneumo_experiments.settings import Search, Train, as_config
 
 
 @dataclass(frozen=True)
@@ -128,9 +128,7 @@ def _finish(name: str, settings: Train, prepared: _Prepared, progress: Progress)
     search = search_thresholds(counts, settings.evaluation.threshold_trials, settings.recipe.seed)
     thresholds = search.thresholds
     scores = validation.score(counts, thresholds)
-    seen = digests(validation) | digests(Subset(dataset, prepared.split.train))
-    member = Member(predictor, as_config(settings))
-    detector = Detector((member,), dataset.image_size, thresholds, dataset.fingerprint, seen)
+    detector = make_detector(predictor, settings, thresholds, dataset, prepared.split)
     if not distributed.is_main_process():
         return TrainedFold("", detector, validation, counts, scores)
     # Beside the curves, not on them: the weights that were kept, at their own thresholds.
@@ -154,6 +152,15 @@ def _finish(name: str, settings: Train, prepared: _Prepared, progress: Progress)
         f" on positives {scores.on_positives}."
     )
     return TrainedFold(model, detector, validation, counts, scores)
+
+
+def make_detector(
+    predictor: Predictor, settings: Train | Search, thresholds: Thresholds, dataset: Dataset, split: Split
+) -> Detector:
+    """What is saved of a training: it knows the images that trained it or chose its epoch and thresholds."""
+    seen = digests(Subset(dataset, split.validation)) | digests(Subset(dataset, split.train))
+    member = Member(predictor, as_config(settings))
+    return Detector((member,), dataset.image_size, thresholds, dataset.fingerprint, seen)
 
 
 def _choose_weights(

@@ -33,14 +33,14 @@ def make_sampler(settings: StudySettings, seed: int) -> BaseSampler:
         ),
         "random": lambda seed: RandomSampler(seed=seed),
     }
-    if settings.sampler == "cmaes" and settings.objectives != "dice":
+    if settings.sampler == "cmaes" and not settings.has_one_objective:
         raise UserError(f"sampler=cmaes: searches Dice alone, not objectives={settings.objectives}; take tpe")
     return _SeededPerTrial(samplers[settings.sampler], seed)
 
 
 def make_pruner(settings: StudySettings) -> BasePruner:
     """The pruner that the settings name; none for several objectives, which Optuna cannot prune."""
-    if settings.objectives != "dice":
+    if not settings.has_one_objective:
         return NopPruner()
     epochs = settings.search_epochs * settings.folds_per_trial
     match settings.pruner:

@@ -36,9 +36,7 @@ def run_workers(count: int, work: Callable[[Settings], object], settings: Settin
     try:
         for number in range(count):
             with _environment(_share(number, count)):
-                process = context.Process(
-                    target=_work, args=(work, settings), name=f"search worker {number}", daemon=False
-                )
+                process = context.Process(target=_work, args=(work, settings), name=f"search worker {number}")
                 process.start()
             processes.append(process)
         for process in processes:

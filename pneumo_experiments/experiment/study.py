@@ -112,7 +112,12 @@ def parent_run(study: Study, is_new: bool) -> str | None:
 def best_trials(study: Study) -> list[FrozenTrial]:
     """The completed trials, the best first; of equal ones the earlier."""
     completed = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    return sorted(completed, key=lambda trial: (-cast("list[float]", trial.values)[0], trial.number))
+    return sorted(completed, key=lambda trial: (-first_value(trial), trial.number))
+
+
+def first_value(trial: FrozenTrial) -> float:
+    """The Dice of a completed trial: its only objective, or the first of several."""
+    return cast("list[float]", trial.values)[0]
 
 
 def count_trials(study: Study) -> int:
@@ -167,9 +172,7 @@ def _warm_start(storage: BaseStorage, settings: Search, space: Space) -> list[di
     if Path(source).is_file():
         return [within(_parsed(read_config(Path(source), Search), space), space)]
     other = load_study("warm_start", storage, source)
-    completed = other.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    best = sorted(completed, key=lambda trial: cast("list[float]", trial.values)[0], reverse=True)
-    return [within(trial.params, space) for trial in best[:WARM_STARTS]]
+    return [within(trial.params, space) for trial in best_trials(other)[:WARM_STARTS]]
 
 
 def _parsed(texts: Mapping[str, str], space: Space) -> dict[str, Any]:

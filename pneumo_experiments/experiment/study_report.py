@@ -6,19 +6,24 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import optuna
 from numpy.typing import NDArray
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
-from optuna.visualization import matplotlib as plots
 
 from pneumo_experiments import tracking
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.experiment.search_space import Space, with_values
-from pneumo_experiments.experiment.study import METRIC_NAMES, best_trials, confirm_name, is_counted
+from pneumo_experiments.experiment.study import (
+    METRIC_NAMES,
+    best_trials,
+    confirm_name,
+    first_value,
+    is_counted,
+)
 from pneumo_experiments.experiment.study_storage import (
     CONFIRMS,
     ERROR,
@@ -53,15 +58,15 @@ def choose_winner(study: Study, confirmations: Study | None) -> Winner | None:
         return None
     second: dict[int, float] = {}
     for trial in best_trials(confirmations) if confirmations else []:
-        second[int(trial.user_attrs[CONFIRMS])] = _first_value(trial)
+        second[int(trial.user_attrs[CONFIRMS])] = first_value(trial)
     compared = [trial for trial in best if trial.number in second] or best[:1]
 
     def mean(trial: FrozenTrial) -> float:
-        first = _first_value(trial)
+        first = first_value(trial)
         return (first + second.get(trial.number, first)) / 2
 
     winner = max(compared, key=lambda trial: (mean(trial), -trial.number))
-    excess = [_first_value(trial) - second[trial.number] for trial in compared if trial.number in second]
+    excess = [first_value(trial) - second[trial.number] for trial in compared if trial.number in second]
     return Winner(winner, mean(winner), second, float(np.mean(excess)) if excess else float("nan"))
 
 
@@ -100,13 +105,15 @@ def best_settings(winner: Winner, settings: Search) -> dict[str, Any]:
 
 def pictures(study: Study) -> dict[str, NDArray[np.uint8]]:
     """Optuna's own plots by name, RGB (h, w, 3); those of which the study has enough trials."""
+    from optuna.visualization import matplotlib as plots  # takes a third of a second
+
     completed = best_trials(study)
     names = [name for name in completed[0].params if len({t.params.get(name) for t in completed}) > 1]
-    values = {_first_value(trial) for trial in completed}
+    values = {first_value(trial) for trial in completed}
     is_single = len(study.directions) == 1
     # With a target of ours Optuna no longer knows that higher is better.
     target: dict[str, Any] = {"target_name": METRIC_NAMES["dice"]}
-    target |= {} if is_single else {"target": _first_value}
+    target |= {} if is_single else {"target": first_value}
     drawn = {"history": _draw(plots.plot_optimization_history, study, **target)}
     if is_single and any(trial.intermediate_values for trial in study.get_trials(deepcopy=False)):
         drawn["intermediate_values"] = _draw(plots.plot_intermediate_values, study)
@@ -158,8 +165,10 @@ def _description(study: Study, trials: list[FrozenTrial], winner: Winner) -> str
         "",
         "| setting | best value |",
         "|---|---|",
-        *(f"| {name} | {value:.4g} |" for name, value in winner.trial.params.items() if _is_number(value)),
-        *(f"| {name} | {value} |" for name, value in winner.trial.params.items() if not _is_number(value)),
+        *(
+            f"| {name} | {f'{value:.4g}' if isinstance(value, float) else value} |"
+            for name, value in winner.trial.params.items()
+        ),
         "",
     ]
     if winner.confirmed:
@@ -175,14 +184,6 @@ def _description(study: Study, trials: list[FrozenTrial], winner: Winner) -> str
             " positives at the best single score decides."
         )
     return "\n".join(lines)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, float)
-
-
-def _first_value(trial: FrozenTrial) -> float:
-    return cast("list[float]", trial.values)[0]
 
 
 def best_of_study(address: str, name: str) -> dict[str, Any]:

@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import optuna
 from numpy.typing import NDArray
-from optuna.visualization import matplotlib as plots
 
 from pneumo_experiments import tracking
 from pneumo_experiments.scoring.exact import Optimum, best_of_all
@@ -46,6 +45,8 @@ class ThresholdSearch:
         """History and contour plots of the study, RGB (h, w, 3) by file name; none without a study."""
         if (study := self.study) is None:
             return {}
+        from optuna.visualization import matplotlib as plots  # takes a third of a second
+
         history, contours = plots.plot_optimization_history, plots.plot_contour
         return {
             "threshold_history.png": pyplot_picture(lambda: history(study, target_name="Dice")),

@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from math import inf
-from typing import cast
 
 from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 from optuna.storages import BaseStorage
@@ -15,7 +14,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from pneumo_experiments import tracking
 from pneumo_experiments.errors import ServerUnreachable, UserError
-from pneumo_experiments.experiment.study import best_trials, count_trials, is_counted
+from pneumo_experiments.experiment.study import best_trials, count_trials, first_value, is_counted
 from pneumo_experiments.experiment.study_storage import (
     CONFIRMS,
     ERROR,
@@ -105,5 +104,5 @@ def confirm_trials(study: Study, confirmations: Study, storage: BaseStorage, obj
 
 def _is_over(study: Study, total: int, deadline: float, target: float) -> bool:
     best = best_trials(study)
-    reached = target > 0 and bool(best) and cast("list[float]", best[0].values)[0] >= target
+    reached = target > 0 and bool(best) and first_value(best[0]) >= target
     return reached or time.monotonic() >= deadline or count_trials(study) >= total

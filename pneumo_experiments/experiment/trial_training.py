@@ -19,7 +19,7 @@ from pneumo_experiments import tracking
 from pneumo_experiments.dataset.hdf5 import Dataset
 from pneumo_experiments.dataset.splits import Split, assign_folds
 from pneumo_experiments.errors import UserError
-from pneumo_experiments.experiment.scored_images import digests
+from pneumo_experiments.experiment.fold_training import make_detector
 from pneumo_experiments.experiment.subset import Subset, make_split
 from pneumo_experiments.experiment.training_loop import EpochResult, train_and_validate
 from pneumo_experiments.learning.checkpoint import Checkpoint
@@ -31,8 +31,8 @@ from pneumo_experiments.learning.predict import Predictor
 from pneumo_experiments.locks import work_folder
 from pneumo_experiments.scoring.cross_fit import best_dice_on_positives, cross_fitted
 from pneumo_experiments.scoring.thresholds import Thresholds
-from pneumo_experiments.serving import Detector, Member, save
-from pneumo_experiments.settings import Recipe, Search, as_config, weight_shaping
+from pneumo_experiments.serving import save
+from pneumo_experiments.settings import Recipe, Search, weight_shaping
 
 # A training whose masks are all empty has the Dice of the empty baseline, like every other such training.
 # This much of best_dice_on_positives is added to it, so that the search can tell them apart.
@@ -111,15 +111,8 @@ class TrialTraining:
         """Saves what ``epochs`` has trained on the first fold as a model, with its thresholds."""
         assert self._trained is not None
         predictor, thresholds = self._trained
-        fold, dataset = self._folds[0], self._dataset
-        seen = digests(fold.validation) | digests(Subset(dataset, fold.split.train))
-        settings = as_config(replace(self._settings, recipe=recipe))
-        save(
-            folder,
-            Detector(
-                (Member(predictor, settings),), dataset.image_size, thresholds, dataset.fingerprint, seen
-            ),
-        )
+        settings = replace(self._settings, recipe=recipe)
+        save(folder, make_detector(predictor, settings, thresholds, self._dataset, self._folds[0].split))
 
     def _fold(self, split: Split) -> _Fold:
         settings, training = self._settings, split.train
@@ -142,7 +135,7 @@ class TrialTraining:
 
     def _seconds_per_image(self, predictor: Predictor) -> float:
         """The shorter of two predictions of the same images, per image."""
-        if self._settings.study.objectives == "dice":
+        if self._settings.study.has_one_objective:
             return np.nan
         validation = self._folds[0].validation
         images = self._dataset.images(validation.indices[:TIMED_IMAGES])

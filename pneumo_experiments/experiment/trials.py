@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from math import inf
 from pathlib import Path
-from typing import Protocol, cast
+from typing import Protocol
 
 import optuna
 from optuna.exceptions import TrialPruned
@@ -18,14 +18,8 @@ from tqdm import tqdm
 from pneumo_experiments import tracking
 from pneumo_experiments.errors import ServerUnreachable, UserError
 from pneumo_experiments.experiment.search_space import Space, suggest, with_values
-from pneumo_experiments.experiment.study import best_trials, is_counted
-from pneumo_experiments.experiment.study_storage import (
-    CONFIRMS,
-    ERROR,
-    PROCESS,
-    RUN_ID,
-    retry,
-)
+from pneumo_experiments.experiment.study import best_trials, first_value, is_counted
+from pneumo_experiments.experiment.study_storage import CONFIRMS, ERROR, PROCESS, RUN_ID, retry
 from pneumo_experiments.experiment.trial_table import in_words, print_row
 from pneumo_experiments.experiment.trial_training import TrialScores
 from pneumo_experiments.settings import Recipe, Search
@@ -98,8 +92,7 @@ class Objective:
                 trial.set_user_attr(RUN_ID, run_id)
                 scores, epochs = self._train(trial, training, recipe)
                 seconds = time.perf_counter() - start
-                is_pruned = scores is not None and epochs < self._epochs
-                assert scores is not None
+                is_pruned = epochs < self._epochs
                 self._record(trial, scores, seconds, is_pruned)
                 if not is_pruned and not self.confirms:
                     self._keep_model(trial, scores.value, recipe)
@@ -117,7 +110,7 @@ class Objective:
         print_row(self.space, title, values, scores, seconds, state)
         if is_pruned:
             raise TrialPruned
-        is_single = self.settings.study.objectives == "dice"
+        is_single = self.settings.study.has_one_objective
         return (scores.value,) if is_single else (scores.value, scores.seconds_per_image)
 
     def _keep_parent_running(self) -> None:
@@ -129,17 +122,16 @@ class Objective:
     def _epochs(self) -> int:
         return self.settings.study.search_epochs * self.settings.study.folds_per_trial
 
-    def _train(
-        self, trial: optuna.Trial, training: Training, recipe: Recipe
-    ) -> tuple[TrialScores | None, int]:
+    def _train(self, trial: optuna.Trial, training: Training, recipe: Recipe) -> tuple[TrialScores, int]:
         """Scores after the last epoch that ran, and its number."""
         scores, epoch = None, 0
-        prunes = not self.confirms and self.settings.study.objectives == "dice"
+        prunes = not self.confirms and self.settings.study.has_one_objective
         for epoch, scores in enumerate(training.epochs(recipe), start=1):
             if prunes:
                 trial.report(scores.value, epoch)
                 if epoch < self._epochs and trial.should_prune():
                     break
+        assert scores is not None  # a trial has one epoch at least
         return scores, epoch
 
     def _record(self, trial: optuna.Trial, scores: TrialScores, seconds: float, is_pruned: bool) -> None:
@@ -154,7 +146,7 @@ class Objective:
     def _keep_model(self, trial: optuna.Trial, value: float, recipe: Recipe) -> None:
         """Logs the model if the trial is among the best so far, and deletes the one that it displaces."""
         keep, best = self.settings.study.keep, best_trials(trial.study)
-        better = sum(cast("list[float]", other.values)[0] >= value for other in best)
+        better = sum(first_value(other) >= value for other in best)
         if better >= keep:
             return
         with tempfile.TemporaryDirectory() as folder:

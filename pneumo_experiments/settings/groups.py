@@ -247,6 +247,11 @@ class StudySettings:
     ] = AUTO
     storage: StudyStorage = STORAGE
 
+    @property
+    def has_one_objective(self) -> bool:
+        """Whether Dice alone is searched; Optuna prunes no others."""
+        return self.objectives == "dice"
+
 
 @dataclass(frozen=True)
 class Registry:
