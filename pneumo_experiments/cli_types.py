@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args, get_origin
 
 import click
 
-from pneumo_experiments.settings import AUTO, NONE, Leaf
+from pneumo_experiments.settings import AUTO, NONE, Leaf, is_none
 
 LONGEST_NAME = 255  # bytes, of a file or folder: the limit of all usual file systems
 LONGEST_TEXT = 1000  # characters, of an address for example
@@ -43,7 +43,7 @@ class PathType(click.ParamType):  # pyright: ignore[reportMissingTypeArgument]
         self.optional = optional
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path | None:
-        if value in ("", NONE):
+        if is_none(value):
             if self.optional:
                 return None
             self.fail("give a path", param, ctx)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from pneumo_experiments import tracking
 from pneumo_experiments.dataset.splits import assign_folds
-from pneumo_experiments.experiment.threshold_search import log_study, search_thresholds
+from pneumo_experiments.experiment.threshold_search import log_threshold_study, search_thresholds
 from pneumo_experiments.scoring.counts_file import StoredCounts, load_counts, save_counts
 from pneumo_experiments.scoring.cross_fit import cross_fitted
 from pneumo_experiments.scoring.exact import best_of_all
@@ -67,7 +67,7 @@ def search_counts(path: Path, trials: int, given: Mapping[str, float]) -> Scores
         lines.append(f"as given: Dice {values['threshold_dice_given']:.4f} with {_text(thresholds)}")
     tracking.log_metrics(values)
     tracking.log_params({f"{name}_best": value for name, value in asdict(best).items()} | scores.as_facts())
-    log_study(search)
+    log_threshold_study(search)
     tracking.describe("\n".join([f"Thresholds searched in {path}.", *lines]))
     for line in lines:
         print(f"score: {line}")

@@ -13,7 +13,7 @@ from pneumo_experiments import tracking
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.experiment.counts_search import log_counts
 from pneumo_experiments.experiment.fold_training import TrainedFold
-from pneumo_experiments.experiment.threshold_search import log_study, search_thresholds
+from pneumo_experiments.experiment.threshold_search import log_threshold_study, search_thresholds
 from pneumo_experiments.scoring.thresholds import ThresholdCounts
 from pneumo_experiments.serving import Detector, join, load, save
 
@@ -47,7 +47,7 @@ def log_ensemble(folds: Sequence[TrainedFold], threshold_trials: int, seed: int)
     search = search_thresholds(counts, threshold_trials, seed)
     tracking.log_metrics(search.as_metrics() | {"val_dice_optimistic": search.optimum.dice})
     tracking.log_params(asdict(search.thresholds))
-    log_study(search)
+    log_threshold_study(search)
     detector = replace(join([fold.detector for fold in folds]), thresholds=search.thresholds)
     with tempfile.TemporaryDirectory() as folder:
         save(Path(folder), detector)

@@ -14,7 +14,7 @@ from pneumo_experiments.experiment.counts_search import log_counts
 from pneumo_experiments.experiment.progress import Progress, checkpoint_of, read_checkpoint
 from pneumo_experiments.experiment.scored_images import digests
 from pneumo_experiments.experiment.subset import Subset, log_overlays, log_split, make_split
-from pneumo_experiments.experiment.threshold_search import log_study, search_thresholds
+from pneumo_experiments.experiment.threshold_search import log_threshold_study, search_thresholds
 from pneumo_experiments.experiment.training_loop import log_first_batch, train_and_validate
 from pneumo_experiments.learning import distributed
 from pneumo_experiments.learning.averaging import mean_state
@@ -62,7 +62,7 @@ def train_fold(name: str, settings: Train, dataset: Dataset, parent: str | None 
         tracking.log_dataset(settings.dataset, dataset.fingerprint, "training")
         prepared = _prepare(settings, dataset)
         progress = _run_epochs(name, settings, prepared, checkpoint, last, run_id)
-        return _finish(name, settings, prepared, progress)
+        return _finish(settings, prepared, progress)
 
 
 def _prepare(settings: Train, dataset: Dataset) -> _Prepared:
@@ -120,12 +120,15 @@ def _restore(last: dict[str, Any], run_id: str) -> Progress:
     return Progress(run_id, last["history"], last["dices"], last["networks"])
 
 
-def _finish(name: str, settings: Train, prepared: _Prepared, progress: Progress) -> TrainedFold:
+def _finish(settings: Train, prepared: _Prepared, progress: Progress) -> TrainedFold:
     """Chooses weights and thresholds, and logs scores, pictures and model."""
     predictor, validation = prepared.predictor, prepared.validation
     dataset, trained_on = validation.dataset, len(prepared.training_data)
     counts, averaged = _choose_weights(progress, predictor, validation)
-    search = search_thresholds(counts, settings.evaluation.threshold_trials, settings.recipe.seed)
+    trials = (
+        settings.evaluation.threshold_trials if distributed.is_main_process() else 0
+    )  # it decides nothing
+    search = search_thresholds(counts, trials, settings.recipe.seed)
     thresholds = search.thresholds
     scores = validation.score(counts, thresholds)
     detector = make_detector(predictor, settings, thresholds, dataset, prepared.split)
@@ -134,7 +137,7 @@ def _finish(name: str, settings: Train, prepared: _Prepared, progress: Progress)
     # Beside the curves, not on them: the weights that were kept, at their own thresholds.
     final = {f"{metric}_final": value for metric, value in scores.as_metrics("val_").items()}
     tracking.log_metrics(final | search.as_metrics(), step=len(progress.history))
-    log_study(search)
+    log_threshold_study(search)
     log_counts(counts, [entry.patient for entry in validation.entries])
     chosen_by = {"best_epoch": next(iter(progress.dices)), "averaged_epochs": len(averaged)}
     tracking.log_params(chosen_by | asdict(thresholds) | scores.as_facts("val_"))

@@ -12,7 +12,7 @@ from pneumo_experiments.dataset.annotations import PATIENTS, read_patients, read
 from pneumo_experiments.dataset.hdf5 import Dataset
 from pneumo_experiments.dataset.patients import Grouping, given_grouping, grouping_problem, shipped_grouping
 from pneumo_experiments.errors import UserError
-from pneumo_experiments.settings import AUTO, NONE
+from pneumo_experiments.settings import AUTO, is_none
 
 SOURCES = "patient_sources"  # in a data set's settings: number of images by source of their patient
 
@@ -23,7 +23,7 @@ def make_grouping(patients_csv: str, image_ids: Sequence[str]) -> Grouping:
     """The grouping that ``patients_csv`` gives; warns if it names few images, UserError if none."""
     if patients_csv == AUTO:
         return shipped_grouping(image_ids)
-    if patients_csv in ("", NONE):
+    if is_none(patients_csv):
         return Grouping()
     path = Path(patients_csv).expanduser()
     content = read_table(path, PATIENTS)

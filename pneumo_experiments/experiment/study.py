@@ -25,7 +25,7 @@ from pneumo_experiments.experiment.study_storage import (
     cannot_be_opened,
     load_study,
 )
-from pneumo_experiments.settings import AUTO, NONE, Search, as_text, flat, read_config, weight_shaping
+from pneumo_experiments.settings import AUTO, Search, as_text, flat, is_none, read_config, weight_shaping
 
 # Attributes of a study
 METRIC_NAMES = {"dice": "cross-fitted Dice", "seconds": "seconds per image"}
@@ -167,7 +167,7 @@ def _refuse_foreign(study: Study, made_with: Mapping[str, str]) -> None:
 
 def _warm_start(storage: BaseStorage, settings: Search, space: Space) -> list[dict[str, Any]]:
     source = settings.study.warm_start
-    if source in ("", NONE):
+    if is_none(source):
         return []
     if Path(source).is_file():
         return [within(_parsed(read_config(Path(source), Search), space), space)]

@@ -19,7 +19,7 @@ from sqlalchemy import Connection, event
 
 from pneumo_experiments import tracking
 from pneumo_experiments.errors import UserError
-from pneumo_experiments.settings import NONE
+from pneumo_experiments.settings import is_none
 
 # Attributes of a trial
 RUN_ID, PROCESS, ERROR = "run_id", "process", "error"
@@ -51,7 +51,7 @@ def open_storage(address: str) -> BaseStorage:
 
     Raises UserError if it cannot be opened.
     """
-    if address in ("", NONE):
+    if is_none(address):
         return InMemoryStorage()
     tracking.check_server("storage", address)
     file = tracking.database_file(address)

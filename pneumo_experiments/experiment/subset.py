@@ -183,17 +183,16 @@ def _evenly_spaced(ordered: list[int], count: int) -> dict[int, str]:
 
 def log_overlays(
     subset: Subset, counts: ThresholdCounts, predictor: AnyPredictor, thresholds: Thresholds, count: int
-) -> str:
+) -> None:
     """Logs overlays of positives from best to worst Dice, with negatives when there are too few.
 
-    Three and more include the best, median and worst, so labelled. Returns the address of the contact sheet;
-    empty for a count of 0.
+    Three and more include the best, median and worst, so labelled.
     """
     if count == 0:
-        return ""
-    dices = counts.dice(thresholds)
-    positives = [i for i in np.argsort(-dices, kind="stable").tolist() if counts.truth_area[i] > 0]
-    negatives = [i for i in np.argsort(dices, kind="stable").tolist() if counts.truth_area[i] == 0]
+        return
+    dices, truth = counts.dice(thresholds), counts.truth_area
+    positives = [i for i in np.argsort(-dices, kind="stable").tolist() if truth[i] > 0]
+    negatives = [i for i in np.argsort(dices, kind="stable").tolist() if truth[i] == 0]
     chosen = _evenly_spaced(positives, count) | dict.fromkeys(negatives[: max(0, count - len(positives))], "")
     texts = describe_images(counts, thresholds)
     captions = {position: f"{label} {texts[position]}".strip() for position, label in chosen.items()}
@@ -202,7 +201,6 @@ def log_overlays(
         drawn.append(picture)
         tracking.log_image(picture, f"overlays/{len(drawn):02}.png")
     tracking.log_image(contact_sheet(drawn, columns=2), "overlays.png")
-    return f"{tracking.artifacts_of_active_run()}/overlays.png"
 
 
 def describe_images(counts: ThresholdCounts, thresholds: Thresholds) -> list[str]:

@@ -76,7 +76,7 @@ def search_thresholds(counts: ThresholdCounts, trials: int, seed: int) -> Thresh
     return ThresholdSearch(optimum, study)
 
 
-def log_study(search: ThresholdSearch) -> None:
+def log_threshold_study(search: ThresholdSearch) -> None:
     """Logs the study's trials, history and contours in the active run; nothing without a study."""
     if trials := search.trials():
         tracking.log_table(TRIAL_COLUMNS, trials, "threshold_trials")

@@ -33,9 +33,7 @@ class Comparison:
         )
 
 
-def compare(
-    dices: NDArray[np.float64], baseline: NDArray[np.float64], patients: Sequence[str], seed: int = 0
-) -> Comparison:
+def compare(dices: NDArray[np.float64], baseline: NDArray[np.float64], patients: Sequence[str]) -> Comparison:
     """Compares the Dice of two models on n >= 1 images, all (n,).
 
     Paired: each resample draws patients, with all their images, for both models at once. What is hard for
@@ -45,7 +43,7 @@ def compare(
         raise ValueError(f"{len(dices)}, {len(baseline)} and {len(patients)} values for the same images")
     differences = dices - baseline
     measures: dict[str, Measure] = {"difference": lambda weights: mean(differences, weights)}
-    resamples = bootstrap(measures, patients, np.random.default_rng(seed))["difference"]
+    resamples = bootstrap(measures, patients, np.random.default_rng(0))["difference"]
     low, high = interval_of(resamples)
     better = np.count_nonzero(resamples > 0) + 0.5 * np.count_nonzero(resamples == 0)
     return Comparison(float(differences.mean()), low, high, better / len(resamples), resamples)

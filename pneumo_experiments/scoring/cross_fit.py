@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pneumo_experiments.scoring.metrics import dice_of_areas
-from pneumo_experiments.scoring.thresholds import HUNDREDTHS, ThresholdCounts, Thresholds, best_on_grid
+from pneumo_experiments.scoring.thresholds import ThresholdCounts, Thresholds, best_on_grid
 
 
 @dataclass(frozen=True)
@@ -59,9 +59,6 @@ def best_dice_on_positives(counts: ThresholdCounts) -> float:
     positive = counts.rows(np.flatnonzero(counts.truth_area > 0))
     if len(positive) == 0:
         return 0.0
-    truth = positive.truth_area
-    dices: list[float] = []
-    for score in HUNDREDTHS[1:]:
-        area, overlap = positive.at(float(score))
-        dices.append(float(dice_of_areas(overlap, area, truth).mean()))
-    return max(dices)
+    area, overlap = positive.pixels()  # at hundredth 0 every pixel is in the mask
+    dices = dice_of_areas(overlap, area, positive.truth_area[:, None])
+    return float(dices.mean(axis=0)[1:].max())

@@ -45,20 +45,20 @@ def area_terciles(truth_area: NDArray[np.int64]) -> list[str]:
     return [names[int(t)] if area > 0 else "" for t, area in zip(third, truth_area, strict=True)]
 
 
-def by_group(images: ScoredImages, groups: Mapping[str, Sequence[str]], seed: int = 0) -> list[Row]:
+def by_group(images: ScoredImages, groups: Mapping[str, Sequence[str]]) -> list[Row]:
     """Rows of GROUP_COLUMNS: scores with 95% intervals of all images and of each value of each group.
 
     ``groups`` has each image's value; "" leaves the image out. An undefined score is None.
     """
-    rows = [_row("all", "", images, seed)]
+    rows = [_row("all", "", images)]
     for group, values in groups.items():
         of_image = np.array(values)
         for value in sorted({*values} - {""}, key=lambda value: (value == UNKNOWN, _order(value))):
-            rows.append(_row(group, value, images.select(of_image == value), seed))
+            rows.append(_row(group, value, images.select(of_image == value)))
     return rows
 
 
-def calibration(images: ScoredImages, seed: int = 0) -> list[Row]:
+def calibration(images: ScoredImages) -> list[Row]:
     """Rows of CALIBRATION_COLUMNS: mean presence and fraction of positives of each bin that has images."""
     everything, rows = np.ones((1, len(images.dices))), list[Row]()
     for number, here in enumerate(bins(images.presence)):
@@ -68,7 +68,7 @@ def calibration(images: ScoredImages, seed: int = 0) -> list[Row]:
         ends = bootstrap_intervals(
             {"positive": lambda weights, truth=inside.truth: mean(truth, weights)},
             inside.patients,
-            np.random.default_rng(seed),
+            np.random.default_rng(0),
         )
         presence, positive = (
             float(mean(values, everything, here)[0]) for values in (images.presence, images.truth)
@@ -79,9 +79,9 @@ def calibration(images: ScoredImages, seed: int = 0) -> list[Row]:
     return rows
 
 
-def _row(group: str, value: str, images: ScoredImages, seed: int) -> Row:
+def _row(group: str, value: str, images: ScoredImages) -> Row:
     itself = np.ones((1, len(images.dices)))
-    measures, ends = images.measures(), images.intervals(BY_GROUP, seed)
+    measures, ends = images.measures(), images.intervals(BY_GROUP)
     numbers = [
         number
         for name in BY_GROUP

@@ -29,6 +29,7 @@ from pneumo_experiments.settings.fields import (
     as_text,
     flat,
     from_flat,
+    is_none,
     leaves,
     weight_shaping,
 )
@@ -90,6 +91,7 @@ __all__ = [
     "as_text",
     "flat",
     "from_flat",
+    "is_none",
     "leaves",
     "read_config",
     "read_yaml",

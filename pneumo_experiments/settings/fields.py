@@ -75,6 +75,11 @@ def flat(settings: object) -> dict[str, Any]:
     return {leaf.name: _value(settings, leaf) for leaf in leaves(type(settings))}
 
 
+def is_none(text: str) -> bool:
+    """Whether a text setting is absent: none, or empty as MLflow passes it."""
+    return text in ("", NONE)
+
+
 def as_text(value: object) -> str:
     """How a setting's value is written: on the command line, in MLproject and as an MLflow param."""
     if value is None:

@@ -33,7 +33,7 @@ from pneumo_experiments.experiment.subset import Subset, make_split
 from pneumo_experiments.scoring.scores import Scores, score_images
 from pneumo_experiments.scoring.submission import write_submission
 from pneumo_experiments.serving import Detector
-from pneumo_experiments.settings import AUTO, NONE, Score, flat
+from pneumo_experiments.settings import AUTO, Score, flat, is_none
 
 # How names of metrics begin. Without a prefix they tell of images that neither trained the model nor chose
 # its epoch or thresholds; "external" is subset=all of another data set than that of the training.
@@ -95,9 +95,7 @@ def _score_dataset(settings: Score, detector: Detector, model: str | None) -> Sc
         tracking.log_dataset(settings.dataset, dataset.fingerprint, settings.subset)
         subset = Subset(dataset, _indices(settings, detector, dataset))
         name, images = _name_subset(settings, detector, subset), identity(subset)
-        baseline = (
-            None if settings.baseline in ("", NONE) else load_models(settings.baseline).on(settings.compute)
-        )
+        baseline = None if is_none(settings.baseline) else load_models(settings.baseline).on(settings.compute)
         if baseline is not None:
             refuse_seen(settings.baseline, baseline, subset)
         counts = subset.count(detector.predictor, desc="score")

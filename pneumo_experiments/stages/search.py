@@ -32,7 +32,7 @@ from pneumo_experiments.experiment.trial_loop import confirm_trials, run_trials
 from pneumo_experiments.experiment.trial_table import in_words, print_header
 from pneumo_experiments.experiment.trial_training import TrialTraining, split_folds, warmup_checkpoint
 from pneumo_experiments.experiment.trials import Objective, Training, delete_models
-from pneumo_experiments.settings import NONE, Recipe, Search
+from pneumo_experiments.settings import Recipe, Search, is_none
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def run_study(
     study_settings, start = settings.study, time.monotonic()
     workers = count_workers(settings.workers)
     try:
-        if workers > 1 and study_settings.storage in ("", NONE):
+        if workers > 1 and is_none(study_settings.storage):
             raise UserError(f"workers={workers}: they need a storage, such as sqlite:///optuna.db")
         tracking.open_store()
         space = search_space(study_settings, settings.recipe)

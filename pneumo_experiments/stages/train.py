@@ -15,11 +15,12 @@ from pneumo_experiments.experiment.ensemble import log_ensemble
 from pneumo_experiments.experiment.fold_training import TrainedFold, train_fold
 from pneumo_experiments.experiment.out_of_fold import log_out_of_fold
 from pneumo_experiments.experiment.progress import checkpoint_of
+from pneumo_experiments.experiment.study_report import best_of_study
 from pneumo_experiments.learning import distributed
 from pneumo_experiments.learning.checkpoint import Checkpoint, lock_checkpoints
 from pneumo_experiments.learning.launch import is_launched, launch
 from pneumo_experiments.scoring.scores import Scores
-from pneumo_experiments.settings import NONE, Train, flat, from_flat
+from pneumo_experiments.settings import NONE, Train, flat, from_flat, is_none
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,10 @@ def train(settings: Train, keep_checkpoint: bool = False) -> TrainResult:
     """
     if is_launched():
         distributed.init_process_group()
-    if settings.from_study not in ("", NONE):
-        settings = _with_best_of_study(settings)
+    if not is_none(settings.from_study):  # read once: a search that still runs could change its mind
+        settings = distributed.broadcast(
+            _with_best_of_study(settings) if distributed.is_main_process() else settings
+        )
     with _open_dataset(settings) as dataset:
         checkpoints = _checkpoints(settings, dataset) if distributed.is_main_process() else []
         with lock_checkpoints(checkpoints, patience=0 if is_launched() else -1):
@@ -58,8 +61,6 @@ def train(settings: Train, keep_checkpoint: bool = False) -> TrainResult:
 
 
 def _with_best_of_study(settings: Train) -> Train:
-    from pneumo_experiments.experiment.study_report import best_of_study  # Optuna loads only where needed
-
     best = best_of_study(settings.storage, settings.from_study)
     line = ", ".join(f"{name} {value}" for name, value in best.items())
     print(f"train: best settings of study {settings.from_study}: {line}")
