@@ -8,12 +8,13 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import nan
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlflow
+import numpy as np
 import optuna
 import psutil
 import pytest
@@ -32,9 +33,11 @@ from pneumo_experiments.dataset.hdf5 import Dataset
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.experiment import trial_training
 from pneumo_experiments.experiment.study_storage import open_storage
+from pneumo_experiments.experiment.training_loop import EpochResult
 from pneumo_experiments.experiment.trial_training import TrialScores, TrialTraining
 from pneumo_experiments.interrupts import Interrupted
-from pneumo_experiments.scoring.thresholds import Thresholds
+from pneumo_experiments.learning.network import build
+from pneumo_experiments.scoring.thresholds import ThresholdCounts, Thresholds
 from pneumo_experiments.settings import Recipe, Search, Train, flat
 from pneumo_experiments.stages import search as stage
 from pneumo_experiments.stages.search import SearchResult, run_study, search
@@ -315,7 +318,7 @@ def test_a_study_of_other_data_is_refused_and_the_difference_named() -> None:
 def test_the_best_settings_train_a_network(
     settings: Search, tiny_default: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    settings = changed(settings, network="fcn_resnet50", trials=3)
+    settings = changed(settings, network="fcn_resnet50", trials=3, dice_weight=3.0, presence_weight=1.0)
     result = search(settings)
     assert len(finished()) == 3
     config = str(artifact("best.yaml"))
@@ -326,7 +329,10 @@ def test_the_best_settings_train_a_network(
         name: flat(settings)[name] for name in ("dataset", "weights", "batch_size", "precision", "device")
     }
     train(make(Train, **shared, from_study="s", storage=STORAGE, epochs=1, threshold_trials=0, overlays=0))
-    for run in [run for run in runs() if run.info.run_name.startswith("train")]:
+    trained = [run for run in runs() if run.info.run_name.startswith("train")]
+    assert len(trained) == 2
+    assert result.recipe.loss.dice_weight != 1.0  # the default
+    for run in trained:
         assert float(run.data.params["dice_weight"]) == result.recipe.loss.dice_weight
         assert float(run.data.params["presence_weight"]) == result.recipe.loss.presence_weight
     with pytest.raises(UserError, match=r"^from_study=t: no such study in the storage; there are s"):
@@ -371,9 +377,64 @@ def test_warm_up_epochs_are_trained_once_and_deleted_at_the_end(
         with pytest.raises(Interrupted):
             search(settings)
     assert len([*Path("output/checkpoints").glob("warm-up-*")]) == 1
+    with Dataset.open(settings.dataset) as dataset, tracking.run("search", settings):
+        first = TrialTraining(dataset, settings)._initial.state_dict()  # what every trial starts from
+        saved = trial_training.warmup_checkpoint(settings, dataset.fingerprint).last()
+    assert saved is not None
+    untrained = build(settings.recipe.network.network, "none", settings.recipe.seed).state_dict()
+    assert all(torch.equal(first[name], saved["networks"][1][name]) for name in first)
+    assert not torch.equal(first["mask_head.0.weight"], untrained["mask_head.0.weight"])
     search(changed(settings, trials=3))
     assert calls == [1]
     assert not [*Path("output/checkpoints").glob("warm-up-*/*.pt")]
+
+
+def test_the_warm_up_sees_no_image_that_a_fold_of_the_trials_validates_on(
+    settings: Search, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen, fit = list[int](), trial_training.fit
+
+    def counted(network: Any, data: Any, *others: Any) -> Any:
+        seen.append(len(data))
+        return fit(network, data, *others)
+
+    monkeypatch.setattr(trial_training, "fit", counted)
+    settings = changed(settings, search_warmup_epochs=1, folds_per_trial=2)
+    with Dataset.open(settings.dataset) as dataset, tracking.run("search", settings):
+        one, other = trial_training.split_folds(dataset, settings)
+        TrialTraining(dataset, settings)
+    assert seen == [len(set(one.train.tolist()) - set(other.validation.tolist()))]
+    assert seen[0] < len(one.train)
+
+
+@pytest.mark.parametrize("top", [0, 100])
+def test_a_trial_without_any_mask_is_worth_a_little_more_the_better_it_would_outline(
+    top: int, settings: Search
+) -> None:
+    """A network that marks too much, so that empty masks score best; or one that is right."""
+    with Dataset.open(settings.dataset) as dataset, tracking.run("search", settings):
+        training = TrialTraining(dataset, settings)
+    (fold,), counts = training._folds, ThresholdCounts()
+    areas = np.array([entry.area_px for entry in fold.validation.entries])
+    half = np.argsort(np.argsort(areas)) % 2  # positives in both
+    assert set(half[areas > 0].tolist()) == {0, 1}
+    for entry in fold.validation.entries:
+        pixels = np.zeros((1, 2, 101), np.int32)
+        pixels[0, 0] = 4_000_000  # everywhere marked, at any score: Dice of positives is about their area
+        pixels[0, 1] = entry.area_px
+        if top:
+            pixels[0, :, 1:] = entry.area_px
+        counts.append(pixels, np.full(1, 0.05, np.float32))
+    score = fold.validation.score(counts, Thresholds())
+    result = EpochResult(cast("Any", None), counts, Thresholds(), score, {})
+    scores = trial_training._score_fold(replace(fold, half=half), result)
+    if top:
+        assert (scores.is_all_empty, scores.value, scores.dice) == (False, 1, 1)
+    else:
+        outlined = np.mean([2 * area / (4_000_000 + area) for area in areas if area])
+        assert scores.is_all_empty
+        assert scores.dice == np.mean(areas == 0)
+        assert scores.value == pytest.approx(scores.dice + 0.001 * outlined, abs=1e-12)
 
 
 def _interrupt(*arguments: Any) -> None:

@@ -8,6 +8,7 @@ import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -167,8 +168,10 @@ class TrialTraining:
         return network
 
     def _warm_up(self, network: PneumothoraxNet, epochs: int) -> dict[str, Any]:
-        recipe, training = self._settings.recipe, Subset(self._dataset, self._folds[0].split.train)
-        data = training.training_data(recipe.batches.cache, self._compute)
+        recipe = self._settings.recipe
+        # Only images that train in every fold: the network must not know what a fold validates on.
+        training = reduce(np.intersect1d, [fold.split.train for fold in self._folds])
+        data = Subset(self._dataset, training).training_data(recipe.batches.cache, self._compute)
         with tqdm(total=len(data) * epochs, desc="warm-up", unit="image", disable=None, leave=False) as bar:
 
             def advance(count: int) -> None:
@@ -196,7 +199,8 @@ def warmup_checkpoint(settings: Search, fingerprint: str) -> Checkpoint:
     """Where the network from which trials start is saved."""
     study = settings.study
     key = [fingerprint, weight_shaping(settings.recipe), weight_shaping(settings.split)]
-    digest = hashlib.sha256(json.dumps([*key, study.search_warmup_epochs]).encode()).hexdigest()[:16]
+    key += [study.search_warmup_epochs, study.folds_per_trial]
+    digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
     return Checkpoint(CHECKPOINTS / f"warm-up-{digest}")
 
 
