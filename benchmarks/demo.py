@@ -42,6 +42,7 @@ def demo() -> None:
             "MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db",
         }
         command = ["mlflow", "run", str(ROOT), "--env-manager", "local", "-P", f"output_dir={folder}/output"]
+        command += ["-P", f"storage=sqlite:///{folder}/optuna.db"]  # else a second run finds the trials done
         start = time.perf_counter()
         with (
             subprocess.Popen(

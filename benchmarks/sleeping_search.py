@@ -22,7 +22,7 @@ import numpy as np
 
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.experiment.trial_training import TrialScores
-from pneumo_experiments.interrupts import Interrupted, handle_signals
+from pneumo_experiments.interrupts import Interrupted, Terminated, handle_signals
 from pneumo_experiments.scoring.thresholds import Thresholds
 from pneumo_experiments.settings import Recipe, Search, from_flat, leaves
 from pneumo_experiments.stages.search import run_study
@@ -86,5 +86,5 @@ if __name__ == "__main__":
     except UserError as error:
         print(f"Error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except Interrupted as stop:
+    except (Interrupted, Terminated) as stop:
         sys.exit(stop.exit_code)
