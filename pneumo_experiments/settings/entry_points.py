@@ -89,7 +89,7 @@ class Search:
 
 @dataclass(frozen=True)
 class Score:
-    """Score a model on a data set, write the submission for a folder of DICOM files, or check one."""
+    """Score a model, write a submission or check one, or search thresholds in counts."""
 
     model: Annotated[
         str,

@@ -189,8 +189,8 @@ class StudySettings:
     search_warmup_epochs: Annotated[
         int,
         Arg(
-            "epochs of one training with the settings as given, on all training images, from whose weights"
-            " every trial starts; 0: from the initial weights",
+            "epochs of one training with the settings as given, on the images that train in every fold of a"
+            " trial, from whose weights the trials start; 0: from the initial weights",
             min=0,
             max=100_000,
         ),
@@ -224,11 +224,21 @@ class StudySettings:
     ] = "dice"
     timeout: Annotated[
         float,
-        Arg("start no trial after so many seconds; 0: no limit", min=0, max=1e9, shapes_weights=False),
+        Arg(
+            "start no trial after so many seconds, but still the confirm ones; 0: no limit",
+            min=0,
+            max=1e9,
+            shapes_weights=False,
+        ),
     ] = 0.0
     target: Annotated[
         float,
-        Arg("start no trial once a Dice reaches this; 0: no target", min=0, max=1, shapes_weights=False),
+        Arg(
+            "start no trial once a Dice reaches this, but still the confirm ones; 0: no target",
+            min=0,
+            max=1,
+            shapes_weights=False,
+        ),
     ] = 0.0
     warm_start: Annotated[
         str,
