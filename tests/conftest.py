@@ -18,11 +18,12 @@ if TYPE_CHECKING:
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 ROOT = Path(__file__).parents[1]
+IS_SOAK = int(os.environ.get("PNEUMO_KILLS") or 0) >= 10
+# For slow tests whose faults a quicker test catches as well, or nearly.
+soak = pytest.mark.skipif(not IS_SOAK, reason="make soak")
 # Of two workers, none shall begin one of these when the other has nothing left: the longest files go first.
-# Slow tests whose faults a quicker test catches as well, or nearly.
-soak = pytest.mark.skipif(int(os.environ.get("PNEUMO_KILLS") or 0) < 10, reason="make soak")
+# test_bombs is the very first: it measures memory, and no other test has left processes yet.
 LONGEST_FIRST = (
-    # test_bombs measures the memory of its process, in which no other test has left anything yet.
     *(
         "test_bombs",
         "test_train",

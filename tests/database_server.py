@@ -6,7 +6,6 @@ import shutil
 import tempfile
 import warnings
 from pathlib import Path
-from typing import Any
 
 import psycopg
 
@@ -27,10 +26,6 @@ class DatabaseServer:
         with psycopg.connect(self._server.get_uri(), autocommit=True) as connection:
             connection.execute(f"CREATE DATABASE {name}".encode())
         return f"postgresql://postgres:{password}@/{name}?host={self._folder}"
-
-    def rows(self, address: str, query: str) -> list[tuple[Any, ...]]:
-        with psycopg.connect(address) as connection:
-            return connection.execute(query.encode()).fetchall()
 
     def stop(self) -> None:
         """Stops it as an administrator does: whoever is connected loses the connection."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import csv
 import json
-import socket
 import subprocess
 import time
 import urllib.error
@@ -25,6 +24,7 @@ from helpers import BIN, environment_of_mlflow
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from PIL import Image
+from tracking_server import free_port
 
 from pneumo_experiments.dataset.hdf5 import Dataset
 from pneumo_experiments.dataset.rle import decode
@@ -318,12 +318,6 @@ def test_real_radiographs_go_through_the_same_command(real_data: Path, tmp_path:
 
 def artifact(run: Run, name: str) -> Path:
     return Path(mlflow.artifacts.download_artifacts(run_id=run.info.run_id, artifact_path=name))
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def wait_for(url: str, server: subprocess.Popen[bytes], seconds: float = 180) -> None:

@@ -278,5 +278,6 @@ def test_all_folds_become_one_model_that_is_scored_registered_and_served(store: 
         list(one.detect((file.stem, content) for file, content in zip(files, contents, strict=True)))
         for one in alone
     ]
+    assert len(answer) == len(files) > 0
     for place, presence in enumerate(answer["presence"]):
         assert presence == pytest.approx(np.mean([one[place]["presence"] for one in singles]), abs=1e-6)

@@ -10,7 +10,6 @@ import resource
 import runpy
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -27,7 +26,7 @@ from helpers import changed, copy_store, environment, make
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from samples import write_dataset
-from tracking_server import Server, calls_in
+from tracking_server import Server, calls_in, free_port
 
 from pneumo_experiments.dataset.annotations import read_annotations
 from pneumo_experiments.dataset.hdf5 import Dataset
@@ -401,8 +400,7 @@ def test_what_a_training_learned_after_its_server_died_is_delivered_when_that_is
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        server = Server(tmp_path, free.getsockname()[1])
+    server = Server(tmp_path, free_port())
     save = Checkpoint.save
 
     def save_and_kill_the_server(self: Checkpoint, last: dict[str, Any], networks: dict[int, Any]) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
 import sqlite3
 import subprocess
 import sys
@@ -26,7 +25,7 @@ import requests
 from helpers import environment, make
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException, RestException
-from tracking_server import TIMEOUT_SECONDS, Server, calls_in, wait_until
+from tracking_server import TIMEOUT_SECONDS, Server, calls_in, free_port, wait_until
 
 from pneumo_experiments import tracking
 from pneumo_experiments.errors import UserError
@@ -154,8 +153,7 @@ class Outage:
 @pytest.fixture(scope="module")
 def outage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Outage]:
     folder = tmp_path_factory.mktemp("outage")
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        server = Server(folder, free.getsockname()[1])
+    server = Server(folder, free_port())
     trainings = list[Training]()
     try:
         server.start()

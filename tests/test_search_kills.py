@@ -1,6 +1,6 @@
 """kill -9, lost databases and lost servers under a search of several workers: it loses and repeats nothing.
 
-PNEUMO_KILLS=20 (make soak) kills more often than the few times of the suite, and prints what it did.
+PNEUMO_KILLS=25 (make soak) kills more often than the few times of the suite, and prints what it did.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import socket
 import time
 from collections import Counter
 from multiprocessing.process import BaseProcess
@@ -16,17 +15,16 @@ from pathlib import Path
 
 import optuna
 import pytest
-from conftest import soak
+from conftest import IS_SOAK, soak
 from database_server import DatabaseServer
 from helpers import copy_store
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from optuna.trial import FrozenTrial, TrialState
 from sleeping_workers import ended, start_worker
-from tracking_server import Server, wait_until
+from tracking_server import Server, free_port, wait_until
 
 KILLS = int(os.environ.get("PNEUMO_KILLS") or 3)
-IS_SOAK = KILLS >= 10
 TRIALS, WORKERS, EPOCH_SECONDS = (40, 3, 0.3) if IS_SOAK else (8, 2, 0.15)
 CONFIRMED = 2
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
@@ -181,12 +179,6 @@ def test_a_database_that_restarts_costs_no_trial(
     check_study(uri, address, trials=4)
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 @soak
 def test_a_tracking_server_that_is_down_for_a_while_costs_no_trial(tmp_path: Path, empty_store: Path) -> None:
     copy_store(empty_store, tmp_path)
@@ -198,7 +190,7 @@ def test_a_tracking_server_that_is_down_for_a_while_costs_no_trial(tmp_path: Pat
         worker = start_worker(tmp_path, server.uri, *words)
         wait_until(lambda: is_there(address) and bool(study_of(address).get_trials(states=FINISHED)))
         server.kill()
-        time.sleep(20 if IS_SOAK else 1)
+        time.sleep(20)
         server.start()
         assert ended(worker) == 0, (tmp_path / "log").read_text()
         check_study(server.uri, address, trials=3)

@@ -7,7 +7,6 @@ import multiprocessing
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -25,7 +24,7 @@ from helpers import make
 from mlflow import MlflowClient
 from mlflow.entities import DatasetInput, Run
 from mlflow.exceptions import MlflowException
-from tracking_server import TIMEOUT_SECONDS, Server, wait_until
+from tracking_server import TIMEOUT_SECONDS, Server, free_port, wait_until
 
 from pneumo_experiments import interrupts, tracking
 from pneumo_experiments.errors import UserError
@@ -477,8 +476,7 @@ def test_of_versions_registered_at_once_the_best_is_the_champion(store: Store) -
 def test_of_versions_registered_at_once_on_a_server_the_best_is_the_champion(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        server = Server(tmp_path, free.getsockname()[1])
+    server = Server(tmp_path, free_port())
     server.start()
     try:
         monkeypatch.chdir(tmp_path)

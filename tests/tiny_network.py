@@ -1,7 +1,4 @@
-"""A network with the interface of torchvision's and some ten thousand parameters, for tests of loops.
-
-As a script: the command line, with this network under the name of the default one.
-"""
+"""A network with the interface of torchvision's and some ten thousand parameters, for tests of loops."""
 
 from __future__ import annotations
 
@@ -11,7 +8,6 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from pneumo_experiments import cli
 from pneumo_experiments.learning.device import ComputeConfig
 from pneumo_experiments.learning.loader import InMemoryData
 from pneumo_experiments.learning.network import NETWORKS, PneumothoraxNet
@@ -19,7 +15,6 @@ from pneumo_experiments.learning.network import NETWORKS, PneumothoraxNet
 Result = TypeVar("Result")
 CPU = ComputeConfig(torch.device("cpu"), "fp32")
 DEFAULT = "fcn_resnet50"
-TINY_COMMAND = __file__  # runs the command line with it
 CHANNELS = 2048  # of torchvision's last layer, which the presence head pools
 
 
@@ -89,9 +84,3 @@ def noise(count: int, side: int = 32) -> InMemoryData:
 
 def weights_of(network: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in network.state_dict().items()}
-
-
-if __name__ == "__main__":
-    add_tiny_network()
-    replace_default_network()
-    cli.main()
