@@ -47,8 +47,8 @@ def one_by_one(detector: Detector, files: Files) -> None:
 
 def in_batches(detector: Detector, files: Files) -> None:
     """What the detector does."""
-    for row in detector.detect(files):
-        assert not row["error"]
+    for finding in detector.detect(files):
+        assert not finding.error
 
 
 def decode_here(detector: Detector, files: Files) -> None:

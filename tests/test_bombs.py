@@ -34,7 +34,7 @@ from pneumo_experiments.learning.device import ComputeConfig
 from pneumo_experiments.learning.network import PneumothoraxNet
 from pneumo_experiments.learning.predict import Predictor
 from pneumo_experiments.scoring.thresholds import Thresholds
-from pneumo_experiments.serving import Detector, Member, save
+from pneumo_experiments.serving import Detector, Member, ServedModel, save
 from pneumo_experiments.settings import Score, Train, as_config
 from pneumo_experiments.stages.score import score
 
@@ -50,7 +50,7 @@ class Desk:
 
     uri: str
     model: str
-    detector: Detector
+    service: ServedModel
     radiographs: Path
 
 
@@ -80,7 +80,7 @@ def desk(tmp_path_factory: pytest.TempPathFactory, bombs: dict[str, bytes], tiny
             (folder / "weights").mkdir()
             save(folder / "weights", detector)
             model = tracking.log_model(folder / "weights")
-        yield Desk(uri, model, detector, radiographs)
+        yield Desk(uri, model, ServedModel(detector), radiographs)
     mlflow.set_tracking_uri(None)  # pyright: ignore[reportArgumentType]
 
 
@@ -134,7 +134,7 @@ def test_a_model_answers_all_rows_of_a_batch_with_bombs_in_it(
 ) -> None:
     files = {"a": GOOD, **bombs, "z": GOOD}
     frame = pd.DataFrame({"image_id": list(files), "dicom": list(files.values())})
-    rows = {row["image_id"]: row for row in desk.detector.predict(frame).to_dict("records")}
+    rows = {row["image_id"]: row for row in desk.service.predict(frame).to_dict("records")}
     assert list(rows) == list(files)
     assert [rows[name]["error"] for name in ("a", "z")] == ["", ""]
     assert rows["a"]["presence"] == pytest.approx(rows["z"]["presence"])
@@ -148,14 +148,14 @@ def test_a_model_answers_all_rows_of_a_batch_with_bombs_in_it(
 def test_a_batch_of_any_size_keeps_its_order_and_its_answers(desk: Desk) -> None:
     files = {str(n): (b"no DICOM" if n % 5 == 4 else GOOD) for n in range(37)}
     frame = pd.DataFrame({"image_id": list(files), "dicom": list(files.values())})
-    answer = desk.detector.predict(frame)
+    answer = desk.service.predict(frame)
     assert answer["image_id"].tolist() == list(files)
     assert [bool(error) for error in answer["error"]] == [n % 5 == 4 for n in range(37)]
-    alone = desk.detector.predict(frame[:1])
+    alone = desk.service.predict(frame[:1])
     good = answer[answer["error"] == ""]
     assert good["presence"].to_numpy() == pytest.approx(alone["presence"][0], abs=1e-5)
-    assert desk.detector.predict(frame[4:5])["error"].tolist() == ["4: not a DICOM file"]
-    assert desk.detector.predict(frame[:0]).empty
+    assert desk.service.predict(frame[4:5])["error"].tolist() == ["4: not a DICOM file"]
+    assert desk.service.predict(frame[:0]).empty
 
 
 def test_a_submission_has_a_row_for_every_bomb(

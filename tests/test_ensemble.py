@@ -280,4 +280,4 @@ def test_all_folds_become_one_model_that_is_scored_registered_and_served(store: 
     ]
     assert len(answer) == len(files) > 0
     for place, presence in enumerate(answer["presence"]):
-        assert presence == pytest.approx(np.mean([one[place]["presence"] for one in singles]), abs=1e-6)
+        assert presence == pytest.approx(np.mean([one[place].presence for one in singles]), abs=1e-6)

@@ -3,13 +3,14 @@
 MLflow imports this package by name (``loader_module``) and calls ``_load_pyfunc``; nothing is pickled.
 """
 
-from pneumo_experiments.serving.detector import Detector, Member, join
+from pneumo_experiments.serving.detector import Detector, Finding, Member, join
 from pneumo_experiments.serving.model_folder import load, save
+from pneumo_experiments.serving.service import ServedModel
 
-__all__ = ["Detector", "Member", "join", "load", "save"]
+__all__ = ["Detector", "Finding", "Member", "ServedModel", "join", "load", "save"]
 
 
-def _load_pyfunc(data_path: str) -> Detector:  # pyright: ignore[reportUnusedFunction]  # MLflow calls it
+def _load_pyfunc(data_path: str) -> ServedModel:  # pyright: ignore[reportUnusedFunction]  # MLflow calls it
     from pathlib import Path
 
-    return load(Path(data_path))
+    return ServedModel(load(Path(data_path)))

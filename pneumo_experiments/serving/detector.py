@@ -1,4 +1,4 @@
-"""Trained networks with their thresholds, from DICOM bytes to run lengths."""
+"""Trained networks with their thresholds, from DICOM bytes to masks."""
 
 from __future__ import annotations
 
@@ -6,14 +6,13 @@ from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import islice
-from math import fsum, nan
-from typing import Any, TypedDict
+from math import fsum
+from typing import Any, NamedTuple
 
 import numpy as np
-import pandas as pd  # pyright: ignore[reportMissingTypeStubs]
+from numpy.typing import NDArray
 
 from pneumo_experiments.dataset.decoder_pool import DecodedImage, File, decode_all
-from pneumo_experiments.dataset.rle import encode
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.learning.device import choose_compute_for
 from pneumo_experiments.learning.predict import Ensemble, Prediction, Predictor, to_native
@@ -23,14 +22,17 @@ from pneumo_experiments.settings import AUTO, Device, SplitSettings, from_flat
 BATCH_SIZE = 16  # radiographs
 
 
-class Row(TypedDict):
-    """The model's output for one radiograph; ``error`` is empty on success."""
+class Finding(NamedTuple):
+    """The model's output for one radiograph; where it cannot be read, only id and ``error`` are set.
+
+    ``mask`` is boolean at native size (H, W), ``pixels`` what the networks saw: 8 bit (S, S).
+    """
 
     image_id: str
-    presence: float
-    area_px: int
-    rle: str
-    error: str
+    presence: float | None = None
+    mask: NDArray[np.bool_] | None = None
+    pixels: NDArray[np.uint8] | None = None
+    error: str = ""
 
 
 @dataclass(frozen=True)
@@ -104,8 +106,8 @@ class Detector:
         members = (replace(member, predictor=replace(member.predictor, tta=tta)) for member in self.members)
         return replace(self, members=tuple(members))
 
-    def detect(self, files: Iterable[File]) -> Generator[Row]:
-        """Presence and mask of each radiograph, in order; an unusable file has its error in its row.
+    def detect(self, files: Iterable[File]) -> Generator[Finding]:
+        """Presence and mask of each radiograph, in order; an unusable file has its error in its finding.
 
         Files (image id, DICOM bytes) are read slightly ahead, decoded in parallel and predicted in batches.
         """
@@ -116,30 +118,14 @@ class Detector:
                 predictions = predictor.predict(np.stack(pixels), BATCH_SIZE) if pixels else iter(())
                 for image_id, image in batch:
                     if isinstance(image, DecodedImage):
-                        yield self._row(image_id, (image.rows, image.columns), next(predictions))
+                        yield self._finding(image_id, image, next(predictions))
                     else:
-                        yield Row(image_id=image_id, presence=nan, area_px=0, rle="-1", error=str(image))
+                        yield Finding(image_id, error=str(image))
 
-    def _row(self, image_id: str, shape: tuple[int, int], prediction: Prediction) -> Row:
-        mask = apply_thresholds(to_native(prediction.mask, shape), prediction.presence, self.thresholds)
-        return Row(
-            image_id=image_id,
-            presence=prediction.presence,
-            area_px=int(np.count_nonzero(mask)),
-            rle=encode(mask),
-            error="",
-        )
-
-    def predict(self, frame: pd.DataFrame, params: Mapping[str, Any] | None = None) -> pd.DataFrame:
-        """Called by MLflow: columns ``image_id`` and ``dicom`` (bytes) in, the columns of Row out.
-
-        ``params`` are thresholds for this request. Raises UserError for values out of range.
-        """
-        detector = self.with_thresholds(params or {})
-        columns: Any = frame  # pandas has no type stubs
-        image_ids, files = columns["image_id"].tolist(), columns["dicom"].tolist()
-        pairs = ((str(i), bytes(f)) for i, f in zip(image_ids, files, strict=True))
-        return pd.DataFrame(list(detector.detect(pairs)), columns=list(Row.__annotations__))
+    def _finding(self, image_id: str, image: DecodedImage, prediction: Prediction) -> Finding:
+        native = to_native(prediction.mask, (image.rows, image.columns))
+        mask = apply_thresholds(native, prediction.presence, self.thresholds)
+        return Finding(image_id, prediction.presence, mask, image.pixels)
 
 
 def join(detectors: Sequence[Detector]) -> Detector:

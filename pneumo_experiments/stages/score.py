@@ -15,7 +15,7 @@ from tqdm import tqdm
 from pneumo_experiments import tracking
 from pneumo_experiments.dataset.decoder_pool import read_files
 from pneumo_experiments.dataset.hdf5 import Dataset
-from pneumo_experiments.dataset.rle import EMPTY
+from pneumo_experiments.dataset.rle import EMPTY, encode
 from pneumo_experiments.dicom.archive import DIFFERING_FILES, open_archive
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.experiment.counts_search import log_counts, search_counts
@@ -200,11 +200,11 @@ def _submit(settings: Score, detector: Detector, folder: Path) -> ScoreResult:
                 yield image_id, EMPTY
         bar = tqdm(total=len(members), desc="submission", unit="image", disable=None)
         with bar, closing(detector.detect(read_files(archive.root, members))) as answers:
-            for row in answers:
+            for finding in answers:
                 bar.update()
-                if row["error"]:
-                    errors.append(row["error"])
-                yield row["image_id"], row["rle"]
+                if finding.mask is None:
+                    errors.append(finding.error)
+                yield finding.image_id, EMPTY if finding.mask is None else encode(finding.mask)
         if len(errors) == len(order):
             raise UserError(f"dicom_dir={folder}: no file can be used; the first: {errors[0]}")
 
