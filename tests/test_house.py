@@ -23,6 +23,7 @@ LIBRARIES = {
     "torch": {"learning", "serving"},
     "torchvision": {"learning"},
     "pydicom": {"dicom", "synthetic"},
+    "highdicom": {"dicom"},
     "h5py": {"dataset"},
     "jinja2": {"report"},
     "pandas": {"serving"},
@@ -45,7 +46,7 @@ ROOMS = {
         )
     },
     "experiment": {"serving", "tracking", "learning", "report", "dataset", "scoring", "dicom"},
-    "serving": {"learning", "dataset", "scoring"},
+    "serving": {"learning", "dataset", "scoring", "dicom"},  # the geometry that comes with a decoded file
     "tracking": set[str](),
     "learning": set[str](),
     "report": {"dataset"},

@@ -127,11 +127,16 @@ AnyPredictor = Predictor | Ensemble
 
 def _on_host(batches: Iterator[BatchPrediction]) -> Iterator[Prediction]:
     for batch in batches:
-        # Copied as one tensor, so that the host does not wait once more.
-        presences, finite = torch.stack([batch.presence, batch.finite.float()]).cpu().numpy()
-        require_finite(finite)
-        for mask, presence in zip(batch.mask.cpu().numpy(), presences, strict=True):
+        for mask, presence in zip(batch.mask.cpu().numpy(), read_presence(batch), strict=True):
             yield Prediction(mask, float(presence))
+
+
+def read_presence(batch: BatchPrediction) -> NDArray[np.float32]:
+    """Presence of a batch (b,), on the host; UserError when an output is NaN."""
+    # Copied as one tensor, so that the host does not wait once more.
+    presences, finite = torch.stack([batch.presence, batch.finite.float()]).cpu().numpy()
+    require_finite(finite)
+    return presences
 
 
 def _resized(images: Tensor, side: int) -> Tensor:
