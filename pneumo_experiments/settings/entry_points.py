@@ -13,6 +13,7 @@ from pneumo_experiments.settings.groups import (
     Evaluation,
     GivenThresholds,
     ImageFormat,
+    MaxRejected,
     Overlays,
     Reading,
     Registry,
@@ -108,11 +109,24 @@ class Score:
     ] = NONE
     dicom_dir: Annotated[
         Path | None,
-        Arg("folder of DICOM files without labels: writes the submission instead", declared=True),
+        Arg(
+            "folder of DICOM files without labels, or a zip file of them: writes findings and the submission"
+            " instead",
+            declared=True,
+        ),
     ] = None
     submission: Annotated[Path, Arg("submission file to write", declared=True)] = Path(
         "output/submission.csv"
     )
+    findings: Annotated[
+        Path,
+        Arg("folder to write for dicom_dir: findings.csv, overlays, DICOM Segmentations", declared=True),
+    ] = Path("output/findings")
+    dicom_seg: Annotated[
+        bool, Arg("write a DICOM Segmentation object for each image of dicom_dir with a finding")
+    ] = False
+    # Nobody shall lose a submission for some damaged files, nor a chain of commands end: they are printed.
+    max_rejected: MaxRejected = 1.0
     sample_submission: Annotated[
         Path | None,
         Arg("the challenge's table of test images: gives the submission its order", declared=True),
