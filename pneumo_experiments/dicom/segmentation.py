@@ -66,7 +66,7 @@ def write_segmentation(path: Path, segment: Segment, parameters: Mapping[str, st
 
 def _build(mask: NDArray[np.bool_], source: Dataset, parameters: Mapping[str, str]) -> Any:
     hd: Any = import_module("highdicom")  # takes half a second
-    names = {keyword: source[keyword] for keyword in NAMES}
+    kept = {keyword: source[keyword].value for keyword in (*NAMES, "PatientOrientation")}
     for keyword in NAMES:  # highdicom would print a name without family and given part
         setattr(source, keyword, "")
     coded = hd.sr.CodedConcept
@@ -102,8 +102,8 @@ def _build(mask: NDArray[np.bool_], source: Dataset, parameters: Mapping[str, st
         series_description="Pneumothorax segmentation",
         specific_character_set="ISO_IR 192",
     )
-    for element in (*names.values(), source["PatientOrientation"]):  # the last is left out by highdicom
-        written[element.tag] = element
+    for keyword, value in kept.items():  # highdicom leaves the last out, which a projection must have
+        setattr(written, keyword, value)
     return written
 
 
