@@ -47,7 +47,8 @@ def require_highdicom() -> None:
 def write_segmentation(path: Path, segment: Segment, parameters: Mapping[str, str]) -> None:
     """Writes the object; ``parameters`` say with which settings the algorithm found the mask.
 
-    It lies in the image plane of its radiograph, pixel on pixel: a projection has no frame of reference.
+    It lies in the image plane of its radiograph, pixel on pixel: a projection has no frame of reference. It
+    has no pixel spacing of its own either: GDCM and ITK refuse one in an object without a place in space.
     Raises Rejected if the radiograph's header lacks what the object must refer to, OSError as writing does.
     """
     source = _dataset(segment)
@@ -127,8 +128,7 @@ def _dataset(segment: Segment) -> Dataset:
                     f"{segment.image_id}: no DICOM Segmentation: the file's {keyword} is not valid"
                 )
             value = ""
-        if vr != "DS" or value:  # numbers are left out, texts may be empty
-            setattr(dataset, keyword, value.split("\\") if "\\" in value else value)
+        setattr(dataset, keyword, value.split("\\") if "\\" in value else value)
     if not dataset.LossyImageCompression:
         del dataset.LossyImageCompression, dataset.LossyImageCompressionMethod
     dataset.Rows, dataset.Columns = rows, columns

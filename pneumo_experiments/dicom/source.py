@@ -5,14 +5,13 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-from pneumo_experiments.dicom.geometry import SPACINGS
 from pneumo_experiments.dicom.header import parse
 
 ATTRIBUTES = (
     *("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "SOPClassUID", "Modality"),
     *("PatientID", "PatientName", "PatientBirthDate", "PatientSex"),
     *("StudyID", "StudyDate", "StudyTime", "AccessionNumber", "ReferringPhysicianName"),
-    *("PatientOrientation", SPACINGS[0], "LossyImageCompression", "LossyImageCompressionMethod"),
+    *("PatientOrientation", "LossyImageCompression", "LossyImageCompressionMethod"),
 )
 MAX_LENGTH = 1024  # characters; the standard allows fewer for each
 
