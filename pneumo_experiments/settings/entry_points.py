@@ -90,7 +90,7 @@ class Search:
 
 @dataclass(frozen=True)
 class Score:
-    """Score a model, write a submission or check one, or search thresholds in counts."""
+    """Score a model, write its findings in a folder, check a submission, or search thresholds in counts."""
 
     model: Annotated[
         str,
