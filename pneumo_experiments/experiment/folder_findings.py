@@ -37,6 +37,7 @@ COLUMNS = ("image_id", "presence", "area_px", "area_mm2", "spacing", "side", "rl
 OVERLAYS, SEGMENTATIONS = "overlays", "segmentations"  # folders below the table's
 THREADS = min(4, available_cores())  # that draw and write
 MAX_NAME_BYTES = 200  # of an image id in a file name
+SIDES = {"right": "right side", "left": "left side", "both": "both sides", "": "side unknown"}
 PNG_LEVEL = 1  # a third of the usual time for a fifth more bytes
 EXAMPLES = 3
 
@@ -171,7 +172,7 @@ def _describe(
     cells = (str(area_px), "" if area_mm2 is None else f"{area_mm2:.1f}", geometry.spacing, side)
     if not area_px:
         return Row(finding.image_id, finding.presence, cells, rle), None
-    words = [f"presence {finding.presence:.2f}", f"{area_px:,} px", side or "side unknown"]
+    words = [f"presence {finding.presence:.2f}", f"{area_px:,} px", SIDES[side]]
     picture = overlay(finding.pixels, None, mask, f"{finding.image_id}: {', '.join(words)}")
     name, error = _disk_name(finding.image_id), ""
     written = [f"{OVERLAYS}/{name}.png"]
