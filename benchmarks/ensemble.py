@@ -2,7 +2,7 @@
 
 Run in the project's environment: python benchmarks/ensemble.py
 
-Trains `fold=all` with configs/demo.yaml on the synthetic sample, in an empty folder with a store of its own: some
+Trains `fold=all` with configs/demo.yaml on the synthetic sample, in an empty folder with its own store: some
 minutes. Prints Markdown.
 """
 
