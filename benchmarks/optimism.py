@@ -2,7 +2,7 @@
 
 Run in the project's environment: python benchmarks/optimism.py [--repeats 200]
 
-The images are drawn from a large synthetic population with the challenge's fraction of positives and areas, those
+The images are drawn from a synthetic population with the challenge's fraction of positives and areas, those
 of benchmarks/score.py, two to a patient. Prints Markdown.
 """
 
