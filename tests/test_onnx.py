@@ -148,7 +148,7 @@ def test_the_file_can_be_used_alone_and_tells_nothing_of_this_machine(exported: 
     content = exported.path.read_bytes()
     assert b"aux_head" not in content  # for training alone
     assert b"mask_head" in content
-    for text in (str(ROOT), ".py", "stack_trace"):
+    for text in (str(ROOT), "network.py", "stack_trace"):
         assert text.encode() not in content
 
 
