@@ -65,6 +65,15 @@ class Train:
         Arg("train with the best settings of this study of the storage; none", shapes_weights=False),
     ] = NONE
     storage: StudyStorage = STORAGE
+    reproduce: Annotated[
+        str,
+        Arg(
+            "repeat the training of a model, a models:/ address: with its settings, and its data set unless"
+            " dataset names another; says what differs; none",
+            shapes_weights=False,
+            declared=True,
+        ),
+    ] = NONE
 
 
 @dataclass(frozen=True)
