@@ -25,6 +25,8 @@ LIBRARIES = {
     "pydicom": {"dicom", "synthetic"},
     "h5py": {"dataset"},
     "jinja2": {"report"},
+    "onnx": {"learning"},
+    "onnxruntime": {"learning"},
     "pandas": {"serving"},
     "matplotlib": {"scoring"},
 }
@@ -44,7 +46,8 @@ ROOMS = {
             "dicom",
         )
     },
-    "experiment": {"serving", "tracking", "learning", "report", "dataset", "scoring", "dicom"},
+    # synthetic: an exported model is compared on radiographs that need no data set
+    "experiment": {"serving", "tracking", "learning", "report", "synthetic", "dataset", "scoring", "dicom"},
     "serving": {"learning", "dataset", "scoring"},
     "tracking": set[str](),
     "learning": set[str](),

@@ -163,6 +163,13 @@ class Register:
         ),
     ] = "best"
     registry: Registry = field(default_factory=Registry)
+    export: Annotated[
+        Literal["none", "onnx"],
+        Arg("also write the model for other runtimes: onnx (needs the extra of that name)"),
+    ] = "none"
+    onnx_file: Annotated[Path, Arg("file that export=onnx writes", declared=True)] = Path(
+        "output/pneumothorax.onnx"
+    )
 
 
 @dataclass(frozen=True)
