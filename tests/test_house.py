@@ -26,6 +26,8 @@ LIBRARIES = {
     "highdicom": {"dicom"},
     "h5py": {"dataset"},
     "jinja2": {"report"},
+    "onnx": {"learning"},
+    "onnxruntime": {"learning"},
     "pandas": {"serving"},
     "matplotlib": {"scoring"},
 }
@@ -45,7 +47,8 @@ ROOMS = {
             "dicom",
         )
     },
-    "experiment": {"serving", "tracking", "learning", "report", "dataset", "scoring", "dicom"},
+    # synthetic: an exported model is compared on radiographs that need no data set
+    "experiment": {"serving", "tracking", "learning", "report", "synthetic", "dataset", "scoring", "dicom"},
     "serving": {"learning", "dataset", "scoring", "dicom"},  # the geometry that comes with a decoded file
     "tracking": set[str](),
     "learning": set[str](),

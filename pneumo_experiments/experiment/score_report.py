@@ -126,7 +126,7 @@ def _log_figures(
     add(
         "Dice over thresholds",
         surface,
-        f"The highest Dice of all thresholds is {best.dice:.4f} on these images, the model's own have"
+        f"The highest Dice of all thresholds is {best.dice:.4f} on these images, those used have"
         f" {scores.dice:.4f}. Thresholds chosen by these images would make their score too high.",
     )
     return figures

@@ -66,6 +66,15 @@ class Train:
         Arg("train with the best settings of this study of the storage; none", shapes_weights=False),
     ] = NONE
     storage: StudyStorage = STORAGE
+    reproduce: Annotated[
+        str,
+        Arg(
+            "repeat the training of a model, a models:/ address: with its settings, and its data set unless"
+            " dataset names another; says what differs; none",
+            shapes_weights=False,
+            declared=True,
+        ),
+    ] = NONE
 
 
 @dataclass(frozen=True)
@@ -168,6 +177,13 @@ class Register:
         ),
     ] = "best"
     registry: Registry = field(default_factory=Registry)
+    export: Annotated[
+        Literal["none", "onnx"],
+        Arg("also write the model for other runtimes: onnx (needs the extra of that name)"),
+    ] = "none"
+    onnx_file: Annotated[Path, Arg("file that export=onnx writes", declared=True)] = Path(
+        "output/pneumothorax.onnx"
+    )
 
 
 @dataclass(frozen=True)

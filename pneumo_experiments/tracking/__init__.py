@@ -27,6 +27,7 @@ from pneumo_experiments.tracking.log import (
     log_yaml,
     rename,
 )
+from pneumo_experiments.tracking.model_code import code_differences
 from pneumo_experiments.tracking.models import delete_model, log_model, model_data
 from pneumo_experiments.tracking.processes import end_with_mlflow_run, has_ended, process_tags
 from pneumo_experiments.tracking.registry import UNSEEN_SUBSETS, Version, best_model, register_model
@@ -47,6 +48,7 @@ __all__ = [
     "artifacts_of_active_run",
     "best_model",
     "check_server",
+    "code_differences",
     "database_file",
     "delete_model",
     "describe",
