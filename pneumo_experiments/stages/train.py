@@ -39,7 +39,8 @@ def train(settings: Train, keep_checkpoint: bool = False) -> TrainResult:
     """
     if is_launched():
         distributed.init_process_group()
-    if not is_none(settings.from_study):  # read once: a search that still runs could change its mind
+    study = settings.from_study
+    if not is_none(study):  # read once: a search that still runs could change its mind
         settings = distributed.broadcast(
             _with_best_of_study(settings) if distributed.is_main_process() else settings
         )
@@ -53,6 +54,10 @@ def train(settings: Train, keep_checkpoint: bool = False) -> TrainResult:
             else:
                 with _only_main_process_speaks():
                     result = _train_folds(settings, dataset, None)
+            if not is_none(study) and distributed.is_main_process():
+                tracking.tag_model(
+                    result.model, {"from_study": study}
+                )  # the model's page leads to the search
             # Only now: if a later fold is interrupted, those that have ended are not trained again.
             if not keep_checkpoint:
                 for checkpoint in checkpoints:
