@@ -14,12 +14,16 @@ TIMEOUT_SECONDS = 10
 
 @cache
 def code_version() -> str:
+    """Version of this package: see ``version_in``."""
+    return version_in(Path(__file__).parents[1])
+
+
+def version_in(package: Path) -> str:
     """Such as ``0.1.0+3f2c1b0a9d8e``; ``-dirty`` at the end if files of the package differ from the commit.
 
     Without git, or where the package is no part of the checkout around it, the package's version alone.
     """
-    package = Path(__file__).parents[1]
-    # A package installed below some other project's checkout is no part of it.
+    # A package that is installed below another project's checkout is no part of it.
     if _git(package, "ls-files", "--error-unmatch", "__init__.py") is None:
         return __version__
     commit, changes = _git(package, "rev-parse", "HEAD"), _git(package, "status", "--porcelain", "--", ".")
