@@ -123,7 +123,7 @@ def _verdict(
 
 def _pair(new: UnseenScore, current: UnseenScore) -> Pair | None:
     """The comparison of two scores; None if a table of their images is lost, or they differ."""
-    mine, others = _by_image(new), _by_image(current)
+    mine, others = dices_by_image(new), dices_by_image(current)
     if mine is None or others is None or mine.keys() != others.keys():
         return None
     ids = sorted(mine)  # whatever the order of the data sets: the same resamples
@@ -132,8 +132,8 @@ def _pair(new: UnseenScore, current: UnseenScore) -> Pair | None:
     return Pair(new, current, compare(dices, before, patients), len({*patients}))
 
 
-def _by_image(score: UnseenScore) -> dict[str, tuple[str, float]] | None:
-    """Patient and Dice of each image; None without a table that has the score's images."""
+def dices_by_image(score: UnseenScore) -> dict[str, tuple[str, float]] | None:
+    """Patient and Dice of each image by id; None without a table that has the score's images."""
     rows: list[dict[str, Any]] | None = tracking.read_table(score.run_id, "scores")
     try:
         found = {str(r["image_id"]): (str(r["patient"]), float(r["dice"])) for r in rows or []}

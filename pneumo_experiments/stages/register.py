@@ -11,7 +11,7 @@ from pneumo_experiments.errors import ServerUnreachable, UserError
 from pneumo_experiments.experiment.common_images import common_images
 from pneumo_experiments.experiment.ensemble import addresses_of, load_models
 from pneumo_experiments.experiment.model_card import model_card
-from pneumo_experiments.experiment.promotion import CHAMPION, Decision, Pair, compared, decide
+from pneumo_experiments.experiment.promotion import CHAMPION, Decision, Pair, compared, decide, dices_by_image
 from pneumo_experiments.serving import Detector, load, save
 from pneumo_experiments.settings import BEST, Register, Score
 from pneumo_experiments.stages.score import score
@@ -125,6 +125,9 @@ def _score(dataset: Path, address: str, detector: Detector, champion: tracking.V
             )
         images = common_images(dataset, {name: detector for name, (_, detector) in models.items()})
         for name, (model, _) in models.items():
+            last = tracking.scores_of(tracking.model_id_of(model)).get(images.identity)
+            if last is not None and dices_by_image(last) is not None:
+                continue
             print(f"register: scores {name}, {model}, on {dataset}")
             score(Score(model=model, dataset=dataset, subset=images.subset, overlays=0))
     except ServerUnreachable:

@@ -6,8 +6,9 @@ import logging
 import threading
 import time
 from collections.abc import Generator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stderr, suppress
 from dataclasses import dataclass
+from io import StringIO
 from typing import Any
 
 import mlflow
@@ -97,7 +98,8 @@ def registering(address: str, name: str, tags: Mapping[str, str]) -> Generator[s
     # By model id: a runs:/ address would register the run's last model.
     source = f"models:/{model_id}" if model_id else address
     try:
-        new = mlflow.register_model(source, name, tags=dict(tags) | {PENDING_TAG: "0"})  # pyright: ignore[reportUnknownMemberType]
+        with redirect_stderr(StringIO()):  # it would say that the model exists already, which claim made
+            new = mlflow.register_model(source, name, tags=dict(tags) | {PENDING_TAG: "0"})  # pyright: ignore[reportUnknownMemberType]
         number = str(new.version)
     except MlflowException as error:
         if is_outage(error):
