@@ -250,7 +250,7 @@ def test_the_registered_champion_answers_dicom_bytes_and_survives_a_bad_file(
 def test_the_champions_card_leads_to_the_runs_it_comes_from(chain: Chain) -> None:
     client = MlflowClient(chain.uri)
     card = client.get_model_version_by_alias("pneumothorax", "champion").description
-    links = dict(re.findall(r"\[(.*?)\]\(#/experiments/0/runs/(.*?)\)", card))
+    links = dict(re.findall(r"\[(.*?)\]\(#/experiments/\d+/runs/(.*?)\)", card))
     runs = {"training": "train", "search": "search", "data report": "preprocess", "scores": "score"}
     for text, name in runs.items():
         assert links[text].split("/")[0] in {run.info.run_id for run in chain.runs[name]}, text

@@ -138,6 +138,7 @@ def test_a_walk_from_a_weak_champion_to_a_better_one_and_back(
     assert float(tags["dice_low"]) < float(tags["dice"]) < float(tags["dice_high"])
     assert (tags["code_version"], tags["network"]) == (tracking.code_version(), "tiny")
 
+    capsys.readouterr()
     back = ended(["register", "--name", "walk", "--version", "1"], monkeypatch, capsys)
     assert back.out == "register: walk version 1 is champion: moved by hand from version 2\n"
     assert alias("walk") == "1"
@@ -150,6 +151,7 @@ def test_a_walk_from_a_weak_champion_to_a_better_one_and_back(
     )
     assert called(shelf, name="walk", version=2).champion
     assert called(shelf, name="walk", version=2).champion  # is it already
+    capsys.readouterr()
     shown = ended(["register", "--name", "walk", "--history", "true"], monkeypatch, capsys)
     rows = shown.out.splitlines()
     assert [row.split()[0] for row in rows] == ["version", "1", "2", "1", "2"]

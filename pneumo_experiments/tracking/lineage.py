@@ -19,6 +19,7 @@ from pneumo_experiments.tracking.code_version import CODE_VERSION_TAG, code_vers
 STUDY_PARAM = "study_used"  # of a search: its study's name
 FROM_STUDY_TAG = "from_study"  # of a model whose settings a study found
 PARENT_TAG = "mlflow.parentRunId"
+SEARCH, MAX_DEPTH = "search", 4  # name of its runs; main, train and fold, and one to spare
 
 
 @dataclass(frozen=True)
@@ -85,15 +86,23 @@ def _page(run: Run, artifact: str = "") -> str:
 
 
 def _search_of(client: Any, training: Run, study: str) -> Run | None:
-    """The search that found the settings of a training: the one of the same chain, or of its study."""
-    if parent := training.data.tags.get(PARENT_TAG):
-        condition = f"tags.`{PARENT_TAG}` = '{parent}' and attributes.run_name = 'search'"
-    else:
-        study = study or training.data.params.get("from_study", "")
-        if is_none(study) or "'" in study:
-            return None
-        condition = f"params.{STUDY_PARAM} = '{study}'"
-    return _last_run(client, [training.info.experiment_id], condition)
+    """The search that found the settings of a training: around it, or in the same chain, or of its study."""
+    experiments, run = [training.info.experiment_id], training
+    for _ in range(MAX_DEPTH):
+        parent = run.data.tags.get(PARENT_TAG)
+        above = _or_none(lambda parent=parent: client.get_run(parent)) if parent else None
+        if above is None:
+            break
+        if above.info.run_name == SEARCH:  # the training is a trial
+            return above
+        condition = f"tags.`{PARENT_TAG}` = '{parent}' and attributes.run_name = '{SEARCH}'"
+        if (beside := _last_run(client, experiments, condition)) is not None:
+            return beside
+        run = above
+    study = study or training.data.params.get("from_study", "")
+    if is_none(study) or "'" in study:
+        return None
+    return _last_run(client, experiments, f"params.{STUDY_PARAM} = '{study}'")
 
 
 def _preprocess_of(client: Any, fingerprint: str) -> Run | None:
