@@ -7,6 +7,7 @@ import importlib
 import threading
 import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +18,17 @@ import pandas as pd
 import pytest
 import simulated_cuda
 import torch
+from dicom_files import dicom_bytes
 from helpers import changed, copy_store, make
 from mlflow import MlflowClient
 from samples import stored_sample
 from simulated_cuda import count_syncs
-from tiny_network import add_tiny_network
+from tiny_network import add_tiny_network, random_network
 
 simulated_cuda.install()
 add_tiny_network()
 
+from pneumo_experiments.dataset.decoder_pool import File  # noqa: E402
 from pneumo_experiments.dataset.hdf5 import Dataset  # noqa: E402  # torch is frame for its devices from now on
 from pneumo_experiments.experiment.subset import Subset  # noqa: E402
 from pneumo_experiments.learning import distributed  # noqa: E402
@@ -37,6 +40,8 @@ from pneumo_experiments.learning.loss import RunningMeans  # noqa: E402
 from pneumo_experiments.learning.network import PneumothoraxNet, build  # noqa: E402
 from pneumo_experiments.learning.predict import Predictor  # noqa: E402
 from pneumo_experiments.learning.trainer import Trainer  # noqa: E402
+from pneumo_experiments.scoring.thresholds import Thresholds  # noqa: E402
+from pneumo_experiments.serving import Detector, Finding, Member  # noqa: E402
 from pneumo_experiments.settings import Device, Recipe, Score, Search, Train, flat  # noqa: E402
 from pneumo_experiments.stages.score import score  # noqa: E402
 from pneumo_experiments.stages.search import search  # noqa: E402
@@ -151,6 +156,33 @@ def test_a_model_scores_writes_a_submission_and_predicts_dicom_bytes(settings: T
     predictions = mlflow.pyfunc.load_model(model).predict(frame)
     assert predictions["error"].tolist() == [""] * 3
     assert predictions["presence"].between(0, 1).all()
+
+
+@pytest.mark.parametrize("min_area_px", [0, 60])
+def test_masks_of_a_folder_are_those_of_the_host_to_the_last_pixel(min_area_px: int, dataset: Path) -> None:
+    paths = sorted((dataset.parent / "sample" / "dicom-images-train").rglob("*.dcm"))
+    files: list[File] = [(path.stem, path.read_bytes()) for path in paths]
+    rng = np.random.default_rng(0)
+    odd = [rng.integers(0, 256, shape, np.uint8) for shape in ((40, 90), (90, 40), (40, 90))]
+    files[3:3] = [(f"odd-{number}", dicom_bytes(pixels)) for number, pixels in enumerate(odd)]
+    files.insert(5, ("broken", b"no radiograph"))
+    network = random_network(0)
+    thresholds = Thresholds(0.0, 0.5, min_area_px, 0.5)
+    found: dict[str, list[Finding]] = {}
+    for name in ("cpu", "cuda"):
+        predictor = Predictor(network, choose_compute(make(Device, device=name, precision="fp32")), "flip")
+        detector = Detector((Member(predictor, {}),), 64, thresholds, "")
+        presences = [finding.presence for finding in detector.detect(files) if finding.presence is not None]
+        # Half of the images are empty by presence alone.
+        middle = float(np.median(presences))
+        detector = replace(detector, thresholds=replace(thresholds, presence_threshold=middle))
+        found[name] = list(detector.detect(files))
+    masks = {name: [f.mask for f in found[name] if f.mask is not None] for name in found}
+    assert [f.image_id for f in found["cuda"]] == [f.image_id for f in found["cpu"]] == [i for i, _ in files]
+    assert [f.error for f in found["cuda"]] == [f.error for f in found["cpu"]]
+    assert all(np.array_equal(*pair) for pair in zip(masks["cpu"], masks["cuda"], strict=True))
+    assert len(masks["cpu"]) == len(files) - 1
+    assert 4 <= sum(mask.any() for mask in masks["cpu"]) <= 10
 
 
 STEPS = [("tiny", "fp32"), ("tiny", "fp16"), ("fcn_resnet50", "bf16"), ("deeplabv3_resnet50", "bf16")]

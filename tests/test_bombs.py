@@ -165,7 +165,8 @@ def test_a_submission_has_a_row_for_every_bomb(
     peak_bytes: Callable[[], int],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    score(Score(model=desk.model, dicom_dir=desk.radiographs, submission=tmp_path / "sub.csv"))
+    written = {"submission": tmp_path / "sub.csv", "findings": tmp_path / "findings"}
+    score(make(Score, model=desk.model, dicom_dir=desk.radiographs, **written))
     with (tmp_path / "sub.csv").open(newline="") as file:
         rows = {row["ImageId"]: row["EncodedPixels"] for row in csv.DictReader(file)}
     assert set(rows) == {"a", "header", "precincts", "scans", "z"}

@@ -121,7 +121,7 @@ def test_a_store_on_a_full_disk_is_one_line_and_with_room_the_same_command_ends_
 def test_main_on_a_full_disk_is_one_line_and_the_next_command_leaves_no_run_running(
     max_bytes: int, commands: CommandServer, empty_store: Path, tmp_path: Path
 ) -> None:
-    """The first limit has no room for a radiograph or a run; the second stops the chain later on."""
+    """The first limit has no room for a radiograph or a run; the second ends the chain after some runs."""
     copy_store(empty_store, tmp_path)
     words = ["main", "--images", "20", "--test_images", "1", "--image_size", "32", "--epochs", "1"]
     words += ["--trials", "1", "--search_epochs", "1", "--confirm", "0", "--keep", "0"]

@@ -23,8 +23,11 @@ LIBRARIES = {
     "torch": {"learning", "serving"},
     "torchvision": {"learning"},
     "pydicom": {"dicom", "synthetic"},
+    "highdicom": {"dicom"},
     "h5py": {"dataset"},
     "jinja2": {"report"},
+    "onnx": {"learning"},
+    "onnxruntime": {"learning"},
     "pandas": {"serving"},
     "matplotlib": {"scoring"},
 }
@@ -44,8 +47,9 @@ ROOMS = {
             "dicom",
         )
     },
-    "experiment": {"serving", "tracking", "learning", "report", "dataset", "scoring", "dicom"},
-    "serving": {"learning", "dataset", "scoring"},
+    # synthetic: an exported model is compared on radiographs that need no data set
+    "experiment": {"serving", "tracking", "learning", "report", "synthetic", "dataset", "scoring", "dicom"},
+    "serving": {"learning", "dataset", "scoring", "dicom"},  # the geometry that comes with a decoded file
     "tracking": set[str](),
     "learning": set[str](),
     "report": {"dataset"},

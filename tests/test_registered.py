@@ -26,7 +26,7 @@ from pneumo_experiments.learning.predict import Predictor
 from pneumo_experiments.report.card_text import MAX_CHARACTERS, CardScore, ModelCard, card_text
 from pneumo_experiments.scoring.thresholds import Thresholds
 from pneumo_experiments.serving import Detector, Member, load, save
-from pneumo_experiments.settings import Register, Score, Train, as_config
+from pneumo_experiments.settings import Register, Score, Search, Train, as_config
 from pneumo_experiments.stages.register import register
 from pneumo_experiments.stages.score import score
 
@@ -205,6 +205,13 @@ def test_the_card_tells_what_tags_and_tables_say(shelf: Shelf) -> None:
             shelf.dataset, load(tracking.model_data(shelf.strong)).data_fingerprint, "preprocessed"
         )
         tracking.log_page("<h1>Data</h1>", "d.report.html")
+    training = str(mlflow.get_logged_model(shelf.strong.removeprefix("models:/")).source_run_id)
+    for study in ("mine", "another"):
+        with tracking.run("search", Search()) as search:
+            tracking.log_params({"study_used": study})
+        if study == "mine":
+            MlflowClient().log_param(training, "study_used", study)  # as `train -P from_study=` does
+            searched = search
     called(shelf, model=shelf.weak, name="card")
     version = called(shelf, model=shelf.strong, name="card")
     tags, card = version.tags or {}, version.description
@@ -236,10 +243,10 @@ def test_the_card_tells_what_tags_and_tables_say(shelf: Shelf) -> None:
     )
     assert cells in card
     links = dict(re.findall(r"\[(.*?)\]\((#/experiments/0/runs/.*?)\)", card))
-    training = MlflowClient().get_logged_model(str(version.model_id)).source_run_id
     assert links == {
         "training": f"#/experiments/0/runs/{training}",
         "config": f"#/experiments/0/runs/{training}/artifacts/config.yaml",
+        "search": f"#/experiments/0/runs/{searched}",
         "scores": f"#/experiments/0/runs/{run_id}",
         "report of the scores": f"#/experiments/0/runs/{run_id}/artifacts/report.html",
         "data report": f"#/experiments/0/runs/{prepared}/artifacts/d.report.html",
@@ -266,6 +273,7 @@ def test_a_card_fits_whatever_its_texts_and_shows_no_markup_of_others() -> None:
         (["--version", "2", "--history", "true"], "version and history: two tasks"),
         (["--version", "2", "--model", "models:/m-1"], "version and model=models:/m-1: version registers"),
         (["--history", "true", "--model", "models:/m-1"], "history and model=models:/m-1: history registers"),
+        (["--version", "2", "--export", "onnx"], "version and export=onnx: version exports nothing"),
         (["--version", "2", "--promote", "never"], "version and promote=never"),
         (["--version", "99"], "version=99: mistakes has no such version"),
         (["--version", "1", "--name", "nobody"], "name=nobody: no such registered model"),

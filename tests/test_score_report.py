@@ -246,7 +246,7 @@ def test_the_page_names_the_best_thresholds_dice_beside_the_models_own(mixed: Re
     assert best.dice == pytest.approx(np.nanmax(best.surface), abs=1e-12)
     assert best.dice > mixed.scores.dice
     assert (
-        f"of all thresholds is {best.dice:.4f} on these images, the model's own have {mixed.scores.dice:.4f}"
+        f"of all thresholds is {best.dice:.4f} on these images, those used have {mixed.scores.dice:.4f}"
     ) in Reader(mixed.html).text
 
 

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from pneumo_experiments.dataset.decoder_process import OUT_OF_MEMORY, receive, send
 from pneumo_experiments.dicom.archive import Member, read_member
+from pneumo_experiments.dicom.geometry import Geometry
 from pneumo_experiments.dicom.limits import (
     MAX_BYTES_PER_PIXEL,
     MAX_HEADER_BYTES,
@@ -46,11 +47,16 @@ START = (
 
 
 class DecodedImage(NamedTuple):
-    """A radiograph at network size, 8-bit pixels (S, S), and its native size."""
+    """A radiograph at network size, 8-bit pixels (S, S), its native size, and what its header says.
+
+    ``source`` is what a DICOM object about it repeats, if that was asked for: texts by keyword.
+    """
 
     pixels: NDArray[np.uint8]
     rows: int
     columns: int
+    geometry: Geometry
+    source: Mapping[str, str] | None = None
 
 
 File = tuple[str, bytes | Rejected]  # image id, and DICOM bytes or the reason why it could not be read
@@ -66,11 +72,12 @@ def read_files(root: Path, members: Iterable[Member]) -> Iterator[File]:
 
 
 def decode_all(
-    files: Iterable[File], image_size: int, max_pixels: int = MAX_PIXELS
+    files: Iterable[File], image_size: int, max_pixels: int = MAX_PIXELS, with_source: bool = False
 ) -> Generator[tuple[str, DecodedImage | Rejected]]:
     """Image id, and the decoded image or the reason for its rejection, for each file in order.
 
-    Reads up to ``MAX_PENDING`` files ahead. Close the generator to kill decoders that are still busy.
+    ``with_source`` adds what a DICOM object about the image repeats of its header. Reads up to
+    ``MAX_PENDING`` files ahead. Close the generator to kill decoders that are still busy.
     """
     busy, stopped = set[_Decoder](), threading.Event()
 
@@ -80,7 +87,7 @@ def decode_all(
         with _SLOTS, _decoder() as decoder:
             busy.add(decoder)
             if not stopped.is_set():
-                result = decoder.read(image_id, content, image_size, max_pixels)
+                result = decoder.read(image_id, content, image_size, max_pixels, with_source)
                 busy.discard(decoder)
                 if not stopped.is_set():
                     return result
@@ -133,16 +140,22 @@ class _Decoder:
             raise RuntimeError(f"{sys.executable}: the decoder process does not start") from None
 
     def read(
-        self, image_id: str, content: bytes, image_size: int, max_pixels: int
+        self, image_id: str, content: bytes, image_size: int, max_pixels: int, with_source: bool
     ) -> DecodedImage | Rejected:
         """The decoded image or the reason for its rejection; kills the process after a crash or time-out."""
         if len(content) > MAX_BYTES_PER_PIXEL * max_pixels + MAX_HEADER_BYTES:
             return Rejected(
                 f"{image_id}: rejected because {len(content):,} bytes are more than max_pixels allows"
             )
-        request = {"image_id": image_id, "image_size": image_size, "max_pixels": max_pixels}
+        request = {
+            "image_id": image_id,
+            "image_size": image_size,
+            "max_pixels": max_pixels,
+            "seconds": max_seconds(len(content)),
+            "with_source": with_source,
+        }
         try:
-            send(self._requests, request | {"seconds": max_seconds(len(content))}, content)
+            send(self._requests, request, content)
             reply, pixels = receive(self._replies)
         except (OSError, EOFError):
             reasons = {
@@ -153,7 +166,9 @@ class _Decoder:
         if "reason" in reply:
             return Rejected(reply["reason"])
         resized = np.frombuffer(pixels, np.uint8).reshape(image_size, image_size)
-        return DecodedImage(resized, reply["rows"], reply["columns"])
+        left_edge, spacing, spacing_mm = reply["geometry"]
+        geometry = Geometry(left_edge, spacing, spacing_mm and tuple(spacing_mm))
+        return DecodedImage(resized, reply["rows"], reply["columns"], geometry, reply["source"])
 
     def kill(self) -> int:
         """Kills the process if it is still running; returns its exit code."""

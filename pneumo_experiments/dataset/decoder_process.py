@@ -15,6 +15,7 @@ from typing import IO, Any
 from pneumo_experiments.dataset.resize import resize_image
 from pneumo_experiments.dicom.limits import limit_memory, limit_time
 from pneumo_experiments.dicom.radiograph import read_radiograph
+from pneumo_experiments.dicom.source import read_source
 from pneumo_experiments.errors import Rejected
 
 LENGTHS = struct.Struct("<IQ")  # of the JSON and of the bytes
@@ -71,13 +72,17 @@ def _receive_all(requests: IO[bytes], messages: SimpleQueue[Message]) -> None:
         os._exit(0)
 
 
-def _decode(content: bytes, image_id: str, image_size: int, max_pixels: int, seconds: float) -> Message:
+def _decode(
+    content: bytes, image_id: str, image_size: int, max_pixels: int, seconds: float, with_source: bool
+) -> Message:
     limit_memory(max_pixels)
     try:
         with limit_time(seconds):
-            pixels = read_radiograph(content, image_id, max_pixels).pixels
-            resized = resize_image(pixels, image_size)
+            radiograph = read_radiograph(content, image_id, max_pixels)
+            resized = resize_image(radiograph.pixels, image_size)
+            source = read_source(content, max_pixels) if with_source else None
     except Rejected as reason:
         return {"reason": str(reason)}, b""
-    rows, columns = pixels.shape
-    return {"rows": rows, "columns": columns}, resized.tobytes()
+    rows, columns = radiograph.pixels.shape
+    fields = {"rows": rows, "columns": columns, "geometry": radiograph.geometry, "source": source}
+    return fields, resized.tobytes()

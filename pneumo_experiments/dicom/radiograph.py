@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from pydicom.pixels.processing import apply_modality_lut, apply_voi
 
 from pneumo_experiments.dicom.codecs import CUT_SHORT, DECODERS, StoredPixels, decode
+from pneumo_experiments.dicom.geometry import Geometry, read_geometry
 from pneumo_experiments.dicom.header import (
     Layout,
     defined_term,
@@ -40,6 +41,7 @@ class Radiograph:
     view: str  # a defined term, "other", or empty
     sex: str  # F, M, O or empty
     age: int  # years, not checked, up to 999; -1 unknown
+    geometry: Geometry
     format: str  # such as "JPEG Baseline, 8 bit, MONOCHROME2"
 
 
@@ -62,6 +64,7 @@ def read_radiograph(content: bytes, image_id: str, max_pixels: int = MAX_PIXELS)
                 view=defined_term(text(header, "ViewPosition"), VIEWS, other="other"),
                 sex=defined_term(text(header, "PatientSex"), SEXES, other=""),
                 age=_age_years(text(header, "PatientAge")),
+                geometry=read_geometry(header),
                 format=layout.format,
             )
     except Rejected as error:

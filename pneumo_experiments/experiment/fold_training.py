@@ -11,6 +11,7 @@ from pneumo_experiments import tracking
 from pneumo_experiments.dataset.hdf5 import Dataset
 from pneumo_experiments.dataset.splits import Split
 from pneumo_experiments.experiment.counts_search import log_counts
+from pneumo_experiments.experiment.origin import Origin
 from pneumo_experiments.experiment.progress import Progress, checkpoint_of, read_checkpoint
 from pneumo_experiments.experiment.scored_images import digests
 from pneumo_experiments.experiment.subset import Subset, log_overlays, log_split, make_split
@@ -49,20 +50,22 @@ class _Prepared:
     predictor: Predictor
 
 
-def train_fold(name: str, settings: Train, dataset: Dataset, parent: str | None = None) -> TrainedFold:
+def train_fold(name: str, origin: Origin, dataset: Dataset, parent: str | None = None) -> TrainedFold:
     """Trains, keeps the weights with the best validation Dice, and logs them as a model, in a run of its own.
 
     An interrupted training with the same settings continues after its last whole epoch, in the same run.
     """
+    settings = origin.settings
     checkpoint = checkpoint_of(settings, dataset.fingerprint)
     is_main, resume = distributed.is_main_process(), settings.schedule.resume
     last = distributed.broadcast(read_checkpoint(checkpoint) if is_main and resume else None)
     earlier = last["run_id"] if last else None
     with tracking.run(name, settings, continues=earlier, parent=parent, system_metrics=True) as run_id:
         tracking.log_dataset(settings.dataset, dataset.fingerprint, "training")
+        origin.log_notes(dataset.fingerprint)
         prepared = _prepare(settings, dataset)
         progress = _run_epochs(name, settings, prepared, checkpoint, last, run_id)
-        return _finish(settings, prepared, progress)
+        return _finish(origin, prepared, progress)
 
 
 def _prepare(settings: Train, dataset: Dataset) -> _Prepared:
@@ -120,8 +123,9 @@ def _restore(last: dict[str, Any], run_id: str) -> Progress:
     return Progress(run_id, last["history"], last["dices"], last["networks"])
 
 
-def _finish(settings: Train, prepared: _Prepared, progress: Progress) -> TrainedFold:
+def _finish(origin: Origin, prepared: _Prepared, progress: Progress) -> TrainedFold:
     """Chooses weights and thresholds, and logs scores, pictures and model."""
+    settings = origin.settings
     predictor, validation = prepared.predictor, prepared.validation
     dataset, trained_on = validation.dataset, len(prepared.training_data)
     counts, averaged = _choose_weights(progress, predictor, validation)
@@ -134,6 +138,7 @@ def _finish(settings: Train, prepared: _Prepared, progress: Progress) -> Trained
     detector = make_detector(predictor, settings, thresholds, dataset, prepared.split)
     if not distributed.is_main_process():
         return TrainedFold("", detector, validation, counts, scores)
+    origin.log_weights(predictor.network, settings.split.fold)
     # Beside the curves, not on them: the weights that were kept, at their own thresholds.
     final = {f"{metric}_final": value for metric, value in scores.as_metrics("val_").items()}
     tracking.log_metrics(final | search.as_metrics(), step=len(progress.history))

@@ -126,7 +126,7 @@ def _log_figures(
     add(
         "Dice over thresholds",
         surface,
-        f"The highest Dice of all thresholds is {best.dice:.4f} on these images, the model's own have"
+        f"The highest Dice of all thresholds is {best.dice:.4f} on these images, those used have"
         f" {scores.dice:.4f}. Thresholds chosen by these images would make their score too high.",
     )
     return figures
@@ -172,7 +172,7 @@ def _log_galleries(
     pictures, omitted = {kind: list[Picture]() for kind in KINDS}, 0
     drawn = draw_overlays(subset, detector.predictor, detector.thresholds, captions, PANEL_PX)
     for place, (picture, (position, kind)) in enumerate(zip(drawn, chosen.items(), strict=True), start=1):
-        tracking.log_image(picture, f"overlays/{place:02}-{_file_name(f'{kind}-{ids[position]}')}.png")
+        tracking.log_image(picture, f"overlays/{place:02}-{file_name(f'{kind}-{ids[position]}')}.png")
         source = jpeg_uri(picture)
         room -= len(source)
         if room < 0:
@@ -184,7 +184,7 @@ def _log_galleries(
     ], omitted
 
 
-def _file_name(name: str) -> str:
+def file_name(name: str) -> str:
     """The name as part of a file name on any system, at most 100 characters."""
     return re.sub(r"[^A-Za-z0-9._-]", "_", name)[:100]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal, cast, get_args, get_origin
+from typing import Any, cast
 
 import optuna
 from optuna.distributions import (
@@ -15,7 +15,16 @@ from optuna.distributions import (
 )
 
 from pneumo_experiments.errors import UserError
-from pneumo_experiments.settings import Leaf, Recipe, StudySettings, flat, from_flat, leaves, read_yaml
+from pneumo_experiments.settings import (
+    Leaf,
+    Recipe,
+    StudySettings,
+    checked,
+    flat,
+    from_flat,
+    leaves,
+    read_yaml,
+)
 
 Space = dict[str, BaseDistribution]
 
@@ -132,10 +141,10 @@ def _range_of(leaf: Leaf, content: object) -> BaseDistribution:
         choices = cast("list[Any]", given["choices"])
         if given.keys() != {"choices"} or not isinstance(given["choices"], list) or not choices:
             raise ValueError("write choices as a list, without low, high and log")
-        return CategoricalDistribution([_checked(leaf, value) for value in choices])
+        return CategoricalDistribution([checked(leaf, value) for value in choices])
     if not {"low", "high"} <= given.keys() or leaf.type not in (int, float):
         raise ValueError("write choices" if leaf.type not in (int, float) else "write low and high")
-    low, high, log = _checked(leaf, given["low"]), _checked(leaf, given["high"]), given.get("log", False)
+    low, high, log = checked(leaf, given["low"]), checked(leaf, given["high"]), given.get("log", False)
     if not isinstance(log, bool):
         raise ValueError("write log as true or false")
     if low >= high:
@@ -143,25 +152,6 @@ def _range_of(leaf: Leaf, content: object) -> BaseDistribution:
     if log and low <= 0:
         raise ValueError(f"a logarithmic range cannot start at {low:g}; give a low above 0, or log: false")
     return IntDistribution(low, high, log) if leaf.type is int else FloatDistribution(low, high, log)
-
-
-def _checked(leaf: Leaf, value: Any) -> Any:
-    """The value in the setting's own type; ValueError if the setting does not accept it."""
-    if get_origin(leaf.type) is Literal:
-        if value not in get_args(leaf.type):
-            raise ValueError(f"{value!r} is none of {', '.join(get_args(leaf.type))}")
-        return value
-    if leaf.type is float and isinstance(value, str):  # YAML reads 1e-3 as text
-        value = float(value)
-    is_right = isinstance(value, int | float if leaf.type is float else leaf.type)
-    if not is_right or (isinstance(value, bool) and leaf.type is not bool):
-        raise ValueError(f"{value!r} is not of type {leaf.type.__name__}")
-    low, high = leaf.arg.min, leaf.arg.max
-    if leaf.type in (int, float):
-        if not ((low is None or value >= low) and (high is None or value <= high)):
-            raise ValueError(f"{value:g} is not from {low:g} to {high:g}")
-        return leaf.type(value)
-    return value
 
 
 def _unknown(name: str, known: dict[str, Any]) -> str:

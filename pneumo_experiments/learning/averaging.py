@@ -1,8 +1,9 @@
-"""Averages of network weights."""
+"""Averages and differences of network weights."""
 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -40,6 +41,15 @@ def mean_state(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
         if value.is_floating_point():
             mean[name] = torch.stack([state[name].float() for state in states]).mean(dim=0).to(value.dtype)
     return mean
+
+
+def largest_difference(first: PneumothoraxNet, second: PneumothoraxNet) -> float:
+    """Largest absolute difference of two networks' weights; infinity for NaN or other shapes."""
+    ours, theirs = first.state_dict(), second.state_dict()
+    if {name: each.shape for name, each in ours.items()} != {n: each.shape for n, each in theirs.items()}:
+        return math.inf
+    differences = [(ours[name].cpu().double() - theirs[name].cpu().double()).abs() for name in ours]
+    return max(float(each.nan_to_num(nan=math.inf).max()) for each in differences)
 
 
 def _floats(network: PneumothoraxNet) -> list[Tensor]:

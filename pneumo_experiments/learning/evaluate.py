@@ -72,7 +72,7 @@ def count_at_thresholds(
     if len(masks) != len(truths):
         raise ValueError(f"{len(masks)} predictions for {len(truths)} truths")
     counts = torch.empty((len(masks), 2, 101), dtype=torch.int32, device=masks.device)
-    for rows in _group_by_shape([truth.shape for truth in truths], pixels_at_once):
+    for rows in group_by_shape([truth.shape for truth in truths], pixels_at_once):
         # One row at a time: the host would wait while a list of indices is copied to the device.
         group = torch.stack([masks[row] for row in rows])
         inside = torch.zeros((len(rows), *truths[rows[0]].shape), dtype=torch.bool, device=masks.device)
@@ -84,8 +84,8 @@ def count_at_thresholds(
     return counts
 
 
-def _group_by_shape(shapes: Sequence[tuple[int, ...]], pixels_at_once: int) -> list[list[int]]:
-    """Rows of images to count together: of one shape, one image or up to ``pixels_at_once`` pixels."""
+def group_by_shape(shapes: Sequence[tuple[int, ...]], pixels_at_once: int) -> list[list[int]]:
+    """Rows of images to compute together: of one shape, one image or up to ``pixels_at_once`` pixels."""
     by_shape: dict[tuple[int, ...], list[int]] = {}
     for row, shape in enumerate(shapes):
         by_shape.setdefault(shape, []).append(row)

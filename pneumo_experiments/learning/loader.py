@@ -183,17 +183,17 @@ def to_unit(values: NDArray[np.uint8], device: torch.device) -> Tensor:
     return copy_to_device(from_numpy(np.ascontiguousarray(values)), device).float() / 255
 
 
-def prefetch(fetch: Callable[[Item], Fetched], items: Iterable[Item]) -> Iterator[Fetched]:
-    """``fetch(item)`` of each item in order, called in a thread while the caller works on earlier results.
+def prefetch(fetch: Callable[[Item], Fetched], items: Iterable[Item], threads: int = 1) -> Iterator[Fetched]:
+    """``fetch(item)`` of each item in order, called in threads while the caller works on earlier results.
 
-    Closing or dropping the iterator ends the thread.
+    Closing or dropping the iterator ends the threads.
     """
-    pool = ThreadPoolExecutor(1, "prefetch")
+    pool = ThreadPoolExecutor(threads, "prefetch")
     pending = deque[Future[Fetched]]()
     try:
         for item in items:
             pending.append(pool.submit(fetch, item))
-            if len(pending) > PREFETCHED_BATCHES:
+            if len(pending) > PREFETCHED_BATCHES * threads:
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()

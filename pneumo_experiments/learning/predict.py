@@ -77,11 +77,17 @@ class Predictor:
         self.network.to(device=device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         self.network.eval()
         for start in range(0, len(images), batch_size):
-            inputs = to_unit(images[start : start + batch_size], device)[:, None]
-            masks, presences = zip(*(self._view(inputs, view) for view in VIEWS[self.tta]), strict=True)
-            mask, presence = torch.stack(masks).mean(0), torch.stack(presences).mean(0)
+            mask, presence = self.mean_of_views(to_unit(images[start : start + batch_size], device)[:, None])
             finite = mask.isfinite().flatten(1).all(1) & presence.isfinite()
             yield BatchPrediction(mask, presence, finite)
+
+    def mean_of_views(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Probabilities of pixels (n, S, S) and of presence (n,) for images (n, 1, S, S) from 0 to 1.
+
+        The network must be on their device, in evaluation mode.
+        """
+        masks, presences = zip(*(self._view(inputs, view) for view in VIEWS[self.tta]), strict=True)
+        return torch.stack(masks).mean(0), torch.stack(presences).mean(0)
 
     def _view(self, inputs: Tensor, view: View) -> tuple[Tensor, Tensor]:
         """As ``_probabilities``, from a view of the images; those of pixels are brought back to the image."""
@@ -127,11 +133,16 @@ AnyPredictor = Predictor | Ensemble
 
 def _on_host(batches: Iterator[BatchPrediction]) -> Iterator[Prediction]:
     for batch in batches:
-        # Copied as one tensor, so that the host does not wait once more.
-        presences, finite = torch.stack([batch.presence, batch.finite.float()]).cpu().numpy()
-        require_finite(finite)
-        for mask, presence in zip(batch.mask.cpu().numpy(), presences, strict=True):
+        for mask, presence in zip(batch.mask.cpu().numpy(), read_presence(batch), strict=True):
             yield Prediction(mask, float(presence))
+
+
+def read_presence(batch: BatchPrediction) -> NDArray[np.float32]:
+    """Presence of a batch (b,), on the host; UserError when an output is NaN."""
+    # Copied as one tensor, so that the host does not wait once more.
+    presences, finite = torch.stack([batch.presence, batch.finite.float()]).cpu().numpy()
+    require_finite(finite)
+    return presences
 
 
 def _resized(images: Tensor, side: int) -> Tensor:

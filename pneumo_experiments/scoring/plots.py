@@ -125,9 +125,9 @@ def dice_by_area_plot(
 
 
 def threshold_surface(
-    surface: NDArray[np.float64], own: Thresholds, own_dice: float, best: Thresholds
+    surface: NDArray[np.float64], used: Thresholds, used_dice: float, best: Thresholds
 ) -> NDArray[np.uint8]:
-    """Mean Dice of each top_score and bottom_score (101, 101), with the own and the best ones marked."""
+    """Mean Dice of each top_score and bottom_score (101, 101), with those used and the best ones marked."""
     from matplotlib.figure import Figure
 
     figure: Any = Figure(figsize=(7.5, 5.6), layout="constrained")
@@ -135,12 +135,12 @@ def threshold_surface(
     shown = axes.imshow(surface, origin="lower", extent=(-0.005, 1.005, -0.005, 1.005), cmap="viridis")
     figure.colorbar(shown, label="mean Dice, with the best presence threshold and area")
     axes.plot(
-        *(own.bottom_score, own.top_score),
+        *(used.bottom_score, used.top_score),
         *("o",),
         color="tab:orange",
         markeredgecolor="black",
         markersize=10,
-        label=f"the model's own: Dice {own_dice:.4f}",
+        label=f"used: Dice {used_dice:.4f}",
     )
     axes.plot(
         *(best.bottom_score, best.top_score),

@@ -1,10 +1,10 @@
-"""The submission file of the SIIM-ACR challenge."""
+"""The submission file of the SIIM-ACR challenge, and other tables with a row per image."""
 
 from __future__ import annotations
 
 import csv
 import hashlib
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -18,6 +18,14 @@ EMPTY = "-1"
 def write_submission(path: Path, rows: Iterable[tuple[str, str]]) -> int:
     """Writes one row (image id, run lengths) per image; returns their number. Blank run lengths become -1.
 
+    As ``write_table`` does it.
+    """
+    return write_table(path, HEADER, ((image_id, text.strip() or EMPTY) for image_id, text in rows))
+
+
+def write_table(path: Path, header: Sequence[str], rows: Iterable[Sequence[str]]) -> int:
+    """Writes a table with one row per image, the id first; returns their number.
+
     Rows are consumed one by one; the file appears when the last one is written. Raises UserError for a
     repeated image id, for a file that cannot be written, and as ``refuse_to_replace`` does.
     """
@@ -25,7 +33,7 @@ def write_submission(path: Path, rows: Iterable[tuple[str, str]]) -> int:
     with _writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
     with write_atomically(path) as temporary:
-        seen = _write_rows(path, temporary, rows)
+        seen = _write_rows(path, temporary, header, rows)
         with _writing(path):
             refuse_to_replace(path)  # another process may have written it meanwhile
             with _digests_path(path).open("a", encoding="ascii") as digests:
@@ -33,19 +41,19 @@ def write_submission(path: Path, rows: Iterable[tuple[str, str]]) -> int:
     return seen
 
 
-def _write_rows(path: Path, temporary: Path, rows: Iterable[tuple[str, str]]) -> int:
+def _write_rows(path: Path, temporary: Path, header: Sequence[str], rows: Iterable[Sequence[str]]) -> int:
     with _writing(path):
         stream = temporary.open("x", newline="", encoding="utf-8")
     seen: set[str] = set()
     try:
         writer = csv.writer(stream, lineterminator="\n")
-        writer.writerow(HEADER)
-        for image_id, run_lengths in rows:
-            if image_id in seen:
-                raise UserError(f"{image_id}: predicted twice; give each image one file of that name")
-            seen.add(image_id)
+        writer.writerow(header)
+        for row in rows:
+            if row[0] in seen:
+                raise UserError(f"{row[0]}: predicted twice; give each image one file of that name")
+            seen.add(row[0])
             with _writing(path):
-                writer.writerow((image_id, run_lengths.strip() or EMPTY))
+                writer.writerow(row)
         with _writing(path):
             stream.close()
     finally:
@@ -55,7 +63,7 @@ def _write_rows(path: Path, temporary: Path, rows: Iterable[tuple[str, str]]) ->
 
 
 def refuse_to_replace(path: Path) -> None:
-    """Raises UserError when ``path`` holds anything that ``write_submission`` did not write.
+    """Raises UserError when ``path`` holds anything that ``write_table`` did not write.
 
     A table of labels looks like a submission. So a file next to each submission holds the digests of what
     was written there; any other file, or a submission edited by hand, is never replaced.

@@ -52,14 +52,22 @@ class Thresholds:
         if self.min_area_px < 0:
             raise UserError(f"min_area_px={self.min_area_px}: give a number of pixels from 0 up")
 
+    @property
+    def scores(self) -> tuple[np.float32, np.float32]:
+        """top_score and bottom_score as the numbers that pixels are compared with."""
+        return HUNDREDTHS[_level(self.top_score)], HUNDREDTHS[_level(self.bottom_score)]
+
+    def are_reached(self, presence: float) -> bool:
+        """Whether the probability of presence alone leaves the image not empty."""
+        return bool(np.float32(presence) >= np.float32(self.presence_threshold))
+
 
 def apply_thresholds(
     probability: NDArray[np.float32], presence: float, thresholds: Thresholds
 ) -> NDArray[np.bool_]:
     """Mask (H, W) of a probability map at native size; all False when the image counts as empty."""
-    top, bottom = (HUNDREDTHS[_level(score)] for score in (thresholds.top_score, thresholds.bottom_score))
-    present = np.float32(presence) >= np.float32(thresholds.presence_threshold)
-    if present and np.count_nonzero(probability >= top) >= thresholds.min_area_px:
+    top, bottom = thresholds.scores
+    if thresholds.are_reached(presence) and np.count_nonzero(probability >= top) >= thresholds.min_area_px:
         return probability >= bottom
     return np.zeros(probability.shape, dtype=np.bool_)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -13,19 +13,30 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pneumo_experiments.dataset.decoder_pool import DecodedImage, File, decode_all
-from pneumo_experiments.errors import UserError
+from pneumo_experiments.dicom.geometry import Geometry
+from pneumo_experiments.errors import Rejected, UserError
 from pneumo_experiments.learning.device import choose_compute_for
-from pneumo_experiments.learning.predict import Ensemble, Prediction, Predictor, to_native
+from pneumo_experiments.learning.outline import outline
+from pneumo_experiments.learning.predict import (
+    BatchPrediction,
+    Ensemble,
+    Predictor,
+    read_presence,
+    to_native,
+)
 from pneumo_experiments.scoring.thresholds import Thresholds, apply_thresholds
 from pneumo_experiments.settings import AUTO, Device, SplitSettings, from_flat
 
 BATCH_SIZE = 16  # radiographs
 
+Decoded = Sequence[tuple[str, DecodedImage | Rejected]]  # image ids, and images or why they cannot be used
+
 
 class Finding(NamedTuple):
     """The model's output for one radiograph; where it cannot be read, only id and ``error`` are set.
 
-    ``mask`` is boolean at native size (H, W), ``pixels`` what the networks saw: 8 bit (S, S).
+    ``mask`` is boolean at native size (H, W), ``pixels`` what the networks saw: 8 bit (S, S). ``source`` is
+    what a DICOM object about the image repeats of its header, if that was asked for.
     """
 
     image_id: str
@@ -33,6 +44,8 @@ class Finding(NamedTuple):
     mask: NDArray[np.bool_] | None = None
     pixels: NDArray[np.uint8] | None = None
     error: str = ""
+    geometry: Geometry | None = None
+    source: Mapping[str, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -106,26 +119,65 @@ class Detector:
         members = (replace(member, predictor=replace(member.predictor, tta=tta)) for member in self.members)
         return replace(self, members=tuple(members))
 
-    def detect(self, files: Iterable[File]) -> Generator[Finding]:
+    def detect(self, files: Iterable[File], with_source: bool = False) -> Generator[Finding]:
         """Presence and mask of each radiograph, in order; an unusable file has its error in its finding.
 
         Files (image id, DICOM bytes) are read slightly ahead, decoded in parallel and predicted in batches.
+        ``with_source`` adds what a DICOM object about the image repeats of its header.
         """
         predictor = self.predictor
-        with closing(decode_all(files, self.image_size)) as decoded:
+        finished: Iterable[Finding] = ()
+        with closing(decode_all(files, self.image_size, with_source=with_source)) as decoded:
             while batch := list(islice(decoded, BATCH_SIZE)):
                 pixels = [image.pixels for _, image in batch if isinstance(image, DecodedImage)]
-                predictions = predictor.predict(np.stack(pixels), BATCH_SIZE) if pixels else iter(())
-                for image_id, image in batch:
-                    if isinstance(image, DecodedImage):
-                        yield self._finding(image_id, image, next(predictions))
-                    else:
-                        yield Finding(image_id, error=str(image))
+                predicted = next(predictor.predict_batches(np.stack(pixels), BATCH_SIZE)) if pixels else None
+                yield from finished  # while a GPU computes the next ones
+                finished = self._findings(batch, predicted)
+                if predicted is not None and predicted.mask.device.type != "cpu":
+                    finished = list(finished)
+            yield from finished
 
-    def _finding(self, image_id: str, image: DecodedImage, prediction: Prediction) -> Finding:
-        native = to_native(prediction.mask, (image.rows, image.columns))
-        mask = apply_thresholds(native, prediction.presence, self.thresholds)
-        return Finding(image_id, prediction.presence, mask, image.pixels)
+    def _findings(self, batch: Decoded, predicted: BatchPrediction | None) -> Iterator[Finding]:
+        """The findings of a batch, in order; ``predicted`` are its radiographs that could be read."""
+        images = [image for _, image in batch if isinstance(image, DecodedImage)]
+        outputs: Iterator[tuple[float, NDArray[np.bool_]]] = iter(())
+        if predicted is not None:
+            presences: list[float] = read_presence(predicted).tolist()
+            outputs = zip(presences, self._masks(predicted, presences, images), strict=True)
+        for image_id, image in batch:
+            if isinstance(image, DecodedImage):
+                presence, mask = next(outputs)
+                yield Finding(
+                    image_id, presence, mask, image.pixels, geometry=image.geometry, source=image.source
+                )
+            else:
+                yield Finding(image_id, error=str(image))
+
+    def _masks(
+        self, predicted: BatchPrediction, presences: Sequence[float], images: Sequence[DecodedImage]
+    ) -> Iterator[NDArray[np.bool_]]:
+        """Mask of each image at native size; only those with presence are upsampled, on a GPU together."""
+        shapes = [(image.rows, image.columns) for image in images]
+        present = [row for row, presence in enumerate(presences) if self.thresholds.are_reached(presence)]
+        outlined = dict[int, NDArray[np.bool_]]()
+        if predicted.mask.device.type != "cpu":
+            top, bottom = map(float, self.thresholds.scores)
+            masks = outline(
+                [predicted.mask[row] for row in present],
+                [shapes[row] for row in present],
+                top_score=top,
+                min_area_px=self.thresholds.min_area_px,
+                bottom_score=bottom,
+            )
+            outlined = dict(zip(present, masks, strict=True))
+        for row, shape in enumerate(shapes):
+            if row in outlined:
+                yield outlined[row]
+            elif row in present:
+                native = to_native(predicted.mask[row].numpy(), shape)
+                yield apply_thresholds(native, presences[row], self.thresholds)
+            else:
+                yield np.zeros(shape, np.bool_)
 
 
 def join(detectors: Sequence[Detector]) -> Detector:

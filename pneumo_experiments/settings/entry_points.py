@@ -13,6 +13,7 @@ from pneumo_experiments.settings.groups import (
     Evaluation,
     GivenThresholds,
     ImageFormat,
+    MaxRejected,
     Overlays,
     Reading,
     Registry,
@@ -67,6 +68,15 @@ class Train:
         Arg("train with the best settings of this study of the storage; none", shapes_weights=False),
     ] = NONE
     storage: StudyStorage = STORAGE
+    reproduce: Annotated[
+        str,
+        Arg(
+            "repeat the training of a model, a models:/ address: with its settings, and its data set unless"
+            " dataset names another; says what differs; none",
+            shapes_weights=False,
+            declared=True,
+        ),
+    ] = NONE
 
 
 @dataclass(frozen=True)
@@ -91,7 +101,7 @@ class Search:
 
 @dataclass(frozen=True)
 class Score:
-    """Score a model, write a submission or check one, or search thresholds in counts."""
+    """Score a model, write its findings in a folder, check a submission, or search thresholds in counts."""
 
     model: Annotated[
         str,
@@ -110,11 +120,24 @@ class Score:
     ] = NONE
     dicom_dir: Annotated[
         Path | None,
-        Arg("folder of DICOM files without labels: writes the submission instead", declared=True),
+        Arg(
+            "folder of DICOM files without labels, or a zip file of them: writes findings and the submission"
+            " instead",
+            declared=True,
+        ),
     ] = None
     submission: Annotated[Path, Arg("submission file to write", declared=True)] = Path(
         "output/submission.csv"
     )
+    findings: Annotated[
+        Path,
+        Arg("folder to write for dicom_dir: findings.csv, overlays, DICOM Segmentations", declared=True),
+    ] = Path("output/findings")
+    dicom_seg: Annotated[
+        bool, Arg("write a DICOM Segmentation object for each image of dicom_dir with a finding")
+    ] = False
+    # Nobody shall lose a submission for some damaged files, nor a chain of commands end: they are printed.
+    max_rejected: MaxRejected = 1.0
     sample_submission: Annotated[
         Path | None,
         Arg("the challenge's table of test images: gives the submission its order", declared=True),
@@ -169,6 +192,13 @@ class Register:
         Arg("existing version that gets the alias champion; nothing else is done", min=1, max=10**9),
     ] = None
     history: Annotated[bool, Arg("print who was champion when, and why; nothing else is done")] = False
+    export: Annotated[
+        Literal["none", "onnx"],
+        Arg("also write the model for other runtimes: onnx (needs the extra of that name)"),
+    ] = "none"
+    onnx_file: Annotated[Path, Arg("file that export=onnx writes", declared=True)] = Path(
+        "output/pneumothorax.onnx"
+    )
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
-from typing import Any, TypeVar, cast, get_args, get_type_hints
+from typing import Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
 
 NONE = "none"  # how an absent value is written on the command line, in config files and in params
 AUTO = "auto"  # how "choose what suits best" is written
@@ -106,6 +106,25 @@ def weight_shaping(settings: object) -> dict[str, str]:
     """The settings, as text, that change which weights a training ends with."""
     texts = as_params(settings)
     return {leaf.name: texts[leaf.name] for leaf in leaves(type(settings)) if leaf.arg.shapes_weights}
+
+
+def checked(leaf: Leaf, value: Any) -> Any:
+    """The value in the setting's own type; ValueError if the setting does not accept it."""
+    if get_origin(leaf.type) is Literal:
+        if value not in get_args(leaf.type):
+            raise ValueError(f"{value!r} is none of {', '.join(get_args(leaf.type))}")
+        return value
+    if leaf.type is float and isinstance(value, str):  # YAML reads 1e-3 as text
+        value = float(value)
+    is_right = isinstance(value, int | float if leaf.type is float else leaf.type)
+    if not is_right or (isinstance(value, bool) and leaf.type is not bool):
+        raise ValueError(f"{value!r} is not of type {leaf.type.__name__}")
+    low, high = leaf.arg.min, leaf.arg.max
+    if leaf.type in (int, float):
+        if not ((low is None or value >= low) and (high is None or value <= high)):
+            raise ValueError(f"{value:g} is not from {low:g} to {high:g}")
+        return leaf.type(value)
+    return value
 
 
 def _value(settings: object, leaf: Leaf) -> Any:

@@ -14,6 +14,15 @@ DatasetPath = Annotated[
 Overlays = Annotated[
     int, Arg("overlays of radiograph, truth and prediction to log", min=0, max=1000, shapes_weights=False)
 ]
+MaxRejected = Annotated[
+    float,
+    Arg(
+        "fraction of the files (of the annotated ones, if there are any) that may be unusable; above it"
+        " preprocess writes no data set, and score fails after all is written",
+        min=0,
+        max=1,
+    ),
+]
 
 ThresholdTrials = Annotated[
     int,
@@ -84,10 +93,7 @@ class Reading:
     """Reading DICOM files."""
 
     workers: Annotated[int, Arg("processes that read DICOM files; 0 takes one per core", min=0, max=1024)] = 0
-    max_rejected: Annotated[
-        float,
-        Arg("fraction of the annotated files that may be unusable before preprocess fails", min=0, max=1),
-    ] = 0.01
+    max_rejected: MaxRejected = 0.01
     max_pixels: Annotated[
         int,
         Arg("rows × columns of the largest image to decode; larger ones are rejected", min=1, max=10**9),

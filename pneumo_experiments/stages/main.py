@@ -10,6 +10,7 @@ from typing import Literal
 from pneumo_experiments import tracking
 from pneumo_experiments.dataset.hdf5 import Dataset
 from pneumo_experiments.errors import UserError
+from pneumo_experiments.experiment.folder_findings import refuse_foreign
 from pneumo_experiments.scoring.submission import refuse_to_replace
 from pneumo_experiments.settings import (
     Main,
@@ -41,9 +42,10 @@ def main(settings: Main) -> ScoreResult:
             raise UserError(
                 "rle_csv: none given; the chain trains, so it needs dicom_dir's annotations (train-rle.csv)"
             )
-        submission = settings.output_dir / "submission.csv"
+        submission, findings = settings.output_dir / "submission.csv", settings.output_dir / "findings"
         if settings.test_dir is not None:
             refuse_to_replace(submission)  # not only when all is trained
+            refuse_foreign(findings)
         dataset = preprocess(
             Preprocess(
                 source=settings.source,
@@ -78,7 +80,7 @@ def main(settings: Main) -> ScoreResult:
         constant = {"dice_baseline": result.scores.dice_baseline}
         tracking.log_params(constant | {"interval_reliable": result.scores.interval_reliable})
         if settings.test_dir is not None:
-            score(replace(scoring, dicom_dir=settings.test_dir, submission=submission))
+            score(replace(scoring, dicom_dir=settings.test_dir, submission=submission, findings=findings))
         version = register(Register(model=model, dataset=dataset, registry=settings.registry))
         assert version is not None  # None is the answer to history alone
         source = dicom_dir or "Synthetic sample"

@@ -11,9 +11,11 @@ from pneumo_experiments.errors import ServerUnreachable, UserError
 from pneumo_experiments.experiment.common_images import common_images
 from pneumo_experiments.experiment.ensemble import addresses_of, load_models
 from pneumo_experiments.experiment.model_card import model_card
+from pneumo_experiments.experiment.onnx_file import export_onnx, refuse_to_replace
 from pneumo_experiments.experiment.promotion import CHAMPION, Decision, Pair, compared, decide, dices_by_image
+from pneumo_experiments.learning.onnx_export import require_onnx
 from pneumo_experiments.serving import Detector, load, save
-from pneumo_experiments.settings import BEST, Register, Score
+from pneumo_experiments.settings import BEST, NONE, Register, Score
 from pneumo_experiments.stages.score import score
 
 NEW = "the new version"
@@ -43,6 +45,10 @@ def _refuse_conflicts(settings: Register) -> None:
         raise UserError(
             f"{given[0]} and model={settings.model}: {given[0]} registers nothing; give one of them"
         )
+    if given and settings.export != NONE:
+        raise UserError(
+            f"{given[0]} and export={settings.export}: {given[0]} exports nothing; leave out export"
+        )
     if given == ["version"] and settings.registry.promote != "auto":
         raise UserError(
             f"version and promote={settings.registry.promote}: version moves the alias in any case; leave out"
@@ -52,12 +58,17 @@ def _refuse_conflicts(settings: Register) -> None:
 
 def _register(settings: Register) -> tracking.Version:
     name, model = settings.registry.name, settings.model
+    if settings.export == "onnx":
+        require_onnx()
+        refuse_to_replace(settings.onnx_file)  # not only when the model is loaded
     if model == BEST:
         champion = tracking.champion_of(name)
         model, why = tracking.best_model(None if champion is None else (champion.tags or {}).get("identity"))
         print(f"register: {model} is the {why}")
     addresses = addresses_of(model)
     detector = load_models(model)  # what cannot be loaded must not be registered
+    if settings.export == "onnx":
+        export_onnx(settings.onnx_file, detector)
     members = [id for address in addresses if (id := tracking.model_id_of(address))]
     tracking.claim(name)
     address = addresses[0] if len(addresses) == 1 else _log_joined(detector)

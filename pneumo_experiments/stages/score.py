@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
-from contextlib import closing
 from dataclasses import asdict, dataclass
 from math import isnan
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from pneumo_experiments import tracking
-from pneumo_experiments.dataset.decoder_pool import read_files
 from pneumo_experiments.dataset.hdf5 import Dataset
-from pneumo_experiments.dataset.rle import EMPTY, encode
-from pneumo_experiments.dicom.archive import DIFFERING_FILES, open_archive
+from pneumo_experiments.dicom.archive import open_archive
+from pneumo_experiments.dicom.segmentation import require_highdicom
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.experiment.counts_search import log_counts, search_counts
 from pneumo_experiments.experiment.ensemble import addresses_of, load_models
+from pneumo_experiments.experiment.folder_findings import write_findings
 from pneumo_experiments.experiment.model_comparison import log_comparison, refuse_seen
 from pneumo_experiments.experiment.score_report import log_report
 from pneumo_experiments.experiment.scored_images import digests, identity
@@ -31,7 +28,6 @@ from pneumo_experiments.experiment.submission_check import (
 )
 from pneumo_experiments.experiment.subset import Subset, make_split
 from pneumo_experiments.scoring.scores import Scores, score_images
-from pneumo_experiments.scoring.submission import write_submission
 from pneumo_experiments.serving import Detector
 from pneumo_experiments.settings import AUTO, Score, flat, is_none
 
@@ -55,7 +51,7 @@ class ScoreResult:
 
 
 def score(settings: Score) -> ScoreResult:
-    """Scores the model on one part of a data set, writes the submission for ``dicom_dir``, or checks one.
+    """Scores the model on one part of a data set, writes its findings in a folder, or checks a submission.
 
     With ``counts`` it only searches thresholds in that file.
     """
@@ -65,6 +61,8 @@ def score(settings: Score) -> ScoreResult:
         if settings.counts is not None:
             scores = search_counts(settings.counts, settings.threshold_trials, _given(settings))
             return ScoreResult(scores, "", None)
+        if settings.dicom_dir is not None and settings.dicom_seg:
+            require_highdicom()
         own = load_models(settings.model).on(settings.compute)
         detector = own.with_thresholds(_given(settings)).with_tta(settings.tta)
         used = {"precision_used": detector.precisions, "tta_used": detector.ttas}
@@ -74,7 +72,8 @@ def score(settings: Score) -> ScoreResult:
             | {f"{name}_used": value for name, value in asdict(detector.thresholds).items()}
         )
         if settings.dicom_dir is not None:
-            return _submit(settings, detector, settings.dicom_dir)
+            write_findings(settings, detector, settings.dicom_dir, _model_text(settings))
+            return ScoreResult(None, "", settings.submission)
         addresses = addresses_of(settings.model)
         # The scores are no model's if it was put together or changed for this run alone.
         model = addresses[0] if len(addresses) == 1 and detector == own else None
@@ -178,52 +177,6 @@ def _indices(settings: Score, detector: Detector, dataset: Dataset) -> NDArray[n
             f"subset={settings.subset}: the model's split has none, holdout={split.holdout}; try validation"
         )
     return indices
-
-
-def _submit(settings: Score, detector: Detector, folder: Path) -> ScoreResult:
-    archive, errors = open_archive(folder), list[str]()
-    order = expected_images(settings.sample_submission, archive) or []
-    place = {image_id: number for number, image_id in enumerate(order)}
-    if missing := [image_id for image_id in order if image_id not in archive.image_ids]:
-        raise UserError(
-            f"dicom_dir={folder}: {len(missing)} of {len(order)} images of {settings.sample_submission} have"
-            f" no file, such as {missing[0]}; name the folder with all test images"
-        )
-    if others := len(archive.image_ids) - len(order):
-        print(f"score: {others} images of {folder} are not in {settings.sample_submission}: left out")
-    members = [member for member in archive.members if member.image_id in place]
-
-    def rows() -> Generator[tuple[str, str]]:
-        for image_id in archive.differing:
-            if image_id in place:
-                errors.append(f"{image_id}: {DIFFERING_FILES}")
-                yield image_id, EMPTY
-        bar = tqdm(total=len(members), desc="submission", unit="image", disable=None)
-        with bar, closing(detector.detect(read_files(archive.root, members))) as answers:
-            for finding in answers:
-                bar.update()
-                if finding.mask is None:
-                    errors.append(finding.error)
-                yield finding.image_id, EMPTY if finding.mask is None else encode(finding.mask)
-        if len(errors) == len(order):
-            raise UserError(f"dicom_dir={folder}: no file can be used; the first: {errors[0]}")
-
-    def in_order() -> Generator[tuple[str, str]]:
-        with closing(rows()) as lines:
-            yield from sorted(lines, key=lambda line: place[line[0]])
-
-    with closing(in_order()) as lines:
-        count = write_submission(settings.submission, lines)
-    tracking.log_file(settings.submission)
-    tracking.log_params({"images": count, "rejected": len(errors)})
-    tracking.describe(
-        f"Submission of {count} images from {folder}, by {_model_text(settings)}.\n"
-        f"{len(errors)} could not be read."
-    )
-    for error in errors[:3]:
-        print(f"score: submitted as empty: {error}")
-    print(f"score: {count} images in {settings.submission}, {len(errors)} could not be read")
-    return ScoreResult(None, "", settings.submission)
 
 
 def _check(settings: Score, path: Path) -> ScoreResult:

@@ -13,14 +13,14 @@ from pneumo_experiments.dataset.hdf5 import Dataset
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.experiment.ensemble import log_ensemble
 from pneumo_experiments.experiment.fold_training import TrainedFold, train_fold
+from pneumo_experiments.experiment.origin import Origin, origin_of
 from pneumo_experiments.experiment.out_of_fold import log_out_of_fold
 from pneumo_experiments.experiment.progress import checkpoint_of
-from pneumo_experiments.experiment.study_report import best_of_study
 from pneumo_experiments.learning import distributed
 from pneumo_experiments.learning.checkpoint import Checkpoint, lock_checkpoints
 from pneumo_experiments.learning.launch import is_launched, launch
 from pneumo_experiments.scoring.scores import Scores
-from pneumo_experiments.settings import NONE, Train, flat, from_flat, is_none
+from pneumo_experiments.settings import Train
 
 
 @dataclass(frozen=True)
@@ -39,37 +39,24 @@ def train(settings: Train, keep_checkpoint: bool = False) -> TrainResult:
     """
     if is_launched():
         distributed.init_process_group()
-    study = settings.from_study
-    if not is_none(study):  # read once: a search that still runs could change its mind
-        settings = distributed.broadcast(
-            _with_best_of_study(settings) if distributed.is_main_process() else settings
-        )
+    # Read once: a search that still runs could change its mind.
+    origin: Origin = distributed.broadcast(origin_of(settings) if distributed.is_main_process() else None)
+    settings = origin.settings
     with _open_dataset(settings) as dataset:
         checkpoints = _checkpoints(settings, dataset) if distributed.is_main_process() else []
         with lock_checkpoints(checkpoints, patience=0 if is_launched() else -1):
             if settings.schedule.processes > 1 and not is_launched():
                 tracking.open_store()  # a store that does not open is reported once, not by every process
                 tracking.end_with_mlflow_run()  # the processes of the training end with this one
-                result = launch(settings.schedule.processes, _train_in_group, settings, tracking.active_run())
+                result = launch(settings.schedule.processes, _train_in_group, origin, tracking.active_run())
             else:
                 with _only_main_process_speaks():
-                    result = _train_folds(settings, dataset, None)
-            if not is_none(study) and distributed.is_main_process():
-                tracking.tag_model(
-                    result.model, {"from_study": study}
-                )  # the model's page leads to the search
+                    result = _train_folds(origin, dataset, None)
             # Only now: if a later fold is interrupted, those that have ended are not trained again.
             if not keep_checkpoint:
                 for checkpoint in checkpoints:
                     checkpoint.clear()
     return result
-
-
-def _with_best_of_study(settings: Train) -> Train:
-    best = best_of_study(settings.storage, settings.from_study)
-    line = ", ".join(f"{name} {value}" for name, value in best.items())
-    print(f"train: best settings of study {settings.from_study}: {line}")
-    return from_flat(Train, flat(settings) | best | {"from_study": NONE})
 
 
 def _open_dataset(settings: Train) -> Dataset:
@@ -90,10 +77,10 @@ def clear_checkpoints(settings: Train) -> None:
                 checkpoint.clear()
 
 
-def _train_in_group(settings: Train, parent: str | None) -> TrainResult:
+def _train_in_group(origin: Origin, parent: str | None) -> TrainResult:
     """What each process of a group runs."""
-    with Dataset.open(settings.dataset) as dataset, _only_main_process_speaks():
-        return _train_folds(settings, dataset, parent)
+    with Dataset.open(origin.settings.dataset) as dataset, _only_main_process_speaks():
+        return _train_folds(origin, dataset, parent)
 
 
 @contextmanager
@@ -105,13 +92,17 @@ def _only_main_process_speaks() -> Generator[None]:
         yield
 
 
-def _train_folds(settings: Train, dataset: Dataset, parent: str | None) -> TrainResult:
+def _train_folds(origin: Origin, dataset: Dataset, parent: str | None) -> TrainResult:
+    settings = origin.settings
     if settings.split.fold != "all":
-        fold = train_fold("train", settings, dataset, parent)
+        fold = train_fold("train", origin, dataset, parent)
         return TrainResult(fold.model, fold.scores)
     with tracking.run("train", settings, parent=parent):
         tracking.log_dataset(settings.dataset, dataset.fingerprint, "training")
-        folds = [train_fold(f"fold {one.split.fold}", one, dataset) for one in _settings_per_fold(settings)]
+        folds = [
+            train_fold(f"fold {one.split.fold}", replace(origin, settings=one), dataset)
+            for one in _settings_per_fold(settings)
+        ]
         if not distributed.is_main_process():
             return TrainResult("", folds[0].scores)
         return _finish_folds(settings, folds)

@@ -23,7 +23,7 @@ from pneumo_experiments.tracking.champions import (
 )
 from pneumo_experiments.tracking.code_version import code_version
 from pneumo_experiments.tracking.context import disabled
-from pneumo_experiments.tracking.lineage import Lineage, Link, lineage, tag_model
+from pneumo_experiments.tracking.lineage import Lineage, Link, lineage
 from pneumo_experiments.tracking.log import (
     describe,
     log_dataset,
@@ -38,6 +38,7 @@ from pneumo_experiments.tracking.log import (
     log_yaml,
     rename,
 )
+from pneumo_experiments.tracking.model_code import code_differences
 from pneumo_experiments.tracking.model_scores import (
     UNSEEN_SUBSETS,
     UnseenScore,
@@ -85,6 +86,7 @@ __all__ = [
     "champion_of",
     "check_server",
     "claim",
+    "code_differences",
     "code_version",
     "database_file",
     "decide",
@@ -125,7 +127,6 @@ __all__ = [
     "require_ours",
     "run",
     "scores_of",
-    "tag_model",
     "tracking_uri",
     "version_of",
     "wait_for_store",

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
@@ -12,12 +11,11 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 
-from pneumo_experiments.settings import is_none
+from pneumo_experiments.settings import NONE, is_none
 from pneumo_experiments.tracking.buffered_client import is_outage
 from pneumo_experiments.tracking.code_version import CODE_VERSION_TAG, code_version
 
-STUDY_PARAM = "study_used"  # of a search: its study's name
-FROM_STUDY_TAG = "from_study"  # of a model whose settings a study found
+STUDY_PARAM = "study_used"  # of a search, and of a training whose settings it found: the study's name
 PARENT_TAG = "mlflow.parentRunId"
 SEARCH, MAX_DEPTH = "search", 4  # name of its runs; main, train and fold, and one to spare
 
@@ -41,13 +39,6 @@ class Lineage:
     """of the trainings"""
 
 
-def tag_model(address: str, tags: Mapping[str, str]) -> None:
-    """Tags a logged model; nothing for another address, or if the store refuses."""
-    with suppress(MlflowException):
-        if address.startswith("models:/m-"):
-            MlflowClient().set_logged_model_tags(address.removeprefix("models:/"), dict(tags))
-
-
 def lineage(model_ids: Sequence[str], fingerprint: str, score_run: str | None) -> Lineage:
     """Links to the trainings of these logged models, their search, settings, scores and data report."""
     client: Any = MlflowClient()
@@ -63,7 +54,7 @@ def lineage(model_ids: Sequence[str], fingerprint: str, score_run: str | None) -
         versions.append(run.data.tags.get(CODE_VERSION_TAG, "unknown"))
         links.append(Link(f"training{number}", _page(run)))
         links.append(Link(f"config{number}", _page(run, "config.yaml")))
-        if (search := _search_of(client, run, str(model.tags.get(FROM_STUDY_TAG, "")))) is not None:
+        if (search := _search_of(client, run)) is not None:
             links.append(Link(f"search{number}", _page(search)))
     if score_run and (run := _or_none(lambda: client.get_run(score_run))):
         links.append(Link("scores", _page(run)))
@@ -85,7 +76,7 @@ def _page(run: Run, artifact: str = "") -> str:
     return f"{page}/artifacts/{quote(artifact)}" if artifact else page
 
 
-def _search_of(client: Any, training: Run, study: str) -> Run | None:
+def _search_of(client: Any, training: Run) -> Run | None:
     """The search that found the settings of a training: around it, or in the same chain, or of its study."""
     experiments, run = [training.info.experiment_id], training
     for _ in range(MAX_DEPTH):
@@ -99,10 +90,14 @@ def _search_of(client: Any, training: Run, study: str) -> Run | None:
         if (beside := _last_run(client, experiments, condition)) is not None:
             return beside
         run = above
-    study = study or training.data.params.get("from_study", "")
+    fold = _last_run(client, experiments, f"tags.`{PARENT_TAG}` = '{training.info.run_id}'")
+    noted = [each.data.params.get(STUDY_PARAM, "") for each in (training, fold) if each is not None]
+    study = next((name for name in noted if not is_none(name)), NONE)
     if is_none(study) or "'" in study:
         return None
-    return _last_run(client, experiments, f"params.{STUDY_PARAM} = '{study}'")
+    return _last_run(
+        client, experiments, f"params.{STUDY_PARAM} = '{study}' and attributes.run_name = '{SEARCH}'"
+    )
 
 
 def _preprocess_of(client: Any, fingerprint: str) -> Run | None:

@@ -1,0 +1,100 @@
+"""A model as an ONNX file: written, compared with the model, logged."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pneumo_experiments import __version__, tracking
+from pneumo_experiments.dataset.resize import resize_image
+from pneumo_experiments.errors import UserError, reason_of
+from pneumo_experiments.files import write_atomically
+from pneumo_experiments.learning.onnx_export import (
+    MEANINGS,
+    PRODUCER,
+    difference,
+    in_fp32,
+    is_own_file,
+    write_onnx,
+)
+from pneumo_experiments.serving import Detector
+from pneumo_experiments.synthetic import anatomy
+from pneumo_experiments.synthetic.radiographs import draw_radiograph
+
+LIMIT = 1e-3  # largest difference of a probability between the file and the model in fp32
+
+
+def refuse_to_replace(path: Path) -> None:
+    """Raises UserError when ``path`` holds anything but an ONNX file of this package."""
+    with _as_user_errors(path):
+        if path.exists() and not (path.is_file() and is_own_file(path)):
+            raise UserError(f"onnx_file={path}: exists, and export did not write it; name another file")
+
+
+def export_onnx(path: Path, detector: Detector) -> None:
+    """Writes the detector's networks to an ONNX file, compares both, and logs the file.
+
+    Raises UserError, and leaves no file, when a probability differs by more than ``LIMIT``.
+    """
+    refuse_to_replace(path)
+    ensemble, batches = detector.predictor, check_batches(detector.image_size)
+    with _as_user_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with write_atomically(path) as temporary:
+            write_onnx(temporary, ensemble, detector.image_size, _facts(detector))
+            found = difference(temporary, in_fp32(ensemble), batches)
+            if not found.is_within(LIMIT):
+                raise UserError(
+                    f"onnx_file={path}: not written: its probabilities differ from the model's by up to"
+                    f" {found}, more than {LIMIT}; use other versions of the packages of the extra onnx"
+                )
+            # The thresholds were chosen on predictions in the model's own format.
+            own = None if detector.precisions == "fp32" else difference(temporary, ensemble, batches)
+            size_mb = temporary.stat().st_size / 1e6
+            refuse_to_replace(path)  # another process may have written it meanwhile
+    tracking.log_file(path)
+    tracking.log_params({f"onnx_{name}_difference": value for name, value in found._asdict().items()})
+    print(f"register: {path}, {size_mb:.0f} MB; differences from the model in fp32: {found}")
+    if own is not None:
+        print(f"register: differences from the model in its own format, {detector.precisions}: {own}")
+
+
+def check_batches(image_size: int) -> list[NDArray[np.uint8]]:
+    """Batches of 3, 1 and 1 images (n, S, S): noise, a gradient, black, and synthetic radiographs."""
+    rng = np.random.default_rng(0)
+    noise = rng.integers(0, 256, (image_size, image_size), np.uint8)
+    gradient = np.linspace(0, 255, image_size**2).astype(np.uint8).reshape(image_size, image_size)
+    sick, healthy = (
+        resize_image(
+            draw_radiograph(rng, anatomy.build(rng, sex), view, sex, annotations=annotations).pixels,
+            image_size,
+        )
+        for sex, view, annotations in (("M", "PA", 1), ("F", "AP", 0))
+    )
+    return [np.stack([noise, gradient, sick]), np.zeros_like(noise)[None], healthy[None]]
+
+
+def _facts(detector: Detector) -> dict[str, str]:
+    """What one needs to use the file alone, as text."""
+    return {
+        "package": f"{PRODUCER} {__version__}",
+        "image_size": str(detector.image_size),
+        **{name: str(value) for name, value in asdict(detector.thresholds).items()},
+        "data_fingerprint": detector.data_fingerprint,
+        "networks": ",".join(str(member.settings["network"]) for member in detector.members),
+        "tta": ",".join(member.predictor.tta for member in detector.members),
+        **MEANINGS,
+    }
+
+
+@contextmanager
+def _as_user_errors(path: Path) -> Generator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"onnx_file={path}: cannot be written ({reason_of(error)})") from error

@@ -1,0 +1,158 @@
+"""``train reproduce=``: the training of a model again, and what differs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import mlflow
+import pytest
+import torch
+from helpers import changed, copy_store, make
+from mlflow import MlflowClient
+from mlflow.entities import Run
+from samples import stored_sample
+
+from pneumo_experiments import tracking
+from pneumo_experiments.errors import UserError
+from pneumo_experiments.serving import load
+from pneumo_experiments.settings import Register, Train
+from pneumo_experiments.stages.register import register
+from pneumo_experiments.stages.train import train
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return stored_sample(tmp_path_factory.mktemp("data"), images=24, image_size=32)
+
+
+@pytest.fixture(scope="module")
+def original(
+    dataset: Path, tiny_default: None, empty_store: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[str]:
+    """The champion, trained with settings of its own; the working directory holds the store."""
+    folder = tmp_path_factory.mktemp("original")
+    copy_store(empty_store, folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
+        mlflow.set_tracking_uri(None)
+        model = train(
+            make(
+                Train,
+                dataset=dataset,
+                weights="none",
+                epochs=2,
+                seed=7,
+                learning_rate=0.01,
+                batch_size=8,
+                device="cpu",
+                **QUICK,
+            )
+        ).model
+        register(make(Register, model=model, promote="always"))
+        yield model
+    mlflow.set_tracking_uri(None)
+
+
+QUICK = {"threshold_trials": 0, "overlays": 0}
+
+
+def reproduce(model: str, **values: object) -> tuple[str, Run]:
+    """The model of the repeated training, and its run."""
+    address = train(make(Train, reproduce=model, **QUICK, **values)).model
+    logged = mlflow.get_logged_model(address.removeprefix("models:/"))
+    assert logged.source_run_id is not None
+    return address, MlflowClient().get_run(logged.source_run_id)
+
+
+def weights(address: str) -> dict[str, torch.Tensor]:
+    (member,) = load(tracking.model_data(address)).members
+    return member.predictor.network.state_dict()
+
+
+def test_a_champion_is_trained_again_with_the_same_settings_to_the_same_weights(
+    original: str, dataset: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, run = reproduce("models:/pneumothorax@champion")
+    said = capsys.readouterr().out
+    assert model != original
+    first, second = weights(original), weights(model)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    params = run.data.params
+    assert (params["seed"], params["learning_rate"], params["epochs"]) == ("7", "0.01", "2")
+    assert params["dataset"] == str(dataset)
+    assert (params["same_data"], params["same_code"], params["same_weights"]) == ("true", "true", "true")
+    assert "train: the weights are those of models:/pneumothorax@champion" in said
+    assert "the code is the same" in said
+    assert "the data set is the same" in said
+
+
+def test_another_data_set_other_code_and_other_weights_are_told(
+    original: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = stored_sample(tmp_path, images=26, image_size=32)
+    copy = tmp_path / "copy"
+    shutil.copytree(mlflow.artifacts.download_artifacts(original), copy)
+    with (copy / "code" / "pneumo_experiments" / "learning" / "loss.py").open("a") as file:
+        file.write("# changed\n")
+    requirements = copy / "requirements.txt"
+    requirements.write_text(requirements.read_text().replace("torch==", "torch==1."))
+    _, run = reproduce(str(copy), dataset=other)
+    said = capsys.readouterr().out
+    params = run.data.params
+    assert params["dataset"] == str(other)
+    assert (params["same_data"], params["same_code"], params["same_weights"]) == ("false", "false", "false")
+    assert float(params["weights_difference"]) > 1e-6
+    assert "the code is another one: learning/loss.py, torch 1." in said
+    assert "the data set is another one" in said
+    assert f"from those of {copy}" in said
+
+
+def test_all_folds_are_trained_again(original: str, dataset: Path) -> None:
+    """Each run of a fold says whether its weights are the same."""
+    settings = make(Train, dataset=dataset, weights="none", epochs=1, batch_size=8, fold="all", folds=2)
+    ensemble = train(changed(settings, **QUICK)).model
+    _, run = reproduce(ensemble)
+    assert run.data.params["fold"] == "all"
+    folds = MlflowClient().search_runs(
+        [run.info.experiment_id], f"tags.mlflow.parentRunId = '{run.info.run_id}'"
+    )
+    assert [fold.data.params["same_weights"] for fold in folds] == ["true", "true"]
+    assert len(load(tracking.model_data(ensemble)).members) == 2
+
+
+def test_settings_beside_a_model_are_refused(original: str) -> None:
+    with pytest.raises(UserError, match=r"leave out epochs, precision,"):
+        train(make(Train, reproduce=original, epochs=3, precision="bf16"))
+    with pytest.raises(UserError, match="reproduce and from_study both name settings"):
+        train(make(Train, reproduce=original, from_study="s"))
+    with pytest.raises(UserError, match=r"^model=models:/m-nowhere: cannot be loaded"):
+        train(make(Train, reproduce="models:/m-nowhere"))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("epochs", None, "does not say epochs"),
+        ("epochs", "many", "'many' is not of type int"),
+        ("batch_size", 10**9, "is not from 2 to 65536"),
+        ("augment", 1, "1 is not of type bool"),
+    ],
+)
+def test_damaged_settings_of_a_model_are_refused(
+    original: str, tmp_path: Path, name: str, value: object, message: str
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(mlflow.artifacts.download_artifacts(original), copy)
+    (description,) = copy.rglob("model.json")
+    content = json.loads(description.read_text())
+    content["settings"][name] = value
+    if value is None:
+        del content["settings"][name]
+    description.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=f"^reproduce={copy}: .*{message}"):
+        train(make(Train, reproduce=str(copy)))
