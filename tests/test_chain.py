@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import csv
 import json
+import re
 import subprocess
 import time
 import urllib.error
@@ -244,6 +245,27 @@ def test_the_registered_champion_answers_dicom_bytes_and_survives_a_bad_file(
     for bad, name in ((cut, "cut"), (text, "text")):
         assert name in bad["error"]
         assert (bad["area_px"], bad["rle"]) == (0, "-1")
+
+
+def test_the_champions_card_leads_to_the_runs_it_comes_from(chain: Chain) -> None:
+    client = MlflowClient(chain.uri)
+    card = client.get_model_version_by_alias("pneumothorax", "champion").description
+    links = dict(re.findall(r"\[(.*?)\]\(#/experiments/\d+/runs/(.*?)\)", card))
+    runs = {"training": "train", "search": "search", "data report": "preprocess", "scores": "score"}
+    for text, name in runs.items():
+        assert links[text].split("/")[0] in {run.info.run_id for run in chain.runs[name]}, text
+    for text in ("config", "report of the scores", "data report"):
+        run_id, path = links[text].split("/artifacts/")
+        assert path in {file.path for file in client.list_artifacts(run_id)}
+    parts = json.loads(artifact(chain.only("train"), "split.json").read_text())["parts"]
+    assert (
+        f"- holdout: {parts['holdout']['images']} images of {parts['holdout']['patients']} patients" in card
+    )
+    code = chain.only("train").data.tags["code_version"]
+    assert f"- code: `{code}`" in card
+    assert "all images" in card
+    model = client.get_registered_model("pneumothorax")
+    assert model.description == f"The champion is [version 1](#/models/pneumothorax/versions/1).\n\n{card}"
 
 
 def test_no_logged_model_holds_a_pickle(chain: Chain) -> None:

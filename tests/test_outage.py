@@ -29,7 +29,7 @@ from tracking_server import TIMEOUT_SECONDS, Server, calls_in, free_port, wait_u
 
 from pneumo_experiments import tracking
 from pneumo_experiments.errors import UserError
-from pneumo_experiments.settings import Preprocess, Sample, Train
+from pneumo_experiments.settings import Preprocess, Register, Sample, Train
 from pneumo_experiments.tracking import buffered_client, context
 from pneumo_experiments.tracking.__main__ import send_buffered
 
@@ -300,6 +300,7 @@ class Proxy(ThreadingHTTPServer):
     def __init__(self, server: Server) -> None:
         super().__init__(("127.0.0.1", 0), ProxyHandler)
         self.behind, self.behaviour, self.ended, self.hung = server, "forwards", threading.Event(), 0
+        self.refused: dict[str, int] = {}  # status by the end of a path
         self.uri = f"http://127.0.0.1:{self.server_port}"
 
 
@@ -309,6 +310,9 @@ class ProxyHandler(BaseHTTPRequestHandler):
     def handle_any(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         behaviour = "forwards" if self.command == "HEAD" else self.server.behaviour
+        if self.command == "POST":
+            refused = (status for end, status in self.server.refused.items() if self.path.endswith(end))
+            behaviour = str(next(refused, behaviour))
         if behaviour == "hangs":
             self.server.hung += 1
             self.server.ended.wait()
@@ -330,7 +334,7 @@ class ProxyHandler(BaseHTTPRequestHandler):
             if self.command != "HEAD":
                 self.wfile.write(content)
 
-    do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = handle_any  # noqa: N815
+    do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = handle_any  # noqa: N815
 
     def log_message(self, format: str, *args: object) -> None:
         pass
@@ -362,7 +366,7 @@ def test_a_server_that_starts_to_fail_ends_the_next_stage_with_one_line(behaviou
         "start": lambda: tracking.run("sample", Sample()).__enter__(),
         "best": lambda: tracking.best_model("lungs"),
         "data": lambda: tracking.model_data("models:/nobody@champion"),
-        "register": lambda: tracking.register_model("models:/m-1", "lungs", "auto", {}),
+        "register": lambda: tracking.registering("models:/m-1", "lungs", {}).__enter__(),
     }
     if behaviour == "hangs":  # each call takes seconds
         stages = {"start": stages["start"]}
@@ -378,6 +382,29 @@ def test_a_server_that_starts_to_fail_ends_the_next_stage_with_one_line(behaviou
         file = Path("output") / f"undelivered-{run_id}" / "calls.jsonl"
         send_buffered(file)
         assert MlflowClient().get_run(run_id).info.status == "FAILED", name
+
+
+@pytest.mark.parametrize("status", [404, 501])
+def test_a_registry_that_knows_no_aliases_is_one_line_and_leaves_the_version_decided(
+    status: int, proxy: Proxy, tmp_path: Path
+) -> None:
+    (tmp_path / "made").mkdir()
+    (tmp_path / "made" / "model.json").write_text("{}")
+    proxy.refused["/registered-models/alias"] = status
+    name = f"without-{status}"
+    with pytest.raises(UserError) as error, tracking.run("register", Register()) as run_id:
+        model = tracking.log_model(tmp_path / "made")
+        with tracking.registering(model, name, {}) as number:
+            tracking.decide(name, number, "champion", "the first", {})
+    line = str(error.value)
+    assert line.startswith(f"MLFLOW_TRACKING_URI={proxy.uri}: the alias champion cannot be set (")
+    assert f"version 1 of {name} stays registered" in line
+    assert "\n" not in line
+    client = MlflowClient()
+    assert client.get_run(run_id).info.status == "FAILED"
+    tags = client.get_model_version(name, "1").tags
+    assert (tags["decision"], "deciding" in tags) == ("none", False)
+    assert "cannot be set" in tags["reason"]
 
 
 @pytest.mark.parametrize("behaviour", BEHAVIOURS)

@@ -171,7 +171,7 @@ def test_a_score_on_other_images_than_the_champions_makes_no_champion(
     version = register(Register(model=ward.second))
     assert not version.champion
     assert champion().source == ward.first
-    assert "the champion, version 1, was not scored" in version.reason
+    assert "the champion, version 1: they have no scores of the same images" in version.reason
     assert "cannot be compared" in capsys.readouterr().out
 
 
@@ -180,7 +180,7 @@ def test_a_model_at_the_baseline_is_no_first_champion(ward: Ward, capsys: pytest
     version = register(make(Register, model=ward.empty, name="another"))
     assert not version.champion
     assert f"is not above the all-empty baseline {dice:.4f}" in version.reason
-    assert MlflowClient().get_registered_model("another").aliases == {}
+    assert MlflowClient().get_registered_model("another").aliases == {"challenger": 1}
     assert "is not above the all-empty baseline" in capsys.readouterr().out
 
 

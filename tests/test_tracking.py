@@ -3,28 +3,26 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 import mlflow
 import psutil
 import pytest
 import yaml
-from conftest import ROOT, soak
+from conftest import ROOT
 from helpers import make
 from mlflow import MlflowClient
 from mlflow.entities import DatasetInput, Run
 from mlflow.exceptions import MlflowException
-from tracking_server import TIMEOUT_SECONDS, Server, free_port, wait_until
+from tracking_server import TIMEOUT_SECONDS, wait_until
 
 from pneumo_experiments import interrupts, tracking
 from pneumo_experiments.errors import UserError
@@ -275,7 +273,7 @@ def test_artifacts_of_a_new_experiment_lie_beside_the_database(
     assert len(list((tmp_path / "mlruns").rglob("a.json"))) == 1
 
 
-# Models and versions
+# Models and their scores
 
 
 HOLDOUT, EXTERNAL = "a" * 32, "b" * 32
@@ -298,87 +296,6 @@ def logged(store: Store, dice: float | None) -> str:
     if dice is not None:
         evaluated(model, dice)
     return model
-
-
-def registered(model: str, promote: str = "auto") -> tracking.Version:
-    with tracking.run("register", Register()):
-        return tracking.register_model(model, "lungs", promote, {"network": "small"})
-
-
-def test_the_champion_is_the_better_model_on_the_same_images(store: Store) -> None:
-    good, better, worse, other = (logged(store, dice) for dice in (0.8, 0.9, 0.77, None))
-    evaluated(other, 0.99, EXTERNAL, "external")
-    asked = [
-        registered(good),
-        registered(worse),
-        registered(better),
-        registered(better),
-        registered(other),
-        registered(logged(store, None)),
-        registered(logged(store, 0.95), promote="never"),
-    ]
-    champions = [version.champion for version in asked]
-    assert champions == [True, False, True, False, False, False, False]
-    assert [version.number for version in asked] == ["1", "2", "3", "4", "5", "6", "7"]
-    images = "48 holdout images (aaaaaaaa)"
-    for text in ("first champion", "0.8000", images, "above the all-empty baseline 0.7500"):
-        assert text in asked[0].reason
-    for text in ("0.7700", images, "not better than the champion's 0.8000"):
-        assert text in asked[1].reason
-    assert "the champion, version 3, was not scored" in asked[4].reason
-    assert "no score on unseen images" in asked[5].reason
-    held = store.client.get_model_version_by_alias("lungs", "champion")
-    assert str(held.version) == "3"
-    assert held.source == better
-    assert f"Logged model {better.removeprefix('models:/')}" in held.description
-    assert held.tags == {
-        **{"network": "small", "dice": "0.9", "dice_baseline": "0.75"},
-        **{"identity": HOLDOUT, "subset": "holdout"},
-    }
-    assert "better than the champion's 0.8000" in held.description
-    forced = registered(worse, promote="always")
-    assert forced.champion
-    assert forced.reason.startswith("promote=always, although: ")
-    assert str(store.client.get_model_version_by_alias("lungs", "champion").version) == "8"
-
-
-def test_two_models_compare_on_any_images_that_both_were_scored_on(store: Store) -> None:
-    first, second = logged(store, 0.8), logged(store, None)
-    assert registered(first).champion
-    evaluated(second, 0.85, EXTERNAL, "external")
-    assert not registered(second).champion
-    evaluated(first, 0.84, EXTERNAL, "external")
-    assert registered(second).champion
-    tags = store.client.get_model_version_by_alias("lungs", "champion").tags
-    assert (tags["identity"], tags["subset"], tags["dice"]) == (EXTERNAL, "external", "0.85")
-    # On the hold-out part the first is better, but it is the champion's images that count.
-    evaluated(second, 0.79)
-    assert "Dice 0.8400 on 48 external images" in registered(first).reason
-
-
-@pytest.mark.parametrize("subset", ["train", "validation", "all"])
-def test_scores_on_images_that_a_model_has_seen_do_not_count(store: Store, subset: str) -> None:
-    first, second = logged(store, 0.8), logged(store, None)
-    assert registered(first).champion
-    evaluated(second, 0.99, HOLDOUT, subset)
-    assert not registered(second).champion
-
-
-@pytest.mark.parametrize("dice", [0.75, 0.7, None])
-def test_a_model_at_the_baseline_or_without_a_score_is_no_first_champion(
-    store: Store, dice: float | None
-) -> None:
-    version = registered(logged(store, dice))
-    assert not version.champion
-    assert ("no score" if dice is None else f"Dice {dice:.4f}") in version.reason
-    assert ("not above" in version.reason) == (dice is not None)
-    assert store.client.get_registered_model("lungs").aliases == {}
-
-
-def test_the_last_score_on_the_same_images_counts(store: Store) -> None:
-    model = logged(store, 0.99)
-    evaluated(model, 0.7)
-    assert "Dice 0.7000" in registered(model).reason
 
 
 def test_scores_and_their_table_outlast_an_outage_and_arrive_once_though_they_are_sent_twice(
@@ -405,15 +322,10 @@ def test_scores_and_their_table_outlast_an_outage_and_arrive_once_though_they_ar
     assert list(table.itertuples(index=False, name=None)) == rows
 
 
-def test_never_leaves_the_first_version_without_an_alias(store: Store) -> None:
-    assert not registered(logged(store, 0.8), promote="never").champion
-    assert store.client.get_registered_model("lungs").aliases == {}
-
-
 def test_the_best_model_is_the_one_with_the_highest_dice_on_one_set_of_images(store: Store) -> None:
-    def best() -> tuple[str, str]:
+    def best(identity: str | None = None) -> tuple[str, str]:
         with tracking.run("register", Register()):
-            return tracking.best_model("lungs")
+            return tracking.best_model(identity)
 
     unscored = logged(store, None)
     with pytest.raises(UserError, match="model=best: no model"):
@@ -421,7 +333,7 @@ def test_the_best_model_is_the_one_with_the_highest_dice_on_one_set_of_images(st
     evaluated(unscored, 0.99, HOLDOUT, "train")
     with pytest.raises(UserError, match="model=best: no model"):
         best()
-    first, highest, other = logged(store, 0.8), logged(store, 0.9), logged(store, None)
+    _, highest, other = logged(store, 0.8), logged(store, 0.9), logged(store, None)
     images = "48 holdout images (aaaaaaaa)"
     assert best() == (highest, f"best of 2 models scored on {images}, the images scored last")
     evaluated(other, 0.95, EXTERNAL, "external")
@@ -429,75 +341,8 @@ def test_the_best_model_is_the_one_with_the_highest_dice_on_one_set_of_images(st
     evaluated(other, 0.95, "c" * 32, "holdout")
     assert best()[0] == other
     assert "best of 1 models scored on 48 holdout images (cccccccc)" in best()[1]
-    assert registered(first).champion
-    assert best() == (highest, f"best of 2 models scored on {images}, the champion's images")
-
-
-# Versions that are registered at the same time
-
-
-def register_at_once(uri: str, model: str, name: str, start: Barrier) -> None:
-    """What each of several processes does."""
-    mlflow.set_tracking_uri(uri)
-    with tracking.run("register", Register()):
-        start.wait(TIMEOUT_SECONDS)
-        tracking.register_model(model, name, "auto", {})
-
-
-def race(models: Sequence[str], name: str) -> None:
-    """Registers the models at once, each in a process of its own."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["mlflow.pyfunc", "mlflow.store.tracking.sqlalchemy_store"])
-    start = context.Barrier(len(models))
-    arguments = [(mlflow.get_tracking_uri(), model, name, start) for model in models]
-    racers = [context.Process(target=register_at_once, args=each) for each in arguments]
-    for racer in racers:
-        racer.start()
-    for racer in racers:
-        racer.join(TIMEOUT_SECONDS)
-    assert [racer.exitcode for racer in racers] == [0] * len(racers)
-
-
-def assert_that_the_best_wins_each_race(folder: Path) -> None:
-    client, models = MlflowClient(), [logged(Store(folder), dice) for dice in (0.8, 0.95, 0.85, 0.9)]
-    for name in ("left", "right", "both"):
-        race(models, name)
-        assert client.get_model_version_by_alias(name, "champion").source == models[1]
-        versions = client.search_model_versions(f"name = '{name}'")
-        assert len(versions) == len(models)
-        assert not [version for version in versions if "deciding" in version.tags]
-
-
-def test_of_versions_registered_at_once_the_best_is_the_champion(store: Store) -> None:
-    assert_that_the_best_wins_each_race(store.folder)
-
-
-@soak
-def test_of_versions_registered_at_once_on_a_server_the_best_is_the_champion(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    server = Server(tmp_path, free_port())
-    server.start()
-    try:
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
-        mlflow.set_tracking_uri(None)
-        assert_that_the_best_wins_each_race(tmp_path)
-    finally:
-        server.kill()
-
-
-def test_a_version_that_is_never_decided_does_not_block_others_forever(
-    store: Store, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    model = logged(store, 0.8)
-    store.client.create_registered_model("lungs")
-    store.client.create_model_version("lungs", model, tags={"deciding": "true"})  # its process was killed
-    monkeypatch.setattr("pneumo_experiments.tracking.registry.PENDING_SECONDS", 0)
-    assert registered(model).champion
-    assert "lungs version 1 was never decided" in caplog.text
-    assert registered(model).number == "3"
-    assert caplog.text.count("never decided") == 1
+    assert best(HOLDOUT) == (highest, f"best of 2 models scored on {images}, the champion's images")
+    assert best("d" * 32)[0] == other
 
 
 # Real processes

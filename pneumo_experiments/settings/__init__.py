@@ -9,6 +9,7 @@ below one entry point are unique, so that users need not know the groups.
 
 from pneumo_experiments.settings.config_file import CONFIG_HELP, DEMO, read_config, read_yaml
 from pneumo_experiments.settings.entry_points import (
+    BEST,
     ENTRY_POINTS,
     Main,
     Preprocess,
@@ -57,6 +58,7 @@ from pneumo_experiments.settings.recipe import (
 
 __all__ = [
     "AUTO",
+    "BEST",
     "CONFIG_HELP",
     "DEMO",
     "ENTRY_POINTS",

@@ -26,6 +26,8 @@ from pneumo_experiments.settings.groups import (
 )
 from pneumo_experiments.settings.recipe import Device, Recipe, Seed, SplitSettings
 
+BEST = "best"  # in place of a model: the experiment's best one
+
 # The docstring is the command's help; --help shows the fields in this order.
 
 
@@ -166,17 +168,30 @@ class Score:
 
 @dataclass(frozen=True)
 class Register:
-    """Register a model, and make it the champion if it earned that."""
+    """Register a model, and make it the champion if it earned that; or move or list the champions."""
 
     model: Annotated[
         str,
         Arg(
-            "model to register: a models:/ address, or best: the experiment's highest Dice on one set of"
+            "model to register: a models:/ address, the mean of several with commas between, or best: the"
+            " experiment's highest Dice on one set of images",
+            declared=True,
+        ),
+    ] = BEST
+    dataset: Annotated[
+        Path,
+        Arg(
+            "data set on which the new version and the champion are scored if they have no score on the same"
             " images",
             declared=True,
         ),
-    ] = "best"
+    ] = Path("output/dataset.h5")
     registry: Registry = field(default_factory=Registry)
+    version: Annotated[
+        int | None,
+        Arg("existing version that gets the alias champion; nothing else is done", min=1, max=10**9),
+    ] = None
+    history: Annotated[bool, Arg("print who was champion when, and why; nothing else is done")] = False
     export: Annotated[
         Literal["none", "onnx"],
         Arg("also write the model for other runtimes: onnx (needs the extra of that name)"),

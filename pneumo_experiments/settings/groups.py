@@ -277,7 +277,19 @@ class Registry:
     promote: Annotated[
         Literal["auto", "always", "never"],
         Arg(
-            "alias champion: auto gives it for a higher Dice than the champion's on the same hold-out or"
-            " external images, and than all-empty masks"
+            "alias champion: auto moves it if the comparison favours the new version, always moves it anyway,"
+            " never leaves all aliases as they are"
         ),
     ] = "auto"
+    min_probability: Annotated[
+        float,
+        Arg(
+            "probability that the new version is better than the champion, by the paired bootstrap over"
+            " patients, from which it is favoured",
+            min=0.5,
+            max=1,
+        ),
+    ] = 0.95
+    min_gain: Annotated[
+        float, Arg("a new version is favoured only if its Dice is higher by more than this", min=0, max=1)
+    ] = 0.0

@@ -81,7 +81,8 @@ def main(settings: Main) -> ScoreResult:
         tracking.log_params(constant | {"interval_reliable": result.scores.interval_reliable})
         if settings.test_dir is not None:
             score(replace(scoring, dicom_dir=settings.test_dir, submission=submission, findings=findings))
-        version = register(Register(model=model, registry=settings.registry))
+        version = register(Register(model=model, dataset=dataset, registry=settings.registry))
+        assert version is not None  # None is the answer to history alone
         source = dicom_dir or "Synthetic sample"
         tracking.describe(
             f"{source}: {settings.recipe.network.network} at {settings.format.image_size} px.\n"

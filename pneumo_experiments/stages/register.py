@@ -1,31 +1,179 @@
-"""Entry point ``register``: a version in the model registry, and the alias champion if earned."""
+"""Entry point ``register``: a version in the model registry, and the alias champion if it earned that."""
 
 from __future__ import annotations
 
+import tempfile
+from dataclasses import asdict, replace
+from pathlib import Path
+
 from pneumo_experiments import tracking
+from pneumo_experiments.errors import ServerUnreachable, UserError
+from pneumo_experiments.experiment.common_images import common_images
+from pneumo_experiments.experiment.ensemble import addresses_of, load_models
+from pneumo_experiments.experiment.model_card import model_card
 from pneumo_experiments.experiment.onnx_file import export_onnx, refuse_to_replace
+from pneumo_experiments.experiment.promotion import CHAMPION, Decision, Pair, compared, decide, dices_by_image
 from pneumo_experiments.learning.onnx_export import require_onnx
-from pneumo_experiments.serving import load
-from pneumo_experiments.settings import Register
+from pneumo_experiments.serving import Detector, load, save
+from pneumo_experiments.settings import BEST, NONE, Register, Score
+from pneumo_experiments.stages.score import score
+
+NEW = "the new version"
 
 
-def register(settings: Register) -> tracking.Version:
-    """Registers the model, or the experiment's best one, as a new version."""
+def register(settings: Register) -> tracking.Version | None:
+    """Registers the model, or the experiment's best one, as a new version; returns it.
+
+    With ``version`` it makes that version the champion and returns it. With ``history`` it prints the
+    champions, and returns the current one, None if there is none.
+    """
     with tracking.run("register", settings):
-        if settings.export == "onnx":
-            require_onnx()
-            refuse_to_replace(settings.onnx_file)  # not only when the model is loaded
-        model = settings.model
-        if model == "best":
-            model, why = tracking.best_model(settings.registry.name)
-            print(f"register: {model} is the {why}")
-        detector = load(tracking.model_data(model))  # what cannot be loaded must not be registered
-        if settings.export == "onnx":
-            export_onnx(settings.onnx_file, detector)
-        tags = {"data_fingerprint": detector.data_fingerprint, "network": detector.networks}
-        version = tracking.register_model(model, settings.registry.name, settings.registry.promote, tags)
-        state = "champion" if version.champion else "not champion"
-        line = f"{version.name} version {version.number} is {state}: {version.reason}"
-        tracking.describe(f"{line}.\nModel {model}.")
-        print(f"register: {line}")
-    return version
+        _refuse_conflicts(settings)
+        if settings.history:
+            return _print_history(settings.registry.name)
+        if settings.version is not None:
+            return _move_champion(settings.registry.name, str(settings.version))
+        return _register(settings)
+
+
+def _refuse_conflicts(settings: Register) -> None:
+    modes = {"history": settings.history, "version": settings.version is not None}
+    given = [name for name, is_given in modes.items() if is_given]
+    if len(given) > 1:
+        raise UserError("version and history: two tasks; give one of them")
+    if given and settings.model != BEST:
+        raise UserError(
+            f"{given[0]} and model={settings.model}: {given[0]} registers nothing; give one of them"
+        )
+    if given and settings.export != NONE:
+        raise UserError(
+            f"{given[0]} and export={settings.export}: {given[0]} exports nothing; leave out export"
+        )
+    if given == ["version"] and settings.registry.promote != "auto":
+        raise UserError(
+            f"version and promote={settings.registry.promote}: version moves the alias in any case; leave out"
+            " promote"
+        )
+
+
+def _register(settings: Register) -> tracking.Version:
+    name, model = settings.registry.name, settings.model
+    if settings.export == "onnx":
+        require_onnx()
+        refuse_to_replace(settings.onnx_file)  # not only when the model is loaded
+    if model == BEST:
+        champion = tracking.champion_of(name)
+        model, why = tracking.best_model(None if champion is None else (champion.tags or {}).get("identity"))
+        print(f"register: {model} is the {why}")
+    addresses = addresses_of(model)
+    detector = load_models(model)  # what cannot be loaded must not be registered
+    if settings.export == "onnx":
+        export_onnx(settings.onnx_file, detector)
+    members = [id for address in addresses if (id := tracking.model_id_of(address))]
+    tracking.claim(name)
+    address = addresses[0] if len(addresses) == 1 else _log_joined(detector)
+    origin = tracking.lineage(members, detector.data_fingerprint, None)
+    tags = {"data_fingerprint": detector.data_fingerprint, "network": detector.networks}
+    tags |= {"code_version": origin.code_version} | ({"members": ",".join(members)} if members[1:] else {})
+    with tracking.registering(address, name, tags) as number:
+        champion = tracking.champion_of(name)
+        decision = _decide(settings, address, detector, champion)
+        score_run = decision.score.run_id if decision.score else None
+        origin = tracking.lineage(members, detector.data_fingerprint, score_run)
+        card = model_card(name, number, detector, decision, origin)
+        tracking.describe_version(name, number, card)
+        tracking.decide(name, number, decision.alias, decision.reason, decision.tags(champion))
+        if decision.alias == CHAMPION:
+            tracking.describe_champion(name, number, card)
+    is_champion = decision.alias == CHAMPION
+    state = "champion" if is_champion else "not champion"
+    line = f"{name} version {number} is {state}: {decision.reason}"
+    tracking.describe(f"{line}.\nModel {model}.")
+    print(f"register: {line}")
+    version = tracking.version_of(name, number)
+    return replace(version, champion=is_champion) if version else _deleted(name, number, decision)
+
+
+def _deleted(name: str, number: str, decision: Decision) -> tracking.Version:
+    """The version as it was decided, although somebody has deleted it since."""
+    return tracking.Version(name, number, decision.alias == CHAMPION, decision.reason)
+
+
+def _log_joined(detector: Detector) -> str:
+    """Logs an ensemble as a model of the active run; returns its address."""
+    with tempfile.TemporaryDirectory() as folder:
+        save(Path(folder), detector)
+        return tracking.log_model(Path(folder))
+
+
+def _decide(
+    settings: Register, address: str, detector: Detector, champion: tracking.Version | None
+) -> Decision:
+    """Compares with the champion; scores both first, if they have no score on the same images."""
+    model_id, why = tracking.model_id_of(address), ""
+
+    def pair() -> Pair | None:
+        if champion is None:
+            return None
+        return compared(tracking.scores_of(model_id), champion, tracking.scores_of(champion.model_id))
+
+    found = pair()
+    is_open = found is None and (champion is not None or not tracking.scores_of(model_id))
+    if is_open and settings.registry.promote != "never":
+        why = _score(settings.dataset, address, detector, champion)
+        found = pair()
+    return decide(settings.registry, tracking.scores_of(model_id), champion, found, why)
+
+
+def _score(dataset: Path, address: str, detector: Detector, champion: tracking.Version | None) -> str:
+    """Scores the new version, and the champion if there is one, on common images; returns why it cannot."""
+    try:
+        models = {NEW: (address, detector)}
+        if champion is not None:
+            models[f"version {champion.number}"] = (
+                champion.source,
+                load(tracking.model_data(champion.source)),
+            )
+        images = common_images(dataset, {name: detector for name, (_, detector) in models.items()})
+        for name, (model, _) in models.items():
+            last = tracking.scores_of(tracking.model_id_of(model)).get(images.identity)
+            if last is not None and dices_by_image(last) is not None:
+                continue
+            print(f"register: scores {name}, {model}, on {dataset}")
+            score(Score(model=model, dataset=dataset, subset=images.subset, overlays=0))
+    except ServerUnreachable:
+        raise
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def _move_champion(name: str, number: str) -> tracking.Version:
+    """Moves the alias champion to an existing version."""
+    tracking.require_ours(name)
+    tracking.wait_until_decided(name)
+    version, before = tracking.version_of(name, number), tracking.champion_of(name)
+    if version is None:
+        raise UserError(f"version={number}: {name} has no such version; history=true lists the champions")
+    if version.champion:
+        print(f"register: {name} version {number} is the champion already")
+        return version
+    load(tracking.model_data(version.source))  # one that nobody could load must not be served
+    reason = f"moved by hand from version {before.number}" if before else "moved by hand"
+    tracking.move_champion(version, reason)
+    line = f"{name} version {number} is champion: {reason}"
+    tracking.describe(f"{line}.")
+    print(f"register: {line}")
+    return replace(version, champion=True, reason=reason)
+
+
+def _print_history(name: str) -> tracking.Version | None:
+    """Prints the champions in order."""
+    tracking.require_ours(name)
+    reigns = tracking.history(name)
+    tracking.log_json({"champions": [asdict(reign) for reign in reigns]}, "champions.json")
+    if not reigns:
+        print(f"register: {name} has had no champion")
+    for line in tracking.history_lines(reigns) if reigns else []:
+        print(line)
+    return tracking.champion_of(name)

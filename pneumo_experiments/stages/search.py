@@ -101,6 +101,7 @@ def run_study(
     with tracking.run("search", settings, continues=parent, is_shared=is_shared) as run_id:
         if run_id != parent:
             study.set_user_attr(PARENT, run_id)
+        tracking.log_params({"study_used": study.study_name})
         print(f"search: study {study.study_name} in {tracking.hide_passwords(study_settings.storage)}")
         if (count := count_trials(study)) >= study_settings.trials:
             print(f"search: the study has {count} trials already; a higher trials asks for more")

@@ -1,12 +1,14 @@
-"""The model registry: registers versions and decides which one is the champion."""
+"""The model registry: registers versions one after the other, and moves their aliases."""
 
 from __future__ import annotations
 
-import json
 import logging
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager, redirect_stderr, suppress
 from dataclasses import dataclass
+from io import StringIO
 from typing import Any
 
 import mlflow
@@ -14,205 +16,236 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from pneumo_experiments.errors import UserError
-from pneumo_experiments.tracking.calls import SCORE_TAG
+from pneumo_experiments.tracking.buffered_client import is_outage
 from pneumo_experiments.tracking.models import model_id_of
+from pneumo_experiments.tracking.store import SETTING, tracking_uri
 
-ALIAS = "champion"
-# Subsets whose images neither trained a model nor chose its epoch or thresholds.
-UNSEEN_SUBSETS = ("holdout", "external")
-PENDING_TAG = "deciding"  # of a version until it is decided whether it becomes the champion
-PENDING_SECONDS, POLL_SECONDS = 30, 0.1
+CHAMPION, CHALLENGER = "champion", "challenger"  # aliases
+# Of a version until it is decided whether it becomes the champion; changes while its process is alive.
+PENDING_TAG = "deciding"
+PENDING_SECONDS, ALIVE_SECONDS, POLL_SECONDS = 30, 5, 0.1
+PROJECT_TAG, PROJECT = "project", "pneumo_experiments"  # of our registered models
+NO_SUCH, EXISTS = "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS"  # MLflow's error codes
+NO_ALIASES = (400, 404, 405, 501)  # statuses of a store that does not know aliases
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Version:
-    """A registered version and whether it holds the alias champion."""
+    """A registered version, and whether it holds the alias champion; a deleted model has no id."""
 
     name: str
     number: str
     champion: bool
     reason: str
+    model_id: str | None = None
+    source: str = ""
+    tags: Mapping[str, str] | None = None
+    description: str = ""
 
 
-@dataclass(frozen=True)
-class UnseenScore:
-    """A model's latest Dice on one set of unseen images; ``timestamp`` in ms since 1970."""
-
-    identity: str
-    subset: str
-    images: int
-    dice: float
-    dice_baseline: float
-    timestamp: int
-
-    @property
-    def images_text(self) -> str:
-        """The images, for messages."""
-        return f"{self.images} {self.subset} images ({self.identity[:8]})"
+def claim(name: str) -> None:
+    """Creates the registered model unless it exists; raises UserError for a name that is taken or refused."""
+    client: Any = MlflowClient()
+    try:
+        client.create_registered_model(name, tags={PROJECT_TAG: PROJECT})
+    except MlflowException as error:
+        if is_outage(error):
+            raise
+        if error.error_code != EXISTS:
+            raise _refused(name, error) from error
+        _adopt(client, name)
 
 
-@dataclass(frozen=True)
-class Champion:
-    """The version with the alias, the identity of the images that decided it, and its scores by identity."""
+def require_ours(name: str) -> None:
+    """Raises UserError if there is no registered model of this project with the name."""
+    try:
+        model: Any = MlflowClient().get_registered_model(name)
+    except MlflowException as error:
+        if is_outage(error):
+            raise
+        raise UserError(f"name={name}: no such registered model; register makes one") from error
+    if model.tags.get(PROJECT_TAG) != PROJECT:
+        raise _taken(name)
 
-    number: str
-    identity: str | None
-    scores: Mapping[str, UnseenScore]
+
+def _adopt(client: Any, name: str) -> None:
+    """Takes an existing registered model that nobody has used yet; one of another project is refused."""
+    try:
+        model = client.get_registered_model(name)
+        if model.tags.get(PROJECT_TAG) == PROJECT:
+            return
+        if _versions(client, name) or any(tag.startswith("mlflow.prompt") for tag in model.tags):
+            raise _taken(name)
+        client.set_registered_model_tag(name, PROJECT_TAG, PROJECT)
+    except MlflowException as error:
+        if is_outage(error):
+            raise
+        raise _refused(name, error) from error
 
 
-def best_model(name: str) -> tuple[str, str]:
-    """Address of the experiment's model with the highest Dice on unseen images, and a text that says why.
+@contextmanager
+def registering(address: str, name: str, tags: Mapping[str, str]) -> Generator[str]:
+    """Registers a new version with these tags; yields its number when all earlier ones are decided.
 
-    Models are compared on one set of images: the champion's, if models of this experiment were scored on it,
-    else the hold-out split that was scored last, or without one the external data set.
-    Raises UserError if no model was scored on unseen images.
+    Later versions wait until the block ends, so that each is compared with the champion that the earlier
+    ones left. Raises UserError if the name is refused, or if the version is deleted meanwhile.
     """
-    active = mlflow.active_run()
-    assert active is not None
-    models = mlflow.search_logged_models(experiment_ids=[active.info.experiment_id], output_format="list")
-    scores = [(score, model.model_id) for model in models for score in _scores_of(model).values()]
-    if not scores:
-        raise UserError(
-            "model=best: no model of this experiment was scored on its hold-out split or on an external data"
-            " set; run score first, or give models:/<id>"
-        )
-    champion = _champion(MlflowClient(), name)
-    if champion and any(score.identity == champion.identity for score, _ in scores):
-        identity, why = champion.identity, "the champion's images"
-    else:
-        identity, why = _latest([score for score, _ in scores]).identity, "the images scored last"
-    compared = [(score, model_id) for score, model_id in scores if score.identity == identity]
-    best, model_id = max(compared, key=lambda scored: (scored[0].dice, scored[0].timestamp))
-    return f"models:/{model_id}", f"best of {len(compared)} models scored on {best.images_text}, {why}"
-
-
-def register_model(address: str, name: str, promote: str, tags: Mapping[str, str]) -> Version:
-    """Registers a new version of ``name`` with its scores as tags, and makes it champion if it earns that.
-
-    With ``promote=auto`` a model becomes champion if its Dice on unseen images is above the all-empty
-    baseline, and above the champion's on the same images. Versions that are registered at the same time are
-    decided one after the other, in the order of their numbers.
-    """
-    client, model_id = MlflowClient(), model_id_of(address)
-    scores = _scores_of(mlflow.get_logged_model(model_id)) if model_id else {}
+    client: Any = MlflowClient()
+    model_id = model_id_of(address)
+    claim(name)
     # By model id: a runs:/ address would register the run's last model.
     source = f"models:/{model_id}" if model_id else address
     try:
-        new = mlflow.register_model(source, name, tags=dict(tags) | {PENDING_TAG: "true"})  # pyright: ignore[reportUnknownMemberType]
+        with redirect_stderr(StringIO()):  # it would say that the model exists already, which claim made
+            new = mlflow.register_model(source, name, tags=dict(tags) | {PENDING_TAG: "0"})  # pyright: ignore[reportUnknownMemberType]
         number = str(new.version)
     except MlflowException as error:
-        reason = str(error).split("\n")[0]
-        raise UserError(f"name={name}: cannot be registered ({reason}); use letters and digits") from error
+        if is_outage(error):
+            raise
+        raise _refused(name, error) from error
     try:
-        _wait_for_earlier_versions(client, name, number)
-        is_champion, reason, score = _decide(promote, scores, _champion(client, name))
-        if score is not None:
-            values = {"dice": score.dice, "dice_baseline": score.dice_baseline}
-            for key, value in (values | {"identity": score.identity, "subset": score.subset}).items():
-                client.set_model_version_tag(name, number, key, str(value))
-        if is_champion:
-            client.set_registered_model_alias(name, ALIAS, number)
-        client.update_model_version(name, number, description=f"{reason}. Logged model {model_id}.")
+        with _alive(client, name, number):
+            _wait_for_earlier_versions(client, name, int(number))
+            yield number
+    except MlflowException as error:
+        if is_outage(error) or version_of(name, number) is not None:
+            raise
+        raise UserError(
+            f"name={name}: version {number} was deleted before it was decided; no alias moved, register again"
+        ) from error
     finally:
-        client.delete_model_version_tag(name, number, PENDING_TAG)
-    return Version(name, number, is_champion, reason)
+        with suppress(MlflowException):  # deleted, or the store is unreachable: then others wait for a while
+            client.delete_model_version_tag(name, number, PENDING_TAG)
 
 
-def _scores_of(model: Any) -> dict[str, UnseenScore]:
-    """A logged model's scores on unseen images by identity; on the same images the latest one."""
-    scores = dict[str, UnseenScore]()
-    for metric in sorted(model.metrics or [], key=lambda metric: metric.timestamp):
-        facts = json.loads(model.tags.get(f"{SCORE_TAG}{metric.dataset_digest}", "{}"))
-        if metric.key == "dice" and facts.get("subset") in UNSEEN_SUBSETS:
-            scores[metric.dataset_digest] = UnseenScore(
-                identity=metric.dataset_digest,
-                subset=facts["subset"],
-                images=int(facts["images"]),
-                dice=metric.value,
-                dice_baseline=float(facts["dice_baseline"]),
-                timestamp=metric.timestamp,
-            )
-    return scores
+def wait_until_decided(name: str) -> None:
+    """Waits until no version of the name is being decided."""
+    _wait_for_earlier_versions(MlflowClient(), name, None)
 
 
-def _latest(scores: list[UnseenScore]) -> UnseenScore:
-    """The latest score on a hold-out split; without one the latest on an external data set."""
-    return max(scores, key=lambda score: (score.subset == "holdout", score.timestamp))
-
-
-def _champion(client: MlflowClient, name: str) -> Champion | None:
+def champion_of(name: str) -> Version | None:
+    """The version with the alias champion; None if there is no such alias or registered model."""
     try:
-        version = client.get_model_version_by_alias(name, ALIAS)
-    except MlflowException:  # no such model or alias yet
+        found = MlflowClient().get_model_version_by_alias(name, CHAMPION)
+    except MlflowException as error:
+        if is_outage(error):
+            raise
         return None
-    try:  # the version itself does not have the model's id
-        scores = _scores_of(client.get_logged_model((version.source or "").removeprefix("models:/")))
-    except MlflowException:  # deleted, or not a logged model
-        scores = {}
-    return Champion(str(version.version), version.tags.get("identity"), scores)
+    return _as_version(found, is_champion=True)
 
 
-def _wait_for_earlier_versions(client: MlflowClient, name: str, number: str) -> None:
-    """Waits until all versions before this one are decided.
+def version_of(name: str, number: str) -> Version | None:
+    """A version by number; None if it does not exist or was deleted."""
+    try:
+        found: Any = MlflowClient().get_model_version(name, number)
+    except MlflowException as error:
+        if is_outage(error):
+            raise
+        return None
+    return _as_version(found, is_champion=CHAMPION in (found.aliases or []))
+
+
+def set_alias(name: str, alias: str, number: str) -> None:
+    """Moves an alias to a version; raises UserError if the store has no aliases.
+
+    The version keeps a reason that says so.
+    """
+    client: Any = MlflowClient()
+    try:
+        client.set_registered_model_alias(name, alias, number)
+    except MlflowException as error:
+        refused = f"{error.get_http_status_code()} {error}"
+        is_unknown = error.get_http_status_code() in NO_ALIASES or any(
+            f"failed with error code {status} " in refused for status in NO_ALIASES
+        )
+        if not is_unknown or version_of(name, number) is None:
+            raise
+        reason = f"the alias {alias} cannot be set ({_first_line(error)})"
+        with suppress(MlflowException):
+            client.set_model_version_tag(name, number, "decision", "none")
+            client.set_model_version_tag(name, number, "reason", reason[:1000])
+        raise UserError(
+            f"{SETTING}={tracking_uri()}: {reason}; version {number} of {name} stays registered without it;"
+            " use a store with aliases, or promote=never"
+        ) from error
+
+
+def delete_alias(name: str, alias: str) -> None:
+    """Removes an alias; does nothing if there is none."""
+    with suppress(MlflowException):
+        MlflowClient().delete_registered_model_alias(name, alias)
+
+
+def _as_version(found: Any, is_champion: bool) -> Version:
+    source, tags = str(found.source or ""), dict(found.tags)
+    model_id = source.removeprefix("models:/") if source.startswith("models:/m-") else None
+    reason = tags.get("reason", "")
+    description = str(found.description or "")
+    return Version(
+        str(found.name), str(found.version), is_champion, reason, model_id, source, tags, description
+    )
+
+
+def _versions(client: Any, name: str) -> list[Any]:
+    quote = '"' if "'" in name else "'"
+    return [*client.search_model_versions(f"name = {quote}{name}{quote}")]
+
+
+@contextmanager
+def _alive(client: Any, name: str, number: str) -> Generator[None]:
+    """Changes the pending tag every few seconds, for those who wait: scoring may take minutes."""
+    ended = threading.Event()
+
+    def change() -> None:
+        count = 0
+        while not ended.wait(ALIVE_SECONDS):
+            count += 1
+            with suppress(Exception):  # of a store that is unreachable for a moment
+                client.set_model_version_tag(name, number, PENDING_TAG, str(count))
+
+    thread = threading.Thread(target=change, name="alive", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def _wait_for_earlier_versions(client: Any, name: str, number: int | None) -> None:
+    """Waits until all versions before this one are decided; for None, all.
 
     The store numbers versions one by one, so the numbers are a queue that needs no lock.
     """
-    quote = '"' if "'" in name else "'"
-    pending_count, end = 0, 0.0
+    first, end = (0, ""), 0.0
     while True:
-        versions = client.search_model_versions(f"name = {quote}{name}{quote}")
-        pending = sorted(
-            int(v.version) for v in versions if PENDING_TAG in v.tags and int(v.version) < int(number)
-        )
+        pending = [
+            (int(v.version), str(v.tags[PENDING_TAG]))
+            for v in _versions(client, name)
+            if PENDING_TAG in v.tags and (number is None or int(v.version) < number)
+        ]
         if not pending:
             return
-        if len(pending) != pending_count:
-            pending_count, end = len(pending), time.monotonic() + PENDING_SECONDS
-        if time.monotonic() >= end:  # the process of the first was killed
-            log.warning("%s version %s was never decided: continuing without it", name, pending[0])
-            client.delete_model_version_tag(name, str(pending[0]), PENDING_TAG)
-        else:
-            time.sleep(POLL_SECONDS)
+        if min(pending) != first:
+            first, end = min(pending), time.monotonic() + PENDING_SECONDS
+        elif time.monotonic() >= end:  # its process was killed
+            log.warning("%s version %s was never decided: continuing without it", name, first[0])
+            with suppress(MlflowException):  # deleted just now
+                client.delete_model_version_tag(name, str(first[0]), PENDING_TAG)
+        time.sleep(POLL_SECONDS)
 
 
-def _decide(
-    promote: str, scores: Mapping[str, UnseenScore], champion: Champion | None
-) -> tuple[bool, str, UnseenScore | None]:
-    """Whether a model with these scores becomes champion, why, and the score that decided it."""
-    new, current = _latest([*scores.values()]) if scores else None, None
-    if champion is not None and (common := scores.keys() & champion.scores.keys()):
-        last = _latest([scores[identity] for identity in common]).identity
-        compared = champion.identity if champion.identity in common else last
-        new, current = scores[compared], champion.scores[compared]
-    is_better, reason = _is_better(new, champion, current)
-    if promote == "never":
-        return False, "promote=never", new
-    if promote == "always":
-        return True, "promote=always" if is_better else f"promote=always, although: {reason}", new
-    return is_better, reason, new
+def _taken(name: str) -> UserError:
+    return UserError(
+        f"name={name}: is a registered model of another project; choose another name, such as name={name}-2"
+    )
 
 
-def _is_better(
-    new: UnseenScore | None, champion: Champion | None, current: UnseenScore | None
-) -> tuple[bool, str]:
-    if new is None:
-        return False, (
-            "no score on unseen images (train and validation do not count); run score with subset=holdout,"
-            " or on another data set with subset=all"
-        )
-    dice = f"Dice {new.dice:.4f} on {new.images_text}"
-    baseline = f"above the all-empty baseline {new.dice_baseline:.4f}"
-    if new.dice <= new.dice_baseline:
-        return False, f"{dice} is not {baseline}"
-    if champion is None:
-        return True, f"the first champion: {dice} is {baseline}"
-    if current is None:
-        return False, (
-            f"{dice} cannot be compared: the champion, version {champion.number}, was not scored on these"
-            " images; score both on the same images, or use promote=always"
-        )
-    better = new.dice > current.dice
-    verdict = "better than" if better else "not better than"
-    return better, f"{dice} is {verdict} the champion's {current.dice:.4f} on the same images"
+def _refused(name: str, error: MlflowException) -> UserError:
+    return UserError(f"name={name}: cannot be registered ({_first_line(error)}); use letters and digits")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).split("\n")[0][:300]

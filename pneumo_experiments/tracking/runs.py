@@ -17,6 +17,7 @@ from pneumo_experiments.errors import UserError
 from pneumo_experiments.settings import as_params
 from pneumo_experiments.tracking.addresses import hide_passwords, local_path
 from pneumo_experiments.tracking.buffered_client import BufferedClient, outages_as_user_errors
+from pneumo_experiments.tracking.code_version import CODE_VERSION_TAG, code_version
 from pneumo_experiments.tracking.context import active_client, client_of, is_enabled
 from pneumo_experiments.tracking.log import describe, log_config, now_ms
 from pneumo_experiments.tracking.processes import end_orphaned_runs, end_with_mlflow_run, process_tags
@@ -78,7 +79,8 @@ def run(
             )
             with outages_as_user_errors(), monitor:
                 # `mlflow run` chose a random name, and start_run sets tags of new runs only.
-                client.send_or_buffer("tags", run_id=run_id, values={"mlflow.runName": step} | process_tags())
+                first = {"mlflow.runName": step, CODE_VERSION_TAG: code_version()}
+                client.send_or_buffer("tags", run_id=run_id, values=first | process_tags())
                 describe(description)
                 # `mlflow run` may have logged some: those stay, also where the config file beats a default.
                 params = {name: hide_passwords(text) for name, text in as_params(settings).items()}
