@@ -172,8 +172,9 @@ def _describe(
     cells = (str(area_px), "" if area_mm2 is None else f"{area_mm2:.1f}", geometry.spacing, side)
     if not area_px:
         return Row(finding.image_id, finding.presence, cells, rle), None
-    words = [f"presence {finding.presence:.2f}", f"{area_px:,} px", SIDES[side]]
-    picture = overlay(finding.pixels, None, mask, f"{finding.image_id}: {', '.join(words)}")
+    words = [SIDES[side], f"presence {finding.presence:.2f}", f"{area_px:,} px"]
+    # The id last: one too long for the picture is cut, and the file's name has it as well.
+    picture = overlay(finding.pixels, None, mask, f"{', '.join(words)}: {finding.image_id}")
     name, error = _disk_name(finding.image_id), ""
     written = [f"{OVERLAYS}/{name}.png"]
     for subfolder in (OVERLAYS, SEGMENTATIONS)[: 1 if parameters is None else 2]:
