@@ -112,6 +112,7 @@ def serve(model: Path, folder: Path) -> Generator[Server]:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     words = ["models", "serve", "-m", model, "--env-manager", "local", "--host", "127.0.0.1", "--port", port]
+    words += ["--timeout", 600]
     command = [str(Path(sys.executable).parent / "mlflow"), *map(str, words)]
     variables = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     with (
@@ -207,6 +208,7 @@ def main() -> None:
             bodies = [body_of([file]) for file in files]
             server.ask_at_once(bodies, WARM_REQUESTS)
             early = server.megabytes()
+            server.lost = 0
             taken = server.ask_at_once(bodies, arguments.requests)
             late = server.megabytes()
             lines += [

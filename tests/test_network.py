@@ -5,12 +5,15 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
+import subprocess
+import sys
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits as bce
 from torchvision import models
@@ -366,3 +369,34 @@ def test_a_wrong_weights_file_is_named_with_what_is_wrong(kind: str, complaint: 
     with pytest.raises(UserError, match=rf"^weights=.*weights\.pt: .*{complaint}") as caught:
         build("fcn_resnet50", str(path), seed=0)
     assert "\n" not in str(caught.value)
+
+
+def test_networks_are_imported_without_the_compiler_which_works_when_it_is_wanted() -> None:
+    code = """
+import sys
+import pneumo_experiments.learning.network
+assert not [name for name in sys.modules if name.startswith("torch._dynamo")]
+import torch, torchvision
+boxes = [torch.tensor([[0.0, 0.0, 4.0, 4.0]])]
+means = torchvision.ops.roi_align(torch.arange(64.0).view(1, 1, 8, 8), boxes, 2)
+assert means.shape == (1, 1, 2, 2), means
+assert torch.compile(lambda x: x + 1, backend="eager")(torch.ones(1)).item() == 2
+from torch._dynamo.utils import is_compile_supported, counters
+assert is_compile_supported.__module__ == "torch._dynamo.utils"
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_a_placeholder_gives_way_to_the_module_that_it_stands_for() -> None:
+    code = """
+import sys
+from pneumo_experiments.learning.light_import import without_compiler
+with without_compiler():
+    from torch._dynamo.utils import counters
+    assert sys.modules["torch._dynamo.utils"].counters is counters
+assert "torch._dynamo" in sys.modules
+with without_compiler():
+    from torch._dynamo.utils import is_compile_supported
+assert is_compile_supported.__module__ == "torch._dynamo.utils"
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

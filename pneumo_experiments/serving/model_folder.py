@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.learning.device import FORMATS, choose_compute_for
@@ -82,7 +83,7 @@ def _weights(folder: Path, members: int) -> Sequence[Path]:
 
 def _load_member(path: Path, settings: dict[str, Any], precision: str) -> Member:
     _require_file(path)
-    with torch.device("meta"):  # random weights would take longer than the reading of these
+    with torch.device("meta"), _WithoutRandomWeights():
         network = PneumothoraxNet(settings["network"])
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -93,6 +94,18 @@ def _load_member(path: Path, settings: dict[str, Any], precision: str) -> Member
     # The recorded format, not the fastest: the thresholds were chosen on predictions in it.
     compute = choose_compute_for(precision, Device())
     return Member(Predictor(network, compute, settings["tta"]), settings)
+
+
+class _WithoutRandomWeights(TorchFunctionMode):
+    """Skips drawing the weights of a new network, which takes longer than reading those that replace them."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        named = kwargs or {}
+        if getattr(func, "__name__", "") in ("normal_", "uniform_"):  # of a tensor, or torch.nn.init's
+            return args[0] if args else named["tensor"]
+        return func(*args, **named)
 
 
 def _require_types(state: dict[str, torch.Tensor], own: dict[str, torch.Tensor]) -> None:

@@ -135,6 +135,7 @@ def model(run_id: str, path: str, requirements: Sequence[str]) -> str:
     is_active = active is not None and active.info.run_id == run_id
     with nullcontext() if is_active else mlflow.start_run(run_id, nested=True):
         info = Model.log(  # pyright: ignore[reportUnknownMemberType]
+            artifact_path=None,
             name="pneumothorax",
             flavor=_Flavor,
             validate_serving_input=False,
