@@ -375,28 +375,15 @@ def test_networks_are_imported_without_the_compiler_which_works_when_it_is_wante
     code = """
 import sys
 import pneumo_experiments.learning.network
+from pneumo_experiments.learning.light_import import without_compiler
 assert not [name for name in sys.modules if name.startswith("torch._dynamo")]
+with without_compiler():
+    from torch._dynamo.utils import counters  # what the placeholder lacks
+    assert sys.modules["torch._dynamo.utils"].counters is counters
+assert sys.modules["torch._dynamo"].__file__
 import torch, torchvision
 boxes = [torch.tensor([[0.0, 0.0, 4.0, 4.0]])]
-means = torchvision.ops.roi_align(torch.arange(64.0).view(1, 1, 8, 8), boxes, 2)
-assert means.shape == (1, 1, 2, 2), means
+assert torchvision.ops.roi_align(torch.ones(1, 1, 8, 8), boxes, 2).eq(1).all()
 assert torch.compile(lambda x: x + 1, backend="eager")(torch.ones(1)).item() == 2
-from torch._dynamo.utils import is_compile_supported, counters
-assert is_compile_supported.__module__ == "torch._dynamo.utils"
-"""
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
-
-
-def test_a_placeholder_gives_way_to_the_module_that_it_stands_for() -> None:
-    code = """
-import sys
-from pneumo_experiments.learning.light_import import without_compiler
-with without_compiler():
-    from torch._dynamo.utils import counters
-    assert sys.modules["torch._dynamo.utils"].counters is counters
-assert "torch._dynamo" in sys.modules
-with without_compiler():
-    from torch._dynamo.utils import is_compile_supported
-assert is_compile_supported.__module__ == "torch._dynamo.utils"
 """
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

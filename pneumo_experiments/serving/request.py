@@ -8,13 +8,10 @@ from typing import Any
 
 import pandas as pd  # pyright: ignore[reportMissingTypeStubs]
 
-from pneumo_experiments.dataset.decoder_pool import File
-from pneumo_experiments.dicom.limits import MAX_BYTES_PER_PIXEL, MAX_HEADER_BYTES
-from pneumo_experiments.dicom.radiograph import MAX_PIXELS
+from pneumo_experiments.dataset.decoder_pool import MAX_FILE_BYTES, File
 from pneumo_experiments.errors import Rejected
 
 IMAGE_ID, DICOM = COLUMNS = "image_id", "dicom"
-MAX_FILE_BYTES = MAX_BYTES_PER_PIXEL * MAX_PIXELS + MAX_HEADER_BYTES
 
 
 def files_of(frame: pd.DataFrame) -> Iterator[File]:
