@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import base64
 import csv
 import json
 import re
 import subprocess
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import mlflow
 import numpy as np
@@ -25,7 +20,6 @@ from helpers import BIN, environment_of_mlflow
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from PIL import Image
-from tracking_server import free_port
 
 from pneumo_experiments.dataset.hdf5 import Dataset
 from pneumo_experiments.dataset.rle import decode
@@ -276,36 +270,6 @@ def test_no_logged_model_holds_a_pickle(chain: Chain) -> None:
     assert not [name for name in names if name.endswith((".pkl", ".pickle", ".joblib"))]
 
 
-def test_a_served_champion_gives_the_same_answer_over_http(chain: Chain, dicom: Path) -> None:
-    port = free_port()
-    command = [BIN / "mlflow", "models", "serve", "-m", "models:/pneumothorax@champion"]
-    command += ["--env-manager", "local", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    log = chain.folder / "serve.log"
-    with (
-        log.open("w") as out,
-        subprocess.Popen(
-            command, env=environment_of_mlflow(chain.uri), cwd=chain.folder, stdout=out, stderr=out
-        ) as server,
-    ):
-        try:
-            wait_for(f"http://127.0.0.1:{port}/ping", server)
-            content = base64.b64encode(dicom.read_bytes()).decode()
-            body = {"dataframe_split": {"columns": ["image_id", "dicom"], "data": [["one", content]]}}
-            (served,) = post(f"http://127.0.0.1:{port}/invocations", body)["predictions"]
-            high = body | {"params": {"min_area_px": 10**9}}
-            (emptied,) = post(f"http://127.0.0.1:{port}/invocations", high)["predictions"]
-        finally:
-            server.terminate()
-    mlflow.set_tracking_uri(chain.uri)
-    local = mlflow.pyfunc.load_model("models:/pneumothorax@champion").predict(
-        pd.DataFrame({"image_id": ["one"], "dicom": [dicom.read_bytes()]})
-    )
-    (expected,) = local.to_dict("records")
-    assert served == pytest.approx(expected, abs=1e-6)
-    assert (emptied["rle"], emptied["area_px"]) == ("-1", 0)
-    assert emptied["presence"] == pytest.approx(served["presence"], abs=1e-6)
-
-
 def test_real_radiographs_go_through_the_same_command(real_data: Path, tmp_path: Path) -> None:
     chain = run_chain(
         tmp_path,
@@ -340,23 +304,3 @@ def test_real_radiographs_go_through_the_same_command(real_data: Path, tmp_path:
 
 def artifact(run: Run, name: str) -> Path:
     return Path(mlflow.artifacts.download_artifacts(run_id=run.info.run_id, artifact_path=name))
-
-
-def wait_for(url: str, server: subprocess.Popen[bytes], seconds: float = 180) -> None:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end and server.poll() is None:
-        try:
-            with urllib.request.urlopen(url, timeout=2):
-                return
-        except OSError:
-            time.sleep(0.3)
-    pytest.fail(f"{url} does not answer")
-
-
-def post(url: str, body: dict[str, Any]) -> dict[str, Any]:
-    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
-    try:
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            return json.load(answer)
-    except urllib.error.HTTPError as error:
-        pytest.fail(error.read().decode()[:2000])

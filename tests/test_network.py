@@ -5,12 +5,15 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
+import subprocess
+import sys
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits as bce
 from torchvision import models
@@ -366,3 +369,21 @@ def test_a_wrong_weights_file_is_named_with_what_is_wrong(kind: str, complaint: 
     with pytest.raises(UserError, match=rf"^weights=.*weights\.pt: .*{complaint}") as caught:
         build("fcn_resnet50", str(path), seed=0)
     assert "\n" not in str(caught.value)
+
+
+def test_networks_are_imported_without_the_compiler_which_works_when_it_is_wanted() -> None:
+    code = """
+import sys
+import pneumo_experiments.learning.network
+from pneumo_experiments.learning.light_import import without_compiler
+assert not [name for name in sys.modules if name.startswith("torch._dynamo")]
+with without_compiler():
+    from torch._dynamo.utils import counters  # what the placeholder lacks
+    assert sys.modules["torch._dynamo.utils"].counters is counters
+assert sys.modules["torch._dynamo"].__file__
+import torch, torchvision
+boxes = [torch.tensor([[0.0, 0.0, 4.0, 4.0]])]
+assert torchvision.ops.roi_align(torch.ones(1, 1, 8, 8), boxes, 2).eq(1).all()
+assert torch.compile(lambda x: x + 1, backend="eager")(torch.ones(1)).item() == 2
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

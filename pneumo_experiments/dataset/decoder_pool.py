@@ -37,6 +37,7 @@ from pneumo_experiments.dicom.workers import ONE_THREAD, available_cores
 from pneumo_experiments.errors import Rejected
 
 MAX_DECODERS = min(available_cores(), 8)  # each may use limits.max_bytes of memory
+MAX_FILE_BYTES = MAX_BYTES_PER_PIXEL * MAX_PIXELS + MAX_HEADER_BYTES
 MAX_PENDING, MAX_PENDING_BYTES = 32, 2**28  # submitted files, and bytes of those not yet decoded
 
 # Passes on sys.path, since the code folder of a served model is not on the default path.

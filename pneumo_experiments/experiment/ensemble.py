@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import numpy as np
 
@@ -15,7 +13,7 @@ from pneumo_experiments.experiment.counts_search import log_counts
 from pneumo_experiments.experiment.fold_training import TrainedFold
 from pneumo_experiments.experiment.threshold_search import log_threshold_study, search_thresholds
 from pneumo_experiments.scoring.thresholds import ThresholdCounts
-from pneumo_experiments.serving import Detector, join, load, save
+from pneumo_experiments.serving import Detector, join, load, new_folder, save
 
 
 def addresses_of(model: str) -> list[str]:
@@ -49,6 +47,6 @@ def log_ensemble(folds: Sequence[TrainedFold], threshold_trials: int, seed: int)
     tracking.log_params(asdict(search.thresholds))
     log_threshold_study(search)
     detector = replace(join([fold.detector for fold in folds]), thresholds=search.thresholds)
-    with tempfile.TemporaryDirectory() as folder:
-        save(Path(folder), detector)
-        return tracking.log_model(Path(folder))
+    with new_folder() as folder:
+        save(folder, detector)
+        return tracking.log_model(folder)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from pneumo_experiments import tracking
@@ -27,7 +25,7 @@ from pneumo_experiments.learning.predict import Predictor
 from pneumo_experiments.scoring.figures import learning_curves
 from pneumo_experiments.scoring.scores import Scores
 from pneumo_experiments.scoring.thresholds import ThresholdCounts, Thresholds, best_on_grid
-from pneumo_experiments.serving import Detector, Member, save
+from pneumo_experiments.serving import Detector, Member, new_folder, save
 from pneumo_experiments.settings import Search, Train, as_config
 
 
@@ -148,9 +146,9 @@ def _finish(origin: Origin, prepared: _Prepared, progress: Progress) -> TrainedF
     tracking.log_params(chosen_by | asdict(thresholds) | scores.as_facts("val_"))
     tracking.log_image(learning_curves(progress.history, scores.dice_baseline), "learning_curves.png")
     log_overlays(validation, counts, predictor, thresholds, settings.evaluation.overlays)
-    with tempfile.TemporaryDirectory() as folder:
-        save(Path(folder), detector)
-        model = tracking.log_model(Path(folder))
+    with new_folder() as folder:
+        save(folder, detector)
+        model = tracking.log_model(folder)
     epochs = f"epoch{'s' * (len(averaged) > 1)} {', '.join(map(str, sorted(averaged)))}"
     kept = f"kept {epochs} of {len(progress.history)}"
     print(f"train: {kept}, logged as {model}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -22,6 +21,7 @@ from pneumo_experiments.experiment.study import best_trials, first_value, is_cou
 from pneumo_experiments.experiment.study_storage import CONFIRMS, ERROR, PROCESS, RUN_ID, retry
 from pneumo_experiments.experiment.trial_table import in_words, print_row
 from pneumo_experiments.experiment.trial_training import TrialScores
+from pneumo_experiments.serving import new_folder
 from pneumo_experiments.settings import Recipe, Search
 
 # What ends one trial, not the search: a training that diverged, or that did not fit in the memory.
@@ -149,9 +149,9 @@ class Objective:
         better = sum(first_value(other) >= value for other in best)
         if better >= keep:
             return
-        with tempfile.TemporaryDirectory() as folder:
-            self.training().save_model(Path(folder), recipe)
-            trial.set_user_attr("model", tracking.log_model(Path(folder)))
+        with new_folder() as folder:
+            self.training().save_model(folder, recipe)
+            trial.set_user_attr("model", tracking.log_model(folder))
         delete_models(best[keep - 1 : keep])
 
 

@@ -14,26 +14,29 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torchvision.models import (  # pyright: ignore[reportMissingTypeStubs]
-    ResNet50_Weights,
-    ResNet101_Weights,
-    WeightsEnum,
-)
-from torchvision.models.resnet import Bottleneck  # pyright: ignore[reportMissingTypeStubs]
-from torchvision.models.segmentation import (  # pyright: ignore[reportMissingTypeStubs]
-    FCN,
-    DeepLabV3,
-    DeepLabV3_ResNet50_Weights,
-    DeepLabV3_ResNet101_Weights,
-    FCN_ResNet50_Weights,
-    FCN_ResNet101_Weights,
-    deeplabv3_resnet50,
-    deeplabv3_resnet101,
-    fcn_resnet50,
-    fcn_resnet101,
-)
 
 from pneumo_experiments.errors import UserError
+from pneumo_experiments.learning.light_import import without_compiler
+
+with without_compiler():
+    from torchvision.models import (  # pyright: ignore[reportMissingTypeStubs]
+        ResNet50_Weights,
+        ResNet101_Weights,
+        WeightsEnum,
+    )
+    from torchvision.models.resnet import Bottleneck  # pyright: ignore[reportMissingTypeStubs]
+    from torchvision.models.segmentation import (  # pyright: ignore[reportMissingTypeStubs]
+        FCN,
+        DeepLabV3,
+        DeepLabV3_ResNet50_Weights,
+        DeepLabV3_ResNet101_Weights,
+        FCN_ResNet50_Weights,
+        FCN_ResNet101_Weights,
+        deeplabv3_resnet50,
+        deeplabv3_resnet101,
+        fcn_resnet50,
+        fcn_resnet101,
+    )
 
 
 class Architecture(NamedTuple):

@@ -60,6 +60,17 @@ def overlay(
     return np.asarray(canvas)
 
 
+def outlined(image: NDArray[np.uint8], mask: NDArray[np.bool_], size_px: int) -> NDArray[np.uint8]:
+    """The image (h, w) with the outline of the mask (H, W), in the mask's proportions; RGB.
+
+    Its longer side measures ``size_px``.
+    """
+    scale = size_px / max(mask.shape)
+    width, height = (max(1, round(side * scale)) for side in mask.shape[::-1])
+    base = Image.fromarray(image).resize((width, height), Image.Resampling.LANCZOS).convert("RGB")
+    return np.asarray(_draw_mask(base, mask, PREDICTION))
+
+
 def contact_sheet(pictures: Sequence[NDArray[np.uint8]], columns: int) -> NDArray[np.uint8]:
     """One RGB picture of n >= 1 pictures (h, w, 3) of any size, row by row, each centred in its cell."""
     if not pictures or columns < 1:

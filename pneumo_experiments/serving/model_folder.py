@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.learning.device import FORMATS, choose_compute_for
@@ -18,9 +21,19 @@ from pneumo_experiments.scoring.thresholds import Thresholds
 from pneumo_experiments.serving.detector import Detector, Member
 from pneumo_experiments.settings import Device
 
+FOLDER = "detector"  # its name in the folder `data` of a logged model
 WEIGHTS, DESCRIPTION = "weights.pt", "model.json"
 MAX_IMAGE_SIZE_PX = 16_384  # a damaged number must not exhaust the memory
 MAX_MEMBERS = 1000
+
+
+@contextmanager
+def new_folder() -> Generator[Path]:
+    """A new folder for ``save``, with the name that it has in a logged model; removed after the block."""
+    with tempfile.TemporaryDirectory() as parent:
+        folder = Path(parent) / FOLDER
+        folder.mkdir()
+        yield folder
 
 
 def save(folder: Path, detector: Detector) -> None:
@@ -70,14 +83,36 @@ def _weights(folder: Path, members: int) -> Sequence[Path]:
 
 def _load_member(path: Path, settings: dict[str, Any], precision: str) -> Member:
     _require_file(path)
-    network = PneumothoraxNet(settings["network"])
+    with torch.device("meta"), _WithoutRandomWeights():
+        network = PneumothoraxNet(settings["network"])
     try:
-        network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        _require_types(state, network.state_dict())
+        network.load_state_dict(state, assign=True)
     except Exception as error:  # damaged bytes raise errors of many types
         raise _damaged(path, error) from error
     # The recorded format, not the fastest: the thresholds were chosen on predictions in it.
     compute = choose_compute_for(precision, Device())
     return Member(Predictor(network, compute, settings["tta"]), settings)
+
+
+class _WithoutRandomWeights(TorchFunctionMode):
+    """Skips drawing the weights of a new network, which takes longer than reading those that replace them."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        named = kwargs or {}
+        if getattr(func, "__name__", "") in ("normal_", "uniform_"):  # of a tensor, or torch.nn.init's
+            return args[0] if args else named["tensor"]
+        return func(*args, **named)
+
+
+def _require_types(state: dict[str, torch.Tensor], own: dict[str, torch.Tensor]) -> None:
+    """Raises TypeError if a tensor has another type of numbers than the network's of that name."""
+    for name, tensor in state.items():
+        if name in own and tensor.dtype != own[name].dtype:
+            raise TypeError(f"{name} holds {tensor.dtype}")
 
 
 def _parse(description: Any) -> tuple[dict[str, Any], list[tuple[dict[str, Any], str]]]:

@@ -1,51 +1,69 @@
-"""A model as MLflow calls it: a table of DICOM bytes in, a table of presence and run lengths out."""
+"""A model as MLflow calls it: a table of DICOM files in, a table of presence and run lengths out."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import nan
-from typing import Any, TypedDict
+from threading import Lock
+from typing import Any
 
-import numpy as np
 import pandas as pd  # pyright: ignore[reportMissingTypeStubs]
 
-from pneumo_experiments.dataset.rle import EMPTY, encode
+from pneumo_experiments.errors import UserError
+from pneumo_experiments.serving.answer import PICTURES, Row, row_of, table_of
 from pneumo_experiments.serving.detector import Detector, Finding
+from pneumo_experiments.serving.request import files_of
 
-
-class Row(TypedDict):
-    """The answer for one radiograph; ``error`` is empty on success."""
-
-    image_id: str
-    presence: float
-    area_px: int
-    rle: str
-    error: str
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class ServedModel:
-    """A detector behind MLflow's interface of Python models."""
+    """A detector behind MLflow's interface of Python models; any number of threads may call it."""
 
     detector: Detector
 
+    def __post_init__(self) -> None:
+        _use_in_turns(self.detector)
+
     def predict(self, frame: pd.DataFrame, params: Mapping[str, Any] | None = None) -> pd.DataFrame:
-        """Called by MLflow: columns ``image_id`` and ``dicom`` (bytes) in, the columns of Row out.
+        """Called by MLflow: columns ``image_id`` and ``dicom`` (bytes or base64) in, those of Row out.
 
-        ``params`` are thresholds for this request. Raises UserError for values out of range.
+        ``params`` are thresholds for this request, and which pictures to draw. Raises nothing, since MLflow
+        would send the traceback to the client: each row that has no finding says why.
         """
-        detector = self.detector.with_thresholds(params or {})
-        columns: Any = frame  # pandas has no type stubs
-        image_ids, files = columns["image_id"].tolist(), columns["dicom"].tolist()
-        pairs = ((str(i), bytes(f)) for i, f in zip(image_ids, files, strict=True))
-        rows = [_row(finding) for finding in detector.detect(pairs)]
-        return pd.DataFrame(rows, columns=list(Row.__annotations__))
+        given = dict(params or {})
+        pictures = [name for name in PICTURES if given.pop(name, None)]
+        files, rows = list(files_of(frame)), list[Row]()
+        reason = ""
+        try:
+            for finding in self.detector.with_thresholds(given).detect(files):
+                rows.append(row_of(finding, pictures))
+        except UserError as error:
+            reason = str(error)
+        except Exception as error:
+            log.exception("a request failed")
+            reason = f"the model failed ({type(error).__name__}); the server's log has the details"
+        for image_id, _ in files[len(rows) :]:
+            rows.append(row_of(Finding(image_id, error=f"{image_id}: {reason}"), pictures))
+        return table_of(rows, pictures)
 
 
-def _row(finding: Finding) -> Row:
-    presence = nan if finding.presence is None else finding.presence
-    area_px, rle = 0, EMPTY
-    if finding.mask is not None:
-        area_px, rle = int(np.count_nonzero(finding.mask)), encode(finding.mask)
-    return Row(image_id=finding.image_id, presence=presence, area_px=area_px, rle=rle, error=finding.error)
+def _use_in_turns(detector: Detector) -> None:
+    """Makes threads that use the networks wait for each other.
+
+    One pass uses all cores. Passes at the same time would have more threads than cores, which wait for each
+    other, and take longer together than one after the other.
+    """
+    turn = Lock()
+
+    def begin(*_: object) -> None:
+        turn.acquire()
+
+    def end(*_: object) -> None:
+        turn.release()
+
+    for network in dict.fromkeys(member.predictor.network for member in detector.members):
+        network.register_forward_pre_hook(begin)
+        network.register_forward_hook(end, always_call=True)

@@ -6,9 +6,9 @@ All are idempotent: a call whose response was lost is sent again.
 from __future__ import annotations
 
 import json
-import warnings
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from base64 import b64encode
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,31 +17,43 @@ import mlflow.pyfunc
 from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Param, RunTag
 from mlflow.exceptions import MlflowException
-from mlflow.models import ModelSignature
+from mlflow.models import Model, ModelSignature
 from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 
 from pneumo_experiments.settings import NONE
 
 LOADER = "pneumo_experiments.serving"
+PACKAGE = Path(__file__).parents[1]
+EXAMPLE = PACKAGE / "serving" / "example.dcm"  # a synthetic radiograph
 SCORE_TAG = "score."  # tag of a model: followed by the identity of the scored images
 
 SIGNATURE = ModelSignature(
-    inputs=Schema([ColSpec(DataType.string, "image_id"), ColSpec(DataType.binary, "dicom")]),
+    # The dicom column is text (base64), since MLflow answers a null or an undecodable text in a binary column
+    # with an error for the whole batch; bytes pass as well. Both columns are optional for MLflow: the model
+    # answers what is missing in each row.
+    inputs=Schema(
+        [
+            ColSpec(DataType.string, "image_id", required=False),
+            ColSpec(DataType.string, "dicom", required=False),
+        ]
+    ),
     outputs=Schema(
         [
             ColSpec(DataType.string, "image_id"),
-            ColSpec(DataType.double, "presence"),
+            ColSpec(DataType.double, "presence", required=False),  # null where a file cannot be used
             ColSpec(DataType.long, "area_px"),
             ColSpec(DataType.string, "rle"),
             ColSpec(DataType.string, "error"),
         ]
     ),
-    params=ParamSchema(  # thresholds of a request; without them the model's own
+    params=ParamSchema(  # thresholds instead of the model's own, and pictures as further columns
         [
             ParamSpec("presence_threshold", DataType.double, None),
             ParamSpec("top_score", DataType.double, None),
             ParamSpec("min_area_px", DataType.long, None),
             ParamSpec("bottom_score", DataType.double, None),
+            ParamSpec("overlay", DataType.boolean, False),
+            ParamSpec("mask", DataType.boolean, False),
         ]
     ),
 )
@@ -121,34 +133,42 @@ def model(run_id: str, path: str, requirements: Sequence[str]) -> str:
     """Logs the folder ``path`` that serving.save wrote as a model of a run; returns ``models:/<id>``."""
     active = mlflow.active_run()
     is_active = active is not None and active.info.run_id == run_id
-    with nullcontext() if is_active else mlflow.start_run(run_id, nested=True), _without_example_warning():
-        info = mlflow.pyfunc.log_model(  # pyright: ignore[reportUnknownMemberType]
-            name="pneumothorax", **_pyfunc_of(path, requirements)
+    with nullcontext() if is_active else mlflow.start_run(run_id, nested=True):
+        info = Model.log(  # pyright: ignore[reportUnknownMemberType]
+            artifact_path=None,
+            name="pneumothorax",
+            flavor=_Flavor,
+            validate_serving_input=False,
+            **_pyfunc_of(path, requirements),
         )
     return str(info.model_uri)
 
 
+class _Flavor:
+    """mlflow.pyfunc, except that MLflow does not load each new model to try its example, which takes seconds.
+
+    Loading would also put the model's copy of this package on the path.
+    """
+
+    @staticmethod
+    def save_model(path: str, *, validate_serving_input: bool, **options: Any) -> None:
+        mlflow.pyfunc.save_model(path, **options)  # pyright: ignore[reportUnknownMemberType]
+
+
 def save_model(folder: Path, path: str, requirements: Sequence[str]) -> None:
     """Saves the same model as a new local folder; what serving.save wrote is in its ``data``."""
-    with _without_example_warning():
-        mlflow.pyfunc.save_model(  # pyright: ignore[reportUnknownMemberType]
-            str(folder), **_pyfunc_of(path, requirements)
-        )
-
-
-@contextmanager
-def _without_example_warning() -> Generator[None]:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*[Ii]nput example")  # the signature is explicit
-        yield
+    mlflow.pyfunc.save_model(  # pyright: ignore[reportUnknownMemberType]
+        str(folder), **_pyfunc_of(path, requirements)
+    )
 
 
 def _pyfunc_of(path: str, requirements: Sequence[str]) -> dict[str, Any]:
     return {
         "loader_module": LOADER,
         "data_path": path,
-        "code_paths": [str(Path(__file__).parents[1])],
+        "code_paths": [str(PACKAGE)],
         "signature": SIGNATURE,
+        "input_example": [{"image_id": "example", "dicom": b64encode(EXAMPLE.read_bytes()).decode()}],
         # MLflow would infer them by loading the model in a new process, which takes seconds.
         "pip_requirements": list(requirements),
     }

@@ -40,6 +40,7 @@ def open_store() -> str:
     Raises UserError if the store cannot be opened.
     """
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # a traceback for each lock
+    logging.getLogger("mlflow.pyfunc").setLevel(logging.WARNING)  # a line for the example of each model
     logging.getLogger("alembic").setLevel(logging.WARNING)
     logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # a line for each retry
     try:
