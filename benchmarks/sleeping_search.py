@@ -79,12 +79,17 @@ def search(settings: Search) -> None:
     run_study(settings, FINGERPRINT, lambda: training, search)
 
 
-if __name__ == "__main__":
+def main(words: list[str]) -> None:
+    """Searches with these settings, and ends this process as the command line would."""
     handle_signals()
     try:
-        search(settings_of(sys.argv[1:])[0])
+        search(settings_of(words)[0])
     except UserError as error:
         print(f"Error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except (Interrupted, Terminated) as stop:
         sys.exit(stop.exit_code)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
