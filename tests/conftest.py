@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
+from sqlalchemy import Engine, event
 
 if TYPE_CHECKING:
     from command_server import CommandServer
@@ -37,6 +39,13 @@ LONGEST_FIRST = (
     *("test_full_disk", "test_distributed", "test_mutants", "test_given_thresholds", "test_learning"),
     *("test_network", "test_register", "test_mistakes"),
 )
+
+
+@event.listens_for(Engine, "connect")
+def _do_not_wait_for_the_disk(connection: object, record: Any) -> None:
+    """No test cuts the power, and a killed process loses nothing that SQLite has written."""
+    if isinstance(connection, sqlite3.Connection):
+        connection.execute("PRAGMA synchronous = OFF")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -76,6 +85,23 @@ def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.chdir(folder)  # for the artifacts
         MlflowClient(f"sqlite:///{folder / 'mlflow.db'}").search_experiments()
     return folder / "mlflow.db"
+
+
+@pytest.fixture
+def store(empty_store: Path, tmp_path: Path) -> Iterator[Path]:
+    """The working directory: an empty folder with a store of its own."""
+    from helpers import store_in
+
+    with store_in(tmp_path, empty_store) as folder:
+        yield folder
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Data set of 24 synthetic radiographs of 32 x 32 pixels; beside it, in ``sample``, their files."""
+    from samples import stored_sample
+
+    return stored_sample(tmp_path_factory.mktemp("data"), images=24, image_size=32)
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,8 @@ import shutil
 import signal
 import sqlite3
 import sys
-from contextlib import closing, suppress
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,23 @@ def copy_store(database: Path, folder: Path) -> None:
     shutil.copy(database, folder)
     with closing(sqlite3.connect(folder / database.name)) as copied, copied:
         copied.execute("UPDATE experiments SET artifact_location = ?", [str(folder / "mlruns" / "0")])
+
+
+@contextmanager
+def store_in(folder: Path, database: Path) -> Iterator[Path]:
+    """Works in a folder with a store of its own, a copy of that empty database; yields the folder."""
+    import mlflow
+
+    copy_store(database, folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for name in [name for name in os.environ if name.startswith("MLFLOW_")]:
+            patch.delenv(name)
+        patch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder / database.name}")
+        mlflow.set_tracking_uri(None)  # pyright: ignore[reportArgumentType]
+        yield folder
+    mlflow.set_tracking_uri(None)  # pyright: ignore[reportArgumentType]
 
 
 def decoders() -> list[psutil.Process]:

@@ -6,7 +6,7 @@ import gc
 import importlib
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,11 @@ import pytest
 import simulated_cuda
 import torch
 from dicom_files import dicom_bytes
-from helpers import changed, copy_store, make
-from mlflow import MlflowClient
+from helpers import changed, make
 from samples import stored_sample
 from simulated_cuda import count_syncs
 from tiny_network import add_tiny_network, random_network
+from tracked import last_run
 
 simulated_cuda.install()
 add_tiny_network()
@@ -57,15 +57,9 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def settings(
-    dataset: Path, empty_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Train]:
-    """Short trainings of the tiny network in an empty folder with a store of its own."""
-    copy_store(empty_store, tmp_path)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
-    mlflow.set_tracking_uri(None)
-    yield make(
+def settings(dataset: Path, store: Path) -> Train:
+    """Short trainings of the tiny network."""
+    return make(
         Train,
         dataset=dataset,
         network="tiny",
@@ -75,20 +69,13 @@ def settings(
         overlays=2,
         batch_size=4,
     )
-    mlflow.set_tracking_uri(None)
-
-
-def params() -> dict[str, str]:
-    """Of the newest run."""
-    (run,) = MlflowClient().search_runs(["0"], order_by=["attributes.start_time DESC"], max_results=1)
-    return run.data.params
 
 
 @pytest.mark.parametrize("cache", ["auto", "host", "stream"])
 def test_a_training_ends_in_a_model_that_is_logged(settings: Train, cache: str) -> None:
     torch.backends.cudnn.benchmark = False
     trained = train(changed(settings, cache=cache, epochs=1))
-    logged = params()
+    logged = last_run().data.params
     assert (logged["device_used"], logged["precision_used"], logged["cache_used"]) == (
         "cuda:0",
         "bf16",

@@ -15,9 +15,6 @@ import pytest
 from conftest import ROOT
 from helpers import environment
 
-from pneumo_experiments.errors import UserError
-from pneumo_experiments.interrupts import Interrupted, Terminated, handle_signals
-
 PRELOADED = ["sleeping_workers", "sleeping_search", "optuna.importance", "sklearn.ensemble", "pandas"]
 PRELOADED += ["optuna.visualization.matplotlib", "mlflow.store.tracking.sqlalchemy_store", "psycopg"]
 
@@ -54,15 +51,10 @@ def _work(folder: Path, uri: str, words: list[str]) -> None:
     output = os.open("log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
+    # What its own workers start from.
+    sys.path.append(str(ROOT / "benchmarks"))
     sys.argv = [sleeping_search.__file__, *words]
-    handle_signals()
-    try:
-        sleeping_search.search(sleeping_search.settings_of(words)[0])
-    except UserError as error:
-        print(f"Error: {error}", flush=True)
-        sys.exit(error.exit_code)
-    except (Interrupted, Terminated) as stop:
-        sys.exit(stop.exit_code)
+    sleeping_search.main(words)
 
 
 def ended(process: BaseProcess, seconds: float = 120) -> int:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import mlflow
 import pytest
 from command_server import Command, CommandServer
-from helpers import changed, copy_store, make
+from helpers import changed, make
 from mlflow import MlflowClient
 from mlflow.entities import Run
-from samples import stored_sample
+from tracked import runs
 from tracking_server import TIMEOUT_SECONDS, wait_until
 
 from pneumo_experiments.errors import UserError
@@ -27,33 +26,12 @@ from pneumo_experiments.stages.preprocess import preprocess
 from pneumo_experiments.stages.train import train
 from pneumo_experiments.synthetic.kaggle_layout import is_sample, write_sample
 
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory, tiny_default: None) -> Path:
-    """``d.h5``, and beside it in ``sample`` what it was made from."""
-    return stored_sample(tmp_path_factory.mktemp("data"), images=18, image_size=32)
-
-
-@pytest.fixture
-def desk(empty_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder to work in, empty but for a store of its own."""
-    copy_store(empty_store, tmp_path)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
-    mlflow.set_tracking_uri(None)  # pyright: ignore[reportArgumentType]
-    yield tmp_path
-    mlflow.set_tracking_uri(None)  # pyright: ignore[reportArgumentType]
+pytestmark = pytest.mark.usefixtures("tiny_default")
 
 
 def settings_of(dataset: Path, **changes: Any) -> Train:
     short = make(Train, dataset=dataset, weights="none", precision="fp32", epochs=1, batch_size=8, best_k=1)
     return changed(short, tta="none", threshold_trials=0, overlays=0, **changes)
-
-
-def runs(name: str) -> list[Run]:
-    """Those of this name, the oldest first."""
-    found = MlflowClient().search_runs(["0"], order_by=["attributes.start_time ASC"])
-    return [run for run in found if run.info.run_name == name]
 
 
 def steps_of(run: Run, metric: str = "loss") -> list[int]:
@@ -135,27 +113,27 @@ def test_a_folder_of_the_users_that_has_the_name_of_unfinished_work_stays(tmp_pa
 
 
 def test_a_second_preprocess_waits_for_the_first_and_takes_what_it_made(
-    dataset: Path, desk: Path, start: Start
+    dataset: Path, store: Path, start: Start
 ) -> None:
     source = dataset.with_name("sample")
     settings = make(
         Preprocess,
         dicom_dir=source / "dicom-images-train",
         rle_csv=source / "train-rle.csv",
-        dataset=desk / "d.h5",
+        dataset=store / "d.h5",
         image_size=32,
     )
     words = [word for name, text in as_params(settings).items() for word in (f"--{name}", text)]
-    with work_folder(desk / "d.h5.work", ""):
-        second = start("preprocess", words, desk)
+    with work_folder(store / "d.h5.work", ""):
+        second = start("preprocess", words, store)
         heard = hear(second, "waiting until it ends")
-        preprocess(changed(settings, dataset=desk / "made.h5"))
-        (desk / "made.h5").rename(desk / "d.h5")
+        preprocess(changed(settings, dataset=store / "made.h5"))
+        (store / "made.h5").rename(store / "d.h5")
     code, rest = second.communicate()
     assert code == 0, rest
-    assert f"another process writes {desk / 'd.h5'}" in heard
+    assert f"another process writes {store / 'd.h5'}" in heard
     assert "exists already, from the same files and settings" in rest
-    assert not (desk / "d.h5.work").exists()
+    assert not (store / "d.h5.work").exists()
 
 
 Start = Callable[[str, list[str], Path], Command]
@@ -183,14 +161,14 @@ def hear(command: Command, word: str) -> str:
 
 
 def test_a_second_training_with_the_same_settings_waits_and_neither_enters_the_others_run(
-    dataset: Path, desk: Path, start: Start, monkeypatch: pytest.MonkeyPatch
+    dataset: Path, store: Path, start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings, save, second = settings_of(dataset), Checkpoint.save, list[Command]()
     words = [word for name, text in as_params(settings).items() for word in (f"--{name}", text)]
 
     def save_and_start_another(self: Checkpoint, last: dict[str, Any], networks: dict[int, Any]) -> None:
         save(self, last, networks)
-        second.append(start("train", words, desk))
+        second.append(start("train", words, store))
         hear(second[0], "another training with the same settings is running; waiting until it ends")
 
     with monkeypatch.context() as patch:
@@ -206,11 +184,11 @@ def test_a_second_training_with_the_same_settings_waits_and_neither_enters_the_o
     models = MlflowClient().search_logged_models(["0"])
     assert {model.source_run_id for model in models} == {one.info.run_id, two.info.run_id}
     assert len(models) == 2
-    assert not (desk / "output").exists()
+    assert not (store / "output").exists()
 
 
 def test_main_killed_after_its_training_takes_it_as_it_ended(
-    dataset: Path, desk: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    dataset: Path, store: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def killed(settings: object) -> None:
         raise KeyboardInterrupt
@@ -249,11 +227,11 @@ def test_main_killed_after_its_training_takes_it_as_it_ended(
 
 
 @pytest.mark.usefixtures("tiny_default")
-def test_two_whole_chains_at_once_in_one_folder_both_end_well(desk: Path, start: Start) -> None:
+def test_two_whole_chains_at_once_in_one_folder_both_end_well(store: Path, start: Start) -> None:
     chosen = {"images": 24, "test_images": 2, "image_size": 32, "epochs": 1, "trials": 1, "search_images": 8}
     chosen |= {"threshold_trials": 0, "overlays": 1, "weights": "none", "precision": "fp32", "device": "cpu"}
     words = [word for name, value in chosen.items() for word in (f"--{name}", str(value))]
-    both = [start("main", words, desk) for _ in range(2)]
+    both = [start("main", words, store) for _ in range(2)]
     for process in both:
         code, said = process.communicate()
         assert code == 0, said
@@ -262,12 +240,12 @@ def test_two_whole_chains_at_once_in_one_folder_both_end_well(desk: Path, start:
     assert len(found) == 18
     assert len({run.data.metrics["dice"] for run in runs("main")}) == 1
     assert {v.version for v in MlflowClient().search_model_versions("name = 'pneumothorax'")} == {1, 2}
-    left = {path.suffix for path in (desk / "output").rglob("*")}
+    left = {path.suffix for path in (store / "output").rglob("*")}
     assert not left & {".part", ".work", ".pt"}
 
 
 def test_a_training_goes_on_in_no_run_that_has_finished(
-    dataset: Path, desk: Path, capsys: pytest.CaptureFixture[str]
+    dataset: Path, store: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     settings = settings_of(dataset)
     train(settings, keep_checkpoint=True)
@@ -310,9 +288,9 @@ def test_a_submission_never_replaces_a_device_or_a_file_of_its_own_name_with_par
     assert mine.read_text() == "mine"
 
 
-def test_main_refuses_a_submission_of_others_before_it_trains(dataset: Path, desk: Path) -> None:
-    (desk / "output").mkdir()
-    (desk / "output" / "submission.csv").write_text("ImageId,EncodedPixels\na,-1\n")
+def test_main_refuses_a_submission_of_others_before_it_trains(dataset: Path, store: Path) -> None:
+    (store / "output").mkdir()
+    (store / "output" / "submission.csv").write_text("ImageId,EncodedPixels\na,-1\n")
     source = dataset.with_name("sample")
     settings = make(
         Main,

@@ -145,19 +145,6 @@ def test_a_model_answers_all_rows_of_a_batch_with_bombs_in_it(
     assert 0 < peak_bytes() < MOST_BYTES
 
 
-def test_a_batch_of_any_size_keeps_its_order_and_its_answers(desk: Desk) -> None:
-    files = {str(n): (b"no DICOM" if n % 5 == 4 else GOOD) for n in range(37)}
-    frame = pd.DataFrame({"image_id": list(files), "dicom": list(files.values())})
-    answer = desk.service.predict(frame)
-    assert answer["image_id"].tolist() == list(files)
-    assert [bool(error) for error in answer["error"]] == [n % 5 == 4 for n in range(37)]
-    alone = desk.service.predict(frame[:1])
-    good = answer[answer["error"] == ""]
-    assert good["presence"].to_numpy() == pytest.approx(alone["presence"][0], abs=1e-5)
-    assert desk.service.predict(frame[4:5])["error"].tolist() == ["4: not a DICOM file"]
-    assert desk.service.predict(frame[:0]).empty
-
-
 def test_a_submission_has_a_row_for_every_bomb(
     desk: Desk,
     tmp_path: Path,

@@ -1,29 +1,24 @@
-"""Training that is interrupted, runs out of memory, has NaN outputs, or averages weights."""
+"""Training, also when it is interrupted, runs out of memory or has NaN outputs."""
 
 from __future__ import annotations
 
 import copy
 import warnings
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from helpers import make
-from tiny_network import CPU, noise, weights_of
+from tiny_network import CPU, noise, squares, weights_of
 
 from pneumo_experiments.errors import UserError
-from pneumo_experiments.experiment.progress import read_checkpoint
-from pneumo_experiments.learning.averaging import MovingAverage, mean_state
 from pneumo_experiments.learning.checkpoint import Checkpoint
-from pneumo_experiments.learning.device import ComputeConfig
+from pneumo_experiments.learning.device import choose_compute
 from pneumo_experiments.learning.fit import Epoch, fit
-from pneumo_experiments.learning.loader import batches
 from pneumo_experiments.learning.network import Output, PneumothoraxNet, build
-from pneumo_experiments.learning.trainer import State, Trainer
-from pneumo_experiments.settings import Recipe
+from pneumo_experiments.learning.predict import Predictor
+from pneumo_experiments.settings import Device, Recipe
 
 pytestmark = pytest.mark.usefixtures("tiny")
 
@@ -155,102 +150,6 @@ def test_too_many_steps_without_a_finite_gradient_end_the_training_with_advice()
         list(fit(network, noise(12), make(Recipe, batch_size=2, augment=False, positive_share=0), 1, CPU))
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_skipped_steps_do_not_shrink_the_gradient_scale(precision: str) -> None:
-    network = build("tiny", "none", 0)
-    trainer = Trainer(
-        network, make(Recipe, batch_size=2, learning_rate=1e-2), 400, ComputeConfig(CPU.device, precision)
-    )
-    (batch,) = batches(noise(2), make(Recipe, batch_size=2, augment=False), 1, 1, CPU.device)
-    nan_batch = replace(batch, images=batch.images * float("nan"))
-    trainer.step(batch)
-    before = weights_of(network.mask_head)
-    for _ in range(200):  # halved so often, the smallest float32 is 0
-        assert not trainer.step(nan_batch)[1]
-    network.load_state_dict({n: t.nan_to_num(0.0) for n, t in network.state_dict().items()})  # batch norm's
-    assert trainer.step(batch)[1]
-    after = weights_of(network.mask_head)
-    assert all(torch.isfinite(tensor).all() for tensor in after.values())
-    assert not torch.equal(after["0.weight"], before["0.weight"])
-
-
-def test_the_moving_average_follows_the_weights_as_its_formula_says() -> None:
-    network = build("tiny", "none", 0)
-    average = MovingAverage(network, 0.5)
-    name = "presence_head.bias"
-    expected = float(network.presence_head.bias.detach())
-    for step in range(1, 5):
-        with torch.no_grad():
-            network.presence_head.bias.fill_(step)
-        average.update(network)
-        decay = min(0.5, (1 + step) / (10 + step))
-        expected = decay * expected + (1 - decay) * step
-        assert float(average.network.state_dict()[name]) == pytest.approx(expected, rel=1e-5)
-    assert not any(parameter.requires_grad for parameter in average.network.parameters())
-
-
-def test_the_mean_of_states_is_that_of_each_tensor() -> None:
-    states: list[dict[str, Any]] = [
-        {"w": torch.tensor([1.0, 5.0]), "n": torch.tensor(3)},
-        {"w": torch.tensor([3.0, 7.0]), "n": torch.tensor(9)},
-    ]
-    mean = mean_state(states)
-    assert mean["w"].tolist() == [2.0, 6.0]
-    assert mean["n"] == 3
-    assert states[0]["w"].tolist() == [1.0, 5.0]
-
-
-def test_a_checkpoint_holds_the_given_networks_and_no_others(tmp_path: Path) -> None:
-    checkpoint = Checkpoint(tmp_path / "deep" / "one")
-    assert checkpoint.last() is None
-    checkpoint.save({"steps": 1}, {1: {"w": torch.ones(2)}})
-    checkpoint.save({"steps": 2}, {1: {"w": torch.zeros(2)}, 2: {"w": torch.zeros(2)}})
-    checkpoint.save({"steps": 3}, {2: {"w": torch.zeros(2)}})
-    # What a process leaves that is killed before it wrote its last state.
-    torch.save({"w": torch.zeros(2)}, checkpoint.folder / "epoch-3.pt")
-    last = checkpoint.last()
-    assert last is not None
-    assert (last["steps"], [*last["networks"]]) == (3, [2])
-    assert sorted(path.name for path in checkpoint.folder.iterdir()) == ["epoch-2.pt", "last.pt"]
-    checkpoint.clear()
-    assert not list(checkpoint.folder.iterdir())  # the folder itself goes with its lock
-
-
-def test_a_checkpoint_that_is_damaged_or_cannot_be_written_is_a_warning(tmp_path: Path) -> None:
-    checkpoint = Checkpoint(tmp_path / "one")
-    checkpoint.save({"steps": 1}, {})
-    path = checkpoint.folder / "last.pt"
-    path.write_bytes(path.read_bytes()[:-20])
-    with pytest.warns(UserWarning, match=r"last\.pt: cannot be read"):
-        assert checkpoint.last() is None
-    (tmp_path / "file").touch()
-    with pytest.warns(UserWarning, match="cannot be written .*the training continues"):
-        Checkpoint(tmp_path / "file" / "one").save({"steps": 1}, {})
-
-
-def test_a_checkpoint_of_another_version_is_not_used_and_gives_a_warning(tmp_path: Path) -> None:
-    state = dict.fromkeys(State.__annotations__, 0)
-    saved: dict[str, Any] = {"run_id": "a", "history": [], "dices": {}, "state": state}
-    checkpoint = Checkpoint(tmp_path / "one")
-    checkpoint.save(saved, {})
-    assert read_checkpoint(checkpoint) == saved | {"networks": {}}
-    others: list[dict[str, Any]] = [
-        {name: value for name, value in saved.items() if name != "run_id"},
-        {name: value for name, value in saved.items() if name != "state"},
-        saved | {"unknown": 1},
-        saved | {"state": state | {"unknown": 1}},
-        saved | {"state": {name: value for name, value in state.items() if name != "scaler"}},
-        saved | {"state": [1]},
-    ]
-    for other in others:
-        checkpoint.save(other, {})
-        with pytest.warns(UserWarning, match="another version; training starts over"):
-            assert read_checkpoint(checkpoint) is None
-    torch.save([1, 2], checkpoint.folder / "last.pt")
-    with pytest.warns(UserWarning, match=r"last\.pt: cannot be read"):
-        assert read_checkpoint(checkpoint) is None
-
-
 def test_pretrained_layers_learn_at_their_own_rate() -> None:
     network = build("fcn_resnet50", "none", 0)
     before = weights_of(network)
@@ -260,3 +159,37 @@ def test_pretrained_layers_learn_at_their_own_rate() -> None:
     after = copy.deepcopy(epoch.network).state_dict()
     assert torch.equal(after["backbone.layer4.0.conv1.weight"], before["backbone.layer4.0.conv1.weight"])
     assert not torch.equal(after["mask_head.0.weight"], before["mask_head.0.weight"])
+
+
+def test_training_learns_to_segment_bright_squares() -> None:
+    recipe = make(Recipe, batch_size=8, learning_rate=1e-3, augment=False, positive_share=0, seed=1)
+    network = build("fcn_resnet50", "none", recipe.seed)
+    compute = choose_compute(Device())
+    epochs = list(fit(network, squares(16), recipe, 12, compute))
+    assert [epoch.number for epoch in epochs] == list(range(1, 13))
+    assert epochs[-1].losses["loss"] < 0.7 * epochs[0].losses["loss"]
+    unseen = squares(8, seed=5)
+    actual = [p.mask for p in Predictor(network, compute).predict(unseen.images.numpy())]
+    pairs = list(zip(actual, unseen.targets.numpy(), strict=True))
+    inside = np.mean([mask[target > 0].mean() for mask, target in pairs if target.any()])
+    outside = np.mean([mask[target == 0].mean() for mask, target in pairs])
+    assert inside > outside + 0.2
+
+
+@pytest.mark.usefixtures("tiny")
+def test_one_seed_trains_to_the_same_weights() -> None:
+    recipe = make(Recipe, batch_size=4, augment=True, seed=3)
+    ends: list[torch.Tensor] = []
+    for _ in range(2):
+        network = build("tiny", "none", recipe.seed)
+        list(fit(network, squares(4), recipe, 1, CPU))
+        ends.append(network.mask_head[0].weight.detach().clone())
+    assert torch.equal(*ends)
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_loss_that_is_not_finite_ends_with_advice() -> None:
+    recipe = make(Recipe, batch_size=4, learning_rate=1e30, augment=False)
+    network = build("tiny", "none", 0)
+    with pytest.raises(UserError, match="learning_rate=1e\\+30"):
+        list(fit(network, squares(4), recipe, 3, CPU))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,12 +10,12 @@ from typing import Any
 import mlflow
 import numpy as np
 import pytest
-from helpers import changed, copy_store, ended, make
+from helpers import changed, ended, make
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
-from samples import stored_sample
-from tiny_network import CPU, random_network
+from tiny_network import CPU, tiny_member
+from tracked import artifact, last_run, log_model
 
 from pneumo_experiments import tracking
 from pneumo_experiments.dataset.hdf5 import Dataset
@@ -26,43 +25,20 @@ from pneumo_experiments.experiment.subset import Subset
 from pneumo_experiments.learning.predict import Predictor, to_native
 from pneumo_experiments.scoring.exact import best_of_all
 from pneumo_experiments.scoring.thresholds import Thresholds, apply_thresholds
-from pneumo_experiments.serving import Detector, Member, load, save
-from pneumo_experiments.settings import Score, Train, as_config
+from pneumo_experiments.serving import Detector, load
+from pneumo_experiments.settings import Score, Train
 from pneumo_experiments.stages.score import score
 from pneumo_experiments.stages.train import train
 
 OWN = Thresholds(0.1, 0.5, 10, 0.45)
 
 
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return stored_sample(tmp_path_factory.mktemp("data"), images=24, image_size=32)
-
-
 @pytest.fixture
-def model(
-    dataset: Path, tiny: None, empty_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[str]:
-    """A logged model with the thresholds OWN, in a store of its own."""
-    copy_store(empty_store, tmp_path)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
-    mlflow.set_tracking_uri(None)
-    settings = make(Train, network="tiny")
-    predictor = Predictor(random_network(0), CPU, settings.recipe.network.tta)
+def model(dataset: Path, tiny: None, store: Path) -> str:
+    """A logged model with the thresholds OWN."""
     with Dataset.open(dataset) as opened:
         fingerprint = opened.fingerprint
-    Path("model").mkdir()
-    save(Path("model"), Detector((Member(predictor, as_config(settings)),), 32, OWN, fingerprint))
-    with tracking.run("train", settings):
-        address = tracking.log_model(Path("model"))
-    yield address
-    mlflow.set_tracking_uri(None)
-
-
-def last_run(name: str) -> Run:
-    runs = MlflowClient().search_runs(["0"], order_by=["attributes.start_time DESC"])
-    return next(run for run in runs if run.info.run_name.startswith(name))
+    return log_model(Detector((tiny_member(0),), 32, OWN, fingerprint), make(Train, network="tiny"))
 
 
 def middle(model: str, dataset: Path) -> float:
@@ -178,17 +154,11 @@ def test_a_request_may_bring_its_thresholds(model: str, dataset: Path) -> None:
         served.predict(frame, params={"min_area_px": "many"})
 
 
-def counts_of(run: Run) -> Path:
-    return Path(
-        mlflow.artifacts.download_artifacts(run_id=run.info.run_id, artifact_path="threshold_counts.npz")
-    )
-
-
 def test_thresholds_are_searched_again_without_model_and_images(
     model: str, dataset: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     score(make(Score, model=model, dataset=dataset, subset="all", overlays=0, device="cpu"))
-    path = counts_of(last_run("score"))
+    path = artifact(last_run("score", "threshold_counts.npz"))
     with Dataset.open(dataset) as opened:
         counts = Subset(opened, np.arange(len(opened))).count(load(tracking.model_data(model)).predictor)
     words = [
@@ -229,12 +199,12 @@ def test_the_counts_of_all_folds_give_the_out_of_fold_dice(model: str, dataset: 
     settings = make(Train, network="tiny", dataset=dataset, weights="none", epochs=1, batch_size=8)
     trained = train(changed(settings, fold="all", folds=2, threshold_trials=0, overlays=0, device="cpu"))
     parent, fold = last_run("train"), last_run("fold 1")
-    searched = score(make(Score, counts=counts_of(parent), threshold_trials=0)).scores
+    searched = score(make(Score, counts=artifact(parent, "threshold_counts.npz"), threshold_trials=0)).scores
     assert searched is not None
     metrics = last_run("score").data.metrics
     assert metrics["threshold_dice_cross_fitted"] == pytest.approx(parent.data.metrics["oof_dice"])
     assert metrics["threshold_dice_exact"] == pytest.approx(parent.data.metrics["val_dice_optimistic"])
     assert (searched.images, searched.patients) == (trained.scores.images, trained.scores.patients)
-    single = score(make(Score, counts=counts_of(fold), threshold_trials=0)).scores
+    single = score(make(Score, counts=artifact(fold, "threshold_counts.npz"), threshold_trials=0)).scores
     assert single is not None
     assert single.dice == pytest.approx(fold.data.metrics["val_dice_final"])

@@ -12,7 +12,6 @@ from pathlib import Path
 import mlflow
 import numpy as np
 import pytest
-import torch
 from helpers import changed, make
 from mlflow import MlflowClient
 from mlflow.entities import Run
@@ -29,12 +28,11 @@ from pneumo_experiments.dicom.archive import open_archive
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.experiment.scored_images import digests, identity
 from pneumo_experiments.experiment.subset import Subset, make_split
-from pneumo_experiments.learning.device import ComputeConfig, choose_compute_for
 from pneumo_experiments.learning.network import PneumothoraxNet
 from pneumo_experiments.learning.predict import Predictor
 from pneumo_experiments.scoring.thresholds import Thresholds
-from pneumo_experiments.serving import Detector, Member, load, save
-from pneumo_experiments.settings import Device, Register, Score, Train, as_config
+from pneumo_experiments.serving import Detector, Member, save
+from pneumo_experiments.settings import Register, Score, Train, as_config
 from pneumo_experiments.stages.register import register
 from pneumo_experiments.stages.score import score
 from pneumo_experiments.synthetic.kaggle_layout import write_sample
@@ -305,18 +303,3 @@ def test_an_interval_from_few_patients_is_marked(ward: Ward) -> None:
     assert params["interval_reliable"] == "false"
     description = ward.holdout.data.tags["mlflow.note.content"]
     assert f", unreliable with {params['patients']} patients)" in description
-
-
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])  # of which this machine is faster in one
-def test_a_model_computes_as_its_training_did(ward: Ward, precision: str, tmp_path: Path) -> None:
-    predictor = Predictor(PneumothoraxNet("tiny"), ComputeConfig(torch.device("cpu"), precision))
-    save(tmp_path, Detector((Member(predictor, as_config(ward.settings)),), 32, Thresholds(), "a"))
-    assert load(tmp_path).members[0].predictor.compute == predictor.compute
-
-
-def test_what_was_trained_in_fp16_computes_in_fp32_on_a_cpu_and_says_so(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    assert choose_compute_for("fp16", Device(device="cpu")).precision == "fp32"
-    assert "using fp32" in caplog.text
-    assert choose_compute_for("fp16", Device(device="cpu", precision="bf16")).precision == "bf16"

@@ -10,7 +10,7 @@ from pathlib import Path
 import mlflow
 import pytest
 import torch
-from helpers import changed, copy_store, make
+from helpers import changed, make, store_in
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from samples import stored_sample
@@ -24,21 +24,11 @@ from pneumo_experiments.stages.train import train
 
 
 @pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return stored_sample(tmp_path_factory.mktemp("data"), images=24, image_size=32)
-
-
-@pytest.fixture(scope="module")
 def original(
     dataset: Path, tiny_default: None, empty_store: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[str]:
     """The champion, trained with settings of its own; the working directory holds the store."""
-    folder = tmp_path_factory.mktemp("original")
-    copy_store(empty_store, folder)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
-        mlflow.set_tracking_uri(None)
+    with store_in(tmp_path_factory.mktemp("original"), empty_store):
         model = train(
             make(
                 Train,
@@ -54,7 +44,6 @@ def original(
         ).model
         register(make(Register, model=model, promote="always"))
         yield model
-    mlflow.set_tracking_uri(None)
 
 
 QUICK = {"threshold_trials": 0, "overlays": 0}

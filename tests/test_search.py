@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -16,22 +14,19 @@ from typing import Any, cast
 import mlflow
 import numpy as np
 import optuna
-import psutil
 import pytest
 import torch
 import yaml
-from conftest import ROOT
-from database_server import DatabaseServer
-from helpers import changed, copy_store, ended, environment, make
+from helpers import changed, ended, make
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from optuna.trial import TrialState
-from samples import stored_sample
+from tracked import artifact, runs
 
 from pneumo_experiments import tracking
 from pneumo_experiments.dataset.hdf5 import Dataset
 from pneumo_experiments.errors import UserError
-from pneumo_experiments.experiment import trial_training
+from pneumo_experiments.experiment import study_report, trial_training
 from pneumo_experiments.experiment.study_storage import open_storage
 from pneumo_experiments.experiment.training_loop import EpochResult
 from pneumo_experiments.experiment.trial_training import TrialScores, TrialTraining
@@ -43,28 +38,23 @@ from pneumo_experiments.stages import search as stage
 from pneumo_experiments.stages.search import SearchResult, run_study, search
 from pneumo_experiments.stages.train import train
 
-pytestmark = pytest.mark.usefixtures("folder")
 STORAGE = "sqlite:///optuna.db"
-SHORT = {"study": "s", "storage": STORAGE, "search_epochs": 2, "pruner": "none", "confirm": 0}
+SHORT = {"study": "s", "storage": STORAGE, "search_epochs": 2, "pruner": "none", "confirm": 0, "keep": 0}
 
 PICTURES = ("history", "intermediate_values", "parallel_coordinate", "slice", "importances", "contour")
 
 
-@pytest.fixture
-def folder(empty_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """An empty folder with a store of its own."""
-    copy_store(empty_store, tmp_path)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
-    mlflow.set_tracking_uri(None)
-    yield tmp_path
+@pytest.fixture(autouse=True)
+def no_run_stays_open(store: Path) -> Iterator[None]:
+    yield
     assert mlflow.active_run() is None
-    mlflow.set_tracking_uri(None)
 
 
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return stored_sample(tmp_path_factory.mktemp("data"), images=24, image_size=32)
+@pytest.fixture(autouse=True)
+def no_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They take seconds, and are the point of few tests."""
+    if "pictures" not in request.keywords:
+        monkeypatch.setattr(study_report, "pictures", lambda study: {})
 
 
 @pytest.fixture
@@ -99,18 +89,9 @@ def quick(value: Callable[[Recipe], float] = first_value, **values: Any) -> Sear
     return run_study(settings, "f" * 64, lambda: Quick(value), lambda settings: None)
 
 
-def runs() -> list[Run]:
-    """In the order of their start."""
-    return list(MlflowClient().search_runs(["0"], order_by=["attributes.start_time ASC"]))
-
-
 def parent() -> Run:
     (run,) = [run for run in runs() if run.info.run_name == "search"]
     return run
-
-
-def artifact(name: str) -> Path:
-    return Path(MlflowClient().download_artifacts(parent().info.run_id, name))
 
 
 def study(name: str = "s") -> optuna.Study:
@@ -139,14 +120,15 @@ def test_every_trial_is_a_child_run_of_one_parent_with_its_own_settings() -> Non
     assert [run.info.status for run in runs()] == ["FINISHED"] * 4
 
 
+@pytest.mark.pictures
 def test_the_parent_holds_the_table_of_trials_the_best_settings_and_pictures() -> None:
     result = quick(trials=4)
-    table = json.loads(artifact("trials.json").read_text())
+    table = json.loads(artifact(parent(), "trials.json").read_text())
     rows = [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
     assert [row["trial"] for row in rows] == [0, 1, 2, 3]
     assert [row["value"] for row in rows] == [trial.value for trial in study().trials]
     assert [row["dice_weight"] for row in rows] == [t.params["dice_weight"] for t in study().trials]
-    best = yaml.safe_load(artifact("best.yaml").read_text())
+    best = yaml.safe_load(artifact(parent(), "best.yaml").read_text())
     assert best["dice_weight"] == result.recipe.loss.dice_weight == study().best_params["dice_weight"]
     assert parent().data.metrics["best_trial"] == result.trial == study().best_trial.number
     names = {path.path for path in MlflowClient().list_artifacts(parent().info.run_id, "study")}
@@ -188,10 +170,11 @@ def test_the_winner_has_the_best_mean_of_both_trainings() -> None:
     assert f"{excess:+.4f} too high" in parent().data.tags["mlflow.note.content"]
 
 
+@pytest.mark.pictures
 def test_several_objectives_give_a_pareto_front_and_no_pruning() -> None:
     quick(trials=3, objectives="dice,seconds", pruner="hyperband")
     assert all(len(trial.values) == 2 and not trial.intermediate_values for trial in study().trials)
-    assert artifact("study/pareto_front.png").read_bytes()[:4] == b"\x89PNG"
+    assert artifact(parent(), "study/pareto_front.png").read_bytes()[:4] == b"\x89PNG"
     assert [direction.name for direction in study().directions] == ["MAXIMIZE", "MINIMIZE"]
 
 
@@ -206,7 +189,7 @@ def test_trials_is_the_total_of_the_study_and_its_parent_stays() -> None:
     assert parent().info.run_id == before
     quick(trials=5)
     assert len(finished()) == 5
-    assert len(json.loads(artifact("trials.json").read_text())["data"]) == 5
+    assert len(json.loads(artifact(parent(), "trials.json").read_text())["data"]) == 5
 
 
 def test_a_target_or_the_time_ends_a_study_early(capsys: pytest.CaptureFixture[str]) -> None:
@@ -321,7 +304,7 @@ def test_the_best_settings_train_a_network(
     settings = changed(settings, network="fcn_resnet50", trials=3, dice_weight=3.0, presence_weight=1.0)
     result = search(settings)
     assert len(finished()) == 3
-    config = str(artifact("best.yaml"))
+    config = str(artifact(parent(), "best.yaml"))
     short = ["--epochs", "1", "--threshold_trials", "0", "--overlays", "0", "--device", "cpu"]
     end = ended(["train", "--config", config, *short], monkeypatch, capsys)
     assert end.code == 0, end.err
@@ -339,9 +322,9 @@ def test_the_best_settings_train_a_network(
         train(make(Train, **shared, from_study="t", storage=STORAGE))
 
 
-def test_a_learning_rate_that_diverges_fails_its_trials_alone(settings: Search, folder: Path) -> None:
-    (folder / "space.yaml").write_text("learning_rate: {choices: [1.0e-4, 1.0e+30]}\n")
-    chosen = {"searched": "learning_rate", "space": folder / "space.yaml", "sampler": "random", "trials": 5}
+def test_a_learning_rate_that_diverges_fails_its_trials_alone(settings: Search, store: Path) -> None:
+    (store / "space.yaml").write_text("learning_rate: {choices: [1.0e-4, 1.0e+30]}\n")
+    chosen = {"searched": "learning_rate", "space": store / "space.yaml", "sampler": "random", "trials": 5}
     search(changed(settings, learning_rate=1e-4, **chosen))
     failed = {trial.params["learning_rate"] for trial in study().trials if trial.state is TrialState.FAIL}
     assert failed == {1e30}
@@ -441,7 +424,7 @@ def _interrupt(*arguments: Any) -> None:
     raise Interrupted
 
 
-# Several workers, and passwords
+# Several workers
 
 
 def test_no_two_workers_on_sqlite_take_the_same_waiting_trial() -> None:
@@ -466,52 +449,3 @@ def test_no_two_workers_on_sqlite_take_the_same_waiting_trial() -> None:
     for worker in workers:
         worker.join()
     assert sorted(number for number in taken if number < 30) == list(range(30))
-
-
-def test_two_workers_never_exceed_the_trials_and_no_password_appears(
-    folder: Path, database: DatabaseServer
-) -> None:
-    address = database.create("workers", password="hush123")
-    words = [
-        "trials=5",
-        "workers=2",
-        "search_epochs=1",
-        "sleep=0.3",
-        "confirm=1",
-        "study=s",
-        f"storage={address}",
-    ]
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "benchmarks" / "sleeping_search.py"), *words],
-        cwd=folder,
-        env=environment() | {"MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    commands, seen = set[str](), psutil.Process(process.pid)
-    while process.poll() is None:
-        for child in seen.children(recursive=True) if seen.is_running() else []:
-            try:
-                commands.add(" ".join(child.cmdline()))
-            except psutil.NoSuchProcess:
-                continue
-        try:
-            process.wait(0.2)
-        except subprocess.TimeoutExpired:
-            continue
-    assert process.stdout is not None
-    with process.stdout:
-        output = process.stdout.read()
-    assert process.returncode == 0, output
-    trials = optuna.load_study(study_name="s", storage=address).trials
-    assert sum(trial.state in (TrialState.COMPLETE, TrialState.PRUNED) for trial in trials) == 5
-    workers = {
-        trial.user_attrs["process"]["pneumo.process"] for trial in trials if "run_id" in trial.user_attrs
-    }
-    assert len(workers) == 2
-    assert len([command for command in commands if "spawn_main" in command]) >= 2
-    assert not [command for command in commands if "hush123" in command]
-    assert "hush123" not in output and "***" in output
-    for path in [folder / "mlflow.db", *(folder / "mlruns").rglob("*")]:
-        assert path.is_dir() or b"hush123" not in path.read_bytes(), path

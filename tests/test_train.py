@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import csv
 import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +12,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, soak
-from helpers import BIN, changed, copy_store, environment_of_mlflow, make
+from helpers import BIN, changed, environment_of_mlflow, make
 from mlflow import MlflowClient
-from mlflow.entities import Run
-from samples import stored_sample
 from tiny_network import with_tiny_network
+from tracked import runs, table
 
 from pneumo_experiments.dataset.hdf5 import Dataset
 from pneumo_experiments.dataset.rle import decode
@@ -30,21 +27,10 @@ from pneumo_experiments.settings import Train, flat
 from pneumo_experiments.stages.train import train
 
 
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return stored_sample(tmp_path_factory.mktemp("data"), images=24, image_size=32)
-
-
 @pytest.fixture
-def settings(
-    dataset: Path, tiny: None, empty_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Train]:
-    """Short trainings in an empty folder with a store of its own."""
-    copy_store(empty_store, tmp_path)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
-    mlflow.set_tracking_uri(None)
-    yield make(
+def settings(dataset: Path, tiny: None, store: Path) -> Train:
+    """Short trainings."""
+    return make(
         Train,
         network="tiny",
         dataset=dataset,
@@ -54,12 +40,6 @@ def settings(
         overlays=2,
         batch_size=8,
     )
-    mlflow.set_tracking_uri(None)
-
-
-def runs() -> list[Run]:
-    """The oldest first."""
-    return MlflowClient().search_runs(["0"], order_by=["attributes.start_time ASC"])
 
 
 def test_all_folds_are_runs_below_one_and_each_image_is_judged_by_a_network_that_never_saw_it(
@@ -70,9 +50,7 @@ def test_all_folds_are_runs_below_one_and_each_image_is_judged_by_a_network_that
     assert [run.info.run_name for run in folds] == ["fold 0", "fold 1"]
     assert {run.data.tags["mlflow.parentRunId"] for run in folds} == {parent.info.run_id}
     assert parent.data.params["fold"] == "all"
-    path = mlflow.artifacts.download_artifacts(run_id=parent.info.run_id, artifact_path="out_of_fold.csv")
-    with Path(path).open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = table(parent, "out_of_fold.csv")
     with Dataset.open(dataset) as opened:
         areas = {entry.image_id: entry.area_px for entry in opened.entries}
     splits = [mlflow.artifacts.load_dict(f"{run.info.artifact_uri}/split.json")["parts"] for run in folds]

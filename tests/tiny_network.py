@@ -5,12 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
+from helpers import make
 from torch import Tensor, nn
 
 from pneumo_experiments.learning.device import ComputeConfig
 from pneumo_experiments.learning.loader import InMemoryData
 from pneumo_experiments.learning.network import NETWORKS, PneumothoraxNet
+from pneumo_experiments.learning.predict import Predictor
+from pneumo_experiments.serving import Member
+from pneumo_experiments.settings import Train, as_config
 
 Result = TypeVar("Result")
 CPU = ComputeConfig(torch.device("cpu"), "fp32")
@@ -68,6 +73,12 @@ def random_network(seed: int) -> PneumothoraxNet:
     return built
 
 
+def tiny_member(seed: int, **values: Any) -> Member:
+    """One that predicts with the tiny network of that seed, with the settings of its training."""
+    settings = make(Train, network="tiny", **values)
+    return Member(Predictor(random_network(seed), CPU, settings.recipe.network.tta), as_config(settings))
+
+
 def with_tiny_network(work: Callable[..., Result], *arguments: Any) -> Result:
     """The result of ``work(*arguments)`` in a new process that has this network."""
     add_tiny_network()
@@ -80,6 +91,18 @@ def noise(count: int, side: int = 32) -> InMemoryData:
     targets = torch.zeros_like(images)
     targets[::2, 8:20, 8:20] = 255
     return InMemoryData(images, targets, targets.numpy().any(axis=(1, 2)))
+
+
+def squares(count: int, side: int = 32, seed: int = 0) -> InMemoryData:
+    """Noise; every other image has a bright square, which is the mask."""
+    rng = np.random.default_rng(seed)
+    images = rng.integers(60, 100, (count, side, side), dtype=np.uint8)
+    targets = np.zeros_like(images)
+    for i in range(0, count, 2):
+        x, y = rng.integers(0, side // 2, 2)
+        images[i, y : y + side // 2, x : x + side // 2] += 120
+        targets[i, y : y + side // 2, x : x + side // 2] = 255
+    return InMemoryData(torch.from_numpy(images), torch.from_numpy(targets), targets.any(axis=(1, 2)))
 
 
 def weights_of(network: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -305,3 +305,32 @@ def test_the_loss_is_computed_without_waiting_for_the_device() -> None:
     loss = criterion(nowhere, target.to("meta"), present.to("meta"), EVERY_TERM)["loss"]
     loss.backward()
     assert nowhere.mask.grad is not None and nowhere.mask.grad.shape == target.shape
+
+
+def test_cross_entropy_of_a_quarter_missed_is_the_logarithm() -> None:
+    logits, target = torch.full((1, 2, 2), LOGIT), torch.ones(1, 2, 2)
+    assert bce(logits, target).item() == pytest.approx(-math.log(0.75))
+    assert focal(logits, target).item() == pytest.approx(0.25**2 * -math.log(0.75))
+
+
+def test_cross_entropy_of_a_half_annotated_pixel_takes_both_sides() -> None:
+    logits, target = torch.full((1, 1, 1), LOGIT), torch.full((1, 1, 1), 0.5)
+    assert bce(logits, target).item() == pytest.approx(-0.5 * math.log(0.75) - 0.5 * math.log(0.25))
+
+
+def test_soft_dice_counts_the_whole_batch() -> None:
+    logits = torch.full((2, 2, 2), LOGIT)
+    target = torch.tensor([1.0, 0.0])[:, None, None].expand(2, 2, 2)
+    assert soft_dice(logits, target).item() == pytest.approx(1 - (2 * 3 + 1) / (6 + 4 + 1))
+
+
+def test_soft_dice_of_an_empty_prediction_of_an_empty_truth_is_zero() -> None:
+    assert soft_dice(torch.full((1, 4, 4), -50.0), torch.zeros(1, 4, 4)).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_a_weight_of_zero_leaves_the_term_out() -> None:
+    output = Output(torch.zeros(1, 2, 2), torch.zeros(1, 2, 2), torch.zeros(1))
+    recipe = make(Recipe, focal_weight=0, aux_weight=0, presence_weight=0)
+    terms = criterion(output, torch.ones(1, 2, 2), torch.ones(1), recipe)
+    assert set(terms) == {"loss", "loss_bce", "loss_dice"}
+    assert terms["loss"].item() == pytest.approx((terms["loss_bce"] + terms["loss_dice"]).item())

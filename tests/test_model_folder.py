@@ -1,0 +1,64 @@
+"""A model as files: what is saved is read back, and damage is named."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tiny_network import CPU, squares, tiny_member
+
+from pneumo_experiments.errors import UserError
+from pneumo_experiments.learning.device import ComputeConfig
+from pneumo_experiments.scoring.thresholds import Thresholds
+from pneumo_experiments.serving import Detector, Member, load, save
+
+pytestmark = pytest.mark.usefixtures("tiny")
+
+
+def detector(*members: Member) -> Detector:
+    return Detector(members, 32, Thresholds(0.2, 0.6, 100, 0.3), "a", frozenset({"one", "two"}))
+
+
+def test_a_model_folder_keeps_every_member(tmp_path: Path) -> None:
+    augmentations = ["flip+scale", "none", "none"]
+    saved = detector(*(tiny_member(seed, fold=str(seed), tta=tta) for seed, tta in enumerate(augmentations)))
+    save(tmp_path, saved)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "model.json",
+        *(f"weights-{n}.pt" for n in range(3)),
+    }
+    again = load(tmp_path)
+    assert (again.image_size, again.thresholds, again.seen) == (32, saved.thresholds, saved.seen)
+    assert [member.settings["fold"] for member in again.members] == ["0", "1", "2"]
+    assert [member.predictor.tta for member in again.members] == augmentations
+    images = squares(1).images.numpy()
+    before, after = (next(each.predictor.predict(images)) for each in (saved, again))
+    np.testing.assert_array_equal(before.mask, after.mask)
+
+
+@pytest.mark.parametrize("members", [[], 7, [7], [{}], [{"settings": {}}]])
+def test_damaged_members_are_named(members: Any, tmp_path: Path) -> None:
+    save(tmp_path, detector(tiny_member(0), tiny_member(1)))
+    path = tmp_path / "model.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"members": members}))
+    with pytest.raises(UserError, match=r"model\.json: missing or damaged .*; train again"):
+        load(tmp_path)
+
+
+def test_missing_weights_of_a_member_are_named(tmp_path: Path) -> None:
+    save(tmp_path, detector(tiny_member(0), tiny_member(1)))
+    (tmp_path / "weights-1.pt").unlink()
+    with pytest.raises(UserError, match=r"weights-1\.pt: missing or damaged .*; train again"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])  # of which this machine is faster in one
+def test_a_model_computes_as_its_training_did(precision: str, tmp_path: Path) -> None:
+    member = tiny_member(0)
+    compute = ComputeConfig(CPU.device, precision)
+    save(tmp_path, detector(replace(member, predictor=replace(member.predictor, compute=compute))))
+    assert load(tmp_path).members[0].predictor.compute == compute

@@ -1,0 +1,37 @@
+"""One step of the optimiser."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers import make
+from tiny_network import CPU, noise, weights_of
+
+from pneumo_experiments.learning.device import ComputeConfig
+from pneumo_experiments.learning.loader import batches
+from pneumo_experiments.learning.network import build
+from pneumo_experiments.learning.trainer import Trainer
+from pneumo_experiments.settings import Recipe
+
+pytestmark = pytest.mark.usefixtures("tiny")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_skipped_steps_do_not_shrink_the_gradient_scale(precision: str) -> None:
+    network = build("tiny", "none", 0)
+    trainer = Trainer(
+        network, make(Recipe, batch_size=2, learning_rate=1e-2), 400, ComputeConfig(CPU.device, precision)
+    )
+    (batch,) = batches(noise(2), make(Recipe, batch_size=2, augment=False), 1, 1, CPU.device)
+    nan_batch = replace(batch, images=batch.images * float("nan"))
+    trainer.step(batch)
+    before = weights_of(network.mask_head)
+    for _ in range(200):  # halved so often, the smallest float32 is 0
+        assert not trainer.step(nan_batch)[1]
+    network.load_state_dict({n: t.nan_to_num(0.0) for n, t in network.state_dict().items()})  # batch norm's
+    assert trainer.step(batch)[1]
+    after = weights_of(network.mask_head)
+    assert all(torch.isfinite(tensor).all() for tensor in after.values())
+    assert not torch.equal(after["0.weight"], before["0.weight"])

@@ -1,0 +1,44 @@
+"""Runs, their files and models in the store where a test works."""
+
+from __future__ import annotations
+
+import csv
+import tempfile
+from pathlib import Path
+
+import mlflow
+from mlflow import MlflowClient
+from mlflow.entities import Run
+
+from pneumo_experiments import tracking
+from pneumo_experiments.serving import Detector, save
+from pneumo_experiments.settings import Train
+
+
+def runs(name: str = "") -> list[Run]:
+    """Those whose name begins so, the oldest first."""
+    every = MlflowClient().search_runs(["0"], order_by=["attributes.start_time ASC"])
+    return [run for run in every if run.info.run_name.startswith(name)]
+
+
+def last_run(name: str = "") -> Run:
+    """The newest whose name begins so."""
+    return runs(name)[-1]
+
+
+def artifact(run: Run, path: str) -> Path:
+    return Path(mlflow.artifacts.download_artifacts(run_id=run.info.run_id, artifact_path=path))
+
+
+def table(run: Run, path: str) -> list[dict[str, str]]:
+    """The rows of a CSV file among the artifacts."""
+    with artifact(run, path).open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def log_model(detector: Detector, settings: Train) -> str:
+    """Logs a model as ``train`` does, but for the training; returns its address."""
+    with tempfile.TemporaryDirectory() as folder:
+        save(Path(folder), detector)
+        with tracking.run("train", settings):
+            return tracking.log_model(Path(folder))
