@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import socket
 import statistics
 import subprocess
@@ -23,7 +24,7 @@ import time
 import urllib.request
 from base64 import b64encode
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -117,7 +118,10 @@ def serve(model: Path, folder: Path) -> Generator[Server]:
     variables = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     with (
         (folder / "serve.log").open("w") as log,
-        subprocess.Popen(command, cwd=folder, env=variables, stdout=log, stderr=log) as process,
+        # In a group of its own, so that uvicorn below it ends as well.
+        subprocess.Popen(
+            command, cwd=folder, env=variables, stdout=log, stderr=log, process_group=0
+        ) as process,
     ):
         try:
             server = Server(f"http://127.0.0.1:{port}", psutil.Process(process.pid))
@@ -129,7 +133,8 @@ def serve(model: Path, folder: Path) -> Generator[Server]:
                     time.sleep(0.2)
             yield server
         finally:
-            process.terminate()
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGTERM)
 
 
 def seconds_of(work: Callable[[], object]) -> float:
