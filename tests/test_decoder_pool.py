@@ -52,11 +52,11 @@ def peak_bytes(process: psutil.Process) -> int:
 
 
 def wait_for_one_at_work() -> psutil.Process:
-    """The decoder that has used a quarter of a second since this was asked."""
+    """The decoder that has used a quarter of a second since this was asked, or a new one after its start."""
     before = {child.pid: sum(child.cpu_times()[:2]) for child in decoders()}
     while True:
         for child in decoders():
-            if sum(child.cpu_times()[:2]) > before.setdefault(child.pid, 0.5) + 0.25:
+            if sum(child.cpu_times()[:2]) > before.setdefault(child.pid, 1.0) + 0.25:
                 return child
         time.sleep(0.01)
 
