@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import sqlalchemy.orm
-from conftest import ROOT
+from conftest import ROOT, do_not_wait_for_the_disk
 
 SERVE = "import command_server; command_server.serve()"
 IMPORTS = (
@@ -112,6 +112,7 @@ def serve() -> None:
     """Forks for each request, until the connection on stdin is closed."""
     for name in IMPORTS:
         importlib.import_module(name)
+    do_not_wait_for_the_disk()
     sqlalchemy.orm.configure_mappers()  # takes MLflow's first client a second
     connection = socket.socket(fileno=0)
     while True:

@@ -6,10 +6,9 @@ import os
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
-from sqlalchemy import Engine, event
 
 if TYPE_CHECKING:
     from command_server import CommandServer
@@ -41,11 +40,18 @@ LONGEST_FIRST = (
 )
 
 
-@event.listens_for(Engine, "connect")
-def _do_not_wait_for_the_disk(connection: object, record: Any) -> None:
-    """No test cuts the power, and a killed process loses nothing that SQLite has written."""
-    if isinstance(connection, sqlite3.Connection):
-        connection.execute("PRAGMA synchronous = OFF")
+def do_not_wait_for_the_disk() -> None:
+    """SQLite returns before the disk has its pages, of which a killed process loses none."""
+    from sqlalchemy import Engine, event
+
+    @event.listens_for(Engine, "connect")
+    def _(connection: object, record: object) -> None:
+        if isinstance(connection, sqlite3.Connection):
+            connection.execute("PRAGMA synchronous = OFF")
+
+
+def pytest_configure() -> None:
+    do_not_wait_for_the_disk()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -86,17 +86,29 @@ def copy_store(database: Path, folder: Path) -> None:
 @contextmanager
 def store_in(folder: Path, database: Path) -> Iterator[Path]:
     """Works in a folder with a store of its own, a copy of that empty database; yields the folder."""
+    copy_store(database, folder)
+    with working_in(folder, store_address(folder)):
+        yield folder
+
+
+def store_address(folder: Path) -> str:
+    """The address of the store in a folder."""
+    return f"sqlite:///{folder / 'mlflow.db'}"
+
+
+@contextmanager
+def working_in(folder: Path, uri: str) -> Iterator[None]:
+    """Works in a folder, with the store of that address and nothing else of MLflow in the environment."""
     import mlflow
 
-    copy_store(database, folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         for name in [name for name in os.environ if name.startswith("MLFLOW_")]:
             patch.delenv(name)
         patch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
-        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder / database.name}")
+        patch.setenv("MLFLOW_TRACKING_URI", uri)
         mlflow.set_tracking_uri(None)  # pyright: ignore[reportArgumentType]
-        yield folder
+        yield
     mlflow.set_tracking_uri(None)  # pyright: ignore[reportArgumentType]
 
 

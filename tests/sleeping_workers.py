@@ -12,7 +12,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, do_not_wait_for_the_disk
 from helpers import environment
 
 PRELOADED = ["sleeping_workers", "sleeping_search", "optuna.importance", "sklearn.ensemble", "pandas"]
@@ -51,6 +51,7 @@ def _work(folder: Path, uri: str, words: list[str]) -> None:
     output = os.open("log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
+    do_not_wait_for_the_disk()
     # What its own workers start from.
     sys.path.append(str(ROOT / "benchmarks"))
     sys.argv = [sleeping_search.__file__, *words]

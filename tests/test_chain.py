@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
 import subprocess
 from collections.abc import Iterator
@@ -15,11 +16,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
+from command_server import CommandServer
 from conftest import ROOT
 from helpers import BIN, environment_of_mlflow
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from PIL import Image
+from tracked import artifact, runs
 
 from pneumo_experiments.dataset.hdf5 import Dataset
 from pneumo_experiments.dataset.rle import decode
@@ -35,6 +38,7 @@ SMALL = {
     "search_images": 8,
     "threshold_trials": 5,
     "overlays": 2,
+    "weights": "none",
     "learning_rate": "1e-3",
     "promote": "always",  # so small a model is no better than the all-empty baseline
 }
@@ -143,9 +147,9 @@ def test_dice_is_what_score_measured_and_val_dice_what_training_did(chain: Chain
 
 def test_the_final_scores_stand_at_the_parent_and_the_model_and_on_the_terminal(chain: Chain) -> None:
     dice = chain.only("main").data.metrics["dice"]
-    judged = next(run for run in chain.runs["score"] if run.data.params["dicom_dir"] == "none")
-    assert judged.data.metrics["dice"] == dice
-    model = mlflow.get_logged_model(judged.data.params["model"].removeprefix("models:/"))
+    scored = next(run for run in chain.runs["score"] if run.data.params["dicom_dir"] == "none")
+    assert scored.data.metrics["dice"] == dice
+    model = mlflow.get_logged_model(scored.data.params["model"].removeprefix("models:/"))
     assert dice in {metric.value for metric in model.metrics or [] if metric.key == "dice"}
     assert f"Dice                {dice:.4f}" in chain.output
 
@@ -161,23 +165,23 @@ def test_the_data_set_is_an_input_with_its_fingerprint(chain: Chain) -> None:
 
 
 def test_every_score_has_its_interval_and_stands_by_group(chain: Chain) -> None:
-    judged = next(run for run in chain.runs["score"] if run.data.params["dicom_dir"] == "none")
-    metrics = judged.data.metrics
+    scored = next(run for run in chain.runs["score"] if run.data.params["dicom_dir"] == "none")
+    metrics = scored.data.metrics
     for name in ("dice", "specificity", "auroc", "average_precision", "false_alarms", "calibration_error"):
         assert metrics[f"{name}_low"] <= metrics[f"{name}_high"]
         assert name in metrics
-    with artifact(judged, "by_group.csv").open(newline="") as file:
+    with artifact(scored, "by_group.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert {row["group"] for row in rows} == {"all", "area", "view", "sex", "age"}
     assert float(rows[0]["dice"]) == metrics["dice"]
     assert float(rows[0]["specificity_high"]) == metrics["specificity_high"]
     for group in ("view", "sex", "age"):
         images = sum(int(row["images"]) for row in rows if row["group"] == group)
-        assert images == int(judged.data.params["images"])
-    with artifact(judged, "calibration.csv").open(newline="") as file:
-        assert sum(int(row["images"]) for row in csv.DictReader(file)) == int(judged.data.params["images"])
-    assert artifact(judged, "calibration.png").is_file()
-    tables = json.loads(judged.data.tags["mlflow.loggedArtifacts"])
+        assert images == int(scored.data.params["images"])
+    with artifact(scored, "calibration.csv").open(newline="") as file:
+        assert sum(int(row["images"]) for row in csv.DictReader(file)) == int(scored.data.params["images"])
+    assert artifact(scored, "calibration.png").is_file()
+    tables = json.loads(scored.data.tags["mlflow.loggedArtifacts"])
     assert tables == [{"path": "scores.json", "type": "table"}]  # what the evaluation view opens
 
 
@@ -197,13 +201,13 @@ def test_the_thresholds_are_the_exact_ones_and_the_study_is_recorded_beside_them
 
 
 def test_the_report_and_its_pictures_are_artifacts_of_the_final_run(chain: Chain) -> None:
-    judged = next(run for run in chain.runs["score"] if run.data.params["dicom_dir"] == "none")
-    page = artifact(judged, "report.html").read_text(encoding="utf-8")
-    assert f"<b>{judged.data.metrics['dice']:.4f}</b>" in page
-    pictures = sorted(item.path for item in MlflowClient().list_artifacts(judged.info.run_id, "overlays"))
+    scored = next(run for run in chain.runs["score"] if run.data.params["dicom_dir"] == "none")
+    page = artifact(scored, "report.html").read_text(encoding="utf-8")
+    assert f"<b>{scored.data.metrics['dice']:.4f}</b>" in page
+    pictures = sorted(item.path for item in MlflowClient().list_artifacts(scored.info.run_id, "overlays"))
     assert len(pictures) > 1
     assert page.count("radiograph, truth and prediction of") == len(pictures)
-    with Image.open(artifact(judged, pictures[0])) as picture:
+    with Image.open(artifact(scored, pictures[0])) as picture:
         assert picture.width > 700
         assert np.asarray(picture).std() > 20
 
@@ -270,23 +274,29 @@ def test_no_logged_model_holds_a_pickle(chain: Chain) -> None:
     assert not [name for name in names if name.endswith((".pkl", ".pickle", ".joblib"))]
 
 
-def test_real_radiographs_go_through_the_same_command(real_data: Path, tmp_path: Path) -> None:
-    chain = run_chain(
-        tmp_path,
-        dicom_dir=real_data / "dicom-images-train",
-        rle_csv=real_data / "train-rle.csv",
-        test_dir=real_data / "dicom-images-test",
-        image_size=64,
-        epochs=1,
-        trials=1,
-        search_epochs=1,
-        confirm=0,
-        keep=0,
-        weights="none",
-        batch_size=4,
-        threshold_trials=0,
-    )
-    with Dataset.open(next((tmp_path / "output").glob("dataset-*.h5"))) as dataset:
+def test_real_radiographs_go_through_the_same_command(
+    real_data: Path, store: Path, commands: CommandServer
+) -> None:
+    settings = {
+        "dicom_dir": real_data / "dicom-images-train",
+        "rle_csv": real_data / "train-rle.csv",
+        "test_dir": real_data / "dicom-images-test",
+        "image_size": 64,
+        "epochs": 1,
+        "trials": 1,
+        "search_epochs": 1,
+        "confirm": 0,
+        "keep": 0,
+        "weights": "none",
+        "batch_size": 4,
+        "threshold_trials": 0,
+        "overlays": 1,
+    }
+    words = [word for name, value in settings.items() for word in (f"--{name}", value)]
+    command = commands.start("main", *words, folder=store, environment=dict(os.environ), tiny=True)
+    code, output = command.communicate()
+    assert code == 0, output
+    with Dataset.open(next((store / "output").glob("dataset-*.h5"))) as dataset:
         areas = {e.image_id: (e.annotations, e.area_px, e.view, e.sex, e.age) for e in dataset.entries}
         masks = {e.image_id: int(dataset.mask(i).sum()) for i, e in enumerate(dataset.entries)}
     with (real_data / "known_areas.csv").open(newline="") as file:
@@ -296,11 +306,7 @@ def test_real_radiographs_go_through_the_same_command(real_data: Path, tmp_path:
         assert areas.pop(image_id) == (*numbers, row["view"], row["sex"], int(row["age"]))
     assert areas == {}
     assert masks == {image_id: int(row["union_area_px"]) for image_id, row in known.items()}
-    judged = next(run for run in chain.runs["score"] if run.data.params["dicom_dir"] == "none")
-    assert int(judged.data.params["images"]) >= 2
-    with (tmp_path / "output" / "submission.csv").open() as file:
+    scored = next(run for run in runs("score") if run.data.params["dicom_dir"] == "none")
+    assert int(scored.data.params["images"]) >= 2
+    with (store / "output" / "submission.csv").open() as file:
         assert len(file.readlines()) == 1 + 10
-
-
-def artifact(run: Run, name: str) -> Path:
-    return Path(mlflow.artifacts.download_artifacts(run_id=run.info.run_id, artifact_path=name))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -34,30 +34,17 @@ def trained(recipe: Recipe) -> dict[str, Any]:
     return {"losses": [epoch.losses for epoch in epochs], "weights": weights}
 
 
-@pytest.mark.usefixtures("tiny")
-def test_two_processes_learn_what_one_does_with_the_same_batches() -> None:
-    # Two and three images at once, in one process or by one and two, and one and one, in two.
-    one, two = trained(changed(RECIPE, micro_batch=3)), launch(2, trained, changed(RECIPE, micro_batch=2))
-    for alone, together in zip(one["losses"], two["losses"], strict=True):
-        print({name: (round(alone[name], 5), round(together[name], 5)) for name in alone})
-        assert together == pytest.approx(alone, abs=1e-3)
-    for name, weight in one["weights"].items():
-        if "running_mean" in name:
-            assert two["weights"][name] == pytest.approx(weight, rel=0.02, abs=0.02), name
-
-
-def learned(recipe: Recipe) -> float:
-    """Loss of an epoch of a tiny network."""
+def loss_of_presence() -> float:
+    """Loss of an epoch of a tiny network whose mask heads get no gradient."""
     add_tiny_network()
+    weights = {"bce_weight": 0, "dice_weight": 0, "focal_weight": 0, "aux_weight": 0}
+    recipe = make(Recipe, batch_size=2, augment=False, **weights)
     (epoch,) = fit(build("tiny", "none", 0), noise(4), recipe, 1, CPU)
     return epoch.losses["loss"]
 
 
-def test_processes_do_not_wait_for_heads_whose_losses_have_no_weight() -> None:
-    recipe = make(
-        Recipe, batch_size=2, augment=False, bce_weight=0, dice_weight=0, focal_weight=0, aux_weight=0
-    )
-    assert 0 < launch(2, learned, recipe) < 10
+def random_rows() -> torch.Tensor:
+    return torch.randn(7, 3, generator=torch.Generator().manual_seed(0)) * 3 + 100
 
 
 def reduced(values: torch.Tensor) -> dict[str, Any]:
@@ -76,9 +63,41 @@ def reduced(values: torch.Tensor) -> dict[str, Any]:
     }
 
 
-def test_synchronised_batch_normalisation_is_that_of_all_rows() -> None:
-    values = torch.randn(7, 3, generator=torch.Generator().manual_seed(0)) * 3 + 100
-    result = launch(2, reduced, values)
+class Together(NamedTuple):
+    """What two processes computed; they start once, which takes seconds."""
+
+    training: dict[str, Any]
+    loss_of_presence: float
+    reductions: dict[str, Any]
+
+
+def work_together() -> Together:
+    return Together(trained(changed(RECIPE, micro_batch=2)), loss_of_presence(), reduced(random_rows()))
+
+
+@pytest.fixture(scope="module")
+def together() -> Together:
+    return launch(2, work_together)
+
+
+@pytest.mark.usefixtures("tiny")
+def test_two_processes_learn_what_one_does_with_the_same_batches(together: Together) -> None:
+    # Two and three images at once, in one process or by one and two, and one and one, in two.
+    one, two = trained(changed(RECIPE, micro_batch=3)), together.training
+    for alone, divided in zip(one["losses"], two["losses"], strict=True):
+        print({name: (round(alone[name], 5), round(divided[name], 5)) for name in alone})
+        assert divided == pytest.approx(alone, abs=1e-3)
+    for name, weight in one["weights"].items():
+        if "running_mean" in name:
+            assert two["weights"][name] == pytest.approx(weight, rel=0.02, abs=0.02), name
+
+
+def test_processes_do_not_wait_for_heads_whose_losses_have_no_weight(together: Together) -> None:
+    assert 0 < together.loss_of_presence < 10
+
+
+def test_synchronised_batch_normalisation_is_that_of_all_rows(together: Together) -> None:
+    values, result = random_rows(), together.reductions
     assert result["rows"] == values.tolist()
     assert result["shared"] == [1, "x", None]
     assert result["tensor"] == values.tolist()

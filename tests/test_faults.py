@@ -12,20 +12,18 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import mlflow
 import pytest
 import torch
-from helpers import changed, copy_store, environment, make
+from helpers import changed, environment, make, store_address, store_in, working_in
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from samples import write_dataset
+from tracked import runs
 from tracking_server import Server, calls_in, free_port
 
 from pneumo_experiments.dataset.annotations import read_annotations
@@ -113,24 +111,6 @@ def datasets(tmp_path_factory: pytest.TempPathFactory, tiny_default: None) -> di
     return paths
 
 
-@contextmanager
-def desk(folder: Path, uri: str = "") -> Iterator[None]:
-    """An empty working folder with a store of its own, or the one of the address."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.setenv("MLFLOW_TRACKING_URI", uri or f"sqlite:///{folder / 'mlflow.db'}")
-        mlflow.set_tracking_uri(None)  # pyright: ignore[reportArgumentType]
-        yield
-    mlflow.set_tracking_uri(None)  # pyright: ignore[reportArgumentType]
-
-
-@pytest.fixture
-def folder(empty_store: Path, tmp_path: Path) -> Iterator[Path]:
-    copy_store(empty_store, tmp_path)
-    with desk(tmp_path):
-        yield tmp_path
-
-
 def settings_of(dataset: Path, **changes: Any) -> Train:
     short = make(
         Train,
@@ -145,11 +125,6 @@ def settings_of(dataset: Path, **changes: Any) -> Train:
         overlays=1,
     )
     return changed(short, **changes)
-
-
-def runs() -> list[Run]:
-    """The oldest first."""
-    return MlflowClient().search_runs(["0"], order_by=["attributes.start_time ASC"])
 
 
 def recorded(run: Run) -> dict[str, list[tuple[int, float]]]:
@@ -184,23 +159,22 @@ class Whole:
 
 
 @pytest.fixture(scope="module")
-def whole(datasets: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Whole:
-    folder = tmp_path_factory.mktemp("whole")
-    with desk(folder):
+def whole(datasets: dict[str, Path], empty_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    with store_in(tmp_path_factory.mktemp("whole"), empty_store) as folder:
         model = train(settings_of(datasets["usual"])).model
         (run,) = runs()
         return Whole(folder, recorded(run), model)
 
 
 def test_killed_in_a_step_in_validation_and_in_the_checkpoint_a_training_ends_as_if_nothing_had_been(
-    datasets: dict[str, Path], whole: Whole, folder: Path, capsys: pytest.CaptureFixture[str]
+    datasets: dict[str, Path], whole: Whole, store: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     settings = settings_of(datasets["usual"])
     words = [word for name, text in as_params(settings).items() for word in (f"--{name}", text)]
     with subprocess.Popen(
         [sys.executable, "-c", KILLER, "train", *words],
-        cwd=folder,
-        env=environment() | {"MLFLOW_TRACKING_URI": f"sqlite:///{folder / 'mlflow.db'}"},
+        cwd=store,
+        env=environment() | {"MLFLOW_TRACKING_URI": store_address(store)},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -222,7 +196,7 @@ def test_killed_in_a_step_in_validation_and_in_the_checkpoint_a_training_ends_as
             (run,) = runs()
             assert run.info.status == "RUNNING"
             assert [step for step, _ in recorded(run)["val_dice"]] == epochs_recorded
-            (left,) = folder.glob("output/checkpoints/*")
+            (left,) = store.glob("output/checkpoints/*")
             sizes = [path.stat().st_size for path in left.glob("*.part")]
             last = Checkpoint(left).last()
             assert last is not None
@@ -238,12 +212,12 @@ def test_killed_in_a_step_in_validation_and_in_the_checkpoint_a_training_ends_as
     twice = [name for name, steps in found.items() if len(steps) > len(set(steps))]
     assert twice  # the second epoch, and with the same values
     assert {name: sorted(set(steps)) for name, steps in found.items()} == whole.recorded
-    assert_same_weights(folder, whole.folder)
-    assert not list(folder.glob("output/checkpoints/*"))
+    assert_same_weights(store, whole.folder)
+    assert not list(store.glob("output/checkpoints/*"))
 
 
 def test_a_full_disk_costs_the_checkpoint_not_the_training(
-    datasets: dict[str, Path], whole: Whole, folder: Path, monkeypatch: pytest.MonkeyPatch
+    datasets: dict[str, Path], whole: Whole, store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save, unlimited = Checkpoint.save, resource.getrlimit(resource.RLIMIT_FSIZE)
     stayed: list[int] = []
@@ -276,17 +250,17 @@ def test_a_full_disk_costs_the_checkpoint_not_the_training(
     (run,) = runs()
     assert run.info.status == "FINISHED"
     assert recorded(run) == whole.recorded
-    assert not list(folder.glob("output/checkpoints/*"))
+    assert not list(store.glob("output/checkpoints/*"))
 
 
 def test_a_data_set_that_changed_meanwhile_starts_anew_and_leaves_the_stale_checkpoint_alone(
     datasets: dict[str, Path],
-    folder: Path,
+    store: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    shutil.copy(datasets["usual"], folder / "d.h5")
-    settings = settings_of(folder / "d.h5", epochs=2, batch_size=16)
+    shutil.copy(datasets["usual"], store / "d.h5")
+    settings = settings_of(store / "d.h5", epochs=2, batch_size=16)
     save = Checkpoint.save
 
     def save_and_stop(self: Checkpoint, last: dict[str, Any], networks: dict[int, Any]) -> None:
@@ -296,10 +270,10 @@ def test_a_data_set_that_changed_meanwhile_starts_anew_and_leaves_the_stale_chec
     monkeypatch.setattr(Checkpoint, "save", save_and_stop)
     with pytest.raises(KeyboardInterrupt):
         train(settings)
-    (stale,) = folder.glob("output/checkpoints/*")
+    (stale,) = store.glob("output/checkpoints/*")
     before = {path.name: path.stat().st_mtime_ns for path in stale.iterdir()}
 
-    shutil.copy(datasets["larger"], folder / "d.h5")
+    shutil.copy(datasets["larger"], store / "d.h5")
     with pytest.raises(KeyboardInterrupt):
         train(settings)
     said = capsys.readouterr().out
@@ -320,7 +294,7 @@ def test_a_data_set_that_changed_meanwhile_starts_anew_and_leaves_the_stale_chec
 
 @pytest.mark.parametrize("damaged", ["state", "kept"])
 def test_a_checkpoint_of_another_network_is_refused_in_one_line_or_starts_anew(
-    damaged: str, datasets: dict[str, Path], folder: Path, monkeypatch: pytest.MonkeyPatch
+    damaged: str, datasets: dict[str, Path], store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = settings_of(datasets["usual"], epochs=2, batch_size=16)
     save = Checkpoint.save
@@ -333,7 +307,7 @@ def test_a_checkpoint_of_another_network_is_refused_in_one_line_or_starts_anew(
         patch.setattr(Checkpoint, "save", save_and_stop)
         with pytest.raises(KeyboardInterrupt):
             train(settings)
-    (left,) = folder.glob("output/checkpoints/*")
+    (left,) = store.glob("output/checkpoints/*")
     for path in left.glob("epoch-*.pt" if damaged == "kept" else "*.pt"):
         content = torch.load(path, weights_only=True)
         network = content["state"]["network"] if path.name == "last.pt" else content
@@ -354,7 +328,7 @@ def test_a_checkpoint_of_another_network_is_refused_in_one_line_or_starts_anew(
 
 
 def test_a_data_set_without_a_finding_is_learned_and_undefined_numbers_are_left_out(
-    datasets: dict[str, Path], folder: Path
+    datasets: dict[str, Path], store: Path
 ) -> None:
     trained = train(settings_of(datasets["healthy"], epochs=1))
     (run,) = runs()
@@ -372,7 +346,7 @@ def test_a_data_set_without_a_finding_is_learned_and_undefined_numbers_are_left_
 
 
 def test_a_data_set_of_one_patient_cannot_be_divided_and_says_so(
-    datasets: dict[str, Path], folder: Path
+    datasets: dict[str, Path], store: Path
 ) -> None:
     for changes, needed in (({}, 6), ({"holdout": 0.0, "folds": 2}, 2)):
         with pytest.raises(UserError) as caught:
@@ -382,13 +356,16 @@ def test_a_data_set_of_one_patient_cannot_be_divided_and_says_so(
         assert f"needs {needed} patients, the data set has 1" in line
         assert line.endswith("name the patients in patients_csv")
     assert {run.info.status for run in runs()} == {"FAILED"}
-    assert not (folder / "output").exists()
+    assert not (store / "output").exists()
 
 
 def test_a_model_is_not_scored_on_images_of_a_size_that_it_does_not_serve(
     datasets: dict[str, Path], whole: Whole
 ) -> None:
-    with desk(whole.folder), pytest.raises(UserError, match=r"larger\.h5: .*40 px.*=32$") as caught:
+    with (
+        working_in(whole.folder, store_address(whole.folder)),
+        pytest.raises(UserError, match=r"larger\.h5: .*40 px.*=32$") as caught,
+    ):
         score(Score(model=whole.model, dataset=datasets["larger"], subset="all", overlays=0))
     assert len(str(caught.value).splitlines()) == 1
 
@@ -409,7 +386,7 @@ def test_what_a_training_learned_after_its_server_died_is_delivered_when_that_is
 
     try:
         server.start()
-        with desk(tmp_path, server.uri), monkeypatch.context() as patch:
+        with working_in(tmp_path, server.uri), monkeypatch.context() as patch:
             patch.setattr(Checkpoint, "save", save_and_kill_the_server)
             trained = train(settings_of(datasets["usual"]))
         start, model, last = (record.getMessage() for record in caplog.records)
@@ -419,7 +396,7 @@ def test_what_a_training_learned_after_its_server_died_is_delivered_when_that_is
         missing = calls_in(tmp_path / file)
         assert [call["step"] for call in missing if call["call"] == "metrics"] == [2, 3, 3]
         server.start()
-        with desk(tmp_path, server.uri):
+        with working_in(tmp_path, server.uri):
             (run,) = runs()
             assert {step for steps in recorded(run).values() for step, _ in steps} == {1}
             with monkeypatch.context() as patch:

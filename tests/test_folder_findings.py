@@ -7,21 +7,21 @@ import shutil
 import sys
 import threading
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import mlflow
 import numpy as np
 import pydicom
 import pytest
 import torch
 from dicom_files import dicom_bytes
-from helpers import End, copy_store, ended, make
+from helpers import End, ended, make
 from mlflow import MlflowClient
 from PIL import Image
 from pydicom.uid import generate_uid
-from tiny_network import CPU, random_network
+from tiny_network import CPU, tiny_member
+from tracked import log_model
 
 from pneumo_experiments import tracking
 from pneumo_experiments.dataset.resize import resize_image
@@ -32,8 +32,8 @@ from pneumo_experiments.experiment.folder_findings import COLUMNS, write_finding
 from pneumo_experiments.learning.network import Output
 from pneumo_experiments.learning.predict import Predictor, to_native
 from pneumo_experiments.scoring.thresholds import Thresholds, apply_thresholds
-from pneumo_experiments.serving import Detector, Member, save
-from pneumo_experiments.settings import Score, Train, as_config
+from pneumo_experiments.serving import Detector, Member
+from pneumo_experiments.settings import Score, Train
 
 SIZE = 32
 SHAPE = (75, 61)  # as a mask not a whole number of bytes
@@ -89,17 +89,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture
-def desk(empty_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """An empty folder with a store of its own."""
-    copy_store(empty_store, tmp_path)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
-    mlflow.set_tracking_uri(None)
-    yield tmp_path
-    mlflow.set_tracking_uri(None)
-
-
 def written(folder: Path, **settings: Any) -> dict[str, dict[str, str]]:
     """The rows of findings.csv by image id."""
     chosen = make(Score, dicom_dir=folder, **settings)
@@ -126,7 +115,7 @@ def names(folder: Path) -> set[str]:
 
 
 def test_every_file_has_a_row_and_every_finding_a_picture(
-    folder: Path, desk: Path, capsys: pytest.CaptureFixture[str]
+    folder: Path, store: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = written(folder, dicom_seg=True, overlays=2)
     assert list(rows) == sorted([*FILES, "twice"])
@@ -178,7 +167,7 @@ def test_every_file_has_a_row_and_every_finding_a_picture(
         assert "Mustermann" not in text
 
 
-def test_an_overlay_shows_the_outline_in_the_proportions_of_the_radiograph(folder: Path, desk: Path) -> None:
+def test_an_overlay_shows_the_outline_in_the_proportions_of_the_radiograph(folder: Path, store: Path) -> None:
     written(folder)
     shown = np.asarray(Image.open("output/findings/overlays/large.png")).astype(int)[40:-40]  # no captions
     plain, outlined = shown[:, : shown.shape[1] // 2], shown[:, shown.shape[1] // 2 :]
@@ -188,7 +177,7 @@ def test_an_overlay_shows_the_outline_in_the_proportions_of_the_radiograph(folde
     assert not (plain[..., 0] - plain[..., 2] > 150).any()
 
 
-def test_a_segmentation_is_read_by_another_library(folder: Path, desk: Path) -> None:
+def test_a_segmentation_is_read_by_another_library(folder: Path, store: Path) -> None:
     rows = written(folder, dicom_seg=True)
     for name in ("left", "mirrored", "both"):
         read = pydicom.dcmread(f"output/findings/segmentations/{name}.dcm")
@@ -240,7 +229,7 @@ EMPTIED = {
 
 @pytest.mark.filterwarnings("ignore:Invalid value for VR", "ignore:The value length")
 def test_an_odd_header_costs_its_object_or_its_value_and_never_the_run(
-    desk: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "odd").mkdir()
     for name, (header, _) in ODD.items():
@@ -262,7 +251,7 @@ def test_an_odd_header_costs_its_object_or_its_value_and_never_the_run(
     assert "Müller" not in said.out + said.err
 
 
-def test_a_zip_file_gives_what_its_folder_gives(folder: Path, desk: Path) -> None:
+def test_a_zip_file_gives_what_its_folder_gives(folder: Path, store: Path) -> None:
     expected = written(folder)
     with zipfile.ZipFile("all.zip", "w") as archive:
         for path in folder.rglob("*"):
@@ -271,7 +260,7 @@ def test_a_zip_file_gives_what_its_folder_gives(folder: Path, desk: Path) -> Non
     assert names(Path("from-zip")) == names(Path("output/findings"))
 
 
-def test_the_same_command_twice_and_fewer_files_later(folder: Path, desk: Path, tmp_path: Path) -> None:
+def test_the_same_command_twice_and_fewer_files_later(folder: Path, store: Path, tmp_path: Path) -> None:
     first = written(folder, dicom_seg=True)
     assert written(folder, dicom_seg=True) == first
     shutil.copytree(folder, tmp_path / "fewer")
@@ -288,7 +277,7 @@ def test_the_same_command_twice_and_fewer_files_later(folder: Path, desk: Path, 
     }
 
 
-def test_what_is_not_its_own_is_not_touched(folder: Path, desk: Path) -> None:
+def test_what_is_not_its_own_is_not_touched(folder: Path, store: Path) -> None:
     Path("mine").mkdir()
     Path("mine/thesis.txt").write_text("years of work")
     with pytest.raises(UserError, match="findings=mine: exists and was not created by score; name another"):
@@ -304,7 +293,7 @@ def test_what_is_not_its_own_is_not_touched(folder: Path, desk: Path) -> None:
     assert "radiologist" in table.read_text()
 
 
-def test_max_rejected_decides_about_the_end_and_all_is_written_before(folder: Path, desk: Path) -> None:
+def test_max_rejected_decides_about_the_end_and_all_is_written_before(folder: Path, store: Path) -> None:
     written(folder, max_rejected=2 / 7)
     shutil.rmtree("output")
     with pytest.raises(UserError) as error:
@@ -321,7 +310,7 @@ def test_max_rejected_decides_about_the_end_and_all_is_written_before(folder: Pa
 
 
 def test_an_interrupted_run_leaves_whole_files_and_the_next_one_finishes(
-    folder: Path, desk: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
@@ -338,7 +327,7 @@ def test_an_interrupted_run_leaves_whole_files_and_the_next_one_finishes(
     assert len(written(folder, dicom_seg=True)) == len(FILES) + 1
 
 
-def test_a_name_that_is_too_long_with_its_suffix_is_shortened(desk: Path, tmp_path: Path) -> None:
+def test_a_name_that_is_too_long_with_its_suffix_is_shortened(store: Path, tmp_path: Path) -> None:
     (tmp_path / "long").mkdir()
     ids = ["x" * 250 + end for end in "ab"]
     for image_id in ids:
@@ -347,7 +336,7 @@ def test_a_name_that_is_too_long_with_its_suffix_is_shortened(desk: Path, tmp_pa
     assert len([*Path("output/findings/overlays").iterdir()]) == 2
 
 
-def test_a_place_that_cannot_be_written_is_named(folder: Path, desk: Path) -> None:
+def test_a_place_that_cannot_be_written_is_named(folder: Path, store: Path) -> None:
     Path("file").write_text("")
     with pytest.raises(UserError, match=r"findings=file/below: cannot be written \(Not a directory\)"):
         written(folder, findings=Path("file/below"))
@@ -355,15 +344,11 @@ def test_a_place_that_cannot_be_written_is_named(folder: Path, desk: Path) -> No
 
 @pytest.fixture
 def command(
-    desk: Path, tiny: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    store: Path, tiny: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., End]:
     """``score`` with a logged model that finds something everywhere."""
-    Path("model").mkdir()
-    settings = make(Train, network="tiny")
-    member = Member(Predictor(random_network(0), CPU), as_config(settings))
-    save(Path("model"), Detector((member,), 32, Thresholds(0, 0, 0, 0), ""))
-    with tracking.run("train", settings):
-        model = tracking.log_model(Path("model"))
+    detector = Detector((tiny_member(0),), 32, Thresholds(0, 0, 0, 0), "")
+    model = log_model(detector, make(Train, network="tiny"))
 
     def run(*words: object) -> End:
         return ended(["score", "--model", model, *map(str, words)], monkeypatch, capsys)

@@ -1,4 +1,4 @@
-"""The entry point ``preprocess`` at a desk: again, with other input, with too much that is bad, in a zip."""
+"""The entry point ``preprocess``: again, with other input, with too many rejected files, from a zip file."""
 
 from __future__ import annotations
 
@@ -9,20 +9,18 @@ import resource
 import shutil
 import subprocess
 import sys
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import h5py
-import mlflow
 import pydicom
 import pytest
 from conftest import ROOT
 from helpers import changed, make
 from mlflow import MlflowClient
-from mlflow.entities import Run
+from tracked import last_run
 
-from pneumo_experiments import tracking
 from pneumo_experiments.dataset.hdf5 import Dataset
 from pneumo_experiments.dataset.hdf5_writer import DatasetWriter
 from pneumo_experiments.errors import UserError
@@ -41,22 +39,13 @@ def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """An empty folder to work in, with a store of its own."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
-    mlflow.set_tracking_uri(None)
-    yield tmp_path
-    mlflow.set_tracking_uri(None)
-
-
 def settings_of(sample: Path, **changes: object) -> Preprocess:
     chosen: dict[str, object] = {
         "dicom_dir": sample / "dicom-images-train",
         "rle_csv": sample / "train-rle.csv",
         "dataset": Path("d.h5"),
         "image_size": 64,
+        "workers": 1,
     }
     return make(Preprocess, **chosen | changes)  # type: ignore[arg-type]
 
@@ -64,10 +53,6 @@ def settings_of(sample: Path, **changes: object) -> Preprocess:
 def copy_of(sample: Path, folder: Path) -> Path:
     shutil.copytree(sample, folder)
     return folder
-
-
-def last_run() -> Run:
-    return MlflowClient().search_runs(["0"], order_by=["attributes.start_time DESC"])[0]
 
 
 def artifacts() -> set[str]:
@@ -80,50 +65,50 @@ def fingerprint(path: Path) -> str:
 
 
 def test_the_report_lies_beside_the_data_set_and_in_the_run(
-    sample: Path, desk: Path, capsys: pytest.CaptureFixture[str]
+    sample: Path, store: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     preprocess(settings_of(sample))
     assert artifacts() == {"config.yaml", "d.report.json", "d.report.html", "positives.png"}
-    report = json.loads((desk / "d.report.json").read_text())
+    report = json.loads((store / "d.report.json").read_text())
     assert report["outcome"] == {"used": IMAGES, "rejected": 0, "without_annotation": 0, "not_read": 0}
     assert report["formats"] == {"JPEG Baseline, 8 bit, MONOCHROME2": IMAGES}
     assert report["annotated"]["positives"] == 12
-    assert "data:image/jpeg;base64," in (desk / "d.report.html").read_text()
+    assert "data:image/jpeg;base64," in (store / "d.report.html").read_text()
     out = capsys.readouterr().out
     assert f"{IMAGES} files found: {IMAGES} used" in out
-    assert not (desk / "d.h5.work").exists()
-    with h5py.File(desk / "d.h5") as file:
+    assert not (store / "d.h5.work").exists()
+    with h5py.File(store / "d.h5") as file:
         assert file["images_0"].shape == (IMAGES, 64, 64)
     assert last_run().data.params["positives"] == "12"
 
 
 def test_the_same_again_says_so_and_writes_nothing(
-    sample: Path, desk: Path, capsys: pytest.CaptureFixture[str]
+    sample: Path, store: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    own = copy_of(sample, desk / "own")
+    own = copy_of(sample, store / "own")
     preprocess(settings_of(own))
-    before = (desk / "d.h5").stat()
+    before = (store / "d.h5").stat()
     capsys.readouterr()
-    preprocess(settings_of(own, workers=1, max_rejected=0.5))
+    preprocess(settings_of(own, workers=2, max_rejected=0.5))
     assert "d.h5 exists already, from the same files and settings" in capsys.readouterr().out
     for path in own.rglob("*.dcm"):  # as a copy or a second download would look
         os.utime(path, ns=(1, 1))
     preprocess(settings_of(own))
     assert "d.h5 exists already, from the same files and settings" in capsys.readouterr().out
-    after = (desk / "d.h5").stat()
+    after = (store / "d.h5").stat()
     assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
     assert "d.report.html" in artifacts()
 
 
-def test_other_input_or_settings_are_named_and_refused_until_overwrite(sample: Path, desk: Path) -> None:
-    own = copy_of(sample, desk / "own")
+def test_other_input_or_settings_are_named_and_refused_until_overwrite(sample: Path, store: Path) -> None:
+    own = copy_of(sample, store / "own")
     preprocess(settings_of(own))
-    first = (desk / "d.h5").read_bytes()
+    first = (store / "d.h5").read_bytes()
 
     def refusal(**changes: object) -> str:
         with pytest.raises(UserError, match="overwrite=true replaces it") as caught:
             preprocess(settings_of(own, **changes))
-        assert (desk / "d.h5").read_bytes() == first
+        assert (store / "d.h5").read_bytes() == first
         return str(caught.value)
 
     assert "was made with image_size 64, not 32, pixel_dtype float32, not uint8;" in refusal(
@@ -131,7 +116,7 @@ def test_other_input_or_settings_are_named_and_refused_until_overwrite(sample: P
     )
     assert "was made with other annotations;" in refusal(rle_csv=None)
     ids = [path.stem for path in own.rglob("*.dcm")]
-    (desk / "patients.csv").write_text("id,patient\n" + "".join(f"{image_id},b\n" for image_id in ids))
+    (store / "patients.csv").write_text("id,patient\n" + "".join(f"{image_id},b\n" for image_id in ids))
     assert "was made with patients by PatientID, not by patients_csv;" in refusal(patients_csv="patients.csv")
     path = sorted(own.rglob("*.dcm"))[0]
     content = bytearray(path.read_bytes())
@@ -141,29 +126,29 @@ def test_other_input_or_settings_are_named_and_refused_until_overwrite(sample: P
     path.unlink()
     assert "was made with other DICOM files;" in refusal()
     preprocess(settings_of(own, overwrite=True))
-    with Dataset.open(desk / "d.h5") as dataset:
+    with Dataset.open(store / "d.h5") as dataset:
         assert len(dataset) == IMAGES - 1
 
 
 def test_a_damaged_image_is_named_and_made_anew_on_overwrite(
-    sample: Path, desk: Path, capsys: pytest.CaptureFixture[str]
+    sample: Path, store: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     preprocess(settings_of(sample))
-    whole = (desk / "d.h5").read_bytes()
-    with h5py.File(desk / "d.h5") as file:
+    whole = (store / "d.h5").read_bytes()
+    with h5py.File(store / "d.h5") as file:
         chunk = file["ann_0"].id.get_chunk_info(2)
     damaged = bytearray(whole)
     damaged[chunk.byte_offset + chunk.size // 2] ^= 1
-    (desk / "d.h5").write_bytes(damaged)
+    (store / "d.h5").write_bytes(damaged)
     with pytest.raises(
         UserError, match=r"d\.h5: damaged at ann_0, row 2; delete it and run preprocess again"
     ):
         preprocess(settings_of(sample))
-    assert (desk / "d.h5").read_bytes() == damaged
+    assert (store / "d.h5").read_bytes() == damaged
     capsys.readouterr()
     preprocess(settings_of(sample, overwrite=True))
     assert "preprocess: overwriting: d.h5: damaged at ann_0, row 2" in capsys.readouterr().out
-    assert (desk / "d.h5").read_bytes() == whole
+    assert (store / "d.h5").read_bytes() == whole
 
 
 @contextmanager
@@ -177,7 +162,7 @@ def piped(content: bytes) -> Generator[Path]:
 
 
 def test_tables_from_pipes_are_read_once_and_others_from_them_are_noticed(
-    sample: Path, desk: Path, capsys: pytest.CaptureFixture[str]
+    sample: Path, store: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     table = (sample / "train-rle.csv").read_bytes()
     ids = sorted(path.stem for path in sample.rglob("*.dcm"))
@@ -188,7 +173,7 @@ def test_tables_from_pipes_are_read_once_and_others_from_them_are_noticed(
             preprocess(settings_of(sample, rle_csv=rle_csv, patients_csv=str(patients_csv)))
 
     again(table, who)
-    with Dataset.open(desk / "d.h5") as dataset:
+    with Dataset.open(store / "d.h5") as dataset:
         assert dataset.settings["rle_csv"] == hashlib.sha256(table).hexdigest()
         assert dataset.settings["patients_csv"] == hashlib.sha256(who).hexdigest()
     capsys.readouterr()
@@ -201,28 +186,28 @@ def test_tables_from_pipes_are_read_once_and_others_from_them_are_noticed(
 
 
 def test_a_table_of_patients_that_names_no_image_is_an_error_and_one_that_names_few_a_warning(
-    sample: Path, desk: Path, caplog: pytest.LogCaptureFixture
+    sample: Path, store: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    (desk / "other.csv").write_text("id,patient\nelsewhere,Zaphod\n")
+    (store / "other.csv").write_text("id,patient\nelsewhere,Zaphod\n")
     with pytest.raises(UserError) as caught:
         preprocess(settings_of(sample, patients_csv="other.csv"))
     assert str(caught.value).startswith("patients_csv=other.csv: names none of the 40 images; name the table")
     assert last_run().info.status == "FAILED"
-    assert not list(desk.glob("d.h5*"))
+    assert not list(store.glob("d.h5*"))
     ids = [path.stem for path in sample.rglob("*.dcm")][:19]
-    (desk / "few.csv").write_text("id,patient\n" + "".join(f"{image_id},Zaphod\n" for image_id in ids))
+    (store / "few.csv").write_text("id,patient\n" + "".join(f"{image_id},Zaphod\n" for image_id in ids))
     preprocess(settings_of(sample, patients_csv="few.csv"))
     (told,) = (r.getMessage() for r in caplog.records if r.name.startswith("pneumo_experiments.experiment"))
     expected = "patients_csv=few.csv: names only 19 of the 40 images; the others are grouped by PatientID"
     assert told == f"Warning: {expected}"
-    with Dataset.open(desk / "d.h5") as dataset:
+    with Dataset.open(store / "d.h5") as dataset:
         assert dataset.settings["patient_sources"] == "patients_csv: 19, PatientID: 21"
 
 
 def test_too_many_rejects_fail_with_a_report_and_what_was_read_is_kept(
-    sample: Path, desk: Path, capsys: pytest.CaptureFixture[str]
+    sample: Path, store: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    own = copy_of(sample, desk / "own")
+    own = copy_of(sample, store / "own")
     bad = sorted(own.rglob("*.dcm"))[3]
     bad.write_bytes(bad.read_bytes()[:4000])
     with pytest.raises(
@@ -231,33 +216,33 @@ def test_too_many_rejects_fail_with_a_report_and_what_was_read_is_kept(
         preprocess(settings_of(own))
     assert f"for example {bad.stem}: " in str(caught.value)
     assert "\n" not in str(caught.value)
-    assert not (desk / "d.h5").exists()
+    assert not (store / "d.h5").exists()
     assert artifacts() == {"config.yaml", "d.report.json", "d.report.html"}
-    assert "was not written" in (desk / "d.report.html").read_text()
-    report = json.loads((desk / "d.report.json").read_text())
+    assert "was not written" in (store / "d.report.html").read_text()
+    report = json.loads((store / "d.report.json").read_text())
     assert report["outcome"]["rejected"] == 1
     capsys.readouterr()
     preprocess(settings_of(own, max_rejected=0.03))
     assert "continuing: 40 of 40 files are read already" in capsys.readouterr().out
-    with Dataset.open(desk / "d.h5") as dataset:
+    with Dataset.open(store / "d.h5") as dataset:
         assert len(dataset) == 39
         assert bad.stem not in {entry.image_id for entry in dataset.entries}
     preprocess(settings_of(own))  # the limit is no part of what the data set is made from
     assert "exists already" in capsys.readouterr().out
 
 
-def test_a_zip_file_gives_the_same_data_set_as_the_folder(sample: Path, desk: Path) -> None:
+def test_a_zip_file_gives_the_same_data_set_as_the_folder(sample: Path, store: Path) -> None:
     archive = shutil.make_archive("images", "zip", sample / "dicom-images-train")
     preprocess(settings_of(sample))
     preprocess(settings_of(sample, dicom_dir=Path(archive), dataset=Path("zip.h5")))
-    assert fingerprint(desk / "zip.h5") == fingerprint(desk / "d.h5")
+    assert fingerprint(store / "zip.h5") == fingerprint(store / "d.h5")
 
 
-def test_pixel_types_differ_in_fingerprint_and_size_only(sample: Path, desk: Path) -> None:
+def test_pixel_types_differ_in_fingerprint_and_size_only(sample: Path, store: Path) -> None:
     sets: list[Dataset] = []
     for kind in ("float32", "float16", "uint8"):
         preprocess(settings_of(sample, pixel_dtype=kind, dataset=Path(f"{kind}.h5")))
-        sets.append(Dataset.open(desk / f"{kind}.h5"))
+        sets.append(Dataset.open(store / f"{kind}.h5"))
     first = sets[0]
     for other in sets[1:]:
         assert (other.images(range(IMAGES)) == first.images(range(IMAGES))).all()
@@ -268,22 +253,22 @@ def test_pixel_types_differ_in_fingerprint_and_size_only(sample: Path, desk: Pat
         each.close()
 
 
-def test_a_report_that_an_interruption_left_out_is_made_by_the_next_run(sample: Path, desk: Path) -> None:
+def test_a_report_that_an_interruption_left_out_is_made_by_the_next_run(sample: Path, store: Path) -> None:
     preprocess(settings_of(sample))
-    (desk / "d.report.html").unlink()
-    (desk / "d.h5.work").mkdir()  # as a kill between the data set and its report leaves it
-    before = fingerprint(desk / "d.h5")
+    (store / "d.report.html").unlink()
+    (store / "d.h5.work").mkdir()  # as a kill between the data set and its report leaves it
+    before = fingerprint(store / "d.h5")
     preprocess(settings_of(sample))
-    assert (desk / "d.report.html").is_file()
-    assert not (desk / "d.h5.work").exists()
-    assert fingerprint(desk / "d.h5") == before
+    assert (store / "d.report.html").is_file()
+    assert not (store / "d.h5.work").exists()
+    assert fingerprint(store / "d.h5") == before
 
 
 def test_nothing_of_a_patient_is_written_anywhere(
-    sample: Path, desk: Path, capfd: pytest.CaptureFixture[str]
+    sample: Path, store: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     given, family, number, birth, place = PLANTED
-    own = copy_of(sample, desk.parent / f"{desk.name}-own")
+    own = copy_of(sample, store.parent / f"{store.name}-own")
     files = sorted(own.rglob("*.dcm"))
     for path in files[:6]:
         header = pydicom.dcmread(path)
@@ -301,13 +286,13 @@ def test_nothing_of_a_patient_is_written_anywhere(
     named.mkdir(parents=True)
     shutil.move(files[1], named / files[1].name)
     table = "Kaggle_ID,NIH_ID\n" + "".join(f"{path.stem},{family} {number} {birth}\n" for path in files[:20])
-    (desk.parent / "patients.csv").write_text(table)
-    settings = settings_of(own, patients_csv=str(desk.parent / "patients.csv"))
+    (store.parent / "patients.csv").write_text(table)
+    settings = settings_of(own, patients_csv=str(store.parent / "patients.csv"))
     with pytest.raises(UserError) as caught:
         preprocess(settings)  # leaves the work folder and a report
     preprocess(changed(settings, dataset=Path("e.h5"), max_rejected=1))
     out, err = capfd.readouterr()
-    written = {str(path): path.read_bytes() for path in desk.rglob("*") if path.is_file()}
+    written = {str(path): path.read_bytes() for path in store.rglob("*") if path.is_file()}
     assert len([name for name in written if "d.h5.work" in name]) >= 2
     assert any(name.endswith("mlflow.db") for name in written)
     told = {"output": f"{out}{err}{caught.value}".encode()}
@@ -315,14 +300,14 @@ def test_nothing_of_a_patient_is_written_anywhere(
         lower = content.lower()
         for planted in PLANTED:
             assert planted.lower().encode() not in lower, f"{planted} in {name}"
-    with Dataset.open(desk / "e.h5") as dataset:
+    with Dataset.open(store / "e.h5") as dataset:
         of = {entry.image_id: entry for entry in dataset.entries}
         assert {of[path.stem].view for path in files[1:6]} == {"other"}
         assert {of[path.stem].sex for path in files[1:6]} == {""}
         assert len({of[path.stem].patient for path in files[1:20]}) == 1
 
 
-def limited(sample: Path, desk: Path, words: list[str], max_bytes: int) -> subprocess.CompletedProcess[str]:
+def limited(sample: Path, store: Path, words: list[str], max_bytes: int) -> subprocess.CompletedProcess[str]:
     """The command where no file may grow beyond so many bytes, as on a full disk."""
 
     def limit() -> None:
@@ -331,7 +316,7 @@ def limited(sample: Path, desk: Path, words: list[str], max_bytes: int) -> subpr
     source = ["--dicom_dir", sample / "dicom-images-train", "--rle_csv", sample / "train-rle.csv"]
     return subprocess.run(
         [sys.executable, "-m", "pneumo_experiments", "preprocess", *map(str, source), *words],
-        cwd=desk,
+        cwd=store,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         preexec_fn=limit,
         capture_output=True,
@@ -341,48 +326,46 @@ def limited(sample: Path, desk: Path, words: list[str], max_bytes: int) -> subpr
 
 @pytest.mark.parametrize(("max_bytes", "whole_batches"), [(1_300_000, 0), (3_000_000, 2)])
 def test_a_full_disk_is_a_clear_end_and_the_old_data_set_stays(
-    max_bytes: int, whole_batches: int, sample: Path, desk: Path
+    max_bytes: int, whole_batches: int, sample: Path, store: Path
 ) -> None:
     """The first limit stops the worker at its first batch, the second the file of all batches."""
-    with tracking.run("store", settings_of(sample)):
-        pass  # the store is there, and small, before the limit
     preprocess(settings_of(sample))
-    old = (desk / "d.h5").read_bytes()
+    old = (store / "d.h5").read_bytes()
     words = ["--dataset", "d.h5", "--image_size", "256", "--overwrite", "true", "--workers", "1"]
-    end = limited(sample, desk, words, max_bytes)
+    end = limited(sample, store, words, max_bytes)
     assert end.returncode == 2, end.stderr
     assert end.stderr.count("\n") == 1
     assert "d.h5: cannot be written (File too large); make room or choose another place" in end.stderr
-    assert (desk / "d.h5").read_bytes() == old
-    assert not list(desk.glob("*.part"))
-    batches = [path for path in (desk / "d.h5.work").iterdir() if len(path.name) == 32]
+    assert (store / "d.h5").read_bytes() == old
+    assert not list(store.glob("*.part"))
+    batches = [path for path in (store / "d.h5.work").iterdir() if len(path.name) == 32]
     assert len(batches) == whole_batches
     preprocess(settings_of(sample, image_size=256, overwrite=True))
-    with Dataset.open(desk / "d.h5") as dataset:
+    with Dataset.open(store / "d.h5") as dataset:
         assert (dataset.image_size, len(dataset)) == (256, IMAGES)
 
 
 def test_a_report_that_finds_no_temporary_folder_does_not_blame_the_data_set(
-    sample: Path, desk: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    sample: Path, store: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (desk / "file").touch()
+    (store / "file").touch()
     finish = DatasetWriter.finish
 
     def finish_and_lose_the_folder(self: DatasetWriter, settings: Mapping[str, str]) -> str:
-        patch.setattr("tempfile.tempdir", f"{desk}/file")
+        patch.setattr("tempfile.tempdir", f"{store}/file")
         return finish(self, settings)
 
-    with monkeypatch.context() as patch, pytest.raises(OSError, match=f"{desk}/file/tmp"):
+    with monkeypatch.context() as patch, pytest.raises(OSError, match=f"{store}/file/tmp"):
         patch.setattr(DatasetWriter, "finish", finish_and_lose_the_folder)
         preprocess(settings_of(sample))
     preprocess(settings_of(sample))
     assert "continuing: 40 of 40 files are read already" in capsys.readouterr().out
-    assert (desk / "d.report.html").exists()
+    assert (store / "d.report.html").exists()
 
 
 @pytest.mark.parametrize("target", ["/proc/d.h5", "file/d.h5"])
-def test_a_target_that_cannot_be_written_is_named(target: str, sample: Path, desk: Path) -> None:
-    (desk / "file").touch()
+def test_a_target_that_cannot_be_written_is_named(target: str, sample: Path, store: Path) -> None:
+    (store / "file").touch()
     with pytest.raises(UserError, match=rf"{target}: cannot be written \(.+\); make room or choose"):
         preprocess(settings_of(sample, dataset=Path(target)))
-    assert {path.name for path in desk.iterdir()} <= {"file", "mlflow.db", "mlflow.db.lock", "mlruns"}
+    assert {path.name for path in store.iterdir()} <= {"file", "mlflow.db", "mlflow.db.lock", "mlruns"}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from pneumo_experiments.learning.device import ComputeConfig
 from pneumo_experiments.learning.loader import InMemoryData
 from pneumo_experiments.learning.network import NETWORKS, PneumothoraxNet
-from pneumo_experiments.learning.predict import Predictor
-from pneumo_experiments.serving import Member
-from pneumo_experiments.settings import Train, as_config
+
+if TYPE_CHECKING:
+    from pneumo_experiments.serving import Member
 
 Result = TypeVar("Result")
 CPU = ComputeConfig(torch.device("cpu"), "fp32")
@@ -75,6 +75,10 @@ def random_network(seed: int) -> PneumothoraxNet:
 
 def tiny_member(seed: int, **values: Any) -> Member:
     """One that predicts with the tiny network of that seed, with the settings of its training."""
+    from pneumo_experiments.learning.predict import Predictor
+    from pneumo_experiments.serving import Member  # which imports much, and is not what workers need
+    from pneumo_experiments.settings import Train, as_config
+
     settings = make(Train, network="tiny", **values)
     return Member(Predictor(random_network(seed), CPU, settings.recipe.network.tta), as_config(settings))
 
