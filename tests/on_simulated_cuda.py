@@ -201,7 +201,7 @@ def test_the_host_waits_for_nothing_in_a_step(network: str, precision: str) -> N
 
 
 @pytest.mark.parametrize("cache", CACHES)
-def test_in_an_epoch_the_host_waits_for_its_sums_alone(dataset: Path, cache: str) -> None:
+def test_in_an_epoch_the_host_waits_only_for_its_sums(dataset: Path, cache: str) -> None:
     recipe, compute = make(Recipe, network="tiny", batch_size=4, ema=0.9), choose_compute(Device())
     rows = np.arange(16)
     with Dataset.open(dataset) as opened:

@@ -54,7 +54,7 @@ def test_the_order_is_that_of_the_ids_whatever_the_folders(tmp_path: Path) -> No
     assert ids(open_archive(tmp_path / "one")) == ids(open_archive(tmp_path / "two")) == ["1", "2", "3"]
 
 
-def test_of_equal_files_with_one_id_the_first_is_kept_and_of_differing_ones_none(tmp_path: Path) -> None:
+def test_of_equal_files_with_one_id_the_first_is_used_and_of_differing_ones_none(tmp_path: Path) -> None:
     place(tmp_path, "x/same.dcm", "y/same.dcm", "single.dcm", "x/other.dcm")
     place(tmp_path, "y/other.dcm", content=DICOM + b"x")
     place(tmp_path, "x/swapped.dcm", content=DICOM[:-1] + b"1")
@@ -269,7 +269,7 @@ except UserError as error:
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs to know how much memory is in use")
 @pytest.mark.parametrize("method", METHODS[1:])
-def test_a_bomb_in_a_zip_file_inflates_no_further_than_its_told_size(tmp_path: Path, method: int) -> None:
+def test_a_bomb_in_a_zip_file_inflates_no_further_than_its_declared_size(tmp_path: Path, method: int) -> None:
     path, size = tmp_path / "a.zip", 96 * 2**20
     with zipfile.ZipFile(path, "w", method) as file:
         file.writestr("bomb.dcm", bytes(size), compresslevel=1)

@@ -120,7 +120,7 @@ def test_the_strongest_distortion_never_folds_the_image() -> None:
     assert areas.min() > 0.25  # nowhere is the image stretched to more than four times its area
 
 
-def test_maps_keep_within_their_strengths_and_reach_them() -> None:
+def test_warps_stay_within_their_limits_and_reach_them() -> None:
     maps = random_affine(4000, seeded(0))
     linear = maps[:, :, :2]
     determinant = torch.linalg.det(linear)
@@ -166,7 +166,7 @@ def test_each_image_has_its_own_intensity() -> None:
     torch.testing.assert_close(adjust_intensity(grey, tones).flatten(), torch.tensor([0.6, 0.25, 0.5]))
 
 
-def test_intensities_keep_within_their_strengths_and_are_symmetric() -> None:
+def test_intensities_stay_within_their_limits_and_are_symmetric() -> None:
     gamma, contrast, brightness = random_intensity(4000, seeded(0))
     for values, high in (
         (gamma.log(), math.log(GAMMA)),
@@ -181,7 +181,7 @@ def test_intensities_keep_within_their_strengths_and_are_symmetric() -> None:
 # Both together
 
 
-def test_image_and_mask_move_alike() -> None:
+def test_image_and_mask_move_together() -> None:
     targets = torch.zeros(64, 64, 64)
     targets[:, 20:44, 10:30] = 1
     images, moved = augment(0.15 + 0.7 * targets[:, None], targets, seeded(0))
@@ -265,7 +265,7 @@ def test_one_seed_is_one_change_and_each_image_has_its_own() -> None:
     assert len({image.numpy().tobytes() for image in first[0]}) == 4
 
 
-def test_the_generator_alone_is_the_source_of_randomness() -> None:
+def test_the_generator_is_the_only_source_of_randomness() -> None:
     image = torch.rand(2, 1, 16, 16, generator=seeded(0))
     results = []
     for seed in (1, 2):

@@ -231,7 +231,7 @@ def test_the_timer_of_a_worker_ends_a_file_that_takes_too_long(desk: Desk) -> No
     ],
     ids=lambda value: getattr(value, "name", ""),
 )
-def test_a_command_in_the_midst_of_a_bomb_can_be_stopped(
+def test_a_command_can_be_stopped_while_it_decodes_a_bomb(
     stage: str,
     number: signal.Signals,
     code: int,

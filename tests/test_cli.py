@@ -83,7 +83,9 @@ def test_a_mistyped_value_or_name_is_one_line_and_exit_code_2(
     assert fix in line
 
 
-def test_an_end_of_file_that_is_our_bug_is_not_told_as_an_interrupt(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_eof_error_that_is_our_bug_is_not_reported_as_an_interrupt(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def read_on() -> None:
         raise EOFError("a bug")
 

@@ -99,7 +99,7 @@ def test_the_format_names_syntax_and_bits(syntax: uid.UID, bits: int, form: str)
     assert read_radiograph(file_of(GREYS if bits == 8 else RAMP, bits, syntax), "x").format == form
 
 
-def test_every_syntax_has_a_short_name_that_quotes_no_file() -> None:
+def test_every_syntax_has_a_short_name_without_text_from_the_file() -> None:
     assert {codec.name for codec in DECODERS.values()} == {
         "JPEG Baseline", "JPEG Extended", "JPEG Lossless", "JPEG-LS", "JPEG-LS near-lossless", "JPEG 2000",
         "JPEG 2000 lossy", "HTJ2K", "HTJ2K lossy", "RLE",

@@ -53,7 +53,7 @@ def test_counts_that_were_saved_are_read(path: Path) -> None:
     np.testing.assert_array_equal(stored.counts.dice(thresholds), counts.dice(thresholds))
 
 
-def test_each_part_is_judged_with_the_thresholds_of_all_others(path: Path) -> None:
+def test_each_part_is_scored_with_the_thresholds_of_all_others(path: Path) -> None:
     stored = load_counts(path)
     crossed = cross_fitted(stored.counts, stored.parts, lambda others: best_of_all(others).thresholds)
     dices: list[float] = []

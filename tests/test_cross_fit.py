@@ -50,7 +50,7 @@ def slow(images: list[Image], half: NDArray[np.int64]) -> list[float]:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_each_half_is_judged_with_the_thresholds_of_the_other(seed: int) -> None:
+def test_each_half_is_scored_with_the_thresholds_of_the_other(seed: int) -> None:
     images = random_images(14, seed)
     half = np.random.default_rng(seed).integers(0, 2, 14)
     scores, dices = cross_fitted(counted(images), half), slow(images, half)

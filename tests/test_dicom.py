@@ -165,7 +165,7 @@ def test_age_is_in_whole_years_or_unknown(age: str | None, years: int) -> None:
     assert read_radiograph(dicom_bytes(GREYS, **header), "x").age == years
 
 
-def test_the_header_tells_patient_view_and_sex_or_nothing() -> None:
+def test_the_header_gives_patient_view_and_sex_or_nothing() -> None:
     full = read_radiograph(
         dicom_bytes(GREYS, PatientID=" 17 ", ViewPosition="PA", PatientSex="F", PatientName="Doe^Jane"), "x"
     )
@@ -188,7 +188,7 @@ def test_only_defined_terms_leave_the_header() -> None:
     assert terms("PA\\AP", "F\\M") == ("other", "")
 
 
-def test_the_format_is_told_in_known_words() -> None:
+def test_the_format_is_reported_in_known_words() -> None:
     assert read_radiograph(jpeg_file(GREYS), "x").format == "JPEG Baseline, 8 bit, MONOCHROME2"
     inverted = dicom_bytes(RAMP, 12, PhotometricInterpretation="MONOCHROME1")
     assert read_radiograph(inverted, "x").format == "uncompressed, 12 bit, MONOCHROME1"

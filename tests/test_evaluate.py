@@ -222,7 +222,7 @@ def test_a_diverged_network_is_an_error_with_advice(dataset: Dataset, head: str)
 
 
 @pytest.mark.usefixtures("tiny")
-def test_one_nan_pixel_marks_its_image_alone(dataset: Dataset) -> None:
+def test_one_nan_pixel_marks_only_its_image(dataset: Dataset) -> None:
     class OneBadPixel(PneumothoraxNet):
         def forward(self, images: torch.Tensor) -> Output:
             mask = torch.zeros(images.shape[0], *images.shape[2:])

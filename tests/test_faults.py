@@ -166,7 +166,7 @@ def whole(datasets: dict[str, Path], empty_store: Path, tmp_path_factory: pytest
         return Whole(folder, recorded(run), model)
 
 
-def test_killed_in_a_step_in_validation_and_in_the_checkpoint_a_training_ends_as_if_nothing_had_been(
+def test_a_training_killed_in_a_step_in_validation_or_in_the_checkpoint_ends_with_the_same_result(
     datasets: dict[str, Path], whole: Whole, store: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     settings = settings_of(datasets["usual"])
@@ -253,7 +253,7 @@ def test_a_full_disk_costs_the_checkpoint_not_the_training(
     assert not list(store.glob("output/checkpoints/*"))
 
 
-def test_a_data_set_that_changed_meanwhile_starts_anew_and_leaves_the_stale_checkpoint_alone(
+def test_a_changed_data_set_restarts_the_training_and_the_stale_checkpoint_stays(
     datasets: dict[str, Path],
     store: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -293,7 +293,7 @@ def test_a_data_set_that_changed_meanwhile_starts_anew_and_leaves_the_stale_chec
 
 
 @pytest.mark.parametrize("damaged", ["state", "kept"])
-def test_a_checkpoint_of_another_network_is_refused_in_one_line_or_starts_anew(
+def test_a_checkpoint_of_another_network_is_refused_in_one_line_or_restarts_the_training(
     damaged: str, datasets: dict[str, Path], store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = settings_of(datasets["usual"], epochs=2, batch_size=16)
@@ -370,7 +370,7 @@ def test_a_model_is_not_scored_on_images_of_a_size_that_it_does_not_serve(
     assert len(str(caught.value).splitlines()) == 1
 
 
-def test_what_a_training_learned_after_its_server_died_is_delivered_when_that_is_back(
+def test_a_training_whose_server_dies_sends_everything_when_the_server_is_back(
     datasets: dict[str, Path],
     whole: Whole,
     tmp_path: Path,

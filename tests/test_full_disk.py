@@ -64,7 +64,7 @@ def test_a_submission_names_its_file_and_keeps_the_one_before(tmp_path: Path) ->
     assert {file.name for file in tmp_path.iterdir()} == {"s.csv", ".s.csv.sha256"}
 
 
-def test_an_error_of_reading_is_not_told_as_one_of_writing(tmp_path: Path) -> None:
+def test_a_read_error_is_not_reported_as_a_write_error(tmp_path: Path) -> None:
     def rows() -> Iterator[tuple[str, str]]:
         yield "a", "1 2"
         raise OSError(errno.EIO, "Input/output error", "archive.zip")
@@ -140,7 +140,7 @@ def test_main_on_a_full_disk_is_one_line_and_the_next_command_leaves_no_run_runn
     assert {run.info.status for run in runs} <= {"FINISHED", "FAILED", "KILLED"}
 
 
-def test_what_no_stage_put_into_words_names_the_file_or_the_full_disk(
+def test_a_write_error_that_no_stage_handles_names_the_file_or_the_full_disk(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     named = OSError(errno.EROFS, os.strerror(errno.EROFS), "/mnt/d.h5")

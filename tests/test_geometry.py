@@ -35,7 +35,7 @@ def geometry_of(**header: Any) -> Geometry:
         ({"ViewPosition": "LL", "PatientOrientation": ["R", "F"]}, "left"),
     ],
 )
-def test_the_header_tells_where_the_patient_s_left_is(header: dict[str, Any], edge: str) -> None:
+def test_the_header_says_where_the_patient_s_left_is(header: dict[str, Any], edge: str) -> None:
     assert geometry_of(**header).left_edge == edge
 
 

@@ -100,7 +100,7 @@ def test_plain_h5py_finds_the_promised_layout(tmp_path: Path) -> None:
         assert np.array_equal(across, [written[i].image for i in (514, 511, 512, 0)])
 
 
-def test_smaller_pixel_types_say_how_they_are_scaled(tmp_path: Path) -> None:
+def test_smaller_pixel_types_record_how_they_are_scaled(tmp_path: Path) -> None:
     write(tmp_path / "d.h5", 2, pixel_dtype="uint8")
     image = next(examples(1)).image
     with h5py.File(tmp_path / "d.h5") as file:
@@ -268,7 +268,9 @@ def test_an_index_beyond_the_images_is_an_error_and_minus_one_is_the_last(tmp_pa
             dataset.images([3])
 
 
-def test_a_patient_is_a_salted_hash_and_a_stranger_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_patient_is_a_salted_hash_and_an_unknown_patient_a_group_of_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.delenv("PNEUMO_PATIENT_SALT", raising=False)
     plain = hash_patient("00028864")
     assert len(plain) == 16

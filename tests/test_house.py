@@ -88,7 +88,7 @@ def test_a_module_imports_only_what_its_room_may(path: Path) -> None:
                 assert target == room or target in ROOMS[room], f"{relative} imports {name}"
 
 
-def test_mlproject_is_what_the_settings_say() -> None:
+def test_mlproject_is_generated_from_the_settings() -> None:
     assert (ROOT / "MLproject").read_text(encoding="utf-8") == mlproject_text(), (
         "run: python -m pneumo_experiments mlproject"
     )

@@ -213,9 +213,7 @@ def test_the_output_is_torchvisions_for_the_image_in_three_channels(network: str
 
 
 @pytest.mark.parametrize("weights", ["imagenet", "auto"])
-def test_imagenet_weights_replace_the_special_start_of_the_backbone_alone(
-    weights: str, torch_home: Path
-) -> None:
+def test_imagenet_weights_replace_only_the_backbone_initialisation(weights: str, torch_home: Path) -> None:
     state = constants(torchvision_shapes("resnet50"))
     in_the_cache(torch_home, models.ResNet50_Weights.IMAGENET1K_V2.url, state)
     net = build("fcn_resnet50", weights, seed=0)
@@ -297,7 +295,7 @@ def test_saved_weights_of_a_network_come_back_whole(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("old", [True, False])
-def test_a_backbone_file_fills_the_backbone_alone(old: bool, tmp_path: Path) -> None:
+def test_a_backbone_file_fills_only_the_backbone(old: bool, tmp_path: Path) -> None:
     shapes = {
         name: shape
         for name, shape in torchvision_shapes("resnet50").items()

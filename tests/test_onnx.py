@@ -119,7 +119,7 @@ def test_the_file_predicts_what_the_ensemble_predicts_for_any_number_of_images(e
         assert not difference(exported.path, other, [pixels(3)]).is_within(LIMIT)
 
 
-def test_the_file_can_be_used_alone_and_tells_nothing_of_this_machine(exported: Exported) -> None:
+def test_the_file_can_be_used_alone_and_holds_nothing_of_this_machine(exported: Exported) -> None:
     session = exported.session()
     facts = session.get_modelmeta().custom_metadata_map
     texts = {

@@ -133,7 +133,7 @@ def test_the_shipped_table_goes_into_the_package_that_is_built(tmp_path: Path) -
         assert "pneumo_experiments/report/page.html.j2" in packed.namelist()
 
 
-def test_the_shipped_table_knows_its_own_images_alone() -> None:
+def test_the_shipped_table_has_only_its_own_images() -> None:
     foreign = [f"image-{n}" for n in range(10_000)] + ["", ANNA[0] + "1", "\udce9"]
     assert shipped_grouping(foreign) == shipped_grouping([]) == Grouping()
     found = shipped_grouping([*foreign, *ANNA, *BERT]).hashes
@@ -157,7 +157,7 @@ MIXED = {ANNA[0]: "uuid-1", ANNA[1]: "uuid-2", BERT[0]: "uuid-3"} | {
 }
 
 
-def test_by_default_the_shipped_table_tells_of_its_images_and_patient_id_of_the_others(
+def test_by_default_patients_come_from_the_shipped_table_and_else_from_patient_id(
     desk: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     patient = made(archive(desk, MIXED), desk / "d.h5")

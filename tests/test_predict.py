@@ -26,7 +26,7 @@ def test_predictions_do_not_depend_on_the_batch(network: PneumothoraxNet) -> Non
         assert a.presence == pytest.approx(b.presence, abs=1e-5)
 
 
-def test_flip_averaging_treats_both_sides_alike(network: PneumothoraxNet) -> None:
+def test_flip_averaging_is_symmetric(network: PneumothoraxNet) -> None:
     images = squares(2).images.numpy()
     predictor = Predictor(network, CPU, tta="flip")
     (a, _), (b, _) = list(predictor.predict(images)), list(predictor.predict(images[:, :, ::-1]))

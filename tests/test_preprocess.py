@@ -130,7 +130,7 @@ def test_other_input_or_settings_are_named_and_refused_until_overwrite(sample: P
         assert len(dataset) == IMAGES - 1
 
 
-def test_a_damaged_image_is_named_and_made_anew_on_overwrite(
+def test_a_damaged_image_is_named_and_rewritten_on_overwrite(
     sample: Path, store: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     preprocess(settings_of(sample))

@@ -261,7 +261,7 @@ def test_without_the_images_or_with_others_in_the_table_nothing_is_compared(stor
 # Who was champion when
 
 
-def test_the_history_says_who_was_champion_when_and_why_and_does_not_guess(store: Store) -> None:
+def test_the_history_shows_which_version_was_champion_when_and_why(store: Store) -> None:
     for more in (0.0, 0.01, -0.1, 0.02):
         registered(logged(HARD + more))
     version = tracking.version_of("lungs", "2")
@@ -474,7 +474,7 @@ def test_the_code_version_is_the_commit_with_a_mark_for_changes(tmp_path: Path) 
     assert version_in(package) == f"{clean}-dirty"
 
 
-def test_every_run_says_which_code_it_ran(store: Store) -> None:
+def test_every_run_records_its_code_version(store: Store) -> None:
     with tracking.run("train", Train()) as run_id:
         pass
     assert store.client.get_run(run_id).data.tags["code_version"] == tracking.code_version()

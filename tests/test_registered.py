@@ -199,7 +199,7 @@ def test_several_models_are_registered_as_one(shelf: Shelf) -> None:
     assert [links["training 1"], links["training 2"]] == trainings
 
 
-def test_the_card_tells_what_tags_and_tables_say(shelf: Shelf) -> None:
+def test_the_card_agrees_with_tags_and_tables(shelf: Shelf) -> None:
     with tracking.run("preprocess", Score()) as prepared:
         tracking.log_dataset(
             shelf.dataset, load(tracking.model_data(shelf.strong)).data_fingerprint, "preprocessed"

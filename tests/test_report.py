@@ -206,7 +206,7 @@ def test_a_set_of_negatives_has_no_areas() -> None:
     assert summary(report)[-1] == "0 with pneumothorax; all-empty predictions score Dice 1.0000"
 
 
-def test_a_report_of_nothing_used_still_tells_why() -> None:
+def test_a_report_without_a_used_image_still_gives_the_reasons() -> None:
     nothing = {"entries": [], "pixel_hashes": [], "formats": [], "overlapping": []}
     report = make_report(**FULL | nothing | {"file_ids": ["b1", "r1", "r2", "r3", "r5"]})
     assert (report.outcome.used, report.outcome.rejected, report.patients.count) == (0, 5, 0)
@@ -265,7 +265,7 @@ def test_the_summary_is_short_and_complete() -> None:
     ]
 
 
-def test_a_clean_summary_speaks_of_no_faults() -> None:
+def test_a_clean_summary_mentions_no_faults() -> None:
     assert summary(make_report(**CLEAN)) == [
         "6 files found: 6 used",
         "6 images of 3 patients, at most 3 per patient",
@@ -288,7 +288,7 @@ def test_a_summary_gives_reasons_the_lines_that_are_left() -> None:
     assert lines[6] == "rejected for 3 other reasons (3): fault f, fault g, fault h"
 
 
-def test_a_long_id_is_told_by_its_end_and_a_terminal_gets_no_control_characters() -> None:
+def test_a_long_id_is_shortened_to_its_end_and_a_terminal_gets_no_control_characters() -> None:
     uid = "1.2.276.0.7230010.3.1.4.8323329.14508.1517875252.443873"
     lines = summary(make_report(**CLEAN | {"rejected": [(uid, "damaged"), ("\x1b[2J\udce9\n", "empty")]}))
     assert lines[1] == f"rejected, damaged (1): …{uid[-23:]}"
@@ -314,7 +314,7 @@ def test_the_page_shows_every_finding_with_its_count() -> None:
     assert findings(page(make_report(**clean), "Report")) == {}
 
 
-def test_the_page_tells_numbers_in_words_that_a_stranger_reads() -> None:
+def test_the_page_explains_its_numbers_in_plain_words() -> None:
     text = Reader(page(full_report(), "Data of a clinic")).text
     for words in (
         "Data of a clinic files found 15 images used 6 images left out 7 patients 3 with pneumothorax 4",
@@ -358,7 +358,7 @@ def test_a_hostile_name_is_shown_and_not_run() -> None:
     assert reader.text.count(HOSTILE) >= 15
 
 
-def test_the_page_asks_for_nothing_from_elsewhere() -> None:
+def test_the_page_loads_nothing_from_elsewhere() -> None:
     sources = [
         "data:image/png;base64,AAAA",
         "sheet 1.png",

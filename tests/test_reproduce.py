@@ -80,7 +80,7 @@ def test_a_champion_is_trained_again_with_the_same_settings_to_the_same_weights(
     assert "the data set is the same" in said
 
 
-def test_another_data_set_other_code_and_other_weights_are_told(
+def test_another_data_set_other_code_and_other_weights_are_reported(
     original: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     other = stored_sample(tmp_path, images=26, image_size=32)

@@ -40,7 +40,7 @@ def drawn(study: optuna.Study) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_the_sampler_is_the_named_one_and_an_interrupted_study_continues_alike(name: str) -> None:
+def test_the_sampler_is_the_named_one_and_a_resumed_study_continues_the_same_way(name: str) -> None:
     settings = settings_of(name, trials=6)
     whole = worker(InMemoryStorage(), settings)
     whole.optimize(objective, n_trials=6)

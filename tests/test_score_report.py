@@ -302,7 +302,7 @@ def test_sets_that_leave_scores_undefined_have_a_page(
     assert ("<b>Dice by area" in report.html) == (report.scores.positives > 0)
 
 
-def test_overlays_without_room_are_artifacts_alone(
+def test_overlays_without_room_are_only_artifacts(
     store: Path, network: PneumothoraxNet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:

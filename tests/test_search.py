@@ -322,7 +322,7 @@ def test_the_best_settings_train_a_network(
         train(make(Train, **shared, from_study="t", storage=STORAGE))
 
 
-def test_a_learning_rate_that_diverges_fails_its_trials_alone(settings: Search, store: Path) -> None:
+def test_a_learning_rate_that_diverges_fails_only_its_trials(settings: Search, store: Path) -> None:
     (store / "space.yaml").write_text("learning_rate: {choices: [1.0e-4, 1.0e+30]}\n")
     chosen = {"searched": "learning_rate", "space": store / "space.yaml", "sampler": "random", "trials": 5}
     search(changed(settings, learning_rate=1e-4, **chosen))

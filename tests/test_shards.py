@@ -146,7 +146,7 @@ def test_a_shard_is_reused_only_for_the_same_files_tables_and_settings(
     assert job.name not in names
 
 
-def test_what_cannot_be_used_is_told_with_its_reason(sample: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_used_is_reported_with_its_reason(sample: Path, tmp_path: Path) -> None:
     (job,) = jobs_of(sample)[-1:]
     broken, odd, tall, twice = (member.image_id for member in job.members[:4])
     folder = tmp_path / "files"

@@ -33,7 +33,9 @@ def assert_no_patient_twice(patients: list[str], parts: list[np.ndarray]) -> Non
 
 
 @pytest.mark.parametrize("folds", [2, 5, 10])
-def test_real_folds_share_no_patient_and_are_alike(subset: tuple[list[str], np.ndarray], folds: int) -> None:
+def test_real_folds_share_no_patient_and_have_equal_areas(
+    subset: tuple[list[str], np.ndarray], folds: int
+) -> None:
     patients, areas = subset
     start = time.perf_counter()
     fold = assign_folds(patients, areas, folds, seed=0)

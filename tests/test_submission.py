@@ -34,7 +34,7 @@ def test_the_bytes_are_those_kaggle_shows(tmp_path: Path) -> None:
     assert path.read_bytes() == b"ImageId,EncodedPixels\nID_0011fe81e,175654 22 987 42\nID_003206608,-1\n"
 
 
-def test_no_images_leave_the_header_alone(tmp_path: Path) -> None:
+def test_without_images_only_the_header_is_written(tmp_path: Path) -> None:
     path = tmp_path / "submission.csv"
     assert write_submission(path, []) == 0
     assert read(path) == [["ImageId", "EncodedPixels"]]

@@ -155,7 +155,7 @@ def test_a_finished_sample_is_known_by_its_settings(sample: Path, tmp_path: Path
     assert settings == {"format": kaggle_layout.FORMAT, "images": 40, "test_images": 4, "seed": 3}
 
 
-def test_a_folder_with_files_is_refused_and_left_alone(tmp_path: Path) -> None:
+def test_a_folder_with_files_is_refused_and_unchanged(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("keep")
     with pytest.raises(UserError, match="not an empty folder"):
         write_sample(tmp_path, 2, 0, 0)
@@ -218,7 +218,7 @@ def test_a_pneumothorax_is_darker_than_the_lung_beside_it() -> None:
     assert np.mean(np.array(darker) > 5) >= 0.9
 
 
-def test_a_healthy_twin_differs_by_air_without_vessels_in_one_lung_alone() -> None:
+def test_a_healthy_twin_differs_only_by_air_without_vessels_in_one_lung() -> None:
     larger = 0
     for index in range(12):
         ill, well = radiograph(index, 1), radiograph(index, 0)

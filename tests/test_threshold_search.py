@@ -27,7 +27,7 @@ def noisy_squares(images: int) -> ThresholdCounts:
     return counts
 
 
-def test_the_study_comes_near_the_exact_optimum_and_its_distance_is_told() -> None:
+def test_the_study_comes_near_the_exact_optimum_and_its_distance_is_logged() -> None:
     counts = noisy_squares(40)
     search = search_thresholds(counts, trials=60, seed=0)
     metrics = search.as_metrics()

@@ -42,7 +42,7 @@ def settings(dataset: Path, tiny: None, store: Path) -> Train:
     )
 
 
-def test_all_folds_are_runs_below_one_and_each_image_is_judged_by_a_network_that_never_saw_it(
+def test_all_folds_are_child_runs_and_each_image_is_scored_by_a_network_that_never_saw_it(
     settings: Train, dataset: Path
 ) -> None:
     train(changed(settings, fold="all", folds=2, epochs=1, holdout=0.25))
@@ -114,7 +114,7 @@ def test_the_run_holds_curves_pictures_and_how_the_time_was_spent(settings: Trai
     assert not list(Path("output/checkpoints").glob("*"))
 
 
-def test_with_another_micro_batch_a_training_starts_anew(
+def test_another_micro_batch_restarts_the_training(
     settings: Train, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     save = Checkpoint.save
