@@ -6,6 +6,7 @@ own environment, folder and signals.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
@@ -22,11 +23,14 @@ from typing import IO, Any
 import sqlalchemy.orm
 from conftest import ROOT, do_not_wait_for_the_disk
 
+from pneumo_experiments.scoring import figures
+
 SERVE = "import command_server; command_server.serve()"
 IMPORTS = (
     *("tiny_network", "pneumo_experiments.learning.trainer", "pneumo_experiments.stages.main"),
     *("alembic.command", "git", "mlflow.pyfunc", "mlflow.store.tracking.sqlalchemy_store"),
     *("mlflow.store.model_registry.sqlalchemy_store", "sqlalchemy.dialects.sqlite"),
+    *("PIL.PngImagePlugin", "torch._dynamo"),  # torch's optimisers load it
 )
 
 
@@ -114,6 +118,9 @@ def serve() -> None:
         importlib.import_module(name)
     do_not_wait_for_the_disk()
     sqlalchemy.orm.configure_mappers()  # takes MLflow's first client a second
+    figures.learning_curves([{"loss": 0.0}], 0)  # a process's first picture takes a second as well
+    gc.collect()
+    gc.freeze()  # else each process that ends visits, and so copies, all of this
     connection = socket.socket(fileno=0)
     while True:
         length, descriptors, _, _ = socket.recv_fds(connection, 8, 2)
