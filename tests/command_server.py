@@ -6,7 +6,6 @@ own environment, folder and signals.
 
 from __future__ import annotations
 
-import gc
 import importlib
 import json
 import os
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import sqlalchemy.orm
-from conftest import ROOT, do_not_wait_for_the_disk
+from conftest import ROOT, collect_rarely, do_not_wait_for_the_disk
 
 from pneumo_experiments.scoring import figures
 
@@ -119,8 +118,7 @@ def serve() -> None:
     do_not_wait_for_the_disk()
     sqlalchemy.orm.configure_mappers()  # takes MLflow's first client a second
     figures.learning_curves([{"loss": 0.0}], 0)  # a process's first picture takes a second as well
-    gc.collect()
-    gc.freeze()  # else each process that ends visits, and so copies, all of this
+    collect_rarely()  # a process that ends would visit, and so copy, all of this
     connection = socket.socket(fileno=0)
     while True:
         length, descriptors, _, _ = socket.recv_fds(connection, 8, 2)

@@ -26,18 +26,10 @@ soak = pytest.mark.skipif(not IS_SOAK, reason="make soak")
 # Of two workers, none shall begin one of these when the other has nothing left: the longest files go first.
 # test_bombs is the very first: it measures memory, and no other test has left processes yet.
 LONGEST_FIRST = (
-    *(
-        "test_bombs",
-        "test_train",
-        "test_search",
-        "test_chain",
-        "test_simulated_cuda",
-        "test_outage",
-        "test_search_kills",
-    ),
-    *("test_faults", "test_tracking", "test_at_once", "test_kills", "test_ensemble"),
-    *("test_full_disk", "test_distributed", "test_mutants", "test_given_thresholds", "test_learning"),
-    *("test_network", "test_register", "test_mistakes"),
+    *("test_bombs", "test_search_kills", "test_chain", "test_simulated_cuda", "test_outage", "test_search"),
+    *("test_promotion", "test_faults", "test_preprocess", "test_train", "test_mistakes", "test_at_once"),
+    *("test_full_disk", "test_tracking", "test_kills", "test_distributed", "test_hostile_values"),
+    *("test_service", "test_network", "test_decoder_pool", "test_given_thresholds", "test_mutants"),
 )
 
 
@@ -60,10 +52,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
 
 
-def pytest_collection_finish() -> None:
+def collect_rarely() -> None:
     """Half a million objects of imported modules stay: the garbage collection need not visit them often."""
     gc.freeze()
     gc.set_threshold(20_000, 20, 20)
+
+
+def pytest_collection_finish() -> None:
+    collect_rarely()
 
 
 @pytest.fixture(scope="module")

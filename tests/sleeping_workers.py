@@ -12,7 +12,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, do_not_wait_for_the_disk
+from conftest import ROOT, collect_rarely, do_not_wait_for_the_disk
 from helpers import environment
 
 PRELOADED = ["sleeping_workers", "sleeping_search", "optuna.importance", "sklearn.ensemble", "pandas"]
@@ -52,6 +52,7 @@ def _work(folder: Path, uri: str, words: list[str]) -> None:
     os.dup2(output, 1)
     os.dup2(output, 2)
     do_not_wait_for_the_disk()
+    collect_rarely()
     # What its own workers start from.
     sys.path.append(str(ROOT / "benchmarks"))
     sys.argv = [sleeping_search.__file__, *words]

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from command_server import Command, CommandServer
+from conftest import soak
 from helpers import changed, make
 from mlflow import MlflowClient
 from mlflow.entities import Run
@@ -226,6 +227,7 @@ def test_main_killed_after_its_training_takes_it_as_it_ended(
     assert not [*Path("output").rglob("*.pt")]
 
 
+@soak  # each stage beside its like is tested above
 @pytest.mark.usefixtures("tiny_default")
 def test_two_whole_chains_at_once_in_one_folder_both_end_well(store: Path, start: Start) -> None:
     chosen = {"images": 24, "test_images": 2, "image_size": 32, "epochs": 1, "trials": 1, "search_images": 8}

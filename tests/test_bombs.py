@@ -20,7 +20,7 @@ import pytest
 import torch
 from bombs import deflated_header, many_scans, tiny_precincts
 from command_server import CommandServer
-from conftest import IS_SOAK
+from conftest import IS_SOAK, soak
 from dicom_files import GREYS, jpeg_file
 from helpers import environment, make
 from mlflow import MlflowClient
@@ -224,8 +224,8 @@ def test_the_timer_of_a_worker_ends_a_file_that_takes_too_long(desk: Desk) -> No
     [
         ("score", signal.SIGINT, 130, "KILLED"),
         ("score", signal.SIGKILL, -signal.SIGKILL, "RUNNING"),
-        ("score", signal.SIGTERM, 143, "KILLED"),
-        ("preprocess", signal.SIGINT, 130, "KILLED"),
+        pytest.param("score", signal.SIGTERM, 143, "KILLED", marks=soak),
+        pytest.param("preprocess", signal.SIGINT, 130, "KILLED", marks=soak),
         ("preprocess", signal.SIGTERM, 143, "KILLED"),
         ("preprocess", signal.SIGKILL, -signal.SIGKILL, "RUNNING"),
     ],
