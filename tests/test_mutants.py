@@ -27,6 +27,7 @@ from pneumo_experiments.synthetic.kaggle_layout import write_sample
 
 TEST_FILES = Path(pydicom.__file__).parent / "data" / "test_files"
 MUTANTS_PER_SOURCE = 50
+MAX_CPU_SECONDS = 3  # a bomb takes minutes
 MEMORY_BYTES = 4 * 2**30
 SOURCES = [
     "MR_small.dcm",
@@ -150,7 +151,7 @@ def decode_all() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     for name, content in cases():
         print(name, end="\t", flush=True)
-        start = time.perf_counter()
+        start = time.process_time()
         try:
             radiograph = read_radiograph(content, "x")
         except Rejected as error:
@@ -163,7 +164,7 @@ def decode_all() -> None:
             assert pixels.dtype == np.uint8
             assert pixels.ndim == 2
             assert pixels.size
-        assert time.perf_counter() - start < 3
+        assert time.process_time() - start < MAX_CPU_SECONDS
         print(outcome, flush=True)
 
 
