@@ -21,6 +21,7 @@ from pneumo_experiments import __version__
 from pneumo_experiments.cli_types import PathType, type_of
 from pneumo_experiments.errors import UserError, reason_of
 from pneumo_experiments.interrupts import Interrupted, Terminated, handle_signals
+from pneumo_experiments.passwords import hide_passwords
 from pneumo_experiments.settings import (
     CONFIG_HELP,
     DEMO,
@@ -182,7 +183,8 @@ def _refused(error: OSError) -> str:
 
 
 def _complain(message: str) -> None:
-    click.echo(f"{click.style('Error:', fg='red', bold=True)} {' '.join(message.split())}", err=True)
+    text = hide_passwords(" ".join(message.split()))  # any setting may have been given an address
+    click.echo(f"{click.style('Error:', fg='red', bold=True)} {text}", err=True)
 
 
 def _one_line(error: click.UsageError) -> str:

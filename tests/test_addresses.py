@@ -18,8 +18,9 @@ from mlflow import MlflowClient
 
 from pneumo_experiments import tracking
 from pneumo_experiments.errors import UserError
+from pneumo_experiments.passwords import hide_passwords
 from pneumo_experiments.settings import Search
-from pneumo_experiments.tracking.addresses import check_address, hide_passwords
+from pneumo_experiments.tracking.addresses import check_address
 
 UNKNOWN = "postgresql://***"  # where the login cannot be told from a query
 passwords = st.text(st.characters(exclude_categories=["Cs"]), min_size=1) | st.from_regex(

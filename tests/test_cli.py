@@ -67,6 +67,7 @@ def error_of(words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
         (["score", "--dataset", f"x/{'é' * 128}"], "has a name of 256 bytes, more than 255", "--help"),
         (["score", "--dataset", "a\0b"], "dataset: 'a\\x00b' holds a character that no path can", "--help"),
         (["search", "--study", "a\nb"], "study: 'a\\nb' holds characters that cannot be shown", "--help"),
+        (["train", "--fold", "postgresql://u:Secret@h/x"], "fold: 'postgresql://u:***@h/x' is not", "--help"),
         (["register", "--name", "\udcff"], "name: '\\udcff' holds characters that cannot", "--help"),
         (["register", "--model", "m" * 1001], "has 1001 characters, more than 1000", "--help"),
     ],

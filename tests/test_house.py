@@ -58,7 +58,16 @@ ROOMS = {
     "scoring": set[str](),
     "dicom": set[str](),
 }
-COMMON = {"errors.py", "files.py", "interrupts.py", "locks.py", "settings", "terminal.py", "__init__.py"}
+COMMON = {
+    "errors.py",
+    "files.py",
+    "interrupts.py",
+    "locks.py",
+    "passwords.py",
+    "settings",
+    "terminal.py",
+    "__init__.py",
+}
 
 
 def room_of(path: Path) -> str:

@@ -222,6 +222,8 @@ def test_a_home_folder_and_an_empty_value_are_understood(desk: Path, monkeypatch
     monkeypatch.setenv("HOME", str(desk))
     (desk / "own.csv").write_text("id,patient\na,1\n")
     assert make_grouping("~/own.csv", ["a"]).hashes == {"a": hash_patient("1")}
+    with pytest.raises(UserError, match="patients_csv=~nosuchuser/x: names the home of a user"):
+        make_grouping("~nosuchuser/x", ["a"])
     assert make_grouping("", list(ANNA)) == make_grouping("none", list(ANNA)) == Grouping()
 
 

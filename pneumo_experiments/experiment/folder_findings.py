@@ -27,6 +27,7 @@ from pneumo_experiments.experiment.submission_check import expected_images
 from pneumo_experiments.files import SUFFIX, write_atomically
 from pneumo_experiments.learning.loader import prefetch
 from pneumo_experiments.locks import LOCK, work_folder
+from pneumo_experiments.passwords import hide_passwords
 from pneumo_experiments.scoring.figures import overlay
 from pneumo_experiments.scoring.submission import refuse_to_replace, write_submission, write_table
 from pneumo_experiments.serving import Detector, Finding
@@ -145,7 +146,7 @@ def _rows(
         if image_id in wanted:
             yield Row(image_id, error=f"{image_id}: {DIFFERING_FILES}"), None
     members = [member for member in archive.members if member.image_id in wanted]
-    parameters = {"model": tracking.hide_passwords(model_text)}
+    parameters = {"model": hide_passwords(model_text)}
     parameters |= {name: f"{value:g}" for name, value in asdict(detector.thresholds).items()}
 
     def describe(finding: Finding) -> tuple[Row, NDArray[np.uint8] | None]:

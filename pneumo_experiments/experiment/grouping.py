@@ -25,7 +25,12 @@ def make_grouping(patients_csv: str, image_ids: Sequence[str]) -> Grouping:
         return shipped_grouping(image_ids)
     if is_none(patients_csv):
         return Grouping()
-    path = Path(patients_csv).expanduser()
+    try:
+        path = Path(patients_csv).expanduser()
+    except RuntimeError:  # no such user
+        raise UserError(
+            f"patients_csv={patients_csv}: names the home of a user whom this machine does not know"
+        ) from None
     content = read_table(path, PATIENTS)
     table = read_patients(path, content)
     grouping = given_grouping(table, hashlib.sha256(content).hexdigest(), image_ids)

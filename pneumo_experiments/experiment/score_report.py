@@ -13,6 +13,7 @@ from pneumo_experiments import tracking
 from pneumo_experiments.experiment.model_comparison import ModelComparison
 from pneumo_experiments.experiment.scored_images import log_calibration, log_groups, log_per_image
 from pneumo_experiments.experiment.subset import Subset, describe_images, draw_overlays
+from pneumo_experiments.passwords import hide_passwords
 from pneumo_experiments.report.score_page import (
     MAX_ID_LENGTH,
     BaselineModel,
@@ -76,7 +77,7 @@ def log_report(
     page = ScorePage(
         title=f"Score: {name} images of {settings.dataset.name}",
         facts={
-            "model": tracking.hide_passwords(settings.model),
+            "model": hide_passwords(settings.model),
             "images": f"{name} of {settings.dataset.name}",
         }
         | {each: f"{value:g}" for each, value in asdict(thresholds).items()},

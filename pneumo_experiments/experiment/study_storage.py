@@ -19,6 +19,7 @@ from sqlalchemy import Connection, event
 
 from pneumo_experiments import tracking
 from pneumo_experiments.errors import UserError
+from pneumo_experiments.passwords import hide_passwords
 from pneumo_experiments.settings import is_none
 
 # Attributes of a trial
@@ -105,9 +106,9 @@ def _connect_patiently(dialect: Any, record: Any, arguments: Any, parameters: An
 
 def cannot_be_opened(address: str, error: Exception) -> UserError:
     """The error for a database that refuses; without its password."""
-    reason = tracking.hide_passwords(str(error).split("\n")[0])
+    reason = hide_passwords(str(error).split("\n")[0])
     return UserError(
-        f"storage={tracking.hide_passwords(address)}: the study's database cannot be opened ({reason});"
+        f"storage={hide_passwords(address)}: the study's database cannot be opened ({reason});"
         " name another, such as sqlite:///optuna.db, or none"
     )
 

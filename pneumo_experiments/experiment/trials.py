@@ -21,6 +21,7 @@ from pneumo_experiments.experiment.study import best_trials, first_value, is_cou
 from pneumo_experiments.experiment.study_storage import CONFIRMS, ERROR, PROCESS, RUN_ID, retry
 from pneumo_experiments.experiment.trial_table import in_words, print_row
 from pneumo_experiments.experiment.trial_training import TrialScores
+from pneumo_experiments.passwords import hide_passwords
 from pneumo_experiments.serving import new_folder
 from pneumo_experiments.settings import Recipe, Search
 
@@ -103,7 +104,7 @@ class Objective:
         except ServerUnreachable:
             raise
         except TRIAL_ERRORS as error:
-            reason = tracking.hide_passwords(str(error).split("\n")[0])[:500]
+            reason = hide_passwords(str(error).split("\n")[0])[:500]
             trial.set_user_attr(ERROR, reason)
             tqdm.write(f"search: trial {number} failed: {reason}")
             raise TrialFailed from error

@@ -66,10 +66,10 @@ def load_counts(path: Path) -> StoredCounts:
         if len(np.unique(np.stack((patients, parts)), axis=1).T) > len(np.unique(patients)):
             raise ValueError("a patient in two parts")
     except Exception as error:  # damaged bytes raise errors of many types
-        reason = " ".join(str(error).split())[:200]
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(
-            f"counts={path}: not threshold counts ({type(error).__name__}: {reason}); `train` and `score` log"
-            " them as threshold_counts.npz"
+            f"counts={path}: not threshold counts ({reason}); `train` and `score` log them as"
+            " threshold_counts.npz"
         ) from error
     return StoredCounts(images, patients.astype(np.int64), parts.astype(np.int64))
 

@@ -32,6 +32,7 @@ from pneumo_experiments.experiment.trial_loop import confirm_trials, run_trials
 from pneumo_experiments.experiment.trial_table import in_words, print_header
 from pneumo_experiments.experiment.trial_training import TrialTraining, split_folds, warmup_checkpoint
 from pneumo_experiments.experiment.trials import Objective, Training, delete_models
+from pneumo_experiments.passwords import hide_passwords
 from pneumo_experiments.settings import Recipe, Search, is_none
 
 
@@ -102,7 +103,7 @@ def run_study(
         if run_id != parent:
             study.set_user_attr(PARENT, run_id)
         tracking.log_params({"study_used": study.study_name})
-        print(f"search: study {study.study_name} in {tracking.hide_passwords(study_settings.storage)}")
+        print(f"search: study {study.study_name} in {hide_passwords(study_settings.storage)}")
         if (count := count_trials(study)) >= study_settings.trials:
             print(f"search: the study has {count} trials already; a higher trials asks for more")
         if others := unsearched_ranges(study_settings):

@@ -11,7 +11,7 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")  # seconds, also for 
 os.environ.setdefault("PGCONNECT_TIMEOUT", "10")  # seconds; libpq would wait forever
 os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")  # no warning on a machine without git
 
-from pneumo_experiments.tracking.addresses import database_file, hide_passwords
+from pneumo_experiments.tracking.addresses import database_file
 from pneumo_experiments.tracking.champions import (
     Reign,
     decide,
@@ -98,7 +98,6 @@ __all__ = [
     "end_if_running",
     "end_with_mlflow_run",
     "has_ended",
-    "hide_passwords",
     "history",
     "history_lines",
     "keep_running",

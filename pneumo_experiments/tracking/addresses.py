@@ -1,11 +1,10 @@
-"""Addresses of stores and artifacts: the files and servers they name, and the passwords to hide."""
+"""Addresses of stores and artifacts: the files and servers that they name."""
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any, cast
-from urllib.parse import unquote, unquote_plus, urlsplit
+from urllib.parse import unquote, urlsplit
 
 from mlflow.utils.file_utils import local_file_uri_to_path  # pyright: ignore[reportUnknownVariableType]
 from mlflow.utils.uri import is_local_uri  # pyright: ignore[reportUnknownVariableType]
@@ -13,10 +12,9 @@ from sqlalchemy import make_url
 from sqlalchemy.exc import ArgumentError
 
 from pneumo_experiments.errors import UserError
+from pneumo_experiments.passwords import hide_passwords
 
 DATABASE_PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
-SECRETS = re.compile(r"pass|pwd|secret|token|key$|odbc_connect", re.IGNORECASE)
-QUERY = re.compile(r"([?&;])([^=&;]*)=([^&;]*)")
 
 
 def scheme_of(address: str) -> str:
@@ -71,29 +69,6 @@ def check_address(setting: str, address: str) -> None:
             f"{setting}={hide_passwords(address)}: ambiguous; write @ / : ? # of a password as"
             " %40 %2F %3A %3F %23"
         )
-
-
-def hide_passwords(text: str) -> str:
-    """An address, or a text that contains addresses, with ``***`` instead of each password."""
-    if re.match(r"[\w+.-]+://", text):
-        return _hidden(text)
-    return re.sub(r"[\w+.-]+://\S+", lambda match: _hidden(match[0]), text)
-
-
-def _hidden(address: str) -> str:
-    # SQLAlchemy's own rendering shows what follows an @ in a password, and every secret of the query.
-    scheme, _, rest = address.partition("://")
-    login, at, location = rest.rpartition("@")
-    if at and any(SECRETS.search(unquote_plus(name)) for _, name, _ in QUERY.findall(login)):
-        return f"{scheme}://***"  # the @ may be part of a password in the query, or the query of a password
-    user, colon, _ = login.partition(":")
-    if colon:
-        login = f"{user}:***"
-
-    def hide_value(pair: re.Match[str]) -> str:
-        return f"{pair[1]}{pair[2]}=***" if SECRETS.search(unquote_plus(pair[2])) else pair[0]
-
-    return f"{scheme}://{login}{at}{QUERY.sub(hide_value, location)}"
 
 
 def escape_surrogates(value: Any) -> Any:

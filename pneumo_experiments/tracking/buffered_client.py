@@ -15,8 +15,9 @@ import requests
 from mlflow.exceptions import MlflowException
 
 from pneumo_experiments.errors import ServerUnreachable
+from pneumo_experiments.passwords import hide_passwords
 from pneumo_experiments.tracking import buffer_file
-from pneumo_experiments.tracking.addresses import escape_surrogates, hide_passwords
+from pneumo_experiments.tracking.addresses import escape_surrogates
 from pneumo_experiments.tracking.calls import CALLS
 from pneumo_experiments.tracking.servers import ping
 from pneumo_experiments.tracking.store import SETTING, tracking_uri

@@ -27,8 +27,9 @@ from mlflow.utils.validation import (
 from numpy.typing import NDArray
 from PIL import Image
 
+from pneumo_experiments.passwords import hide_passwords
 from pneumo_experiments.settings import as_config, as_text
-from pneumo_experiments.tracking.addresses import escape_surrogates, hide_passwords
+from pneumo_experiments.tracking.addresses import escape_surrogates
 from pneumo_experiments.tracking.buffered_client import StoreUnreachable
 from pneumo_experiments.tracking.context import active_client, is_enabled
 from pneumo_experiments.tracking.models import model_id_of

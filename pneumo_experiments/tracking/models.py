@@ -20,7 +20,7 @@ from mlflow.models.model import MLMODEL_FILE_NAME
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
 from pneumo_experiments.errors import UserError
-from pneumo_experiments.tracking.addresses import hide_passwords
+from pneumo_experiments.passwords import hide_passwords
 from pneumo_experiments.tracking.buffer_file import model_folder
 from pneumo_experiments.tracking.buffered_client import StoreUnreachable
 from pneumo_experiments.tracking.calls import LOADER, save_model

@@ -14,8 +14,9 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking.fluent import _active_run_stack  # pyright: ignore[reportPrivateUsage]
 
 from pneumo_experiments.errors import UserError
+from pneumo_experiments.passwords import hide_passwords
 from pneumo_experiments.settings import as_params
-from pneumo_experiments.tracking.addresses import hide_passwords, local_path
+from pneumo_experiments.tracking.addresses import local_path
 from pneumo_experiments.tracking.buffered_client import BufferedClient, outages_as_user_errors
 from pneumo_experiments.tracking.code_version import CODE_VERSION_TAG, code_version
 from pneumo_experiments.tracking.context import active_client, client_of, is_enabled

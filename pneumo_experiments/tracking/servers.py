@@ -10,10 +10,10 @@ import requests
 from sqlalchemy import NullPool, create_engine
 
 from pneumo_experiments.errors import ServerUnreachable, UserError
+from pneumo_experiments.passwords import hide_passwords
 from pneumo_experiments.tracking.addresses import (
     check_address,
     database_server,
-    hide_passwords,
     scheme_of,
 )
 

@@ -17,9 +17,9 @@ from mlflow.tracking._tracking_service.utils import (
 from sqlalchemy import NullPool, create_engine, text
 
 from pneumo_experiments.errors import UserError
+from pneumo_experiments.passwords import hide_passwords
 from pneumo_experiments.tracking.addresses import (
     database_file,
-    hide_passwords,
     is_misread_by_mlflow,
     local_path,
     scheme_of,
