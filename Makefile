@@ -25,9 +25,9 @@ bench: setup
 	@python benchmarks/demo.py
 	@python benchmarks/preprocess.py
 
-# Many kills at random moments: some minutes.
+# Many kills at random moments, full disks, hostile values: half an hour.
 soak: setup
-	@PNEUMO_KILLS=25 python -m pytest -s tests/test_kills.py tests/test_search_kills.py tests/test_at_once.py tests/test_train.py tests/test_bombs.py tests/test_hostile_values.py tests/test_onnx.py
+	@PNEUMO_KILLS=25 python -m pytest -s tests/test_kills.py tests/test_search_kills.py tests/test_at_once.py tests/test_full_disk.py tests/test_train.py tests/test_bombs.py tests/test_hostile_values.py tests/test_onnx.py
 
 ui: setup
 	@echo "the runs: http://127.0.0.1:5000/#/experiments/0/runs?workflowType=machine_learning (Ctrl-C ends)"

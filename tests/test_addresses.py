@@ -67,6 +67,11 @@ def test_addresses_in_a_message_lose_their_passwords() -> None:
     assert hide_passwords(f"API request to {text}") == f"API request to {hidden}"
 
 
+def test_an_address_given_as_a_file_path_loses_its_password_too() -> None:
+    text = f"{Path('postgresql://u:Secret@h/db')}: no such file"
+    assert hide_passwords(text) == "postgresql:/u:***@h/db: no such file"
+
+
 @pytest.mark.parametrize(
     "address",
     [

@@ -9,6 +9,8 @@ import errno
 import os
 import re
 import resource
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 from command_server import CommandServer
+from conftest import ROOT, soak
 from helpers import copy_store, environment
 from mlflow import MlflowClient
 
@@ -31,6 +34,12 @@ from pneumo_experiments.scoring.thresholds import Thresholds
 from pneumo_experiments.serving import Detector, Member, save
 from pneumo_experiments.settings import Train, as_config
 from pneumo_experiments.synthetic.kaggle_layout import write_sample
+
+SHORT_MAIN = (
+    *("main", "--images", "20", "--test_images", "1", "--image_size", "32", "--epochs", "1"),
+    *("--trials", "1", "--search_epochs", "1", "--confirm", "0", "--keep", "0", "--search_images", "8"),
+    *("--threshold_trials", "0", "--weights", "none", "--overlays", "1"),
+)
 
 
 @contextmanager
@@ -123,11 +132,8 @@ def test_main_on_a_full_disk_is_one_line_and_the_next_command_leaves_no_run_runn
 ) -> None:
     """The first limit has no room for a radiograph or a run; the second ends the chain after some runs."""
     copy_store(empty_store, tmp_path)
-    words = ["main", "--images", "20", "--test_images", "1", "--image_size", "32", "--epochs", "1"]
-    words += ["--trials", "1", "--search_epochs", "1", "--confirm", "0", "--keep", "0"]
-    words += ["--threshold_trials", "0", "--search_images", "8", "--weights", "none", "--overlays", "1"]
     options: dict[str, Any] = {"environment": environment(), "tiny": True}
-    full = commands.start(*words, folder=tmp_path, max_file_bytes=max_bytes, **options)
+    full = commands.start(*SHORT_MAIN, folder=tmp_path, max_file_bytes=max_bytes, **options)
     code, output = full.communicate()
     errors = [line for line in output.splitlines() if line.startswith("Error: ")]
     assert (code, len(errors)) == (2, 1), output
@@ -137,6 +143,38 @@ def test_main_on_a_full_disk_is_one_line_and_the_next_command_leaves_no_run_runn
     assert (code, "no model of this experiment was scored" in output) == (2, True), output
     runs = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db").search_runs(["0"])
     assert runs
+    assert {run.info.status for run in runs} <= {"FINISHED", "FAILED", "KILLED"}
+
+
+# A disk of its own, which only these processes see, as root of a user namespace.
+NAMESPACE = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
+SMALL_DISK = """
+mount -t tmpfs -o size={size} tmpfs {disk} && cd {disk} || exit 100
+{main}; echo "exit code $?"
+mount -o remount,size=4g {disk}
+{main}; echo "exit code $?"
+cp mlflow.db ..
+"""
+
+
+@soak
+@pytest.mark.parametrize("size", ["300k", "2m", "40m", "200m"])
+def test_main_on_a_small_disk_is_one_line_and_with_room_it_ends_well(size: str, tmp_path: Path) -> None:
+    if subprocess.run([*NAMESPACE, f"mount -t tmpfs tmpfs {tmp_path}"], capture_output=True).returncode:
+        pytest.skip("this machine lets nobody mount a disk of their own")
+    (tmp_path / "disk").mkdir()
+    main = [sys.executable, "-m", "pneumo_experiments", *SHORT_MAIN, "--promote", "always"]
+    script = SMALL_DISK.format(size=size, disk=tmp_path / "disk", main=" ".join(main))
+    variables = environment() | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [*NAMESPACE, script], env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    assert re.findall("exit code (.*)", done.stdout) == ["2", "0"], done.stdout
+    assert "Traceback" not in done.stdout
+    errors = [line for line in done.stdout.splitlines() if line.startswith("Error: ")]
+    assert len(errors) == 1, errors
+    assert re.search("No space left on device|disk I/O error|is full", errors[0])
+    runs = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db").search_runs(["0"])
     assert {run.info.status for run in runs} <= {"FINISHED", "FAILED", "KILLED"}
 
 

@@ -17,6 +17,7 @@ import psutil
 import pytest
 from command_server import Command, CommandServer
 from helpers import copy_store, environment
+from mlflow import MlflowClient
 
 from pneumo_experiments.dataset.hdf5 import Dataset
 from pneumo_experiments.errors import UserError
@@ -142,3 +143,22 @@ def test_a_killed_worker_is_an_error_and_the_same_command_ends_the_work(
     assert code == 2, output
     assert "workers: a worker process was killed" in output
     assert desk.finish(tmp_path) == whole
+
+
+def test_a_store_whose_creation_is_killed_is_created_by_the_next_command(
+    tmp_path: Path, commands: CommandServer
+) -> None:
+    """MLflow could never open a database that was killed in its creation."""
+    words = ("sample", "--output_dir", "s", "--images", 10, "--test_images", 1)
+    variables = environment() | {"MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path / 'mlflow.db'}"}
+    first = commands.start(*words, folder=tmp_path, environment=variables)
+    # More than the header: tables are there, and most are still to come.
+    while first.poll() is None and not any(path.stat().st_size for path in tmp_path.glob("mlflow.db.*.part")):
+        time.sleep(0.001)
+    first.send_signal(signal.SIGKILL)
+    assert first.communicate()[0] == -signal.SIGKILL
+    assert not (tmp_path / "mlflow.db").exists()
+    code, output = commands.start(*words, folder=tmp_path, environment=variables).communicate()
+    assert code == 0, output
+    (run,) = MlflowClient(variables["MLFLOW_TRACKING_URI"]).search_runs(["0"])
+    assert run.info.status == "FINISHED"

@@ -162,6 +162,16 @@ def test_a_folder_with_files_is_refused_and_unchanged(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
+def test_the_working_directory_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    work = tmp_path / "work"
+    work.mkdir()
+    monkeypatch.chdir(work)
+    for folder in (Path(), work):
+        with pytest.raises(UserError, match="is the working directory or above it; name a new folder"):
+            write_sample(folder, 2, 0, 0)
+    assert [*tmp_path.rglob("*")] == [work]
+
+
 def test_an_empty_folder_is_filled_and_old_pieces_are_cleared(tmp_path: Path) -> None:
     folder, part = tmp_path / "sample", tmp_path / "sample.part"
     folder.mkdir()

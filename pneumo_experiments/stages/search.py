@@ -103,7 +103,7 @@ def run_study(
         if run_id != parent:
             study.set_user_attr(PARENT, run_id)
         tracking.log_params({"study_used": study.study_name})
-        print(f"search: study {study.study_name} in {hide_passwords(study_settings.storage)}")
+        print("search: study", hide_passwords(study.study_name), "in", hide_passwords(study_settings.storage))
         if (count := count_trials(study)) >= study_settings.trials:
             print(f"search: the study has {count} trials already; a higher trials asks for more")
         if others := unsearched_ranges(study_settings):

@@ -76,7 +76,10 @@ def write_sample(
     Raises UserError if the folder is not empty or cannot be written.
     """
     _refuse_to_replace(folder)
-    part = folder.with_name(folder.name + ".part")
+    target = folder.resolve()
+    if Path.cwd().is_relative_to(target):
+        raise UserError(f"{folder}: is the working directory or above it; name a new folder")
+    part = target.with_name(target.name + ".part")
     try:
         with work_folder(part, f"sample: another process writes {folder}; waiting until it ends"):
             if is_sample(folder, images, test_images, seed):
@@ -84,9 +87,9 @@ def write_sample(
             _refuse_to_replace(folder)
             try:
                 _write(part, images, test_images, seed, progress, workers)
-                if folder.exists():
-                    folder.rmdir()
-                part.rename(folder)
+                if target.exists():
+                    target.rmdir()
+                part.rename(target)
             except BaseException:
                 shutil.rmtree(part, ignore_errors=True)
                 raise

@@ -6,17 +6,22 @@ import logging
 import os
 from collections.abc import Generator
 from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
 
 import mlflow
 from filelock import FileLock
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
+from mlflow.store.db.utils import (
+    _initialize_tables,  # pyright: ignore[reportPrivateUsage, reportUnknownVariableType]
+)
 from mlflow.tracking._tracking_service.utils import (
     _get_store,  # pyright: ignore[reportPrivateUsage, reportUnknownVariableType]
 )
-from sqlalchemy import NullPool, create_engine, text
+from sqlalchemy import NullPool, create_engine, make_url, text
 
 from pneumo_experiments.errors import UserError
+from pneumo_experiments.files import write_atomically
 from pneumo_experiments.passwords import hide_passwords
 from pneumo_experiments.tracking.addresses import (
     database_file,
@@ -54,6 +59,8 @@ def open_store() -> str:
     except Exception as error:  # MLflow, SQLAlchemy, its drivers and the file system: errors of many kinds
         reason = str(error).split("\n")[0].split(". ")[0]
         room = "make room there, or " if "is full" in reason else ""
+        if "already exists" in reason:  # MLflow's own commands create it in place
+            room = "its creation was interrupted: delete it, or "
         raise UserError(
             f"{SETTING}={tracking_uri()}: the store cannot be opened ({hide_passwords(reason)});"
             f" {room}name another in that variable, such as sqlite:///runs.db"
@@ -99,8 +106,10 @@ def _creation_lock() -> Generator[None]:
             if not path.parent.is_dir():
                 raise UserError(f"{SETTING}={tracking_uri()}: no folder {path.parent}; create it")
             stack.enter_context(FileLock(path.with_name(path.name + ".lock"), LOCK_TIMEOUT_SECONDS))
+            if not path.exists() or not path.stat().st_size:
+                _create_tables(path)
             connect(mlflow.get_tracking_uri())  # MLflow itself would retry for minutes
-            # Creates the tables, and the default experiment with an artifact location: see local_path.
+            # Creates the default experiment with an artifact location: see local_path.
             _get_store(artifact_uri=(path.parent / "mlruns").as_uri())
         elif scheme_of(mlflow.get_tracking_uri()) == "postgresql":
             engine = create_engine(mlflow.get_tracking_uri(), poolclass=NullPool)
@@ -108,6 +117,16 @@ def _creation_lock() -> Generator[None]:
             connection.execute(text(f"SET lock_timeout = {1000 * LOCK_TIMEOUT_SECONDS}"))
             connection.execute(text("SELECT pg_advisory_lock(:key)"), {"key": POSTGRESQL_LOCK})
         yield
+
+
+def _create_tables(path: Path) -> None:
+    """Creates MLflow's tables in a file that appears when it is complete.
+
+    MLflow can neither use nor complete a database whose creation was killed or ran out of room.
+    """
+    url = make_url(mlflow.get_tracking_uri())
+    with write_atomically(path) as temporary:
+        _initialize_tables(create_engine(url.set(database=str(temporary)), poolclass=NullPool))
 
 
 def wait_for_store() -> None:
