@@ -10,6 +10,7 @@ import importlib
 import json
 import os
 import resource
+import signal
 import socket
 import subprocess
 import sys
@@ -48,10 +49,10 @@ class Command:
         return self._read_code()
 
     def wait(self) -> int:
+        """The exit code; also -9 when the process that started the command was killed, and no one knows."""
         os.set_blocking(self._ended.fileno(), True)
         code = self._read_code()
-        assert code is not None
-        return code
+        return -signal.SIGKILL if code is None else code
 
     def communicate(self) -> tuple[int, str]:
         """Waits until it has ended; the exit code, and the rest of its output."""

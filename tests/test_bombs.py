@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
-import mlflow
 import pandas as pd
 import psutil
 import pytest
@@ -22,7 +21,7 @@ from bombs import deflated_header, many_scans, tiny_precincts
 from command_server import CommandServer
 from conftest import IS_SOAK, soak
 from dicom_files import GREYS, jpeg_file
-from helpers import environment, make
+from helpers import environment, make, store_address, store_in
 from mlflow import MlflowClient
 
 from pneumo_experiments import tracking
@@ -60,17 +59,15 @@ def bombs() -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="module")
-def desk(tmp_path_factory: pytest.TempPathFactory, bombs: dict[str, bytes], tiny: None) -> Iterator[Desk]:
+def desk(
+    tmp_path_factory: pytest.TempPathFactory, empty_store: Path, bombs: dict[str, bytes], tiny: None
+) -> Iterator[Desk]:
     folder = tmp_path_factory.mktemp("desk")
     radiographs = folder / "radiographs"
     radiographs.mkdir()
     for name, content in {"a": GOOD, **bombs, "z": GOOD}.items():
         (radiographs / f"{name}.dcm").write_bytes(content)
-    uri = f"sqlite:///{folder / 'mlflow.db'}"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.setenv("MLFLOW_TRACKING_URI", uri)
-        mlflow.set_tracking_uri(None)  # pyright: ignore[reportArgumentType]
+    with store_in(folder, empty_store):
         with tracking.run("train", Train()):
             predictor = Predictor(
                 PneumothoraxNet("tiny"), ComputeConfig(torch.device("cpu"), "fp32"), tta="none"
@@ -80,8 +77,7 @@ def desk(tmp_path_factory: pytest.TempPathFactory, bombs: dict[str, bytes], tiny
             (folder / "weights").mkdir()
             save(folder / "weights", detector)
             model = tracking.log_model(folder / "weights")
-        yield Desk(uri, model, ServedModel(detector), radiographs)
-    mlflow.set_tracking_uri(None)  # pyright: ignore[reportArgumentType]
+        yield Desk(store_address(folder), model, ServedModel(detector), radiographs)
 
 
 @pytest.fixture

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import mlflow
 import numpy as np
 import pytest
 import torch
+from helpers import store_in
 from hypothesis import given
 from hypothesis import strategies as st
 from mlflow import MlflowClient
@@ -255,14 +257,9 @@ EVERYTHING = Thresholds(presence_threshold=0, top_score=0, bottom_score=0)  # ea
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    folder = tmp_path_factory.mktemp("store")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
-        mlflow.set_tracking_uri(None)
+def store(tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> Iterator[None]:
+    with store_in(tmp_path_factory.mktemp("store"), empty_store):
         yield
-    mlflow.set_tracking_uri(None)
 
 
 def some_of(dataset: Dataset, positives: int, negatives: int) -> tuple[Subset, ThresholdCounts]:

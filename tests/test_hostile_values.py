@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import mlflow
 import pytest
 from conftest import IS_SOAK
-from helpers import copy_store, environment, make
+from helpers import environment, make, store_in
 from mlflow import MlflowClient
 from samples import stored_sample
 
@@ -89,16 +88,11 @@ def desk(
 ) -> Iterator[Desk]:
     folder = tmp_path_factory.mktemp("desk")
     dataset = stored_sample(folder, images=24, image_size=32)
-    copy_store(empty_store, folder)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
-        mlflow.set_tracking_uri(None)
+    with store_in(folder, empty_store):
         quick = {"weights": "none", "epochs": 1, "threshold_trials": 0, "overlays": 0, "device": "cpu"}
         model = train(make(Train, dataset=dataset, **quick)).model
         register(make(Register, model=model, promote="always"))
         yield Desk(folder, dataset, commands)
-    mlflow.set_tracking_uri(None)
 
 
 def chosen() -> list[tuple[str, str, str]]:

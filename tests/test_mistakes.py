@@ -18,7 +18,7 @@ import optuna
 import pytest
 import sqlalchemy
 import torch
-from helpers import End, ended, make
+from helpers import End, ended, make, store_address, store_in
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from sqlalchemy import Engine
@@ -67,17 +67,11 @@ Command = Callable[..., End]
 
 
 @pytest.fixture(scope="module")
-def desk(tmp_path_factory: pytest.TempPathFactory, tiny: None) -> Iterator[Desk]:
+def desk(tmp_path_factory: pytest.TempPathFactory, empty_store: Path, tiny: None) -> Iterator[Desk]:
     folder = tmp_path_factory.mktemp("mit ümlaut")  # a space and a non-ASCII letter
-    uri = f"sqlite:///{folder / 'mlflow.db'}"
     sample = folder / "sample"
     write_sample(sample, images=10, test_images=1, seed=0)
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID", "MLFLOW_EXPERIMENT_NAME"):
-            patch.delenv(name, raising=False)
-        patch.chdir(folder)
-        patch.setenv("MLFLOW_TRACKING_URI", uri)
-        mlflow.set_tracking_uri(None)
+    with store_in(folder, empty_store), pytest.MonkeyPatch.context() as patch:
         with tracking.run("train", Train()):
             network, machine = PneumothoraxNet("tiny"), ComputeConfig(torch.device("cpu"), "fp32")
             predictor = Predictor(network, machine, tta="none")
@@ -96,7 +90,7 @@ def desk(tmp_path_factory: pytest.TempPathFactory, tiny: None) -> Iterator[Desk]
             folder / "labelled.h5",
             folder / "unlabelled.h5",
             model,
-            uri,
+            store_address(folder),
         )
         for words in (made.source, made.source[:-2]):
             dataset = made.labelled if "--rle_csv" in words else made.unlabelled
@@ -104,7 +98,6 @@ def desk(tmp_path_factory: pytest.TempPathFactory, tiny: None) -> Iterator[Desk]
             with pytest.raises(SystemExit, match="0"):
                 cli.main()
         yield made
-    mlflow.set_tracking_uri(None)
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ import onnxruntime
 import pytest
 import torch
 from conftest import ROOT, soak
-from helpers import copy_store, make
+from helpers import make, store_in
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from tiny_network import CPU, random_network
@@ -77,11 +77,7 @@ class Exported:
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory, tiny: None, empty_store: Path) -> Iterator[Exported]:
     folder, detector = tmp_path_factory.mktemp("onnx"), detector_of(*MEMBERS)
-    copy_store(empty_store, folder)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
-        mlflow.set_tracking_uri(None)
+    with store_in(folder, empty_store):
         model = logged(detector, folder / "weights")
         path = folder / "new folder" / "model.onnx"
         out, err = StringIO(), StringIO()
@@ -89,7 +85,6 @@ def exported(tmp_path_factory: pytest.TempPathFactory, tiny: None, empty_store: 
             version = register(make(Register, model=model, export="onnx", onnx_file=path))
         assert not version.champion
         yield Exported(model, path, detector, last_run(), out.getvalue(), err.getvalue())
-    mlflow.set_tracking_uri(None)
 
 
 def logged(detector: Detector, folder: Path) -> str:

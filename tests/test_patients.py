@@ -8,11 +8,9 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import mlflow
 import numpy as np
 import pytest
 from conftest import ROOT
@@ -51,19 +49,10 @@ BERT = (
 )
 
 
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return f"sqlite:///{tmp_path_factory.mktemp('store') / 'mlflow.db'}"
-
-
 @pytest.fixture
-def desk(tmp_path: Path, store: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """An empty folder to work in."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
-    mlflow.set_tracking_uri(None)
-    yield tmp_path
-    mlflow.set_tracking_uri(None)
+def desk(store: Path) -> Path:
+    """A folder to work in, with nothing but a store."""
+    return store
 
 
 def archive(folder: Path, patients: dict[str, str]) -> dict[str, object]:

@@ -12,7 +12,7 @@ from pathlib import Path
 import mlflow
 import numpy as np
 import pytest
-from helpers import changed, make
+from helpers import changed, make, store_in
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from mlflow.entities.model_registry import ModelVersion
@@ -102,7 +102,7 @@ def logged(network: PneumothoraxNet, settings: Train, threshold: float) -> str:
 
 
 @pytest.fixture(scope="module")
-def ward(tmp_path_factory: pytest.TempPathFactory, tiny: None) -> Iterator[Ward]:
+def ward(tmp_path_factory: pytest.TempPathFactory, empty_store: Path, tiny: None) -> Iterator[Ward]:
     folder = tmp_path_factory.mktemp("ward")
     for name, seed in (("ours", 1), ("theirs", 2)):
         (folder / name).mkdir()
@@ -117,12 +117,7 @@ def ward(tmp_path_factory: pytest.TempPathFactory, tiny: None) -> Iterator[Ward]
             if dice_of_all(dataset, parts.train) > dice_of_all(dataset, parts.holdout):
                 break
             settings = changed(settings, seed=seed)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        for name in ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID", "MLFLOW_EXPERIMENT_NAME"):
-            patch.delenv(name, raising=False)
-        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
-        mlflow.set_tracking_uri(None)
+    with store_in(folder, empty_store):
         network = PneumothoraxNet("tiny")
         first, second = (logged(network, settings, EVERYTHING) for _ in range(2))
         empty = logged(network, changed(settings, dataset=mixed), NOTHING)
@@ -130,7 +125,6 @@ def ward(tmp_path_factory: pytest.TempPathFactory, tiny: None) -> Iterator[Ward]
         holdout = last_run()
         assert register(Register(model=first)).champion
         yield Ward(positives, mixed, foreign, settings, first, second, empty, holdout)
-    mlflow.set_tracking_uri(None)
 
 
 def scored(model: str, dataset: Path, subset: str = "holdout", precision: str = "auto") -> float:

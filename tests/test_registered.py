@@ -12,7 +12,7 @@ from typing import Any
 import mlflow
 import numpy as np
 import pytest
-from helpers import changed, copy_store, ended, make
+from helpers import changed, ended, make, store_in
 from mlflow import MlflowClient
 from samples import SIZE, examples, packed, write_dataset
 from tiny_network import CPU, random_network
@@ -80,14 +80,8 @@ def logged(detector: Detector, settings: Train) -> str:
 @pytest.fixture(scope="module")
 def shelf(tmp_path_factory: pytest.TempPathFactory, empty_store: Path, tiny: None) -> Iterator[Shelf]:
     folder = tmp_path_factory.mktemp("shelf")
-    copy_store(empty_store, folder)
     settings = make(Train, network="tiny", dataset=written(folder / "d.h5", 0), holdout=0.3, folds=2)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        for name in ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID", "MLFLOW_EXPERIMENT_NAME"):
-            patch.delenv(name, raising=False)
-        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
-        mlflow.set_tracking_uri(None)
+    with store_in(folder, empty_store):
         everything = detector_of(settings, 0)
         with Dataset.open(settings.dataset) as dataset:
             holdout = Subset(dataset, make_split(dataset, settings.split).holdout)
@@ -99,7 +93,6 @@ def shelf(tmp_path_factory: pytest.TempPathFactory, empty_store: Path, tiny: Non
             *(folder, settings, logged(few, settings), logged(everything, settings)),
             logged(detector_of(other, 0), other),
         )
-    mlflow.set_tracking_uri(None)
 
 
 def called(shelf: Shelf, **values: Any) -> tracking.Version:

@@ -13,7 +13,7 @@ import mlflow
 import numpy as np
 import pytest
 import torch
-from helpers import make
+from helpers import make, store_in
 from html_reader import HOSTILE, Reader
 from mlflow import MlflowClient
 from reference_counts import add_image
@@ -108,14 +108,9 @@ def network(tiny: None) -> PneumothoraxNet:
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    folder = tmp_path_factory.mktemp("store")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
-        mlflow.set_tracking_uri(None)
+def store(tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> Iterator[Path]:
+    with store_in(tmp_path_factory.mktemp("store"), empty_store) as folder:
         yield folder
-    mlflow.set_tracking_uri(None)
 
 
 def report_of(

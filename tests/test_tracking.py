@@ -6,10 +6,9 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,8 +16,8 @@ import mlflow
 import psutil
 import pytest
 import yaml
-from conftest import ROOT
-from helpers import make
+from command_server import Command, CommandServer
+from helpers import environment, make
 from mlflow import MlflowClient
 from mlflow.entities import DatasetInput, Run
 from mlflow.exceptions import MlflowException
@@ -354,7 +353,7 @@ class Stopped:
 
     store: Store
     code: int
-    err: str
+    output: str
     workers: list[psutil.Process]
 
     @property
@@ -362,58 +361,57 @@ class Stopped:
         return self.store.statuses()["sample"]
 
 
-STARTER = "import subprocess, sys; subprocess.run(sys.argv[1:])"  # as `mlflow run` starts its command
 STOPS = ("ctrl-c", "sigterm", "kill", "kill the starter")
 
 
-def start(store: Store, by_mlflow_run: bool) -> subprocess.Popen[str]:
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
-    environment = kept | {"MLFLOW_TRACKING_URI": store.uri, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "pneumo_experiments", "sample", "--images", "2000"]
+def start(store: Store, by_mlflow_run: bool, commands: CommandServer) -> Command:
+    variables = environment() | {"MLFLOW_TRACKING_URI": store.uri}
     if by_mlflow_run:
         run = store.client.create_run("0", run_name="chosen by mlflow run")
         store.client.log_param(run.info.run_id, "images", "2e3")
-        environment["MLFLOW_RUN_ID"] = run.info.run_id
-        command = [sys.executable, "-c", STARTER, *command]
-    return subprocess.Popen(
-        command,
-        env=environment,
-        cwd=store.folder,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,  # as in a terminal: Ctrl-C reaches the whole group
-    )
+        variables["MLFLOW_RUN_ID"] = run.info.run_id
+    return commands.start("sample", "--images", "2000", folder=store.folder, environment=variables)
 
 
 @pytest.fixture(scope="module")
-def stopped(empty_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Stopped]]:
+def stopped(
+    empty_store: Path, tmp_path_factory: pytest.TempPathFactory, commands: CommandServer
+) -> dict[str, Stopped]:
     stores: dict[str, Store] = {}
     for how in STOPS:
         stores[how] = Store(tmp_path_factory.mktemp("stopped"))
         shutil.copy(empty_store, stores[how].folder)
-    processes = {how: start(store, how == "kill the starter") for how, store in stores.items()}
+    started = {how: start(store, how == "kill the starter", commands) for how, store in stores.items()}
+    processes = {how: psutil.Process(command.pid) for how, command in started.items()}
     workers: dict[str, list[psutil.Process]] = {}
 
+    def stop(how: str) -> None:
+        workers[how] = processes[how].children(recursive=True)
+        if how == "ctrl-c":
+            os.killpg(started[how].pid, signal.SIGINT)  # as in a terminal: it reaches the whole group
+        elif how == "kill the starter":
+            starter = processes[how].parent()
+            assert starter is not None
+            starter.kill()
+        else:
+            started[how].send_signal(signal.SIGTERM if how == "sigterm" else signal.SIGKILL)
+
     def all_stopped() -> bool:
-        for how, process in processes.items():
+        for how in STOPS:
             if how not in workers and any(stores[how].folder.rglob("*.dcm")):
-                workers[how] = psutil.Process(process.pid).children(recursive=True)
-                if how == "ctrl-c":
-                    os.killpg(process.pid, signal.SIGINT)
-                else:
-                    process.send_signal(signal.SIGTERM if how == "sigterm" else signal.SIGKILL)
-        return len(workers) == len(processes)
+                stop(how)
+        return len(workers) == len(STOPS)
 
     try:
         wait_until(all_stopped)
-        errors = {how: each.communicate(timeout=TIMEOUT_SECONDS)[1] for how, each in processes.items()}
-        yield {
-            how: Stopped(stores[how], processes[how].returncode, errors[how], workers[how]) for how in STOPS
-        }
+        ends: dict[str, Stopped] = {}
+        for how, command in started.items():
+            processes[how].wait(TIMEOUT_SECONDS)
+            ends[how] = Stopped(stores[how], *command.communicate(), workers[how])
+        return ends
     finally:
         for process in processes.values():
-            if process.poll() is None:
+            with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
 
 
@@ -425,7 +423,7 @@ def test_a_stopped_command_says_so_and_leaves_a_killed_run_and_no_files(
 ) -> None:
     end = stopped[how]
     assert (end.code, end.status) == (code, "KILLED")
-    (error,) = end.err.strip().splitlines()
+    (error,) = end.output.strip().splitlines()
     assert error.startswith(f"Error: {line}")
     assert list((end.store.folder / "output").iterdir()) == []
 
