@@ -27,7 +27,7 @@ bench: setup
 
 # Many kills at random moments, full disks, hostile values: half an hour.
 soak: setup
-	@PNEUMO_KILLS=25 python -m pytest -s tests/test_kills.py tests/test_search_kills.py tests/test_at_once.py tests/test_full_disk.py tests/test_train.py tests/test_bombs.py tests/test_hostile_values.py tests/test_onnx.py
+	@PNEUMO_KILLS=25 python -m pytest -s $$(grep -l soak tests/test_*.py)
 
 ui: setup
 	@echo "the runs: http://127.0.0.1:5000/#/experiments/0/runs?workflowType=machine_learning (Ctrl-C ends)"

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import sqlalchemy.orm
-from conftest import ROOT, collect_rarely, do_not_wait_for_the_disk
+from conftest import ROOT, collect_rarely, do_not_wait_for_the_disk, read_migrations_once
 
 from pneumo_experiments.scoring import figures
 
@@ -117,6 +117,7 @@ def serve() -> None:
     for name in IMPORTS:
         importlib.import_module(name)
     do_not_wait_for_the_disk()
+    read_migrations_once()
     sqlalchemy.orm.configure_mappers()  # takes MLflow's first client a second
     figures.learning_curves([{"loss": 0.0}], 0)  # a process's first picture takes a second as well
     collect_rarely()  # a process that ends would visit, and so copy, all of this

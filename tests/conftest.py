@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
 import sqlite3
@@ -58,8 +59,21 @@ def collect_rarely() -> None:
     gc.set_threshold(20_000, 20, 20)
 
 
+def read_migrations_once() -> None:
+    """MLflow reads all its migrations to learn the newest, for each store that a process opens."""
+    from mlflow.store.db import utils
+
+    utils._get_latest_schema_revision = functools.cache(utils._get_latest_schema_revision)
+    utils._get_latest_schema_revision()
+
+
 def pytest_collection_finish() -> None:
+    read_migrations_once()
     collect_rarely()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # else Triton reports what is never freed, after pytest's last line
 
 
 @pytest.fixture(scope="module")

@@ -106,6 +106,7 @@ def working_in(folder: Path, uri: str) -> Iterator[None]:
         for name in [name for name in os.environ if name.startswith("MLFLOW_")]:
             patch.delenv(name)
         patch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
+        patch.setenv("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # as tracking does when it is imported
         patch.setenv("MLFLOW_TRACKING_URI", uri)
         mlflow.set_tracking_uri(None)  # pyright: ignore[reportArgumentType]
         yield

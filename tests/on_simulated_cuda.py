@@ -18,6 +18,7 @@ import pandas as pd
 import pytest
 import simulated_cuda
 import torch
+from conftest import soak
 from dicom_files import dicom_bytes
 from helpers import changed, make
 from samples import stored_sample
@@ -173,7 +174,8 @@ def test_masks_of_a_folder_are_those_of_the_host_to_the_last_pixel(min_area_px: 
     assert 4 <= sum(mask.any() for mask in masks["cpu"]) <= 10
 
 
-STEPS = [("tiny", "fp32"), ("tiny", "fp16"), ("fcn_resnet50", "bf16"), ("deeplabv3_resnet50", "bf16")]
+STEPS = [("tiny", "fp32"), ("tiny", "fp16"), ("fcn_resnet50", "bf16")]
+STEPS += [pytest.param("deeplabv3_resnet50", "bf16", marks=soak)]
 
 
 @pytest.mark.parametrize(("network", "precision"), STEPS)

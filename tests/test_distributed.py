@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from conftest import soak
 from helpers import changed, make
 from tiny_network import CPU, add_tiny_network, noise, weights_of
 from torch import nn
@@ -135,7 +136,10 @@ def fail(kind: str) -> None:
     ("kind", "error", "words"),
     [
         ("mistake", UserError, "^epochs: none left$"),
-        ("a bug", RuntimeError, "(?s)process 1 of 2 failed: ZeroDivisionError: a bug.*in fail"),
+        pytest.param(
+            *("a bug", RuntimeError, "(?s)process 1 of 2 failed: ZeroDivisionError: a bug.*in fail"),
+            marks=soak,
+        ),
     ],
 )
 def test_the_failure_of_one_process_ends_all_and_is_reported(

@@ -23,7 +23,7 @@ from pneumo_experiments.dataset.hdf5 import Dataset
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.synthetic.kaggle_layout import write_sample
 
-KILLS = int(os.environ.get("PNEUMO_KILLS") or 4)
+KILLS = int(os.environ.get("PNEUMO_KILLS") or 3)
 IMAGES = 160  # five shards
 COPIES = 10  # of each radiograph, under other names: to draw one takes longer than to read it
 IMAGE_SIZE = 128

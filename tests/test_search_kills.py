@@ -156,7 +156,7 @@ def table(struck: Counter[str], study: optuna.Study, uri: str, seconds: float) -
     print(f"  {'retried':<12}{retried}")
 
 
-@pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
+@pytest.mark.parametrize("kind", ["sqlite", pytest.param("postgresql", marks=soak)])
 def test_two_workers_that_start_at_once_on_empty_stores_share_one_study_and_one_parent(
     kind: str, tmp_path: Path, database: DatabaseServer
 ) -> None:

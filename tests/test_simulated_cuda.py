@@ -1,4 +1,7 @@
-"""The whole chain on a simulated CUDA device, in its own process: torch cannot forget the device."""
+"""The whole chain on a simulated CUDA device, in its own process: torch cannot forget the device.
+
+``make soak`` tries one more network.
+"""
 
 from __future__ import annotations
 

@@ -65,7 +65,7 @@ def test_the_study_does_not_undo_the_choice_of_the_middle() -> None:
     assert search.thresholds.presence_threshold == pytest.approx(0.45)
 
 
-@pytest.mark.parametrize("trials", [1, 30])
+@pytest.mark.parametrize("trials", [1, 8])
 def test_history_and_contours_are_drawn_without_a_warning(
     trials: int, recwarn: pytest.WarningsRecorder
 ) -> None:
