@@ -39,6 +39,7 @@ class Command:
     """A command that runs or has ended, much like a ``Popen`` whose stderr goes to stdout."""
 
     pid: int
+    stdin: IO[str]
     stdout: IO[str]
     _ended: IO[str]
     _code: list[int] = field(default_factory=list[int])
@@ -56,6 +57,7 @@ class Command:
 
     def communicate(self) -> tuple[int, str]:
         """Waits until it has ended; the exit code, and the rest of its output."""
+        self.stdin.close()
         with self.stdout, self._ended:
             said = self.stdout.read()
             return self.wait(), said
@@ -82,23 +84,26 @@ class CommandServer:
         environment: dict[str, str],
         tiny: bool = False,
         max_file_bytes: int | None = None,
+        code: str = "",
     ) -> Command:
         """Starts it in the folder, as the leader of a process group.
 
         ``tiny`` makes the network of tiny_network.py known and gives it the default one's name. With
-        ``max_file_bytes`` no file can grow beyond so many bytes.
+        ``max_file_bytes`` no file can grow beyond so many bytes. ``code`` runs in place of the command line,
+        with the words as its arguments.
         """
-        read_out, write_out = os.pipe()
-        read_end, write_end = os.pipe()
-        request = {"words": [*map(str, words)], "folder": str(folder), "tiny": tiny}
+        (read_in, write_in), (read_out, write_out), (read_end, write_end) = os.pipe(), os.pipe(), os.pipe()
+        request = {"words": [*map(str, words)], "folder": str(folder), "tiny": tiny, "code": code}
         request |= {"environment": environment, "max_file_bytes": max_file_bytes}
-        content = json.dumps(request).encode()
-        socket.send_fds(self._connection, [len(content).to_bytes(8)], [write_out, write_end])
+        content, theirs = json.dumps(request).encode(), (read_in, write_out, write_end)
+        socket.send_fds(self._connection, [len(content).to_bytes(8)], theirs)
         self._connection.sendall(content)
-        os.close(write_out)
-        os.close(write_end)
-        ended = os.fdopen(read_end)
-        return Command(int(ended.readline()), os.fdopen(read_out), ended)
+        for descriptor in theirs:
+            os.close(descriptor)
+        stdin, ended = os.fdopen(write_in, "w", buffering=1), os.fdopen(read_end)
+        if not code:
+            stdin.close()  # the command line reads nothing
+        return Command(int(ended.readline()), stdin, os.fdopen(read_out), ended)
 
 
 @contextmanager
@@ -123,9 +128,9 @@ def serve() -> None:
     collect_rarely()  # a process that ends would visit, and so copy, all of this
     connection = socket.socket(fileno=0)
     while True:
-        length, descriptors, _, _ = socket.recv_fds(connection, 8, 2)
+        length, descriptors, _, _ = socket.recv_fds(connection, 8, 3)
         if not length:
-            return
+            os._exit(0)
         content = connection.recv(int.from_bytes(length), socket.MSG_WAITALL)
         if os.fork() == 0:
             _keep(json.loads(content), *descriptors)
@@ -136,12 +141,13 @@ def serve() -> None:
                 pass
 
 
-def _keep(request: dict[str, Any], out: int, ended: int) -> None:
+def _keep(request: dict[str, Any], given: int, out: int, ended: int) -> None:
     """Forks the command and reports its process id, then its exit code."""
     child = os.fork()
     if child == 0:
         os.close(ended)
-        _run(request, out)
+        _run(request, given, out)
+    os.close(given)
     os.close(out)
     os.write(ended, f"{child}\n".encode())
     _, status = os.waitpid(child, 0)
@@ -149,17 +155,17 @@ def _keep(request: dict[str, Any], out: int, ended: int) -> None:
     os._exit(0)
 
 
-def _run(request: dict[str, Any], out: int) -> None:
+def _run(request: dict[str, Any], given: int, out: int) -> None:
     from tiny_network import add_tiny_network, replace_default_network
 
     from pneumo_experiments import cli
 
     os.setsid()
-    null = os.open(os.devnull, os.O_RDONLY)
-    for source, target in ((null, 0), (out, 1), (out, 2)):
+    for source, target in ((given, 0), (out, 1), (out, 2)):
         os.dup2(source, target)
-    os.close(null)
+    os.close(given)
     os.close(out)
+    sys.stdin = os.fdopen(0)
     for number, name in ((1, "stdout"), (2, "stderr")):  # a stream remembers what its file can
         stream = os.fdopen(number, "w")
         setattr(sys, name, stream)
@@ -173,4 +179,6 @@ def _run(request: dict[str, Any], out: int) -> None:
         add_tiny_network()
         replace_default_network()
     sys.argv = ["pneumo_experiments", *request["words"]]
+    if request["code"]:
+        sys.exit(exec(request["code"], {"__name__": "__main__"}))
     cli.main()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import sqlite3
 import subprocess
 import sys
@@ -22,10 +23,11 @@ from typing import Any
 import mlflow
 import pytest
 import requests
+from command_server import Command, CommandServer
 from helpers import environment, make
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException, RestException
-from tracking_server import TIMEOUT_SECONDS, Server, calls_in, free_port, wait_until
+from tracking_server import Server, calls_in, free_port, wait_until
 
 from pneumo_experiments import tracking
 from pneumo_experiments.errors import UserError
@@ -33,8 +35,9 @@ from pneumo_experiments.settings import Preprocess, Register, Sample, Train
 from pneumo_experiments.tracking import buffered_client, context
 from pneumo_experiments.tracking.__main__ import send_buffered
 
-# Logs before, during and after an outage; continues at each line on stdin.
+# Logs before, during and after an outage; continues at each line on stdin. Its stderr is the file err.
 TRAINING = """
+import os
 import sys
 from pathlib import Path
 import numpy as np
@@ -43,6 +46,8 @@ from pneumo_experiments import tracking
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.settings import Schedule, Train
 from pneumo_experiments.tracking import buffered_client
+
+os.dup2(os.open("err", os.O_WRONLY | os.O_CREAT), 2)
 
 def wait(word):
     print(word, flush=True)
@@ -93,25 +98,26 @@ class Training:
     """A process of TRAINING, and its lines on stdout."""
 
     folder: Path
-    process: subprocess.Popen[str]
+    process: Command
     lines: list[str] = field(default_factory=list[str])
-    err: str = ""
+    code: int | None = None
 
     def read_until(self, word: str) -> None:
-        assert self.process.stdout is not None
         while not self.lines or self.lines[-1] != word:
             line = self.process.stdout.readline()
-            assert line, self.process.communicate()[1]
+            assert line, self.err
             self.lines.append(line.strip())
 
     def resume(self) -> None:
-        assert self.process.stdin is not None
         self.process.stdin.write("\n")
-        self.process.stdin.flush()
 
     def finish(self) -> None:
         self.read_until("end")
-        self.err = self.process.communicate(timeout=TIMEOUT_SECONDS)[1]
+        self.code = self.process.wait()
+
+    @property
+    def err(self) -> str:
+        return (self.folder / "err").read_text()
 
     @property
     def run_id(self) -> str:
@@ -122,19 +128,11 @@ class Training:
         return self.folder / "output" / f"undelivered-{self.run_id}" / "calls.jsonl"
 
 
-def start(server: Server, folder: Path, *words: str) -> Training:
+def start(server: Server, folder: Path, commands: CommandServer, *words: str) -> Training:
     folder.mkdir()
-    process = subprocess.Popen(
-        [sys.executable, "-c", TRAINING, *words],
-        cwd=folder,
-        env=environment()
-        | {"MLFLOW_TRACKING_URI": server.uri, "MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL": "1"},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    return Training(folder, process)
+    variables = environment() | {"MLFLOW_TRACKING_URI": server.uri}
+    variables |= {"MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL": "1"}
+    return Training(folder, commands.start(*words, folder=folder, environment=variables, code=TRAINING))
 
 
 @dataclass(frozen=True)
@@ -151,14 +149,14 @@ class Outage:
 
 
 @pytest.fixture(scope="module")
-def outage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Outage]:
+def outage(tmp_path_factory: pytest.TempPathFactory, commands: CommandServer) -> Iterator[Outage]:
     folder = tmp_path_factory.mktemp("outage")
     server = Server(folder, free_port())
     trainings = list[Training]()
     try:
         server.start()
-        reconnected = start(server, folder / "reconnected", "1", "sampled")
-        cut_off = start(server, folder / "cut_off", "3600", "model")
+        reconnected = start(server, folder / "reconnected", commands, "1", "sampled")
+        cut_off = start(server, folder / "cut_off", commands, "3600", "model")
         trainings = [reconnected, cut_off]
         for training in trainings:
             training.read_until("up")
@@ -183,7 +181,8 @@ def outage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Outage]:
     finally:
         server.kill()
         for training in trainings:
-            training.process.kill()
+            with suppress(ProcessLookupError):
+                training.process.send_signal(signal.SIGKILL)
             training.process.communicate()
 
 
@@ -208,7 +207,7 @@ def check_complete(server: Server, run_id: str, last_step: int) -> None:
 
 def test_buffered_calls_arrive_once_in_order_and_with_their_timestamps(outage: Outage) -> None:
     training = outage.reconnected
-    assert training.process.returncode == 0
+    assert training.code == 0
     check_complete(outage.server, training.run_id, 12)
     buffered = {call["step"]: call["timestamp"] for call in outage.buffered if call["call"] == "metrics"}
     assert list(buffered) == list(range(2, 12))
@@ -252,7 +251,7 @@ def test_a_child_run_needs_the_server(outage: Outage) -> None:
 
 def test_a_run_whose_server_stays_unreachable_succeeds_and_leaves_the_missing_calls(outage: Outage) -> None:
     training = outage.cut_off
-    assert training.process.returncode == 0
+    assert training.code == 0
     names = ["metrics"] * 10 + ["params", "dataset", "artifact", "artifact", "tags"]
     assert [call["call"] for call in outage.left] == [*names, "metrics", "model", "end"]
     assert {call["run_id"] for call in outage.left} == {training.run_id}

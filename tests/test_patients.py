@@ -13,9 +13,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from command_server import CommandServer
 from conftest import ROOT
 from dicom_files import GREYS, dicom_bytes
-from helpers import make
+from helpers import environment, make, store_address
 from mlflow import MlflowClient
 from pydicom.uid import generate_uid
 from samples import write_dataset
@@ -245,14 +246,14 @@ def test_a_split_of_a_data_set_made_earlier_warns_once(
     assert "each of the 30 images counts as a separate patient" in told
 
 
-def test_the_warning_is_seen_on_the_terminal(desk: Path) -> None:
+def test_the_warning_is_seen_on_the_terminal(desk: Path, commands: CommandServer) -> None:
     given = archive(desk, random_ids(4)) | {"dataset": desk / "d.h5"}
     words = [f"--{name}={value}" for name, value in given.items()]
-    command = [sys.executable, "-m", "pneumo_experiments", "preprocess", *words]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.count("Warning: dataset=") == 1
-    assert "patients_csv" in done.stderr
+    variables = environment() | {"MLFLOW_TRACKING_URI": store_address(desk)}
+    code, output = commands.start("preprocess", *words, folder=desk, environment=variables).communicate()
+    assert code == 0, output
+    assert output.count("Warning: dataset=") == 1
+    assert "patients_csv" in output
 
 
 def entries_of(patients: list[str]) -> list[Entry]:

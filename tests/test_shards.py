@@ -68,8 +68,8 @@ def written(jobs: Sequence[Job], path: Path, workers: int) -> bytes:
 def test_the_file_is_the_same_to_the_byte_whatever_the_number_of_workers(
     sample: Path, tmp_path: Path
 ) -> None:
-    one, two, five = (written(jobs_of(sample), tmp_path / f"{n}.h5", n) for n in (1, 2, 5))
-    assert one == two == five
+    one, three = (written(jobs_of(sample), tmp_path / f"{n}.h5", n) for n in (1, 3))
+    assert one == three
 
 
 def test_pixels_targets_and_index_equal_a_plain_reading(sample: Path, tmp_path: Path) -> None:

@@ -5,16 +5,20 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
+from command_server import CommandServer
+from conftest import ROOT
+from helpers import environment
 
-def test_the_chain_runs_on_a_device_that_is_not_the_cpu() -> None:
+CODE = "import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))"
+
+
+def test_the_chain_runs_on_a_device_that_is_not_the_cpu(commands: CommandServer) -> None:
     file = Path(__file__).with_name("on_simulated_cuda.py")
-    words = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-W", "ignore", "-rA", str(file)]
-    done = subprocess.run(words, cwd=file.parents[1], capture_output=True, text=True)
-    print(done.stdout[-5000:])
-    assert done.returncode == 0, done.stdout[-10000:] + done.stderr[-3000:]
-    passed = [line for line in done.stdout.splitlines() if line.startswith("PASSED")]
+    words = ["-p", "no:cacheprovider", "-W", "ignore", "-rA", file]
+    code, output = commands.start(*words, folder=ROOT, environment=environment(), code=CODE).communicate()
+    print(output[-5000:])
+    assert code == 0, output[-10000:]
+    passed = [line for line in output.splitlines() if line.startswith("PASSED")]
     assert len(passed) >= 19
