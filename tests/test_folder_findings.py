@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import shutil
+import signal
 import sys
 import threading
+import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -15,8 +17,10 @@ import numpy as np
 import pydicom
 import pytest
 import torch
+from command_server import Command, CommandServer
+from conftest import soak
 from dicom_files import dicom_bytes
-from helpers import End, ended, make
+from helpers import End, ended, environment, make, store_address
 from mlflow import MlflowClient
 from PIL import Image
 from pydicom.uid import generate_uid
@@ -343,12 +347,17 @@ def test_a_place_that_cannot_be_written_is_named(folder: Path, store: Path) -> N
 
 
 @pytest.fixture
-def command(
-    store: Path, tiny: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Callable[..., End]:
-    """``score`` with a logged model that finds something everywhere."""
+def model(store: Path, tiny: None) -> str:
+    """The address of a logged model that finds something everywhere."""
     detector = Detector((tiny_member(0),), 32, Thresholds(0, 0, 0, 0), "")
-    model = log_model(detector, make(Train, network="tiny"))
+    return log_model(detector, make(Train, network="tiny"))
+
+
+@pytest.fixture
+def command(
+    model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., End]:
+    """``score`` with that model."""
 
     def run(*words: object) -> End:
         return ended(["score", "--model", model, *map(str, words)], monkeypatch, capsys)
@@ -385,3 +394,40 @@ def test_the_command_and_the_mistakes_of_newcomers(
         assert not Path("output").exists(), words
     runs = MlflowClient().search_runs(["0"])
     assert {run.info.status for run in runs} == {"FINISHED", "FAILED"}
+
+
+@soak
+def test_killed_among_its_files_the_same_command_leaves_what_an_undisturbed_one_leaves(
+    commands: CommandServer, folder: Path, store: Path, model: str
+) -> None:
+    many = store / "many"
+    many.mkdir()
+    for number in range(100):
+        for name in ("left", "both", "dark"):
+            (many / f"{name}-{number}.dcm").hardlink_to(folder / f"{name}.dcm")
+    variables = environment() | {"MLFLOW_TRACKING_URI": store_address(store)}
+
+    def start(place: str) -> Command:
+        (store / place).mkdir(exist_ok=True)
+        words = ["score", "--dicom_dir", many, "--model", model]
+        return commands.start(*words, folder=store / place, environment=variables, tiny=True)
+
+    def left(place: str) -> dict[str, bytes]:
+        files = {path.relative_to(store / place): path for path in (store / place).rglob("*.*")}
+        return {
+            str(name): path.read_bytes() for name, path in files.items() if path.suffix in (".csv", ".png")
+        }
+
+    whole = start("whole")
+    assert whole.communicate()[0] == 0
+    killed = start("killed")
+    while killed.poll() is None and len([*(store / "killed").rglob("*.png")]) < 20:
+        time.sleep(0.001)
+    killed.send_signal(signal.SIGKILL)
+    assert killed.communicate()[0] == -signal.SIGKILL
+    assert not [*(store / "killed").rglob("*.csv")]
+    assert start("killed").communicate()[0] == 0
+    assert left("killed") == left("whole")
+    assert len(left("whole")) > 100
+    scores = [run.info.status for run in MlflowClient().search_runs(["0"]) if run.info.run_name == "score"]
+    assert sorted(scores) == ["FINISHED", "FINISHED", "KILLED"]
