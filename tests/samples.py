@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from pneumo_experiments.dataset import rle
 from pneumo_experiments.dataset.annotations import read_annotations
+from pneumo_experiments.dataset.hdf5 import Dataset
 from pneumo_experiments.dataset.hdf5_writer import DatasetWriter
 from pneumo_experiments.dataset.packed import Entry, Packed, ResizedImage, hash_patient, pack
 from pneumo_experiments.dataset.resize import area_resize
@@ -49,6 +51,18 @@ def write_dataset(
         for image in images:
             writer.append(image)
         return writer.finish(settings or {})
+
+
+def content_of(path: Path) -> list[Any]:
+    """Everything that a data set holds; its bytes may differ, because ISA-L's do: see deflate.py."""
+    with Dataset.open(path) as dataset:
+        rows = range(len(dataset))
+        return [
+            *(dataset.image_size, dataset.labelled, dataset.settings, dataset.fingerprint, dataset.entries),
+            dataset.images(rows).tobytes(),
+            dataset.targets(rows).tobytes(),
+            [dataset.rle(row) for row in rows],
+        ]
 
 
 def examples(count: int, seed: int = 0) -> Iterator[ResizedImage]:

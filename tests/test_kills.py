@@ -12,12 +12,14 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 from command_server import Command, CommandServer
 from helpers import copy_store, environment
 from mlflow import MlflowClient
+from samples import content_of
 
 from pneumo_experiments.dataset.hdf5 import Dataset
 from pneumo_experiments.errors import UserError
@@ -62,12 +64,12 @@ class Desk:
             environment=environment() | {"MLFLOW_TRACKING_URI": uri},
         )
 
-    def finish(self, folder: Path) -> bytes:
-        """Runs the command to its end; the data set's bytes."""
+    def finish(self, folder: Path) -> list[Any]:
+        """Runs the command to its end; the data set's content."""
         code, output = self.start(folder).communicate()
         assert code == 0, output
         assert {path.name for path in folder.glob("d.*")} == {"d.h5", "d.report.html", "d.report.json"}
-        return (folder / "d.h5").read_bytes()
+        return content_of(folder / "d.h5")
 
     def kill_in(self, wanted: str, folder: Path, chance: random.Random) -> str:
         """Starts the command, kills it a little after it reached the stage; where it was when it died."""
@@ -104,13 +106,13 @@ def desk(commands: CommandServer, empty_store: Path, tmp_path_factory: pytest.Te
 
 
 @pytest.fixture(scope="module")
-def whole(desk: Desk, tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """The data set of a command that nothing disturbed."""
+def whole(desk: Desk, tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+    """The content of the data set of a command that nothing disturbed."""
     return desk.finish(tmp_path_factory.mktemp("whole"))
 
 
-def test_killed_at_any_moment_the_same_command_ends_in_the_same_file(
-    desk: Desk, whole: bytes, tmp_path: Path
+def test_killed_at_any_moment_the_same_command_ends_in_the_same_data_set(
+    desk: Desk, whole: list[Any], tmp_path: Path
 ) -> None:
     chance, struck = random.Random(0), Counter[str]()
     for number in range(KILLS):
@@ -130,7 +132,7 @@ def test_killed_at_any_moment_the_same_command_ends_in_the_same_file(
 
 @pytest.mark.skipif(KILLS < 10, reason="make soak")
 def test_a_killed_worker_is_an_error_and_the_same_command_ends_the_work(
-    desk: Desk, whole: bytes, tmp_path: Path
+    desk: Desk, whole: list[Any], tmp_path: Path
 ) -> None:
     process = desk.start(tmp_path)
     while stage(tmp_path / "d.h5") != "reading" or not list((tmp_path / "d.h5.work").glob("*.now")):

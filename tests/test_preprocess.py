@@ -19,6 +19,7 @@ import pytest
 from conftest import ROOT
 from helpers import changed, make
 from mlflow import MlflowClient
+from samples import content_of
 from tracked import last_run
 
 from pneumo_experiments.dataset.hdf5 import Dataset
@@ -134,10 +135,10 @@ def test_a_damaged_image_is_named_and_rewritten_on_overwrite(
     sample: Path, store: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     preprocess(settings_of(sample))
-    whole = (store / "d.h5").read_bytes()
+    whole, content = content_of(store / "d.h5"), (store / "d.h5").read_bytes()
     with h5py.File(store / "d.h5") as file:
         chunk = file["ann_0"].id.get_chunk_info(2)
-    damaged = bytearray(whole)
+    damaged = bytearray(content)
     damaged[chunk.byte_offset + chunk.size // 2] ^= 1
     (store / "d.h5").write_bytes(damaged)
     with pytest.raises(
@@ -148,7 +149,7 @@ def test_a_damaged_image_is_named_and_rewritten_on_overwrite(
     capsys.readouterr()
     preprocess(settings_of(sample, overwrite=True))
     assert "preprocess: overwriting: d.h5: damaged at ann_0, row 2" in capsys.readouterr().out
-    assert (store / "d.h5").read_bytes() == whole
+    assert content_of(store / "d.h5") == whole
 
 
 @contextmanager

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 from isal import isal_zlib
-from samples import SIZE, write
+from samples import SIZE, content_of, write
 
 from pneumo_experiments.dataset.hdf5 import Dataset
 from pneumo_experiments.dataset.seal import append_seal, read_seal
@@ -25,23 +25,16 @@ from pneumo_experiments.errors import UserError
 ATTACKS = int(os.environ.get("PNEUMO_DAMAGED_FILES") or 300)
 
 
-def content_of(path: Path) -> list[Any]:
+def told_by(path: Path) -> list[Any]:
     """Everything that a data set tells."""
     with Dataset.open(path) as dataset:
-        rows = range(len(dataset))
-        return [
-            *(dataset.image_size, dataset.labelled, dataset.settings, dataset.fingerprint, dataset.entries),
-            dataset.images(rows).tolist(),
-            dataset.targets(rows).tolist(),
-            [dataset.rle(row) for row in rows],
-            [dataset.mask(row).tolist() for row in rows],
-        ]
+        return [*content_of(path), [dataset.mask(row).tolist() for row in range(len(dataset))]]
 
 
 def refusal(path: Path) -> str:
     """The one line that ends the reading of a file; empty where it is read to its end."""
     try:
-        content_of(path)
+        told_by(path)
     except UserError as error:
         assert str(error).startswith(f"{path}: ")
         assert str(error).isprintable()  # so it is one line
@@ -71,7 +64,7 @@ def damaged(content: bytes, rng: np.random.Generator) -> bytes:
 
 def test_a_damaged_file_is_refused_in_one_line_or_read_as_it_was_written(tmp_path: Path) -> None:
     write(tmp_path / "whole.h5", 12)
-    content, true = (tmp_path / "whole.h5").read_bytes(), content_of(tmp_path / "whole.h5")
+    content, true = (tmp_path / "whole.h5").read_bytes(), told_by(tmp_path / "whole.h5")
     rng, refused = np.random.default_rng(0), 0
     for number in range(ATTACKS):
         path = tmp_path / "d.h5"
@@ -79,7 +72,7 @@ def test_a_damaged_file_is_refused_in_one_line_or_read_as_it_was_written(tmp_pat
         if refusal(path):
             refused += 1
         else:
-            assert content_of(path) == true, f"file {number} was changed and read"
+            assert told_by(path) == true, f"file {number} was changed and read"
     print(f"{ATTACKS} damaged files: {refused} refused, {ATTACKS - refused} read as they were written")
     # The rest hit nothing but the structure of HDF5, by which we do not read.
     assert refused > ATTACKS / 4
@@ -154,7 +147,7 @@ def test_another_hdf5_structure_is_refused_and_under_the_right_seal_never_looked
     secret, path = tmp_path / "secret", tmp_path / "d.h5"
     write(secret, 12, seed=1)
     write(path, 12)
-    true = content_of(path)
+    true = told_by(path)
     with path.open("rb") as file:
         sealed = read_seal(path, file)
     with h5py.File(path, "a") as file:
@@ -163,7 +156,7 @@ def test_another_hdf5_structure_is_refused_and_under_the_right_seal_never_looked
     # A hostile hand can seal it. The seal tells where pictures lie within this file: nothing else is read.
     append_seal(path, *sealed)
     reason = refusal(path)
-    assert "damaged at" in reason or content_of(path) == true  # HDF5 may have used a removed picture's room
+    assert "damaged at" in reason or told_by(path) == true  # HDF5 may have used a removed picture's room
 
 
 # Seals that fit their own checksum and were made to do harm.

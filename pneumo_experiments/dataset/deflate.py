@@ -8,7 +8,10 @@ COMPRESSION_LEVEL = 1  # zlib-compatible output in a sixth of zlib's time
 
 
 def compress(content: bytes | memoryview) -> bytes:
-    """A zlib stream, as HDF5's gzip filter stores it."""
+    """A zlib stream, as HDF5's gzip filter stores it.
+
+    The same content can give other bytes in another process: ISA-L 2.32.1 sometimes misses the first match.
+    """
     return isal_zlib.compress(content, COMPRESSION_LEVEL)  # pyright: ignore[reportUnknownMemberType]
 
 
