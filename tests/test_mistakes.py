@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import shutil
 import socket
+import sqlite3
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -452,6 +453,11 @@ def test_a_study_of_other_data_or_settings_or_of_another_program_is_named(
         ("sqlite:///missing/mlflow.db", "no folder"),
         ("sqlite:///folder", "the store cannot be opened"),
         ("sqlite:///letter.db", "the store cannot be opened"),
+        (
+            "sqlite:///begun.db",
+            "the store cannot be opened ((sqlite3.OperationalError) table spans already exists);"
+            " its creation was interrupted: delete it, or name another",
+        ),
         ("file:folder", "the store cannot be opened"),
         ("./mlruns", "the store cannot be opened"),
         ("banana://x", "the store cannot be opened"),
@@ -462,6 +468,8 @@ def test_a_store_that_does_not_open_is_named_within_seconds(
 ) -> None:
     (tmp_path / "folder").mkdir()
     (tmp_path / "letter.db").write_text("Dear Sir, " * 100)
+    with closing(sqlite3.connect(tmp_path / "begun.db")) as begun:
+        begun.execute("CREATE TABLE spans (x)")  # as a killed `mlflow server` leaves it
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     end = command("sample")
     assert end.code == 2

@@ -73,7 +73,7 @@ def write_sample(
 
     A seed gives the same bytes for any number of workers (None: chosen by the number of images). Waits for
     another process that writes the folder; returns False if that process has written the same data set.
-    Raises UserError if the folder is not empty or cannot be written.
+    Raises UserError if the folder is not empty, is the working directory or above it, or cannot be written.
     """
     _refuse_to_replace(folder)
     target = folder.resolve()

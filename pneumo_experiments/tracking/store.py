@@ -59,7 +59,8 @@ def open_store() -> str:
     except Exception as error:  # MLflow, SQLAlchemy, its drivers and the file system: errors of many kinds
         reason = str(error).split("\n")[0].split(". ")[0]
         room = "make room there, or " if "is full" in reason else ""
-        if "already exists" in reason:  # MLflow's own commands create it in place
+        # MLflow's own commands create an SQLite store in place.
+        if "already exists" in reason and database_file(mlflow.get_tracking_uri()):
             room = "its creation was interrupted: delete it, or "
         raise UserError(
             f"{SETTING}={tracking_uri()}: the store cannot be opened ({hide_passwords(reason)});"
