@@ -38,7 +38,7 @@ class Sleeping:
     model_mb: float
     count: int
 
-    def epochs(self, recipe: Recipe) -> Iterator[TrialScores]:
+    def epochs(self, recipe: Recipe, trials_left: int) -> Iterator[TrialScores]:
         for epoch in range(1, self.count + 1):
             time.sleep(self.seconds)
             yield scores_of(recipe, epoch / self.count)

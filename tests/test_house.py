@@ -64,6 +64,7 @@ COMMON = {
     "interrupts.py",
     "locks.py",
     "passwords.py",
+    "progress_bar.py",
     "settings",
     "terminal.py",
     "__init__.py",

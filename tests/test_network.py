@@ -157,6 +157,23 @@ def test_the_names_of_saved_weights_stay_what_they_were() -> None:
     assert backbone == {name for name in torchvision_shapes("resnet50") if not name.startswith("fc.")}
 
 
+# The auxiliary head
+
+
+def test_the_auxiliary_head_is_computed_only_where_it_is_trained() -> None:
+    called = list[str]()
+    with torch.device("meta"):  # shapes alone
+        net = PneumothoraxNet("fcn_resnet50")
+        net.aux_head.register_forward_hook(lambda *_: called.append("aux_head"))
+        assert net.eval()(torch.empty(2, 1, 32, 32)).aux is None
+        net.train().aux_head.requires_grad_(False)
+        assert net(torch.empty(2, 1, 32, 32)).aux is None
+        assert not called
+        net.aux_head.requires_grad_(True)
+        assert net(torch.empty(2, 1, 32, 32)).aux is not None
+    assert called == ["aux_head"]
+
+
 # The start from random values
 
 
@@ -170,7 +187,7 @@ def test_random_residual_blocks_start_as_identity_and_pixels_as_healthy(network:
     with torch.no_grad():
         for head in (net.mask_head, net.aux_head):
             head[-1].weight.zero_()
-        output = net(PIXELS)
+        output = net.train()(PIXELS)
     for logits in (output.mask, output.aux):
         torch.testing.assert_close(torch.sigmoid(logits), torch.full_like(logits, 0.05))
     assert output.presence.unique().numel() == 1  # it does not depend on the image yet
@@ -205,6 +222,7 @@ def test_the_output_is_torchvisions_for_the_image_in_three_channels(network: str
     theirs.load_state_dict(state, assign=True)
     scale = NETWORKS[network].coco.transforms()
     thrice = torch.stack([(PIXELS[:, 0] - m) / s for m, s in zip(scale.mean, scale.std, strict=True)], dim=1)
+    net.training = True  # for the auxiliary head; all layers stay in evaluation
     with torch.inference_mode():
         expected, actual = theirs.eval()(thrice), net(PIXELS)
     assert expected["out"].std() > 0.01

@@ -75,7 +75,7 @@ class Quick:
     value: Callable[[Recipe], float] = first_value
     count: int = 2
 
-    def epochs(self, recipe: Recipe) -> Iterator[TrialScores]:
+    def epochs(self, recipe: Recipe, trials_left: int) -> Iterator[TrialScores]:
         for epoch in range(1, self.count + 1):
             value = self.value(recipe) * epoch / self.count
             yield TrialScores(value, value, value + 0.01, value / 2, False, Thresholds(), 0.01)

@@ -48,10 +48,13 @@ class _Prepared:
     predictor: Predictor
 
 
-def train_fold(name: str, origin: Origin, dataset: Dataset, parent: str | None = None) -> TrainedFold:
+def train_fold(
+    name: str, origin: Origin, dataset: Dataset, parent: str | None = None, folds_left: int = 1
+) -> TrainedFold:
     """Trains, keeps the weights with the best validation Dice, and logs them as a model, in a run of its own.
 
     An interrupted training with the same settings continues after its last whole epoch, in the same run.
+    With this one, ``folds_left`` are to be trained.
     """
     settings = origin.settings
     checkpoint = checkpoint_of(settings, dataset.fingerprint)
@@ -62,7 +65,7 @@ def train_fold(name: str, origin: Origin, dataset: Dataset, parent: str | None =
         tracking.log_dataset(settings.dataset, dataset.fingerprint, "training")
         origin.log_notes(dataset.fingerprint)
         prepared = _prepare(settings, dataset)
-        progress = _run_epochs(name, settings, prepared, checkpoint, last, run_id)
+        progress = _run_epochs(name, settings, prepared, checkpoint, last, run_id, folds_left)
         return _finish(origin, prepared, progress)
 
 
@@ -91,6 +94,7 @@ def _run_epochs(
     checkpoint: Checkpoint,
     last: dict[str, Any] | None,
     run_id: str,
+    folds_left: int,
 ) -> Progress:
     """All epochs that are left after the checkpoint ``last``, each saved in the checkpoint."""
     epochs, patience = settings.schedule.epochs, settings.schedule.patience
@@ -103,7 +107,9 @@ def _run_epochs(
     else:
         progress, state = _restore(last, run_id), last["state"]
         print(f"train: continues after epoch {len(progress.history)} of {epochs}")
-    results = train_and_validate(name, predictor, data, prepared.validation, settings.recipe, epochs, state)
+    results = train_and_validate(
+        *(name, predictor, data, prepared.validation, settings.recipe, epochs, state), pieces=folds_left
+    )
     while not progress.is_stuck(patience) and (result := next(results, None)):
         progress.add(result, settings.schedule.best_k)
         if distributed.is_main_process():

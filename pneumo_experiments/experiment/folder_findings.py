@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from tqdm import tqdm
 
 from pneumo_experiments import tracking
 from pneumo_experiments.dataset.decoder_pool import read_files
@@ -28,6 +27,7 @@ from pneumo_experiments.files import SUFFIX, write_atomically
 from pneumo_experiments.learning.loader import prefetch
 from pneumo_experiments.locks import LOCK, work_folder
 from pneumo_experiments.passwords import hide_passwords
+from pneumo_experiments.progress_bar import ProgressBar
 from pneumo_experiments.scoring.figures import overlay
 from pneumo_experiments.scoring.submission import refuse_to_replace, write_submission, write_table
 from pneumo_experiments.serving import Detector, Finding
@@ -154,7 +154,7 @@ def _rows(
             return _describe(finding, settings.findings, parameters if settings.dicom_seg else None)
 
     files = read_files(archive.root, members)
-    bar = tqdm(total=len(members), desc="score", unit="image", disable=None)
+    bar = ProgressBar("score", len(members), is_kept=True)
     with bar, closing(detector.detect(files, with_source=settings.dicom_seg)) as findings:
         for described in prefetch(describe, findings, THREADS):
             bar.update()

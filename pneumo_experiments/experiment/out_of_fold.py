@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from pneumo_experiments import tracking
 from pneumo_experiments.dataset.rle import encode
 from pneumo_experiments.experiment.fold_training import TrainedFold
 from pneumo_experiments.learning.predict import to_native
+from pneumo_experiments.progress_bar import ProgressBar
 from pneumo_experiments.scoring.exact import best_of_all
 from pneumo_experiments.scoring.metrics import dice
 from pneumo_experiments.scoring.scores import ScoredImages, Scores, score_images
@@ -37,7 +37,7 @@ def log_out_of_fold(folds: Sequence[TrainedFold]) -> Scores:
         path = Path(folder) / "out_of_fold.csv"
         with (
             path.open("w", newline="", encoding="utf-8") as file,
-            tqdm(total=len(patients), desc="out of fold", unit="image", disable=None, leave=False) as bar,
+            ProgressBar("out of fold", len(patients)) as bar,
         ):
             writer = csv.writer(file)
             writer.writerow(COLUMNS)

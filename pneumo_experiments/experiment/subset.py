@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass, fields, replace
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from pneumo_experiments import tracking
 from pneumo_experiments.dataset.hdf5 import Dataset, Entry
@@ -26,6 +25,7 @@ from pneumo_experiments.learning.loader import (
     prefetch,
 )
 from pneumo_experiments.learning.predict import AnyPredictor, Prediction, to_native
+from pneumo_experiments.progress_bar import ProgressBar
 from pneumo_experiments.scoring.figures import contact_sheet, overlay
 from pneumo_experiments.scoring.scores import ScoredImages, Scores, score_images
 from pneumo_experiments.scoring.thresholds import (
@@ -67,13 +67,8 @@ class Subset:
         if cache == "stream":
             return StreamedData(self.dataset, self.indices, present)
         device = str(compute.device) if cache == "device" else "cpu"
-        quiet = None if distributed.is_main_process() else True
-        with tqdm(total=len(self), desc="load", unit="image", disable=quiet, leave=False) as bar:
-
-            def advance(count: int) -> None:
-                bar.update(count)
-
-            return load(self.dataset, self.indices, present, size, device, advance)
+        with ProgressBar("load", len(self), is_shown=distributed.is_main_process()) as bar:
+            return load(self.dataset, self.indices, present, size, device, bar.update)
 
     def in_memory(self, cache: str) -> Subset:
         """The subset with its images in memory, if there is room and ``cache`` is not stream."""
@@ -92,9 +87,7 @@ class Subset:
         In a group of processes each predicts some of the images, and all return the counts of all.
         """
         counter = ThresholdCounter(predictor, HUNDREDTHS)
-        with tqdm(
-            total=len(self._own_indices), desc=desc, unit="image", disable=None if desc else True
-        ) as bar:
+        with ProgressBar(desc, len(self._own_indices), is_shown=bool(desc), is_kept=True) as bar:
 
             def truth(index: int) -> NDArray[np.bool_]:
                 bar.update()

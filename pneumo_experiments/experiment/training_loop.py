@@ -13,9 +13,10 @@ from pneumo_experiments.experiment.subset import Subset
 from pneumo_experiments.learning import distributed
 from pneumo_experiments.learning.device import ComputeConfig
 from pneumo_experiments.learning.fit import Epoch, fit
-from pneumo_experiments.learning.loader import InMemoryData, StreamedData, batches
+from pneumo_experiments.learning.loader import InMemoryData, StreamedData, batches, count_batches
 from pneumo_experiments.learning.predict import Predictor
 from pneumo_experiments.learning.trainer import State
+from pneumo_experiments.progress_bar import ProgressBar
 from pneumo_experiments.scoring.figures import contact_sheet, overlay
 from pneumo_experiments.scoring.scores import Scores
 from pneumo_experiments.scoring.thresholds import ThresholdCounts, Thresholds, best_on_grid
@@ -48,7 +49,7 @@ class EpochResult:
 
 
 def train_and_validate(
-    desc: str,
+    name: str,
     predictor: Predictor,
     data: InMemoryData | StreamedData,
     validation: Subset,
@@ -58,24 +59,30 @@ def train_and_validate(
     *,
     first_step: int = 0,
     lines: bool = True,
+    pieces: int = 1,
 ) -> Iterator[EpochResult]:
     """Trains the predictor's network in place; logs each epoch in the active run and on the terminal.
 
     Scores at the best thresholds of the coarse grid are logged as ``val_dice`` and so on: these images choose
     the epoch and the thresholds. The caller may stop at any time; training continues from the ``state`` of an
     epoch. Metrics of epoch e are logged at step ``first_step`` + e. Without ``lines`` the terminal shows the
-    progress bar alone.
+    progress bar alone, named ``name``; so many ``pieces`` of such work are to come, this one included.
     """
-    quiet = None if distributed.is_main_process() else True  # None: hidden unless on a terminal
-    with tqdm(total=len(data) * epochs, desc=desc, unit="image", disable=quiet, leave=False) as bar:
-
-        def advance(count: int) -> None:
-            bar.update(count)
-
-        trained_epochs = fit(predictor.network, data, recipe, epochs, predictor.compute, advance, state)
+    # A backward pass takes twice the arithmetic of the forward pass.
+    validating = len(validation) * predictor.work / 3
+    earlier = 0 if state is None else state["steps"] // count_batches(len(data), recipe.batches.batch_size)
+    with ProgressBar(
+        name,
+        epochs * (len(data) + validating),
+        finished=earlier * (len(data) + validating),
+        pieces=pieces,
+        is_shown=distributed.is_main_process(),
+    ) as bar:
+        trained_epochs = fit(predictor.network, data, recipe, epochs, predictor.compute, bar.update, state)
         start = time.perf_counter()
         for done, epoch in enumerate(trained_epochs, start=1):
             counts = validation.count(replace(predictor, network=epoch.network))
+            bar.update(validating)
             thresholds = best_on_grid(counts)
             scores = validation.score(counts, thresholds)
             metrics = epoch.losses | scores.as_metrics("val_") | epoch.speed

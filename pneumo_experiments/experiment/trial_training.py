@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from pneumo_experiments import tracking
 from pneumo_experiments.dataset.hdf5 import Dataset
@@ -30,6 +29,7 @@ from pneumo_experiments.learning.loader import InMemoryData, StreamedData
 from pneumo_experiments.learning.network import PneumothoraxNet, build
 from pneumo_experiments.learning.predict import Predictor
 from pneumo_experiments.locks import work_folder
+from pneumo_experiments.progress_bar import ProgressBar
 from pneumo_experiments.scoring.cross_fit import best_dice_on_positives, cross_fitted
 from pneumo_experiments.scoring.thresholds import Thresholds
 from pneumo_experiments.serving import save
@@ -81,10 +81,11 @@ class TrialTraining:
         self._trained: tuple[Predictor, Thresholds] | None = None  # on the first fold, in the latest trial
         self._initial = self._initial_network()
 
-    def epochs(self, recipe: Recipe) -> Iterator[TrialScores]:
+    def epochs(self, recipe: Recipe, trials_left: int) -> Iterator[TrialScores]:
         """Trains with a recipe on each fold in turn; one item for each epoch of each fold.
 
-        Logs in the active run. The caller may stop at any time.
+        Logs in the active run. The caller may stop at any time. ``trials_left``, with this one, are told on
+        the terminal: how long they take together.
         """
         epochs, finished = self._settings.study.search_epochs, list[TrialScores]()
         for number, fold in enumerate(self._folds):
@@ -93,6 +94,7 @@ class TrialTraining:
                 *("trial", predictor, fold.training_data, fold.validation, recipe, epochs),
                 first_step=first_step,
                 lines=False,
+                pieces=trials_left * len(self._folds) - number,
             ):
                 scores = _score_fold(fold, result)
                 if result.epoch.number == epochs:
@@ -172,12 +174,8 @@ class TrialTraining:
         # Only images that train in every fold: the network must not know what a fold validates on.
         training = reduce(np.intersect1d, [fold.split.train for fold in self._folds])
         data = Subset(self._dataset, training).training_data(recipe.batches.cache, self._compute)
-        with tqdm(total=len(data) * epochs, desc="warm-up", unit="image", disable=None, leave=False) as bar:
-
-            def advance(count: int) -> None:
-                bar.update(count)
-
-            *_, last = fit(network, data, recipe, epochs, self._compute, advance)
+        with ProgressBar("search: warm-up", len(data) * epochs) as bar:
+            *_, last = fit(network, data, recipe, epochs, self._compute, bar.update)
         print(f"search: every trial starts from one network, trained for {epochs} epochs")
         return {name: tensor.cpu() for name, tensor in last.network.state_dict().items()}
 

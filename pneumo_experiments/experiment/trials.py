@@ -33,8 +33,8 @@ PARENT_SECONDS = 30  # between looks at the parent run, which another worker may
 class Training(Protocol):
     """What a trial does: see TrialTraining."""
 
-    def epochs(self, recipe: Recipe) -> Iterator[TrialScores]:
-        """Scores after each epoch."""
+    def epochs(self, recipe: Recipe, trials_left: int) -> Iterator[TrialScores]:
+        """Scores after each epoch; with this one so many trials are left."""
         ...
 
     def save_model(self, folder: Path, recipe: Recipe) -> None:
@@ -127,13 +127,20 @@ class Objective:
         """Scores after the last epoch that ran, and its number."""
         scores, epoch = None, 0
         prunes = not self.confirms and self.settings.study.has_one_objective
-        for epoch, scores in enumerate(training.epochs(recipe), start=1):
+        for epoch, scores in enumerate(training.epochs(recipe, self._trials_left(trial)), start=1):
             if prunes:
                 trial.report(scores.value, epoch)
                 if epoch < self._epochs and trial.should_prune():
                     break
         assert scores is not None  # a trial has one epoch at least
         return scores, epoch
+
+    def _trials_left(self, trial: optuna.Trial) -> int:
+        """Trials that this worker has still to run, this one included, if the others run as many."""
+        others = trial.study.get_trials(deepcopy=False)
+        left = self.total - sum(is_counted(other) for other in others)
+        left += 0 if self.confirms else min(self.settings.study.confirm, self.total)
+        return -(-left // max(1, sum(other.state is TrialState.RUNNING for other in others)))
 
     def _record(self, trial: optuna.Trial, scores: TrialScores, seconds: float, is_pruned: bool) -> None:
         measured = {name: getattr(scores, name) for name in ("dice", "dice_optimistic", "dice_positive")}

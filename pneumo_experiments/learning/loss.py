@@ -93,7 +93,7 @@ def criterion(output: Output, target: Tensor, present: Tensor, recipe: Recipe) -
         (weight * term for weight, term in zip(weights.values(), terms.values(), strict=True)),
         _at_least_float32(target.new_zeros(())),
     )
-    if recipe.loss.aux_weight > 0:
+    if recipe.loss.aux_weight > 0 and output.aux is not None:
         aux = sum(
             (weight * MASK_LOSSES[name](output.aux, target) for name, weight in weights.items()),
             _at_least_float32(target.new_zeros(())),

@@ -71,10 +71,13 @@ log = logging.getLogger(__name__)
 
 
 class Output(NamedTuple):
-    """Logits of a batch: ``mask`` and ``aux`` (n, S, S), ``presence`` (n,), always float32."""
+    """Logits of a batch, always float32: ``mask`` and ``aux`` (n, S, S), ``presence`` (n,).
+
+    ``aux`` is None unless the auxiliary head is trained: nothing else uses it.
+    """
 
     mask: Tensor
-    aux: Tensor
+    aux: Tensor | None
     presence: Tensor
 
 
@@ -120,11 +123,19 @@ class PneumothoraxNet(nn.Module):
         features = cast("dict[str, Tensor]", self.backbone((images - self.mean) / self.std))
         deep = features["out"]
         pooled = torch.cat([deep.mean(dim=(2, 3)), deep.amax(dim=(2, 3))], dim=1)
-        mask, aux = (
-            functional.interpolate(logits.float(), size=size, mode="bilinear", align_corners=False)[:, 0]
-            for logits in (self.mask_head(deep), self.aux_head(features["aux"]))
-        )
+        mask = _upsampled(self.mask_head(deep), size)
+        aux = _upsampled(self.aux_head(features["aux"]), size) if self._trains_aux else None
         return Output(mask, aux, self.presence_head(pooled).float()[:, 0])
+
+    @property
+    def _trains_aux(self) -> bool:
+        """Whether the auxiliary head's output is needed; a training whose loss leaves it out freezes it."""
+        return self.training and all(weight.requires_grad for weight in self.aux_head.parameters())
+
+
+def _upsampled(logits: Tensor, size: torch.Size) -> Tensor:
+    """Logits (n, 1, h, w) in float32, interpolated bilinearly to (n, *size)."""
+    return functional.interpolate(logits.float(), size=size, mode="bilinear", align_corners=False)[:, 0]
 
 
 def build(network: str, weights: str, seed: int) -> PneumothoraxNet:

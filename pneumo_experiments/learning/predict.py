@@ -64,6 +64,11 @@ class Predictor:
         """Where the predictions are."""
         return self.compute.device
 
+    @property
+    def work(self) -> float:
+        """Arithmetic of predicting an image, in forward passes at its own size."""
+        return sum(view.scale**2 for view in VIEWS[self.tta])
+
     def predict(self, images: NDArray[np.uint8], batch_size: int = 16) -> Iterator[Prediction]:
         """One prediction for each 8-bit image (n, S, S), in order; UserError when an output is NaN."""
         return _on_host(self.predict_batches(images, batch_size))

@@ -41,6 +41,8 @@ class Trainer:
     def __init__(self, network: PneumothoraxNet, recipe: Recipe, steps: int, compute: ComputeConfig) -> None:
         """``steps`` is the number of steps of the whole training, over which the schedule runs."""
         self.network, self.recipe, self.compute = network, recipe, compute
+        # Without a weight in the loss it is not computed, and DDP does not wait for its gradients.
+        network.aux_head.requires_grad_(recipe.loss.aux_weight > 0)
         self.ddp = distributed.wrap_ddp(network)
         self.forward = torch.compile(self.ddp) if recipe.network.compile else self.ddp
         self.total_steps = steps
@@ -106,7 +108,7 @@ class Trainer:
                 loss = terms["loss"] * (len(images) * distributed.world_size() / batch.size)
                 if distributed.world_size() > 1:
                     # DDP waits for the gradient of every parameter, also of a head whose loss has no weight.
-                    loss = loss + 0 * sum(logits.mean() for logits in output)
+                    loss = loss + 0 * sum(logits.mean() for logits in output if logits is not None)
                 self.scaler.scale(loss).backward()  # pyright: ignore[reportUnknownMemberType]
             means.add(terms, len(images))
         return means.tensors()

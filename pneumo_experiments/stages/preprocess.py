@@ -9,8 +9,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm import tqdm
-
 from pneumo_experiments import tracking
 from pneumo_experiments.dataset.annotations import ANNOTATIONS, read_annotations, read_table
 from pneumo_experiments.dataset.hdf5 import Dataset
@@ -24,6 +22,7 @@ from pneumo_experiments.errors import Rejected, UserError, reason_of
 from pneumo_experiments.experiment.data_report import build_report, log_existing_report, write_report
 from pneumo_experiments.experiment.grouping import SOURCES, make_grouping, warn_about_grouping
 from pneumo_experiments.locks import LOCK, work_folder
+from pneumo_experiments.progress_bar import ProgressBar
 from pneumo_experiments.report.statistics import Report
 from pneumo_experiments.report.summary import plural
 from pneumo_experiments.settings import NONE, Preprocess
@@ -153,8 +152,13 @@ def _hash_contents(inputs: PreprocessInputs, max_pixels: int) -> str:
         except Rejected:
             return ""
 
-    bar = tqdm(inputs.members, desc="compare", unit="file", disable=None, leave=False)
-    return _digest(f"{member.image_id} {file_sha256(member)}" for member in bar)
+    def lines() -> Iterator[str]:
+        with ProgressBar("compare", len(inputs.members), "file") as bar:
+            for member in inputs.members:
+                yield f"{member.image_id} {file_sha256(member)}"
+                bar.update()
+
+    return _digest(lines())
 
 
 def _digest(lines: Iterator[str]) -> str:
@@ -218,7 +222,7 @@ def _write_dataset(settings: Preprocess, inputs: PreprocessInputs, work: Path) -
             labelled=inputs.annotations is not None,
             work=work,
         ) as writer,
-        tqdm(total=total, initial=finished, desc="preprocess", unit="image", disable=None) as bar,
+        ProgressBar("preprocess", total, finished=finished, is_kept=True) as bar,
     ):
         for result in results(jobs, work, settings.reading.workers or available_cores()):
             processed.append(result.without_chunks())

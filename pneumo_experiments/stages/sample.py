@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tqdm import tqdm
-
 from pneumo_experiments import tracking
+from pneumo_experiments.progress_bar import ProgressBar
 from pneumo_experiments.settings import Sample
 from pneumo_experiments.synthetic.kaggle_layout import is_sample, write_sample
 
@@ -17,12 +16,8 @@ def sample(settings: Sample) -> Path:
     total, written = size.images + size.test_images, False
     with tracking.run("sample", settings, f"{size.images} labelled synthetic radiographs in {folder}."):
         if not is_sample(folder, size.images, size.test_images, settings.seed):
-            with tqdm(total=total, desc="sample", unit="image", disable=None) as bar:
-
-                def advance() -> None:
-                    bar.update()
-
-                written = write_sample(folder, size.images, size.test_images, settings.seed, advance)
+            with ProgressBar("sample", total, is_kept=True) as bar:
+                written = write_sample(folder, size.images, size.test_images, settings.seed, bar.update)
         result = f"{total} synthetic radiographs in {folder}" if written else f"{folder} exists already"
         print(f"sample: {result}")
     return folder

@@ -100,8 +100,10 @@ def _train_folds(origin: Origin, dataset: Dataset, parent: str | None) -> TrainR
     with tracking.run("train", settings, parent=parent):
         tracking.log_dataset(settings.dataset, dataset.fingerprint, "training")
         folds = [
-            train_fold(f"fold {one.split.fold}", replace(origin, settings=one), dataset)
-            for one in _settings_per_fold(settings)
+            train_fold(
+                f"fold {number}", replace(origin, settings=one), dataset, None, settings.split.folds - number
+            )
+            for number, one in enumerate(_settings_per_fold(settings))
         ]
         if not distributed.is_main_process():
             return TrainResult("", folds[0].scores)

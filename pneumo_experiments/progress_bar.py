@@ -1,0 +1,87 @@
+"""How long work takes: a bar on a terminal, a line now and then elsewhere."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+
+from tqdm import tqdm
+
+FIRST_SECONDS = 5.0  # of work before the first estimate
+WORTH_SAYING_SECONDS = 30.0  # shorter work needs no estimate
+WITHOUT_COUNTS = "{l_bar}{bar}| {elapsed}<{remaining}"
+
+
+class ProgressBar:
+    """Shows how far the work called ``name`` is, and about how long it still takes, from the rate so far.
+
+    On a terminal it is tqdm's bar. Elsewhere the first line comes after a few seconds, if more than half a
+    minute is left, others after each quarter of the time. ``pieces`` pieces of work of this size are still to
+    come, this one included: what they take together is said once, on a terminal, too.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        total: float,
+        unit: str = "image",
+        *,
+        finished: float = 0,
+        pieces: int = 1,
+        is_shown: bool = True,
+        is_kept: bool = False,
+    ) -> None:
+        """``finished`` of ``total`` are done already; a bar that ``is_kept`` stays on the terminal."""
+        # None: tqdm shows nothing unless on a terminal. Counts that are not whole would only confuse.
+        self._bar = tqdm(
+            total=total,
+            initial=finished,
+            desc=name,
+            unit=unit,
+            leave=is_kept,
+            disable=None if is_shown else True,
+            bar_format=None if isinstance(total, int) else WITHOUT_COUNTS,
+        )
+        self._name, self._total, self._pieces, self._is_shown = name, total, pieces, is_shown
+        self._finished, self._done = finished, 0.0
+        self._start = time.monotonic()
+        self._next_line = self._start + FIRST_SECONDS
+
+    def __enter__(self) -> ProgressBar:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.close()
+
+    def update(self, count: float = 1) -> None:
+        """So much more is done."""
+        self._bar.update(count)
+        self._done += count
+        now = time.monotonic()
+        if self._is_shown and now >= self._next_line and self._done > 0:
+            self._say(now - self._start)
+
+    def _say(self, elapsed: float) -> None:
+        seconds_each = elapsed / self._done
+        left = seconds_each * (self._total - self._finished - self._done)
+        together = left + (self._pieces - 1) * seconds_each * self._total
+        self._next_line = self._start + elapsed + max(WORTH_SAYING_SECONDS, (elapsed + left) / 4)
+        if self._pieces > 1:
+            if together >= WORTH_SAYING_SECONDS:
+                more = f"with {self._pieces - 1} more {duration(together)}"
+                tqdm.write(f"{self._name}: {duration(left)} left, {more}")
+            self._pieces = 1
+        elif self._bar.disable and left >= WORTH_SAYING_SECONDS:
+            tqdm.write(f"{self._name}: {duration(left)} left")
+
+
+def duration(seconds: float) -> str:
+    """A length of time as one says it: ``about 40 seconds``, ``about 4 minutes``, ``about 1 h 20 min``."""
+    if seconds < 90:
+        return f"about {max(10, round(seconds / 10) * 10)} seconds"
+    if seconds < 90 * 60:
+        return f"about {round(seconds / 60)} minutes"
+    hours, minutes = divmod(round(seconds / 600) * 10, 60)
+    return f"about {hours} h {minutes} min" if minutes else f"about {hours} h"
