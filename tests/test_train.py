@@ -15,13 +15,16 @@ from conftest import ROOT, soak
 from helpers import BIN, changed, environment_of_mlflow, make
 from mlflow import MlflowClient
 from tiny_network import with_tiny_network
+from torch.nn.modules.module import register_module_forward_hook
 from tracked import runs, table
 
 from pneumo_experiments.dataset.hdf5 import Dataset
 from pneumo_experiments.dataset.rle import decode
 from pneumo_experiments.errors import UserError
+from pneumo_experiments.experiment.subset import make_split
 from pneumo_experiments.learning.checkpoint import Checkpoint
 from pneumo_experiments.learning.launch import launch
+from pneumo_experiments.learning.network import PneumothoraxNet
 from pneumo_experiments.scoring.metrics import dice
 from pneumo_experiments.settings import Train, flat
 from pneumo_experiments.stages.train import train
@@ -139,6 +142,23 @@ def test_patience_ends_a_training_that_gets_no_better(
 ) -> None:
     train(changed(settings, epochs=5, patience=1, learning_rate=1e-9))
     assert "no better Dice in 1 epochs: stopped early" in capsys.readouterr().out
+
+
+def test_the_best_epoch_is_not_predicted_again(settings: Train) -> None:
+    predictions = list[int]()
+
+    def note(module: torch.nn.Module, inputs: Any, output: Any) -> None:
+        if isinstance(module, PneumothoraxNet) and not module.training:
+            predictions.append(len(inputs[0]))
+
+    with Dataset.open(settings.dataset) as opened:
+        validation = len(make_split(opened, settings.split).validation)
+    hook = register_module_forward_hook(note)
+    try:
+        train(changed(settings, best_k=1, tta="none"))
+    finally:
+        hook.remove()
+    assert sum(predictions) == 2 * validation  # once after each epoch
 
 
 def test_two_processes_train_in_one_run(

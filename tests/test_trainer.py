@@ -35,3 +35,17 @@ def test_skipped_steps_do_not_shrink_the_gradient_scale(precision: str) -> None:
     after = weights_of(network.mask_head)
     assert all(torch.isfinite(tensor).all() for tensor in after.values())
     assert not torch.equal(after["0.weight"], before["0.weight"])
+
+
+def test_without_a_weight_in_the_loss_the_auxiliary_head_stays_as_it_is() -> None:
+    network = build("tiny", "none", 0)
+    before, batch_norm = weights_of(network.aux_head), weights_of(network.mask_head)["1.running_mean"]
+    recipe = make(Recipe, batch_size=2, augment=False, aux_weight=0.0, weight_decay=1.0)
+    trainer = Trainer(network, recipe, 2, CPU)
+    for batch in batches(noise(4), recipe, 1, 1, CPU.device):
+        terms, finite = trainer.step(batch)
+        assert finite
+        assert "loss_aux" not in terms
+    after = weights_of(network.aux_head)
+    assert all(torch.equal(after[name], before[name]) for name in before)  # its batch statistics, too
+    assert not torch.equal(weights_of(network.mask_head)["1.running_mean"], batch_norm)

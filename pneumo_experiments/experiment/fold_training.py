@@ -186,8 +186,10 @@ def _choose_weights(
     candidates = [best[:1], best] if len(best) > 1 else [best]
     results: list[tuple[float, ThresholdCounts]] = []
     for epochs in candidates:
-        _load_mean(predictor, progress, epochs)
-        counts = validation.count(predictor)
+        counts = progress.counts.get(epochs[0]) if len(epochs) == 1 else None
+        if counts is None:
+            _load_mean(predictor, progress, epochs)
+            counts = validation.count(predictor)
         results.append((validation.score(counts, best_on_grid(counts)).dice, counts))
     chosen = max(range(len(results)), key=lambda place: results[place][0])  # of equal ones the single epoch
     _load_mean(predictor, progress, candidates[chosen])

@@ -5,13 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 from pneumo_experiments.experiment.training_loop import EpochResult
 from pneumo_experiments.learning.checkpoint import Checkpoint
 from pneumo_experiments.learning.trainer import State
+from pneumo_experiments.scoring.thresholds import ThresholdCounts
 from pneumo_experiments.settings import Train, weight_shaping
+
+SAVED = {"run_id", "history", "dices", "networks", "state"}
 
 
 @dataclass
@@ -22,6 +25,8 @@ class Progress:
     history: list[dict[str, float]] = field(default_factory=list[dict[str, float]])
     dices: dict[int, float] = field(default_factory=dict[int, float])  # of the best epochs
     networks: dict[int, dict[str, Any]] = field(default_factory=dict[int, dict[str, Any]])
+    counts: dict[int, ThresholdCounts] = field(default_factory=dict[int, ThresholdCounts])
+    """of the validation images; not in the checkpoint: an epoch before an interruption is predicted again"""
 
     def add(self, result: EpochResult, best_k: int) -> None:
         """Keeps the epoch's network if it is among the best; of equal ones the later."""
@@ -33,8 +38,10 @@ class Progress:
             # In host memory, as after resuming: the device needs its own.
             state = result.epoch.network.state_dict()
             self.networks[number] = {name: tensor.to("cpu", copy=True) for name, tensor in state.items()}
+            self.counts[number] = result.counts
         self.dices = {epoch: self.dices[epoch] for epoch in best}
         self.networks = {epoch: self.networks[epoch] for epoch in best}
+        self.counts = {epoch: self.counts[epoch] for epoch in best if epoch in self.counts}
 
     def is_stuck(self, patience: int) -> bool:
         """Whether so many epochs have passed without a better Dice; never for a patience of 0."""
@@ -43,9 +50,8 @@ class Progress:
 
     def save(self, checkpoint: Checkpoint, state: State) -> None:
         """Writes everything that continuing after this epoch needs."""
-        last = asdict(self)
-        networks = last.pop("networks")
-        checkpoint.save(last | {"state": state}, networks)
+        last = {"run_id": self.run_id, "history": self.history, "dices": self.dices, "state": state}
+        checkpoint.save(last, self.networks)
 
 
 def checkpoint_of(settings: Train, fingerprint: str) -> Checkpoint:
@@ -62,8 +68,8 @@ def read_checkpoint(checkpoint: Checkpoint) -> dict[str, Any] | None:
     last = checkpoint.last()
     if last is None:
         return None
-    state, names = last.get("state"), {f.name for f in fields(Progress)} | {"state"}
-    if last.keys() != names or not isinstance(state, dict) or state.keys() != State.__annotations__.keys():
+    state = last.get("state")
+    if last.keys() != SAVED or not isinstance(state, dict) or state.keys() != State.__annotations__.keys():
         warnings.warn(f"{checkpoint.folder}: written by another version; training starts over", stacklevel=2)
         return None
     networks: list[Any] = [last["state"]["network"], *last["networks"].values()]

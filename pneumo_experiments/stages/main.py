@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -34,7 +35,9 @@ def main(settings: Main) -> ScoreResult:
     """Preprocess, search, train, score, submit and register; returns the final scores."""
     with tracking.run("main", settings):
         dicom_dir = settings.source.dicom_dir
+        step = _announced(_steps(settings))
         if dicom_dir is None:
+            next(step)
             settings = _with_sample(settings)
         elif not dicom_dir.exists():
             raise UserError(f"dicom_dir={dicom_dir}: no such folder; name the one that holds the .dcm files")
@@ -46,6 +49,7 @@ def main(settings: Main) -> ScoreResult:
         if settings.test_dir is not None:
             refuse_to_replace(submission)  # not only when all is trained
             refuse_foreign(findings)
+        next(step)
         dataset = preprocess(
             Preprocess(
                 source=settings.source,
@@ -57,6 +61,7 @@ def main(settings: Main) -> ScoreResult:
         )
         with Dataset.open(dataset) as opened:
             tracking.log_dataset(dataset, opened.fingerprint, "main")
+        next(step)
         best = search(_search_settings(settings, dataset))
         training = Train(
             dataset=dataset,
@@ -66,6 +71,7 @@ def main(settings: Main) -> ScoreResult:
             compute=settings.compute,
             evaluation=settings.evaluation,
         )
+        next(step)
         model = train(training, keep_checkpoint=True).model  # until all is done: not to train again
         scoring = Score(
             model=model,
@@ -74,13 +80,16 @@ def main(settings: Main) -> ScoreResult:
             compute=settings.compute,
             overlays=settings.evaluation.overlays,
         )
+        next(step)
         result = score(scoring)
         assert result.scores is not None  # a labelled data set gives scores
         tracking.log_metrics(result.scores.as_metrics(result.prefix))
         constant = {"dice_baseline": result.scores.dice_baseline}
         tracking.log_params(constant | {"interval_reliable": result.scores.interval_reliable})
         if settings.test_dir is not None:
+            next(step)
             score(replace(scoring, dicom_dir=settings.test_dir, submission=submission, findings=findings))
+        next(step)
         version = register(Register(model=model, dataset=dataset, registry=settings.registry))
         assert version is not None  # None is the answer to history alone
         source = dicom_dir or "Synthetic sample"
@@ -91,6 +100,22 @@ def main(settings: Main) -> ScoreResult:
         _print_summary(result, version, settings, is_synthetic=dicom_dir is None)
     clear_checkpoints(training)
     return result
+
+
+def _steps(settings: Main) -> list[str]:
+    """The names of the steps."""
+    is_synthetic = settings.source.dicom_dir is None
+    has_test = settings.test_dir is not None or (is_synthetic and settings.sample.test_images > 0)
+    first, test = ["sample"] * is_synthetic, ["findings of the test images"] * has_test
+    return [*first, "preprocess", "search", "train", "score", *test, "register"]
+
+
+def _announced(steps: list[str]) -> Iterator[None]:
+    """Before each step, says which one it is and what is still to come."""
+    for number, name in enumerate(steps, start=1):
+        rest = f"; then {', '.join(steps[number:])}" if steps[number:] else ""
+        print(f"main: step {number} of {len(steps)}, {name}{rest}")
+        yield
 
 
 def _search_settings(settings: Main, dataset: Path) -> Search:
