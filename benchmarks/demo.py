@@ -1,12 +1,14 @@
-"""How long the main job on the sample takes, the most memory it needs, and how soon --help answers.
+"""What the main job on the sample computes, how long it takes and what it reaches; how soon --help answers.
 
-python benchmarks/demo.py            everything; a few minutes
+python benchmarks/demo.py                    one seed; minutes
+python benchmarks/demo.py --seeds 0 1 2
 python benchmarks/demo.py --help_only
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import statistics
 import subprocess
@@ -15,10 +17,11 @@ import tempfile
 import time
 from pathlib import Path
 
-from measure import ROOT, machine, peak_memory
+from measure import ROOT, gflop_per_second, machine, peak_memory
 
 ENTRY_POINTS = ("main", "sample", "preprocess", "train", "search", "score", "register")
 REPEATS = 7
+TOLD = ("Dice  ", "Dice on", "all-empty", "  trial", "  confirm", "train: kept")
 
 
 def help_seconds(words: list[str]) -> float:
@@ -34,15 +37,13 @@ def help_seconds(words: list[str]) -> float:
     return statistics.median(times[1:])
 
 
-def demo() -> None:
-    """`mlflow run` of main on the sample, in an empty folder with a store of its own."""
+def demo(config: Path, seed: int) -> None:
+    """Runs main in an empty folder with a store of its own; prints its work by step, and its scores."""
     with tempfile.TemporaryDirectory() as folder:
-        environment = os.environ | {
-            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-            "MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db",
-        }
-        command = ["mlflow", "run", str(ROOT), "--env-manager", "local", "-P", f"output_dir={folder}/output"]
-        command += ["-P", f"storage=sqlite:///{folder}/optuna.db"]  # else a second run finds the trials done
+        environment = os.environ | {"MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db"}
+        counts = Path(folder) / "counts.json"
+        script = ROOT / "benchmarks" / "counted_main.py"
+        command = [sys.executable, str(script), str(counts), "--config", str(config), "--seed", str(seed)]
         start = time.perf_counter()
         with (
             subprocess.Popen(
@@ -59,25 +60,44 @@ def demo() -> None:
         seconds = time.perf_counter() - start
         if process.returncode:
             sys.exit(output[-3000:])
-        print(f"main on the sample: {seconds:.0f} s, peak memory of all processes {peak.gigabytes:.2f} GB")
+        print(f"\nseed {seed}")
+        print_work(json.loads(counts.read_text()), seconds)
+        print(f"peak memory of all processes {peak.gigabytes:.2f} GB")
         for line in output.splitlines():
-            if line.startswith(("Dice  ", "Dice on", "all-empty")):
-                print(f"  {line}")
+            if line.startswith(TOLD):
+                print(f"  {line.strip()}")
+
+
+def print_work(rows: dict[str, dict[str, float]], seconds: float) -> None:
+    """Prints a table of the steps: TFLOP, seconds, images, GFLOP/s; the rest of the time is no network's."""
+    rows["all networks"] = {
+        name: sum(row[name] for row in rows.values()) for name in ("flop", "seconds", "images")
+    }
+    for name, row in rows.items():
+        rate = row["flop"] / row["seconds"] / 1e9
+        print(
+            f"  {name:<34} {row['flop'] / 1e12:7.2f} TFLOP  {row['seconds']:6.1f} s"
+            f"  {row['images']:5.0f} images  {rate:5.0f} GFLOP/s"
+        )
+    print(f"  {'everything':<34} {'':13}  {seconds:6.1f} s")
 
 
 def main() -> None:
-    """Prints the table."""
+    """Prints the tables."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--help_only", action="store_true", help="only the start-up times")
+    parser.add_argument("--config", type=Path, default=ROOT / "configs" / "demo.yaml")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     arguments = parser.parse_args()
-    print(machine())
+    print(f"{machine()}; {gflop_per_second():.0f} GFLOP/s in a convolution")
     print(f"--help: {help_seconds([]):.2f} s (median of {REPEATS})")
     for name in ENTRY_POINTS:
         print(f"{name} --help: {help_seconds([name]):.2f} s")
     if not arguments.help_only:
-        demo()
+        for seed in arguments.seeds:
+            demo(arguments.config.resolve(), seed)
 
 
 if __name__ == "__main__":

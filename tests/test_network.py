@@ -126,6 +126,7 @@ def test_each_network_has_a_logit_for_each_pixel_and_each_image(network: str) ->
 @pytest.mark.parametrize("network", ARCHITECTURES)
 def test_an_image_has_the_same_output_alone_and_in_a_batch(network: str) -> None:
     net = lively(network).eval()
+    net.training = True  # for the auxiliary head; all layers stay in evaluation
     with torch.inference_mode():
         output, again, alone = net(PIXELS), net(PIXELS), net(PIXELS[1:2])
     for actual, same, one in zip(output, again, alone, strict=True):
@@ -222,7 +223,7 @@ def test_the_output_is_torchvisions_for_the_image_in_three_channels(network: str
     theirs.load_state_dict(state, assign=True)
     scale = NETWORKS[network].coco.transforms()
     thrice = torch.stack([(PIXELS[:, 0] - m) / s for m, s in zip(scale.mean, scale.std, strict=True)], dim=1)
-    net.training = True  # for the auxiliary head; all layers stay in evaluation
+    net.training = True  # for the auxiliary head, as above
     with torch.inference_mode():
         expected, actual = theirs.eval()(thrice), net(PIXELS)
     assert expected["out"].std() > 0.01
