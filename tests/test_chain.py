@@ -276,6 +276,12 @@ def test_no_logged_model_holds_a_pickle(chain: Chain) -> None:
     assert not [name for name in names if name.endswith((".pkl", ".pickle", ".joblib"))]
 
 
+def test_the_training_starts_where_the_trials_started(chain: Chain) -> None:
+    params = chain.only("train").data.params
+    assert re.fullmatch(r"output/checkpoints/warm-up-[0-9a-f]{16}/epoch-1\.pt", params["weights"])
+    assert params["weights_used"] == "epoch-1.pt"
+
+
 def test_real_radiographs_go_through_the_same_command(
     real_data: Path, store: Path, commands: CommandServer
 ) -> None:

@@ -372,6 +372,20 @@ def test_warm_up_epochs_are_trained_once_and_deleted_at_the_end(
     assert not [*Path("output/checkpoints").glob("warm-up-*/*.pt")]
 
 
+def test_a_kept_start_is_the_network_that_the_trials_started_from(settings: Search) -> None:
+    settings = changed(settings, search_warmup_epochs=1, trials=1)
+    start = search(settings, keep_start=True).start
+    assert start is not None
+    first = torch.load(start, weights_only=True)
+    start.unlink()
+    assert search(settings, keep_start=True).start == start  # the study has ended: trained again
+    again = torch.load(start, weights_only=True)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    untrained = build(settings.recipe.network.network, "none", settings.recipe.seed).state_dict()
+    assert not torch.equal(first["mask_head.0.weight"], untrained["mask_head.0.weight"])
+    assert search(changed(settings, search_warmup_epochs=0), keep_start=True).start is None
+
+
 def test_the_warm_up_sees_no_image_that_a_fold_of_the_trials_validates_on(
     settings: Search, monkeypatch: pytest.MonkeyPatch
 ) -> None:

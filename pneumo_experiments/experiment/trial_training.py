@@ -81,7 +81,7 @@ class TrialTraining:
         self._trained: tuple[Predictor, Thresholds] | None = None  # on the first fold, in the latest trial
         self._initial = self._initial_network()
 
-    def epochs(self, recipe: Recipe, trials_left: int) -> Iterator[TrialScores]:
+    def epochs(self, recipe: Recipe, trials_left: int = 1) -> Iterator[TrialScores]:
         """Trains with a recipe on each fold in turn; one item for each epoch of each fold.
 
         Logs in the active run. The caller may stop at any time. ``trials_left``, with this one, are told on
@@ -200,6 +200,11 @@ def warmup_checkpoint(settings: Search, fingerprint: str) -> Checkpoint:
     key += [study.search_warmup_epochs, study.folds_per_trial]
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
     return Checkpoint(CHECKPOINTS / f"warm-up-{digest}")
+
+
+def warmup_weights(settings: Search, fingerprint: str) -> Path:
+    """The file with that network's state dict."""
+    return warmup_checkpoint(settings, fingerprint).network_file(settings.study.search_warmup_epochs)
 
 
 def _mean(folds: list[TrialScores]) -> TrialScores:

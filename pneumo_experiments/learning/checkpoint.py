@@ -47,7 +47,7 @@ class Checkpoint:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             for epoch, state in networks.items():
-                if not (self.folder / _file_name(epoch)).exists():
+                if not self.network_file(epoch).exists():
                     self._write(_file_name(epoch), state)
             self._write(LAST, last | {"kept": list(networks)})
             self._remove_all_but(networks)
@@ -60,6 +60,10 @@ class Checkpoint:
                 " interruption would lose it",
                 stacklevel=2,
             )
+
+    def network_file(self, epoch: int) -> Path:
+        """Where the network of one of the best epochs is saved, as a state dict."""
+        return self.folder / _file_name(epoch)
 
     def clear(self) -> None:
         """Deletes what was saved; the folder itself is removed with its lock (see ``lock_checkpoints``)."""

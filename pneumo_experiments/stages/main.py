@@ -16,6 +16,7 @@ from pneumo_experiments.scoring.submission import refuse_to_replace
 from pneumo_experiments.settings import (
     Main,
     Preprocess,
+    Recipe,
     Register,
     Sample,
     Score,
@@ -27,7 +28,7 @@ from pneumo_experiments.stages.preprocess import preprocess
 from pneumo_experiments.stages.register import register
 from pneumo_experiments.stages.sample import sample
 from pneumo_experiments.stages.score import ScoreResult, score, scores_line
-from pneumo_experiments.stages.search import search
+from pneumo_experiments.stages.search import SearchResult, search
 from pneumo_experiments.stages.train import clear_checkpoints, train
 
 
@@ -62,11 +63,11 @@ def main(settings: Main) -> ScoreResult:
         with Dataset.open(dataset) as opened:
             tracking.log_dataset(dataset, opened.fingerprint, "main")
         next(step)
-        best = search(_search_settings(settings, dataset))
+        best = search(_search_settings(settings, dataset), keep_start=True)
         training = Train(
             dataset=dataset,
             schedule=settings.schedule,
-            recipe=best.recipe,
+            recipe=_training_recipe(settings, best),
             split=settings.split,
             compute=settings.compute,
             evaluation=settings.evaluation,
@@ -127,6 +128,18 @@ def _search_settings(settings: Main, dataset: Path) -> Search:
         split=replace(settings.split, fold=fold),
         compute=settings.compute,
     )
+
+
+def _training_recipe(settings: Main, best: SearchResult) -> Recipe:
+    """The best settings, and as initial weights those of the network that they were searched for.
+
+    Not for all folds: that network has seen images that the other folds validate on.
+    """
+    network, own = best.recipe.network, settings.recipe.network
+    is_same = (network.network, network.weights) == (own.network, own.weights)
+    if best.start is None or settings.split.fold == "all" or not is_same:
+        return best.recipe
+    return replace(best.recipe, network=replace(network, weights=str(best.start)))
 
 
 def _scored_subset(settings: Main) -> Literal["holdout", "validation", "all"]:

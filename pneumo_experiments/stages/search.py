@@ -8,6 +8,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from math import inf
+from pathlib import Path
 
 import optuna
 from optuna.study import Study
@@ -30,7 +31,12 @@ from pneumo_experiments.experiment.study_report import choose_winner, is_reporte
 from pneumo_experiments.experiment.study_storage import open_storage
 from pneumo_experiments.experiment.trial_loop import confirm_trials, run_trials
 from pneumo_experiments.experiment.trial_table import in_words, print_header
-from pneumo_experiments.experiment.trial_training import TrialTraining, split_folds, warmup_checkpoint
+from pneumo_experiments.experiment.trial_training import (
+    TrialTraining,
+    split_folds,
+    warmup_checkpoint,
+    warmup_weights,
+)
 from pneumo_experiments.experiment.trials import Objective, Training, delete_models
 from pneumo_experiments.passwords import hide_passwords
 from pneumo_experiments.settings import Recipe, Search, is_none
@@ -42,10 +48,15 @@ class SearchResult:
 
     recipe: Recipe
     trial: int
+    start: Path | None = None
+    """state dict of the network that the trials started from, if it is kept"""
 
 
-def search(settings: Search) -> SearchResult:
-    """Runs the study's trials, together with other workers: each a short training in a child run."""
+def search(settings: Search, keep_start: bool = False) -> SearchResult:
+    """Runs the study's trials, together with other workers: each a short training in a child run.
+
+    With ``keep_start`` the file of the network after the warm-up epochs stays, for the training that follows.
+    """
     with ExitStack() as stack:
         try:
             dataset = stack.enter_context(Dataset.open(settings.dataset))
@@ -59,7 +70,14 @@ def search(settings: Search) -> SearchResult:
             return TrialTraining(dataset, settings)
 
         result = run_study(settings, dataset.fingerprint, make_training, search)
-        warmup_checkpoint(settings, dataset.fingerprint).clear()
+        start = warmup_weights(settings, dataset.fingerprint)
+        if not keep_start:
+            warmup_checkpoint(settings, dataset.fingerprint).clear()
+        elif settings.study.search_warmup_epochs > 0:
+            if not start.is_file():  # the study had ended before this command
+                TrialTraining(dataset, settings)
+            if start.is_file():
+                return replace(result, start=start)
     return result
 
 
