@@ -11,7 +11,7 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")  # seconds, also for 
 os.environ.setdefault("PGCONNECT_TIMEOUT", "10")  # seconds; libpq would wait forever
 os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")  # no warning on a machine without git
 
-from pneumo_experiments.tracking.addresses import database_file
+from pneumo_experiments.tracking.addresses import database_file, with_driver
 from pneumo_experiments.tracking.champions import (
     Reign,
     decide,
@@ -130,4 +130,5 @@ __all__ = [
     "version_of",
     "wait_for_store",
     "wait_until_decided",
+    "with_driver",
 ]
