@@ -70,6 +70,7 @@ from pneumo_experiments.tracking.runs import (
 )
 from pneumo_experiments.tracking.servers import check_server
 from pneumo_experiments.tracking.store import open_store, tracking_uri, wait_for_store
+from pneumo_experiments.tracking.system_metrics import warn_without_gpu_metrics
 
 __all__ = [
     "CHALLENGER",
@@ -130,5 +131,6 @@ __all__ = [
     "version_of",
     "wait_for_store",
     "wait_until_decided",
+    "warn_without_gpu_metrics",
     "with_driver",
 ]

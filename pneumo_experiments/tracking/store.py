@@ -56,7 +56,7 @@ def open_store() -> str:
     try:
         check_server(SETTING, mlflow.get_tracking_uri())
         if (uri := with_driver(mlflow.get_tracking_uri())) != mlflow.get_tracking_uri():
-            mlflow.set_tracking_uri(uri)
+            mlflow.set_tracking_uri(uri)  # also for the processes that this one starts
         with _creation_lock():
             experiment_id = _experiment()
             _check_artifact_location(experiment_id)
