@@ -44,10 +44,7 @@ $(VENV)/ready: requirements.lock
 		|| $(BIN)/python -m pip install --quiet --require-hashes -r requirements.lock
 	@touch $@
 
-# After a change of pyproject.toml: the lock for all platforms, and conda.yaml's list from it.
+# After a change of pyproject.toml: the lock for all platforms. It keeps the versions that it has.
 lock: setup
 	@uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-annotate --group dev \
 		pyproject.toml -o requirements.lock
-	@{ sed '/- pip:/q' conda.yaml; uv pip compile --quiet --no-deps --no-header --no-annotate --no-emit-index-url \
-		--python-version 3.11 --constraints requirements.lock pyproject.toml | sed 's/^/      - /'; } > conda.yaml.part
-	@mv conda.yaml.part conda.yaml

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import importlib
+import sys
 import threading
 import weakref
 from collections.abc import Callable
@@ -29,6 +30,7 @@ from tracked import last_run
 simulated_cuda.install()
 add_tiny_network()
 
+from pneumo_experiments import tracking  # noqa: E402
 from pneumo_experiments.dataset.decoder_pool import File  # noqa: E402
 from pneumo_experiments.dataset.hdf5 import Dataset  # noqa: E402  # torch is frame for its devices from now on
 from pneumo_experiments.experiment.subset import Subset  # noqa: E402
@@ -73,8 +75,12 @@ def settings(dataset: Path, store: Path) -> Train:
 
 
 @pytest.mark.parametrize("cache", ["auto", "host", "stream"])
-def test_a_training_ends_in_a_model_that_is_logged(settings: Train, cache: str) -> None:
+def test_a_training_ends_in_a_model_that_is_logged(
+    settings: Train, cache: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     torch.backends.cudnn.benchmark = False
+    monkeypatch.delitem(sys.modules, "pynvml", raising=False)
+    tracking.warn_without_gpu_metrics.cache_clear()
     figures = {"threshold_trials": 3, "overlays": 2} if cache == "auto" else {}
     trained = train(changed(settings, cache=cache, **figures))
     logged = last_run().data.params
@@ -86,6 +92,7 @@ def test_a_training_ends_in_a_model_that_is_logged(settings: Train, cache: str) 
     assert trained.model.startswith("models:/")
     assert 0 <= trained.scores.dice <= 1
     assert torch.backends.cudnn.benchmark
+    assert "no GPU use among the system metrics: `nvidia-ml-py` is not installed" in caplog.text
 
 
 def test_an_interrupted_training_continues_and_averages_its_best_epochs(

@@ -11,16 +11,18 @@ from urllib.parse import quote_plus
 import mlflow
 import pytest
 from conftest import ROOT
-from helpers import make
+from database_server import DatabaseServer
+from helpers import make, working_in
 from hypothesis import given
 from hypothesis import strategies as st
 from mlflow import MlflowClient
 
 from pneumo_experiments import tracking
 from pneumo_experiments.errors import UserError
+from pneumo_experiments.experiment.study_storage import open_storage
 from pneumo_experiments.passwords import hide_passwords
 from pneumo_experiments.settings import Search
-from pneumo_experiments.tracking.addresses import check_address
+from pneumo_experiments.tracking.addresses import check_address, with_driver
 
 UNKNOWN = "postgresql://***"  # where the login cannot be told from a query
 passwords = st.text(st.characters(exclude_categories=["Cs"]), min_size=1) | st.from_regex(
@@ -95,6 +97,31 @@ def test_an_address_with_an_unquoted_password_is_refused(address: str) -> None:
 )
 def test_an_address_that_can_be_read_is_not_refused(address: str) -> None:
     check_address("storage", address)
+
+
+@pytest.mark.parametrize(
+    ("address", "opened"),
+    [
+        ("postgresql://u:x%40@h/db?a=b", "postgresql+psycopg://u:x%40@h/db?a=b"),
+        ("postgres://h/db", "postgresql+psycopg://h/db"),
+        *((each, each) for each in ("postgresql+psycopg2://h/db", "mysql://h/db", "sqlite:///x", "none")),
+    ],
+)
+def test_an_address_of_postgresql_is_opened_with_psycopg_unless_it_names_a_driver(
+    address: str, opened: str
+) -> None:
+    assert with_driver(address) == opened
+
+
+def test_a_store_and_a_study_open_at_an_address_without_driver(
+    database: DatabaseServer, tmp_path: Path
+) -> None:
+    store, study = (database.create(name).replace("postgresql", "postgres", 1) for name in ("runs", "study"))
+    assert open_storage(study).get_all_studies() == []
+    with working_in(tmp_path, store):
+        assert tracking.open_store() == "0"
+    with working_in(tmp_path, study), pytest.raises(UserError, match="another program, or another version"):
+        tracking.open_store()
 
 
 @pytest.mark.parametrize("password", ["Se/cr3t", "Se@cr3t"])

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 import yaml
 from conftest import ROOT
+from mlflow.utils.environment import _PythonEnv
+from mlflow.utils.requirements_utils import _parse_requirements
+from packaging.requirements import Requirement
 
 from pneumo_experiments.mlproject import mlproject_text
 from pneumo_experiments.settings import ENTRY_POINTS, as_text, leaves
@@ -115,12 +120,38 @@ def test_a_default_in_mlproject_is_the_text_that_is_logged(name: str) -> None:
     }
 
 
-def test_conda_yaml_pins_what_the_lock_pins() -> None:
-    pins = yaml.safe_load((ROOT / "conda.yaml").read_text(encoding="utf-8"))["dependencies"][-1]["pip"]
-    locked = (ROOT / "requirements.lock").read_text(encoding="utf-8")
-    assert len(pins) > 10
-    for pin in pins:
-        assert f"\n{pin} " in locked, f"{pin} is not in requirements.lock; run: make lock"
+def locked_versions() -> dict[str, set[str]]:
+    """Versions by package; several where they depend on the platform."""
+    found: dict[str, set[str]] = {}
+    text = (ROOT / "requirements.lock").read_text(encoding="utf-8")
+    for name, version in re.findall(r"^([a-z0-9-]+)==(\S+)", text, re.MULTILINE):
+        found.setdefault(name, set()).add(version)
+    return found
+
+
+def test_the_lock_has_what_pyproject_asks_for() -> None:
+    pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    wanted = [*pyproject["project"]["dependencies"], *pyproject["dependency-groups"]["dev"]]
+    locked = locked_versions()
+    for requirement in map(Requirement, wanted):
+        versions = locked.get(requirement.name, set())
+        assert versions and all(map(requirement.specifier.contains, versions)), (
+            f"{requirement}: {versions} in requirements.lock; run: make lock"
+        )
+
+
+def test_mlflow_in_the_lock_is_the_oldest_of_the_range() -> None:
+    dependencies = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"][
+        "dependencies"
+    ]
+    assert f"mlflow>={next(iter(locked_versions()['mlflow']))},<4" in dependencies
+
+
+def test_mlflow_run_installs_the_lock() -> None:
+    environment = _PythonEnv.from_conda_yaml(ROOT / "conda.yaml")
+    pins = [each.req_str for each in _parse_requirements(environment.dependencies, False, ROOT)]
+    assert all("==" in pin and "--hash=sha256:" in pin for pin in pins)
+    assert {pin.partition("==")[0] for pin in pins} == set(locked_versions())
 
 
 def test_dependency_files_hold_no_address() -> None:

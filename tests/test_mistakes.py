@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import alembic.command
 import h5py
 import mlflow
 import optuna
@@ -22,7 +23,9 @@ import torch
 from helpers import End, ended, make, store_address, store_in
 from mlflow import MlflowClient
 from mlflow.entities import Run
-from sqlalchemy import Engine
+from mlflow.store.db.utils import _get_alembic_config
+from mlflow.store.tracking.dbmodels.initial_models import Base as InitialBase
+from sqlalchemy import Engine, NullPool
 
 from pneumo_experiments import cli, tracking
 from pneumo_experiments.dataset.hdf5 import Dataset
@@ -478,6 +481,33 @@ def test_a_store_that_does_not_open_is_named_within_seconds(
     assert not (tmp_path / "output").exists()
 
 
+@pytest.mark.parametrize("version", ["earlier", "later"])
+def test_a_store_of_another_mlflow_is_neither_opened_nor_migrated(
+    version: str, command: Command, empty_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, uri = tmp_path / "runs.db", "sqlite:///runs.db"
+    if version == "later":
+        shutil.copy(empty_store, store)
+        with closing(sqlite3.connect(store)) as database, database:
+            database.execute("UPDATE alembic_version SET version_num = '0123456789ab'")
+    else:  # MLflow itself would migrate it without a word
+        engine = sqlalchemy.create_engine(f"sqlite:///{store}", poolclass=NullPool)
+        InitialBase.metadata.create_all(engine)
+        migrations = _get_alembic_config("")
+        with engine.begin() as connection:
+            migrations.attributes["connection"] = connection
+            alembic.command.upgrade(migrations, "+1")
+    before = store.read_bytes()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    end = command("sample")
+    assert end.code == 2
+    (line,) = end.err.splitlines()
+    reason = f"another program, or another version of MLflow than {mlflow.__version__}, made this database"
+    assert line.startswith(f"Error: MLFLOW_TRACKING_URI={uri}: {reason}; ")
+    assert line.endswith(f"back it up, then run: mlflow db upgrade {uri}")
+    assert store.read_bytes() == before
+
+
 def hang_up(server: socket.socket) -> None:
     with suppress(OSError):
         while True:
@@ -517,7 +547,7 @@ def test_a_database_that_never_responds_ends_a_training_and_a_search(
 
     monkeypatch.setattr(servers, "create_engine", create_engine)
     monkeypatch.setattr(servers, "CONNECT_SECONDS", 0.1)
-    reason = "no server responds" if is_driver_installed else "pip install 'psycopg[binary]'"
+    reason = "no server responds" if is_driver_installed else "pip install 'pneumo-experiments[postgres]'"
     with socket.create_server(("127.0.0.1", 0)) as server:  # the system accepts connections for it
         address = f"postgresql://me:secret@127.0.0.1:{server.getsockname()[1]}/x"
         shown = address.replace("secret", "***")

@@ -77,6 +77,8 @@ def _prepare(settings: Train, dataset: Dataset) -> _Prepared:
     compute = choose_compute(settings.compute)
     training_data = Subset(dataset, split.train).training_data(recipe.batches.cache, compute)
     tracking.log_params({"device_used": str(compute.device), "precision_used": compute.precision})
+    if compute.device.type == "cuda":
+        tracking.warn_without_gpu_metrics()
     network = build(recipe.network.network, recipe.network.weights, recipe.seed)
     tracking.log_params({"weights_used": network.source, "weights_sha256": network.source_sha256})
     print(

@@ -75,7 +75,7 @@ def open_storage(address: str) -> BaseStorage:
 def _open(address: str, engine: dict[str, Any]) -> _Storage:
     with allow_experimental():
         storage = _Storage(
-            address,
+            tracking.with_driver(address),
             engine_kwargs=engine,
             heartbeat_interval=HEARTBEAT_SECONDS,
             grace_period=GRACE_SECONDS,

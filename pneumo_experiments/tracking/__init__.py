@@ -11,7 +11,7 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")  # seconds, also for 
 os.environ.setdefault("PGCONNECT_TIMEOUT", "10")  # seconds; libpq would wait forever
 os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")  # no warning on a machine without git
 
-from pneumo_experiments.tracking.addresses import database_file
+from pneumo_experiments.tracking.addresses import database_file, with_driver
 from pneumo_experiments.tracking.champions import (
     Reign,
     decide,
@@ -70,6 +70,7 @@ from pneumo_experiments.tracking.runs import (
 )
 from pneumo_experiments.tracking.servers import check_server
 from pneumo_experiments.tracking.store import open_store, tracking_uri, wait_for_store
+from pneumo_experiments.tracking.system_metrics import warn_without_gpu_metrics
 
 __all__ = [
     "CHALLENGER",
@@ -130,4 +131,6 @@ __all__ = [
     "version_of",
     "wait_for_store",
     "wait_until_decided",
+    "warn_without_gpu_metrics",
+    "with_driver",
 ]

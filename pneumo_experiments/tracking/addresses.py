@@ -19,7 +19,20 @@ DATABASE_PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
 
 def scheme_of(address: str) -> str:
     """``http``, ``sqlite``, ``postgresql`` … without the driver; "" for a path."""
-    return address.partition("://")[0].partition("+")[0].lower() if "://" in address else ""
+    scheme = address.partition("://")[0].partition("+")[0].lower() if "://" in address else ""
+    return "postgresql" if scheme == "postgres" else scheme  # as libpq reads it
+
+
+def with_driver(address: str) -> str:
+    """The address as every SQLAlchemy opens it, with the driver psycopg for a PostgreSQL that names none.
+
+    SQLAlchemy 2.0 would take psycopg2, and 2.1 takes psycopg.
+    """
+    scheme, _, rest = address.partition("://")
+    names_driver = "+" in scheme
+    return (
+        f"postgresql+psycopg://{rest}" if scheme_of(address) == "postgresql" and not names_driver else address
+    )
 
 
 def database_file(address: str) -> Path | None:

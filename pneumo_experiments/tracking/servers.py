@@ -15,12 +15,17 @@ from pneumo_experiments.tracking.addresses import (
     check_address,
     database_server,
     scheme_of,
+    with_driver,
 )
 
 PING_SECONDS = 5
 CONNECT_SECONDS = 15
-# Packages of the database drivers that have another name than their module.
-DRIVER_PACKAGES = {"psycopg": "psycopg[binary]", "psycopg2": "psycopg2-binary", "MySQLdb": "mysqlclient"}
+# What to install for the database drivers whose package has another name than their module.
+DRIVER_PACKAGES = {
+    "psycopg": "pneumo-experiments[postgres]",
+    "psycopg2": "psycopg2-binary",
+    "MySQLdb": "mysqlclient",
+}
 
 
 def ping(address: str) -> None:
@@ -40,7 +45,7 @@ def connect(address: str) -> None:
 
     def try_to_connect() -> None:
         try:
-            create_engine(address, poolclass=NullPool).connect().close()
+            create_engine(with_driver(address), poolclass=NullPool).connect().close()
         except Exception as error:
             errors.append(error)
 

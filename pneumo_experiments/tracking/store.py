@@ -13,21 +13,26 @@ from filelock import FileLock
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from mlflow.store.db.utils import (
+    _all_tables_exist,  # pyright: ignore[reportPrivateUsage, reportUnknownVariableType]
+    _get_schema_version,  # pyright: ignore[reportPrivateUsage, reportUnknownVariableType]
     _initialize_tables,  # pyright: ignore[reportPrivateUsage, reportUnknownVariableType]
+    _verify_schema,  # pyright: ignore[reportPrivateUsage, reportUnknownVariableType]
 )
 from mlflow.tracking._tracking_service.utils import (
     _get_store,  # pyright: ignore[reportPrivateUsage, reportUnknownVariableType]
 )
-from sqlalchemy import NullPool, create_engine, make_url, text
+from sqlalchemy import Engine, NullPool, create_engine, make_url, text
 
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.files import write_atomically
 from pneumo_experiments.passwords import hide_passwords
 from pneumo_experiments.tracking.addresses import (
+    DATABASE_PORTS,
     database_file,
     is_misread_by_mlflow,
     local_path,
     scheme_of,
+    with_driver,
 )
 from pneumo_experiments.tracking.servers import check_server, connect, wait_for_server
 
@@ -50,6 +55,8 @@ def open_store() -> str:
     logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # a line for each retry
     try:
         check_server(SETTING, mlflow.get_tracking_uri())
+        if (uri := with_driver(mlflow.get_tracking_uri())) != mlflow.get_tracking_uri():
+            mlflow.set_tracking_uri(uri)  # also for the processes that this one starts
         with _creation_lock():
             experiment_id = _experiment()
             _check_artifact_location(experiment_id)
@@ -58,6 +65,13 @@ def open_store() -> str:
         raise
     except Exception as error:  # MLflow, SQLAlchemy, its drivers and the file system: errors of many kinds
         reason = str(error).split("\n")[0].split(". ")[0]
+        if "out-of-date database schema" in reason:
+            raise UserError(
+                f"{SETTING}={tracking_uri()}: another program, or another version of MLflow than"
+                f" {mlflow.__version__}, made this database; use that version, or name another store;"
+                " one of an earlier version can be upgraded: back it up, then run:"
+                f" mlflow db upgrade {tracking_uri()}"
+            ) from error
         room = "make room there, or " if "is full" in reason else ""
         # MLflow's own commands create an SQLite store in place.
         if "already exists" in reason and database_file(mlflow.get_tracking_uri()):
@@ -102,22 +116,35 @@ def _check_artifact_location(experiment_id: str) -> None:
 @contextmanager
 def _creation_lock() -> Generator[None]:
     # Two processes that create the tables of a new database at the same time break it.
+    uri = mlflow.get_tracking_uri()
     with ExitStack() as stack:
-        if path := database_file(mlflow.get_tracking_uri()):
+        if path := database_file(uri):
             if not path.parent.is_dir():
                 raise UserError(f"{SETTING}={tracking_uri()}: no folder {path.parent}; create it")
             stack.enter_context(FileLock(path.with_name(path.name + ".lock"), LOCK_TIMEOUT_SECONDS))
             if not path.exists() or not path.stat().st_size:
                 _create_tables(path)
-            connect(mlflow.get_tracking_uri())  # MLflow itself would retry for minutes
+            connect(uri)  # MLflow itself would retry for minutes
+            _refuse_migration(create_engine(uri, poolclass=NullPool))
             # Creates the default experiment with an artifact location: see local_path.
             _get_store(artifact_uri=(path.parent / "mlruns").as_uri())
-        elif scheme_of(mlflow.get_tracking_uri()) == "postgresql":
-            engine = create_engine(mlflow.get_tracking_uri(), poolclass=NullPool)
-            connection = stack.enter_context(engine.connect())
-            connection.execute(text(f"SET lock_timeout = {1000 * LOCK_TIMEOUT_SECONDS}"))
-            connection.execute(text("SELECT pg_advisory_lock(:key)"), {"key": POSTGRESQL_LOCK})
+        elif scheme_of(uri) in DATABASE_PORTS:
+            engine = create_engine(uri, poolclass=NullPool)
+            if scheme_of(uri) == "postgresql":
+                connection = stack.enter_context(engine.connect())
+                connection.execute(text(f"SET lock_timeout = {1000 * LOCK_TIMEOUT_SECONDS}"))
+                connection.execute(text("SELECT pg_advisory_lock(:key)"), {"key": POSTGRESQL_LOCK})
+            _refuse_migration(engine)
         yield
+
+
+def _refuse_migration(engine: Engine) -> None:
+    """Raises MLflow's error for a store of another schema, also where MLflow would migrate it unasked.
+
+    It does so when a table is missing. The MLflow that made the store could not open it any more.
+    """
+    if _get_schema_version(engine) and not _all_tables_exist(engine):
+        _verify_schema(engine)
 
 
 def _create_tables(path: Path) -> None:

@@ -5,13 +5,17 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import cache
 from threading import Event, Thread
 from typing import Any
 
+from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
+from mlflow.system_metrics.metrics.rocm_monitor import ROCMMonitor
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
 from pneumo_experiments.tracking.buffered_client import BufferedClient
+from pneumo_experiments.tracking.context import is_enabled
 
 INTERVAL_SECONDS = 5  # MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL sets another
 JOIN_SECONDS = 10  # the thread may be waiting for a server that does not respond
@@ -24,8 +28,8 @@ def log_system_metrics(client: BufferedClient, run_id: str, started_ms: int) -> 
     """Logs ``system/...`` metrics of the run every few seconds, and once at the end.
 
     Their step is the number of seconds since the start of the run, also in a resumed run. Names and values
-    are those of MLflow's SystemMetricsMonitor (GPU: if nvidia-ml-py is installed), whose own thread would
-    end at the first sample that cannot be sent.
+    are those of MLflow's SystemMetricsMonitor, whose own thread would end at the first sample that cannot be
+    sent.
     """
     logging.getLogger("mlflow.system_metrics").setLevel(logging.CRITICAL)  # it warns of each missing value
     monitor: Any = SystemMetricsMonitor(run_id, sampling_interval=INTERVAL_SECONDS)
@@ -56,3 +60,17 @@ def log_system_metrics(client: BufferedClient, run_id: str, started_ms: int) -> 
     finally:
         stop.set()
         thread.join(JOIN_SECONDS)
+
+
+@cache  # one line, however many networks a process trains
+def warn_without_gpu_metrics() -> None:
+    """Says why the system metrics have nothing of the GPU that is used; MLflow leaves it out silently."""
+    if not is_enabled():
+        return
+    try:
+        GPUMonitor()
+    except Exception as error:  # no package nvidia-ml-py, no library of the driver, an AMD GPU
+        with suppress(Exception):
+            ROCMMonitor()
+            return
+        log.warning("no GPU use among the system metrics: %s", str(error).split("\n")[0])
