@@ -43,9 +43,10 @@ class ProgressBar:
             bar_format=None if isinstance(total, int) else WITHOUT_COUNTS,
         )
         self._name, self._total, self._pieces, self._is_shown = name, total, pieces, is_shown
-        self._finished, self._done = finished, 0.0
-        self._start = time.monotonic()
-        self._next_line = self._start + FIRST_SECONDS
+        self._done = finished
+        # From the first update on: what comes before, such as the start of processes, happens once.
+        self._rate_from: tuple[float, float] | None = None  # time, and what was done
+        self._next_line = time.monotonic() + FIRST_SECONDS
 
     def __enter__(self) -> ProgressBar:
         return self
@@ -60,14 +61,16 @@ class ProgressBar:
         self._bar.update(count)
         self._done += count
         now = time.monotonic()
-        if self._is_shown and now >= self._next_line and self._done > 0:
-            self._say(now - self._start)
+        if self._rate_from is None:
+            self._rate_from = now, self._done
+        elif self._is_shown and now >= self._next_line and self._done > self._rate_from[1]:
+            self._say(now, *self._rate_from)
 
-    def _say(self, elapsed: float) -> None:
-        seconds_each = elapsed / self._done
-        left = seconds_each * (self._total - self._finished - self._done)
+    def _say(self, now: float, since: float, done_before: float) -> None:
+        seconds_each = (now - since) / (self._done - done_before)
+        left = seconds_each * (self._total - self._done)
         together = left + (self._pieces - 1) * seconds_each * self._total
-        self._next_line = self._start + elapsed + max(WORTH_SAYING_SECONDS, (elapsed + left) / 4)
+        self._next_line = now + max(WORTH_SAYING_SECONDS, (now - since + left) / 4)
         if self._pieces > 1:
             if together >= WORTH_SAYING_SECONDS:
                 more = f"with {self._pieces - 1} more {duration(together)}"

@@ -34,13 +34,14 @@ def test_long_work_says_from_its_first_steps_how_long_it_takes_and_corrects_itse
     clock: Clock, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with ProgressBar("train", 100) as bar:
-        work(bar, clock, 5, 1.0)
+        work(bar, clock, 1, 4.0)  # starts slowly, once
+        work(bar, clock, 1, 1.0)
         assert capsys.readouterr().out == "train: about 2 minutes left\n"
-        work(bar, clock, 29, 1.0)
+        work(bar, clock, 29, 1.0)  # a quarter of the time is more than half a minute
         assert not capsys.readouterr().out
-        work(bar, clock, 1, 61.0)  # a slow one: 96 seconds for 35 of 100
+        work(bar, clock, 1, 61.0)  # a slow one: 91 seconds for 31 more
         assert capsys.readouterr().out == "train: about 3 minutes left\n"
-        work(bar, clock, 65, 1.0)
+        work(bar, clock, 68, 1.0)
     assert "left" not in capsys.readouterr().out.split("minutes left\n")[-1]
 
 

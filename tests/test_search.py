@@ -372,6 +372,22 @@ def test_warm_up_epochs_are_trained_once_and_deleted_at_the_end(
     assert not [*Path("output/checkpoints").glob("warm-up-*/*.pt")]
 
 
+def test_a_trial_may_validate_on_a_part_of_the_patients_with_as_many_findings(settings: Search) -> None:
+    with Dataset.open(settings.dataset) as dataset, tracking.run("search", settings):
+        (whole,) = TrialTraining(dataset, changed(settings, folds=2))._folds
+        limit = len(whole.validation) // 2
+        (part,) = TrialTraining(dataset, changed(settings, folds=2, search_validation_images=limit))._folds
+    assert set(part.validation.indices) < set(whole.validation.indices)
+    assert abs(len(part.validation) - limit) <= 2
+    patients = {entry.patient for entry in part.validation.entries}
+    rest = set(whole.validation.indices.tolist()) - set(part.validation.indices.tolist())
+    with Dataset.open(settings.dataset) as dataset:
+        assert patients.isdisjoint(dataset.entries[index].patient for index in rest)
+    positives = [sum(entry.area_px > 0 for entry in fold.validation.entries) for fold in (whole, part)]
+    assert positives[1] == pytest.approx(positives[0] / 2, abs=1)
+    assert set(part.half.tolist()) == {0, 1}
+
+
 def test_a_kept_start_is_the_network_that_the_trials_started_from(settings: Search) -> None:
     settings = changed(settings, search_warmup_epochs=1, trials=1)
     start = search(settings, keep_start=True).start

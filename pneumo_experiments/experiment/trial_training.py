@@ -123,7 +123,11 @@ class TrialTraining:
             shuffled = np.random.default_rng(settings.recipe.seed).permutation(training)
             training = np.sort(shuffled[:limit])
         cache = settings.recipe.batches.cache
-        validation = Subset(self._dataset, split.validation).in_memory(cache)
+        validation = Subset(self._dataset, split.validation)
+        limit = settings.study.search_validation_images
+        if limit and (parts := len(validation) // limit) > 1:
+            validation = replace(validation, indices=validation.indices[_parts(validation, parts) == 0])
+        validation = validation.in_memory(cache)
         data = Subset(self._dataset, training).training_data(cache, self._compute)
         return _Fold(split, data, validation, _halves(validation))
 
@@ -239,10 +243,14 @@ def _score_fold(fold: _Fold, result: EpochResult) -> TrialScores:
 
 def _halves(validation: Subset) -> NDArray[np.int64]:
     """The half, 0 or 1, of each image (n,), by patient and stratified by area; the same for every trial."""
+    return _parts(validation, 2)
+
+
+def _parts(validation: Subset, parts: int) -> NDArray[np.int64]:
     entries = validation.entries
     patients = [entry.patient for entry in entries]
-    if len(set(patients)) < 2:
+    if len(set(patients)) < parts:
         raise UserError(
-            f"folds: {len(set(patients))} patients to validate, but a search needs 2; give fewer folds"
+            f"folds: {len(set(patients))} patients to validate, but a search needs {parts}; give fewer folds"
         )
-    return assign_folds(patients, np.array([entry.area_px for entry in entries]), 2, seed=0)
+    return assign_folds(patients, np.array([entry.area_px for entry in entries]), parts, seed=0)

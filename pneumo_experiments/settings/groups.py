@@ -192,6 +192,15 @@ class StudySettings:
     search_images: Annotated[
         int, Arg("training images of each trial, drawn at random; 0 takes all", min=0, max=10**7)
     ] = 0
+    search_validation_images: Annotated[
+        int,
+        Arg(
+            "validation images of each trial, about so many: a part of the fold, by patient and stratified by"
+            " area; 0 takes all",
+            min=0,
+            max=10**7,
+        ),
+    ] = 0
     search_warmup_epochs: Annotated[
         int,
         Arg(
