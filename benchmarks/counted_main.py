@@ -14,14 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from measure import ROOT  # noqa: F401  puts the package on the path
-from torch.utils.flop_counter import FlopCounterMode
-
-from pneumo_experiments import cli
-from pneumo_experiments.experiment.trial_training import TrialTraining
-from pneumo_experiments.experiment.trials import Objective
-from pneumo_experiments.learning.predict import Predictor
-from pneumo_experiments.learning.trainer import Trainer
-from pneumo_experiments.stages import main as chain
 
 steps = ["else"]  # the innermost step that runs
 rows: dict[str, dict[str, float]] = {}
@@ -45,6 +37,8 @@ def step(owner: Any, function: str, name: str) -> None:
 
 def counted(owner: Any, function: str, kind: str, describe: Callable[..., tuple[Any, ...]]) -> None:
     """Adds the work of each call to the step's row; ``describe`` gives the number of images and a key."""
+    from torch.utils.flop_counter import FlopCounterMode
+
     original: Callable[..., Any] = getattr(owner, function)
 
     @wraps(original)
@@ -69,6 +63,14 @@ def counted(owner: Any, function: str, kind: str, describe: Callable[..., tuple[
 
 def main() -> None:
     """Runs main with the arguments that follow the file's name."""
+    # Not at the top: each process that writes or reads radiographs imports this file.
+    from pneumo_experiments import cli
+    from pneumo_experiments.experiment.trial_training import TrialTraining
+    from pneumo_experiments.experiment.trials import Objective
+    from pneumo_experiments.learning.predict import Predictor
+    from pneumo_experiments.learning.trainer import Trainer
+    from pneumo_experiments.stages import main as chain
+
     path = Path(sys.argv[1])
     step(TrialTraining, "_warm_up", "warm-up of the search")
     step(Objective, "__call__", "trials")
