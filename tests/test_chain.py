@@ -1,4 +1,7 @@
-"""The whole chain through a real `mlflow run`, and what it leaves in the store and the registry."""
+"""The whole chain through a real `mlflow run`, and what it leaves in the store and the registry.
+
+It trains the tiny network, and in `make soak` the default one.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +20,12 @@ import pandas as pd
 import pytest
 import yaml
 from command_server import CommandServer
-from conftest import ROOT
+from conftest import ROOT, soak
 from helpers import BIN, environment_of_mlflow
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from PIL import Image
+from tiny_network import write_python
 from tracked import artifact, runs
 
 from pneumo_experiments.dataset.hdf5 import Dataset
@@ -60,9 +64,13 @@ class Chain:
         return run
 
 
-def run_chain(folder: Path, **settings: object) -> Chain:
+def run_chain(folder: Path, tiny: bool, **settings: object) -> Chain:
     """`mlflow run` of the entry point main on a store of its own."""
     uri = f"sqlite:///{folder / 'mlflow.db'}"
+    environment = environment_of_mlflow(uri)
+    if tiny:
+        write_python(folder)
+        environment["PATH"] = f"{folder}{os.pathsep}{environment['PATH']}"
     # The store's experiment must not have its artifacts in the repository, where `mlflow run` works.
     mlflow.set_tracking_uri(uri)
     MlflowClient().create_experiment("chain", artifact_location=(folder / "artifacts").as_uri())
@@ -70,7 +78,7 @@ def run_chain(folder: Path, **settings: object) -> Chain:
     words = [f"-P{name}={value}" for name, value in settings.items()]
     done = subprocess.run(
         [BIN / "mlflow", "run", ROOT, "--env-manager", "local", "--experiment-name", "chain", *words],
-        env=environment_of_mlflow(uri),
+        env=environment,
         cwd=folder,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -87,8 +95,8 @@ def run_chain(folder: Path, **settings: object) -> Chain:
 
 
 @pytest.fixture(scope="module")
-def chain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chain]:
-    yield run_chain(tmp_path_factory.mktemp("chain"), **SMALL)
+def chain(tmp_path_factory: pytest.TempPathFactory, tiny_default: None) -> Iterator[Chain]:
+    yield run_chain(tmp_path_factory.mktemp("chain"), tiny=True, **SMALL)
     mlflow.set_tracking_uri(None)
 
 
@@ -274,6 +282,14 @@ def test_no_logged_model_holds_a_pickle(chain: Chain) -> None:
     names = [path.name for folder in folders for path in folder.rglob("*") if path.is_file()]
     assert names.count("weights.pt") == 3  # read with weights_only
     assert not [name for name in names if name.endswith((".pkl", ".pickle", ".joblib"))]
+
+
+@soak
+def test_the_chain_runs_with_the_default_network(tmp_path: Path) -> None:
+    chain = run_chain(tmp_path, tiny=False, **SMALL)
+    mlflow.set_tracking_uri(None)
+    assert {run.info.status for runs in chain.runs.values() for run in runs} == {"FINISHED"}
+    assert int(chain.only("train").data.params["parameters"]) > 10**7
 
 
 def test_real_radiographs_go_through_the_same_command(

@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 import torch
+from command_server import CommandServer
 from helpers import changed, environment, make, store_address, store_in, working_in
 from mlflow import MlflowClient
 from mlflow.entities import Run
@@ -376,8 +377,9 @@ def test_a_training_whose_server_dies_sends_everything_when_the_server_is_back(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
+    commands: CommandServer,
 ) -> None:
-    server = Server(tmp_path, free_port())
+    server = Server(tmp_path, free_port(), commands)
     save = Checkpoint.save
 
     def save_and_kill_the_server(self: Checkpoint, last: dict[str, Any], networks: dict[int, Any]) -> None:
