@@ -160,6 +160,7 @@ def serve(address: str) -> None:
             Path(address).unlink()
             if select.select([listener], [], [], 0)[0]:  # who has found it just before
                 connections.append(listener.accept()[0])
+    _reap()
     os._exit(0)
 
 
@@ -174,10 +175,15 @@ def _fork(connection: socket.socket) -> bool:
         _keep(json.loads(content), *descriptors)
     for descriptor in descriptors:
         os.close(descriptor)
-    with suppress(ChildProcessError):
-        while os.waitpid(-1, os.WNOHANG)[0]:  # keepers that have ended
-            pass
+    _reap()
     return True
+
+
+def _reap() -> None:
+    """Lets go of keepers that have ended; their CPU time counts from now on."""
+    with suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
 
 
 def _keep(request: dict[str, Any], given: int, out: int, ended: int) -> None:

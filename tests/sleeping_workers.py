@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 
 from command_server import Command, CommandServer
@@ -9,24 +11,15 @@ from conftest import ROOT
 from helpers import environment
 from tracking_server import wait_until
 
-# What the workers that it starts itself find their modules in, too.
-CODE = f"""
-import os, sys
-
-output = os.open("log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-os.dup2(output, 1)
-os.dup2(output, 2)
-sys.path.append({str(ROOT / "benchmarks")!r})
-import sleeping_search
 from pneumo_experiments.experiment import study_report
+from pneumo_experiments.settings import Search
+from pneumo_experiments.stages.search import run_study
 
-study_report.pictures = lambda study: {{}}  # they take seconds, and test_search.py looks at them
-sleeping_search.main(sys.argv[1:])
-"""
+CODE = "import sleeping_workers; sleeping_workers.main()"
 
 
 def start_worker(commands: CommandServer, folder: Path, uri: str, *words: object) -> Command:
-    """Starts ``sleeping_search.py`` with these words in a folder, where ``log`` keeps its output."""
+    """Starts a search of ``sleeping_search.py`` with these words in a folder; ``log`` keeps its output."""
     variables = environment() | {"MLFLOW_TRACKING_URI": uri}
     return commands.start(*words, folder=folder, environment=variables, code=CODE)
 
@@ -35,3 +28,24 @@ def ended(worker: Command) -> int:
     """Waits for a worker; its exit code."""
     wait_until(lambda: worker.poll() is not None)
     return worker.communicate()[0]
+
+
+def main() -> None:
+    """What a worker does."""
+    output = os.open("log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    sys.path.append(str(ROOT / "benchmarks"))  # for the workers that it starts as well
+    import sleeping_search
+
+    sleeping_search.search = search
+    sleeping_search.main(sys.argv[1:])
+
+
+def search(settings: Search) -> None:
+    """A search without pictures: they take seconds, and test_search.py looks at them."""
+    import sleeping_search
+
+    study_report.pictures = lambda study: {}
+    training = sleeping_search.settings_of(sys.argv[1:])[1]
+    run_study(settings, sleeping_search.FINGERPRINT, lambda: training, search)

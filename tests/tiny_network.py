@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
 # Each training and each model of a process without a named precision times it, for half a second.
 device._seconds_of_convolution = functools.cache(device._seconds_of_convolution)
 
-Result = TypeVar("Result")
 CPU = ComputeConfig(torch.device("cpu"), "fp32")
 DEFAULT = "fcn_resnet50"
 CHANNELS = 2048  # of torchvision's last layer, which the presence head pools
@@ -109,12 +107,6 @@ def tiny_member(seed: int, **values: Any) -> Member:
 
     settings = make(Train, network="tiny", **values)
     return Member(Predictor(random_network(seed), CPU, settings.recipe.network.tta), as_config(settings))
-
-
-def with_tiny_network(work: Callable[..., Result], *arguments: Any) -> Result:
-    """The result of ``work(*arguments)`` in a new process that has this network."""
-    add_tiny_network()
-    return work(*arguments)
 
 
 def noise(count: int, side: int = 32) -> InMemoryData:
