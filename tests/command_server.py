@@ -40,6 +40,25 @@ IMPORTS = (
 )
 
 
+# Stands for `python` on the PATH of `mlflow run`, whose commands are `python -m pneumo_experiments …`: runs
+# them with the tiny network in the place of the default one.
+PYTHON = """\
+#!{executable} -SE
+import json, os, socket, sys
+
+read_end, write_end = os.pipe()
+request = dict(words=sys.argv[3:], folder=os.getcwd(), tiny=True, code="", max_file_bytes=None)
+content = json.dumps(request | dict(environment=dict(os.environ))).encode()
+connection = socket.socket(socket.AF_UNIX)
+connection.connect({address!r})
+socket.send_fds(connection, [len(content).to_bytes(8)], [0, 1, write_end])
+connection.sendall(content)
+os.close(write_end)
+with open(read_end) as ended:
+    sys.exit(int([*ended][-1]) % 256)
+"""
+
+
 @dataclass
 class Command:
     """A command that runs or has ended, much like a ``Popen`` whose stderr goes to stdout."""
@@ -110,6 +129,12 @@ class CommandServer:
         if not code:
             stdin.close()  # the command line reads nothing
         return Command(int(ended.readline()), stdin, os.fdopen(read_out), ended)
+
+    def write_python(self, folder: Path) -> None:
+        """Writes a program ``python`` that starts what ``mlflow run`` asks for."""
+        address = self._connection.getpeername()
+        (folder / "python").write_text(PYTHON.format(executable=sys.executable, address=address))
+        (folder / "python").chmod(0o755)
 
 
 @contextmanager

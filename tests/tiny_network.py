@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -65,27 +63,6 @@ def add_tiny_network() -> None:
 def replace_default_network() -> None:
     """Gives it the default network's name, in this process: the command line accepts no other names."""
     NETWORKS[DEFAULT] = TINY
-
-
-# Stands for `python` on the PATH of `mlflow run`, whose commands are `python -m pneumo_experiments …`.
-PYTHON = """\
-#!{executable}
-import os, runpy, sys
-
-sys.path[0], sys.argv = os.getcwd(), sys.argv[2:]
-sys.path.append({tests!r})
-import tiny_network
-
-tiny_network.replace_default_network()
-runpy.run_module("pneumo_experiments", run_name="__main__", alter_sys=True)
-"""
-
-
-def write_python(folder: Path) -> None:
-    """Writes a ``python`` that runs the package with this network in the place of the default one."""
-    path = folder / "python"
-    path.write_text(PYTHON.format(executable=sys.executable, tests=str(Path(__file__).parent)))
-    path.chmod(0o755)
 
 
 def random_network(seed: int) -> PneumothoraxNet:
