@@ -112,9 +112,9 @@ def shared(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
 
 def make_once(folder: Path, make: Callable[[Path], object]) -> Path:
     """The folder with what ``make(folder)`` writes into it; the first worker that needs it does."""
-    with folder.with_name(f"{folder.name}.lock").open("a+") as lock:
+    with folder.with_name(f"{folder.name}.lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not lock.tell():
+        if not os.fstat(lock.fileno()).st_size:
             folder.mkdir()
             make(folder)
             lock.write("made")
