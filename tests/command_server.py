@@ -25,6 +25,7 @@ from typing import IO, Any
 import sqlalchemy.orm
 from conftest import ROOT, collect_rarely, do_not_wait_for_the_disk, read_migrations_once
 
+from pneumo_experiments.experiment import study_report
 from pneumo_experiments.learning.device import choose_compute
 from pneumo_experiments.scoring import figures
 from pneumo_experiments.settings import Device
@@ -113,9 +114,9 @@ class CommandServer:
     ) -> Command:
         """Starts it in the folder, as the leader of a process group.
 
-        ``tiny`` makes the network of tiny_network.py known and gives it the default one's name. With
-        ``max_file_bytes`` no file can grow beyond so many bytes. ``code`` runs in place of the command line,
-        with the words as its arguments.
+        ``tiny`` makes the network of tiny_network.py known and gives it the default one's name, and searches
+        draw no pictures. With ``max_file_bytes`` no file can grow beyond so many bytes. ``code`` runs in place
+        of the command line, with the words as its arguments.
         """
         (read_in, write_in), (read_out, write_out), (read_end, write_end) = os.pipe(), os.pipe(), os.pipe()
         request = {"words": [*map(str, words)], "folder": str(folder), "tiny": tiny, "code": code}
@@ -248,6 +249,7 @@ def _run(request: dict[str, Any], given: int, out: int) -> None:
     if request["tiny"]:
         add_tiny_network()
         replace_default_network()
+        study_report.pictures = lambda study: {}
     sys.argv = ["pneumo_experiments", *request["words"]]
     if request["code"]:
         sys.exit(exec(request["code"], {"__name__": "__main__"}))

@@ -103,6 +103,14 @@ def tiny_default(tiny: None) -> None:
     replace_default_network()
 
 
+@pytest.fixture
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A search draws none: they take seconds, and are the point of few tests."""
+    from pneumo_experiments.experiment import study_report
+
+    monkeypatch.setattr(study_report, "pictures", lambda study: {})
+
+
 @pytest.fixture(scope="session")
 def shared(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
     """Folder of all workers of the session."""

@@ -31,7 +31,6 @@ add_tiny_network()
 
 from pneumo_experiments.dataset.decoder_pool import File  # noqa: E402
 from pneumo_experiments.dataset.hdf5 import Dataset  # noqa: E402  # torch is frame for its devices from now on
-from pneumo_experiments.experiment import study_report  # noqa: E402
 from pneumo_experiments.experiment.subset import Subset  # noqa: E402
 from pneumo_experiments.learning import distributed  # noqa: E402
 from pneumo_experiments.learning.checkpoint import Checkpoint  # noqa: E402
@@ -122,8 +121,7 @@ def test_when_memory_runs_out_fewer_images_pass_at_once(
         train(settings)
 
 
-def test_a_search_runs_its_trials(settings: Train, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(study_report, "pictures", lambda study: {})  # they know no device
+def test_a_search_runs_its_trials(settings: Train, no_pictures: None) -> None:
     names = ("dataset", "network", "weights", "batch_size")
     shared = {name: flat(settings)[name] for name in names}
     result = search(make(Search, **shared, search_epochs=1, trials=2, confirm=0, holdout=0.0, folds=2))

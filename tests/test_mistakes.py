@@ -26,7 +26,6 @@ from sqlalchemy import Engine
 
 from pneumo_experiments import cli, tracking
 from pneumo_experiments.dataset.hdf5 import Dataset
-from pneumo_experiments.experiment import study_report
 from pneumo_experiments.learning.device import ComputeConfig
 from pneumo_experiments.learning.network import PneumothoraxNet
 from pneumo_experiments.learning.predict import Predictor
@@ -412,10 +411,8 @@ def test_a_study_of_other_data_or_settings_or_of_another_program_is_named(
     error_of: Callable[..., str],
     desk: Desk,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    no_pictures: None,
 ) -> None:
-    monkeypatch.setattr(study_report, "pictures", lambda study: {})  # they take seconds
-
     def search(run: Callable[..., str] | Command, *words: object) -> str | End:
         found = ["search", "--dataset", desk.labelled, "--storage", "sqlite:///s.db", *TWO_FOLDS]
         found += ["--study", "mine", "--confirm", "0"]
