@@ -114,9 +114,9 @@ class CommandServer:
     ) -> Command:
         """Starts it in the folder, as the leader of a process group.
 
-        ``tiny`` makes the network of tiny_network.py known and gives it the default one's name, and searches
-        draw no pictures. With ``max_file_bytes`` no file can grow beyond so many bytes. ``code`` runs in place
-        of the command line, with the words as its arguments.
+        ``tiny`` makes the network of tiny_network.py known and gives it the default one's name; a search
+        draws no pictures. With ``max_file_bytes`` no file can grow beyond so many bytes. ``code`` runs in
+        place of the command line, with the words as its arguments.
         """
         (read_in, write_in), (read_out, write_out), (read_end, write_end) = os.pipe(), os.pipe(), os.pipe()
         request = {"words": [*map(str, words)], "folder": str(folder), "tiny": tiny, "code": code}
