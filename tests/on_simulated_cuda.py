@@ -72,7 +72,11 @@ def settings(dataset: Path, store: Path) -> Train:
     )
 
 
-@pytest.mark.parametrize("cache", ["auto", "host", "stream"])
+# Of the caches, the tests of epochs below try all.
+OTHER_CACHES = [pytest.param(cache, marks=soak) for cache in ("host", "stream")]
+
+
+@pytest.mark.parametrize("cache", ["auto", *OTHER_CACHES])
 def test_a_training_ends_in_a_model_that_is_logged(settings: Train, cache: str) -> None:
     torch.backends.cudnn.benchmark = False
     trained = train(changed(settings, cache=cache, overlays=2 if cache == "auto" else 0))
