@@ -12,7 +12,7 @@ export MLFLOW_DISABLE_TELEMETRY ?= true
 demo: setup
 	@mlflow run . --env-manager local -P config=configs/demo.yaml
 
-# Two files at a time: torch in more processes than cores would only get in its own way.
+# Two files at a time: torch in more processes than cores would only get in its own way. Ends with the ten slowest.
 test: setup
 	@python -m pytest -n 2 --dist loadfile
 

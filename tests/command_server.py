@@ -1,15 +1,17 @@
 """Runs the command line in processes forked from one that has imported everything, which saves seconds.
 
 Only the start differs from ``python -m pneumo_experiments``: each command is a process of its own, with its
-own environment, folder and signals.
+own environment, folder and signals. All pytest processes of a session use one server.
 """
 
 from __future__ import annotations
 
+import fcntl
 import importlib
 import json
 import os
 import resource
+import select
 import signal
 import socket
 import subprocess
@@ -23,15 +25,39 @@ from typing import IO, Any
 import sqlalchemy.orm
 from conftest import ROOT, collect_rarely, do_not_wait_for_the_disk, read_migrations_once
 
+from pneumo_experiments.experiment import study_report
+from pneumo_experiments.learning.device import choose_compute
 from pneumo_experiments.scoring import figures
+from pneumo_experiments.settings import Device
 
-SERVE = "import command_server; command_server.serve()"
+SERVE = "import command_server, sys; command_server.serve(*sys.argv[1:])"
 IMPORTS = (
     *("tiny_network", "pneumo_experiments.learning.trainer", "pneumo_experiments.stages.main"),
     *("alembic.command", "git", "mlflow.pyfunc", "mlflow.store.tracking.sqlalchemy_store"),
     *("mlflow.store.model_registry.sqlalchemy_store", "sqlalchemy.dialects.sqlite"),
+    *("mlflow.cli", "mlflow.server.fastapi_app", "uvicorn", "pandas", "psycopg"),
+    *("optuna.importance", "optuna.visualization.matplotlib", "sklearn.ensemble"),
     *("PIL.PngImagePlugin", "torch._dynamo"),  # torch's optimisers load it
 )
+
+
+# Stands for `python` on the PATH of `mlflow run`, whose commands are `python -m pneumo_experiments …`: runs
+# them with the tiny network in the place of the default one.
+PYTHON = """\
+#!{executable} -SE
+import json, os, socket, sys
+
+read_end, write_end = os.pipe()
+request = dict(words=sys.argv[3:], folder=os.getcwd(), tiny=True, code="", max_file_bytes=None)
+content = json.dumps(request | dict(environment=dict(os.environ))).encode()
+connection = socket.socket(socket.AF_UNIX)
+connection.connect({address!r})
+socket.send_fds(connection, [len(content).to_bytes(8)], [0, 1, write_end])
+connection.sendall(content)
+os.close(write_end)
+with open(read_end) as ended:
+    sys.exit(int([*ended][-1]) % 256)
+"""
 
 
 @dataclass
@@ -72,7 +98,7 @@ class Command:
 
 
 class CommandServer:
-    """Starts commands; one server does for all tests of a worker."""
+    """Starts commands, over a connection to the server."""
 
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
@@ -88,9 +114,9 @@ class CommandServer:
     ) -> Command:
         """Starts it in the folder, as the leader of a process group.
 
-        ``tiny`` makes the network of tiny_network.py known and gives it the default one's name. With
-        ``max_file_bytes`` no file can grow beyond so many bytes. ``code`` runs in place of the command line,
-        with the words as its arguments.
+        ``tiny`` makes the network of tiny_network.py known and gives it the default one's name; a search
+        draws no pictures. With ``max_file_bytes`` no file can grow beyond so many bytes. ``code`` runs in
+        place of the command line, with the words as its arguments.
         """
         (read_in, write_in), (read_out, write_out), (read_end, write_end) = os.pipe(), os.pipe(), os.pipe()
         request = {"words": [*map(str, words)], "folder": str(folder), "tiny": tiny, "code": code}
@@ -105,40 +131,85 @@ class CommandServer:
             stdin.close()  # the command line reads nothing
         return Command(int(ended.readline()), stdin, os.fdopen(read_out), ended)
 
+    def write_python(self, folder: Path) -> None:
+        """Writes a program ``python`` that starts what ``mlflow run`` asks for."""
+        address = self._connection.getpeername()
+        (folder / "python").write_text(PYTHON.format(executable=sys.executable, address=address))
+        (folder / "python").chmod(0o755)
+
 
 @contextmanager
-def command_server() -> Iterator[CommandServer]:
-    ours, theirs = socket.socketpair()
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
-    with ours, subprocess.Popen([sys.executable, "-c", SERVE], stdin=theirs, env=environment) as process:
-        theirs.close()
-        yield CommandServer(ours)
-        ours.close()
+def command_server(folder: Path) -> Iterator[CommandServer]:
+    """Connects to the server whose socket lies in the folder; whoever comes first starts it."""
+    address, connection, process = str(folder / "commands"), socket.socket(socket.AF_UNIX), None
+    with connection:
+        with (folder / "commands.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            try:
+                connection.connect(address)
+            except (FileNotFoundError, ConnectionRefusedError):
+                process = _start(address)
+                connection.connect(address)
+        yield CommandServer(connection)
+    if process is not None:
         process.wait()
 
 
-def serve() -> None:
-    """Forks for each request, until the connection on stdin is closed."""
+def _start(address: str) -> subprocess.Popen[bytes]:
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(address)
+        listener.listen()
+        command = [sys.executable, "-c", SERVE, address]
+        return subprocess.Popen(command, stdin=listener, env=environment)
+
+
+def serve(address: str) -> None:
+    """Forks for each request, until all connections are closed; the socket that takes them is stdin."""
     for name in IMPORTS:
         importlib.import_module(name)
     do_not_wait_for_the_disk()
     read_migrations_once()
     sqlalchemy.orm.configure_mappers()  # takes MLflow's first client a second
     figures.learning_curves([{"loss": 0.0}], 0)  # a process's first picture takes a second as well
+    choose_compute(Device(device="cpu"))  # times formats, and tiny_network.py keeps the times
     collect_rarely()  # a process that ends would visit, and so copy, all of this
-    connection = socket.socket(fileno=0)
-    while True:
-        length, descriptors, _, _ = socket.recv_fds(connection, 8, 3)
-        if not length:
-            os._exit(0)
-        content = connection.recv(int.from_bytes(length), socket.MSG_WAITALL)
-        if os.fork() == 0:
-            _keep(json.loads(content), *descriptors)
-        for descriptor in descriptors:
-            os.close(descriptor)
-        with suppress(ChildProcessError):
-            while os.waitpid(-1, os.WNOHANG)[0]:  # keepers that have ended
-                pass
+    listener = socket.socket(fileno=os.dup(0))
+    connections = [listener.accept()[0]]
+    while connections:
+        for ready in select.select([listener, *connections], [], [])[0]:
+            if ready is listener:
+                connections.append(listener.accept()[0])
+            elif not _fork(ready):
+                connections.remove(ready)
+        if not connections:
+            Path(address).unlink()
+            if select.select([listener], [], [], 0)[0]:  # who has found it just before
+                connections.append(listener.accept()[0])
+    _reap()
+    os._exit(0)
+
+
+def _fork(connection: socket.socket) -> bool:
+    """Starts the command that is requested; False when the connection was closed."""
+    length, descriptors, _, _ = socket.recv_fds(connection, 8, 3)
+    if not length:
+        connection.close()
+        return False
+    content = connection.recv(int.from_bytes(length), socket.MSG_WAITALL)
+    if os.fork() == 0:
+        _keep(json.loads(content), *descriptors)
+    for descriptor in descriptors:
+        os.close(descriptor)
+    _reap()
+    return True
+
+
+def _reap() -> None:
+    """Lets go of keepers that have ended; their CPU time counts from now on."""
+    with suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
 
 
 def _keep(request: dict[str, Any], given: int, out: int, ended: int) -> None:
@@ -178,6 +249,7 @@ def _run(request: dict[str, Any], given: int, out: int) -> None:
     if request["tiny"]:
         add_tiny_network()
         replace_default_network()
+        study_report.pictures = lambda study: {}
     sys.argv = ["pneumo_experiments", *request["words"]]
     if request["code"]:
         sys.exit(exec(request["code"], {"__name__": "__main__"}))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import gc
 import os
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -44,7 +46,10 @@ def do_not_wait_for_the_disk() -> None:
             connection.execute("PRAGMA synchronous = OFF")
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
+    from cpu_seconds import CpuSeconds
+
+    config.pluginmanager.register(CpuSeconds())
     do_not_wait_for_the_disk()
 
 
@@ -98,16 +103,44 @@ def tiny_default(tiny: None) -> None:
     replace_default_network()
 
 
+@pytest.fixture
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A search draws none: they take seconds, and are the point of few tests."""
+    from pneumo_experiments.experiment import study_report
+
+    monkeypatch.setattr(study_report, "pictures", lambda study: {})
+
+
 @pytest.fixture(scope="session")
-def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Database of a store without runs; to create one takes seconds, to copy it none."""
+def shared(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    """Folder of all workers of the session."""
+    folder = tmp_path_factory.getbasetemp()
+    return folder if worker_id == "master" else folder.parent
+
+
+def make_once(folder: Path, make: Callable[[Path], object]) -> Path:
+    """The folder with what ``make(folder)`` writes into it; the first worker that needs it does."""
+    with folder.with_name(f"{folder.name}.lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not os.fstat(lock.fileno()).st_size:
+            folder.mkdir()
+            make(folder)
+            lock.write("made")
+    return folder
+
+
+def make_store(folder: Path) -> None:
     from mlflow import MlflowClient
 
-    folder = tmp_path_factory.mktemp("store")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)  # for the artifacts
         MlflowClient(f"sqlite:///{folder / 'mlflow.db'}").search_experiments()
-    return folder / "mlflow.db"
+
+
+@pytest.fixture(scope="session")
+def empty_store(shared: Path) -> Path:
+    """Database of a store without runs; to create one takes seconds, to copy it none."""
+    return make_once(shared / "store", make_store) / "mlflow.db"
 
 
 @pytest.fixture
@@ -120,11 +153,11 @@ def store(empty_store: Path, tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="session")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def dataset(shared: Path) -> Path:
     """Data set of 24 synthetic radiographs of 32 x 32 pixels; beside it, in ``sample``, their files."""
     from samples import stored_sample
 
-    return stored_sample(tmp_path_factory.mktemp("data"), images=24, image_size=32)
+    return make_once(shared / "data", partial(stored_sample, images=24, image_size=32)) / "d.h5"
 
 
 @pytest.fixture(scope="session")
@@ -137,11 +170,11 @@ def database() -> Iterator[DatabaseServer]:
 
 
 @pytest.fixture(scope="session")
-def commands() -> Iterator[CommandServer]:
+def commands(shared: Path) -> Iterator[CommandServer]:
     """Starts commands in processes of their own that need no time for imports."""
     from command_server import command_server
 
-    with command_server() as server:
+    with command_server(shared) as server:
         yield server
 
 

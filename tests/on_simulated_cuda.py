@@ -74,15 +74,18 @@ def settings(dataset: Path, store: Path) -> Train:
     )
 
 
-@pytest.mark.parametrize("cache", ["auto", "host", "stream"])
+# Of the caches, the tests of epochs below try all.
+OTHER_CACHES = [pytest.param(cache, marks=soak) for cache in ("host", "stream")]
+
+
+@pytest.mark.parametrize("cache", ["auto", *OTHER_CACHES])
 def test_a_training_ends_in_a_model_that_is_logged(
     settings: Train, cache: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     torch.backends.cudnn.benchmark = False
     monkeypatch.delitem(sys.modules, "pynvml", raising=False)
     tracking.warn_without_gpu_metrics.cache_clear()
-    figures = {"threshold_trials": 3, "overlays": 2} if cache == "auto" else {}
-    trained = train(changed(settings, cache=cache, **figures))
+    trained = train(changed(settings, cache=cache, overlays=2 if cache == "auto" else 0))
     logged = last_run().data.params
     assert (logged["device_used"], logged["precision_used"], logged["cache_used"]) == (
         "cuda:0",
@@ -129,7 +132,7 @@ def test_when_memory_runs_out_fewer_images_pass_at_once(
         train(settings)
 
 
-def test_a_search_runs_its_trials(settings: Train) -> None:
+def test_a_search_runs_its_trials(settings: Train, no_pictures: None) -> None:
     names = ("dataset", "network", "weights", "batch_size")
     shared = {name: flat(settings)[name] for name in names}
     result = search(make(Search, **shared, search_epochs=1, trials=2, confirm=0, holdout=0.0, folds=2))
@@ -181,8 +184,9 @@ def test_masks_of_a_folder_are_those_of_the_host_to_the_last_pixel(min_area_px: 
     assert 4 <= sum(mask.any() for mask in masks["cpu"]) <= 10
 
 
-STEPS = [("tiny", "fp32"), ("tiny", "fp16"), ("fcn_resnet50", "bf16")]
-STEPS += [pytest.param("deeplabv3_resnet50", "bf16", marks=soak)]
+# Half precision of the real networks in fp16: without a CPU's help, bf16 takes three times as long.
+STEPS = [("tiny", "fp32"), ("tiny", "bf16"), ("fcn_resnet50", "fp16")]
+STEPS += [pytest.param("deeplabv3_resnet50", "fp16", marks=soak)]
 
 
 @pytest.mark.parametrize(("network", "precision"), STEPS)
@@ -196,12 +200,12 @@ def test_the_host_waits_for_nothing_in_a_step(network: str, precision: str) -> N
         lovasz_weight=1.0,
         dice_image_weight=1.0,
         focal_weight=1.0,
-        micro_batch=2,
+        micro_batch=1,
     )
     trainer = Trainer(net, recipe, 10, ComputeConfig(device, precision))
     drawn = torch.Generator().manual_seed(0)
-    images, targets = (torch.rand(4, 64, 64, generator=drawn) for _ in range(2))
-    batch = Batch(images[:, None].cuda(), (targets > 0.9).float().cuda(), torch.ones(4).cuda(), 4)
+    images, targets = (torch.rand(2, 32, 32, generator=drawn) for _ in range(2))
+    batch = Batch(images[:, None].cuda(), (targets > 0.9).float().cuda(), torch.ones(2).cuda(), 2)
     trainer.step(batch)  # the optimiser makes its state
     with count_syncs() as waits:
         _, finite = trainer.step(batch)
@@ -248,6 +252,7 @@ def test_the_host_waits_once_for_all_predictions_of_a_validation(dataset: Path, 
     assert set(recorded.values()) == {1}
 
 
+@soak  # each way is trained above, but for compile=true, which is not simulated
 def test_the_benchmark_s_check_tries_every_way_to_train(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,68 +1,51 @@
-"""Workers of a search whose trials sleep: real processes that start within a second.
-
-They are forked from a process that has imported everything.
-"""
+"""Workers of a search whose trials sleep: real processes that start at once."""
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import sys
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-import pytest
-from conftest import ROOT, collect_rarely, do_not_wait_for_the_disk
+from command_server import Command, CommandServer
+from conftest import ROOT
 from helpers import environment
+from tracking_server import wait_until
 
-PRELOADED = ["sleeping_workers", "sleeping_search", "optuna.importance", "sklearn.ensemble", "pandas"]
-PRELOADED += ["optuna.visualization.matplotlib", "mlflow.store.tracking.sqlalchemy_store", "psycopg"]
+from pneumo_experiments.experiment import study_report
+from pneumo_experiments.settings import Search
+from pneumo_experiments.stages.search import run_study
 
-context = multiprocessing.get_context("forkserver")
-
-
-def start_forkserver() -> None:
-    """Starts the process that the workers are forked from; later calls do nothing."""
-    from multiprocessing import forkserver
-
-    folders = [str(ROOT), str(ROOT / "tests"), str(ROOT / "benchmarks")]
-    with pytest.MonkeyPatch.context() as patch:
-        for name in [name for name in os.environ if name.startswith("MLFLOW_")]:
-            patch.delenv(name)
-        for name, value in (environment() | {"PYTHONPATH": os.pathsep.join(folders)}).items():
-            patch.setenv(name, value)
-        context.set_forkserver_preload(PRELOADED)
-        forkserver.ensure_running()
+CODE = "import sleeping_workers; sleeping_workers.main()"
 
 
-def start_worker(folder: Path, uri: str, *words: object) -> BaseProcess:
-    """Starts ``sleeping_search.py`` with these words in a folder, where ``log`` keeps its output."""
-    start_forkserver()
-    process = context.Process(target=_work, args=(folder, uri, [str(word) for word in words]))
-    process.start()
-    return process
+def start_worker(commands: CommandServer, folder: Path, uri: str, *words: object) -> Command:
+    """Starts a search of ``sleeping_search.py`` with these words in a folder; ``log`` keeps its output."""
+    variables = environment() | {"MLFLOW_TRACKING_URI": uri}
+    return commands.start(*words, folder=folder, environment=variables, code=CODE)
 
 
-def _work(folder: Path, uri: str, words: list[str]) -> None:
-    import sleeping_search
+def ended(worker: Command) -> int:
+    """Waits for a worker; its exit code."""
+    wait_until(lambda: worker.poll() is not None)
+    return worker.communicate()[0]
 
-    os.chdir(folder)
-    os.environ["MLFLOW_TRACKING_URI"] = uri
+
+def main() -> None:
+    """What a worker does."""
     output = os.open("log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
-    do_not_wait_for_the_disk()
-    collect_rarely()
-    # What its own workers start from.
-    sys.path.append(str(ROOT / "benchmarks"))
-    sys.argv = [sleeping_search.__file__, *words]
-    sleeping_search.main(words)
+    sys.path.append(str(ROOT / "benchmarks"))  # for the workers that it starts as well
+    import sleeping_search
+
+    sleeping_search.search = search
+    sleeping_search.main(sys.argv[1:])
 
 
-def ended(process: BaseProcess, seconds: float = 120) -> int:
-    """Waits for a worker; its exit code."""
-    process.join(seconds)
-    if process.exitcode is None:
-        process.kill()
-        pytest.fail(f"a worker has not ended within {seconds} s")
-    return process.exitcode
+def search(settings: Search) -> None:
+    """A search without pictures: they take seconds, and test_search.py looks at them."""
+    import sleeping_search
+
+    study_report.pictures = lambda study: {}
+    training = sleeping_search.settings_of(sys.argv[1:])[1]
+    run_study(settings, sleeping_search.FINGERPRINT, lambda: training, search)

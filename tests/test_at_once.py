@@ -189,7 +189,11 @@ def test_a_second_training_with_the_same_settings_waits_and_neither_enters_the_o
 
 
 def test_main_killed_after_its_training_takes_it_as_it_ended(
-    dataset: Path, store: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    dataset: Path,
+    store: Path,
+    no_pictures: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     def killed(settings: object) -> None:
         raise KeyboardInterrupt

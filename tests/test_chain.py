@@ -1,4 +1,7 @@
-"""The whole chain through a real `mlflow run`, and what it leaves in the store and the registry."""
+"""The whole chain through a real `mlflow run`, and what it leaves in the store and the registry.
+
+It trains the tiny network, and in `make soak` the default one.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from subprocess import PIPE, STDOUT
 
 import mlflow
 import numpy as np
@@ -17,8 +21,8 @@ import pandas as pd
 import pytest
 import yaml
 from command_server import CommandServer
-from conftest import ROOT
-from helpers import BIN, environment_of_mlflow
+from conftest import ROOT, soak
+from helpers import BIN, copy_store, environment_of_mlflow
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from PIL import Image
@@ -60,35 +64,45 @@ class Chain:
         return run
 
 
-def run_chain(folder: Path, **settings: object) -> Chain:
-    """`mlflow run` of the entry point main on a store of its own."""
+def run_chain(folder: Path, commands: CommandServer | None, **settings: object) -> Chain:
+    """`mlflow run` of the entry point main on a store of its own; with commands, of the tiny network."""
     uri = f"sqlite:///{folder / 'mlflow.db'}"
     # The store's experiment must not have its artifacts in the repository, where `mlflow run` works.
     mlflow.set_tracking_uri(uri)
     MlflowClient().create_experiment("chain", artifact_location=(folder / "artifacts").as_uri())
     settings |= {"output_dir": folder / "output", "storage": f"sqlite:///{folder / 'optuna.db'}"}
-    words = [f"-P{name}={value}" for name, value in settings.items()]
-    done = subprocess.run(
-        [BIN / "mlflow", "run", ROOT, "--env-manager", "local", "--experiment-name", "chain", *words],
-        env=environment_of_mlflow(uri),
-        cwd=folder,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-5000:]
+    words = ["run", ROOT, "--env-manager", "local", "--experiment-name", "chain"]
+    words += [f"-P{name}={value}" for name, value in settings.items()]
+    environment = environment_of_mlflow(uri)
+    if commands is None:
+        done = subprocess.run(
+            [BIN / "mlflow", *words], env=environment, cwd=folder, stdout=PIPE, stderr=STDOUT, text=True
+        )
+        code, output = done.returncode, done.stdout
+    else:
+        commands.write_python(folder)
+        environment["PATH"] = f"{folder}{os.pathsep}{environment['PATH']}"
+        command = commands.start(
+            *words, folder=folder, environment=environment, code="from mlflow.cli import cli; cli()"
+        )
+        code, output = command.communicate()
+    assert code == 0, output[-5000:]
     runs: dict[str, list[Run]] = {}
     found = mlflow.search_runs(
         search_all_experiments=True, order_by=["attributes.start_time ASC"], output_format="list"
     )
     for run in found:
         runs.setdefault(run.info.run_name.partition(":")[0], []).append(run)  # trial 0: dice_weight 1, …
-    return Chain(folder, uri, done.stdout, runs)
+    return Chain(folder, uri, output, runs)
 
 
 @pytest.fixture(scope="module")
-def chain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chain]:
-    yield run_chain(tmp_path_factory.mktemp("chain"), **SMALL)
+def chain(
+    tmp_path_factory: pytest.TempPathFactory, empty_store: Path, tiny_default: None, commands: CommandServer
+) -> Iterator[Chain]:
+    folder = tmp_path_factory.mktemp("chain")
+    copy_store(empty_store, folder)
+    yield run_chain(folder, commands, **SMALL)
     mlflow.set_tracking_uri(None)
 
 
@@ -280,6 +294,14 @@ def test_the_training_starts_where_the_trials_started(chain: Chain) -> None:
     params = chain.only("train").data.params
     assert re.fullmatch(r"output/checkpoints/warm-up-[0-9a-f]{16}/epoch-1\.pt", params["weights"])
     assert params["weights_used"] == "epoch-1.pt"
+
+
+@soak
+def test_the_chain_runs_with_the_default_network(tmp_path: Path) -> None:
+    chain = run_chain(tmp_path, None, **SMALL)
+    mlflow.set_tracking_uri(None)
+    assert {run.info.status for runs in chain.runs.values() for run in runs} == {"FINISHED"}
+    assert int(chain.only("train").data.params["parameters"]) > 10**7
 
 
 def test_real_radiographs_go_through_the_same_command(

@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from mlflow import MlflowClient
 from PIL import Image
 from reference_counts import add_image
-from samples import stored_sample
 
 from pneumo_experiments import tracking
 from pneumo_experiments.dataset.hdf5 import Dataset
@@ -171,8 +170,8 @@ def test_impossible_counts_are_refused() -> None:
 
 
 @pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Dataset]:
-    with Dataset.open(stored_sample(tmp_path_factory.mktemp("data"), images=24, image_size=32)) as opened:
+def opened(dataset: Path) -> Iterator[Dataset]:
+    with Dataset.open(dataset) as opened:
         yield opened
 
 
@@ -181,19 +180,19 @@ def predictor(tiny: None) -> Predictor:
     return Predictor(build("tiny", "none", seed=0), CPU)
 
 
-def with_native_sizes(dataset: Dataset, sizes: list[tuple[int, int]]) -> Dataset:
+def with_native_sizes(opened: Dataset, sizes: list[tuple[int, int]]) -> Dataset:
     """The same radiographs, as if some had other rows and columns."""
-    changed = Dataset.open(dataset.path)
+    changed = Dataset.open(opened.path)
     for row, (rows, columns) in enumerate(sizes):
         changed.entries[row] = replace(changed.entries[row], rows=rows, columns=columns)
     return changed
 
 
 def test_the_counts_of_a_subset_are_those_of_its_predictions_one_by_one(
-    dataset: Dataset, predictor: Predictor
+    opened: Dataset, predictor: Predictor
 ) -> None:
-    subset = Subset(dataset, np.array([20, 3, 4, 0, 11, 9, 8, 17, 2, 1, 5, 6, 7, 10, 12, 13, 14, 15]))
-    with with_native_sizes(dataset, [(1024, 1100), (1200, 1024), (1024, 1100), (1200, 1024)]) as larger:
+    subset = Subset(opened, np.array([20, 3, 4, 0, 11, 9, 8, 17, 2, 1, 5, 6, 7, 10, 12, 13, 14, 15]))
+    with with_native_sizes(opened, [(1024, 1100), (1200, 1024), (1024, 1100), (1200, 1024)]) as larger:
         for part in (subset, Subset(larger, subset.indices)):
             slow = ThresholdCounts()
             for index, prediction in part.predictions(predictor):
@@ -206,25 +205,25 @@ def test_the_counts_of_a_subset_are_those_of_its_predictions_one_by_one(
     assert {entry.area_px > 0 for entry in subset.entries} == {True, False}
 
 
-def test_an_empty_subset_has_empty_counts(dataset: Dataset, predictor: Predictor) -> None:
-    assert len(Subset(dataset, np.zeros(0, np.int64)).count(predictor)) == 0
+def test_an_empty_subset_has_empty_counts(opened: Dataset, predictor: Predictor) -> None:
+    assert len(Subset(opened, np.zeros(0, np.int64)).count(predictor)) == 0
 
 
 @pytest.mark.usefixtures("tiny")
 @pytest.mark.parametrize("head", ["mask_head", "presence_head"])
-def test_a_diverged_network_is_an_error_with_advice(dataset: Dataset, head: str) -> None:
+def test_a_diverged_network_is_an_error_with_advice(opened: Dataset, head: str) -> None:
     network = build("tiny", "none", seed=0)
     for weights in getattr(network, head).parameters():
         torch.nn.init.constant_(weights, float("nan"))
     diverged = Predictor(network, CPU)
     with pytest.raises(UserError, match=r"NaN: training diverged; .*learning_rate"):
-        Subset(dataset, np.arange(3)).count(diverged)
+        Subset(opened, np.arange(3)).count(diverged)
     with pytest.raises(UserError, match=r"NaN: training diverged; .*learning_rate"):
-        next(diverged.predict(dataset.images([0])))
+        next(diverged.predict(opened.images([0])))
 
 
 @pytest.mark.usefixtures("tiny")
-def test_one_nan_pixel_marks_only_its_image(dataset: Dataset) -> None:
+def test_one_nan_pixel_marks_only_its_image(opened: Dataset) -> None:
     class OneBadPixel(PneumothoraxNet):
         def forward(self, images: torch.Tensor) -> Output:
             mask = torch.zeros(images.shape[0], *images.shape[2:])
@@ -232,18 +231,18 @@ def test_one_nan_pixel_marks_only_its_image(dataset: Dataset) -> None:
             return Output(mask, mask, torch.zeros(len(images)))
 
     predictor = Predictor(OneBadPixel("tiny"), CPU)
-    (batch,) = predictor.predict_batches(dataset.images([0, 1, 2]))
+    (batch,) = predictor.predict_batches(opened.images([0, 1, 2]))
     assert batch.finite.tolist() == [True, False, True]
     assert batch.presence.tolist() == [0.5] * 3
     with pytest.raises(UserError, match="NaN: training diverged"):
-        list(predictor.predict(dataset.images([0, 1, 2])))
+        list(predictor.predict(opened.images([0, 1, 2])))
 
 
-def test_a_counter_reads_chunks_in_their_order(dataset: Dataset, predictor: Predictor) -> None:
+def test_a_counter_reads_chunks_in_their_order(opened: Dataset, predictor: Predictor) -> None:
     whole, parts = (ThresholdCounter(predictor, HUNDREDTHS) for _ in range(2))
     for counter, chunks in ((whole, [range(5)]), (parts, [range(2), range(2, 5)])):
         for chunk in chunks:
-            counter.add(dataset.images(chunk), map(dataset.mask, chunk))
+            counter.add(opened.images(chunk), map(opened.mask, chunk))
     (one, presence), (two, presences) = whole.read(), parts.read()
     assert one.shape == (5, 2, 101)
     assert np.abs(one - two).max() < 1024**2 / 100  # batches of other sizes round otherwise
@@ -262,14 +261,14 @@ def store(tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> Iterat
         yield
 
 
-def some_of(dataset: Dataset, positives: int, negatives: int) -> tuple[Subset, ThresholdCounts]:
+def some_of(opened: Dataset, positives: int, negatives: int) -> tuple[Subset, ThresholdCounts]:
     """The first negatives and positives, and their counts."""
-    areas = np.array([entry.area_px for entry in dataset.entries])
+    areas = np.array([entry.area_px for entry in opened.entries])
     chosen = np.concatenate([np.flatnonzero(areas == 0)[:negatives], np.flatnonzero(areas)[:positives]])
     counts = ThresholdCounts()
     for index in chosen.tolist():
-        add_image(counts, np.zeros((1024, 1024), np.float32), 0.5, dataset.mask(index))
-    return Subset(dataset, chosen), counts
+        add_image(counts, np.zeros((1024, 1024), np.float32), 0.5, opened.mask(index))
+    return Subset(opened, chosen), counts
 
 
 def caption_of(picture: np.ndarray) -> bytes:
@@ -300,9 +299,9 @@ def logged_captions(subset: Subset, counts: ThresholdCounts, predictor: Predicto
 @pytest.mark.parametrize(("positives", "shown"), [(4, 3), (6, 4), (7, 6), (5, 9)])
 @pytest.mark.usefixtures("store")
 def test_overlays_show_and_label_best_median_and_worst(
-    dataset: Dataset, predictor: Predictor, positives: int, shown: int
+    opened: Dataset, predictor: Predictor, positives: int, shown: int
 ) -> None:
-    subset, counts = some_of(dataset, positives, negatives=4)
+    subset, counts = some_of(opened, positives, negatives=4)
     captions = logged_captions(subset, counts, predictor, shown)
     assert len(captions) == shown
     areas = sorted((entry.area_px for entry in subset.entries if entry.area_px), reverse=True)
@@ -314,8 +313,8 @@ def test_overlays_show_and_label_best_median_and_worst(
 
 
 @pytest.mark.usefixtures("store")
-def test_two_positives_have_no_labels(dataset: Dataset, predictor: Predictor) -> None:
-    subset, counts = some_of(dataset, positives=2, negatives=1)
+def test_two_positives_have_no_labels(opened: Dataset, predictor: Predictor) -> None:
+    subset, counts = some_of(opened, positives=2, negatives=1)
     captions = logged_captions(subset, counts, predictor, 8)
     assert len(captions) == 3
     for entry in subset.entries:

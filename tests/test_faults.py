@@ -5,12 +5,12 @@ All that end compare bit for bit with one that nothing disturbed.
 
 from __future__ import annotations
 
+import os
 import re
 import resource
 import runpy
 import shutil
 import signal
-import subprocess
 import sys
 from dataclasses import dataclass
 from itertools import islice
@@ -19,7 +19,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import changed, environment, make, store_address, store_in, working_in
+from command_server import CommandServer
+from helpers import changed, make, store_address, store_in, working_in
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from samples import write_dataset
@@ -35,19 +36,17 @@ from pneumo_experiments.learning.checkpoint import Checkpoint
 from pneumo_experiments.settings import Score, Train, as_params
 from pneumo_experiments.stages.score import score
 from pneumo_experiments.stages.train import train
-from pneumo_experiments.synthetic.kaggle_layout import write_sample
 
-IMAGES = 24
+IMAGES = 24  # of the fixture dataset
 # How the time was spent, which no two trainings share.
 TIMES = {"seconds_per_epoch", "images_per_second", "wait_share"}
 
-# Each line on stdin names a moment: there it kills a process that runs the command; a fork needs no imports.
-KILLER = """
+# Runs the command line until a moment that the first word names: there the process is killed.
+KILLED = """
 import os, signal, sys
 from io import BytesIO
 from pathlib import Path
 import torch
-import tiny_network
 from pneumo_experiments import cli
 from pneumo_experiments.dataset.hdf5 import Dataset
 from pneumo_experiments.stages import train
@@ -57,38 +56,33 @@ def half(content, path):
     save(content, whole)
     Path(path).write_bytes(whole.getvalue()[: whole.tell() // 2])
 
-tiny_network.replace_default_network()
 save = torch.save
 MOMENTS = {
     "step": (torch.optim.AdamW, "step", 4, lambda *_: None),
     "validation": (Dataset, "mask", 2, lambda *_: None),
     "checkpoint": (torch, "save", 2, half),
 }
-for line in sys.stdin:
-    if (child := os.fork()) == 0:
-        room, name, number, first = MOMENTS[line.strip()]
-        calls, whole = [], getattr(room, name)
+room, name, number, first = MOMENTS[sys.argv.pop(1)]
+calls, whole = [], getattr(room, name)
 
-        def struck(*args, **options):
-            calls.append(name)
-            if len(calls) == number:
-                first(*args)
-                os.kill(os.getpid(), signal.SIGKILL)
-            return whole(*args, **options)
+def struck(*args, **options):
+    calls.append(name)
+    if len(calls) == number:
+        first(*args)
+        os.kill(os.getpid(), signal.SIGKILL)
+    return whole(*args, **options)
 
-        setattr(room, name, struck)
-        cli.main()
-    print("ended by", -os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+setattr(room, name, struck)
+cli.main()
 """
 
 
 @pytest.fixture(scope="module")
-def datasets(tmp_path_factory: pytest.TempPathFactory, tiny_default: None) -> dict[str, Path]:
+def datasets(dataset: Path, tmp_path_factory: pytest.TempPathFactory, tiny_default: None) -> dict[str, Path]:
     """The same radiographs as usual, larger, without a finding, and as those of one patient."""
-    folder = tmp_path_factory.mktemp("data")
-    write_sample(folder / "sample", IMAGES, 0, seed=1)
-    archive = open_archive(folder / "sample" / "dicom-images-train")
-    found = read_annotations(folder / "sample" / "train-rle.csv")
+    folder, sample = tmp_path_factory.mktemp("data"), dataset.with_name("sample")
+    archive = open_archive(sample / "dicom-images-train")
+    found = read_annotations(sample / "train-rle.csv")
     kinds: dict[str, tuple[int, int, dict[str, list[str]], dict[str, str]]] = {
         "usual": (IMAGES, 32, found, {}),
         "larger": (IMAGES // 2, 40, found, {}),
@@ -167,41 +161,29 @@ def whole(datasets: dict[str, Path], empty_store: Path, tmp_path_factory: pytest
 
 
 def test_a_training_killed_in_a_step_in_validation_or_in_the_checkpoint_ends_with_the_same_result(
-    datasets: dict[str, Path], whole: Whole, store: Path, capsys: pytest.CaptureFixture[str]
+    datasets: dict[str, Path],
+    whole: Whole,
+    store: Path,
+    commands: CommandServer,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     settings = settings_of(datasets["usual"])
     words = [word for name, text in as_params(settings).items() for word in (f"--{name}", text)]
-    with subprocess.Popen(
-        [sys.executable, "-c", KILLER, "train", *words],
-        cwd=store,
-        env=environment() | {"MLFLOW_TRACKING_URI": store_address(store)},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    ) as killer:
-        assert killer.stdin is not None
-        assert killer.stdout is not None
-        # All strike in the second epoch, the last when its metrics are recorded and its checkpoint half made.
-        for moment, epochs_recorded in (("step", [1]), ("validation", [1]), ("checkpoint", [1, 2])):
-            killer.stdin.write(f"{moment}\n")
-            killer.stdin.flush()
-            said = ""
-            while "ended by" not in said:
-                line = killer.stdout.readline()
-                assert line, said
-                said += line
-            assert f"ended by {signal.SIGKILL:d}" in said
-            assert ("continues after epoch 1 of 3" in said) == (moment != "step")
-            (run,) = runs()
-            assert run.info.status == "RUNNING"
-            assert [step for step, _ in recorded(run)["val_dice"]] == epochs_recorded
-            (left,) = store.glob("output/checkpoints/*")
-            sizes = [path.stat().st_size for path in left.glob("*.part")]
-            last = Checkpoint(left).last()
-            assert last is not None
-            assert (last["run_id"], len(last["history"])) == (run.info.run_id, 1)
-            assert not [*left.glob("*.part")]
+    options: dict[str, Any] = {"folder": store, "environment": dict(os.environ), "tiny": True}
+    # All strike in the second epoch, the last when its metrics are recorded and its checkpoint half made.
+    for moment, epochs_recorded in (("step", [1]), ("validation", [1]), ("checkpoint", [1, 2])):
+        code, said = commands.start(moment, "train", *words, code=KILLED, **options).communicate()
+        assert code == -signal.SIGKILL, said
+        assert ("continues after epoch 1 of 3" in said) == (moment != "step")
+        (run,) = runs()
+        assert run.info.status == "RUNNING"
+        assert [step for step, _ in recorded(run)["val_dice"]] == epochs_recorded
+        (left,) = store.glob("output/checkpoints/*")
+        sizes = [path.stat().st_size for path in left.glob("*.part")]
+        last = Checkpoint(left).last()
+        assert last is not None
+        assert (last["run_id"], len(last["history"])) == (run.info.run_id, 1)
+        assert not [*left.glob("*.part")]
     assert sizes == [pytest.approx((left / "last.pt").stat().st_size / 2, rel=0.01)]
 
     train(settings)
@@ -376,8 +358,9 @@ def test_a_training_whose_server_dies_sends_everything_when_the_server_is_back(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
+    commands: CommandServer,
 ) -> None:
-    server = Server(tmp_path, free_port())
+    server = Server(tmp_path, free_port(), commands)
     save = Checkpoint.save
 
     def save_and_kill_the_server(self: Checkpoint, last: dict[str, Any], networks: dict[int, Any]) -> None:

@@ -16,7 +16,6 @@ import pytest
 from conftest import IS_SOAK
 from helpers import environment, make, store_in
 from mlflow import MlflowClient
-from samples import stored_sample
 
 from pneumo_experiments.settings import ENTRY_POINTS, Register, Train, leaves
 from pneumo_experiments.stages.register import register
@@ -84,10 +83,15 @@ class Desk:
 
 @pytest.fixture(scope="module")
 def desk(
-    tmp_path_factory: pytest.TempPathFactory, tiny_default: None, empty_store: Path, commands: CommandServer
+    tmp_path_factory: pytest.TempPathFactory,
+    dataset: Path,
+    tiny_default: None,
+    empty_store: Path,
+    commands: CommandServer,
 ) -> Iterator[Desk]:
     folder = tmp_path_factory.mktemp("desk")
-    dataset = stored_sample(folder, images=24, image_size=32)
+    shutil.copytree(dataset.parent, folder, dirs_exist_ok=True)
+    dataset = folder / dataset.name
     with store_in(folder, empty_store):
         quick = {"weights": "none", "epochs": 1, "threshold_trials": 0, "overlays": 0, "device": "cpu"}
         model = train(make(Train, dataset=dataset, **quick)).model

@@ -410,7 +410,11 @@ def test_a_study_whose_database_does_not_open_is_named_without_its_password(
 
 
 def test_a_study_of_other_data_or_settings_or_of_another_program_is_named(
-    command: Command, error_of: Callable[..., str], desk: Desk, tmp_path: Path
+    command: Command,
+    error_of: Callable[..., str],
+    desk: Desk,
+    tmp_path: Path,
+    no_pictures: None,
 ) -> None:
     def search(run: Callable[..., str] | Command, *words: object) -> str | End:
         found = ["search", "--dataset", desk.labelled, "--storage", "sqlite:///s.db", *TWO_FOLDS]

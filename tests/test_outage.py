@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import sqlite3
 import subprocess
@@ -24,7 +23,7 @@ import mlflow
 import pytest
 import requests
 from command_server import Command, CommandServer
-from helpers import environment, make
+from helpers import copy_store, environment, make
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException, RestException
 from tracking_server import Server, calls_in, free_port, wait_until
@@ -151,7 +150,7 @@ class Outage:
 @pytest.fixture(scope="module")
 def outage(tmp_path_factory: pytest.TempPathFactory, commands: CommandServer) -> Iterator[Outage]:
     folder = tmp_path_factory.mktemp("outage")
-    server = Server(folder, free_port())
+    server = Server(folder, free_port(), commands)
     trainings = list[Training]()
     try:
         server.start()
@@ -452,19 +451,9 @@ def test_a_server_that_hangs_does_not_block_a_run_and_gets_everything_later(
 # A database in a file
 
 
-@pytest.fixture(scope="module")
-def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store without runs; to create one takes seconds, to copy it none."""
-    folder = tmp_path_factory.mktemp("store")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        MlflowClient(f"sqlite:///{folder / 'mlflow.db'}").search_experiments()
-    return folder / "mlflow.db"
-
-
 @pytest.fixture
-def client(empty_database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MlflowClient:
-    shutil.copy(empty_database, tmp_path)
+def client(empty_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MlflowClient:
+    copy_store(empty_store, tmp_path)
     monkeypatch.chdir(tmp_path)
     for name in ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID", "MLFLOW_EXPERIMENT_NAME"):
         monkeypatch.delenv(name, raising=False)

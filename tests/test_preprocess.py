@@ -5,10 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import resource
 import shutil
-import subprocess
-import sys
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +13,7 @@ from pathlib import Path
 import h5py
 import pydicom
 import pytest
-from conftest import ROOT
+from command_server import CommandServer
 from helpers import changed, make
 from mlflow import MlflowClient
 from samples import content_of
@@ -308,35 +305,22 @@ def test_nothing_of_a_patient_is_written_anywhere(
         assert len({of[path.stem].patient for path in files[1:20]}) == 1
 
 
-def limited(sample: Path, store: Path, words: list[str], max_bytes: int) -> subprocess.CompletedProcess[str]:
-    """The command where no file may grow beyond so many bytes, as on a full disk."""
-
-    def limit() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (max_bytes, max_bytes))
-
-    source = ["--dicom_dir", sample / "dicom-images-train", "--rle_csv", sample / "train-rle.csv"]
-    return subprocess.run(
-        [sys.executable, "-m", "pneumo_experiments", "preprocess", *map(str, source), *words],
-        cwd=store,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        preexec_fn=limit,
-        capture_output=True,
-        text=True,
-    )
-
-
 @pytest.mark.parametrize(("max_bytes", "whole_batches"), [(1_300_000, 0), (3_000_000, 2)])
 def test_a_full_disk_is_a_clear_end_and_the_old_data_set_stays(
-    max_bytes: int, whole_batches: int, sample: Path, store: Path
+    max_bytes: int, whole_batches: int, sample: Path, store: Path, commands: CommandServer
 ) -> None:
     """The first limit stops the worker at its first batch, the second the file of all batches."""
     preprocess(settings_of(sample))
     old = (store / "d.h5").read_bytes()
-    words = ["--dataset", "d.h5", "--image_size", "256", "--overwrite", "true", "--workers", "1"]
-    end = limited(sample, store, words, max_bytes)
-    assert end.returncode == 2, end.stderr
-    assert end.stderr.count("\n") == 1
-    assert "d.h5: cannot be written (File too large); make room or choose another place" in end.stderr
+    words: list[object] = ["--dicom_dir", sample / "dicom-images-train"]
+    words += ["--rle_csv", sample / "train-rle.csv", "--dataset", "d.h5", "--image_size", "256"]
+    words += ["--overwrite", "true", "--workers", "1"]
+    code, said = commands.start(
+        "preprocess", *words, folder=store, environment=dict(os.environ), max_file_bytes=max_bytes
+    ).communicate()
+    assert code == 2, said
+    (line,) = [line for line in said.splitlines() if not line.startswith("preprocess: ")]
+    assert "d.h5: cannot be written (File too large); make room or choose another place" in line
     assert (store / "d.h5").read_bytes() == old
     assert not list(store.glob("*.part"))
     batches = [path for path in (store / "d.h5.work").iterdir() if len(path.name) == 32]

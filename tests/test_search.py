@@ -26,7 +26,7 @@ from tracked import artifact, runs
 from pneumo_experiments import tracking
 from pneumo_experiments.dataset.hdf5 import Dataset
 from pneumo_experiments.errors import UserError
-from pneumo_experiments.experiment import study_report, trial_training
+from pneumo_experiments.experiment import trial_training
 from pneumo_experiments.experiment.study_storage import open_storage
 from pneumo_experiments.experiment.training_loop import EpochResult
 from pneumo_experiments.experiment.trial_training import TrialScores, TrialTraining
@@ -51,10 +51,9 @@ def no_run_stays_open(store: Path) -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def no_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They take seconds, and are the point of few tests."""
+def only_wanted_pictures(request: pytest.FixtureRequest) -> None:
     if "pictures" not in request.keywords:
-        monkeypatch.setattr(study_report, "pictures", lambda study: {})
+        request.getfixturevalue("no_pictures")
 
 
 @pytest.fixture

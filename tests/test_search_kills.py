@@ -8,15 +8,16 @@ from __future__ import annotations
 import json
 import os
 import random
+import signal
 import time
 from collections import Counter
 from contextlib import suppress
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import optuna
 import psutil
 import pytest
+from command_server import Command, CommandServer
 from conftest import IS_SOAK, soak
 from database_server import DatabaseServer
 from helpers import copy_store
@@ -100,14 +101,14 @@ def check_runs(uri: str, trials: list[FrozenTrial]) -> None:
 
 
 def test_killed_workers_lose_no_trial_and_repeat_none(
-    tmp_path: Path, empty_store: Path, database: DatabaseServer
+    tmp_path: Path, empty_store: Path, database: DatabaseServer, commands: CommandServer
 ) -> None:
     copy_store(empty_store, tmp_path)
     uri, address = f"sqlite:///{tmp_path}/mlflow.db", database.create("kills")
     words = [f"trials={TRIALS}", "search_epochs=3", f"sleep={EPOCH_SECONDS}", f"confirm={CONFIRMED}"]
     words += ["study=study", f"storage={address}"]
     chance, struck = random.Random(0), Counter[str]()
-    workers = [start_worker(tmp_path, uri, *words) for _ in range(WORKERS)]
+    workers = [start_worker(commands, tmp_path, uri, *words) for _ in range(WORKERS)]
     start = time.monotonic()
     wait_until(lambda: is_there(address))
     studies = {"trial": study_of(address), "confirmation": study_of(address, "study-confirm")}
@@ -117,11 +118,11 @@ def test_killed_workers_lose_no_trial_and_repeat_none(
             wait_until(lambda n=number: place(studies, workers[n]) in ("trial", "confirmation", "ended"))
         time.sleep(chance.uniform(0, 2 * EPOCH_SECONDS))
         struck[place(studies, workers[number])] += 1
-        workers[number].kill()
-        workers[number].join()
-        workers[number] = start_worker(tmp_path, uri, *words)
+        workers[number].send_signal(signal.SIGKILL)
+        workers[number].communicate()
+        workers[number] = start_worker(commands, tmp_path, uri, *words)
     assert [ended(worker) for worker in workers] == [0] * WORKERS, (tmp_path / "log").read_text()
-    last = start_worker(tmp_path, uri, *words)
+    last = start_worker(commands, tmp_path, uri, *words)
     assert ended(last) == 0
     study = check_study(uri, address, TRIALS)
     table(struck, study, uri, time.monotonic() - start)
@@ -135,9 +136,9 @@ def is_there(address: str) -> bool:
         return False
 
 
-def place(studies: dict[str, optuna.Study], worker: BaseProcess) -> str:
+def place(studies: dict[str, optuna.Study], worker: Command) -> str:
     """What a worker is at, by the trials that name it."""
-    if not worker.is_alive():
+    if worker.poll() is not None:
         return "ended"
     for name, study in studies.items():
         for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
@@ -158,25 +159,25 @@ def table(struck: Counter[str], study: optuna.Study, uri: str, seconds: float) -
 
 @pytest.mark.parametrize("kind", ["sqlite", pytest.param("postgresql", marks=soak)])
 def test_two_workers_that_start_at_once_on_empty_stores_share_one_study_and_one_parent(
-    kind: str, tmp_path: Path, database: DatabaseServer
+    kind: str, tmp_path: Path, database: DatabaseServer, commands: CommandServer
 ) -> None:
     uri, address = f"sqlite:///{tmp_path}/mlflow.db", f"sqlite:///{tmp_path}/optuna.db"
     if kind == "postgresql":
         uri, address = database.create("empty_store"), database.create("empty_study")
     words = ["trials=4", "search_epochs=2", "sleep=0.1", "confirm=2", "study=study", f"storage={address}"]
     words += ["pruner=none"]
-    workers = [start_worker(tmp_path, uri, *words) for _ in range(2)]
+    workers = [start_worker(commands, tmp_path, uri, *words) for _ in range(2)]
     assert [ended(worker) for worker in workers] == [0, 0], (tmp_path / "log").read_text()
     check_study(uri, address, trials=4)
 
 
 def test_a_database_that_restarts_costs_no_trial(
-    tmp_path: Path, empty_store: Path, database: DatabaseServer
+    tmp_path: Path, empty_store: Path, database: DatabaseServer, commands: CommandServer
 ) -> None:
     copy_store(empty_store, tmp_path)
     uri, address = f"sqlite:///{tmp_path}/mlflow.db", database.create("restarted")
     words = ["trials=4", "search_epochs=3", "sleep=0.3", "confirm=2", "study=study", f"storage={address}"]
-    worker = start_worker(tmp_path, uri, *words)
+    worker = start_worker(commands, tmp_path, uri, *words)
     # Between two epochs: what is lost in the midst of a statement fails its trial.
     wait_until(lambda: is_there(address) and any(map(is_in_training, study_of(address).trials)))
     database.stop()
@@ -187,18 +188,18 @@ def test_a_database_that_restarts_costs_no_trial(
 
 
 def test_two_workers_never_exceed_the_trials_and_no_password_appears(
-    tmp_path: Path, empty_store: Path, database: DatabaseServer
+    tmp_path: Path, empty_store: Path, database: DatabaseServer, commands: CommandServer
 ) -> None:
     copy_store(empty_store, tmp_path)
     address = database.create("workers", password="hush123")
     words = ["trials=5", "workers=2", "search_epochs=1", "sleep=1", "confirm=1", "study=study"]
-    worker = start_worker(tmp_path, f"sqlite:///{tmp_path}/mlflow.db", *words, f"storage={address}")
+    worker = start_worker(commands, tmp_path, f"sqlite:///{tmp_path}/mlflow.db", *words, f"storage={address}")
     commands = set[str]()
-    while worker.is_alive():
+    while worker.poll() is None:
         with suppress(psutil.NoSuchProcess):
             for child in psutil.Process(worker.pid).children(recursive=True):
                 commands.add(" ".join(child.cmdline()))
-        worker.join(0.2)
+        time.sleep(0.2)
     output = (tmp_path / "log").read_text()
     assert ended(worker) == 0, output
     trials = study_of(address).trials
@@ -215,14 +216,16 @@ def test_two_workers_never_exceed_the_trials_and_no_password_appears(
 
 
 @soak
-def test_a_tracking_server_that_is_down_for_a_while_costs_no_trial(tmp_path: Path, empty_store: Path) -> None:
+def test_a_tracking_server_that_is_down_for_a_while_costs_no_trial(
+    tmp_path: Path, empty_store: Path, commands: CommandServer
+) -> None:
     copy_store(empty_store, tmp_path)
     (tmp_path / "mlflow.db").rename(tmp_path / "server.db")
-    server, address = Server(tmp_path, free_port()), f"sqlite:///{tmp_path}/optuna.db"
+    server, address = Server(tmp_path, free_port(), commands), f"sqlite:///{tmp_path}/optuna.db"
     server.start()
     try:
         words = ["trials=3", "search_epochs=3", "sleep=0.3", "confirm=2", "study=study", f"storage={address}"]
-        worker = start_worker(tmp_path, server.uri, *words)
+        worker = start_worker(commands, tmp_path, server.uri, *words)
         wait_until(lambda: is_there(address) and bool(study_of(address).get_trials(states=FINISHED)))
         server.kill()
         time.sleep(20)

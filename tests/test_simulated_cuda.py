@@ -1,12 +1,13 @@
 """The whole chain on a simulated CUDA device, in its own process: torch cannot forget the device.
 
-``make soak`` tries one more network.
+``make soak`` tries more networks, caches and ways to train.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 from command_server import CommandServer
 from conftest import ROOT
 from helpers import environment
@@ -14,11 +15,18 @@ from helpers import environment
 CODE = "import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))"
 
 
-def test_the_chain_runs_on_a_device_that_is_not_the_cpu(commands: CommandServer) -> None:
+# Tests of whole stages, by words in their names.
+STAGES = "training or trials or memory or submission"
+
+
+@pytest.mark.parametrize(("names", "count"), [(STAGES, 5), (f"not ({STAGES})", 12)], ids=["stages", "steps"])
+def test_the_chain_runs_on_a_device_that_is_not_the_cpu(
+    names: str, count: int, commands: CommandServer
+) -> None:
     file = Path(__file__).with_name("on_simulated_cuda.py")
-    words = ["-p", "no:cacheprovider", "-W", "ignore", "-rA", file]
+    words = ["-p", "no:cacheprovider", "-W", "ignore", "-rA", "-k", names, file]
     code, output = commands.start(*words, folder=ROOT, environment=environment(), code=CODE).communicate()
     print(output[-5000:])
     assert code == 0, output[-10000:]
     passed = [line for line in output.splitlines() if line.startswith("PASSED")]
-    assert len(passed) >= 19
+    assert len(passed) >= count

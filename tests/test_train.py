@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import time
 from pathlib import Path
@@ -11,10 +12,10 @@ import mlflow
 import numpy as np
 import pytest
 import torch
+from command_server import CommandServer
 from conftest import ROOT, soak
 from helpers import BIN, changed, environment_of_mlflow, make
 from mlflow import MlflowClient
-from tiny_network import with_tiny_network
 from torch.nn.modules.module import register_module_forward_hook
 from tracked import runs, table
 
@@ -23,10 +24,9 @@ from pneumo_experiments.dataset.rle import decode
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.experiment.subset import make_split
 from pneumo_experiments.learning.checkpoint import Checkpoint
-from pneumo_experiments.learning.launch import launch
 from pneumo_experiments.learning.network import PneumothoraxNet
 from pneumo_experiments.scoring.metrics import dice
-from pneumo_experiments.settings import Train, flat
+from pneumo_experiments.settings import Train, as_params, flat
 from pneumo_experiments.stages.train import train
 
 
@@ -161,22 +161,35 @@ def test_the_best_epoch_is_not_predicted_again(settings: Train) -> None:
     assert sum(predictions) == 2 * validation  # once after each epoch
 
 
+# Two processes that import nothing; test_distributed.py starts new ones.
+FORKED = """
+from functools import partial
+from pneumo_experiments import cli
+from pneumo_experiments.learning import launch
+
+launch.LaunchConfig = partial(launch.LaunchConfig, start_method="fork")
+cli.main()
+"""
+
+
 def test_two_processes_train_in_one_run(
-    settings: Train, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    settings: Train, store: Path, tiny_default: None, commands: CommandServer
 ) -> None:
-    monkeypatch.setattr(
-        "pneumo_experiments.stages.train.launch",
-        lambda processes, work, *arguments: launch(processes, with_tiny_network, work, *arguments),
-    )
-    trained = train(changed(settings, processes=2, aux_weight=0.0))
+    chosen = changed(settings, network="fcn_resnet50", processes=2, aux_weight=0.0)
+    words = [word for name, text in as_params(chosen).items() for word in (f"--{name}", text)]
+    code, said = commands.start(
+        "train", *words, folder=store, environment=dict(os.environ), tiny=True, code=FORKED
+    ).communicate()
+    assert code == 0, said
     (run,) = runs()
     assert run.info.status == "FINISHED"
     assert {m.step for m in MlflowClient().get_metric_history(run.info.run_id, "loss")} == {1, 2}
-    assert run.data.metrics["val_dice_final"] == pytest.approx(trained.scores.dice)
-    assert trained.model.startswith("models:/")
-    told = capfd.readouterr()
-    assert told.out.count("epoch 1/2") == 1
-    assert "Warning" not in told.err
+    (model,) = MlflowClient().search_logged_models(["0"])
+    assert model.source_run_id == run.info.run_id
+    assert f"logged as {model.model_uri}" in said
+    assert len(MlflowClient().get_metric_history(run.info.run_id, "val_dice_final")) == 1
+    assert said.count("epoch 1/2") == 1
+    assert "Warning" not in said
 
 
 def test_a_recipe_that_cannot_work_is_named(settings: Train) -> None:

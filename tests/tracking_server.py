@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,9 +12,30 @@ from pathlib import Path
 from typing import Any
 
 import requests
+from command_server import Command, CommandServer
 from helpers import environment
 from mlflow import MlflowClient
 
+# `mlflow server` in this process, not in another one that it would start.
+CODE = """
+import os
+
+output = os.open("server.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+os.dup2(output, 1)
+os.dup2(output, 2)
+import mlflow.server
+import uvicorn
+from mlflow.cli import cli
+
+
+def run_here(command, extra_env, **unused):
+    os.environ.update(extra_env)
+    uvicorn.main(command[3:])  # after python -m uvicorn
+
+
+mlflow.server._exec_cmd = run_here
+cli()
+"""
 TIMEOUT_SECONDS = 120  # reached only by a hang
 
 
@@ -40,7 +58,8 @@ class Server:
 
     folder: Path
     port: int
-    process: subprocess.Popen[bytes] | None = None
+    commands: CommandServer
+    process: Command | None = None
 
     @property
     def uri(self) -> str:
@@ -54,15 +73,10 @@ class Server:
         words = ["--backend-store-uri", f"sqlite:///{self.folder}/server.db", "--workers", "1"]
         words += ["--artifacts-destination", f"{self.folder}/artifacts"]
         words += ["--host", "127.0.0.1", "--port", str(self.port)]
-        with (self.folder / "server.log").open("ab") as out:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "mlflow", "server", *words],
-                cwd=self.folder,
-                env=environment() | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
-                stdout=out,
-                stderr=out,
-                start_new_session=True,
-            )
+        variables = environment() | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+        self.process = self.commands.start(
+            "server", *words, folder=self.folder, environment=variables, code=CODE
+        )
         wait_until(self.responds)
 
     def responds(self) -> bool:
@@ -73,8 +87,8 @@ class Server:
 
     def kill(self) -> None:
         if self.process is not None:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
+            self.process.send_signal(signal.SIGKILL)
+            self.process.communicate()
             self.process = None
 
 
