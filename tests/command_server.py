@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+import cpu_seconds
 import sqlalchemy.orm
 from conftest import ROOT, collect_rarely, do_not_wait_for_the_disk, read_migrations_once
 
@@ -56,7 +57,10 @@ socket.send_fds(connection, [len(content).to_bytes(8)], [0, 1, write_end])
 connection.sendall(content)
 os.close(write_end)
 with open(read_end) as ended:
-    sys.exit(int([*ended][-1]) % 256)
+    code, seconds = [*ended][-1].split()
+with open(sys.argv[0] + ".seconds", "a") as file:
+    file.write(seconds + "\\n")
+sys.exit(int(code) % 256)
 """
 
 
@@ -93,7 +97,9 @@ class Command:
 
     def _read_code(self) -> int | None:
         if not self._code and (line := self._ended.readline()):
-            self._code.append(int(line))
+            code, seconds = line.split()
+            self._code.append(int(code))
+            cpu_seconds.count_command(float(seconds))
         return self._code[0] if self._code else None
 
 
@@ -132,7 +138,10 @@ class CommandServer:
         return Command(int(ended.readline()), stdin, os.fdopen(read_out), ended)
 
     def write_python(self, folder: Path) -> None:
-        """Writes a program ``python`` that starts what ``mlflow run`` asks for."""
+        """Writes ``python``, which starts what ``mlflow run`` asks for.
+
+        ``python.seconds`` will hold the CPU seconds of that.
+        """
         address = self._connection.getpeername()
         (folder / "python").write_text(PYTHON.format(executable=sys.executable, address=address))
         (folder / "python").chmod(0o755)
@@ -152,7 +161,11 @@ def command_server(folder: Path) -> Iterator[CommandServer]:
                 connection.connect(address)
         yield CommandServer(connection)
     if process is not None:
+        before = os.times()
         process.wait()
+        after = os.times()  # with all that the server did, also for tests of others
+        own = after.children_user + after.children_system - before.children_user - before.children_system
+        cpu_seconds.count_command(-own)
 
 
 def _start(address: str) -> subprocess.Popen[bytes]:
@@ -213,7 +226,7 @@ def _reap() -> None:
 
 
 def _keep(request: dict[str, Any], given: int, out: int, ended: int) -> None:
-    """Forks the command and reports its process id, then its exit code."""
+    """Forks the command and reports its process id, then its exit code and CPU seconds."""
     child = os.fork()
     if child == 0:
         os.close(ended)
@@ -221,8 +234,9 @@ def _keep(request: dict[str, Any], given: int, out: int, ended: int) -> None:
     os.close(given)
     os.close(out)
     os.write(ended, f"{child}\n".encode())
-    _, status = os.waitpid(child, 0)
-    os.write(ended, f"{os.waitstatus_to_exitcode(status)}\n".encode())
+    _, status, used = os.wait4(child, 0)
+    seconds = used.ru_utime + used.ru_stime
+    os.write(ended, f"{os.waitstatus_to_exitcode(status)} {seconds:.2f}\n".encode())
     os._exit(0)
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from subprocess import PIPE, STDOUT
 
+import cpu_seconds
 import mlflow
 import numpy as np
 import pandas as pd
@@ -86,6 +87,7 @@ def run_chain(folder: Path, commands: CommandServer | None, **settings: object) 
             *words, folder=folder, environment=environment, code="from mlflow.cli import cli; cli()"
         )
         code, output = command.communicate()
+        cpu_seconds.count_command(float((folder / "python.seconds").read_text()))
     assert code == 0, output[-5000:]
     runs: dict[str, list[Run]] = {}
     found = mlflow.search_runs(

@@ -176,7 +176,7 @@ def test_a_database_that_restarts_costs_no_trial(
 ) -> None:
     copy_store(empty_store, tmp_path)
     uri, address = f"sqlite:///{tmp_path}/mlflow.db", database.create("restarted")
-    words = ["trials=4", "search_epochs=3", "sleep=0.3", "confirm=2", "study=study", f"storage={address}"]
+    words = ["trials=2", "search_epochs=2", "sleep=1.5", "confirm=2", "study=study", f"storage={address}"]
     worker = start_worker(commands, tmp_path, uri, *words)
     # Between two epochs: what is lost in the midst of a statement fails its trial.
     wait_until(lambda: is_there(address) and any(map(is_in_training, study_of(address).trials)))
@@ -184,7 +184,7 @@ def test_a_database_that_restarts_costs_no_trial(
     time.sleep(20 if IS_SOAK else 1)
     database.start()
     assert ended(worker) == 0, (tmp_path / "log").read_text()
-    check_study(uri, address, trials=4)
+    check_study(uri, address, trials=2)
 
 
 def test_two_workers_never_exceed_the_trials_and_no_password_appears(
