@@ -37,7 +37,7 @@ setup: $(VENV)/ready
 
 $(VENV)/ready: requirements.lock
 	@test -n "$(PYTHON)" || { echo "no Python 3.11 or later found; install one or name it: make PYTHON=/path/to/python3" >&2; exit 2; }
-	@echo "setting up $(VENV) (once): torch, mlflow and what they need, several GB"
+	@echo "setting up $(VENV) (once): torch, mlflow and what they need, several GB; 1 to 10 minutes, by the connection"
 	@$(PYTHON) -m venv --clear $(VENV)
 	@$(BIN)/python -m pip install --quiet uv
 	@$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --require-hashes -r requirements.lock \

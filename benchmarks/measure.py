@@ -70,7 +70,7 @@ def peak_memory(pid: int) -> Generator[Peak]:
     peak, done = Peak(), threading.Event()
 
     def watch() -> None:
-        while not done.wait(0.05):
+        while not done.wait(0.5):  # oftener would slow down what it watches
             peak.gigabytes = max(peak.gigabytes, _resident(pid) / 1e9)
 
     watcher = threading.Thread(target=watch)

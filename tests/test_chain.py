@@ -292,6 +292,13 @@ def test_no_logged_model_holds_a_pickle(chain: Chain) -> None:
     assert not [name for name in names if name.endswith((".pkl", ".pickle", ".joblib"))]
 
 
+def test_main_says_which_step_it_is_and_what_is_still_to_come(chain: Chain) -> None:
+    steps = re.findall(r"main: step (\d) of 7, (.*)", chain.output)
+    assert [number for number, _ in steps] == list("1234567")
+    assert steps[1][1] == "preprocess; then search, train, score, findings of the test images, register"
+    assert steps[6][1] == "register"
+
+
 def test_the_training_starts_where_the_trials_started(chain: Chain) -> None:
     params = chain.only("train").data.params
     assert re.fullmatch(r"output/checkpoints/warm-up-[0-9a-f]{16}/epoch-1\.pt", params["weights"])
