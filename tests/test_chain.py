@@ -40,6 +40,7 @@ SMALL = {
     "trials": 2,
     "pruner": "none",
     "confirm": 0,
+    "keep": 3,
     "search_images": 8,
     "search_epochs": 1,
     "search_warmup_epochs": 1,

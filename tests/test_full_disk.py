@@ -39,7 +39,7 @@ from pneumo_experiments.synthetic.kaggle_layout import write_sample
 SHORT_MAIN = (
     *("main", "--images", "20", "--test_images", "1", "--image_size", "32", "--epochs", "1"),
     *("--trials", "1", "--search_epochs", "1", "--confirm", "0", "--keep", "0", "--search_images", "8"),
-    *("--threshold_trials", "0", "--weights", "none", "--overlays", "1"),
+    *("--threshold_trials", "0", "--weights", "none", "--overlays", "1", "--folds", "5", "--holdout", "0.2"),
 )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import time
@@ -423,8 +424,9 @@ def test_a_stopped_command_says_so_and_leaves_a_killed_run_and_no_files(
 ) -> None:
     end = stopped[how]
     assert (end.code, end.status) == (code, "KILLED")
-    (error,) = end.output.strip().splitlines()
+    *progress, error = end.output.strip().splitlines()
     assert error.startswith(f"Error: {line}")
+    assert all(re.fullmatch("sample: about .* left", told) for told in progress)
     assert list((end.store.folder / "output").iterdir()) == []
 
 

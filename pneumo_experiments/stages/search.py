@@ -75,7 +75,8 @@ def search(settings: Search, keep_start: bool = False) -> SearchResult:
             warmup_checkpoint(settings, dataset.fingerprint).clear()
         elif settings.study.search_warmup_epochs > 0:
             if not start.is_file():  # the study had ended before this command
-                TrialTraining(dataset, settings)
+                with tracking.run("search", settings):
+                    TrialTraining(dataset, settings)
             if start.is_file():
                 return replace(result, start=start)
     return result
