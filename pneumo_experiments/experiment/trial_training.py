@@ -180,7 +180,7 @@ class TrialTraining:
         data = Subset(self._dataset, training).training_data(recipe.batches.cache, self._compute)
         with ProgressBar("search: warm-up", len(data) * epochs) as bar:
             *_, last = fit(network, data, recipe, epochs, self._compute, bar.update)
-        print(f"search: every trial starts from one network, trained for {epochs} epochs")
+        print(f"search: every trial starts from one network, trained for {epochs} epoch{'s' * (epochs > 1)}")
         return {name: tensor.cpu() for name, tensor in last.network.state_dict().items()}
 
 
