@@ -398,7 +398,8 @@ def test_a_kept_start_is_the_network_that_the_trials_started_from(settings: Sear
     assert all(torch.equal(first[name], again[name]) for name in first)
     untrained = build(settings.recipe.network.network, "none", settings.recipe.seed).state_dict()
     assert not torch.equal(first["mask_head.0.weight"], untrained["mask_head.0.weight"])
-    assert search(changed(settings, search_warmup_epochs=0), keep_start=True).start is None
+    other = changed(settings, search_warmup_epochs=0, study="other")
+    assert search(other, keep_start=True).start is None
 
 
 def test_the_warm_up_sees_no_image_that_a_fold_of_the_trials_validates_on(
