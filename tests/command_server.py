@@ -185,7 +185,7 @@ def serve(address: str) -> None:
     read_migrations_once()
     sqlalchemy.orm.configure_mappers()  # takes MLflow's first client a second
     figures.learning_curves([{"loss": 0.0}], 0)  # a process's first picture takes a second as well
-    choose_compute(Device(device="cpu"))  # times formats, and tiny_network.py keeps the times
+    choose_compute(Device(device="cpu"))  # which times formats, once in a process
     collect_rarely()  # a process that ends would visit, and so copy, all of this
     listener = socket.socket(fileno=os.dup(0))
     connections = [listener.accept()[0]]

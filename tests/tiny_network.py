@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,7 +9,6 @@ import torch
 from helpers import make
 from torch import Tensor, nn
 
-from pneumo_experiments.learning import device
 from pneumo_experiments.learning.device import ComputeConfig
 from pneumo_experiments.learning.loader import InMemoryData
 from pneumo_experiments.learning.network import NETWORKS, PneumothoraxNet
@@ -18,8 +16,6 @@ from pneumo_experiments.learning.network import NETWORKS, PneumothoraxNet
 if TYPE_CHECKING:
     from pneumo_experiments.serving import Member
 
-# Each training and each model of a process without a named precision times it, for half a second.
-device._seconds_of_convolution = functools.cache(device._seconds_of_convolution)
 
 CPU = ComputeConfig(torch.device("cpu"), "fp32")
 DEFAULT = "fcn_resnet50"

@@ -6,6 +6,7 @@ import logging
 import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -94,6 +95,7 @@ def _fastest(device: torch.device) -> str:
     return "fp32"
 
 
+@cache  # a process times its CPU once, however many networks it trains or loads
 def _seconds_of_convolution(precision: str) -> float:
     dtype = FORMATS.get(precision, torch.float32)
     images = torch.ones(4, 256, 16, 16, dtype=dtype).contiguous(memory_format=torch.channels_last)

@@ -93,7 +93,8 @@ def criterion(output: Output, target: Tensor, present: Tensor, recipe: Recipe) -
         (weight * term for weight, term in zip(weights.values(), terms.values(), strict=True)),
         _at_least_float32(target.new_zeros(())),
     )
-    if recipe.loss.aux_weight > 0 and output.aux is not None:
+    if recipe.loss.aux_weight > 0:
+        assert output.aux is not None  # a network that is trained with this recipe computes it
         aux = sum(
             (weight * MASK_LOSSES[name](output.aux, target) for name, weight in weights.items()),
             _at_least_float32(target.new_zeros(())),
