@@ -87,6 +87,7 @@ class Still(PneumothoraxNet):
 
     def train(self, mode: bool = True) -> Still:
         super().train(False)
+        self.training = mode
         return self
 
 
