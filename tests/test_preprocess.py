@@ -14,7 +14,7 @@ import h5py
 import pydicom
 import pytest
 from command_server import CommandServer
-from helpers import changed, make
+from helpers import changed, make, store_in
 from mlflow import MlflowClient
 from samples import content_of
 from tracked import last_run
@@ -26,7 +26,7 @@ from pneumo_experiments.settings import Preprocess
 from pneumo_experiments.stages.preprocess import preprocess
 from pneumo_experiments.synthetic.kaggle_layout import write_sample
 
-IMAGES = 40
+IMAGES = 10
 PLANTED = ("Zaphod", "Beeblebrox", "PID-4711-X", "19520311", "Betelgeuse")
 
 
@@ -35,6 +35,34 @@ def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("source") / "sample"
     write_sample(folder, IMAGES, 0, seed=5)
     return folder
+
+
+@pytest.fixture(scope="module")
+def four_times(sample: Path) -> Path:
+    """The files of the sample four times, under other names: more than one batch."""
+    folder = sample.with_name("four times")
+    folder.mkdir()
+    for path in sample.rglob("*.dcm"):
+        for number in range(4):
+            (folder / f"{number}-{path.name}").hardlink_to(path)
+    header, *rows = (sample / "train-rle.csv").read_text().splitlines()
+    rows = [f"{number}-{row}" for number in range(4) for row in rows]
+    (folder / "train-rle.csv").write_text("\n".join([header, *rows]))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def made(sample: Path, tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> Path:
+    """A folder with the data set of the sample and its report."""
+    with store_in(tmp_path_factory.mktemp("made"), empty_store) as folder:
+        preprocess(settings_of(sample))
+    return folder
+
+
+def put(made: Path, store: Path) -> None:
+    """Puts a copy of that data set into the working directory, as if it had been made there."""
+    for path in made.glob("d.*"):
+        shutil.copy2(path, store)
 
 
 def settings_of(sample: Path, **changes: object) -> Preprocess:
@@ -70,23 +98,22 @@ def test_the_report_lies_beside_the_data_set_and_in_the_run(
     report = json.loads((store / "d.report.json").read_text())
     assert report["outcome"] == {"used": IMAGES, "rejected": 0, "without_annotation": 0, "not_read": 0}
     assert report["formats"] == {"JPEG Baseline, 8 bit, MONOCHROME2": IMAGES}
-    assert report["annotated"]["positives"] == 12
+    assert report["annotated"]["positives"] == 3
     assert "data:image/jpeg;base64," in (store / "d.report.html").read_text()
     out = capsys.readouterr().out
     assert f"{IMAGES} files found: {IMAGES} used" in out
     assert not (store / "d.h5.work").exists()
     with h5py.File(store / "d.h5") as file:
         assert file["images_0"].shape == (IMAGES, 64, 64)
-    assert last_run().data.params["positives"] == "12"
+    assert last_run().data.params["positives"] == "3"
 
 
 def test_the_same_again_says_so_and_writes_nothing(
-    sample: Path, store: Path, capsys: pytest.CaptureFixture[str]
+    sample: Path, made: Path, store: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     own = copy_of(sample, store / "own")
-    preprocess(settings_of(own))
+    put(made, store)
     before = (store / "d.h5").stat()
-    capsys.readouterr()
     preprocess(settings_of(own, workers=2, max_rejected=0.5))
     assert "d.h5 exists already, from the same files and settings" in capsys.readouterr().out
     for path in own.rglob("*.dcm"):  # as a copy or a second download would look
@@ -98,9 +125,11 @@ def test_the_same_again_says_so_and_writes_nothing(
     assert "d.report.html" in artifacts()
 
 
-def test_other_input_or_settings_are_named_and_refused_until_overwrite(sample: Path, store: Path) -> None:
+def test_other_input_or_settings_are_named_and_refused_until_overwrite(
+    sample: Path, made: Path, store: Path
+) -> None:
     own = copy_of(sample, store / "own")
-    preprocess(settings_of(own))
+    put(made, store)
     first = (store / "d.h5").read_bytes()
 
     def refusal(**changes: object) -> str:
@@ -129,9 +158,9 @@ def test_other_input_or_settings_are_named_and_refused_until_overwrite(sample: P
 
 
 def test_a_damaged_image_is_named_and_rewritten_on_overwrite(
-    sample: Path, store: Path, capsys: pytest.CaptureFixture[str]
+    sample: Path, made: Path, store: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    preprocess(settings_of(sample))
+    put(made, store)
     whole, content = content_of(store / "d.h5"), (store / "d.h5").read_bytes()
     with h5py.File(store / "d.h5") as file:
         chunk = file["ann_0"].id.get_chunk_info(2)
@@ -189,17 +218,17 @@ def test_a_table_of_patients_that_names_no_image_is_an_error_and_one_that_names_
     (store / "other.csv").write_text("id,patient\nelsewhere,Zaphod\n")
     with pytest.raises(UserError) as caught:
         preprocess(settings_of(sample, patients_csv="other.csv"))
-    assert str(caught.value).startswith("patients_csv=other.csv: names none of the 40 images; name the table")
+    assert str(caught.value).startswith("patients_csv=other.csv: names none of the 10 images; name the table")
     assert last_run().info.status == "FAILED"
     assert not list(store.glob("d.h5*"))
-    ids = [path.stem for path in sample.rglob("*.dcm")][:19]
+    ids = [path.stem for path in sample.rglob("*.dcm")][:4]
     (store / "few.csv").write_text("id,patient\n" + "".join(f"{image_id},Zaphod\n" for image_id in ids))
     preprocess(settings_of(sample, patients_csv="few.csv"))
     (told,) = (r.getMessage() for r in caplog.records if r.name.startswith("pneumo_experiments.experiment"))
-    expected = "patients_csv=few.csv: names only 19 of the 40 images; the others are grouped by PatientID"
+    expected = "patients_csv=few.csv: names only 4 of the 10 images; the others are grouped by PatientID"
     assert told == f"Warning: {expected}"
     with Dataset.open(store / "d.h5") as dataset:
-        assert dataset.settings["patient_sources"] == "patients_csv: 19, PatientID: 21"
+        assert dataset.settings["patient_sources"] == "patients_csv: 4, PatientID: 6"
 
 
 def test_too_many_rejects_fail_with_a_report_and_what_was_read_is_kept(
@@ -209,7 +238,7 @@ def test_too_many_rejects_fail_with_a_report_and_what_was_read_is_kept(
     bad = sorted(own.rglob("*.dcm"))[3]
     bad.write_bytes(bad.read_bytes()[:4000])
     with pytest.raises(
-        UserError, match=r"1 of 40 files are rejected, more than max_rejected=0\.01"
+        UserError, match=r"1 of 10 files are rejected, more than max_rejected=0\.01"
     ) as caught:
         preprocess(settings_of(own))
     assert f"for example {bad.stem}: " in str(caught.value)
@@ -220,25 +249,25 @@ def test_too_many_rejects_fail_with_a_report_and_what_was_read_is_kept(
     report = json.loads((store / "d.report.json").read_text())
     assert report["outcome"]["rejected"] == 1
     capsys.readouterr()
-    preprocess(settings_of(own, max_rejected=0.03))
-    assert "continuing: 40 of 40 files are read already" in capsys.readouterr().out
+    preprocess(settings_of(own, max_rejected=0.1))
+    assert "continuing: 10 of 10 files are read already" in capsys.readouterr().out
     with Dataset.open(store / "d.h5") as dataset:
-        assert len(dataset) == 39
+        assert len(dataset) == IMAGES - 1
         assert bad.stem not in {entry.image_id for entry in dataset.entries}
     preprocess(settings_of(own))  # the limit is no part of what the data set is made from
     assert "exists already" in capsys.readouterr().out
 
 
-def test_a_zip_file_gives_the_same_data_set_as_the_folder(sample: Path, store: Path) -> None:
+def test_a_zip_file_gives_the_same_data_set_as_the_folder(sample: Path, made: Path, store: Path) -> None:
     archive = shutil.make_archive("images", "zip", sample / "dicom-images-train")
-    preprocess(settings_of(sample))
     preprocess(settings_of(sample, dicom_dir=Path(archive), dataset=Path("zip.h5")))
-    assert fingerprint(store / "zip.h5") == fingerprint(store / "d.h5")
+    assert fingerprint(store / "zip.h5") == fingerprint(made / "d.h5")
 
 
-def test_pixel_types_differ_in_fingerprint_and_size_only(sample: Path, store: Path) -> None:
-    sets: list[Dataset] = []
-    for kind in ("float32", "float16", "uint8"):
+def test_pixel_types_differ_in_fingerprint_and_size_only(sample: Path, made: Path, store: Path) -> None:
+    sets = [Dataset.open(made / "d.h5")]
+    assert sets[0].settings["pixel_dtype"] == "float32"
+    for kind in ("float16", "uint8"):
         preprocess(settings_of(sample, pixel_dtype=kind, dataset=Path(f"{kind}.h5")))
         sets.append(Dataset.open(store / f"{kind}.h5"))
     first = sets[0]
@@ -251,8 +280,10 @@ def test_pixel_types_differ_in_fingerprint_and_size_only(sample: Path, store: Pa
         each.close()
 
 
-def test_a_report_that_an_interruption_left_out_is_made_by_the_next_run(sample: Path, store: Path) -> None:
-    preprocess(settings_of(sample))
+def test_a_report_that_an_interruption_left_out_is_made_by_the_next_run(
+    sample: Path, made: Path, store: Path
+) -> None:
+    put(made, store)
     (store / "d.report.html").unlink()
     (store / "d.h5.work").mkdir()  # as a kill between the data set and its report leaves it
     before = fingerprint(store / "d.h5")
@@ -283,7 +314,7 @@ def test_nothing_of_a_patient_is_written_anywhere(
     named = files[1].parent.parent / f"{family}_{given}" / "scan"  # folders are called after patients
     named.mkdir(parents=True)
     shutil.move(files[1], named / files[1].name)
-    table = "Kaggle_ID,NIH_ID\n" + "".join(f"{path.stem},{family} {number} {birth}\n" for path in files[:20])
+    table = "Kaggle_ID,NIH_ID\n" + "".join(f"{path.stem},{family} {number} {birth}\n" for path in files[:8])
     (store.parent / "patients.csv").write_text(table)
     settings = settings_of(own, patients_csv=str(store.parent / "patients.csv"))
     with pytest.raises(UserError) as caught:
@@ -302,18 +333,19 @@ def test_nothing_of_a_patient_is_written_anywhere(
         of = {entry.image_id: entry for entry in dataset.entries}
         assert {of[path.stem].view for path in files[1:6]} == {"other"}
         assert {of[path.stem].sex for path in files[1:6]} == {""}
-        assert len({of[path.stem].patient for path in files[1:20]}) == 1
+        assert len({of[path.stem].patient for path in files[1:8]}) == 1
 
 
 @pytest.mark.parametrize(("max_bytes", "whole_batches"), [(1_300_000, 0), (3_000_000, 2)])
 def test_a_full_disk_is_a_clear_end_and_the_old_data_set_stays(
-    max_bytes: int, whole_batches: int, sample: Path, store: Path, commands: CommandServer
+    max_bytes: int, whole_batches: int, four_times: Path, made: Path, store: Path, commands: CommandServer
 ) -> None:
     """The first limit stops the worker at its first batch, the second the file of all batches."""
-    preprocess(settings_of(sample))
+    put(made, store)
     old = (store / "d.h5").read_bytes()
-    words: list[object] = ["--dicom_dir", sample / "dicom-images-train"]
-    words += ["--rle_csv", sample / "train-rle.csv", "--dataset", "d.h5", "--image_size", "256"]
+    tables = {"dicom_dir": four_times, "rle_csv": four_times / "train-rle.csv"}
+    words = [f"--{name}={path}" for name, path in tables.items()]
+    words += ["--dataset", "d.h5", "--image_size", "256"]
     words += ["--overwrite", "true", "--workers", "1"]
     code, said = commands.start(
         "preprocess", *words, folder=store, environment=dict(os.environ), max_file_bytes=max_bytes
@@ -325,9 +357,9 @@ def test_a_full_disk_is_a_clear_end_and_the_old_data_set_stays(
     assert not list(store.glob("*.part"))
     batches = [path for path in (store / "d.h5.work").iterdir() if len(path.name) == 32]
     assert len(batches) == whole_batches
-    preprocess(settings_of(sample, image_size=256, overwrite=True))
+    preprocess(settings_of(four_times, **tables, image_size=256, overwrite=True))
     with Dataset.open(store / "d.h5") as dataset:
-        assert (dataset.image_size, len(dataset)) == (256, IMAGES)
+        assert (dataset.image_size, len(dataset)) == (256, 4 * IMAGES)
 
 
 def test_a_report_that_finds_no_temporary_folder_does_not_blame_the_data_set(
@@ -344,7 +376,7 @@ def test_a_report_that_finds_no_temporary_folder_does_not_blame_the_data_set(
         patch.setattr(DatasetWriter, "finish", finish_and_lose_the_folder)
         preprocess(settings_of(sample))
     preprocess(settings_of(sample))
-    assert "continuing: 40 of 40 files are read already" in capsys.readouterr().out
+    assert "continuing: 10 of 10 files are read already" in capsys.readouterr().out
     assert (store / "d.report.html").exists()
 
 

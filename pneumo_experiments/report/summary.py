@@ -30,6 +30,8 @@ def summary(report: Report) -> list[str]:
 
 def printable(text: str) -> str:
     """The text with characters that cannot be printed replaced: file names may contain any bytes."""
+    if text.isprintable():  # as almost all are, and the pictures of a page are long
+        return text
     return "".join(character if character.isprintable() else "\ufffd" for character in text)
 
 
