@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import platform
+import resource
+
 import pytest
 import torch
 from helpers import changed
@@ -24,3 +27,14 @@ def test_what_was_trained_in_fp16_computes_in_fp32_on_a_cpu_and_says_so(
     assert choose_compute_for("fp16", Device(device="cpu")).precision == "fp32"
     assert "using fp32" in caplog.text
     assert choose_compute_for("fp16", Device(device="cpu", precision="bf16")).precision == "bf16"
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
+def test_a_cpu_uses_freed_memory_again_without_asking_the_system() -> None:
+    choose_compute(Device(device="cpu", precision="fp32"))
+    pages = 2**25 // resource.getpagesize()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        torch.ones(2**25, dtype=torch.uint8)  # 32 MB, for which glibc otherwise asks each time
+    # Its first places differ, since tensors begin at multiples of 64 bytes.
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < 5 * pages
