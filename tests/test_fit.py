@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import soak
 from helpers import make
 from tiny_network import CPU, noise, squares, weights_of
 
@@ -162,12 +163,16 @@ def test_pretrained_layers_learn_at_their_own_rate() -> None:
     assert not torch.equal(after["mask_head.0.weight"], before["mask_head.0.weight"])
 
 
-def test_training_learns_to_segment_bright_squares() -> None:
-    recipe = make(Recipe, batch_size=8, learning_rate=1e-3, augment=False, positive_share=0, seed=1)
-    network = build("fcn_resnet50", "none", recipe.seed)
-    compute = choose_compute(Device())
-    epochs = list(fit(network, squares(16), recipe, 9, compute))
-    assert [epoch.number for epoch in epochs] == list(range(1, 10))
+@pytest.mark.parametrize(
+    ("name", "count", "learning_rate"),
+    [("tiny", 40, 3e-2), pytest.param("fcn_resnet50", 9, 1e-3, marks=soak)],
+)
+def test_training_learns_to_segment_bright_squares(name: str, count: int, learning_rate: float) -> None:
+    recipe = make(Recipe, batch_size=8, learning_rate=learning_rate, augment=False, positive_share=0, seed=1)
+    network = build(name, "none", recipe.seed)
+    compute = CPU if name == "tiny" else choose_compute(Device())
+    epochs = list(fit(network, squares(16), recipe, count, compute))
+    assert [epoch.number for epoch in epochs] == list(range(1, count + 1))
     assert epochs[-1].losses["loss"] < 0.7 * epochs[0].losses["loss"]
     unseen = squares(8, seed=5)
     actual = [p.mask for p in Predictor(network, compute).predict(unseen.images.numpy())]
