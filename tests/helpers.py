@@ -113,10 +113,19 @@ def working_in(folder: Path, uri: str) -> Iterator[None]:
     mlflow.set_tracking_uri(None)  # pyright: ignore[reportArgumentType]
 
 
+def children(parent: int) -> list[psutil.Process]:
+    """Of this process id, for a hundredth of what psutil takes, which looks at all processes."""
+    found = list[psutil.Process]()
+    for file in Path(f"/proc/{parent}/task").glob("*/children"):
+        with suppress(OSError, psutil.NoSuchProcess):  # one has just ended
+            found += [psutil.Process(int(pid)) for pid in file.read_text().split()]
+    return found
+
+
 def decoders() -> list[psutil.Process]:
     """The decoder processes of this process, at work or idle."""
     found = list[psutil.Process]()
-    for child in psutil.Process().children():
+    for child in children(os.getpid()):
         with suppress(psutil.NoSuchProcess):  # it has just ended
             if "decoder_process" in " ".join(child.cmdline()):
                 found.append(child)

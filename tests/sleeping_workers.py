@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
+from io import TextIOWrapper
 from pathlib import Path
+from typing import cast
 
 from command_server import Command, CommandServer
 from conftest import ROOT
@@ -35,6 +37,7 @@ def main() -> None:
     output = os.open("log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
+    cast("TextIOWrapper", sys.stdout).reconfigure(line_buffering=True)  # who waits for a line sees it
     sys.path.append(str(ROOT / "benchmarks"))  # for the workers that it starts as well
     import sleeping_search
 

@@ -17,16 +17,15 @@ import pandas as pd
 import psutil
 import pytest
 import torch
-from bombs import deflated_header, many_scans, tiny_precincts
+from bombs import deflated_header, many_scans, read_first, tiny_precincts
 from command_server import CommandServer
 from conftest import IS_SOAK, soak
 from dicom_files import GREYS, jpeg_file
-from helpers import environment, make, store_address, store_in
+from helpers import children, environment, make, store_address, store_in
 from mlflow import MlflowClient
 
 from pneumo_experiments import tracking
-from pneumo_experiments.dataset.shards import Job, ShardSettings, make_jobs, results
-from pneumo_experiments.dataset.shards import _result as read_file
+from pneumo_experiments.dataset.shards import ShardSettings, make_jobs, results
 from pneumo_experiments.dicom import limits
 from pneumo_experiments.dicom.archive import open_archive
 from pneumo_experiments.learning.device import ComputeConfig
@@ -106,7 +105,7 @@ def peak_bytes() -> Iterator[Callable[[], int]]:
 
     def watch() -> None:
         while not ended.wait(0.05):
-            sums.append(peak_of(own) - before + sum(map(peak_of, own.children())))
+            sums.append(peak_of(own) - before + sum(map(peak_of, children(own.pid))))
 
     watcher = threading.Thread(target=watch)
     watcher.start()
@@ -119,7 +118,7 @@ def at_work(parent: int, name: str) -> list[psutil.Process]:
     """Children with this in their command line that have used more CPU time than their start takes."""
     found = list[psutil.Process]()
     with suppress(psutil.NoSuchProcess):  # one has just ended
-        for child in psutil.Process(parent).children():
+        for child in children(parent):
             if name in " ".join(child.cmdline()) and sum(child.cpu_times()[:2]) > 1.5:
                 found.append(child)
     return found
@@ -200,12 +199,6 @@ def test_a_data_set_is_made_without_the_bombs(
     assert 0 < peak_bytes() < MOST_BYTES
 
 
-def read_first(job: Job, seconds: int) -> None:
-    """Reads the first file as a worker of preprocess does, with another limit of time."""
-    limits.BASE_SECONDS, limits.SECONDS_PER_MEGABYTE = seconds, 0
-    read_file(job, 0)
-
-
 def test_the_timer_of_a_worker_ends_a_file_that_takes_too_long(desk: Desk) -> None:
     members = [member for member in open_archive(desk.radiographs).members if member.image_id == "scans"]
     jobs = make_jobs(desk.radiographs, ShardSettings(32, "uint8", 2**22), members, None, {})
@@ -249,12 +242,12 @@ def test_a_command_can_be_stopped_while_it_decodes_a_bomb(
     name = "dataset.decoder" if stage == "score" else "spawn_main"
     while not at_work(process.pid, name):
         assert process.poll() is None, process.stdout.read()
-        time.sleep(0.02)
+        time.sleep(0.05)
     command = psutil.Process(process.pid)
-    children = command.children(recursive=True)
+    below = command.children(recursive=True)
     # As a terminal sends Ctrl-C: to the whole group.
     os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)
-    assert psutil.wait_procs([command, *children], timeout=PATIENCE_SECONDS)[1] == []
+    assert psutil.wait_procs([command, *below], timeout=PATIENCE_SECONDS)[1] == []
     ended, said = process.communicate()
     assert ended == code, said
     assert "Traceback" not in said

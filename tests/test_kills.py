@@ -26,8 +26,9 @@ from pneumo_experiments.errors import UserError
 from pneumo_experiments.synthetic.kaggle_layout import write_sample
 
 KILLS = int(os.environ.get("PNEUMO_KILLS") or 3)
-IMAGES = 160  # five shards
-COPIES = 10  # of each radiograph, under other names: to draw one takes longer than to read it
+SHARDS = 3
+IMAGES = 96  # 32 in a shard
+COPIES = 12  # of each radiograph, under other names: to draw one takes longer than to read it
 IMAGE_SIZE = 128
 PATIENCE_SECONDS = 120
 # What lies on the disk tells how far the work is.
@@ -44,7 +45,7 @@ def stage(dataset: Path) -> str:
 
 
 def all_made(work: Path) -> bool:
-    return sum(not path.suffix and not path.name.startswith(".") for path in work.iterdir()) == 5
+    return sum(not path.suffix and not path.name.startswith(".") for path in work.iterdir()) == SHARDS
 
 
 @dataclass(frozen=True)
@@ -77,8 +78,8 @@ class Desk:
         process = self.start(folder)
         workers = list[psutil.Process]()
         while process.poll() is None and stage(dataset) != wanted:
-            time.sleep(0.001)
-        time.sleep(chance.uniform(0, {"starting": 0.5, "reading": 0.5}.get(wanted, 0.02)))
+            time.sleep(0.005)
+        time.sleep(chance.uniform(0, {"starting": 0.5, "reading": 0.3}.get(wanted, 0.02)))
         if process.poll() is None:
             workers = psutil.Process(process.pid).children(recursive=True)
             struck = stage(dataset)
@@ -151,12 +152,12 @@ def test_a_store_whose_creation_is_killed_is_created_by_the_next_command(
     tmp_path: Path, commands: CommandServer
 ) -> None:
     """MLflow could never open a database that was killed in its creation."""
-    words = ("sample", "--output_dir", "s", "--images", 10, "--test_images", 1)
+    words = ("sample", "--output_dir", "s", "--images", 2, "--test_images", 1)
     variables = environment() | {"MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path / 'mlflow.db'}"}
     first = commands.start(*words, folder=tmp_path, environment=variables)
     # More than the header: tables are there, and most are still to come.
     while first.poll() is None and not any(path.stat().st_size for path in tmp_path.glob("mlflow.db.*.part")):
-        time.sleep(0.001)
+        time.sleep(0.005)
     first.send_signal(signal.SIGKILL)
     assert first.communicate()[0] == -signal.SIGKILL
     assert not (tmp_path / "mlflow.db").exists()

@@ -20,7 +20,7 @@ import pytest
 from command_server import Command, CommandServer
 from conftest import IS_SOAK, soak
 from database_server import DatabaseServer
-from helpers import copy_store
+from helpers import children, copy_store
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from optuna.trial import FrozenTrial, TrialState
@@ -28,7 +28,7 @@ from sleeping_workers import ended, start_worker
 from tracking_server import Server, free_port, wait_until
 
 KILLS = int(os.environ.get("PNEUMO_KILLS") or 3)
-TRIALS, WORKERS, EPOCH_SECONDS = (40, 3, 0.3) if IS_SOAK else (8, 2, 0.15)
+TRIALS, WORKERS, EPOCH_SECONDS = (40, 3, 0.3) if IS_SOAK else (6, 2, 0.15)
 CONFIRMED = 2
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 
@@ -110,7 +110,7 @@ def test_killed_workers_lose_no_trial_and_repeat_none(
     chance, struck = random.Random(0), Counter[str]()
     workers = [start_worker(commands, tmp_path, uri, *words) for _ in range(WORKERS)]
     start = time.monotonic()
-    wait_until(lambda: is_there(address))
+    wait_until(lambda: has_begun(tmp_path))
     studies = {"trial": study_of(address), "confirmation": study_of(address, "study-confirm")}
     for kill in range(KILLS):
         number = chance.randrange(WORKERS)
@@ -129,11 +129,10 @@ def test_killed_workers_lose_no_trial_and_repeat_none(
     assert sum(struck.values()) - struck["ended"] >= KILLS // 2
 
 
-def is_there(address: str) -> bool:
-    try:
-        return bool(study_of(address, "study-confirm"))
-    except Exception:  # the tables are not yet there, or not yet the study
-        return False
+def has_begun(folder: Path) -> bool:
+    """Whether a worker has said which studies it works for, after it made them."""
+    log = folder / "log"
+    return log.exists() and "search: study study in " in log.read_text()
 
 
 def place(studies: dict[str, optuna.Study], worker: Command) -> str:
@@ -164,11 +163,11 @@ def test_two_workers_that_start_at_once_on_empty_stores_share_one_study_and_one_
     uri, address = f"sqlite:///{tmp_path}/mlflow.db", f"sqlite:///{tmp_path}/optuna.db"
     if kind == "postgresql":
         uri, address = database.create("empty_store"), database.create("empty_study")
-    words = ["trials=4", "search_epochs=2", "sleep=0.1", "confirm=2", "study=study", f"storage={address}"]
+    words = ["trials=3", "search_epochs=1", "sleep=0.2", "confirm=2", "study=study", f"storage={address}"]
     words += ["pruner=none"]
     workers = [start_worker(commands, tmp_path, uri, *words) for _ in range(2)]
     assert [ended(worker) for worker in workers] == [0, 0], (tmp_path / "log").read_text()
-    check_study(uri, address, trials=4)
+    check_study(uri, address, trials=3)
 
 
 def test_a_database_that_restarts_costs_no_trial(
@@ -179,7 +178,9 @@ def test_a_database_that_restarts_costs_no_trial(
     words = ["trials=2", "search_epochs=2", "sleep=1.5", "confirm=2", "study=study", f"storage={address}"]
     worker = start_worker(commands, tmp_path, uri, *words)
     # Between two epochs: what is lost in the midst of a statement fails its trial.
-    wait_until(lambda: is_there(address) and any(map(is_in_training, study_of(address).trials)))
+    wait_until(lambda: has_begun(tmp_path))
+    study = study_of(address)
+    wait_until(lambda: any(map(is_in_training, study.get_trials(deepcopy=False))))
     database.stop()
     time.sleep(20 if IS_SOAK else 1)
     database.start()
@@ -187,23 +188,29 @@ def test_a_database_that_restarts_costs_no_trial(
     check_study(uri, address, trials=2)
 
 
+def below(parent: int) -> list[psutil.Process]:
+    """The processes that this one started, and theirs."""
+    found = children(parent)
+    return found + [each for child in found for each in below(child.pid)]
+
+
 def test_two_workers_never_exceed_the_trials_and_no_password_appears(
     tmp_path: Path, empty_store: Path, database: DatabaseServer, commands: CommandServer
 ) -> None:
     copy_store(empty_store, tmp_path)
     address = database.create("workers", password="hush123")
-    words = ["trials=5", "workers=2", "search_epochs=1", "sleep=1", "confirm=1", "study=study"]
+    words = ["trials=3", "workers=2", "search_epochs=1", "sleep=2", "confirm=1", "study=study"]
     worker = start_worker(commands, tmp_path, f"sqlite:///{tmp_path}/mlflow.db", *words, f"storage={address}")
     commands = set[str]()
     while worker.poll() is None:
-        with suppress(psutil.NoSuchProcess):
-            for child in psutil.Process(worker.pid).children(recursive=True):
-                commands.add(" ".join(child.cmdline()))
+        for process in below(worker.pid):
+            with suppress(psutil.NoSuchProcess):
+                commands.add(" ".join(process.cmdline()))
         time.sleep(0.2)
     output = (tmp_path / "log").read_text()
     assert ended(worker) == 0, output
     trials = study_of(address).trials
-    assert sum(trial.state in FINISHED for trial in trials) == 5
+    assert sum(trial.state in FINISHED for trial in trials) == 3
     workers = {
         trial.user_attrs["process"]["pneumo.process"] for trial in trials if "run_id" in trial.user_attrs
     }
@@ -226,7 +233,9 @@ def test_a_tracking_server_that_is_down_for_a_while_costs_no_trial(
     try:
         words = ["trials=3", "search_epochs=3", "sleep=0.3", "confirm=2", "study=study", f"storage={address}"]
         worker = start_worker(commands, tmp_path, server.uri, *words)
-        wait_until(lambda: is_there(address) and bool(study_of(address).get_trials(states=FINISHED)))
+        wait_until(lambda: has_begun(tmp_path))
+        study = study_of(address)
+        wait_until(lambda: bool(study.get_trials(deepcopy=False, states=FINISHED)))
         server.kill()
         time.sleep(20)
         server.start()
