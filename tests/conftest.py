@@ -111,6 +111,26 @@ def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(study_report, "pictures", lambda study: {})
 
 
+@pytest.fixture(scope="module")
+def no_layout() -> Iterator[None]:
+    """Charts are drawn with labels where they fall: to place them takes half of the time of a score."""
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ConstrainedLayoutEngine, "execute", lambda self, figure: None)
+        yield
+
+
+@pytest.fixture(scope="module")
+def no_code(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Models are logged without this package, whose many files take a while to copy."""
+    from pneumo_experiments.tracking import calls
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(calls, "PACKAGE", tmp_path_factory.mktemp("code"))
+        yield
+
+
 @pytest.fixture(scope="session")
 def shared(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
     """Folder of all workers of the session."""
@@ -158,6 +178,17 @@ def dataset(shared: Path) -> Path:
     from samples import stored_sample
 
     return make_once(shared / "data", partial(stored_sample, images=24, image_size=32)) / "d.h5"
+
+
+@pytest.fixture(scope="session")
+def small_dataset(shared: Path) -> Path:
+    """Data set of 24 images of 16 x 16 pixels, of small radiographs, which takes less time to score."""
+    from samples import write
+
+    def make(folder: Path) -> None:
+        write(folder / "d.h5", count=24, pixel_dtype="uint8")
+
+    return make_once(shared / "small", make) / "d.h5"
 
 
 @pytest.fixture(scope="session")

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from urllib.parse import quote_plus
 
 import mlflow
 import pytest
-from conftest import ROOT
+from command_server import CommandServer
 from database_server import DatabaseServer
-from helpers import make, working_in
+from helpers import environment, make, working_in
 from hypothesis import given
 from hypothesis import strategies as st
 from mlflow import MlflowClient
@@ -144,7 +141,6 @@ def test_a_store_that_does_not_open_is_named_without_its_password(
 
 # Logs one thing of each kind; prints where its artifacts lie, and what the model's address leads to.
 LOGGING = """
-import sys
 from pathlib import Path
 import mlflow
 import numpy as np
@@ -162,20 +158,16 @@ with tracking.run("sample", Sample()):
 """
 
 
-def environment() -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
-    return kept | {"PYTHONPATH": str(ROOT)}
-
-
-def test_runs_artifacts_and_models_lie_in_a_folder_of_any_name(tmp_path: Path) -> None:
+def test_runs_artifacts_and_models_lie_in_a_folder_of_any_name(
+    tmp_path: Path, commands: CommandServer
+) -> None:
     name = "100% my lungé+#?{}%20"
     folder = tmp_path / name / "work"
     folder.mkdir(parents=True)
-    done = subprocess.run(
-        [sys.executable, "-c", LOGGING], cwd=folder, env=environment(), capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    artifacts, model = done.stdout.splitlines()
+    command = commands.start("log", folder=folder, environment=environment(), code=LOGGING)
+    code, said = command.communicate()
+    assert code == 0, said
+    artifacts, model = said.splitlines()[-2:]
     assert model == "here"
     assert artifacts.startswith("mlruns/0/")
     assert (folder / artifacts / "sheets" / "a.json").is_file()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -27,7 +28,7 @@ from pneumo_experiments.stages.preprocess import preprocess
 from pneumo_experiments.stages.train import train
 from pneumo_experiments.synthetic.kaggle_layout import is_sample, write_sample
 
-pytestmark = pytest.mark.usefixtures("tiny_default")
+pytestmark = pytest.mark.usefixtures("no_layout", "no_code", "tiny_default")
 
 
 def settings_of(dataset: Path, **changes: Any) -> Train:
@@ -162,9 +163,9 @@ def hear(command: Command, word: str) -> str:
 
 
 def test_a_second_training_with_the_same_settings_waits_and_neither_enters_the_others_run(
-    dataset: Path, store: Path, start: Start, monkeypatch: pytest.MonkeyPatch
+    small_dataset: Path, store: Path, start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings, save, second = settings_of(dataset), Checkpoint.save, list[Command]()
+    settings, save, second = settings_of(small_dataset), Checkpoint.save, list[Command]()
     words = [word for name, text in as_params(settings).items() for word in (f"--{name}", text)]
 
     def save_and_start_another(self: Checkpoint, last: dict[str, Any], networks: dict[int, Any]) -> None:
@@ -199,12 +200,15 @@ def test_main_killed_after_its_training_takes_it_as_it_ended(
         raise KeyboardInterrupt
 
     source = dataset.with_name("sample")
+    (store / "few").mkdir()
+    for file in sorted((source / "dicom-images-train").rglob("*.dcm"))[:14]:
+        shutil.copy(file, store / "few")
     short = changed(settings_of(dataset), epochs=2)
     settings = make(
         Main,
         **{name: value for name, value in flat(short).items() if name in flat(Main())}
         | {
-            "dicom_dir": source / "dicom-images-train",
+            "dicom_dir": store / "few",
             "rle_csv": source / "train-rle.csv",
             "trials": 1,
             "search_epochs": 1,
@@ -251,9 +255,9 @@ def test_two_whole_chains_at_once_in_one_folder_both_end_well(store: Path, start
 
 
 def test_a_training_goes_on_in_no_run_that_has_finished(
-    dataset: Path, store: Path, capsys: pytest.CaptureFixture[str]
+    small_dataset: Path, store: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    settings = settings_of(dataset)
+    settings = settings_of(small_dataset)
     train(settings, keep_checkpoint=True)
     train(settings)
     assert "continues after epoch 1 of 1" in capsys.readouterr().out

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import pickle
 import signal
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
 import torch
 from conftest import soak
-from helpers import changed, make
+from helpers import changed, environment, make
 from tiny_network import CPU, add_tiny_network, noise, weights_of
 from torch import nn
 
@@ -18,6 +19,9 @@ from pneumo_experiments.learning.fit import fit
 from pneumo_experiments.learning.launch import launch
 from pneumo_experiments.learning.network import build
 from pneumo_experiments.settings import Recipe
+
+if TYPE_CHECKING:  # its imports take seconds, in each new process
+    from command_server import CommandServer
 
 # Odd batches, so that one process has more images than the other.
 RECIPE = make(Recipe, batch_size=5, learning_rate=1e-3, augment=True, ema=0.9, seed=1)
@@ -76,9 +80,25 @@ def work_together() -> Together:
     return Together(trained(changed(RECIPE, micro_batch=2)), loss_of_presence(), reduced(random_rows()))
 
 
+# Forks two processes that need import nothing; a new process that starts two new ones is tested below.
+FORKED = """
+import pickle, sys
+from functools import partial
+from pathlib import Path
+from pneumo_experiments.learning import launch
+from test_distributed import work_together
+
+launch.LaunchConfig = partial(launch.LaunchConfig, start_method="fork")
+Path(sys.argv[1]).write_bytes(pickle.dumps(tuple(launch.launch(2, work_together))))
+"""
+
+
 @pytest.fixture(scope="module")
-def together() -> Together:
-    return launch(2, work_together)
+def together(commands: CommandServer, tmp_path_factory: pytest.TempPathFactory) -> Together:
+    folder = tmp_path_factory.mktemp("together")
+    code, said = commands.start("result", folder=folder, environment=environment(), code=FORKED).communicate()
+    assert code == 0, said
+    return Together(*pickle.loads((folder / "result").read_bytes()))
 
 
 @pytest.mark.usefixtures("tiny")

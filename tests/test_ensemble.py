@@ -31,22 +31,22 @@ from pneumo_experiments.stages.train import train
 SETTINGS = make(Train, network="tiny", folds=2, holdout=0.3)
 
 
-pytestmark = pytest.mark.usefixtures("tiny", "store")
+pytestmark = pytest.mark.usefixtures("no_layout", "no_code", "tiny", "store")
 
 
 def member(seed: int, fold: int) -> Member:
     return tiny_member(seed, folds=2, fold=str(fold), holdout=0.3)
 
 
-def test_score_takes_several_models_in_any_order(dataset: Path) -> None:
-    with Dataset.open(dataset) as opened:
+def test_score_takes_several_models_in_any_order(small_dataset: Path) -> None:
+    with Dataset.open(small_dataset) as opened:
         split = make_split(opened, SETTINGS.split)
         holdout = Subset(opened, split.holdout)
         seen = digests(Subset(opened, np.append(split.train, split.validation)))
         detectors = [
             Detector(
                 (member(seed, seed % 2),),
-                32,
+                opened.image_size,
                 Thresholds(0, 0.4, 0, 0.3),
                 opened.fingerprint,
                 seen,
@@ -61,7 +61,7 @@ def test_score_takes_several_models_in_any_order(dataset: Path) -> None:
         settings = make(
             Score,
             model=", ".join(addresses[place] for place in order),
-            dataset=dataset,
+            dataset=small_dataset,
             overlays=0,
             device="cpu",
         )
@@ -85,10 +85,12 @@ def test_score_takes_several_models_in_any_order(dataset: Path) -> None:
         score(changed(settings, model=f"{addresses[0]},{other}"))
 
 
-def test_all_folds_become_one_model_that_is_scored_registered_and_served(dataset: Path) -> None:
+def test_all_folds_become_one_model_that_is_scored_registered_and_served(
+    small_dataset: Path, dataset: Path
+) -> None:
     settings = changed(
         SETTINGS,
-        dataset=dataset,
+        dataset=small_dataset,
         fold="all",
         weights="none",
         epochs=1,
@@ -107,7 +109,7 @@ def test_all_folds_become_one_model_that_is_scored_registered_and_served(dataset
         load(tracking.model_data(f"models:/{run.outputs.model_outputs[0].model_id}"))
         for run in (MlflowClient().get_run(fold.info.run_id) for fold in folds)
     ]
-    with Dataset.open(dataset) as opened:
+    with Dataset.open(small_dataset) as opened:
         validations = [Subset(opened, make_split(opened, one.members[0].split).validation) for one in alone]
         joined = ThresholdCounts.joined(
             part.count(one.predictor) for part, one in zip(validations, alone, strict=True)
@@ -120,7 +122,9 @@ def test_all_folds_become_one_model_that_is_scored_registered_and_served(dataset
         assert parent.data.metrics["val_dice_optimistic"] == pytest.approx(best.dice)
         assert parent.data.metrics["oof_dice"] == pytest.approx(trained.scores.dice)
 
-        scored = score(make(Score, model=trained.model, dataset=dataset, overlays=0, device="cpu")).scores
+        scored = score(
+            make(Score, model=trained.model, dataset=small_dataset, overlays=0, device="cpu")
+        ).scores
         assert scored is not None
         pairs = zip(*(Subset(opened, holdout).predictions(one.predictor) for one in alone), strict=True)
         for row, ((index, first), (_, second)) in zip(

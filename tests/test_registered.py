@@ -30,6 +30,8 @@ from pneumo_experiments.settings import Register, Score, Search, Train, as_confi
 from pneumo_experiments.stages.register import register
 from pneumo_experiments.stages.score import score
 
+pytestmark = pytest.mark.usefixtures("no_layout", "no_code")
+
 MARKED = 4  # images of the hold-out that the weak model gives a mask
 
 

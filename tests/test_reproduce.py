@@ -13,7 +13,7 @@ import torch
 from helpers import changed, make, store_in
 from mlflow import MlflowClient
 from mlflow.entities import Run
-from samples import stored_sample
+from samples import write
 
 from pneumo_experiments import tracking
 from pneumo_experiments.errors import UserError
@@ -22,17 +22,19 @@ from pneumo_experiments.settings import Register, Train
 from pneumo_experiments.stages.register import register
 from pneumo_experiments.stages.train import train
 
+pytestmark = pytest.mark.usefixtures("no_layout")
+
 
 @pytest.fixture(scope="module")
 def original(
-    dataset: Path, tiny_default: None, empty_store: Path, tmp_path_factory: pytest.TempPathFactory
+    small_dataset: Path, tiny_default: None, empty_store: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[str]:
     """The champion, trained with settings of its own; the working directory holds the store."""
     with store_in(tmp_path_factory.mktemp("original"), empty_store):
         model = train(
             make(
                 Train,
-                dataset=dataset,
+                dataset=small_dataset,
                 weights="none",
                 epochs=2,
                 seed=7,
@@ -63,7 +65,7 @@ def weights(address: str) -> dict[str, torch.Tensor]:
 
 
 def test_a_champion_is_trained_again_with_the_same_settings_to_the_same_weights(
-    original: str, dataset: Path, capsys: pytest.CaptureFixture[str]
+    original: str, small_dataset: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model, run = reproduce("models:/pneumothorax@champion")
     said = capsys.readouterr().out
@@ -73,7 +75,7 @@ def test_a_champion_is_trained_again_with_the_same_settings_to_the_same_weights(
     assert all(torch.equal(first[name], second[name]) for name in first)
     params = run.data.params
     assert (params["seed"], params["learning_rate"], params["epochs"]) == ("7", "0.01", "2")
-    assert params["dataset"] == str(dataset)
+    assert params["dataset"] == str(small_dataset)
     assert (params["same_data"], params["same_code"], params["same_weights"]) == ("true", "true", "true")
     assert "train: the weights are those of models:/pneumothorax@champion" in said
     assert "the code is the same" in said
@@ -83,7 +85,8 @@ def test_a_champion_is_trained_again_with_the_same_settings_to_the_same_weights(
 def test_another_data_set_other_code_and_other_weights_are_reported(
     original: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    other = stored_sample(tmp_path, images=26, image_size=32)
+    other = tmp_path / "other.h5"
+    write(other, count=20, pixel_dtype="uint8")
     copy = tmp_path / "copy"
     shutil.copytree(mlflow.artifacts.download_artifacts(original), copy)
     with (copy / "code" / "pneumo_experiments" / "learning" / "loss.py").open("a") as file:
@@ -101,9 +104,9 @@ def test_another_data_set_other_code_and_other_weights_are_reported(
     assert f"from those of {copy}" in said
 
 
-def test_all_folds_are_trained_again(original: str, dataset: Path) -> None:
+def test_all_folds_are_trained_again(original: str, small_dataset: Path) -> None:
     """Each run of a fold says whether its weights are the same."""
-    settings = make(Train, dataset=dataset, weights="none", epochs=1, batch_size=8, fold="all", folds=2)
+    settings = make(Train, dataset=small_dataset, weights="none", epochs=1, batch_size=8, fold="all", folds=2)
     ensemble = train(changed(settings, **QUICK)).model
     _, run = reproduce(ensemble)
     assert run.data.params["fold"] == "all"

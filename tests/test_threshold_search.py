@@ -38,11 +38,11 @@ def test_the_study_comes_near_the_exact_optimum_and_its_distance_is_logged() -> 
 
 
 def test_each_trial_is_recorded_with_the_dice_of_the_thresholds_that_it_used() -> None:
-    counts = noisy_squares(40)
-    search = search_thresholds(counts, trials=60, seed=0)
+    counts = noisy_squares(20)
+    search = search_thresholds(counts, trials=15, seed=0)
     trials = search.trials()
-    assert len(trials) == 60
-    assert [trial[0] for trial in trials] == list(range(60))
+    assert len(trials) == 15
+    assert [trial[0] for trial in trials] == list(range(15))
     for _, presence, top, area, bottom, dice in trials:
         assert bottom <= top
         assert dice == counts.dice(Thresholds(presence, top, int(area), bottom)).mean()
@@ -50,8 +50,8 @@ def test_each_trial_is_recorded_with_the_dice_of_the_thresholds_that_it_used() -
     assert (
         *("trial", "presence_threshold", "top_score", "min_area_px", "bottom_score", "dice"),
     ) == TRIAL_COLUMNS
-    assert search_thresholds(counts, trials=60, seed=0).trials() == trials
-    assert search_thresholds(counts, trials=60, seed=1).trials() != trials
+    assert search_thresholds(counts, trials=15, seed=0).trials() == trials
+    assert search_thresholds(counts, trials=15, seed=1).trials() != trials
 
 
 def test_the_study_does_not_undo_the_choice_of_the_middle() -> None:
