@@ -9,8 +9,6 @@ import json
 import os
 import signal
 import sqlite3
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -90,6 +88,8 @@ with tracking.run("train", settings, system_metrics=sys.argv[2] == "sampled") as
         print(tracking.log_model(folder))
 print("end")
 """
+# python -m pneumo_experiments.tracking
+SEND = "import runpy; runpy.run_module('pneumo_experiments.tracking', run_name='__main__', alter_sys=True)"
 
 
 @dataclass
@@ -144,7 +144,7 @@ class Outage:
     cut_off: Training
     left: list[dict[str, Any]]  # the calls in the file of the second
     left_files: list[str]
-    sent: subprocess.CompletedProcess[str]
+    sent: tuple[int, str]
 
 
 @pytest.fixture(scope="module")
@@ -169,13 +169,12 @@ def outage(tmp_path_factory: pytest.TempPathFactory, commands: CommandServer) ->
         cut_off.finish()
         left = calls_in(cut_off.file)
         left_files = sorted(path.name for path in cut_off.file.parent.rglob("*.*"))
-        command = [sys.executable, "-m", "pneumo_experiments.tracking", str(cut_off.file)]
-        options: dict[str, Any] = {"cwd": cut_off.folder, "capture_output": True, "text": True}
-        options["env"] = environment() | {"MLFLOW_TRACKING_URI": server.uri}
+        variables = environment() | {"MLFLOW_TRACKING_URI": server.uri}
         server.start()
         reconnected.resume()
         reconnected.finish()
-        sent = subprocess.run(command, **options)
+        command = commands.start(cut_off.file, folder=cut_off.folder, environment=variables, code=SEND)
+        sent = command.communicate()
         yield Outage(server, reconnected, buffered, cut_off, left, left_files, sent)
     finally:
         server.kill()
@@ -279,13 +278,14 @@ def test_a_model_that_cannot_be_logged_is_saved_locally(outage: Outage) -> None:
 
 def test_the_command_sends_the_missing_calls(outage: Outage) -> None:
     training = outage.cut_off
-    assert outage.sent.returncode == 0, outage.sent.stderr
+    code, said = outage.sent
+    assert code == 0, said
     check_complete(outage.server, training.run_id, 12)
     end = outage.server.client.get_run(training.run_id).info.end_time
     assert end == outage.left[-1]["end_time"]
     (model,) = outage.server.client.search_logged_models(["0"])
     assert (model.source_run_id, str(model.status)) == (training.run_id, "READY")
-    assert model.model_uri in outage.sent.stderr
+    assert model.model_uri in said
     assert not training.file.parent.exists()
 
 
@@ -413,11 +413,15 @@ def test_a_server_that_fails_from_the_start_is_named(behaviour: str, proxy: Prox
     assert "\n" not in str(error.value)
 
 
-def test_a_call_does_not_wait_for_minutes_by_default() -> None:
-    code = "from pneumo_experiments import tracking; from mlflow.environment_variables import *\n"
-    code += "print(MLFLOW_HTTP_REQUEST_TIMEOUT.get(), MLFLOW_HTTP_REQUEST_MAX_RETRIES.get())"
-    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True)
-    assert done.stdout.split() == ["30", "1"]
+def test_a_call_does_not_wait_for_minutes_by_default(commands: CommandServer, tmp_path: Path) -> None:
+    code = "import importlib; from mlflow.environment_variables import *\n"
+    values = "print(MLFLOW_HTTP_REQUEST_TIMEOUT.get(), MLFLOW_HTTP_REQUEST_MAX_RETRIES.get())\n"
+    code += f"{values}from pneumo_experiments import tracking\nimportlib.reload(tracking)\n{values}"
+    variables = environment()
+    for name in ("MLFLOW_HTTP_REQUEST_TIMEOUT", "MLFLOW_HTTP_REQUEST_MAX_RETRIES"):
+        variables.pop(name, None)
+    done = commands.start(folder=tmp_path, environment=variables, code=code).communicate()
+    assert done == (0, "120 7\n30 1\n")  # MLflow's own, and those of the package
 
 
 def test_a_server_that_hangs_does_not_block_a_run_and_gets_everything_later(

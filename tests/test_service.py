@@ -214,7 +214,8 @@ def test_64_files_with_every_fault_among_them_are_answered_in_every_format(
     goods = [[name, b64encode(content).decode()] for name, content in GOOD.items()]
     data += [goods[n % len(goods)] for n in range(64 - len(data))]
     data = [data[n * 5 % 64] for n in range(64)]  # mixed
-    fewer = [row for n, row in enumerate(data) if row[0] in wrong or n < 8]
+    slow = "deflate bomb"  # is no different in another format
+    fewer = [row for n, row in enumerate(data) if row[0] in wrong.keys() - {slow} or n < 6]
     for name, (body, content_type) in (bodies(fewer) | {"all": bodies(data)["dataframe_split"]}).items():
         rows = served.rows(body, content_type)
         assert [row["image_id"] for row in rows] == [row[0] for row in (data if name == "all" else fewer)]

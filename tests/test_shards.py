@@ -124,16 +124,16 @@ def test_an_interrupted_run_keeps_what_was_finished(sample: Path, whole: list[An
         assert (work / name).stat().st_ino == status.st_ino
 
 
-@pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "zeros"])
-def test_a_shard_damaged_by_a_power_cut_is_rewritten(damage: str, sample: Path, tmp_path: Path) -> None:
+def test_a_shard_damaged_by_a_power_cut_is_rewritten(sample: Path, tmp_path: Path) -> None:
     jobs = jobs_of(sample)[-1:]
     whole = written(jobs, tmp_path / "d.h5", 1)
     batch = tmp_path / "d.work" / jobs[0].name
-    content = bytearray(batch.read_bytes())
-    if damage == "flipped":
-        content[len(content) // 2] ^= 1
-    batch.write_bytes({"cut": content[:-1], "empty": b"", "zeros": bytes(4096)}.get(damage, content))
-    assert written(jobs, tmp_path / "d.h5", 1) == whole
+    content = batch.read_bytes()
+    flipped = bytearray(content)
+    flipped[len(content) // 2] ^= 1
+    for damaged in (content[:-1], flipped, b"", bytes(4096)):
+        batch.write_bytes(damaged)
+        assert written(jobs, tmp_path / "d.h5", 1) == whole
 
 
 def test_a_shard_is_reused_only_for_the_same_files_tables_and_settings(
