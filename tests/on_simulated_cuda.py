@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import importlib
+import os
+import shutil
 import sys
 import threading
 import weakref
@@ -50,13 +52,16 @@ from pneumo_experiments.stages.score import score  # noqa: E402
 from pneumo_experiments.stages.search import search  # noqa: E402
 from pneumo_experiments.stages.train import train  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("no_layout", "no_code")
+
 STORAGE = "sqlite:///optuna.db"
 CACHES = ("device", "host", "stream")
 
 
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return stored_sample(tmp_path_factory.mktemp("data"), images=16, image_size=64)
+@pytest.fixture(scope="session")
+def shared(shared: Path) -> Path:
+    """The folder of the session that has started this one, whose data set and store are used again."""
+    return Path(os.environ.get("PNEUMO_SHARED", shared))
 
 
 @pytest.fixture
@@ -101,7 +106,7 @@ def test_a_training_ends_in_a_model_that_is_logged(
 def test_an_interrupted_training_continues_and_averages_its_best_epochs(
     settings: Train, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    settings = changed(settings, epochs=3, best_k=3)
+    settings = changed(settings, epochs=2, best_k=2)
     save = Checkpoint.save
 
     def save_and_stop(self: Checkpoint, last: dict[str, Any], networks: dict[int, dict[str, Any]]) -> None:
@@ -114,7 +119,7 @@ def test_an_interrupted_training_continues_and_averages_its_best_epochs(
         with pytest.raises(KeyboardInterrupt):
             train(settings)
     train(settings)
-    assert "continues after epoch 1 of 3" in capsys.readouterr().out
+    assert "continues after epoch 1 of 2" in capsys.readouterr().out
 
 
 def test_when_memory_runs_out_fewer_images_pass_at_once(
@@ -135,22 +140,26 @@ def test_when_memory_runs_out_fewer_images_pass_at_once(
 def test_a_search_runs_its_trials(settings: Train, no_pictures: None) -> None:
     names = ("dataset", "network", "weights", "batch_size")
     shared = {name: flat(settings)[name] for name in names}
-    result = search(make(Search, **shared, search_epochs=1, trials=2, confirm=0, holdout=0.0, folds=2))
+    result = search(make(Search, **shared, search_epochs=1, trials=2, confirm=0, keep=1, holdout=0, folds=2))
     assert result.recipe.loss.aux_weight == settings.recipe.loss.aux_weight
     study = optuna.load_study(study_name=optuna.get_all_study_names(STORAGE)[0], storage=STORAGE)
     assert [trial.state.name for trial in study.trials] == ["COMPLETE"] * 2
     assert result.recipe.loss.dice_weight == study.best_params["dice_weight"]
 
 
-def test_a_model_scores_writes_a_submission_and_predicts_dicom_bytes(settings: Train, dataset: Path) -> None:
+def test_a_model_scores_writes_a_submission_and_predicts_dicom_bytes(
+    settings: Train, dataset: Path, tmp_path: Path
+) -> None:
     model = train(settings).model
     result = score(Score(dataset=settings.dataset, model=model, subset="all", overlays=2))
-    assert result.scores is not None and result.scores.images == 16
-    folder = dataset.parent / "sample" / "dicom-images-train"
-    submitted = score(Score(model=model, dicom_dir=folder))
+    assert result.scores is not None and result.scores.images == 24
+    files = sorted((dataset.parent / "sample" / "dicom-images-train").rglob("*.dcm"))[:3]
+    (tmp_path / "few").mkdir()
+    for file in files:
+        shutil.copy(file, tmp_path / "few")
+    submitted = score(Score(model=model, dicom_dir=tmp_path / "few"))
     assert submitted.submission is not None
-    assert len(submitted.submission.read_text().splitlines()) == 17
-    files = sorted(folder.rglob("*.dcm"))[:3]
+    assert len(submitted.submission.read_text().splitlines()) == 1 + len(files)
     frame = pd.DataFrame({"image_id": [f.stem for f in files], "dicom": [f.read_bytes() for f in files]})
     predictions = mlflow.pyfunc.load_model(model).predict(frame)
     assert predictions["error"].tolist() == [""] * 3
@@ -159,7 +168,7 @@ def test_a_model_scores_writes_a_submission_and_predicts_dicom_bytes(settings: T
 
 @pytest.mark.parametrize("min_area_px", [0, 60])
 def test_masks_of_a_folder_are_those_of_the_host_to_the_last_pixel(min_area_px: int, dataset: Path) -> None:
-    paths = sorted((dataset.parent / "sample" / "dicom-images-train").rglob("*.dcm"))
+    paths = sorted((dataset.parent / "sample" / "dicom-images-train").rglob("*.dcm"))[:12]
     files: list[File] = [(path.stem, path.read_bytes()) for path in paths]
     rng = np.random.default_rng(0)
     odd = [rng.integers(0, 256, shape, np.uint8) for shape in ((40, 90), (90, 40), (40, 90))]
@@ -181,12 +190,13 @@ def test_masks_of_a_folder_are_those_of_the_host_to_the_last_pixel(min_area_px: 
     assert [f.error for f in found["cuda"]] == [f.error for f in found["cpu"]]
     assert all(np.array_equal(*pair) for pair in zip(masks["cpu"], masks["cuda"], strict=True))
     assert len(masks["cpu"]) == len(files) - 1
-    assert 4 <= sum(mask.any() for mask in masks["cpu"]) <= 10
+    assert 4 <= sum(mask.any() for mask in masks["cpu"]) <= 8
 
 
-# Half precision of the real networks in fp16: without a CPU's help, bf16 takes three times as long.
-STEPS = [("tiny", "fp32"), ("tiny", "bf16"), ("fcn_resnet50", "fp16")]
-STEPS += [pytest.param("deeplabv3_resnet50", "fp16", marks=soak)]
+# Of the real networks, which differ only in torchvision's layers, in fp16: without a CPU's help, bf16 takes
+# three times as long.
+STEPS = [("tiny", "fp32"), ("tiny", "bf16"), ("tiny", "fp16")]
+STEPS += [pytest.param(f"{name}_resnet50", "fp16", marks=soak) for name in ("fcn", "deeplabv3")]
 
 
 @pytest.mark.parametrize(("network", "precision"), STEPS)
@@ -216,13 +226,13 @@ def test_the_host_waits_for_nothing_in_a_step(network: str, precision: str) -> N
 @pytest.mark.parametrize("cache", CACHES)
 def test_in_an_epoch_the_host_waits_only_for_its_sums(dataset: Path, cache: str) -> None:
     recipe, compute = make(Recipe, network="tiny", batch_size=4, ema=0.9), choose_compute(Device())
-    rows = np.arange(16)
     with Dataset.open(dataset) as opened:
         present = np.array([entry.area_px > 0 for entry in opened.entries])
+        rows = np.arange(len(present))
         if cache == "stream":
             data = StreamedData(opened, rows, present)
         else:
-            data = load(opened, rows, present, 64, str(compute.device) if cache == "device" else "cpu")
+            data = load(opened, rows, present, 32, str(compute.device) if cache == "device" else "cpu")
         epochs = fit(build("tiny", "none", 0), data, recipe, 2, compute)
         next(epochs)
         with count_syncs() as waits:
@@ -239,14 +249,14 @@ def test_in_an_epoch_the_host_waits_only_for_its_sums(dataset: Path, cache: str)
 @pytest.mark.parametrize("cache", ["auto", "stream"])
 def test_the_host_waits_once_for_all_predictions_of_a_validation(dataset: Path, cache: str) -> None:
     with Dataset.open(dataset) as opened:
-        subset = Subset(opened, np.arange(16)).in_memory(cache)
+        subset = Subset(opened, np.arange(len(opened))).in_memory(cache)
         assert (subset.pixels is None) == (cache == "stream")
         predictor = Predictor(build("tiny", "none", 0), choose_compute(Device()), tta="flip")
         subset.count(predictor)
         with count_syncs() as waits:
             counts = subset.count(predictor)
             recorded = dict(waits)
-        assert len(counts) == 16
+        assert len(counts) == 24
         assert counts.truth_area.tolist() == [entry.area_px for entry in opened.entries]
     assert [name.rpartition(":")[0] for name in recorded] == ["device to host learning/evaluate.py"], recorded
     assert set(recorded.values()) == {1}

@@ -37,6 +37,8 @@ from pneumo_experiments.settings import Register, Registry, Score, Train, as_con
 from pneumo_experiments.tracking import UnseenScore, registry
 from pneumo_experiments.tracking.code_version import version_in
 
+pytestmark = pytest.mark.usefixtures("no_code")
+
 HOLDOUT, EXTERNAL, IMAGES = "a" * 32, "b" * 32, 48
 HARD = np.random.default_rng(0).uniform(0.2, 0.6, IMAGES)  # much spread between images, for all models
 NOISE = np.random.default_rng(1).normal(0, 0.1, IMAGES)  # of a model that is better here and worse there

@@ -21,11 +21,13 @@ STAGES = "training or trials or memory or submission"
 
 @pytest.mark.parametrize(("names", "count"), [(STAGES, 5), (f"not ({STAGES})", 12)], ids=["stages", "steps"])
 def test_the_chain_runs_on_a_device_that_is_not_the_cpu(
-    names: str, count: int, commands: CommandServer
+    names: str, count: int, commands: CommandServer, shared: Path, dataset: Path, empty_store: Path
 ) -> None:
+    """The process takes data set and store from the shared folder."""
     file = Path(__file__).with_name("on_simulated_cuda.py")
     words = ["-p", "no:cacheprovider", "-W", "ignore", "-rA", "-k", names, file]
-    code, output = commands.start(*words, folder=ROOT, environment=environment(), code=CODE).communicate()
+    variables = environment() | {"PNEUMO_SHARED": str(shared)}
+    code, output = commands.start(*words, folder=ROOT, environment=variables, code=CODE).communicate()
     print(output[-5000:])
     assert code == 0, output[-10000:]
     passed = [line for line in output.splitlines() if line.startswith("PASSED")]
