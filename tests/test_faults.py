@@ -12,32 +12,34 @@ import runpy
 import shutil
 import signal
 import sys
-from dataclasses import dataclass
-from itertools import islice
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from command_server import CommandServer
 from helpers import changed, make, store_address, store_in, working_in
 from mlflow import MlflowClient
 from mlflow.entities import Run
-from samples import write_dataset
+from samples import SIZE, examples, packed, write_dataset
 from tracked import runs
 from tracking_server import Server, calls_in, free_port
 
-from pneumo_experiments.dataset.annotations import read_annotations
+from pneumo_experiments.dataset import rle
 from pneumo_experiments.dataset.hdf5 import Dataset
-from pneumo_experiments.dataset.shards import ShardSettings, make_jobs, results
-from pneumo_experiments.dicom.archive import open_archive
+from pneumo_experiments.dataset.packed import ResizedImage, hash_patient
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.learning.checkpoint import Checkpoint
 from pneumo_experiments.settings import Score, Train, as_params
 from pneumo_experiments.stages.score import score
 from pneumo_experiments.stages.train import train
 
-IMAGES = 24  # of the fixture dataset
+pytestmark = pytest.mark.usefixtures("no_layout", "no_code")
+
+IMAGES = 24
 # How the time was spent, which no two trainings share.
 TIMES = {"seconds_per_epoch", "images_per_second", "wait_share"}
 
@@ -77,31 +79,35 @@ cli.main()
 """
 
 
+def larger(example: ResizedImage) -> ResizedImage:
+    assert example.target is not None
+    return replace(example, image=np.pad(example.image, 4), target=np.pad(example.target, 4))
+
+
+def healthy(example: ResizedImage) -> ResizedImage:
+    assert example.target is not None
+    entry = replace(example.entry, annotations=0, area_px=0)
+    return replace(example, entry=entry, target=np.zeros_like(example.target), rle=rle.EMPTY)
+
+
+def lonely(example: ResizedImage) -> ResizedImage:
+    return replace(example, entry=replace(example.entry, patient=hash_patient("the same")))
+
+
 @pytest.fixture(scope="module")
-def datasets(dataset: Path, tmp_path_factory: pytest.TempPathFactory, tiny_default: None) -> dict[str, Path]:
+def datasets(tmp_path_factory: pytest.TempPathFactory, tiny_default: None) -> dict[str, Path]:
     """The same radiographs as usual, larger, without a finding, and as those of one patient."""
-    folder, sample = tmp_path_factory.mktemp("data"), dataset.with_name("sample")
-    archive = open_archive(sample / "dicom-images-train")
-    found = read_annotations(sample / "train-rle.csv")
-    kinds: dict[str, tuple[int, int, dict[str, list[str]], dict[str, str]]] = {
-        "usual": (IMAGES, 32, found, {}),
-        "larger": (IMAGES // 2, 40, found, {}),
-        "healthy": (IMAGES // 2, 32, {name: [] for name in found}, {}),
-        "lonely": (2, 32, found, dict.fromkeys(found, "the same")),
+    folder = tmp_path_factory.mktemp("data")
+    kinds: dict[str, tuple[int, Callable[[ResizedImage], ResizedImage]]] = {
+        "usual": (IMAGES, lambda example: example),
+        "larger": (IMAGES // 2, larger),
+        "healthy": (IMAGES // 2, healthy),
+        "lonely": (2, lonely),
     }
-    jobs = [
-        job
-        for count, side, texts, patients in kinds.values()
-        for job in make_jobs(
-            archive.root, ShardSettings(side, "uint8", 2**20), archive.members[:count], texts, patients
-        )
-    ]
-    packed = (result.packed for result in results(jobs, folder, 1) if result.packed is not None)
     paths = {kind: folder / f"{kind}.h5" for kind in kinds}
-    for kind, path in paths.items():
-        count, side, _, _ = kinds[kind]
-        some = islice(packed, count)
-        write_dataset(path, some, image_size=side, pixel_dtype="uint8", settings={}, labelled=True)
+    for kind, (count, changed_example) in kinds.items():
+        images = packed(map(changed_example, examples(count)), "uint8")
+        write_dataset(paths[kind], images, image_size=24 if kind == "larger" else SIZE, pixel_dtype="uint8")
     return paths
 
 
@@ -260,7 +266,7 @@ def test_a_changed_data_set_restarts_the_training_and_the_stale_checkpoint_stays
         train(settings)
     said = capsys.readouterr().out
     assert "continues after" not in said
-    assert re.findall(r"at (\d+) px.* (\d+) images", said) == [("32", "15"), ("40", "8")]
+    assert re.findall(r"at (\d+) px.* (\d+) images", said) == [("16", "16"), ("24", "8")]
     first, second = runs()
     assert (
         [step for step, _ in recorded(first)["loss"]] == [step for step, _ in recorded(second)["loss"]] == [1]
@@ -324,7 +330,7 @@ def test_a_data_set_without_a_finding_is_learned_and_undefined_numbers_are_left_
     assert metrics["loss"] < 10
     names = {item.path for item in MlflowClient().list_artifacts(run.info.run_id)}
     assert {"first_batch.png", "learning_curves.png", "overlays.png", "split.json"} <= names
-    assert run.data.tags["mlflow.note.content"].startswith("fcn_resnet50 at 32 px")
+    assert run.data.tags["mlflow.note.content"].startswith("fcn_resnet50 at 16 px")
 
 
 def test_a_data_set_of_one_patient_cannot_be_divided_and_says_so(
@@ -346,7 +352,7 @@ def test_a_model_is_not_scored_on_images_of_a_size_that_it_does_not_serve(
 ) -> None:
     with (
         working_in(whole.folder, store_address(whole.folder)),
-        pytest.raises(UserError, match=r"larger\.h5: .*40 px.*=32$") as caught,
+        pytest.raises(UserError, match=r"larger\.h5: .*24 px.*=16$") as caught,
     ):
         score(Score(model=whole.model, dataset=datasets["larger"], subset="all", overlays=0))
     assert len(str(caught.value).splitlines()) == 1

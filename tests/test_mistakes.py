@@ -38,6 +38,8 @@ from pneumo_experiments.settings import Train, as_config
 from pneumo_experiments.synthetic.kaggle_layout import write_sample
 from pneumo_experiments.tracking import servers
 
+pytestmark = pytest.mark.usefixtures("no_layout", "no_code")
+
 SMALL = ["--image_size", "32"]
 TWO_FOLDS = ["--weights", "none", "--holdout", "0", "--folds", "2"]  # else a fold has one patient
 UNTRAINED = ["--weights", "none", "--epochs", "1"]
@@ -71,7 +73,7 @@ Command = Callable[..., End]
 
 
 @pytest.fixture(scope="module")
-def desk(tmp_path_factory: pytest.TempPathFactory, empty_store: Path, tiny: None) -> Iterator[Desk]:
+def desk(tmp_path_factory: pytest.TempPathFactory, empty_store: Path, tiny_default: None) -> Iterator[Desk]:
     folder = tmp_path_factory.mktemp("mit ümlaut")  # a space and a non-ASCII letter
     sample = folder / "sample"
     write_sample(sample, images=10, test_images=1, seed=0)

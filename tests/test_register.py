@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,15 +16,14 @@ from helpers import changed, make, store_in
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from mlflow.entities.model_registry import ModelVersion
-from samples import write_dataset
+from samples import packed, write_dataset
 from tiny_network import CPU
 
 from pneumo_experiments import tracking
-from pneumo_experiments.dataset.annotations import read_annotations
+from pneumo_experiments.dataset import rle
 from pneumo_experiments.dataset.hdf5 import Dataset
-from pneumo_experiments.dataset.rle import EMPTY
-from pneumo_experiments.dataset.shards import ShardSettings, make_jobs, results
-from pneumo_experiments.dicom.archive import open_archive
+from pneumo_experiments.dataset.packed import Entry, ResizedImage, hash_patient
+from pneumo_experiments.dataset.resize import area_resize
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.experiment.scored_images import digests, identity
 from pneumo_experiments.experiment.subset import Subset, make_split
@@ -35,29 +34,45 @@ from pneumo_experiments.serving import Detector, Member, save
 from pneumo_experiments.settings import Register, Score, Train, as_config
 from pneumo_experiments.stages.register import register
 from pneumo_experiments.stages.score import score
-from pneumo_experiments.synthetic.kaggle_layout import write_sample
+
+pytestmark = pytest.mark.usefixtures("no_layout", "no_code")
 
 EVERYTHING, NOTHING = 0.0, 1.0  # what a presence_threshold lets through, where the others are 0
+SIDE = 64  # of the radiographs
 
 
-def stored(sample: Path, name: str, keep: Callable[[list[str]], bool], image_size: int = 32) -> Path:
-    """A data set of those images of a sample whose annotations are to be kept."""
-    archive = open_archive(sample / "dicom-images-train")
-    annotations = read_annotations(sample / "train-rle.csv")
-    members = [member for member in archive.members if keep(annotations[member.image_id])]
-    path = sample.parent / f"{name}.h5"
-    work = sample.parent / f"{name}.work"
-    work.mkdir()
-    jobs = make_jobs(
-        archive.root, ShardSettings(image_size, "uint8", 2**20), members, annotations, patients={}
-    )
-    packed = (result.packed for result in results(jobs, work, 1) if result.packed is not None)
-    write_dataset(path, packed, image_size=image_size, pixel_dtype="uint8", settings={}, labelled=True)
+def radiographs(name: str, image_size: int, is_changed: bool = False) -> Iterator[ResizedImage]:
+    """Those of a sample of that name; every other one has a finding, a large one if they are "theirs"."""
+    rng = np.random.default_rng(len(name))
+    for number in range(40):
+        truth = np.zeros((SIDE, SIDE), bool)
+        rows = 40 if name == "theirs" else 4 + 7 * number % 30
+        truth[10 : 10 + rows, 8:40] = number % 2
+        truth[5, 5] = is_changed and number == 1
+        entry = Entry(
+            image_id=f"{name}-{number}",
+            patient=hash_patient(f"{name}-{number}"),
+            view="PA",
+            sex="F",
+            age=20 + number,
+            rows=SIDE,
+            columns=SIDE,
+            annotations=number % 2,
+            area_px=int(truth.sum()),
+        )
+        image = rng.integers(0, 256, (image_size, image_size), np.uint8)
+        yield ResizedImage(entry, image, area_resize(truth, image_size), rle.encode(truth))
+
+
+def stored(path: Path, images: Iterable[ResizedImage]) -> Path:
+    images = list(images)
+    size = len(images[0].image)
+    write_dataset(path, packed(images, "uint8"), image_size=size, pixel_dtype="uint8")
     return path
 
 
-def is_positive(annotations: list[str]) -> bool:
-    return any(text.strip() != EMPTY for text in annotations)
+def positives_of(images: Iterable[ResizedImage]) -> list[ResizedImage]:
+    return [image for image in images if image.entry.area_px]
 
 
 def dice_of_all(dataset: Dataset, indices: np.ndarray) -> float:
@@ -104,19 +119,16 @@ def logged(network: PneumothoraxNet, settings: Train, threshold: float) -> str:
 @pytest.fixture(scope="module")
 def ward(tmp_path_factory: pytest.TempPathFactory, empty_store: Path, tiny: None) -> Iterator[Ward]:
     folder = tmp_path_factory.mktemp("ward")
-    for name, seed in (("ours", 1), ("theirs", 2)):
-        (folder / name).mkdir()
-        write_sample(folder / name / "sample", 36, 0, seed=seed)
-    positives = stored(folder / "ours" / "sample", "positives", is_positive)
-    mixed = stored(folder / "ours" / "sample", "mixed", lambda _: True)
-    foreign = stored(folder / "theirs" / "sample", "foreign", is_positive)
+    positives = stored(folder / "positives.h5", positives_of(radiographs("ours", 32)))
+    mixed = stored(folder / "mixed.h5", radiographs("ours", 32))
+    foreign = stored(folder / "foreign.h5", positives_of(radiographs("theirs", 32)))
     settings = make(Train, network="tiny", dataset=positives, holdout=0.3, folds=2)
     with Dataset.open(positives) as dataset:
         for seed in range(100):
             parts = make_split(dataset, settings.split)
             if dice_of_all(dataset, parts.train) > dice_of_all(dataset, parts.holdout):
                 break
-            settings = changed(settings, seed=seed)
+            settings = changed(settings, split_seed=seed)
     with store_in(folder, empty_store):
         network = PneumothoraxNet("tiny")
         first, second = (logged(network, settings, EVERYTHING) for _ in range(2))
@@ -180,26 +192,18 @@ def test_a_model_at_the_baseline_is_no_first_champion(ward: Ward, capsys: pytest
 
 
 def test_a_score_names_its_images_whatever_their_stored_size_format_and_order(ward: Ward) -> None:
-    sample = ward.positives.parent / "sample"
-    larger = stored(sample, "larger", is_positive, image_size=40)
+    larger = stored(ward.positives.with_name("larger.h5"), positives_of(radiographs("ours", 40)))
     with Dataset.open(ward.positives) as small, Dataset.open(larger) as large:
         everyone = np.arange(len(small))
         assert small.fingerprint != large.fingerprint
-        whole, first = identity(Subset(small, everyone)), small.entries[0].image_id
+        whole = identity(Subset(small, everyone))
         assert whole == identity(Subset(large, everyone)) == identity(Subset(small, everyone[::-1]))
         assert len(whole) == 32
         assert whole != identity(Subset(small, everyone[1:]))
-    # One pixel more in one true mask.
-    table = sample / "train-rle.csv"
-    before = table.read_text()
-    (run_lengths, *_) = (row.split(",")[1] for row in before.splitlines() if row.startswith(first))
-    table.write_text(f"{before.rstrip()}\n{first},{int(run_lengths.split()[0]) - 1} 1\n")
-    try:
-        with Dataset.open(stored(sample, "changed", is_positive)) as changed:
-            assert len(changed) == len(everyone)
-            assert identity(Subset(changed, everyone)) != whole
-    finally:
-        table.write_text(before)
+    images = positives_of(radiographs("ours", 32, is_changed=True))  # one pixel more in one true mask
+    with Dataset.open(stored(ward.positives.with_name("changed.h5"), images)) as changed:
+        assert len(changed) == len(everyone)
+        assert identity(Subset(changed, everyone)) != whole
 
 
 def test_a_score_against_a_baseline_shows_the_difference_and_the_images_that_changed(
@@ -212,7 +216,8 @@ def test_a_score_against_a_baseline_shows_the_difference_and_the_images_that_cha
     result = score(settings)
     assert result.scores is not None
     metrics, run_id = last_run().data.metrics, last_run().info.run_id
-    # All images have a finding: the baseline, which marks nothing, has Dice 0 on each.
+    # All images have a finding: the baseline, which marks nothing, has Dice 0 on each. The findings are
+    # of the same size, so that all differences are equal, but for rounding.
     assert metrics["baseline_model_dice"] == 0
     assert metrics["dice_difference"] == pytest.approx(result.scores.dice)
     assert (metrics["dice_difference_low"], metrics["dice_difference_high"]) == pytest.approx(

@@ -29,14 +29,16 @@ from pneumo_experiments.scoring.metrics import dice
 from pneumo_experiments.settings import Train, as_params, flat
 from pneumo_experiments.stages.train import train
 
+pytestmark = pytest.mark.usefixtures("no_layout", "no_code")
+
 
 @pytest.fixture
-def settings(dataset: Path, tiny: None, store: Path) -> Train:
+def settings(small_dataset: Path, tiny: None, store: Path) -> Train:
     """Short trainings."""
     return make(
         Train,
         network="tiny",
-        dataset=dataset,
+        dataset=small_dataset,
         weights="none",
         epochs=2,
         threshold_trials=0,
@@ -46,7 +48,7 @@ def settings(dataset: Path, tiny: None, store: Path) -> Train:
 
 
 def test_all_folds_are_child_runs_and_each_image_is_scored_by_a_network_that_never_saw_it(
-    settings: Train, dataset: Path
+    settings: Train, small_dataset: Path
 ) -> None:
     train(changed(settings, fold="all", folds=2, epochs=1, holdout=0.25))
     parent, *folds = runs()
@@ -54,13 +56,13 @@ def test_all_folds_are_child_runs_and_each_image_is_scored_by_a_network_that_nev
     assert {run.data.tags["mlflow.parentRunId"] for run in folds} == {parent.info.run_id}
     assert parent.data.params["fold"] == "all"
     rows = table(parent, "out_of_fold.csv")
-    with Dataset.open(dataset) as opened:
+    with Dataset.open(small_dataset) as opened:
         areas = {entry.image_id: entry.area_px for entry in opened.entries}
     splits = [mlflow.artifacts.load_dict(f"{run.info.artifact_uri}/split.json")["parts"] for run in folds]
     assert len(rows) == sum(split["validation"]["images"] for split in splits)
     assert len({row["image_id"] for row in rows}) == len(rows) == 24 - splits[0]["holdout"]["images"]
     assert all(int(row["truth_area_px"]) == areas[row["image_id"]] for row in rows)
-    with Dataset.open(dataset) as opened:
+    with Dataset.open(small_dataset) as opened:
         truths = {entry.image_id: opened.mask(index) for index, entry in enumerate(opened.entries)}
     for row in rows:
         mask, truth = decode(row["rle"], truths[row["image_id"]].shape), truths[row["image_id"]]

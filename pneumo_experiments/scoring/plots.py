@@ -48,7 +48,8 @@ def comparison_plot(differences: NDArray[np.float64], comparison: Comparison) ->
         ylabel="Dice minus baseline's Dice",
     )
     right: Any = figure.add_subplot(1, 2, 2)
-    right.hist(comparison.resamples, bins=40, color="tab:grey")
+    is_spread = np.ptp(comparison.resamples) > 1e-9  # else the bins would be too narrow for float64
+    right.hist(comparison.resamples, bins=40 if is_spread else 1, color="tab:grey")
     right.axvline(0, color="black", linestyle="--", label="no difference")
     right.axvspan(comparison.low, comparison.high, alpha=0.2, label="95% interval")
     right.set(
