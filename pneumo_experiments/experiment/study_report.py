@@ -36,6 +36,7 @@ from pneumo_experiments.experiment.study_storage import (
 from pneumo_experiments.scoring.figures import pyplot_picture
 from pneumo_experiments.settings import Search, as_config
 
+TRIALS_FOR_IMPORTANCE = 5  # completed ones; of fewer, importances and contours say nothing
 COLUMNS = ("dice", "dice_optimistic", "dice_positive", "is_all_empty", "seconds", RUN_ID, ERROR)
 
 
@@ -104,7 +105,7 @@ def best_settings(winner: Winner, settings: Search) -> dict[str, Any]:
 
 
 def pictures(study: Study) -> dict[str, NDArray[np.uint8]]:
-    """Optuna's own plots by name, RGB (h, w, 3); those of which the study has enough trials."""
+    """Optuna's own plots by name, RGB (h, w, 3); those for which the study has enough trials."""
     from optuna.visualization import matplotlib as plots  # takes a third of a second
 
     completed = best_trials(study)
@@ -123,6 +124,8 @@ def pictures(study: Study) -> dict[str, NDArray[np.uint8]]:
         return drawn
     drawn["parallel_coordinate"] = _draw(plots.plot_parallel_coordinate, study, params=names, **target)
     drawn["slice"] = _draw(plots.plot_slice, study, params=names, **target)
+    if len(completed) < TRIALS_FOR_IMPORTANCE:
+        return drawn
     if len(values) > 1:
         evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
         drawn["importances"] = _draw(
