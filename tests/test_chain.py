@@ -33,8 +33,10 @@ from pneumo_experiments.dataset.hdf5 import Dataset
 from pneumo_experiments.dataset.rle import decode
 
 SMALL = {
-    "images": 40,
-    "test_images": 3,
+    "images": 24,
+    "folds": 2,  # else a fold has one patient
+    "holdout": 0.3,
+    "test_images": 2,
     "image_size": 32,
     "epochs": 2,
     "trials": 2,
