@@ -29,6 +29,7 @@ from pneumo_experiments import tracking
 from pneumo_experiments.dataset.hdf5 import Dataset
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.experiment import trial_training
+from pneumo_experiments.experiment.study_report import TRIALS_FOR_IMPORTANCE
 from pneumo_experiments.experiment.study_storage import open_storage
 from pneumo_experiments.experiment.training_loop import EpochResult
 from pneumo_experiments.experiment.trial_training import TrialScores, TrialTraining
@@ -126,10 +127,10 @@ def test_every_trial_is_a_child_run_of_one_parent_with_its_own_settings() -> Non
 
 @pytest.mark.pictures
 def test_the_parent_holds_the_table_of_trials_the_best_settings_and_pictures() -> None:
-    result = quick(trials=3, searched=TWO)
+    result = quick(trials=TRIALS_FOR_IMPORTANCE, searched=TWO)
     table = json.loads(artifact(parent(), "trials.json").read_text())
     rows = [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
-    assert [row["trial"] for row in rows] == [0, 1, 2]
+    assert [row["trial"] for row in rows] == [*range(TRIALS_FOR_IMPORTANCE)]
     assert [row["value"] for row in rows] == [trial.value for trial in study().trials]
     assert [row["dice_weight"] for row in rows] == [t.params["dice_weight"] for t in study().trials]
     best = yaml.safe_load(artifact(parent(), "best.yaml").read_text())
@@ -176,7 +177,7 @@ def test_the_winner_has_the_best_mean_of_both_trainings() -> None:
 
 @pytest.mark.pictures
 def test_several_objectives_give_a_pareto_front_and_no_pruning() -> None:
-    quick(trials=2, objectives="dice,seconds", pruner="hyperband", searched=TWO)
+    quick(trials=TRIALS_FOR_IMPORTANCE, objectives="dice,seconds", pruner="hyperband", searched=TWO)
     assert all(len(trial.values) == 2 and not trial.intermediate_values for trial in study().trials)
     assert artifact(parent(), "study/pareto_front.png").read_bytes()[:4] == b"\x89PNG"
     assert [direction.name for direction in study().directions] == ["MAXIMIZE", "MINIMIZE"]
