@@ -18,7 +18,7 @@ from pneumo_experiments.dicom import limits
 ITEM, NO_LENGTH, END = b"\xfe\xff\x00\xe0", b"\xff\xff\xff\xff", b"\xfe\xff\xdd\xe0"
 
 
-def deflated_header(items: int = 4_000_000) -> bytes:
+def deflated_header(items: int = 6_000_000) -> bytes:
     """A sequence of empty items; pydicom makes some 600 bytes of each."""
     whole = dicom_bytes(GREYS, syntax=uid.DeflatedExplicitVRLittleEndian)
     length = struct.unpack_from("<I", whole, 140)[0]  # of group 2, which is never deflated
