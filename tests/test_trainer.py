@@ -19,23 +19,25 @@ pytestmark = pytest.mark.usefixtures("tiny")
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_skipped_steps_do_not_shrink_the_gradient_scale(precision: str) -> None:
+def test_a_batch_without_a_finite_gradient_changes_nothing(precision: str) -> None:
     network = build("tiny", "none", 0)
-    trainer = Trainer(
-        network, make(Recipe, batch_size=2, learning_rate=1e-2), 400, ComputeConfig(CPU.device, precision)
-    )
-    (batch,) = batches(noise(2), make(Recipe, batch_size=2, augment=False), 1, 1, CPU.device)
-    nan_batch = replace(batch, images=batch.images * float("nan"))
+    recipe = make(Recipe, batch_size=2, learning_rate=1e-2, ema=0.5, augment=False)
+    trainer = Trainer(network, recipe, 400, ComputeConfig(CPU.device, precision))
+    (batch,) = batches(noise(2), recipe, 1, 1, CPU.device)
+    bad_batch = replace(batch, images=batch.images * float("inf"))
     trainer.step(batch)
-    before = weights_of(network.mask_head)
+    assert trainer.average is not None
+    before, average = weights_of(network), weights_of(trainer.average.network)
     for _ in range(3):
-        assert not trainer.step(nan_batch)[1]
+        assert not trainer.step(bad_batch)[1]
         assert trainer.scaler.get_scale() == 1  # halved 150 times, the smallest float32 is 0
-    network.load_state_dict({n: t.nan_to_num(0.0) for n, t in network.state_dict().items()})  # batch norm's
+    for after, start in ((weights_of(network), before), (weights_of(trainer.average.network), average)):
+        assert all(torch.equal(after[name], start[name]) for name in start)  # batch statistics, too
     assert trainer.step(batch)[1]
-    after = weights_of(network.mask_head)
-    assert all(torch.isfinite(tensor).all() for tensor in after.values())
-    assert not torch.equal(after["0.weight"], before["0.weight"])
+    for after, start in ((weights_of(network), before), (weights_of(trainer.average.network), average)):
+        assert all(torch.isfinite(tensor).all() for tensor in after.values())
+        assert not torch.equal(after["mask_head.0.weight"], start["mask_head.0.weight"])
+        assert not torch.equal(after["mask_head.1.running_mean"], start["mask_head.1.running_mean"])
 
 
 def test_without_a_weight_in_the_loss_the_auxiliary_head_stays_as_it_is() -> None:

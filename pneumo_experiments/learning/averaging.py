@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from pneumo_experiments.learning.network import PneumothoraxNet
 
@@ -19,19 +18,25 @@ class MovingAverage:
 
     The decay rises as (1 + steps) / (10 + steps) up to its value, so that the random start fades quickly
     (as in TensorFlow's ExponentialMovingAverage). Not AveragedModel: its step counter would make the host
-    wait for the device at every step, and its first update copies the weights.
+    wait for the device at every step, its first update copies the weights, and it averages skipped steps.
     """
 
     def __init__(self, network: PneumothoraxNet, decay: float) -> None:
         self.network = copy.deepcopy(network).requires_grad_(False)
         self.decay, self.steps = decay, 0
 
-    def update(self, network: PneumothoraxNet) -> None:
-        """Updates the average after an optimizer step, without waiting for the device."""
+    @torch.no_grad()
+    def update(self, network: PneumothoraxNet, finite: Tensor | bool = True) -> None:
+        """Updates the average after an optimizer step, without waiting for the device.
+
+        ``finite`` () is False on the device if the step was skipped: then the average stays as it was.
+        """
         self.steps += 1
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
-        average, current = _floats(self.network), _floats(network)
-        get_ema_multi_avg_fn(decay)(average, current, self.steps)
+        average = _floats(self.network)
+        differences = torch._foreach_sub(_floats(network), average)
+        torch._foreach_mul_(differences, (1 - decay) * finite)
+        torch._foreach_add_(average, differences)
 
 
 def mean_state(states: Sequence[dict[str, Any]]) -> dict[str, Any]:

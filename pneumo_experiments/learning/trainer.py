@@ -67,7 +67,12 @@ class Trainer:
         return self.schedule.last_epoch
 
     def step(self, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
-        """One optimizer step; the batch's loss terms, and whether its gradient was finite, on the device."""
+        """One optimizer step; the batch's loss terms, and whether its gradient was finite, on the device.
+
+        Without a finite gradient everything but the schedule stays as it was.
+        """
+        buffers = list(self.network.buffers())
+        before = [buffer.clone() for buffer in buffers]
         while True:
             try:
                 terms = self._backward(batch)
@@ -82,9 +87,13 @@ class Trainer:
         # It halves its scale after each skipped step. Only fp16 needs a scale, which may grow again.
         self.scaler.update(None if self.compute.precision == "fp16" else 1.0)
         self.schedule.step()
+        finite = torch.isfinite(norm)
+        # Batch norm has taken the batch's statistics, which may be NaN and would stay so for good.
+        for buffer, old in zip(buffers, before, strict=True):
+            torch.where(finite, buffer, old, out=buffer)
         if self.average is not None:
-            self.average.update(self.network)
-        return terms, torch.isfinite(norm)
+            self.average.update(self.network, finite)
+        return terms, finite
 
     def _backward(self, batch: Batch) -> dict[str, Tensor]:
         """Gradients of the batch's mean loss, in equal pieces of at most ``micro_batch`` images."""
