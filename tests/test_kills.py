@@ -152,7 +152,7 @@ def test_a_store_whose_creation_is_killed_is_created_by_the_next_command(
     tmp_path: Path, commands: CommandServer
 ) -> None:
     """MLflow could never open a database that was killed in its creation."""
-    words = ("sample", "--output_dir", "s", "--images", 2, "--test_images", 1)
+    words = ("sample", "--output_dir", "s", "--images", 10, "--test_images", 1)
     variables = environment() | {"MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path / 'mlflow.db'}"}
     first = commands.start(*words, folder=tmp_path, environment=variables)
     # More than the header: tables are there, and most are still to come.
