@@ -96,8 +96,8 @@ def choose_compute_for(precision: str, settings: Device) -> ComputeConfig:
 def _keep_freed_memory() -> None:
     """Lets the C library use freed memory again instead of returning it to the system.
 
-    A step of a training frees and takes hundreds of MB, and the system fills each returned page with zeros: a
-    sixth of the step's CPU time. Other C libraries than glibc have no such setting.
+    A step of a training frees and takes hundreds of MB, and the system fills each page with zeros before it
+    hands it out again. Other C libraries than glibc have no such setting.
     """
     with suppress(AttributeError, OSError):
         libc = ctypes.CDLL(None)
