@@ -21,7 +21,7 @@ def test_the_moving_average_follows_the_weights_as_its_formula_says() -> None:
     for step in range(1, 5):
         with torch.no_grad():
             network.presence_head.bias.fill_(step)
-        average.update(network)
+        average.update(network, torch.tensor(True))
         decay = min(0.5, (1 + step) / (10 + step))
         expected = decay * expected + (1 - decay) * step
         assert float(average.network.state_dict()[name]) == pytest.approx(expected, rel=1e-5)

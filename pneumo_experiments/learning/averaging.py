@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from pneumo_experiments.learning.network import PneumothoraxNet
 
@@ -26,7 +27,7 @@ class MovingAverage:
         self.decay, self.steps = decay, 0
 
     @torch.no_grad()
-    def update(self, network: PneumothoraxNet, finite: Tensor | bool = True) -> None:
+    def update(self, network: PneumothoraxNet, finite: Tensor) -> None:
         """Updates the average after an optimizer step, without waiting for the device.
 
         ``finite`` () is False on the device if the step was skipped: then the average stays as it was.
@@ -34,9 +35,8 @@ class MovingAverage:
         self.steps += 1
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
         average = _floats(self.network)
-        differences = torch._foreach_sub(_floats(network), average)
-        torch._foreach_mul_(differences, (1 - decay) * finite)
-        torch._foreach_add_(average, differences)
+        current = [torch.where(finite, new, old) for new, old in zip(_floats(network), average, strict=True)]
+        get_ema_multi_avg_fn(decay)(average, current, self.steps)
 
 
 def mean_state(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
