@@ -210,12 +210,12 @@ def test_the_host_waits_for_nothing_in_a_step(network: str, precision: str) -> N
         lovasz_weight=1.0,
         dice_image_weight=1.0,
         focal_weight=1.0,
-        micro_batch=1,
+        micro_batch=2,  # DeepLab cannot train on one image
     )
     trainer = Trainer(net, recipe, 10, ComputeConfig(device, precision))
     drawn = torch.Generator().manual_seed(0)
-    images, targets = (torch.rand(2, 32, 32, generator=drawn) for _ in range(2))
-    batch = Batch(images[:, None].cuda(), (targets > 0.9).float().cuda(), torch.ones(2).cuda(), 2)
+    images, targets = (torch.rand(4, 32, 32, generator=drawn) for _ in range(2))
+    batch = Batch(images[:, None].cuda(), (targets > 0.9).float().cuda(), torch.ones(4).cuda(), 4)
     trainer.step(batch)  # the optimiser makes its state
     with count_syncs() as waits:
         _, finite = trainer.step(batch)
