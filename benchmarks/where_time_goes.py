@@ -3,8 +3,8 @@
 python benchmarks/where_time_goes.py
 python benchmarks/where_time_goes.py --root ../older      the same of another checkout
 
-On synthetic radiographs, with settings like the demo's. The profiler slows Python code down, not what torch,
-SQLite or a codec computes; what other processes and threads do shows as waiting.
+On a few synthetic radiographs. The profiler slows Python code down, not what torch, SQLite or a codec
+computes; what other processes and threads do shows as waiting. The imports are those of all stages together.
 """
 
 from __future__ import annotations
@@ -23,9 +23,8 @@ from typing import Any
 from measure import ROOT, machine
 
 IMAGES, TEST_IMAGES, REQUESTS = 80, 16, 10
-NETWORK = {"weights": "none", "tta": "none", "aux_weight": 0, "batch_size": 4}
-COMPUTE = {"device": "cpu", "precision": "fp32"}
-SPLIT = {"dataset": "d.h5", "folds": 4, "holdout": 0.2}
+LEARNING = {"dataset": "d.h5", "folds": 4, "holdout": 0.2, "device": "cpu", "precision": "fp32"}
+LEARNING |= {"weights": "none", "tta": "none", "aux_weight": 0, "batch_size": 4}
 # Kinds of work by what is in a function's name or path; the first that fits.
 KINDS = {
     "networks: backward": ("run_backward",),
@@ -82,10 +81,6 @@ def run(root: Path, folder: Path, code: str, *words: object) -> str:
     return done.stdout
 
 
-def options(values: dict[str, object]) -> list[object]:
-    return [word for name, value in values.items() for word in (f"--{name}", value)]
-
-
 def kind_of(function: tuple[str, int, str]) -> str | None:
     name = f"{function[0]} {function[2]}".replace(os.sep, "/")
     return next((kind for kind, parts in KINDS.items() if any(part in name for part in parts)), None)
@@ -125,30 +120,24 @@ def main() -> None:
     print(f"{machine()}; {IMAGES} radiographs at 64 px")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        run(
-            root, folder, CLI, "sample", "--output_dir", "s", "--images", IMAGES, "--test_images", TEST_IMAGES
-        )
-        data = {"dicom_dir": "s/dicom-images-train", "rle_csv": "s/train-rle.csv", "dataset": "d.h5"}
-        run(root, folder, CLI, "preprocess", *options(data | {"image_size": 64}))
-        output = run(
-            root, folder, CLI, "train", *options(SPLIT | NETWORK | COMPUTE | {"epochs": 2, "best_k": 1})
-        )
+
+        def command(stage: str, **values: object) -> str:
+            words = [word for key, value in values.items() for word in (f"--{key}", value)]
+            return run(root, folder, CLI, stage, *words)
+
+        command("sample", output_dir="s", images=IMAGES, test_images=TEST_IMAGES)
+        source = {"dicom_dir": "s/dicom-images-train", "rle_csv": "s/train-rle.csv"}
+        command("preprocess", **source, dataset="d.h5", image_size=64)
+        output = command("train", **LEARNING, epochs=2, best_k=1)
         report("train, 2 epochs", folder)
-        models = re.findall(r"models:/\S+[0-9a-f]", output)
-        searching = {"trials": 4, "search_epochs": 1, "search_images": 16, "confirm": 0, "keep": 1}
-        run(root, folder, CLI, "search", *options(SPLIT | NETWORK | COMPUTE | searching))
+        (model,) = set(re.findall(r"models:/\S+[0-9a-f]", output))
+        command("search", **LEARNING, trials=4, search_epochs=1, search_images=16, confirm=0, keep=1)
         report("search, 4 trials", folder)
-        run(root, folder, CLI, "score", *options({"model": models[0], "dataset": "d.h5", "tta": "none"}))
+        command("score", model=model, dataset="d.h5", tta="none")
         report("score, the hold-out", folder)
-        run(
-            root,
-            folder,
-            CLI,
-            "score",
-            *options({"model": models[0], "dicom_dir": "s/dicom-images-test", "tta": "none"}),
-        )
+        command("score", model=model, dicom_dir="s/dicom-images-test", tta="none")
         report(f"score, {TEST_IMAGES} DICOM files", folder)
-        run(root, folder, SERVE, models[0], "s/dicom-images-test")
+        run(root, folder, SERVE, model, "s/dicom-images-test")
         report(f"serving, {REQUESTS} requests of one", folder)
 
 

@@ -33,8 +33,9 @@ def test_what_was_trained_in_fp16_computes_in_fp32_on_a_cpu_and_says_so(
 def test_a_cpu_uses_freed_memory_again_without_asking_the_system() -> None:
     choose_compute(Device(device="cpu", precision="fp32"))
     pages = 2**25 // resource.getpagesize()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(10):
+    new_pages: list[int] = []
+    for _ in range(20):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         torch.ones(2**25, dtype=torch.uint8)  # 32 MB, for which glibc otherwise asks each time
-    # Its first places differ, since tensors begin at multiples of 64 bytes.
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < 5 * pages
+        new_pages.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    assert min(new_pages) < pages / 10  # not the first ones: the freed places must fit

@@ -28,7 +28,7 @@ from tracked import artifact, runs
 from pneumo_experiments import tracking
 from pneumo_experiments.dataset.hdf5 import Dataset
 from pneumo_experiments.errors import UserError
-from pneumo_experiments.experiment import trial_training
+from pneumo_experiments.experiment import study_report, trial_training
 from pneumo_experiments.experiment.study_report import TRIALS_FOR_IMPORTANCE
 from pneumo_experiments.experiment.study_storage import open_storage
 from pneumo_experiments.experiment.training_loop import EpochResult
@@ -138,6 +138,13 @@ def test_the_parent_holds_the_table_of_trials_the_best_settings_and_pictures() -
     assert parent().data.metrics["best_trial"] == result.trial == study().best_trial.number
     names = {path.path for path in MlflowClient().list_artifacts(parent().info.run_id, "study")}
     assert names == {f"study/{name}.png" for name in PICTURES}
+
+
+@pytest.mark.pictures
+def test_importances_of_too_few_trials_are_not_drawn() -> None:
+    few = optuna.create_study(direction="maximize")
+    few.optimize(lambda trial: trial.suggest_float("x", 0, 1) + trial.suggest_float("y", 0, 1), 4)
+    assert set(study_report.pictures(few)) == {"history", "parallel_coordinate", "slice"}
 
 
 def test_a_pruned_trial_is_visible_as_pruned() -> None:

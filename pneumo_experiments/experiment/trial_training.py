@@ -30,6 +30,7 @@ from pneumo_experiments.learning.network import PneumothoraxNet, build
 from pneumo_experiments.learning.predict import Predictor
 from pneumo_experiments.locks import work_folder
 from pneumo_experiments.progress_bar import ProgressBar
+from pneumo_experiments.report.summary import plural
 from pneumo_experiments.scoring.cross_fit import best_dice_on_positives, cross_fitted
 from pneumo_experiments.scoring.thresholds import Thresholds
 from pneumo_experiments.serving import save
@@ -180,7 +181,7 @@ class TrialTraining:
         data = Subset(self._dataset, training).training_data(recipe.batches.cache, self._compute)
         with ProgressBar("search: warm-up", len(data) * epochs) as bar:
             *_, last = fit(network, data, recipe, epochs, self._compute, bar.update)
-        print(f"search: every trial starts from one network, trained for {epochs} epoch{'s' * (epochs > 1)}")
+        print(f"search: every trial starts from one network, trained for {plural(epochs, 'epoch')}")
         return {name: tensor.cpu() for name, tensor in last.network.state_dict().items()}
 
 

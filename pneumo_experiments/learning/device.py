@@ -92,7 +92,6 @@ def choose_compute_for(precision: str, settings: Device) -> ComputeConfig:
     return ComputeConfig(device, precision)
 
 
-@cache  # once in a process
 def _keep_freed_memory() -> None:
     """Lets the C library use freed memory again instead of returning it to the system.
 

@@ -69,7 +69,7 @@ class Trainer:
     def step(self, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
         """One optimizer step; the batch's loss terms, and whether its gradient was finite, on the device.
 
-        Without a finite gradient everything but the schedule stays as it was.
+        Without a finite gradient the network and its moving average stay as they were.
         """
         buffers = list(self.network.buffers())
         before = [buffer.clone() for buffer in buffers]
