@@ -116,6 +116,8 @@ def test_all_folds_become_one_model_that_is_scored_registered_and_served(
         )
         holdout = make_split(opened, alone[0].members[0].split).holdout
         assert detector.seen == digests(Subset(opened, np.setdiff1d(np.arange(len(opened)), holdout)))
+        known = np.delete([entry.area_px > 0 for entry in opened.entries], holdout)
+        assert [one.prevalence for one in (detector, *alone)] == [pytest.approx(known.mean())] * 3
         best = best_of_all(joined)
         assert detector.thresholds == best.thresholds
         assert parent.data.params["top_score"] == str(best.thresholds.top_score)

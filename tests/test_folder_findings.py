@@ -10,6 +10,7 @@ import threading
 import time
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -167,6 +168,7 @@ def test_every_file_has_a_row_and_every_finding_a_picture(
     said = capsys.readouterr()
     assert "4 with a finding: output/findings/findings.csv, overlays and 3 DICOM Seg" in said.out
     assert "7 images in output/submission.csv, 2 could not be read" in said.out
+    assert said.out.splitlines()[-1].endswith("beside it")  # and no warning
     for text in (said.out, said.err, *(rows[name]["error"] for name in rows), str(run.data.tags)):
         assert "Mustermann" not in text
 
@@ -253,6 +255,26 @@ def test_an_odd_header_costs_its_object_or_its_value_and_never_the_run(
     assert str(pydicom.dcmread(objects / "umlaut.dcm").PatientName) == "Müller^Jörg"
     said = capsys.readouterr()
     assert "Müller" not in said.out + said.err
+
+
+def test_absurd_masks_are_warnings_on_the_terminal_and_in_the_description(
+    store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "many").mkdir()
+    pixels = [np.full(SHAPE, 230, np.uint8)] * 2 + [LEFT] * 10 + [picture()] * 8
+    for number, image in enumerate(pixels):
+        (tmp_path / "many" / f"{number}.dcm").write_bytes(radiograph(image))
+    chosen = make(Score, dicom_dir=tmp_path / "many")
+    with tracking.run("score", chosen):
+        write_findings(chosen, replace(DETECTOR, prevalence=0.22), tmp_path / "many", "a model")
+    warnings = [
+        "2 masks cover more than half of their image: look at their overlays",
+        "a finding on 60% of the images, 22% in training: check the thresholds, and that the model suits"
+        " these images",
+    ]
+    assert capsys.readouterr().out.splitlines()[-2:] == [f"score: {each}" for each in warnings]
+    (run,) = MlflowClient().search_runs(["0"])
+    assert run.data.tags["mlflow.note.content"].splitlines()[-2:] == [f"{each}." for each in warnings]
 
 
 def test_a_zip_file_gives_what_its_folder_gives(folder: Path, store: Path) -> None:

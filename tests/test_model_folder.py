@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("tiny")
 
 
 def detector(*members: Member) -> Detector:
-    return Detector(members, 32, Thresholds(0.2, 0.6, 100, 0.3), "a", frozenset({"one", "two"}))
+    return Detector(members, 32, Thresholds(0.2, 0.6, 100, 0.3), "a", frozenset({"one", "two"}), 0.22)
 
 
 def test_a_model_folder_keeps_every_member(tmp_path: Path) -> None:
@@ -33,6 +33,7 @@ def test_a_model_folder_keeps_every_member(tmp_path: Path) -> None:
     }
     again = load(tmp_path)
     assert (again.image_size, again.thresholds, again.seen) == (32, saved.thresholds, saved.seen)
+    assert again.prevalence == 0.22
     assert [member.settings["fold"] for member in again.members] == ["0", "1", "2"]
     assert [member.predictor.tta for member in again.members] == augmentations
     images = squares(1).images.numpy()
@@ -40,13 +41,28 @@ def test_a_model_folder_keeps_every_member(tmp_path: Path) -> None:
     np.testing.assert_array_equal(before.mask, after.mask)
 
 
-@pytest.mark.parametrize("members", [[], 7, [7], [{}], [{"settings": {}}]])
-def test_damaged_members_are_named(members: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "damage",
+    [
+        *({"members": members} for members in ([], 7, [7], [{}], [{"settings": {}}])),
+        *({"prevalence": value} for value in (-0.1, 1.1, float("nan"), "0.2", True)),
+    ],
+)
+def test_damaged_fields_are_named(damage: dict[str, Any], tmp_path: Path) -> None:
     save(tmp_path, detector(tiny_member(0), tiny_member(1)))
     path = tmp_path / "model.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"members": members}))
+    path.write_text(json.dumps(json.loads(path.read_text()) | damage))
     with pytest.raises(UserError, match=r"model\.json: missing or damaged .*; train again"):
         load(tmp_path)
+
+
+def test_an_older_model_knows_no_prevalence(tmp_path: Path) -> None:
+    save(tmp_path, detector(tiny_member(0)))
+    path = tmp_path / "model.json"
+    description = json.loads(path.read_text())
+    assert description.pop("prevalence") == 0.22
+    path.write_text(json.dumps(description))
+    assert load(tmp_path).prevalence is None
 
 
 def test_missing_weights_of_a_member_are_named(tmp_path: Path) -> None:

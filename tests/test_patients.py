@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,8 +24,9 @@ from samples import write_dataset
 
 from pneumo_experiments.dataset.annotations import read_annotations, read_patients
 from pneumo_experiments.dataset.hdf5 import Dataset
-from pneumo_experiments.dataset.packed import Entry, ResizedImage, hash_patient, pack
+from pneumo_experiments.dataset.packed import Entry, ResizedImage, hash_patient, pack, salted
 from pneumo_experiments.dataset.patients import (
+    ROW,
     SHIPPED,
     Grouping,
     count_sources,
@@ -35,7 +37,8 @@ from pneumo_experiments.dataset.patients import (
 from pneumo_experiments.dataset.splits import Split, split
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.experiment.grouping import SOURCES, make_grouping
-from pneumo_experiments.experiment.subset import make_split
+from pneumo_experiments.experiment.scored_images import describe_seen, digests, seen_by
+from pneumo_experiments.experiment.subset import Subset, make_split
 from pneumo_experiments.settings import Preprocess, SplitSettings, Train, as_config, from_flat
 from pneumo_experiments.stages.preprocess import preprocess
 
@@ -293,6 +296,43 @@ def test_sources_are_counted_by_image() -> None:
     grouping = Grouping("shipped table", "auto 0", {"i4": entries[4].patient, "elsewhere": "x"})
     assert count_sources(entries, grouping) == {"shipped table": 1, "PatientID": 2, "unknown": 2}
     assert count_sources(entries, Grouping()) == {"PatientID": 3, "unknown": 2}
+
+
+# What a model knows of them.
+
+
+def test_most_of_a_random_half_is_of_patients_of_the_other_half_and_none_of_the_holdout() -> None:
+    numbers = np.fromfile(SHIPPED, ROW)["patient"].tolist()
+    hashes = [salted(f"SIIM-ACR patient {number}") for number in numbers]
+    areas = np.arange(len(numbers)) % 5 // 4
+    dataset = object.__new__(Dataset)  # its index alone: a file of all images takes 6 seconds
+    dataset.entries = [
+        Entry(f"i{place}", patient, "PA", "F", 40, 1024, 1024, 1, int(areas[place]))
+        for place, patient in enumerate(hashes)
+    ]
+    mixed = np.random.default_rng(0).permutation(len(numbers))
+    half, other = Subset(dataset, mixed[:6000]), Subset(dataset, mixed[6000:])
+    by = Counter(seen_by(other, digests(half)))
+    known = {numbers[place] for place in mixed[:6000].tolist()}
+    assert by == Counter("patient" * (numbers[place] in known) for place in mixed[6000:].tolist())
+    assert by == {"patient": 3275, "": 2772}
+    assert describe_seen(other, digests(half), "it").startswith(
+        "0 of 6047 images trained it or chose its thresholds, the patients of 3275 more did"
+    )
+    parts = split(hashes, areas, holdout=0.2, folds=5, fold=0, seed=0)
+    trained = digests(Subset(dataset, np.append(parts.train, parts.validation)))
+    assert describe_seen(Subset(dataset, parts.holdout), trained, "it") == ""
+    assert {*seen_by(Subset(dataset, parts.validation), trained)} == {"image"}
+
+
+def test_unknown_patients_are_never_those_of_other_images_and_equal_names_always(desk: Path) -> None:
+    patients = {"a": "", "b": "", "c": " ", "d": "0", "e": "1", "f": "", "g": " ", "h": "0", "i": "2"}
+    made(archive(desk, patients), desk / "d.h5")
+    with Dataset.open(desk / "d.h5") as dataset:
+        ids = [entry.image_id for entry in dataset.entries]
+        first = Subset(dataset, np.array([ids.index(name) for name in "abcde"]))
+        second = Subset(dataset, np.array([ids.index(name) for name in "fghai"]))
+        assert seen_by(second, digests(first)) == ["", "", "patient", "image", ""]
 
 
 # The seed of the split.

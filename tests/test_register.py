@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import tempfile
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import mlflow
@@ -22,7 +23,7 @@ from tiny_network import CPU
 from pneumo_experiments import tracking
 from pneumo_experiments.dataset import rle
 from pneumo_experiments.dataset.hdf5 import Dataset
-from pneumo_experiments.dataset.packed import Entry, ResizedImage, hash_patient
+from pneumo_experiments.dataset.packed import Entry, ResizedImage, hash_patient, salted
 from pneumo_experiments.dataset.resize import area_resize
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.experiment.scored_images import digests, identity
@@ -99,16 +100,17 @@ class Ward:
     holdout: Run  # in which the first was scored
 
 
-def logged(network: PneumothoraxNet, settings: Train, threshold: float) -> str:
-    """A model as `train` logs it, but for the training."""
+def logged(network: PneumothoraxNet, settings: Train, threshold: float, is_old: bool = False) -> str:
+    """A model as `train` logs it, but for the training; ``is_old`` as before models knew their patients."""
     with Dataset.open(settings.dataset) as dataset:
         parts = make_split(dataset, settings.split)
+        seen = Subset(dataset, np.append(parts.train, parts.validation))
         detector = Detector(
             members=(Member(Predictor(network, CPU), as_config(settings)),),
             image_size=32,
             thresholds=Thresholds(threshold, 0, 0, 0),
             data_fingerprint=dataset.fingerprint,
-            seen=digests(Subset(dataset, np.append(parts.train, parts.validation))),
+            seen=frozenset(salted(f"image {e.image_id}") for e in seen.entries) if is_old else digests(seen),
         )
     with tempfile.TemporaryDirectory() as folder:
         save(Path(folder), detector)
@@ -294,6 +296,78 @@ def test_images_that_a_model_has_seen_are_not_external(
     assert "trained the model or chose its thresholds" in capsys.readouterr().out
     assert "all_dice" in last_run().data.metrics
     assert "dice" not in last_run().data.metrics
+
+
+def grouped(numbers: Iterable[int]) -> list[ResizedImage]:
+    """Positives of one sample, of patients with two images each: 1 and 3, 5 and 7, ...; from 25 on of one."""
+    images = list(radiographs("grouped", 32))
+    return [
+        replace(
+            one, entry=replace(one.entry, patient=hash_patient(str(number // 4 if number < 25 else number)))
+        )
+        for number, one in ((number, images[number]) for number in numbers)
+    ]
+
+
+def test_patients_that_a_model_has_seen_are_not_external(
+    ward: Ward, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = stored(ward.mixed.with_name("first.h5"), grouped(range(1, 40, 4)))
+    settings = changed(ward.settings, dataset=first)
+    network = PneumothoraxNet("tiny")
+    model, old = (logged(network, settings, EVERYTHING, is_old) for is_old in (False, True))
+    with Dataset.open(first) as dataset:
+        seen = np.setdiff1d(np.arange(len(dataset)), make_split(dataset, settings.split).holdout)
+        known = {dataset.entries[i].patient for i in seen}
+        image = int(dataset.entries[seen[0]].image_id.split("-")[1])  # one that is in both data sets
+    others = grouped([image, *range(3, 40, 4)])
+    second = stored(first.with_name("second.h5"), others)
+    expected = ["image"] + ["patient" * (one.entry.patient in known) for one in others[1:]]
+    shared = expected.count("patient")
+    assert 2 < shared < 9  # some of them are new to the model
+
+    scored(model, second, "all")
+    told = f"1 of 11 images trained the model or chose its thresholds, the patients of {shared} more did"
+    assert (
+        f"score: {told} (rename them by patients_csv if others are meant): no external"
+        in capsys.readouterr().out
+    )
+    run = last_run()
+    assert told in run.data.tags["mlflow.note.content"]
+    assert "all_dice" in run.data.metrics
+    assert "dice" not in run.data.metrics
+    table = mlflow.load_table("scores.json", run_ids=[run.info.run_id])
+    assert table["seen"].tolist() == expected
+    version = register(make(Register, model=model, name="halves", dataset=second))
+    assert version is not None
+    assert not version.champion
+    assert (
+        f"1 of 11 images trained the new version or chose its thresholds, the patients of {shared} more"
+        in (version.reason)
+    )
+
+    # A model that knows images alone counts those alone.
+    scored(old, second, "all")
+    out = capsys.readouterr().out
+    assert "score: 1 of 11 images trained the model or chose its thresholds: no external score" in out
+    baseline = make(Score, model=old, dataset=second, subset="all", device="cpu", baseline=model)
+    told = (
+        f"baseline={model}: 1 of 11 images trained it or chose its thresholds, the patients of {shared} more"
+    )
+    with pytest.raises(UserError, match=re.escape(told)):
+        score(baseline)
+
+    # Without these patients the images are new.
+    rest = [one for one, by in zip(others, expected, strict=True) if not by]
+    fourth = stored(first.with_name("fourth.h5"), rest)
+    version = register(make(Register, model=model, name="halves", dataset=fourth))
+    assert version is not None
+    assert version.champion
+    assert f"on {len(rest)} external images" in version.reason
+    out = capsys.readouterr().out
+    assert "trained the model" not in out
+    assert f"score: {len(rest)} masks cover more than half of their image: look at their overlays" in out
+    assert "a finding on" not in out  # of all images, as their labels say
 
 
 def test_an_interval_from_few_patients_is_marked(ward: Ward) -> None:

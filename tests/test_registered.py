@@ -52,10 +52,10 @@ class Shelf:
 
 def written(path: Path, seed: int) -> Path:
     chosen = [example for number, example in enumerate(examples(80, seed)) if number % 2]
-    if seed:  # other images have other ids
+    if seed:  # other images of other patients
         chosen = [
-            replace(each, entry=replace(each.entry, image_id=f"{seed}-{each.entry.image_id}"))
-            for each in chosen
+            replace(each, entry=replace(each.entry, image_id=f"{seed}-{each.entry.image_id}", patient=f"{n}"))
+            for n, each in enumerate(chosen)
         ]
     write_dataset(path, packed(chosen, "uint8"), image_size=SIZE, pixel_dtype="uint8")
     return path

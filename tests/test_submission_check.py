@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from dicom_files import GREYS, dicom_bytes
+from helpers import make
+from mlflow import MlflowClient
 from samples import write
 
 from pneumo_experiments.dataset.rle import encode
@@ -14,12 +16,16 @@ from pneumo_experiments.dicom.archive import open_archive
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.experiment.submission_check import (
     SubmissionCheck,
+    are_too_many,
     check_submission,
     expected_images,
+    mask_warnings,
     native_shapes,
     positives_of,
 )
 from pneumo_experiments.scoring.submission import write_submission
+from pneumo_experiments.settings import Score
+from pneumo_experiments.stages.score import score
 
 IDS = ["ID_a", "ID_b", "ID_c"]
 GOOD = "ImageId,EncodedPixels\nID_c,0 5 3 2\nID_a,-1\nID_b,1048575 1\n"
@@ -130,3 +136,58 @@ def test_the_fraction_of_positives_stands_beside_the_training_images(tmp_path: P
     assert check.positives_line(0.6).endswith("check the thresholds, and that the model suits these images")
     assert check.positives_line(0.1).endswith("check the thresholds, and that the model suits these images")
     assert "check the thresholds" in SubmissionCheck(100, 0, []).positives_line(0.2)
+    odd = ": check the thresholds, and that the model suits these images"
+    for positives, images, end in ((51, 100, odd), (50, 100, ""), (19, 19, ""), (20, 20, odd)):
+        line = SubmissionCheck(images, positives, []).positives_line(None)
+        assert line == f"{positives} of {images} images have a mask ({positives / images:.1%}){end}"
+
+
+def test_findings_on_far_more_images_than_usual_are_too_many() -> None:
+    # More than twice the usual fraction: 44% of 1,000 images, whose 3 standard errors are 4%.
+    assert [are_too_many(count, 1000, 0.22) for count in (440, 441)] == [False, True]
+    # And 3 standard errors: 0.22 + 3 * sqrt(0.22 * 0.78 / 20) = 49.8% of 20 images.
+    assert [are_too_many(count, 20, 0.22) for count in (9, 10)] == [False, True]
+    assert [are_too_many(count, 19, usual) for count in (19,) for usual in (0.22, None)] == [False, False]
+    assert [are_too_many(count, 20, None) for count in (10, 11)] == [False, True]
+    assert not are_too_many(1000, 1000, 0.5)
+    # Of samples as the training's hardly any: beyond 3 standard errors, and twice as many.
+    for images in (20, 50, 1000):
+        samples = np.random.default_rng(0).binomial(images, 0.22, 2000)
+        assert np.mean([are_too_many(count, images, 0.22) for count in samples.tolist()]) < 0.01
+
+
+def test_absurd_masks_are_a_line_each_and_usual_ones_none() -> None:
+    masks = [0.9] * 18 + [0.0] * 2
+    assert mask_warnings(masks, {"in training": 0.2215}) == [
+        "18 masks cover more than half of their image: look at their overlays",
+        "a finding on 90% of the images, 22% in training: check the thresholds, and that the model suits"
+        " these images",
+    ]
+    assert mask_warnings([0.5001, *masks[18:]], {"in training": None}) == [
+        "1 mask covers more than half of its image: look at their overlays"
+    ]
+    # As the largest of the real ones; and none of the labels' findings, however many.
+    largest = 161_421 / 1024**2
+    assert mask_warnings([largest] * 5 + [0.5] + [0.0] * 14, {"in training": 0.2215}) == []
+    assert mask_warnings([largest] * 18 + [0.0] * 2, {"in training": 0.2215, "by their labels": 0.85}) == []
+    (line,) = mask_warnings([largest] * 20, {"in training": 0.2, "by their labels": 0.3})
+    assert line.startswith("a finding on 100% of the images, 20% in training, 30% by their labels: check")
+    (line,) = mask_warnings([largest] * 20, {"in training": None})
+    assert line.startswith("a finding on 100% of the images: check the thresholds")
+
+
+def test_a_check_names_masks_of_whole_images_and_calls_them_valid(
+    path: Path, store: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path.write_text("ImageId,EncodedPixels\nID_a,0 1048576\nID_b,0 524289\nID_c,0 524288\n")
+    score(make(Score, check=path))
+    assert capsys.readouterr().out.splitlines() == [
+        "score: 3 of 3 images have a mask (100.0%)",
+        "score: 2 masks cover more than half of their image: look at them",
+        f"score: {path} is a valid submission; its ids were not checked: give sample_submission or dicom_dir",
+    ]
+    (run,) = MlflowClient().search_runs(["0"])
+    assert run.data.tags["mlflow.note.content"].splitlines()[1:] == [
+        "3 of 3 images have a mask (100.0%).",
+        "2 masks cover more than half of their image: look at them.",
+    ]

@@ -11,7 +11,7 @@ import numpy as np
 
 from pneumo_experiments.dataset.hdf5 import Dataset
 from pneumo_experiments.errors import UserError
-from pneumo_experiments.experiment.scored_images import digests, identity
+from pneumo_experiments.experiment.scored_images import describe_seen, identity
 from pneumo_experiments.experiment.subset import Subset, make_split
 from pneumo_experiments.serving import Detector
 
@@ -25,7 +25,7 @@ class CommonImages:
 
 
 def common_images(path: Path, detectors: Mapping[str, Detector]) -> CommonImages:
-    """Images of the data set that none of the models has seen: their common hold-out, or all of another set.
+    """Images whose patients none of the models has seen: their common hold-out, or all of another data set.
 
     ``detectors`` are the models by name. Raises UserError, with the reason, if there are no such images.
     """
@@ -46,12 +46,11 @@ def common_images(path: Path, detectors: Mapping[str, Detector]) -> CommonImages
                 " neither has seen"
             )
         subset = _holdout(path, dataset, trained) if trained else Subset(dataset, np.arange(len(dataset)))
-        keys = digests(subset)
         for name, detector in detectors.items():
-            if seen := len(detector.seen & keys):
+            if seen := describe_seen(subset, detector.seen, name):
                 raise UserError(
-                    f"dataset={path}: {seen} of {len(subset)} images trained {name} or chose its thresholds;"
-                    " name a data set that neither has seen"
+                    f"dataset={path}: {seen}; name a data set that neither has seen, or leave out what"
+                    " scores.csv of score with subset=all marks as seen"
                 )
         return CommonImages("holdout" if trained else "all", identity(subset))
 

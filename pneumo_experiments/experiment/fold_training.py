@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
+
 from pneumo_experiments import tracking
 from pneumo_experiments.dataset.hdf5 import Dataset
 from pneumo_experiments.dataset.splits import Split
@@ -172,9 +174,10 @@ def make_detector(
     predictor: Predictor, settings: Train | Search, thresholds: Thresholds, dataset: Dataset, split: Split
 ) -> Detector:
     """What is saved of a training: it knows the images that trained it or chose its epoch and thresholds."""
-    seen = digests(Subset(dataset, split.validation)) | digests(Subset(dataset, split.train))
+    seen = Subset(dataset, np.append(split.train, split.validation))
+    prevalence = sum(entry.area_px > 0 for entry in seen.entries) / len(seen)
     member = Member(predictor, as_config(settings))
-    return Detector((member,), dataset.image_size, thresholds, dataset.fingerprint, seen)
+    return Detector((member,), dataset.image_size, thresholds, dataset.fingerprint, digests(seen), prevalence)
 
 
 def _choose_weights(

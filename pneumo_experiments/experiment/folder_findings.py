@@ -22,7 +22,7 @@ from pneumo_experiments.dicom.segmentation import Segment, write_segmentation
 from pneumo_experiments.dicom.workers import available_cores
 from pneumo_experiments.errors import Rejected, UserError, reason_of
 from pneumo_experiments.experiment.score_report import file_name
-from pneumo_experiments.experiment.submission_check import expected_images
+from pneumo_experiments.experiment.submission_check import expected_images, mask_warnings
 from pneumo_experiments.files import SUFFIX, write_atomically
 from pneumo_experiments.learning.loader import prefetch
 from pneumo_experiments.locks import LOCK, work_folder
@@ -53,6 +53,7 @@ class Row:
     rle: str = ""
     error: str = ""
     written: tuple[str, ...] = ()  # files below the table's folder
+    covered: float = 0.0  # fraction of the image
 
     @property
     def is_rejected(self) -> bool:
@@ -103,7 +104,7 @@ def write_findings(settings: Score, detector: Detector, folder: Path, model_text
         tracking.log_file(table)
     for place, (_, image_id, picture) in enumerate(sorted(shown, reverse=True), start=1):
         tracking.log_image(picture, f"{OVERLAYS}/{place:02}-{file_name(image_id)}.png")
-    _report(settings, rows, folder, model_text)
+    _report(settings, rows, folder, model_text, detector.prevalence)
 
 
 def refuse_foreign(folder: Path) -> None:
@@ -190,7 +191,8 @@ def _describe(
             written.append(path)
         except Rejected as reason:
             error = str(reason)
-    return Row(finding.image_id, finding.presence, cells, rle, error, tuple(written)), picture
+    row = Row(finding.image_id, finding.presence, cells, rle, error, tuple(written), area_px / mask.size)
+    return row, picture
 
 
 def _disk_name(image_id: str) -> str:
@@ -208,15 +210,19 @@ def _remove_others(folder: Path, written: set[str]) -> None:
                 path.unlink(missing_ok=True)
 
 
-def _report(settings: Score, rows: list[Row], folder: Path, model_text: str) -> None:
+def _report(
+    settings: Score, rows: list[Row], folder: Path, model_text: str, prevalence: float | None
+) -> None:
     """Tells what was written, and raises UserError if too many images could not be read."""
     rejected = [row.error for row in rows if row.is_rejected]
     left_out = [row.error for row in rows if row.error and not row.is_rejected]
     positives = sum(bool(row.written) for row in rows)
     tracking.log_params({"images": len(rows), "rejected": len(rejected), "positives": positives})
+    covered = [row.covered for row in rows if not row.is_rejected]
+    warnings = mask_warnings(covered, {"in training": prevalence})
     tracking.describe(
         f"{len(rows)} images from {folder}, by {model_text}: {positives} with a finding.\n"
-        f"{len(rejected)} could not be read."
+        f"{len(rejected)} could not be read." + "".join(f"\n{each}." for each in warnings)
     )
     for error in rejected[:EXAMPLES]:
         print(f"score: submitted as empty: {error}")
@@ -225,6 +231,8 @@ def _report(settings: Score, rows: list[Row], folder: Path, model_text: str) -> 
     print(f"score: {len(rows)} images in {settings.submission}, {len(rejected)} could not be read")
     objects = f" and {positives - len(left_out)} DICOM Segmentations" if settings.dicom_seg else ""
     print(f"score: {positives} with a finding: {settings.findings / TABLE}, overlays{objects} beside it")
+    for warning in warnings:
+        print(f"score: {warning}")
     if len(rejected) > settings.max_rejected * len(rows):
         raise UserError(
             f"dicom_dir={folder}: {len(rejected)} of {len(rows)} images could not be read, more than"

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from pneumo_experiments import tracking
 from pneumo_experiments.errors import UserError
-from pneumo_experiments.experiment.scored_images import digests
+from pneumo_experiments.experiment.scored_images import describe_seen
 from pneumo_experiments.experiment.subset import Subset
 from pneumo_experiments.scoring.comparison import Comparison, compare
 from pneumo_experiments.scoring.plots import comparison_plot
@@ -41,17 +41,17 @@ class ModelComparison:
 
 
 def refuse_seen(address: str, baseline: Detector, subset: Subset) -> None:
-    """Raises UserError if the baseline model was trained on some of the images, or at another size."""
+    """Raises UserError if the baseline model has seen some of the images or patients, or another size."""
     size = subset.dataset.image_size
     if baseline.image_size != size:
         raise UserError(
             f"baseline={address}: was trained on {baseline.image_size} px, the data set has {size} px; score"
             " both models on data sets of their own and compare their dice"
         )
-    if seen := len(baseline.seen & digests(subset)):
+    if seen := describe_seen(subset, baseline.seen, "it"):
         raise UserError(
-            f"baseline={address}: {seen} of {len(subset)} images trained it or chose its thresholds; compare"
-            " models whose split has the same hold-out (holdout and split_seed), or on external images"
+            f"baseline={address}: {seen}; compare models whose split has the same hold-out (holdout and"
+            " split_seed), or on external images"
         )
 
 

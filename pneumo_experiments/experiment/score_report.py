@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
 import numpy as np
@@ -62,6 +62,7 @@ def log_report(
     scores: Scores,
     intervals: Mapping[str, float],
     comparison: ModelComparison | None,
+    notes: Sequence[str] = (),
 ) -> str:
     """Logs tables, pictures and ``report.html`` of the images called ``name``; returns the page's address."""
     thresholds = detector.thresholds
@@ -71,7 +72,7 @@ def log_report(
     pictures = figures if baseline is None else [*figures, baseline.figure]
     room = MAX_PICTURE_BYTES - sum(len(figure.source) for figure in pictures)
     galleries, omitted = _log_galleries(subset, counts, detector, settings.overlays, room)
-    warning = "" if scores.interval_reliable else (
+    few = "" if scores.interval_reliable else (
         f"The intervals are unreliable: there are only {scores.patients} patients."
     )  # fmt: skip
     page = ScorePage(
@@ -82,7 +83,7 @@ def log_report(
         }
         | {each: f"{value:g}" for each, value in asdict(thresholds).items()},
         numbers=asdict(scores) | dict(intervals),
-        warning=warning,
+        warning=" ".join([few, *(f"{note[0].upper()}{note[1:]}." for note in notes)]).strip(),
         groups=[dict(zip(GROUP_COLUMNS, row, strict=True)) for row in groups],
         figures=figures,
         galleries=galleries,
@@ -90,7 +91,7 @@ def log_report(
         baseline=baseline,
     )
     tracking.log_page(score_page(page), PAGE)
-    log_per_image(subset, counts, thresholds)  # last: the table that the evaluation view opens
+    log_per_image(subset, counts, thresholds, detector.seen)  # last: the table that the evaluation view opens
     return f"{tracking.artifacts_of_active_run()}/{PAGE}"
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pneumo_experiments import tracking
-from pneumo_experiments.dataset.packed import salted
+from pneumo_experiments.dataset.packed import Entry, salted
 from pneumo_experiments.experiment.subset import Subset
 from pneumo_experiments.scoring.plots import calibration_plot
 from pneumo_experiments.scoring.scores import ScoredImages
@@ -24,7 +25,7 @@ from pneumo_experiments.scoring.subgroups import (
 )
 from pneumo_experiments.scoring.thresholds import ThresholdCounts, Thresholds
 
-COLUMNS = ("image_id", "patient", "truth_area_px", "predicted_area_px", "dice", "presence")
+COLUMNS = ("image_id", "patient", "truth_area_px", "predicted_area_px", "dice", "presence", "seen")
 
 
 def identity(subset: Subset) -> str:
@@ -40,12 +41,36 @@ def identity(subset: Subset) -> str:
 
 
 def digests(subset: Subset) -> frozenset[str]:
-    """A keyed digest of each image id, stored in a model to recognise images that it was trained on."""
-    return frozenset(salted(f"image {entry.image_id}") for entry in subset.entries)
+    """Keyed digests of images and patients, stored in a model to recognise those that it was trained on."""
+    return frozenset(digest for entry in subset.entries for digest in _digests(entry).values())
 
 
-def log_per_image(subset: Subset, counts: ThresholdCounts, thresholds: Thresholds) -> None:
-    """Logs a table of all images: ids, true and predicted area, Dice and probability of presence."""
+def _digests(entry: Entry) -> dict[str, str]:
+    """The keyed digest of an image and that of its patient; an unknown patient is this image's own."""
+    return {"image": salted(f"image {entry.image_id}"), "patient": salted(f"patient {entry.patient}")}
+
+
+def seen_by(subset: Subset, seen: frozenset[str]) -> list[str]:
+    """What of each image is among these digests: ``image``, else ``patient``, else nothing: empty."""
+    each = map(_digests, subset.entries)
+    return [next((name for name, digest in own.items() if digest in seen), "") for own in each]
+
+
+def describe_seen(subset: Subset, seen: frozenset[str], model: str) -> str:
+    """How many images the model has seen, and of how many others the patients; empty if none."""
+    by = Counter(seen_by(subset, seen))
+    text = f"{by['image']} of {len(subset)} images trained {model} or chose its thresholds"
+    if by["patient"]:
+        text += (
+            f", the patients of {by['patient']} more did (rename them by patients_csv if others are meant)"
+        )
+    return text if by["image"] or by["patient"] else ""
+
+
+def log_per_image(
+    subset: Subset, counts: ThresholdCounts, thresholds: Thresholds, seen: frozenset[str]
+) -> None:
+    """Logs a table of all images: ids, areas, Dice, probability of presence, and what the model has seen."""
     columns = (
         [entry.image_id for entry in subset.entries],
         [entry.patient for entry in subset.entries],
@@ -53,6 +78,7 @@ def log_per_image(subset: Subset, counts: ThresholdCounts, thresholds: Threshold
         counts.predicted_area(thresholds).tolist(),
         counts.dice(thresholds).tolist(),
         counts.presence.tolist(),
+        seen_by(subset, seen),
     )
     tracking.log_table(COLUMNS, [*zip(*columns, strict=True)], "scores")
 

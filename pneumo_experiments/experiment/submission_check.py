@@ -1,13 +1,14 @@
-"""Checks a submission before it is sent: rows, ids, run lengths, and how many images have a mask."""
+"""Checks a submission before it is sent: rows, ids, run lengths; and any masks: how many, and how large."""
 
 from __future__ import annotations
 
 import csv
 import io
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from math import sqrt
 from pathlib import Path
 
 from pneumo_experiments.dataset.annotations import ANNOTATIONS, MAX_FIELD_LENGTH, read_annotations, read_table
@@ -21,6 +22,39 @@ from pneumo_experiments.scoring.submission import HEADER
 CHALLENGE_SHAPE = (1024, 1024)  # rows and columns of every radiograph of the challenge
 EXAMPLES = 3
 SIMILAR = 2  # a fraction of positives further from the training's, in either direction, is suspicious
+LARGE = 0.5  # a mask of more than this fraction of its image is; the largest real finding has 0.15
+MIN_IMAGES, STANDARD_ERRORS = 20, 3  # fewer images, or a smaller excess of positives, may be chance
+ADVICE = "check the thresholds, and that the model suits these images"
+
+
+def large_masks(covered: Iterable[float]) -> str:
+    """How many masks cover too much, in words; empty if none. ``covered`` are fractions of their images."""
+    count = sum(fraction > LARGE for fraction in covered)
+    words = "mask covers more than half of its" if count == 1 else "masks cover more than half of their"
+    return f"{count} {words} image" if count else ""
+
+
+def are_too_many(positives: int, images: int, usual: float | None) -> bool:
+    """Whether far more images have a mask than the ``usual`` fraction; without it, than half of them."""
+    if images < MIN_IMAGES:
+        return False
+    if usual is None:
+        return positives > images / 2
+    chance = STANDARD_ERRORS * sqrt(usual * (1 - usual) / images)  # of a binomial fraction
+    return positives / images > max(SIMILAR * usual, usual + chance)
+
+
+def mask_warnings(covered: Sequence[float], usual: Mapping[str, float | None]) -> list[str]:
+    """What is absurd about the masks of n images, one line each; ``covered`` are fractions of each image.
+
+    ``usual`` has fractions of positives by where they hold, such as ``in training``; None where unknown.
+    """
+    positives, known = sum(f > 0 for f in covered), {w: f for w, f in usual.items() if f is not None}
+    lines = [f"{large}: look at their overlays"] if (large := large_masks(covered)) else []
+    if are_too_many(positives, len(covered), max(known.values(), default=None)):
+        others = "".join(f", {fraction:.0%} {where}" for where, fraction in known.items())
+        lines.append(f"a finding on {positives / len(covered):.0%} of the images{others}: {ADVICE}")
+    return lines
 
 
 @dataclass(frozen=True)
@@ -30,17 +64,17 @@ class SubmissionCheck:
     images: int
     positives: int
     problems: list[str]
+    large: str = ""  # how many masks cover more than half of their image, in words
 
     def positives_line(self, training: float | None) -> str:
         """The fraction of images with a mask, beside the ``training`` images' if that is known."""
         fraction = self.positives / max(1, self.images)
         line = f"{self.positives} of {self.images} images have a mask ({fraction:.1%})"
-        if training is None:
-            return line
-        line += f", of the training images {training:.1%}"
-        if SIMILAR * fraction < training or fraction > SIMILAR * training:
-            line += ": check the thresholds, and that the model suits these images"
-        return line
+        is_odd = are_too_many(self.positives, self.images, None)
+        if training is not None:
+            line += f", of the training images {training:.1%}"
+            is_odd = SIMILAR * fraction < training or fraction > SIMILAR * training
+        return f"{line}: {ADVICE}" if is_odd else line
 
 
 def check_submission(
@@ -65,7 +99,7 @@ def check_submission(
         wanted = dict.fromkeys(expected)
         problems += _kind([name for name in wanted if name not in times], "missing")
         problems += _kind([name for name in times if name not in wanted], "no image of the test set")
-    unreadable, unstable, positives = list[str](), list[str](), set[str]()
+    unreadable, unstable, covered = list[str](), list[str](), dict[str, float]()
     for image_id, text in pairs:
         try:
             mask = decode(text, shapes.get(image_id, CHALLENGE_SHAPE), image_id)
@@ -75,12 +109,12 @@ def check_submission(
         if encode(mask) != " ".join(text.split()):
             unstable.append(image_id)
         if mask.any():
-            positives.add(image_id)
+            covered[image_id] = float(mask.mean())
     problems += unreadable[:EXAMPLES]
     if len(unreadable) > EXAMPLES:
         problems.append(f"{len(unreadable) - EXAMPLES} more images with run lengths that cannot be decoded")
     problems += _kind(unstable, "runs of length 0, runs that touch, or an empty mask not written as -1")
-    return SubmissionCheck(len(times), len(positives), problems)
+    return SubmissionCheck(len(times), len(covered), problems, large_masks(covered.values()))
 
 
 def expected_images(sample_submission: Path | None, archive: Archive | None) -> list[str] | None:

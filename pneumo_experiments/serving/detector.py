@@ -65,7 +65,8 @@ class Member:
 class Detector:
     """One or several networks, their input size in pixels, and the thresholds for their mean probabilities.
 
-    ``seen`` holds digests of the images that trained them or chose their epochs and thresholds.
+    ``seen`` holds digests of the images that trained them or chose their epochs and thresholds, and of their
+    patients. ``prevalence`` is the fraction of positives among these images; None if unknown.
     """
 
     members: tuple[Member, ...]
@@ -73,6 +74,7 @@ class Detector:
     thresholds: Thresholds
     data_fingerprint: str
     seen: frozenset[str] = frozenset()
+    prevalence: float | None = None
 
     @property
     def predictor(self) -> Ensemble:

@@ -53,6 +53,7 @@ def save(folder: Path, detector: Detector) -> None:
         "thresholds": asdict(detector.thresholds),
         "data_fingerprint": detector.data_fingerprint,
         "seen": sorted(detector.seen),
+        "prevalence": detector.prevalence,
         **(members[0] if len(members) == 1 else {"members": members}),
     }
     (folder / DESCRIPTION).write_text(json.dumps(description, indent=2), encoding="utf-8")
@@ -130,11 +131,15 @@ def _parse(description: Any) -> tuple[dict[str, Any], list[tuple[dict[str, Any],
     members = _require(description.get("members", [description]), list)
     if not 1 <= len(members) <= MAX_MEMBERS:
         raise ValueError(f"{len(members)} members")
+    prevalence = description.get("prevalence")
+    if prevalence is not None and not 0 <= _require(prevalence, (int, float)) <= 1:
+        raise ValueError("prevalence is out of range")
     fields = {
         "image_size": image_size,
         "thresholds": Thresholds(**thresholds),
         "data_fingerprint": _require(description["data_fingerprint"], str),
         "seen": frozenset(_require(text, str) for text in _require(description.get("seen", []), list)),
+        "prevalence": prevalence,
     }
     return fields, [_parse_member(member) for member in members]
 

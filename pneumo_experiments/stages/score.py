@@ -19,10 +19,11 @@ from pneumo_experiments.experiment.ensemble import addresses_of, load_models
 from pneumo_experiments.experiment.folder_findings import write_findings
 from pneumo_experiments.experiment.model_comparison import log_comparison, refuse_seen
 from pneumo_experiments.experiment.score_report import log_report
-from pneumo_experiments.experiment.scored_images import digests, identity
+from pneumo_experiments.experiment.scored_images import describe_seen, identity
 from pneumo_experiments.experiment.submission_check import (
     check_submission,
     expected_images,
+    mask_warnings,
     native_shapes,
     positives_of,
 )
@@ -93,7 +94,8 @@ def _score_dataset(settings: Score, detector: Detector, model: str | None) -> Sc
             )
         tracking.log_dataset(settings.dataset, dataset.fingerprint, settings.subset)
         subset = Subset(dataset, _indices(settings, detector, dataset))
-        name, images = _name_subset(settings, detector, subset), identity(subset)
+        seen, images = describe_seen(subset, detector.seen, "the model"), identity(subset)
+        name = _name_subset(settings, detector, dataset, seen)
         baseline = None if is_none(settings.baseline) else load_models(settings.baseline).on(settings.compute)
         if baseline is not None:
             refuse_seen(settings.baseline, baseline, subset)
@@ -110,12 +112,23 @@ def _score_dataset(settings: Score, detector: Detector, model: str | None) -> Sc
         log_counts(counts, scored.patients)
         line = scores_line(scores)
         print(f"score: {name}: {line}")
-        text = f"{name} images of {settings.dataset}, by {_model_text(settings)}.\n{line}."
+        sizes = np.array([entry.rows * entry.columns for entry in subset.entries])
+        covered = (counts.predicted_area(detector.thresholds) / sizes).tolist()
+        usual = {"in training": detector.prevalence, "by their labels": scores.positives / scores.images}
+        notes = mask_warnings(covered, usual)
+        if seen and name == "all":
+            notes.append(f"{seen}: no external score; scores.csv marks what to leave out for one")
+        for note in notes:
+            print(f"score: {note}")
+        text = f"{name} images of {settings.dataset}, by {_model_text(settings)}.\n"
+        text += "\n".join(f"{each}." for each in (line, *notes))
         comparison = None
         if baseline is not None:
             comparison = log_comparison(settings.baseline, subset, scored, baseline, prefix)
             text += f"\nAgainst {settings.baseline}: {comparison.line}."
-        where = log_report(settings, name, subset, counts, detector, scored, scores, intervals, comparison)
+        where = log_report(
+            *(settings, name, subset, counts, detector, scored, scores, intervals, comparison), notes
+        )
         tracking.describe(text)
     return ScoreResult(scores, where, None, prefix)
 
@@ -132,18 +145,15 @@ def _model_text(settings: Score) -> str:
     return f"{settings.model} with {given}" if given else settings.model
 
 
-def _name_subset(settings: Score, detector: Detector, subset: Subset) -> str:
-    """The subset, or ``external`` where all images of another data set are new to the model."""
-    seen = len(detector.seen & digests(subset))
+def _name_subset(settings: Score, detector: Detector, dataset: Dataset, seen: str) -> str:
+    """The subset, or ``external`` where all patients of another data set are new to the model."""
     if settings.subset == "holdout" and seen:
         raise UserError(
-            f"subset=holdout: {seen} of {len(subset)} images trained the model or chose its thresholds: its"
-            " split was drawn in another way; train again to score a hold-out part"
+            f"subset=holdout: {seen}: its split was drawn in another way; train again to score a hold-out"
+            " part"
         )
-    if settings.subset != "all" or subset.dataset.fingerprint == detector.data_fingerprint:
+    if settings.subset != "all" or dataset.fingerprint == detector.data_fingerprint:
         return settings.subset
-    if seen:
-        print(f"score: {seen} of {len(subset)} images trained the model or chose its thresholds")
     return "all" if seen else "external"
 
 
@@ -187,10 +197,11 @@ def _check(settings: Score, path: Path) -> ScoreResult:
     line = result.positives_line(positives_of(settings.dataset))
     tracking.log_json(asdict(result), "submission_check.json")
     tracking.log_params({"images": result.images, "positives": result.positives})
-    tracking.describe(f"Check of the submission {path}: {len(result.problems)} problems.\n{line}.")
-    for problem in result.problems:
-        print(f"score: {problem}")
-    print(f"score: {line}")
+    lines = [line, f"{result.large}: look at them"] if result.large else [line]
+    summary = "\n".join(f"{each}." for each in lines)
+    tracking.describe(f"Check of the submission {path}: {len(result.problems)} problems.\n{summary}")
+    for each in (*result.problems, *lines):
+        print(f"score: {each}")
     if result.problems:
         count = f"{len(result.problems)} problem{'s' * (len(result.problems) > 1)}"
         raise UserError(f"check={path}: not a valid submission, {count}; the first: {result.problems[0]}")
