@@ -301,11 +301,10 @@ def test_images_that_a_model_has_seen_are_not_external(
 def grouped(numbers: Iterable[int]) -> list[ResizedImage]:
     """Positives of one sample, of patients with two images each: 1 and 3, 5 and 7, ...; from 25 on of one."""
     images = list(radiographs("grouped", 32))
+    patients = {number: hash_patient(str(number // 4 if number < 25 else number)) for number in numbers}
     return [
-        replace(
-            one, entry=replace(one.entry, patient=hash_patient(str(number // 4 if number < 25 else number)))
-        )
-        for number, one in ((number, images[number]) for number in numbers)
+        replace(images[number], entry=replace(images[number].entry, patient=patient))
+        for number, patient in patients.items()
     ]
 
 
@@ -328,45 +327,40 @@ def test_patients_that_a_model_has_seen_are_not_external(
 
     scored(model, second, "all")
     told = f"1 of 11 images trained the model or chose its thresholds, the patients of {shared} more did"
-    assert (
-        f"score: {told} (rename them by patients_csv if others are meant): no external"
-        in capsys.readouterr().out
-    )
+    remedy = " (rename them by patients_csv if others are meant): no external score"
+    assert f"score: {told}{remedy}" in capsys.readouterr().out
     run = last_run()
     assert told in run.data.tags["mlflow.note.content"]
     assert "all_dice" in run.data.metrics
     assert "dice" not in run.data.metrics
     table = mlflow.load_table("scores.json", run_ids=[run.info.run_id])
     assert table["seen"].tolist() == expected
+    page = Path(mlflow.artifacts.download_artifacts(f"runs:/{run.info.run_id}/report.html")).read_text()
+    assert told in page
+    assert "11 masks cover more than half of their image: look at their overlays." in page
     version = register(make(Register, model=model, name="halves", dataset=second))
     assert version is not None
     assert not version.champion
-    assert (
-        f"1 of 11 images trained the new version or chose its thresholds, the patients of {shared} more"
-        in (version.reason)
-    )
+    assert told.replace("the model", "the new version") in version.reason
 
-    # A model that knows images alone counts those alone.
-    scored(old, second, "all")
-    out = capsys.readouterr().out
-    assert "score: 1 of 11 images trained the model or chose its thresholds: no external score" in out
-    baseline = make(Score, model=old, dataset=second, subset="all", device="cpu", baseline=model)
-    told = (
-        f"baseline={model}: 1 of 11 images trained it or chose its thresholds, the patients of {shared} more"
-    )
-    with pytest.raises(UserError, match=re.escape(told)):
-        score(baseline)
+    # So they are to a baseline, but for one that knows images alone.
+    endings = {model: f", the patients of {shared} more did (rename", old: "; compare models"}
+    for baseline, ending in endings.items():
+        settings = make(Score, model=model, dataset=second, subset="all", device="cpu", baseline=baseline)
+        words = f"baseline={baseline}: 1 of 11 images trained it or chose its thresholds{ending}"
+        with pytest.raises(UserError, match=re.escape(words)):
+            score(settings)
 
     # Without these patients the images are new.
-    rest = [one for one, by in zip(others, expected, strict=True) if not by]
-    fourth = stored(first.with_name("fourth.h5"), rest)
-    version = register(make(Register, model=model, name="halves", dataset=fourth))
+    new = [one for one, by in zip(others, expected, strict=True) if not by]
+    third = stored(first.with_name("third.h5"), new)
+    version = register(make(Register, model=model, name="halves", dataset=third))
     assert version is not None
     assert version.champion
-    assert f"on {len(rest)} external images" in version.reason
+    assert f"on {len(new)} external images" in version.reason
     out = capsys.readouterr().out
     assert "trained the model" not in out
-    assert f"score: {len(rest)} masks cover more than half of their image: look at their overlays" in out
+    assert f"score: {len(new)} masks cover more than half of their image: look at their overlays" in out
     assert "a finding on" not in out  # of all images, as their labels say
 
 
