@@ -313,6 +313,7 @@ def test_most_of_a_random_half_is_of_patients_of_the_other_half_and_none_of_the_
     mixed = np.random.default_rng(0).permutation(len(numbers))
     half, other = Subset(dataset, mixed[:6000]), Subset(dataset, mixed[6000:])
     by = Counter(seen_by(other, digests(half)))
+    assert digests(Subset(dataset, np.array([7]))) == {salted("image i7"), salted(f"patient {hashes[7]}")}
     known = {numbers[place] for place in mixed[:6000].tolist()}
     assert by == Counter("patient" * (numbers[place] in known) for place in mixed[6000:].tolist())
     assert by == {"patient": 3275, "": 2772}
