@@ -59,6 +59,7 @@ DETECTOR = Detector((Member(Predictor(Bright(), CPU), {}),), SIZE, THRESHOLDS, "
 
 def picture(columns: slice = slice(0, 0), shape: tuple[int, int] = SHAPE) -> np.ndarray:
     pixels = np.full(shape, 20, np.uint8)
+    pixels[:, ::2] += 1
     pixels[20:50, columns] = 230
     return pixels
 

@@ -40,6 +40,7 @@ CLEAN: dict[str, Any] = {
     "patient_sources": {"shipped table": 4, "unknown": 2},
     "pixel_hashes": ["p0", "p1", "p2", "p3", "p4", "p5"],
     "formats": [JPEG, JPEG, JPEG, JPEG, PLAIN, JPEG],
+    "notes": [],
     "annotated": [entry.image_id for entry in ENTRIES],
     "file_ids": [entry.image_id for entry in ENTRIES],
     "overlapping": [],
@@ -60,6 +61,7 @@ FULL = CLEAN | {
     "pixel_hashes": ["same", "p1", "p1", "p3", "same", "same"],
     "annotated": {*CLEAN["annotated"], "r1", "r2", "r5", "gone2", "gone1", "late"},
     "file_ids": [*CLEAN["file_ids"], "r1", "r2", "r3", "r5", "u1", "u0", "late"],
+    "notes": [("a window", "b2"), ("a table", "c1"), ("a window", "a2")],
     "overlapping": ["b2"],
     "invalid_run_lengths": ["r5"],
 }
@@ -115,6 +117,7 @@ def test_a_reason_is_shown_with_its_numbers_where_all_files_share_them() -> None
 def test_what_does_not_fit_together_is_listed_in_full_and_sorted() -> None:
     report = full_report()
     assert report.skipped == {"__MACOSX and ._ files": 3, "zip files": 1}
+    assert list(report.notes.items()) == [("a window", ["a2", "b2"]), ("a table", ["c1"])]
     assert report.annotated_without_file == ["gone1", "gone2"]
     assert report.files_without_annotation == ["u0", "u1"]  # r3 is rejected already
     assert report.invalid_run_lengths == ["r5"]
@@ -231,7 +234,7 @@ def test_the_json_has_all_fields_and_survives_a_file() -> None:
     assert list(told) == [
         *("files", "images", "outcome", "skipped", "rejected", "invalid_run_lengths"),
         *("annotated_without_file", "files_without_annotation", "duplicates", "identical_images"),
-        *("views", "sexes", "ages", "sizes", "formats", "patients", "annotated"),
+        *("views", "sexes", "ages", "sizes", "formats", "notes", "patients", "annotated"),
     ]
 
 
@@ -258,6 +261,7 @@ def test_the_summary_is_short_and_complete() -> None:
         "file found, but not in the annotation table (2): u0, u1",
         "several files with the same id (2): b1, u1",
         "same image under several ids (2): a1 = b3, b1 = b2",
+        "headers: a window (2), a table (1)",
         "6 images of 3 patients, at most 3 per patient",
         "view AP 3, PA 2, unknown 1; sex M 3, F 2, unknown 1; age median 48 years, 1 unknown, 1 above 110",
         "4 with pneumothorax, median area 750 px, 1 with overlapping annotations;"
@@ -283,9 +287,9 @@ def test_a_summary_names_three_ids_and_counts_the_rest() -> None:
 def test_a_summary_gives_reasons_the_lines_that_are_left() -> None:
     rejected = [(f"r{i}", f"fault {'abcdefgh'[i]}; mend it") for i in range(8)]
     lines = summary(make_report(**CLEAN | {"rejected": rejected}))
-    assert len(lines) == 10
+    assert len(lines) == 11
     assert lines[1] == "rejected, fault a (1): r0"
-    assert lines[6] == "rejected for 3 other reasons (3): fault f, fault g, fault h"
+    assert lines[7] == "rejected for 2 other reasons (2): fault g, fault h"
 
 
 def test_a_long_id_is_shortened_to_its_end_and_a_terminal_gets_no_control_characters() -> None:
@@ -309,6 +313,8 @@ def test_the_page_shows_every_finding_with_its_count() -> None:
         "The same image under several ids": 2,
         "Images whose annotations overlap": 1,
         "Ages above 110 years": 1,
+        "a window": 2,
+        "a table": 1,
     }
     clean = CLEAN | {"entries": [replace(entry, age=50) for entry in ENTRIES]}
     assert findings(page(make_report(**clean), "Report")) == {}
@@ -440,7 +446,7 @@ def test_counts_add_up_to_the_images(draws: list[tuple[int, int, int]]) -> None:
         assert report.annotated.area_px is not None
         assert report.annotated.area_px["p50"] == (areas[(len(areas) - 1) // 2] + areas[len(areas) // 2]) / 2
     lines = summary(report)
-    assert len(lines) <= 10 and all(line == line.strip() and line for line in lines)
+    assert len(lines) <= 11 and all(line == line.strip() and line for line in lines)
 
 
 def test_the_report_of_real_annotations_has_their_known_areas(real_data: Path) -> None:

@@ -46,6 +46,7 @@ def build_report(
         patient_sources=count_sources(entries, grouping),
         pixel_hashes=[image.image_sha256 for image in packed],
         formats=[result.format for result in used],
+        notes=[(note, result.image_id) for result in used for note in result.notes],
         annotated=annotated,
         file_ids=archive.image_ids,
         overlapping=[result.image_id for result in used if result.overlapping],

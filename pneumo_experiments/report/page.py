@@ -158,6 +158,15 @@ def _noteworthy(report: Report) -> list[Finding]:
             "The annotations of an image are united, so that each pixel counts once.",
             _ids(report.annotated.overlapping if report.annotated else []),
         ),
+        *(
+            (
+                note,
+                "Headers that are empty, damaged or contradictory there. The images are used; the pixels and"
+                " the rest of the header decide how they look.",
+                _ids(image_ids),
+            )
+            for note, image_ids in report.notes.items()
+        ),
         (
             f"Ages above {MAX_PLAUSIBLE_AGE} years",
             "The images are used; their ages are not counted below.",

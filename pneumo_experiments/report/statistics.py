@@ -124,6 +124,7 @@ class Report:
     ages: Ages
     sizes: dict[str, int]  # "rows x columns"
     formats: dict[str, int]
+    notes: dict[str, list[str]]  # what headers say and was not used: image ids, the most frequent first
     patients: Patients
     annotated: AnnotationStatistics | None  # None for a set without labels
 
@@ -142,6 +143,7 @@ def make_report(
     patient_sources: Mapping[str, int],
     pixel_hashes: Sequence[str],
     formats: Sequence[str],
+    notes: Sequence[tuple[str, str]],
     annotated: Collection[str] | None,
     file_ids: Collection[str],
     overlapping: Sequence[str],
@@ -178,6 +180,10 @@ def make_report(
         ages=_ages(entries),
         sizes=_counts(f"{entry.rows} x {entry.columns}" for entry in entries),
         formats=_counts(formats),
+        notes={
+            note: sorted(image_id for each, image_id in notes if each == note)
+            for note in _counts(note for note, _ in notes)
+        },
         patients=_patients(entries, patient_sources),
         annotated=None if annotated is None else _annotated(entries, overlapping),
     )
