@@ -33,6 +33,7 @@ ENTRIES = [
 ]
 CLEAN: dict[str, Any] = {
     "files": 6,
+    "identified_by": "",
     "skipped": {},
     "duplicates": {},
     "rejected": [],
@@ -55,6 +56,7 @@ REJECTED = [
 ]
 FULL = CLEAN | {
     "files": 15,
+    "identified_by": "the file's path",
     "skipped": {"__MACOSX and ._ files": 3, "zip files": 1, ".DS_Store": 0},
     "duplicates": {"u1": 2, "b1": 3},
     "rejected": REJECTED,
@@ -232,7 +234,7 @@ def test_the_json_has_all_fields_and_survives_a_file() -> None:
     told = full_report().as_json()
     assert json.loads(json.dumps(told)) == told
     assert list(told) == [
-        *("files", "images", "outcome", "skipped", "rejected", "invalid_run_lengths"),
+        *("files", "images", "identified_by", "outcome", "skipped", "rejected", "invalid_run_lengths"),
         *("annotated_without_file", "files_without_annotation", "duplicates", "identical_images"),
         *("views", "sexes", "ages", "sizes", "formats", "notes", "patients", "annotated"),
     ]
@@ -257,6 +259,7 @@ def test_the_summary_is_short_and_complete() -> None:
         "rejected for 4 reasons (5): n frames instead of one, another file of this image is used,"
         " not a DICOM file and 1 more",
         "skipped: __MACOSX and ._ files (3), zip files (1)",
+        "the id of an image is the file's path",
         "annotated, but no file found (2): gone1, gone2",
         "file found, but not in the annotation table (2): u0, u1",
         "several files with the same id (2): b1, u1",
@@ -287,9 +290,9 @@ def test_a_summary_names_three_ids_and_counts_the_rest() -> None:
 def test_a_summary_gives_reasons_the_lines_that_are_left() -> None:
     rejected = [(f"r{i}", f"fault {'abcdefgh'[i]}; mend it") for i in range(8)]
     lines = summary(make_report(**CLEAN | {"rejected": rejected}))
-    assert len(lines) == 11
+    assert len(lines) == 12
     assert lines[1] == "rejected, fault a (1): r0"
-    assert lines[7] == "rejected for 2 other reasons (2): fault g, fault h"
+    assert lines[8] == "rejected, fault h (1): r7"
 
 
 def test_a_long_id_is_shortened_to_its_end_and_a_terminal_gets_no_control_characters() -> None:
@@ -446,7 +449,7 @@ def test_counts_add_up_to_the_images(draws: list[tuple[int, int, int]]) -> None:
         assert report.annotated.area_px is not None
         assert report.annotated.area_px["p50"] == (areas[(len(areas) - 1) // 2] + areas[len(areas) // 2]) / 2
     lines = summary(report)
-    assert len(lines) <= 11 and all(line == line.strip() and line for line in lines)
+    assert len(lines) <= 12 and all(line == line.strip() and line for line in lines)
 
 
 def test_the_report_of_real_annotations_has_their_known_areas(real_data: Path) -> None:

@@ -141,7 +141,8 @@ def _noteworthy(report: Report) -> list[Finding]:
     return _findings(
         (
             "Several files with the same id",
-            "The id of an image is the name of its file; of several files with one id at most one is used.",
+            f"The id of an image is {report.identified_by or 'the name of its file'}."
+            " Of several files with one id at most one is used.",
             [
                 (image_id, f"{same.files} files, {'one is used' if same.used else 'none is used'}")
                 for image_id, same in report.duplicates.items()

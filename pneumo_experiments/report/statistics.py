@@ -111,6 +111,7 @@ class Report:
 
     files: int
     images: int  # distinct ids
+    identified_by: str  # what the ids are; empty for the names of the files
     outcome: Outcome
     skipped: dict[str, int]
     rejected: list[Rejection]  # the most frequent first
@@ -136,6 +137,7 @@ class Report:
 def make_report(
     *,
     files: int,
+    identified_by: str,
     skipped: Mapping[str, int],
     duplicates: Mapping[str, int],
     rejected: Sequence[tuple[str, str]],
@@ -162,6 +164,7 @@ def make_report(
     return Report(
         files=files,
         images=len(all_ids),
+        identified_by=identified_by,
         outcome=Outcome(
             used=len(entries),
             rejected=len(unusable),
