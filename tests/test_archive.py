@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import os
 import shutil
 import subprocess
@@ -10,8 +11,10 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import pydicom
 import pytest
 from conftest import ROOT
+from dicom_files import GREYS, dicom_bytes
 
 from pneumo_experiments.dicom.archive import Archive, open_archive, read_member
 from pneumo_experiments.errors import Rejected, UserError
@@ -59,7 +62,9 @@ def test_of_equal_files_with_one_id_the_first_is_used_and_of_differing_ones_none
     place(tmp_path, "y/other.dcm", content=DICOM + b"x")
     place(tmp_path, "x/swapped.dcm", content=DICOM[:-1] + b"1")
     place(tmp_path, "y/swapped.dcm", content=DICOM[:-1] + b"2")
-    archive = open_archive(tmp_path)
+    archive = open_archive(tmp_path, "stem")
+    annotated = open_archive(tmp_path, "auto", {"other", "swapped"})
+    assert (annotated.members, annotated.differing) == (archive.members, archive.differing)
     assert [(member.image_id, member.name) for member in archive.members] == [
         ("same", "x/same.dcm"),
         ("single", "single.dcm"),
@@ -68,6 +73,79 @@ def test_of_equal_files_with_one_id_the_first_is_used_and_of_differing_ones_none
     assert archive.duplicates == {"same": 2, "other": 2, "swapped": 2}
     assert archive.image_ids == {"same", "single", "other", "swapped"}
     assert archive.files == 7
+
+
+def with_uids(content: bytes, instance: str = "1.2", sop_class: str = "1.2.840.10008.5.1.4.1.1.1") -> bytes:
+    dataset, file = pydicom.dcmread(io.BytesIO(content)), io.BytesIO()
+    dataset.file_meta.MediaStorageSOPClassUID = sop_class
+    dataset.file_meta.MediaStorageSOPInstanceUID = instance
+    dataset.save_as(file)
+    return file.getvalue()
+
+
+def of_patients(tmp_path: Path) -> dict[str, str]:
+    """Files of one name, the SOP Instance UID of each by its path."""
+    uids = dict[str, str]()
+    for number in range(4):
+        name, uid = f"PAT{number}/IM-0001-0001", f"1.2.3.{number}"
+        content = with_uids(dicom_bytes(GREYS + np.uint8(number)), instance=uid)
+        place(tmp_path, f"{name}.dcm", content=content)
+        uids[name] = uid
+    return uids
+
+
+def test_files_of_one_name_in_several_folders_are_told_apart(tmp_path: Path) -> None:
+    uids = of_patients(tmp_path)
+    place(tmp_path, "alone.dcm", "x/twice.dcm", "y/twice.dcm")
+    archive = open_archive(tmp_path)
+    assert ids(archive) == [*uids, "alone", "twice"]
+    assert archive.identified_by == (
+        "the file's name, or the file's path for 4 files of one name that differ"
+    )
+    assert archive.differing == ()
+    assert ids(open_archive(tmp_path, "stem")) == ["alone", "twice"]
+    assert ids(open_archive(tmp_path, "path")) == [*uids, "alone", "x/twice", "y/twice"]
+    by_uid = open_archive(tmp_path, "sop_instance_uid")
+    assert ids(by_uid) == [*uids.values(), "alone", "twice"]
+    assert by_uid.identified_by == "the SOP Instance UID"
+    assert {member.image_id: member.name for member in by_uid.members}["1.2.3.2"] == "PAT2/IM-0001-0001.dcm"
+
+
+def test_what_the_table_names_decides_what_the_ids_are(tmp_path: Path) -> None:
+    uids = of_patients(tmp_path)
+    for wanted in (list(uids), list(uids.values())):
+        archive = open_archive(tmp_path, wanted=[*wanted[1:], "gone"])
+        assert ids(archive) == wanted
+    assert open_archive(tmp_path, wanted={"IM-0001-0001"}).differing == ("IM-0001-0001",)
+
+
+def test_objects_without_pictures_are_passed_over_and_counted_by_class(tmp_path: Path) -> None:
+    for kind, uid in {
+        "Basic Text SR Storage": "1.2.840.10008.5.1.4.1.1.88.11",
+        "Grayscale Softcopy Presentation State Storage": "1.2.840.10008.5.1.4.1.1.11.1",
+        "Key Object Selection Document Storage": "1.2.840.10008.5.1.4.1.1.88.59",
+    }.items():
+        written = with_uids(dicom_bytes(GREYS), sop_class=uid)
+        place(tmp_path, f"{kind}.dcm", f"{kind} 2", content=written)
+    with pytest.raises(UserError, match=r"no \.dcm files, only .*Basic Text SR Storage \(2\)"):
+        open_archive(tmp_path)
+    for number, uid in enumerate(("1.2.840.10008.5.1.4.1.1.1", "1.2.840.10008.5.1.4.1.1.1.1", "1.2.3.4")):
+        place(tmp_path, f"{number}.dcm", content=with_uids(dicom_bytes(GREYS), sop_class=uid))
+    archive = open_archive(tmp_path)
+    assert ids(archive) == ["0", "1", "2"]
+    assert archive.skipped == {
+        "Basic Text SR Storage": 2,
+        "Grayscale Softcopy Presentation State Storage": 2,
+        "Key Object Selection Document Storage": 2,
+    }
+
+
+def test_an_id_that_is_a_path_leaves_no_folder(tmp_path: Path) -> None:
+    path = tmp_path / "a.zip"
+    with zipfile.ZipFile(path, "w") as file:
+        for name in ("../../x.dcm", "/y.dcm", "a/../z.dcm", "./b/w.dcm"):
+            file.writestr(name, DICOM + name.encode())
+    assert ids(open_archive(path, "path")) == ["a/z", "b/w", "x", "y"]
 
 
 def test_a_zip_file_is_read_in_place_like_the_folder_that_it_holds(tmp_path: Path) -> None:
@@ -154,7 +232,7 @@ def test_of_differing_files_with_one_name_in_a_zip_file_none_is_used(tmp_path: P
     with zipfile.ZipFile(path, "w") as file, pytest.warns(UserWarning, match="Duplicate name"):
         for name, content in [("x/one.dcm", b"1"), ("x/one.dcm", b"2"), ("same.dcm", b""), ("same.dcm", b"")]:
             file.writestr(name, DICOM + content)
-    archive = open_archive(path)
+    archive = open_archive(path, "stem")
     assert (ids(archive), archive.differing) == (["same"], ("one",))
     assert archive.duplicates == {"one": 2, "same": 2}
     assert [read_member(path, member, 10) for member in archive.members] == [DICOM]
@@ -279,7 +357,7 @@ def test_a_bomb_in_a_zip_file_inflates_no_further_than_its_declared_size(tmp_pat
     content = content.replace(told, (999).to_bytes(4, "little"))
     outcomes = [
         ["{}", "bomb: damaged in the zip file"],
-        [f"{path}: contains no .dcm files; name the folder that holds them"],
+        [f"{path}: contains no .dcm files, only other files (1); name the folder that holds them"],
     ]
     for name, outcome in zip((b"bomb.dcm", b"nosuffix"), outcomes, strict=True):
         path.write_bytes(content.replace(b"bomb.dcm", name))

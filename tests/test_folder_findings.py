@@ -60,6 +60,7 @@ DETECTOR = Detector((Member(Predictor(Bright(), CPU), {}),), SIZE, THRESHOLDS, "
 
 def picture(columns: slice = slice(0, 0), shape: tuple[int, int] = SHAPE) -> np.ndarray:
     pixels = np.full(shape, 20, np.uint8)
+    pixels[:, ::2] += 1
     pixels[20:50, columns] = 230
     return pixels
 
@@ -96,7 +97,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def written(folder: Path, **settings: Any) -> dict[str, dict[str, str]]:
     """The rows of findings.csv by image id."""
-    chosen = make(Score, dicom_dir=folder, **settings)
+    chosen = make(Score, dicom_dir=folder, image_id="stem", **settings)
     with tracking.run("score", chosen):
         write_findings(chosen, DETECTOR, folder, "models:/x@champion")
     return rows_of(chosen.findings)
@@ -390,7 +391,7 @@ def command(
 def test_the_command_and_the_mistakes_of_newcomers(
     command: Callable[..., End], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    end = command("--dicom_dir", folder, "--dicom_seg", "true", "--overlays", "0")
+    end = command("--dicom_dir", folder, "--image_id", "stem", "--dicom_seg", "true", "--overlays", "0")
     assert (end.code, end.err) == (0, "")
     assert "5 with a finding" in end.out
     assert rows_of(Path("output/findings"))["dark"]["area_px"] == str(SHAPE[0] * SHAPE[1])

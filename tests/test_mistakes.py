@@ -467,8 +467,11 @@ def test_a_study_of_other_data_or_settings_or_of_another_program_is_named(
             "the store cannot be opened ((sqlite3.OperationalError) table spans already exists);"
             " its creation was interrupted: delete it, or name another",
         ),
-        ("file:folder", "the store cannot be opened"),
-        ("./mlruns", "the store cannot be opened"),
+        ("file:folder", "a folder of files"),
+        (
+            "./mlruns",
+            f"a folder of files, which MLflow {mlflow.__version__} opens only with MLFLOW_ALLOW_FILE",
+        ),
         ("banana://x", "the store cannot be opened"),
     ],
 )
@@ -485,6 +488,38 @@ def test_a_store_that_does_not_open_is_named_within_seconds(
     (line,) = end.err.splitlines()
     assert line.startswith(f"Error: MLFLOW_TRACKING_URI={uri.replace('secret', '***')}: {reason}")
     assert not (tmp_path / "output").exists()
+
+
+def test_an_experiment_or_run_that_is_gone_is_named_with_the_remedy(
+    command: Command, monkeypatch: pytest.MonkeyPatch, store: Path
+) -> None:
+    client = MlflowClient()
+    gone = client.create_experiment("gone")
+    client.delete_experiment(gone)
+    run_of_gone = client.create_run("0").info.run_id
+    deleted_run = client.create_run(client.create_experiment("other")).info.run_id
+    client.delete_run(deleted_run)
+    client.delete_experiment("0")
+    restore = "is deleted; restore it with: mlflow experiments restore --experiment-id"
+    for variables, line in (
+        ({}, f"MLFLOW_EXPERIMENT_ID=0: the experiment Default {restore} 0, or name"),
+        (
+            {"MLFLOW_EXPERIMENT_ID": gone},
+            f"MLFLOW_EXPERIMENT_ID={gone}: the experiment gone {restore} {gone}",
+        ),
+        ({"MLFLOW_EXPERIMENT_NAME": "gone"}, f"MLFLOW_EXPERIMENT_NAME=gone: the experiment gone {restore}"),
+        ({"MLFLOW_RUN_ID": run_of_gone}, f"MLFLOW_RUN_ID={run_of_gone}: the experiment Default {restore}"),
+        ({"MLFLOW_RUN_ID": deleted_run}, f"MLFLOW_RUN_ID={deleted_run}: the run is deleted; restore it with"),
+    ):
+        with monkeypatch.context() as context:
+            for name, value in variables.items():
+                context.setenv(name, value)
+            end = command("sample")
+        assert end.code == 2
+        (text,) = end.err.splitlines()
+        assert text.startswith(f"Error: {line}"), text
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "created")
+    assert command("sample", "--images", "10").code == 0
 
 
 @pytest.mark.parametrize("version", ["earlier", "later"])
@@ -577,5 +612,5 @@ def test_a_run_or_experiment_that_the_store_does_not_have_is_named(
     end = command("sample")
     assert end.code == 2
     (line,) = end.err.splitlines()
-    assert f"id={value}" in line
+    assert line.startswith(f"Error: {name}={value}: sqlite:")
     assert not (tmp_path / "output").exists()

@@ -330,6 +330,31 @@ def test_a_backbone_file_fills_only_the_backbone(old: bool, tmp_path: Path) -> N
     assert net.pretrained == {f"backbone.{name}" for name, _ in net.backbone.named_parameters()}
 
 
+@pytest.mark.parametrize(
+    ("prefix", "key"),
+    [
+        ("module.", ""),
+        ("_orig_mod.", "model"),
+        ("encoder.", "state_dict"),
+        ("net.module.encoder.", "model_state_dict"),
+        ("", "state_dict"),
+    ],
+)
+def test_a_backbone_is_found_in_a_checkpoint_and_below_a_prefix(
+    prefix: str, key: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    state = constants(torchvision_shapes("resnet50"))
+    written = {prefix + name: tensor for name, tensor in state.items()}
+    if prefix:
+        written["decoder.conv1.weight"] = torch.ones(3)
+    torch.save({key: written, "epoch": 7} if key else written, tmp_path / "w.pt")
+    net = build("fcn_resnet50", str(tmp_path / "w.pt"), seed=0)
+    assert holds(net.backbone["conv1"].weight, state["conv1.weight"])
+    assert holds(net.backbone["layer4"][2].conv3.weight, state["layer4.2.conv3.weight"])
+    warning = [f"weights: 1 tensors outside {prefix} are not used"] if prefix else []
+    assert [record.getMessage() for record in caplog.records] == warning
+
+
 def test_a_file_without_auxiliary_head_leaves_that_as_it_was_initialised(tmp_path: Path) -> None:
     state = constants(torchvision_shapes("fcn_resnet50", num_classes=1, aux_loss=False))
     torch.save(state, tmp_path / "weights.pt")
@@ -353,7 +378,7 @@ def _wrong_file(kind: str, path: Path) -> None:
             {
                 "class": {"path": Path()},  # needs unpickling of a class: refused, never run
                 "list": [torch.zeros(2)],
-                "nested": {"model": resnet, "epoch": 3},
+                "nested": {"best": resnet, "epoch": 3},
                 "foreign": {"fc.weight": torch.zeros(2)},
                 "incomplete": {name: resnet[name] for name in resnet if name != "layer2.1.conv2.weight"},
                 "deeper": constants(torchvision_shapes("resnet101")),

@@ -33,6 +33,7 @@ ENTRIES = [
 ]
 CLEAN: dict[str, Any] = {
     "files": 6,
+    "identified_by": "",
     "skipped": {},
     "duplicates": {},
     "rejected": [],
@@ -40,6 +41,7 @@ CLEAN: dict[str, Any] = {
     "patient_sources": {"shipped table": 4, "unknown": 2},
     "pixel_hashes": ["p0", "p1", "p2", "p3", "p4", "p5"],
     "formats": [JPEG, JPEG, JPEG, JPEG, PLAIN, JPEG],
+    "notes": [],
     "annotated": [entry.image_id for entry in ENTRIES],
     "file_ids": [entry.image_id for entry in ENTRIES],
     "overlapping": [],
@@ -54,12 +56,14 @@ REJECTED = [
 ]
 FULL = CLEAN | {
     "files": 15,
+    "identified_by": "the file's path",
     "skipped": {"__MACOSX and ._ files": 3, "zip files": 1, ".DS_Store": 0},
     "duplicates": {"u1": 2, "b1": 3},
     "rejected": REJECTED,
     "pixel_hashes": ["same", "p1", "p1", "p3", "same", "same"],
     "annotated": {*CLEAN["annotated"], "r1", "r2", "r5", "gone2", "gone1", "late"},
     "file_ids": [*CLEAN["file_ids"], "r1", "r2", "r3", "r5", "u1", "u0", "late"],
+    "notes": [("a window", "b2"), ("a table", "c1"), ("a window", "a2")],
     "overlapping": ["b2"],
     "invalid_run_lengths": ["r5"],
 }
@@ -115,6 +119,7 @@ def test_a_reason_is_shown_with_its_numbers_where_all_files_share_them() -> None
 def test_what_does_not_fit_together_is_listed_in_full_and_sorted() -> None:
     report = full_report()
     assert report.skipped == {"__MACOSX and ._ files": 3, "zip files": 1}
+    assert list(report.notes.items()) == [("a window", ["a2", "b2"]), ("a table", ["c1"])]
     assert report.annotated_without_file == ["gone1", "gone2"]
     assert report.files_without_annotation == ["u0", "u1"]  # r3 is rejected already
     assert report.invalid_run_lengths == ["r5"]
@@ -229,9 +234,9 @@ def test_the_json_has_all_fields_and_survives_a_file() -> None:
     told = full_report().as_json()
     assert json.loads(json.dumps(told)) == told
     assert list(told) == [
-        *("files", "images", "outcome", "skipped", "rejected", "invalid_run_lengths"),
+        *("files", "images", "identified_by", "outcome", "skipped", "rejected", "invalid_run_lengths"),
         *("annotated_without_file", "files_without_annotation", "duplicates", "identical_images"),
-        *("views", "sexes", "ages", "sizes", "formats", "patients", "annotated"),
+        *("views", "sexes", "ages", "sizes", "formats", "notes", "patients", "annotated"),
     ]
 
 
@@ -254,10 +259,12 @@ def test_the_summary_is_short_and_complete() -> None:
         "rejected for 4 reasons (5): n frames instead of one, another file of this image is used,"
         " not a DICOM file and 1 more",
         "skipped: __MACOSX and ._ files (3), zip files (1)",
+        "the id of an image is the file's path",
         "annotated, but no file found (2): gone1, gone2",
         "file found, but not in the annotation table (2): u0, u1",
         "several files with the same id (2): b1, u1",
         "same image under several ids (2): a1 = b3, b1 = b2",
+        "headers: a window (2), a table (1)",
         "6 images of 3 patients, at most 3 per patient",
         "view AP 3, PA 2, unknown 1; sex M 3, F 2, unknown 1; age median 48 years, 1 unknown, 1 above 110",
         "4 with pneumothorax, median area 750 px, 1 with overlapping annotations;"
@@ -283,9 +290,9 @@ def test_a_summary_names_three_ids_and_counts_the_rest() -> None:
 def test_a_summary_gives_reasons_the_lines_that_are_left() -> None:
     rejected = [(f"r{i}", f"fault {'abcdefgh'[i]}; mend it") for i in range(8)]
     lines = summary(make_report(**CLEAN | {"rejected": rejected}))
-    assert len(lines) == 10
+    assert len(lines) == 12
     assert lines[1] == "rejected, fault a (1): r0"
-    assert lines[6] == "rejected for 3 other reasons (3): fault f, fault g, fault h"
+    assert lines[8] == "rejected, fault h (1): r7"
 
 
 def test_a_long_id_is_shortened_to_its_end_and_a_terminal_gets_no_control_characters() -> None:
@@ -309,6 +316,8 @@ def test_the_page_shows_every_finding_with_its_count() -> None:
         "The same image under several ids": 2,
         "Images whose annotations overlap": 1,
         "Ages above 110 years": 1,
+        "a window": 2,
+        "a table": 1,
     }
     clean = CLEAN | {"entries": [replace(entry, age=50) for entry in ENTRIES]}
     assert findings(page(make_report(**clean), "Report")) == {}
@@ -440,7 +449,7 @@ def test_counts_add_up_to_the_images(draws: list[tuple[int, int, int]]) -> None:
         assert report.annotated.area_px is not None
         assert report.annotated.area_px["p50"] == (areas[(len(areas) - 1) // 2] + areas[len(areas) // 2]) / 2
     lines = summary(report)
-    assert len(lines) <= 10 and all(line == line.strip() and line for line in lines)
+    assert len(lines) <= 12 and all(line == line.strip() and line for line in lines)
 
 
 def test_the_report_of_real_annotations_has_their_known_areas(real_data: Path) -> None:

@@ -31,7 +31,7 @@ from pneumo_experiments.errors import Rejected, UserError
 from pneumo_experiments.files import write_atomically
 
 FILES_PER_SHARD = 32
-VERSION = 2  # increase it when the content of shard files changes
+VERSION = 3  # increase it when the content of shard files changes
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,7 @@ class FileResult:
     image_id: str
     content: str  # SHA-256 of the file; empty if it could not be read
     format: str = ""
+    notes: Sequence[str] = ()  # what its header says and was not used
     overlapping: bool = False  # whether annotations overlap
     reason: str = ""
     invalid_run_lengths: bool = False
@@ -264,4 +265,6 @@ def _packed(job: Job, index: int, result: FileResult, radiograph: Radiograph) ->
         (EMPTY if mask is None else encode(mask)) if labelled else None,
     )
     packed = pack(resized, settings.pixel_dtype)
-    return replace(result, format=radiograph.format, overlapping=overlapping, packed=packed)
+    return replace(
+        result, format=radiograph.format, notes=radiograph.notes, overlapping=overlapping, packed=packed
+    )

@@ -11,20 +11,19 @@ import struct
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 
+from pneumo_experiments.dicom.identity import HEAD_BYTES, SUFFIXES, Head, ImageId, image_ids, read_head
 from pneumo_experiments.dicom.limits import MAX_BYTES_PER_PIXEL, MAX_HEADER_BYTES
 from pneumo_experiments.dicom.radiograph import MAX_PIXELS
 from pneumo_experiments.errors import Rejected, UserError
 
-SUFFIXES = (".dcm", ".dicom")
 ZIPS = (".zip",)
 DIFFERING_FILES = "several files have this id, and their contents differ"
-PREAMBLE_BYTES, MAGIC = 128, b"DICM"  # DICOM PS3.10 7.1
 # What zipfile raises for a damaged file; ValueError when a name or an offset is damaged.
 DAMAGE_ERRORS = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, EOFError, ValueError)
 LZMA_STEP_BYTES = 2**12  # compressed bytes per step, which expand to 30 MB at most
@@ -39,6 +38,7 @@ class Member:
     size: int  # bytes
     stamp: int  # changes with the file: modification time in ns, or CRC-32 in a zip file
     number: int = 0  # position in the zip directory, where names may repeat
+    sop_instance: str = ""  # SOP Instance UID, empty if unknown
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,7 @@ class Archive:
     skipped: dict[str, int]  # number of other files by kind
     duplicates: dict[str, int]  # image id -> number of files, where more than one has the id
     differing: tuple[str, ...]  # ids whose files have different contents; none of these files is a member
+    identified_by: str = ""  # in words, what the ids are
 
     @property
     def image_ids(self) -> set[str]:
@@ -58,25 +59,44 @@ class Archive:
         return {member.image_id for member in self.members} | set(self.differing)
 
 
-def open_archive(root: Path) -> Archive:
-    """The DICOM files below ``root``: named .dcm or .dicom, or starting with the DICOM preamble.
+def open_archive(root: Path, image_id: ImageId = "auto", wanted: Collection[str] = ()) -> Archive:
+    """The DICOM images below ``root``: named .dcm or .dicom, or starting with the DICOM preamble.
 
-    Raises UserError if ``root`` is neither a folder nor a zip file, or holds no DICOM file.
+    ``image_id`` is what identifies an image, ``wanted`` the ids in a table, if there is one. With ``auto``
+    files of one name that differ have their paths as ids, unless the table has that name. Raises UserError if
+    ``root`` is neither a folder nor a zip file, or holds no DICOM image.
     """
     skipped = Counter[str]()
     if root.is_dir():
         members = _scan(_walk(root, skipped), lambda member: _first_bytes(root / member.name), skipped)
     elif root.is_file() and zipfile.is_zipfile(root):
-        members = _scan(
-            _list_zip(root), lambda member: _read_zip_entry(root, member, PREAMBLE_BYTES + 4), skipped
-        )
+        members = _scan(_list_zip(root), lambda member: _read_zip_entry(root, member, HEAD_BYTES), skipped)
     elif root.exists():
         raise UserError(f"{root}: neither a folder nor a zip file; name the one that holds the DICOM files")
     else:
         raise UserError(f"{root}: no such folder; name the one that holds the .dcm files")
     if not members:
-        raise UserError(f"{root}: contains no .dcm files; name the folder that holds them")
-    return _without_duplicates(root, members, skipped)
+        others = ", ".join(f"{kind} ({count})" for kind, count in skipped.items())
+        only = f", only {others}" if others else ""
+        raise UserError(f"{root}: contains no .dcm files{only}; name the folder that holds them")
+    return _identified(root, members, skipped, image_id, wanted)
+
+
+def _identified(
+    root: Path, files: list[Member], skipped: Counter[str], image_id: ImageId, wanted: Collection[str]
+) -> Archive:
+    """The archive of these files, with their ids."""
+    names, instances = [file.name for file in files], [file.sop_instance for file in files]
+    ids, what = image_ids(names, instances, image_id, wanted)
+    archive = _without_duplicates(root, files, ids, skipped, what)
+    # Names that no table has, and that several images share, such as IM-0001 of each patient.
+    unclear = set(archive.differing) - set(wanted)
+    if image_id != "auto" or not unclear:
+        return archive
+    paths, path = image_ids(names, instances, "path", ())
+    ids = [path if id in unclear else id for id, path in zip(ids, paths, strict=True)]
+    what += f", or {path} for {sum(archive.duplicates[id] for id in unclear)} files of one name that differ"
+    return _without_duplicates(root, files, ids, skipped, what)
 
 
 def read_member(root: Path, member: Member, max_pixels: int) -> bytes:
@@ -116,11 +136,10 @@ def read_member(root: Path, member: Member, max_pixels: int) -> bytes:
 def _scan(
     files: Iterator[Member], read_start: Callable[[Member], bytes], skipped: Counter[str]
 ) -> list[Member]:
-    """The DICOM files with their ids; counts the other files by kind in ``skipped``."""
+    """The DICOM images; counts the other files by kind in ``skipped``."""
     members = list[Member]()
     for file in files:
         path = PurePosixPath(file.name)
-        has_suffix = path.suffix.lower() in SUFFIXES
         if "__MACOSX" in path.parts or path.name.startswith("._"):
             skipped["__MACOSX and ._ files"] += 1
         elif path.name == ".DS_Store":
@@ -129,26 +148,30 @@ def _scan(
             skipped["zip files"] += 1
         elif path.name == "DICOMDIR":
             skipped["DICOMDIR"] += 1
-        elif path.name and (has_suffix or _has_preamble(read_start, file)):
-            image_id = path.stem if has_suffix else path.name
-            # Undecodable bytes in a name would fail later, when the id is written as UTF-8.
-            image_id = image_id.encode("utf-8", "backslashreplace").decode()
-            members.append(replace(file, image_id=image_id))
+        elif (head := _head(read_start, file)) is not None and head.other_class:
+            skipped[head.other_class] += 1
+        elif path.name and (head is not None or path.suffix.lower() in SUFFIXES):
+            members.append(replace(file, sop_instance=head.sop_instance if head else ""))
         else:
             skipped["other files"] += 1
     return members
 
 
-def _has_preamble(read_start: Callable[[Member], bytes], file: Member) -> bool:
+def _head(read_start: Callable[[Member], bytes], file: Member) -> Head | None:
     try:
-        return read_start(file)[PREAMBLE_BYTES : PREAMBLE_BYTES + 4] == MAGIC
+        return read_head(read_start(file))
     except (OSError, RuntimeError, *DAMAGE_ERRORS):
-        return False
+        return None
+
+
+def _printable(image_id: str) -> str:
+    """The id in UTF-8, with undecodable bytes of a file's name written out."""
+    return image_id.encode("utf-8", "backslashreplace").decode()
 
 
 def _first_bytes(path: Path) -> bytes:
     with path.open("rb") as file:
-        return file.read(PREAMBLE_BYTES + 4)
+        return file.read(HEAD_BYTES)
 
 
 def _walk(folder: Path, skipped: Counter[str]) -> Iterator[Member]:
@@ -236,10 +259,13 @@ def _open_zip(path: Path) -> zipfile.ZipFile:
         raise UserError(f"{path}: damaged or truncated zip file; download it again") from None
 
 
-def _without_duplicates(root: Path, files: list[Member], skipped: Counter[str]) -> Archive:
+def _without_duplicates(
+    root: Path, files: list[Member], ids: list[str], skipped: Counter[str], identified_by: str
+) -> Archive:
     """Of identical files with the same id keeps the first; drops all files of an id whose contents differ."""
     by_id: dict[str, list[Member]] = {}
-    for member in sorted(files, key=lambda member: (member.image_id, member.name)):
+    members = [replace(file, image_id=_printable(id)) for file, id in zip(files, ids, strict=True)]
+    for member in sorted(members, key=lambda member: (member.image_id, member.name)):
         by_id.setdefault(member.image_id, []).append(member)
     duplicates = {image_id: same for image_id, same in by_id.items() if len(same) > 1}
     differing = tuple(image_id for image_id, same in duplicates.items() if not _are_equal(root, same))
@@ -250,6 +276,7 @@ def _without_duplicates(root: Path, files: list[Member], skipped: Counter[str]) 
         skipped=dict(sorted(skipped.items())),
         duplicates={image_id: len(same) for image_id, same in duplicates.items()},
         differing=differing,
+        identified_by=identified_by,
     )
 
 

@@ -16,12 +16,13 @@ END_OF_IMAGE = b"\xff\xd9"  # JPEG, JPEG-LS and JPEG 2000
 
 
 class FrameHeader(NamedTuple):
-    """Image size and bit depth in the header of a compressed image."""
+    """Image size and bit depth in the header of a compressed image, and where that header starts."""
 
     rows: int
     columns: int
     components: int
     bits: int
+    offset: int = 0
 
 
 def join_fragments(encapsulated: bytes, rle: bool) -> bytes:
@@ -59,7 +60,7 @@ def read_frame_header(frame: bytes) -> FrameHeader | None:
                 position += 1
             elif marker == 0xF7 or (0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC)):
                 bits, rows, columns, components = struct.unpack_from(">BHHB", frame, position + 4)
-                return FrameHeader(rows, columns, components, bits)
+                return FrameHeader(rows, columns, components, bits, position)
             elif marker in (0xD8, 0xD9, 0xDA):  # image data or the end before any size
                 return None
             else:

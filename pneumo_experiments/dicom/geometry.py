@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from math import isfinite
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pneumo_experiments.dicom.header import text
+from pneumo_experiments.dicom.header import Attributes, text
 
 # Patient Orientation (0020,0020), PS3.3 C.7.6.1.1.1: where a row leads to, and where a column does. The first
 # letter of each is its main direction.
@@ -34,7 +33,7 @@ class Geometry(NamedTuple):
         return None if self.spacing_mm is None else area_px * self.spacing_mm[0] * self.spacing_mm[1]
 
 
-def read_geometry(header: Any) -> Geometry:
+def read_geometry(header: Attributes) -> Geometry:
     """The geometry in a header; values that are damaged count as absent.
 
     Without Patient Orientation a frontal view is taken to be displayed as usual: the patient's left on the
@@ -64,8 +63,8 @@ def side_of(mask: NDArray[np.bool_], left_edge: str) -> str:
     return "left" if on_left > on_right else "right"
 
 
-def _left_edge(header: Any) -> str:
-    directions = _values(header, "PatientOrientation")
+def _left_edge(header: Attributes) -> str:
+    directions = header.values("PatientOrientation")
     if not any(directions):
         view = text(header, "ViewPosition").upper()
         return "right" if view in FRONTAL_VIEWS else ""
@@ -75,22 +74,12 @@ def _left_edge(header: Any) -> str:
     return ""
 
 
-def _spacing_mm(header: Any, keyword: str) -> tuple[float, float] | None:
-    try:
-        rows, columns = map(float, _values(header, keyword))
-    except (TypeError, ValueError):
-        return None
-    return (rows, columns) if all(isfinite(mm) and mm > 0 for mm in (rows, columns)) else None
-
-
-def _values(header: Any, keyword: str) -> list[Any]:
-    """The values of an attribute; none if it is absent or damaged."""
-    try:
-        value = header.get(keyword)
-    except MemoryError:
-        raise
-    except Exception:  # pydicom raises many types; the pixels are as good without it
-        return []
-    if value is None or isinstance(value, str | float | int):
-        return [] if value is None else [value]
-    return list(value)
+def _spacing_mm(header: Attributes, keyword: str) -> tuple[float, float] | None:
+    match header.numbers(keyword):
+        case [float(rows), float(columns)] if rows > 0 and columns > 0:
+            return rows, columns
+        case []:
+            return None
+        case _:
+            header.is_damaged(keyword)
+            return None

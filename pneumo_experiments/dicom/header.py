@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from io import BytesIO
 from math import isfinite
@@ -11,7 +12,6 @@ from typing import Any, cast
 
 from pydicom import uid
 from pydicom.filereader import read_dataset
-from pydicom.multival import MultiValue
 
 from pneumo_experiments.dicom.codecs import DECODERS
 from pneumo_experiments.errors import Rejected
@@ -32,6 +32,52 @@ COLOURS = (  # PS3.3 C.7.6.3.1.2
 # fmt: on
 
 logging.getLogger("pydicom").propagate = False  # its log messages on damaged files may quote the header
+
+
+class Attributes:
+    """The attributes of a header; one that is damaged reads as absent, and ``notes`` name it."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+        self.notes = set[str]()  # in fixed words: no text of the file
+
+    def __contains__(self, keyword: str) -> bool:
+        return keyword in self.dataset
+
+    def get(self, keyword: str) -> Any:
+        """The value; None if it is absent, empty or damaged."""
+        try:
+            return self.dataset.get(keyword)
+        except MemoryError:
+            raise
+        except Exception:  # pydicom raises many types
+            self.is_damaged(keyword)
+            return None
+
+    def is_damaged(self, keyword: str) -> None:
+        """Notes that an attribute cannot be used."""
+        self.notes.add(f"{keyword} empty or damaged: not used")
+
+    def values(self, keyword: str) -> list[Any]:
+        """The values of an attribute of one or more; none if it is absent."""
+        value = self.get(keyword)
+        if isinstance(value, str):
+            return value.split("\\")  # as pydicom leaves what it cannot convert
+        if value is None or not isinstance(value, Iterable):
+            return [] if value is None else [value]
+        return list(cast("Iterable[Any]", value))
+
+    def numbers(self, keyword: str) -> list[float | None]:
+        """The numbers of an attribute, None in place of one that is damaged or not finite."""
+        return [_number(value) for value in self.values(keyword)]
+
+
+def _number(value: Any) -> float | None:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return None
+    return number if isfinite(number) else None
 
 
 @dataclass(frozen=True)
@@ -78,7 +124,7 @@ def _after_group_2(tag: int, vr: str | None, length: int) -> bool:
     return tag >> 16 != 2
 
 
-def read_layout(header: Any, syntax: uid.UID, max_pixels: int) -> Layout:
+def read_layout(header: Attributes, syntax: uid.UID, max_pixels: int) -> Layout:
     """The pixel layout, validated before memory for the pixels is allocated; Rejected if unsupported."""
     if "FloatPixelData" in header or "DoubleFloatPixelData" in header:
         raise Rejected("floating-point pixels")
@@ -90,7 +136,10 @@ def read_layout(header: Any, syntax: uid.UID, max_pixels: int) -> Layout:
         raise Rejected(f"not a grayscale image ({kind})")
     if (samples := integer(header, "SamplesPerPixel", 1)) != 1:
         raise Rejected(f"not a grayscale image ({samples} samples per pixel)")
-    if (frames := integer(header, "NumberOfFrames", 1)) != 1:
+    frames = integer(header, "NumberOfFrames", 1)
+    if frames == 0:  # wrong, and written by some devices for one
+        header.notes.add("NumberOfFrames 0: read as 1")
+    elif frames != 1:
         raise Rejected(f"{frames} frames instead of one")
     rows, columns = integer(header, "Rows"), integer(header, "Columns")
     if rows < 1 or columns < 1:
@@ -123,7 +172,7 @@ def inflate(content: bytes, max_bytes: int) -> bytes:
     return unpacked
 
 
-def integer(header: Any, keyword: str, default: int | None = None) -> int:
+def integer(header: Attributes, keyword: str, default: int | None = None) -> int:
     """An integer of the header; the default if absent, Rejected without one or if it is not one integer."""
     value = header.get(keyword)
     if value is None and default is not None:
@@ -133,15 +182,7 @@ def integer(header: Any, keyword: str, default: int | None = None) -> int:
     return int(value)
 
 
-def first_number(header: Any, keyword: str) -> float | None:
-    """The first of one or more numbers; None if absent or not finite."""
-    value: Any = header.get(keyword)
-    if isinstance(value, MultiValue):
-        value = cast("Any", value[0])  # pyright: ignore[reportUnknownMemberType]
-    return float(value) if value is not None and isfinite(value) else None
-
-
-def text(header: Any, keyword: str) -> str:
+def text(header: Attributes, keyword: str) -> str:
     """Text without padding; empty if absent."""
     return str(header.get(keyword) or "").replace("\0", "").strip()
 

@@ -14,6 +14,7 @@ from pneumo_experiments.dataset.hdf5 import Dataset
 from pneumo_experiments.dataset.patients import Grouping, count_sources
 from pneumo_experiments.dataset.shards import FileResult
 from pneumo_experiments.dicom.archive import DIFFERING_FILES, Archive
+from pneumo_experiments.dicom.identity import FILE_NAME
 from pneumo_experiments.files import write_atomically
 from pneumo_experiments.report.page import page
 from pneumo_experiments.report.statistics import Report, make_report
@@ -39,6 +40,7 @@ def build_report(
     ]
     return make_report(
         files=archive.files,
+        identified_by="" if archive.identified_by == FILE_NAME else archive.identified_by,
         skipped=archive.skipped,
         duplicates=archive.duplicates,
         rejected=rejected,
@@ -46,6 +48,7 @@ def build_report(
         patient_sources=count_sources(entries, grouping),
         pixel_hashes=[image.image_sha256 for image in packed],
         formats=[result.format for result in used],
+        notes=[(note, result.image_id) for result in used for note in result.notes],
         annotated=annotated,
         file_ids=archive.image_ids,
         overlapping=[result.image_id for result in used if result.overlapping],

@@ -72,7 +72,9 @@ def write_findings(settings: Score, detector: Detector, folder: Path, model_text
     Raises UserError, with all files written, if more than ``max_rejected`` of the images cannot be read, and
     without any if none can.
     """
-    archive = open_archive(folder)
+    wanted = expected_images(settings.sample_submission, None) or ()
+    archive = open_archive(folder, settings.image_id, wanted)
+    print(f"score: {len(archive.image_ids)} images; the id of each is {archive.identified_by}")
     order = _order(settings, archive, folder)
     rows, shown = list[Row](), list[tuple[float, str, NDArray[np.uint8]]]()
 
@@ -196,10 +198,11 @@ def _describe(
 
 
 def _disk_name(image_id: str) -> str:
-    """The image id; if that is too long for a file name, its start and a digest."""
-    if len(image_id.encode()) <= MAX_NAME_BYTES:
+    """The image id; if that is a path or too long for a file name, its start and a digest."""
+    if len(image_id.encode()) <= MAX_NAME_BYTES and "/" not in image_id:
         return image_id
-    return f"{image_id[: MAX_NAME_BYTES // 4]}-{hashlib.sha256(image_id.encode()).hexdigest()[:16]}"
+    digest = hashlib.sha256(image_id.encode()).hexdigest()[:16]
+    return f"{image_id[: MAX_NAME_BYTES // 4].replace('/', '_')}-{digest}"
 
 
 def _remove_others(folder: Path, written: set[str]) -> None:

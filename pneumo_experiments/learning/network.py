@@ -66,6 +66,8 @@ NETWORKS: dict[str, Architecture] = {
 # The layers with one output per class, at the end of torchvision's heads.
 LAST_LAYERS = ("mask_head.4.", "aux_head.4.")
 DOWNLOAD_TIMEOUT_SECONDS = 20
+# Where checkpoints of Lightning, timm, torchvision's references and others have the state dict.
+CHECKPOINT_KEYS = ("state_dict", "model", "model_state_dict")
 
 log = logging.getLogger(__name__)
 
@@ -142,8 +144,9 @@ def build(network: str, weights: str, seed: int) -> PneumothoraxNet:
     """A network for training; ``weights`` is auto, imagenet, coco, none or a file with a state dict.
 
     A file may hold the state dict of this network, of torchvision's segmentation network of the same name
-    (its last layers are loaded if they have one class) or of its ResNet. Raises UserError when the weights
-    cannot be downloaded or read safely, or do not fit.
+    (its last layers are loaded if they have one class) or of its ResNet; also within a checkpoint, and with
+    ``module.``, ``encoder.`` and such before the names. Raises UserError when the weights cannot be
+    downloaded or read safely, or do not fit.
     """
     # Layers are initialised from torch's global generator.
     torch.manual_seed(seed)  # pyright: ignore[reportUnknownMemberType]
@@ -208,6 +211,9 @@ def _read(path: Path) -> dict[str, Tensor]:
             " save one with torch.save(model.state_dict(), …), or delete it if it is a damaged download"
         ) from error
     values = cast("dict[str, object]", state) if isinstance(state, dict) else {}
+    for key in CHECKPOINT_KEYS:
+        if isinstance(values.get(key), dict):
+            values = cast("dict[str, object]", values[key])
     tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
     if not tensors or len(tensors) < len(values):
         raise UserError(
@@ -218,6 +224,7 @@ def _read(path: Path) -> dict[str, Tensor]:
 
 def _rename(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Torchvision's tensors under the names of this network; a ResNet's without its classifier."""
+    state = _without_prefix(state)
     if "conv1.weight" in state:
         return {f"backbone.{name}": state[name] for name in state if not name.startswith("fc.")}
     heads = {"classifier": "mask_head", "aux_classifier": "aux_head"}
@@ -226,6 +233,20 @@ def _rename(state: dict[str, Tensor]) -> dict[str, Tensor]:
         module, dot, rest = name.partition(".")
         renamed[heads.get(module, module) + dot + rest] = tensor
     return renamed
+
+
+def _without_prefix(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of the segmentation network or ResNet that a larger model has below a prefix."""
+    for first in ("backbone.conv1.weight", "conv1.weight"):
+        second = first.replace("conv1", "layer1.0.conv1")  # blocks have a conv1 too
+        prefixes = [name.removesuffix(first) for name in state if name.endswith(first)]
+        if found := [prefix for prefix in prefixes if prefix + second in state]:
+            prefix = min(found, key=len)
+            kept = {n.removeprefix(prefix): tensor for n, tensor in state.items() if n.startswith(prefix)}
+            if left := len(state) - len(kept):
+                log.warning("weights: %d tensors outside %s are not used", left, prefix)
+            return kept
+    return state
 
 
 def _load(net: PneumothoraxNet, state: dict[str, Tensor], path: Path) -> frozenset[str]:

@@ -141,7 +141,8 @@ def _noteworthy(report: Report) -> list[Finding]:
     return _findings(
         (
             "Several files with the same id",
-            "The id of an image is the name of its file; of several files with one id at most one is used.",
+            f"The id of an image is {report.identified_by or 'the name of its file'}."
+            " Of several files with one id at most one is used.",
             [
                 (image_id, f"{same.files} files, {'one is used' if same.used else 'none is used'}")
                 for image_id, same in report.duplicates.items()
@@ -157,6 +158,15 @@ def _noteworthy(report: Report) -> list[Finding]:
             "Images whose annotations overlap",
             "The annotations of an image are united, so that each pixel counts once.",
             _ids(report.annotated.overlapping if report.annotated else []),
+        ),
+        *(
+            (
+                note,
+                "Headers that are empty, damaged or contradictory there. The images are used; the pixels and"
+                " the rest of the header decide how they look.",
+                _ids(image_ids),
+            )
+            for note, image_ids in report.notes.items()
         ),
         (
             f"Ages above {MAX_PLAUSIBLE_AGE} years",

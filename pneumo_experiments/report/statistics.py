@@ -111,6 +111,7 @@ class Report:
 
     files: int
     images: int  # distinct ids
+    identified_by: str  # what the ids are; empty for the names of the files
     outcome: Outcome
     skipped: dict[str, int]
     rejected: list[Rejection]  # the most frequent first
@@ -124,6 +125,7 @@ class Report:
     ages: Ages
     sizes: dict[str, int]  # "rows x columns"
     formats: dict[str, int]
+    notes: dict[str, list[str]]  # what headers say and was not used: image ids, the most frequent first
     patients: Patients
     annotated: AnnotationStatistics | None  # None for a set without labels
 
@@ -135,6 +137,7 @@ class Report:
 def make_report(
     *,
     files: int,
+    identified_by: str,
     skipped: Mapping[str, int],
     duplicates: Mapping[str, int],
     rejected: Sequence[tuple[str, str]],
@@ -142,6 +145,7 @@ def make_report(
     patient_sources: Mapping[str, int],
     pixel_hashes: Sequence[str],
     formats: Sequence[str],
+    notes: Sequence[tuple[str, str]],
     annotated: Collection[str] | None,
     file_ids: Collection[str],
     overlapping: Sequence[str],
@@ -160,6 +164,7 @@ def make_report(
     return Report(
         files=files,
         images=len(all_ids),
+        identified_by=identified_by,
         outcome=Outcome(
             used=len(entries),
             rejected=len(unusable),
@@ -178,6 +183,10 @@ def make_report(
         ages=_ages(entries),
         sizes=_counts(f"{entry.rows} x {entry.columns}" for entry in entries),
         formats=_counts(formats),
+        notes={
+            note: sorted(image_id for each, image_id in notes if each == note)
+            for note in _counts(note for note, _ in notes)
+        },
         patients=_patients(entries, patient_sources),
         annotated=None if annotated is None else _annotated(entries, overlapping),
     )

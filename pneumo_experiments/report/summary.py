@@ -6,21 +6,24 @@ from collections.abc import Mapping, Sequence
 
 from pneumo_experiments.report.statistics import MAX_PLAUSIBLE_AGE, Rejection, Report
 
-MAX_LINES = 10
+MAX_LINES = 12
 EXAMPLES = 3  # names per line
 MAX_ID_LENGTH = 24  # of longer ids the end is shown, where DICOM UIDs differ
 
 
 def summary(report: Report) -> list[str]:
-    """One to 10 lines; empty findings are left out, lists of ids show three."""
+    """One to 12 lines; empty findings are left out, lists of ids show three."""
     skipped = [f"{kind} ({n:,})" for kind, n in report.skipped.items()]
+    notes = [f"{note} ({len(ids):,})" for note, ids in report.notes.items()]
     identical = [" = ".join(_shorten(group.image_ids[:2])) for group in report.identical_images]
     lines = [
         *([f"skipped: {_join(skipped)}"] if skipped else []),
+        *([f"the id of an image is {report.identified_by}"] if report.identified_by else []),
         *_finding("annotated, but no file found", _shorten(report.annotated_without_file)),
         *_finding("file found, but not in the annotation table", _shorten(report.files_without_annotation)),
         *_finding("several files with the same id", _shorten(list(report.duplicates))),
         *_finding("same image under several ids", identical),
+        *([f"headers: {_join(notes)}"] if notes else []),
         *(_images(report) if report.outcome.used else []),
     ]
     return [

@@ -13,6 +13,7 @@ from pneumo_experiments.settings.groups import (
     Evaluation,
     GivenThresholds,
     ImageFormat,
+    ImageIds,
     MaxRejected,
     Overlays,
     Reading,
@@ -126,6 +127,7 @@ class Score:
             declared=True,
         ),
     ] = None
+    image_id: ImageIds = "auto"
     submission: Annotated[Path, Arg("submission file to write", declared=True)] = Path(
         "output/submission.csv"
     )

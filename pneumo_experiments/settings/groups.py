@@ -53,6 +53,16 @@ class GivenThresholds:
     ] = None
 
 
+ImageIds = Annotated[
+    Literal["auto", "stem", "path", "sop_instance_uid"],
+    Arg(
+        "what identifies an image of dicom_dir: its file's name (stem), its path below dicom_dir, or its SOP"
+        " Instance UID; auto takes what the table of ids has, without one the name, or the path for files of"
+        " one name that differ"
+    ),
+]
+
+
 @dataclass(frozen=True)
 class SourceFiles:
     """Radiographs and annotations."""
@@ -76,6 +86,7 @@ class SourceFiles:
             declared=True,
         ),
     ] = AUTO
+    image_id: ImageIds = "auto"
 
 
 @dataclass(frozen=True)

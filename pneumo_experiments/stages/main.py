@@ -89,7 +89,8 @@ def main(settings: Main) -> ScoreResult:
         tracking.log_params(constant | {"interval_reliable": result.scores.interval_reliable})
         if settings.test_dir is not None:
             next(step)
-            score(replace(scoring, dicom_dir=settings.test_dir, submission=submission, findings=findings))
+            of_test = replace(scoring, dicom_dir=settings.test_dir, image_id=settings.source.image_id)
+            score(replace(of_test, submission=submission, findings=findings))
         next(step)
         version = register(Register(model=model, dataset=dataset, registry=settings.registry))
         assert version is not None  # None is the answer to history alone
@@ -166,6 +167,7 @@ def _dataset_path(settings: Main) -> Path:
         settings.source.dicom_dir,
         settings.source.rle_csv,
         settings.source.patients_csv,
+        settings.source.image_id,
         settings.format.image_size,
         settings.format.pixel_dtype,
     )

@@ -74,10 +74,6 @@ def preprocess(settings: Preprocess) -> Path:
 def _read_inputs(settings: Preprocess) -> PreprocessInputs:
     if settings.source.dicom_dir is None:
         raise UserError("dicom_dir: none given; name the folder that holds the DICOM files")
-    try:
-        archive = open_archive(settings.source.dicom_dir)
-    except UserError as error:
-        raise UserError(f"dicom_dir={error}") from None
     annotations, digest = None, NONE
     if settings.source.rle_csv is not None:
         content = read_table(settings.source.rle_csv, ANNOTATIONS)
@@ -85,6 +81,10 @@ def _read_inputs(settings: Preprocess) -> PreprocessInputs:
             read_annotations(settings.source.rle_csv, content),
             hashlib.sha256(content).hexdigest(),
         )
+    try:
+        archive = open_archive(settings.source.dicom_dir, settings.source.image_id, annotations or ())
+    except UserError as error:
+        raise UserError(f"dicom_dir={error}") from None
     if annotations is not None and not archive.image_ids & set(annotations):
         raise UserError(
             f"rle_csv={settings.source.rle_csv}: names none of the {len(archive.image_ids)} files in"

@@ -191,7 +191,9 @@ def _indices(settings: Score, detector: Detector, dataset: Dataset) -> NDArray[n
 
 def _check(settings: Score, path: Path) -> ScoreResult:
     """Prints and logs what is wrong with a submission; raises UserError if anything is."""
-    archive = None if settings.dicom_dir is None else open_archive(settings.dicom_dir)
+    archive, wanted = None, expected_images(settings.sample_submission, None)
+    if settings.dicom_dir is not None:
+        archive = open_archive(settings.dicom_dir, settings.image_id, wanted or ())
     expected = expected_images(settings.sample_submission, archive)
     result = check_submission(path, expected, {} if archive is None else native_shapes(archive))
     line = result.positives_line(positives_of(settings.dataset))

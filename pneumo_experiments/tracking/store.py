@@ -11,6 +11,7 @@ from pathlib import Path
 import mlflow
 from filelock import FileLock
 from mlflow import MlflowClient
+from mlflow.entities import Experiment, LifecycleStage
 from mlflow.exceptions import MlflowException
 from mlflow.store.db.utils import (
     _all_tables_exist,  # pyright: ignore[reportPrivateUsage, reportUnknownVariableType]
@@ -42,6 +43,7 @@ POSTGRESQL_LOCK = (
     7_368_662_513  # any number that other programs do not take; the connection's end releases it
 )
 KIND_TAG = "mlflow.experimentKind"
+_NOT_FOUND = "RESOURCE_DOES_NOT_EXIST"
 
 
 def open_store() -> str:
@@ -72,6 +74,12 @@ def open_store() -> str:
                 " one of an earlier version can be upgraded: back it up, then run:"
                 f" mlflow db upgrade {tracking_uri()}"
             ) from error
+        if "MLFLOW_ALLOW_FILE_STORE" in str(error):
+            raise UserError(
+                f"{SETTING}={tracking_uri()}: a folder of files, which MLflow {mlflow.__version__} opens only"
+                " with MLFLOW_ALLOW_FILE_STORE=true; copy its runs into a database with: mlflow"
+                " migrate-filestore --source FOLDER --target sqlite:///mlflow.db"
+            ) from error
         room = "make room there, or " if "is full" in reason else ""
         # MLflow's own commands create an SQLite store in place.
         if "already exists" in reason and database_file(mlflow.get_tracking_uri()):
@@ -84,17 +92,54 @@ def open_store() -> str:
 
 
 def _experiment() -> str:
+    """The id of the experiment that the environment names; raises UserError if that, or the run, is gone."""
     if run_id := os.environ.get("MLFLOW_RUN_ID"):  # `mlflow run` has created the run
-        return mlflow.get_run(run_id).info.experiment_id
+        try:
+            info = mlflow.get_run(run_id).info
+        except MlflowException as error:
+            if error.error_code != _NOT_FOUND:
+                raise
+            raise UserError(
+                f"MLFLOW_RUN_ID={run_id}: {tracking_uri()} has no such run; unset that variable for a new one"
+            ) from error
+        experiment_id = _active(mlflow.get_experiment(info.experiment_id), "MLFLOW_RUN_ID", run_id)
+        if info.lifecycle_stage != LifecycleStage.ACTIVE:
+            raise UserError(
+                f"MLFLOW_RUN_ID={run_id}: the run is deleted; restore it with: mlflow runs restore --run-id"
+                f" {run_id}, or unset that variable for a new one"
+            )
+        return experiment_id
     name = os.environ.get("MLFLOW_EXPERIMENT_NAME")
     if name is None:
-        return os.environ.get("MLFLOW_EXPERIMENT_ID") or "0"
+        id = os.environ.get("MLFLOW_EXPERIMENT_ID") or "0"
+        try:
+            return _active(mlflow.get_experiment(id), "MLFLOW_EXPERIMENT_ID", id)
+        except MlflowException as error:
+            if error.error_code != _NOT_FOUND:
+                raise
+            raise UserError(
+                f"MLFLOW_EXPERIMENT_ID={id}: {tracking_uri()} has no such experiment; name one in"
+                " MLFLOW_EXPERIMENT_NAME, which is created if it does not exist"
+            ) from error
     file = database_file(mlflow.get_tracking_uri())
-    if file and mlflow.get_experiment_by_name(name) is None:
+    if (existing := mlflow.get_experiment_by_name(name)) is not None:
+        _active(existing, "MLFLOW_EXPERIMENT_NAME", name)
+    elif file:
         # By default the artifacts would be stored in the working directory of the first process.
         location = (file.parent / "mlruns").as_uri()
         mlflow.create_experiment(name, artifact_location=location)  # pyright: ignore[reportUnknownMemberType]
     return mlflow.set_experiment(name).experiment_id  # pyright: ignore[reportUnknownMemberType]
+
+
+def _active(experiment: Experiment, variable: str, value: str) -> str:
+    """The id of the experiment; raises UserError if it is deleted, which MLflow keeps until `mlflow gc`."""
+    if experiment.lifecycle_stage != LifecycleStage.ACTIVE:
+        raise UserError(
+            f"{variable}={value}: the experiment {experiment.name} is deleted; restore it with: mlflow"
+            f" experiments restore --experiment-id {experiment.experiment_id}, or name another in"
+            " MLFLOW_EXPERIMENT_NAME"
+        )
+    return experiment.experiment_id
 
 
 def _set_kind(experiment_id: str) -> None:
