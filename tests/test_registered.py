@@ -32,7 +32,7 @@ from pneumo_experiments.stages.score import score
 
 pytestmark = pytest.mark.usefixtures("no_layout", "no_code")
 
-MARKED = 4  # images of the hold-out that the weak model gives a mask
+MARKED = 8  # images of the hold-out that the weak model gives a mask
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Shelf:
 
 
 def written(path: Path, seed: int) -> Path:
-    chosen = [example for number, example in enumerate(examples(80, seed)) if number % 2]
+    chosen = [example for number, example in enumerate(examples(160, seed)) if number % 2]
     if seed:  # other images have other ids
         chosen = [
             replace(each, entry=replace(each.entry, image_id=f"{seed}-{each.entry.image_id}"))
@@ -120,9 +120,10 @@ def test_a_walk_from_a_weak_champion_to_a_better_one_and_back(
     assert "scores version 1" not in out  # it has that score already
     assert "walk version 2 is champion: Dice " in out
     assert "of the champion, version 1: +" in out
+    assert "; decision 2 on these images requires 0.9925\n" in out
     third = called(shelf, model=shelf.weak, name="walk")
     assert (third.champion, alias("walk"), alias("walk", "challenger")) == (False, "2", "3")
-    assert third.reason.endswith("not better")
+    assert third.reason.endswith("decision 3 on these images requires 0.996667; not better")
     tags = MlflowClient().get_model_version("walk", "2").tags
     with Dataset.open(shelf.dataset) as dataset:
         holdout = make_split(dataset, shelf.settings.split).holdout
@@ -175,7 +176,7 @@ def test_models_without_common_images_are_scored_on_a_data_set_that_neither_has_
     out = capsys.readouterr().out
     assert "scores the new version" in out
     assert "scores version 1" in out
-    assert "on 40 external images" in version.reason
+    assert "on 80 external images" in version.reason
     assert MlflowClient().get_model_version(name, version.number).tags["probability_better"] == "0.5"
     runs = MlflowClient().search_runs(["0"])
     assert {run.info.status for run in runs} == {"FINISHED"}
@@ -220,6 +221,8 @@ def test_the_card_agrees_with_tags_and_tables(shelf: Shelf) -> None:
         *(
             f"code: `{tags['code_version']}`",
             "made the champion; Dice ",
+            "; decision 2 on these images requires 0.9925.",
+            "Each decision about a champion uses these images up a little",
             "all-empty masks, the baseline: 0.0000",
         ),
         *(
