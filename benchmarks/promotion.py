@@ -1,6 +1,6 @@
 """What decisions about the champion cost: false champions, a Dice that is too high, and power; two minutes.
 
-Run in the project's environment: python benchmarks/promotion.py [--repeats 600]
+Run in the project's environment: python benchmarks/promotion.py [--repeats 1000]
 
 The patients and their numbers of images are those of the table that ships with the package, the labels those
 of train-rle.csv.gz in $PNEUMO_REAL_DATA/labels. Without these, an image has a finding with a probability of
@@ -185,7 +185,7 @@ def main() -> None:
     options = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    options.add_argument("--repeats", type=int, default=600)
+    options.add_argument("--repeats", type=int, default=1000)
     repeats: int = options.parse_args().repeats
     patients, truth, labels = population()
     rng = np.random.default_rng(1)

@@ -64,7 +64,8 @@ class Decision:
             tags |= {"compared_with": champion.number if champion else "baseline", "gain": found.difference}
             tags |= {"probability_better": found.probability_better}
             if self.pair.decision:
-                tags |= {"decision_number": self.pair.decision, "required_probability": self.pair.required}
+                tags |= {"decision_number": self.pair.decision}
+                tags |= {"required_probability": round(self.pair.required, 9)}
         return {name: str(value) for name, value in tags.items() if value is not None}
 
 
@@ -139,8 +140,10 @@ def _verdict(
         return False, f"{line}; not better"
     if champion is None and found.low <= 0:
         return False, f"{line}; needs an interval above 0: {more}"
-    if found.probability_better < pair.required or (champion and found.difference <= registry.min_gain):
-        return False, f"{line}; needs that and a gain above min_gain={registry.min_gain:g}: {more}"
+    if champion and found.difference <= registry.min_gain:
+        return False, f"{line}; needs a gain above min_gain={registry.min_gain:g}: {more}"
+    if found.probability_better < pair.required:
+        return False, f"{line}; not sure enough: {more}"
     return True, line if champion else f"the first champion: {line}"
 
 

@@ -61,7 +61,7 @@ def certainty(difference: float, resamples: NDArray[np.float64], patients: int) 
     1/2. With few patients the resamples' tails are too light, and they tell nothing beyond 1 - 1/r. The
     distribution function of t is Wallace's approximation (Annals of Mathematical Statistics, 1959).
     """
-    better = (np.count_nonzero(resamples > 0) + 0.5 * np.count_nonzero(resamples == 0)) / len(resamples)
+    better = float((resamples > 0).mean() + (resamples == 0).mean() / 2)
     spread, freedom = float(resamples.std()), patients - 1
     if spread == 0 or freedom < 1:
         return better if spread == 0 else 0.5
