@@ -4,7 +4,8 @@ Run in the project's environment: python benchmarks/promotion.py [--repeats 1000
 
 The patients and their numbers of images are those of the table that ships with the package, the labels those
 of train-rle.csv.gz in $PNEUMO_REAL_DATA/labels. Without these, an image has a finding with a probability of
-0.2215; a normal variable decides which, with a correlation of 0.5 within patients.
+0.2215; a normal variable decides which, with a correlation of 0.5 within patients. Of the real patients fewer
+have findings, and more each.
 
 A model is a normal variable, how well it does on each image, with a correlation of 0.3 within patients. All
 models share a part of it: 0.6 of the variance ("different" ones), or 0.95 ("similar" ones). An image without
