@@ -7,7 +7,8 @@ import random
 import numpy as np
 import pytest
 
-from pneumo_experiments.scoring.comparison import compare
+from pneumo_experiments.scoring.comparison import certainty, compare, required_probability
+from pneumo_experiments.settings import Registry
 
 
 def slow_differences(dices: list[float], baseline: list[float], patients: list[str]) -> list[float]:
@@ -69,6 +70,39 @@ def test_images_of_one_patient_count_as_one_observation() -> None:
     grouped = compare(0.5 + differences, np.full(120, 0.5), [str(i // 10) for i in range(120)])
     single = compare(0.5 + differences, np.full(120, 0.5), [str(i) for i in range(120)])
     assert grouped.high - grouped.low > 2 * (single.high - single.low)
+
+
+def test_beyond_what_resamples_tell_the_t_distribution_does() -> None:
+    for patients, t, above in (
+        (11, 2.764, 0.01),
+        (21, 3.552, 0.001),
+        (6, 4.032, 0.005),
+    ):  # of a printed table
+        resamples = np.array([t + 1, t - 1])  # all above 0, with a standard deviation of 1
+        assert 1 - certainty(t, resamples, patients) == pytest.approx(above, rel=0.04)
+        assert certainty(-t, -resamples, patients) == pytest.approx(above, rel=0.04)
+    rng = np.random.default_rng(4)
+    differences = rng.normal(size=400)
+    differences = 0.05 * (4.5 / 20 + (differences - differences.mean()) / differences.std())  # 4.5 errors
+    found = compare(0.5 + differences, np.full(400, 0.5), [str(image) for image in range(400)])
+    assert (found.resamples > 0).all()
+    assert 1 - found.probability_better == pytest.approx(4.5e-6, rel=0.25)  # of t with 399 degrees
+
+
+def test_a_difference_that_six_patients_make_is_less_sure_than_its_resamples_say() -> None:
+    gains, names = (np.arange(100) < 6).astype(float), [str(image) for image in range(100)]
+    found = compare(gains, np.zeros(100), names)
+    assert np.mean(found.resamples > 0) == pytest.approx(1 - 0.94**100, abs=0.001)  # six coins say 0.984
+    assert found.probability_better == pytest.approx(0.9738, abs=0.001)  # t = 6 / (6 * 0.94)**0.5, 5 degrees
+    assert compare(-gains, np.zeros(100), names).probability_better == pytest.approx(0.0262, abs=0.001)
+    assert compare(gains * (np.arange(100) < 1), np.zeros(100), names).probability_better == 0.5
+
+
+def test_all_decisions_together_err_at_most_once_in_twenty() -> None:
+    level = Registry().min_probability
+    assert [required_probability(level, k) for k in (1, 2, 10)] == pytest.approx([0.97, 0.9925, 0.9997])
+    assert required_probability(level, 2, 5) == pytest.approx(1 - 0.03 / 20)
+    assert 0.049 < sum(1 - required_probability(level, k) for k in range(1, 5000)) < 0.05
 
 
 def test_values_of_different_images_are_refused() -> None:

@@ -383,6 +383,7 @@ def test_a_missing_model_is_named(model: str, entry_point: str, error_of: Callab
     line = error_of(entry_point, "--model", model)
     assert line.startswith(f"model={model}: cannot be loaded")
     assert "`train` logs one" in line
+    assert ("or make one: register with promote=always" in line) == model.endswith("@champion")
 
 
 def test_a_model_is_not_scored_on_unsuitable_data(error_of: Callable[..., str], desk: Desk) -> None:

@@ -7,9 +7,9 @@ import shutil
 import sqlite3
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,7 +30,8 @@ from tracking_server import wait_until
 
 from pneumo_experiments import __version__, tracking
 from pneumo_experiments.errors import UserError
-from pneumo_experiments.experiment.promotion import Decision, Pair, compared, decide
+from pneumo_experiments.experiment.promotion import Decision, Pair, compared, counted, decide
+from pneumo_experiments.scoring.comparison import compare, required_probability
 from pneumo_experiments.scoring.thresholds import Thresholds
 from pneumo_experiments.serving import Detector, Member, save
 from pneumo_experiments.settings import Register, Registry, Score, Train, as_config
@@ -42,8 +43,13 @@ pytestmark = pytest.mark.usefixtures("no_code")
 HOLDOUT, EXTERNAL, IMAGES = "a" * 32, "b" * 32, 48
 HARD = np.random.default_rng(0).uniform(0.2, 0.6, IMAGES)  # much spread between images, for all models
 NOISE = np.random.default_rng(1).normal(0, 0.1, IMAGES)  # of a model that is better here and worse there
-BASELINE = 0.3
+BASELINE = 0.125  # every eighth image has no finding
 Dices = Sequence[float] | NDArray[np.float64]
+
+
+def area_px(image: int) -> int:
+    """The area of the finding; every eighth image has none."""
+    return 90 * (image % 8 < 7)
 
 
 @dataclass(frozen=True)
@@ -88,15 +94,21 @@ def logged(dices: Dices | None, identity: str = HOLDOUT, subset: str = "holdout"
 
 
 def log_scores(
-    model: str, dices: Dices, identity: str = HOLDOUT, subset: str = "holdout", patients: int = IMAGES
+    model: str,
+    dices: Dices,
+    identity: str = HOLDOUT,
+    subset: str = "holdout",
+    patients: int = IMAGES,
+    area: Callable[[int], int] = area_px,
 ) -> None:
     """Logs in the active run what `score` does: metrics of the model, and the table of the images."""
-    facts = {"subset": subset, "images": len(dices), "dice_baseline": BASELINE}
+    baseline = float(np.mean([area(image) == 0 for image in range(len(dices))]))
+    facts = {"subset": subset, "images": len(dices), "dice_baseline": baseline}
     mean = float(np.mean(dices))
     metrics = {"dice": mean, "dice_low": mean - 0.1, "dice_high": mean + 0.1}
     tracking.log_scores(metrics, model, Path("siim.h5"), identity, facts)
-    rows = [(f"{identity[0]}{i}", f"p{i % patients}", float(dice)) for i, dice in enumerate(dices)]
-    tracking.log_table(("image_id", "patient", "dice"), rows, "scores")
+    rows = [(f"{identity[0]}{i}", f"p{i % patients}", float(dice), area(i)) for i, dice in enumerate(dices)]
+    tracking.log_table(("image_id", "patient", "dice", "truth_area_px"), rows, "scores")
 
 
 def scored(model: str, *arguments: Any, **named: Any) -> None:
@@ -117,18 +129,31 @@ def champion_by(identity: str) -> tracking.Version:
     return tracking.Version("lungs", "1", True, "", tags={"identity": identity})
 
 
-def verdict(pair: Pair | None, **settings: Any) -> Decision:
+def verdict(pair: Pair | None, number: int = 1, models: int = 1, **settings: Any) -> Decision:
+    """The verdict on a challenger if it is that decision on its images."""
     assert pair is not None
     chosen = make(Registry, **settings)
+    required = required_probability(chosen.min_probability, number, models)
+    pair = replace(pair, decision=number, models=models, required=required)
     return decide(chosen, {pair.new.identity: pair.new}, champion_by(HOLDOUT), pair, "")
 
 
-def registered(model: str, **settings: Any) -> Decision:
+def pair_by(gains: Dices) -> Pair:
+    """The comparison of a challenger that gains so much on each image."""
+    dices = HARD + gains
+    score = UnseenScore(HOLDOUT, "holdout", IMAGES, float(np.mean(dices)), BASELINE, 0, "", {})
+    comparison = compare(dices, HARD, [str(image) for image in range(IMAGES)])
+    return Pair(score, float(HARD.mean()), comparison, IMAGES)
+
+
+def registered(model: str, models: int = 1, **settings: Any) -> Decision:
     """Registers a model by the scores that it has, as `register` does where it need not score."""
     chosen, model_id = make(Registry, name="lungs", **settings), model.removeprefix("models:/")
     with tracking.run("register", Register()), tracking.registering(model, "lungs", {}) as number:
         champion, scores = tracking.champion_of("lungs"), tracking.scores_of(model_id)
-        pair = compared(scores, champion, tracking.scores_of(champion.model_id)) if champion else None
+        pair = compared(scores, champion, tracking.scores_of(champion.model_id) if champion else {})
+        if pair is not None and chosen.promote != "never":
+            pair = counted(pair, chosen, number, models)
         decision = decide(chosen, scores, champion, pair, "")
         tracking.decide("lungs", number, decision.alias, decision.reason, decision.tags(champion))
     return decision
@@ -148,9 +173,14 @@ def test_the_alias_moves_for_a_small_sure_gain_and_not_for_a_larger_unsure_one(s
     assert 0.5 < float(tags["probability_better"]) < 0.95
     assert tags["reason"] == decision.reason
     assert tags["compared_with"] == "1"
-    for text in ("+0.0080 Dice", "min_probability=0.95", "more images, or use promote=always"):
+    assert (tags["decision_number"], tags["required_probability"]) == ("2", "0.9925")
+    for text in (
+        "+0.0080 Dice",
+        "decision 2 on these images requires 0.9925; not sure enough",
+        "more images",
+    ):
         assert text in decision.reason
-    assert f"probability of {float(tags['probability_better']):.3f}" in decision.reason
+    assert f"probability of {float(tags['probability_better']):.6g}" in decision.reason
     decision = registered(sure)  # between images it is far less than their spread: only pairing shows it
     assert (decision.alias, store.version(3).tags["probability_better"]) == ("champion", "1.0")
     assert store.aliases() == {"champion": "3", "challenger": "2"}
@@ -170,24 +200,94 @@ def test_the_bootstrap_is_over_patients_not_over_images(store: Store) -> None:
     pair = pair_of(better, first)
     assert pair is not None
     assert pair.comparison.difference == pytest.approx(0.005)
-    assert pair.comparison.probability_better == pytest.approx(
-        1 - 0.75**4, abs=0.04
-    )  # of images it is > 0.85
-    assert "unreliable with 4 patients" in verdict(pair).reason
+    fraction = np.mean(pair.comparison.resamples > 0)
+    assert fraction == pytest.approx(1 - 0.75**4, abs=0.01)  # of images it is > 0.85
+    assert "has 4 patients with a finding, needs 20" in verdict(pair).reason
 
 
-def test_a_twin_is_no_better_and_the_limits_are_the_users(store: Store) -> None:
-    first = logged(HARD)
-    twin = pair_of(first, first)
-    assert twin is not None
+def test_each_decision_on_the_same_images_requires_more() -> None:
+    pair = pair_by(0.035 + NOISE - NOISE.mean())
+    assert 0.9925 < pair.comparison.probability_better < 1 - 0.03 / 9
+    aliases = [verdict(pair, number).alias for number in (1, 2, 3, 20)]
+    assert aliases == ["champion", "champion", "challenger", "challenger"]
+    assert verdict(pair, 1, 4).alias == "champion"  # as decision 2
+    best = verdict(pair, 1, 20)
+    assert best.alias == "challenger"
+    assert "decision 1 on these images, of the best of 20 models, requires 0.9985" in best.reason
+    assert verdict(pair, 3, min_probability=0.95).alias == "champion"  # 1 - 0.05 / 9
+
+
+def test_decisions_are_counted_on_each_set_of_images_and_outlast_versions(store: Store) -> None:
+    def count(number: int, identity: str = HOLDOUT) -> int:
+        return tracking.count_decision("lungs", str(number), identity)
+
+    def decided(identity: str, decision: str) -> None:  # without a note of the registered model
+        tags = {"identity": identity, "decision": decision}
+        store.client.create_model_version("lungs", model, tags=tags)
+
+    model = logged(None)
+    tracking.claim("lungs")
+    for identity in (HOLDOUT, EXTERNAL):
+        decided(identity, "champion")
+    decided(HOLDOUT, "none")
+    assert [count(4), count(5), count(4, EXTERNAL), count(6)] == [2, 3, 2, 4]
+    assert count(6) == 4  # of a process that was killed, and the same version again
+    decided(HOLDOUT, "challenger")  # version 4 again
+    assert count(7) == 5
+    for number in (1, 4):
+        store.client.delete_model_version("lungs", str(number))
+    assert count(8) == 5  # the first had no note
+
+
+def test_a_champion_is_replaced_only_on_images_of_20_patients_with_a_finding(store: Store) -> None:
+    first, better = logged(None), logged(None)
+    for model, more in ((first, 0.4), (better, 0.5)):
+        scored(model, HARD + more, patients=26, area=lambda image: 90 * (image % 26 < 8))
+    pair = pair_of(better, first)
+    assert pair is not None
+    assert (pair.positives, pair.comparison.probability_better) == (8, 1)
+    assert "; has 8 patients with a finding, needs 20: score on more images" in verdict(pair).reason
+    aliases = [verdict(replace(pair, positives=positives)).alias for positives in (8, 19, 20)]
+    assert aliases == ["challenger", "challenger", "champion"]
+    assert verdict(pair, promote="always").alias == "champion"
+    for model in (first, better):
+        scored(model, HARD, EXTERNAL, "external")
+    enough = pair_of(better, first)  # although the hold-out decided about the champion
+    assert enough is not None and enough.new.identity == EXTERNAL
+
+
+def test_a_first_champion_is_surely_better_than_empty_masks(store: Store) -> None:
+    def first(pair: Pair, positives: int) -> tuple[str, str]:
+        pair = replace(pair, decision=1, required=0.97, positives=positives)
+        decision = decide(Registry(), {HOLDOUT: pair.new}, None, pair, "")
+        assert decision.tags(None)["compared_with"] == "baseline"
+        return decision.alias, decision.reason
+
+    surely, hardly = (
+        compared(scores_of(logged(dices)), None, {}) for dices in (HARD, HARD - HARD.mean() + BASELINE + 0.02)
+    )
+    assert surely is not None and hardly is not None
+    empty = np.arange(IMAGES) % 8 == 7
+    assert (surely.positives, surely.other_dice) == (np.sum(~empty), BASELINE)
+    assert surely.comparison.difference == pytest.approx(np.mean(HARD - empty))
+    alias, reason = first(surely, 10)
+    assert (alias, "the first champion: Dice" in reason) == ("champion", True)
+    alias, reason = first(surely, 9)
+    assert (alias, "has 9 patients with a finding, needs 10: score" in reason) == ("challenger", True)
+    alias, reason = first(hardly, 42)
+    assert (alias, "needs an interval above 0: score on more" in reason) == ("challenger", True)
+
+
+def test_a_twin_is_no_better_and_the_limits_are_the_users() -> None:
+    twin = pair_by(np.zeros(IMAGES))
     assert twin.comparison.probability_better == 0.5
     refused = verdict(twin, min_probability=0.5)
     assert (refused.alias, refused.reason.endswith("not better")) == ("challenger", True)
-    gained = pair_of(logged(HARD + 0.01), first)
+    gained = pair_by(np.full(IMAGES, 0.01))
     refused = verdict(gained, min_gain=0.0101)
     assert (refused.alias, "min_gain=0.0101" in refused.reason) == ("challenger", True)
     assert verdict(gained, min_gain=0.0099).alias == "champion"
-    unsure = pair_of(logged(HARD + 0.012 + NOISE - NOISE.mean()), first)
+    unsure = pair_by(0.012 + NOISE - NOISE.mean())
     assert verdict(unsure).alias == "challenger"
     assert verdict(unsure, min_probability=0.5).alias == "champion"
 
@@ -201,6 +301,8 @@ def test_always_overrides_visibly_and_never_leaves_the_aliases(store: Store) -> 
     assert registered(worse, promote="never").alias == "none"
     assert store.aliases() == {"champion": "2"}
     forced = registered(worse, promote="always")
+    numbers = [store.version(number).tags.get("decision_number") for number in (1, 2, 3, 4)]
+    assert numbers == [None, "1", None, "2"]  # never decides nothing
     assert forced.reason.startswith("promote=always, although: Dice ")
     assert "not better" in forced.reason
     assert store.aliases() == {"champion": "4"}
@@ -245,7 +347,8 @@ def test_without_the_images_or_with_others_in_the_table_nothing_is_compared(stor
     damages = [
         {**content, "data": content["data"][1:]},
         {**content, "data": [["other", *content["data"][0][1:]], *content["data"][1:]]},
-        {**content, "data": [[*row[:2], 1.0] for row in content["data"]]},  # not the mean that was logged
+        {**content, "data": [[*row[:2], 1.0, row[3]] for row in content["data"]]},  # not the logged mean
+        {**content, "data": [[*row[:3], 90] for row in content["data"]]},  # not the logged baseline
         {"columns": ["image_id"], "data": [["a0"]]},
         [],
     ]
@@ -256,6 +359,8 @@ def test_without_the_images_or_with_others_in_the_table_nothing_is_compared(stor
     assert pair_of(second, first) is not None
     table.unlink()
     assert pair_of(second, first) is None
+    alone = decide(Registry(), scores_of(second), None, None, "no data set")
+    assert "the table of its images is lost (no data set); score it again" in alone.reason
     decision = decide(Registry(), scores_of(second), champion_by(HOLDOUT), None, "no data set")
     assert "version 1: they have no scores of the same images (no data set); score both" in decision.reason
     assert decision.alias == "challenger"
@@ -440,6 +545,7 @@ def test_of_versions_registered_at_once_the_best_ends_as_champion(
     versions = store.client.search_model_versions("name = 'lungs'")
     assert sorted(int(version.version) for version in versions) == [1, 2, 3]
     assert not [version for version in versions if "deciding" in version.tags]
+    assert [int(v.tags["decision_number"]) for v in versions] == [int(v.version) for v in versions]
     assert store.client.get_model_version_by_alias("lungs", "champion").source == models[1]
     reigns = tracking.history("lungs")
     assert [int(each.number) for each in reigns] == sorted(int(each.number) for each in reigns)

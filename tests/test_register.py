@@ -45,7 +45,7 @@ SIDE = 64  # of the radiographs
 def radiographs(name: str, image_size: int, is_changed: bool = False) -> Iterator[ResizedImage]:
     """Those of a sample of that name; every other one has a finding, a large one if they are "theirs"."""
     rng = np.random.default_rng(len(name))
-    for number in range(40):
+    for number in range(80):
         truth = np.zeros((SIDE, SIDE), bool)
         rows = 40 if name == "theirs" else 4 + 7 * number % 30
         truth[10 : 10 + rows, 8:40] = number % 2

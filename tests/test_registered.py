@@ -32,7 +32,7 @@ from pneumo_experiments.stages.score import score
 
 pytestmark = pytest.mark.usefixtures("no_layout", "no_code")
 
-MARKED = 4  # images of the hold-out that the weak model gives a mask
+MARKED = 12  # images of the hold-out that the weak model gives a mask
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Shelf:
 
 
 def written(path: Path, seed: int) -> Path:
-    chosen = [example for number, example in enumerate(examples(80, seed)) if number % 2]
+    chosen = [example for number, example in enumerate(examples(160, seed)) if number % 2]
     if seed:  # other images of other patients
         chosen = [
             replace(each, entry=replace(each.entry, image_id=f"{seed}-{each.entry.image_id}", patient=f"{n}"))
@@ -120,9 +120,12 @@ def test_a_walk_from_a_weak_champion_to_a_better_one_and_back(
     assert "scores version 1" not in out  # it has that score already
     assert "walk version 2 is champion: Dice " in out
     assert "of the champion, version 1: +" in out
+    assert "; decision 2 on these images requires 0.9925\n" in out
     third = called(shelf, model=shelf.weak, name="walk")
     assert (third.champion, alias("walk"), alias("walk", "challenger")) == (False, "2", "3")
-    assert third.reason.endswith("not better")
+    assert third.reason.endswith("decision 3 on these images requires 0.996667; not better")
+    best = called(shelf, name="walk")
+    assert re.search(r"decision 4 on these images, of the best of \d models, requires 0\.99", best.reason)
     tags = MlflowClient().get_model_version("walk", "2").tags
     with Dataset.open(shelf.dataset) as dataset:
         holdout = make_split(dataset, shelf.settings.split).holdout
@@ -175,7 +178,7 @@ def test_models_without_common_images_are_scored_on_a_data_set_that_neither_has_
     out = capsys.readouterr().out
     assert "scores the new version" in out
     assert "scores version 1" in out
-    assert "on 40 external images" in version.reason
+    assert "on 80 external images" in version.reason
     assert MlflowClient().get_model_version(name, version.number).tags["probability_better"] == "0.5"
     runs = MlflowClient().search_runs(["0"])
     assert {run.info.status for run in runs} == {"FINISHED"}
@@ -220,11 +223,12 @@ def test_the_card_agrees_with_tags_and_tables(shelf: Shelf) -> None:
         *(
             f"code: `{tags['code_version']}`",
             "made the champion; Dice ",
+            "; decision 2 on these images requires 0.9925.",
+            "Each decision about a champion uses these images up a little",
             "all-empty masks, the baseline: 0.0000",
         ),
         *(
             "fingerprint: `" + tags["data_fingerprint"][:16],
-            "unreliable",
             "split_seed=0",
         ),
     ):
@@ -250,12 +254,13 @@ def test_the_card_agrees_with_tags_and_tables(shelf: Shelf) -> None:
 
 def test_a_card_fits_whatever_its_texts_and_shows_no_markup_of_others() -> None:
     card = ModelCard(
-        *("lungs", "1", "fcn`x", CardScore(0.5, None, None), 0.25, "3 holdout images", None, True),
+        *("lungs", "1", "fcn`x", CardScore(0.5, None, None), 0.25, "3 holdout images", None, False),
         *("a challenger", "<b>*why*</b> [x](y) " * 100, [], {}, {"data set": "a`|<script>"}, {}, "1"),
         [(f"training {number}", f"#/experiments/0/runs/{number:032}") for number in range(100)],
     )
     text = card_text(card)
     assert MAX_CHARACTERS - 100 < len(text) <= MAX_CHARACTERS
+    assert "unreliable" in text
     assert "\\<b\\>\\*why\\*" in text
     assert not re.search(r"(?<!\\)<(b|script)", text)
     assert "[training 0](#/experiments/0/runs/00" in text

@@ -323,7 +323,7 @@ def test_scores_and_their_table_outlast_an_outage_and_arrive_once_though_they_ar
 
 
 def test_the_best_model_is_the_one_with_the_highest_dice_on_one_set_of_images(store: Store) -> None:
-    def best(identity: str | None = None) -> tuple[str, str]:
+    def best(identity: str | None = None) -> tuple[str, str, int]:
         with tracking.run("register", Register()):
             return tracking.best_model(identity)
 
@@ -335,13 +335,13 @@ def test_the_best_model_is_the_one_with_the_highest_dice_on_one_set_of_images(st
         best()
     _, highest, other = logged(store, 0.8), logged(store, 0.9), logged(store, None)
     images = "48 holdout images (aaaaaaaa)"
-    assert best() == (highest, f"best of 2 models scored on {images}, the images scored last")
+    assert best() == (highest, f"best of 2 models scored on {images}, the images scored last", 2)
     evaluated(other, 0.95, EXTERNAL, "external")
     assert best()[0] == highest
     evaluated(other, 0.95, "c" * 32, "holdout")
     assert best()[0] == other
     assert "best of 1 models scored on 48 holdout images (cccccccc)" in best()[1]
-    assert best(HOLDOUT) == (highest, f"best of 2 models scored on {images}, the champion's images")
+    assert best(HOLDOUT) == (highest, f"best of 2 models scored on {images}, the champion's images", 2)
     assert best("d" * 32)[0] == other
 
 

@@ -3,28 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from pneumo_experiments import tracking
-from pneumo_experiments.scoring.comparison import Comparison, compare
+from pneumo_experiments.scoring.comparison import Comparison, compare, required_probability
 from pneumo_experiments.scoring.scores import MIN_PATIENTS
 from pneumo_experiments.settings import Registry
 from pneumo_experiments.tracking import UnseenScore, Version
 
 CHAMPION, CHALLENGER, NONE = tracking.CHAMPION, tracking.CHALLENGER, "none"
+MIN_FIRST = 10  # patients with a finding for a first champion; MIN_PATIENTS for one that replaces another
+ImageRow = tuple[str, float, bool]  # patient, Dice, whether the truth has pixels
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Two models' scores on the same images, and how they differ."""
+    """A model's score on some images, and how it differs there from the champion's or the baseline's."""
 
     new: UnseenScore
-    current: UnseenScore
+    other_dice: float
     comparison: Comparison
-    patients: int
+    positives: int
+    """patients with a finding"""
+    decision: int = 0
+    """which decision on these images it is, from 1"""
+    models: int = 1
+    """of so many the new one is the best on these images"""
+    required: float = 1.0
+    """the probability that this decision requires"""
+
+    @property
+    def line(self) -> str:
+        """The comparison in words, with what the decision requires."""
+        chosen = f", of the best of {self.models} models," if self.models > 1 else ""
+        which = f"decision {self.decision} on these images{chosen} requires {self.required:.6g}"
+        return f"{self.comparison.line}; {which}" if self.decision else self.comparison.line
 
 
 @dataclass(frozen=True)
@@ -38,32 +54,42 @@ class Decision:
 
     def tags(self, champion: Version | None) -> dict[str, str]:
         """Tags of the version about its score and the comparison."""
-        score, tags = self.score, dict[str, str]()
+        score, tags = self.score, dict[str, Any]()
         if score is not None:
             ends = {f"dice_{end}": score.metrics.get(f"dice_{end}") for end in ("low", "high")}
             tags = {"dice": score.dice, **ends, "dice_baseline": score.dice_baseline, "images": score.images}
             tags |= {"identity": score.identity, "subset": score.subset}
-        if self.pair is not None and champion is not None:
+        if self.pair is not None:
             found = self.pair.comparison
-            tags |= {"compared_with": champion.number, "gain": found.difference}
+            tags |= {"compared_with": champion.number if champion else "baseline", "gain": found.difference}
             tags |= {"probability_better": found.probability_better}
+            if self.pair.decision:
+                tags |= {"decision_number": self.pair.decision}
+                tags |= {"required_probability": round(self.pair.required, 9)}
         return {name: str(value) for name, value in tags.items() if value is not None}
 
 
 def compared(
-    scores: Mapping[str, UnseenScore], champion: Version, champions: Mapping[str, UnseenScore]
+    scores: Mapping[str, UnseenScore], champion: Version | None, champions: Mapping[str, UnseenScore]
 ) -> Pair | None:
-    """The comparison on common unseen images of two models, by their scores; None without such images.
+    """The comparison on unseen images of a model and the champion, by their scores; None without common ones.
 
-    Those that decided the champion come first, then the hold-outs and external data sets scored last.
+    Without a champion it is with all-empty masks. Images of enough patients with a finding come first, then
+    those that decided the champion, then the hold-outs and external data sets scored last.
     """
-    deciding = (champion.tags or {}).get("identity")
-    common = [scores[identity] for identity in scores.keys() & champions.keys()]
+    deciding = (champion.tags or {}).get("identity") if champion else None
+    common = [new for new in scores.values() if champion is None or new.identity in champions]
     common.sort(key=lambda s: (s.identity == deciding, s.subset == "holdout", s.timestamp), reverse=True)
-    for new in common:
-        if (pair := _pair(new, champions[new.identity])) is not None:
-            return pair
-    return None
+    pairs = [pair for new in common if (pair := _pair(new, champions.get(new.identity))) is not None]
+    least = MIN_PATIENTS if champion else MIN_FIRST
+    return max(pairs, key=lambda pair: pair.positives >= least, default=None)  # the first of equals
+
+
+def counted(pair: Pair, registry: Registry, number: str, models: int) -> Pair:
+    """Counts the decision about a version by this pair, and sets what it requires."""
+    decision = tracking.count_decision(registry.name, number, pair.new.identity)
+    required = required_probability(registry.min_probability, decision, models)
+    return replace(pair, decision=decision, models=models, required=required)
 
 
 def decide(
@@ -75,13 +101,12 @@ def decide(
 ) -> Decision:
     """The decision about a new version with these scores; ``why`` tells why there is no pair."""
     score = pair.new if pair else tracking.latest([*scores.values()]) if scores else None
-    favoured, reason = _verdict(registry, score, champion, pair, why)
     if registry.promote == "never":
         return Decision(NONE, "promote=never", score, pair)
+    favoured, reason = _verdict(registry, score, champion, pair, why)
     if registry.promote == "always":
-        return Decision(
-            CHAMPION, "promote=always" if favoured else f"promote=always, although: {reason}", score, pair
-        )
+        reason = f"promote=always: {reason}" if favoured else f"promote=always, although: {reason}"
+        return Decision(CHAMPION, reason, score, pair)
     return Decision(CHAMPION if favoured else CHALLENGER, reason, score, pair)
 
 
@@ -95,52 +120,59 @@ def _verdict(
             f" or on another data set with subset=all{because}"
         )
     dice = f"Dice {score.dice:.4f} on {score.images_text}"
-    baseline = f"above the all-empty baseline {score.dice_baseline:.4f}"
     if score.dice <= score.dice_baseline:
-        return False, f"{dice} is not {baseline}"
-    if champion is None:
-        return True, f"the first champion: {dice} is {baseline}"
+        return False, f"{dice} is not above the all-empty baseline {score.dice_baseline:.4f}"
+    who = f"the champion, version {champion.number}" if champion else "the all-empty baseline"
     if pair is None:
+        problem = "they have no scores of the same images", "score both on the same images"
+        if champion is None:
+            problem = "the table of its images is lost", "score it again"
         return False, (
-            f"{dice} cannot be compared with the champion, version {champion.number}: they have no scores of"
-            f" the same images{because}; score both on the same images, or use promote=always"
+            f"{dice} cannot be compared with {who}: {problem[0]}{because}; {problem[1]}, or use"
+            " promote=always"
         )
-    found = pair.comparison
-    favoured = found.difference > registry.min_gain and found.probability_better >= registry.min_probability
-    few = f", unreliable with {pair.patients} patients" if pair.patients < MIN_PATIENTS else ""
-    numbers = (
-        f"{dice} against {pair.current.dice:.4f} of the champion, version {champion.number}:"
-        f" {found.line}{few}"
-    )
-    if favoured:
-        return True, numbers
-    gain = f" and a gain above min_gain={registry.min_gain:g}"
-    remedy = "score both on more images, or use promote=always"
+    found, least = pair.comparison, MIN_PATIENTS if champion else MIN_FIRST
+    line = f"{dice} against {pair.other_dice:.4f} of {who}: {pair.line}"
+    more = "score on more images (a larger holdout, an external data set), or use promote=always"
+    if pair.positives < least:
+        return False, f"{line}; has {pair.positives} patients with a finding, needs {least}: {more}"
     if found.difference <= 0:
-        return False, f"{numbers}; not better"
-    return False, f"{numbers}; needs min_probability={registry.min_probability:g}{gain}: {remedy}"
+        return False, f"{line}; not better"
+    if champion is None and found.low <= 0:
+        return False, f"{line}; needs an interval above 0: {more}"
+    if champion and found.difference <= registry.min_gain:
+        return False, f"{line}; needs a gain above min_gain={registry.min_gain:g}: {more}"
+    if found.probability_better < pair.required:
+        return False, f"{line}; not sure enough: {more}"
+    return True, line if champion else f"the first champion: {line}"
 
 
-def _pair(new: UnseenScore, current: UnseenScore) -> Pair | None:
-    """The comparison of two scores; None if a table of their images is lost, or they differ."""
-    mine, others = dices_by_image(new), dices_by_image(current)
-    if mine is None or others is None or mine.keys() != others.keys():
+def _pair(new: UnseenScore, current: UnseenScore | None) -> Pair | None:
+    """The comparison of two scores, or of one with all-empty masks; None if tables are lost or differ."""
+    mine, others = rows_by_image(new), rows_by_image(current) if current else None
+    if mine is None or (current and (others is None or mine.keys() != others.keys())):
         return None
     ids = sorted(mine)  # whatever the order of the data sets: the same resamples
-    patients = [mine[image_id][0] for image_id in ids]
-    dices, before = (np.array([rows[image_id][1] for image_id in ids]) for rows in (mine, others))
-    return Pair(new, current, compare(dices, before, patients), len({*patients}))
+    patients, dices, has_finding = zip(*(mine[image_id] for image_id in ids), strict=True)
+    before = [others[image_id][1] if others else float(not mine[image_id][2]) for image_id in ids]
+    positives = {patient for patient, here in zip(patients, has_finding, strict=True) if here}
+    comparison = compare(np.array(dices), np.array(before), patients)
+    return Pair(new, current.dice if current else new.dice_baseline, comparison, len(positives))
 
 
-def dices_by_image(score: UnseenScore) -> dict[str, tuple[str, float]] | None:
-    """Patient and Dice of each image by id; None without a table that has the score's images."""
+def rows_by_image(score: UnseenScore) -> dict[str, ImageRow] | None:
+    """Patient, Dice and truth of each image by id; None without a table that has the score's images."""
     rows: list[dict[str, Any]] | None = tracking.read_table(score.run_id, "scores")
     try:
-        found = {str(r["image_id"]): (str(r["patient"]), float(r["dice"])) for r in rows or []}
+        found = {
+            str(r["image_id"]): (str(r["patient"]), float(r["dice"]), float(r["truth_area_px"]) > 0)
+            for r in rows or []
+        }
     except (LookupError, TypeError, ValueError):
         return None
     # A damaged table could otherwise decide.
-    is_whole = len(found) == score.images and abs(
-        float(np.mean([dice for _, dice in found.values()])) - score.dice
-    ) < 1e-6  # fmt: skip
+    means = [(dice, not has_finding) for _, dice, has_finding in found.values()]
+    is_whole = len(found) == score.images and np.allclose(
+        np.mean(means, axis=0), [score.dice, score.dice_baseline], rtol=0, atol=1e-6
+    )
     return found if is_whole else None

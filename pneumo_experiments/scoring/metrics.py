@@ -118,9 +118,12 @@ def bootstrap_intervals(
 
 
 def bootstrap(
-    measures: Mapping[str, Measure], patients: Sequence[str], rng: np.random.Generator
+    measures: Mapping[str, Measure],
+    patients: Sequence[str],
+    rng: np.random.Generator,
+    resamples: int = RESAMPLES,
 ) -> dict[str, NDArray[np.float64]]:
-    """Each score in RESAMPLES resamples of the patients, with all their images.
+    """Each score in so many resamples, a multiple of AT_ONCE, of the patients with all their images.
 
     A measure computes its score for each row of weights (r, n): how often each image was drawn. Images of one
     patient are correlated: resampling images would make intervals too narrow.
@@ -128,7 +131,7 @@ def bootstrap(
     _, patient = np.unique(np.asarray(patients), return_inverse=True)
     count = int(patient.max()) + 1
     values = {name: list[NDArray[np.float64]]() for name in measures}
-    for _ in range(0, RESAMPLES, AT_ONCE):
+    for _ in range(0, resamples, AT_ONCE):
         drawn = rng.integers(count, size=(AT_ONCE, count)) + count * np.arange(AT_ONCE)[:, None]
         times = np.bincount(drawn.ravel(), minlength=AT_ONCE * count).reshape(AT_ONCE, count)
         weights = times.astype(np.float64)[:, patient]

@@ -305,11 +305,12 @@ class Registry:
         float,
         Arg(
             "probability that the new version is better than the champion, by the paired bootstrap over"
-            " patients, from which it is favoured",
+            " patients, from which the first decision on a set of images favours it; the k-th requires"
+            " 1 - (1 - min_probability) / k²",
             min=0.5,
             max=1,
         ),
-    ] = 0.95
+    ] = 0.97
     min_gain: Annotated[
         float, Arg("a new version is favoured only if its Dice is higher by more than this", min=0, max=1)
     ] = 0.0

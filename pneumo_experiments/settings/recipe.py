@@ -35,7 +35,13 @@ class SplitSettings:
     """Split by patient."""
 
     holdout: Annotated[
-        float, Arg("fraction of the patients kept for the final score alone; 0 keeps none", min=0, max=1)
+        float,
+        Arg(
+            "fraction of the patients kept for the final score and for decisions about the champion; 0 keeps"
+            " none",
+            min=0,
+            max=1,
+        ),
     ] = 0.2
     folds: Annotated[int, Arg("parts into which the other patients are divided", min=2, max=1000)] = 5
     fold: Annotated[

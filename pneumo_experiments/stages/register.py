@@ -12,7 +12,15 @@ from pneumo_experiments.experiment.common_images import common_images
 from pneumo_experiments.experiment.ensemble import addresses_of, load_models
 from pneumo_experiments.experiment.model_card import model_card
 from pneumo_experiments.experiment.onnx_file import export_onnx, refuse_to_replace
-from pneumo_experiments.experiment.promotion import CHAMPION, Decision, Pair, compared, decide, dices_by_image
+from pneumo_experiments.experiment.promotion import (
+    CHAMPION,
+    Decision,
+    Pair,
+    compared,
+    counted,
+    decide,
+    rows_by_image,
+)
 from pneumo_experiments.learning.onnx_export import require_onnx
 from pneumo_experiments.serving import Detector, load, save
 from pneumo_experiments.settings import BEST, NONE, Register, Score
@@ -57,13 +65,14 @@ def _refuse_conflicts(settings: Register) -> None:
 
 
 def _register(settings: Register) -> tracking.Version:
-    name, model = settings.registry.name, settings.model
+    name, model, models = settings.registry.name, settings.model, 1
     if settings.export == "onnx":
         require_onnx()
         refuse_to_replace(settings.onnx_file)  # not only when the model is loaded
     if model == BEST:
         champion = tracking.champion_of(name)
-        model, why = tracking.best_model(None if champion is None else (champion.tags or {}).get("identity"))
+        images = None if champion is None else (champion.tags or {}).get("identity")
+        model, why, models = tracking.best_model(images)
         print(f"register: {model} is the {why}")
     addresses = addresses_of(model)
     detector = load_models(model)  # what cannot be loaded must not be registered
@@ -77,7 +86,11 @@ def _register(settings: Register) -> tracking.Version:
     tags |= {"code_version": origin.code_version} | ({"members": ",".join(members)} if members[1:] else {})
     with tracking.registering(address, name, tags) as number:
         champion = tracking.champion_of(name)
-        decision = _decide(settings, address, detector, champion)
+        pair, why = _compare(settings, address, detector, champion)
+        scores = tracking.scores_of(tracking.model_id_of(address))
+        if pair is not None and settings.registry.promote != "never":
+            pair = counted(pair, settings.registry, number, models)
+        decision = decide(settings.registry, scores, champion, pair, why)
         score_run = decision.score.run_id if decision.score else None
         origin = tracking.lineage(members, detector.data_fingerprint, score_run)
         card = model_card(name, number, detector, decision, origin)
@@ -106,23 +119,24 @@ def _log_joined(detector: Detector) -> str:
         return tracking.log_model(Path(folder))
 
 
-def _decide(
+def _compare(
     settings: Register, address: str, detector: Detector, champion: tracking.Version | None
-) -> Decision:
-    """Compares with the champion; scores both first, if they have no score on the same images."""
+) -> tuple[Pair | None, str]:
+    """Compares with the champion, or all-empty masks; None and why, if it cannot.
+
+    Scores both first, if they have no score on the same images.
+    """
     model_id, why = tracking.model_id_of(address), ""
 
     def pair() -> Pair | None:
-        if champion is None:
-            return None
-        return compared(tracking.scores_of(model_id), champion, tracking.scores_of(champion.model_id))
+        others = tracking.scores_of(champion.model_id) if champion else {}
+        return compared(tracking.scores_of(model_id), champion, others)
 
     found = pair()
-    is_open = found is None and (champion is not None or not tracking.scores_of(model_id))
-    if is_open and settings.registry.promote != "never":
+    if found is None and settings.registry.promote != "never":
         why = _score(settings.dataset, address, detector, champion)
         found = pair()
-    return decide(settings.registry, tracking.scores_of(model_id), champion, found, why)
+    return found, why
 
 
 def _score(dataset: Path, address: str, detector: Detector, champion: tracking.Version | None) -> str:
@@ -137,7 +151,7 @@ def _score(dataset: Path, address: str, detector: Detector, champion: tracking.V
         images = common_images(dataset, {name: detector for name, (_, detector) in models.items()})
         for name, (model, _) in models.items():
             last = tracking.scores_of(tracking.model_id_of(model)).get(images.identity)
-            if last is not None and dices_by_image(last) is not None:
+            if last is not None and rows_by_image(last) is not None:
                 continue
             print(f"register: scores {name}, {model}, on {dataset}")
             score(Score(model=model, dataset=dataset, subset=images.subset, overlays=0))

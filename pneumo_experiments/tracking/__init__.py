@@ -14,6 +14,7 @@ os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")  # no warning on a machine 
 from pneumo_experiments.tracking.addresses import database_file, with_driver
 from pneumo_experiments.tracking.champions import (
     Reign,
+    count_decision,
     decide,
     describe_champion,
     describe_version,
@@ -89,6 +90,7 @@ __all__ = [
     "claim",
     "code_differences",
     "code_version",
+    "count_decision",
     "database_file",
     "decide",
     "delete_model",

@@ -18,6 +18,8 @@ from pneumo_experiments.tracking.registry import CHALLENGER, CHAMPION, Version
 # Tags of the registered model, one for each move of the alias, named by its time. They outlast the versions.
 MOVE_TAG = "champion."
 SINCE_TAG, UNTIL_TAG = "champion_since", "champion_until"  # of a version: its last time as the champion
+# Of the registered model, one for each decision: the identity of its images, and the version.
+DECISION_TAG = "decision."
 MAX_DESCRIPTION = 5000  # characters: PostgreSQL refuses more
 MAX_REASON = 1000
 UNKNOWN, NOW = "unknown", "now"
@@ -33,6 +35,21 @@ class Reign:
     until: str
     dice: str
     reason: str
+
+
+def count_decision(name: str, number: str, identity: str) -> int:
+    """Notes that a version is decided on these images; returns which decision on them it is, from 1.
+
+    Called before the decision: of a process that is killed the note stays. A tag for each version, so that
+    nothing is lost however many write. Versions decided without such a tag tell it by their own.
+    """
+    client: Any = MlflowClient()
+    tag = f"{DECISION_TAG}{identity}."
+    client.set_registered_model_tag(name, tag + number, datetime.now(UTC).isoformat(timespec="seconds"))
+    noted = {key.removeprefix(tag) for key in client.get_registered_model(name).tags if key.startswith(tag)}
+    return len(
+        noted | {str(v.version) for v in registry.versions(client, name) if _is_decided(v.tags, identity)}
+    )
 
 
 def decide(name: str, number: str, decision: str, reason: str, tags: Mapping[str, str]) -> None:
@@ -144,6 +161,11 @@ def _now_after(times: Sequence[str]) -> str:
             now, *(datetime.fromisoformat(time) + timedelta(milliseconds=1) for time in times[-1:]), now
         )
     return now.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def _is_decided(tags: Mapping[str, str], identity: str) -> bool:
+    """Whether a version with these tags was decided on the images of this identity."""
+    return tags.get("identity") == identity and tags.get("decision") in (CHAMPION, CHALLENGER)
 
 
 def _dice(name: str, number: str) -> str:

@@ -56,8 +56,8 @@ def scores_of(model_id: str | None) -> dict[str, UnseenScore]:
     return _scores_in(model)
 
 
-def best_model(identity: str | None) -> tuple[str, str]:
-    """Address of the experiment's model with the highest Dice on unseen images, and a text that says why.
+def best_model(identity: str | None) -> tuple[str, str, int]:
+    """Address of the experiment's model with the highest Dice on unseen images, why, and of how many models.
 
     Models are compared on one set of images: the champion's (``identity``), if models of this experiment were
     scored on it, else the hold-out split that was scored last, or without one the external data set.
@@ -78,7 +78,8 @@ def best_model(identity: str | None) -> tuple[str, str]:
         identity, why = latest([score for score, _ in scores]).identity, "the images scored last"
     compared = [(score, model_id) for score, model_id in scores if score.identity == identity]
     best, model_id = max(compared, key=lambda scored: (scored[0].dice, scored[0].timestamp))
-    return f"models:/{model_id}", f"best of {len(compared)} models scored on {best.images_text}, {why}"
+    count = len(compared)
+    return f"models:/{model_id}", f"best of {count} models scored on {best.images_text}, {why}", count
 
 
 def latest(scores: Sequence[UnseenScore]) -> UnseenScore:

@@ -95,7 +95,12 @@ def model_data(address: str) -> Path:
 
 
 def _cannot_be_loaded(address: str, reason: str) -> UserError:
-    return UserError(f"model={address}: cannot be loaded ({reason}); `train` logs one, `register` names one")
+    remedy = "`train` logs one, `register` names one"
+    if address.endswith("@champion"):
+        remedy += (
+            "; without a champion give model=models:/NAME/VERSION, or make one: register with promote=always"
+        )
+    return UserError(f"model={address}: cannot be loaded ({reason}); {remedy}")
 
 
 def model_id_of(address: str) -> str | None:

@@ -76,7 +76,7 @@ def _adopt(client: Any, name: str) -> None:
         model = client.get_registered_model(name)
         if model.tags.get(PROJECT_TAG) == PROJECT:
             return
-        if _versions(client, name) or any(tag.startswith("mlflow.prompt") for tag in model.tags):
+        if versions(client, name) or any(tag.startswith("mlflow.prompt") for tag in model.tags):
             raise _taken(name)
         client.set_registered_model_tag(name, PROJECT_TAG, PROJECT)
     except MlflowException as error:
@@ -188,7 +188,8 @@ def _as_version(found: Any, is_champion: bool) -> Version:
     )
 
 
-def _versions(client: Any, name: str) -> list[Any]:
+def versions(client: Any, name: str) -> list[Any]:
+    """All versions of a registered model, as MLflow has them."""
     quote = '"' if "'" in name else "'"
     return [*client.search_model_versions(f"name = {quote}{name}{quote}")]
 
@@ -223,7 +224,7 @@ def _wait_for_earlier_versions(client: Any, name: str, number: int | None) -> No
     while True:
         pending = [
             (int(v.version), str(v.tags[PENDING_TAG]))
-            for v in _versions(client, name)
+            for v in versions(client, name)
             if PENDING_TAG in v.tags and (number is None or int(v.version) < number)
         ]
         if not pending:
