@@ -28,6 +28,7 @@ from pneumo_experiments.errors import UserError
 from pneumo_experiments.experiment import onnx_file
 from pneumo_experiments.experiment.onnx_file import LIMIT, check_batches
 from pneumo_experiments.learning import onnx_export
+from pneumo_experiments.learning.calibration import Calibration
 from pneumo_experiments.learning.device import ComputeConfig
 from pneumo_experiments.learning.network import NETWORKS, PneumothoraxNet
 from pneumo_experiments.learning.onnx_export import Difference, difference, in_fp32, write_onnx
@@ -47,7 +48,10 @@ def detector_of(*members: tuple[int, str, str]) -> Detector:
     settings = as_config(make(Train, network="tiny"))
     built = [
         Member(
-            Predictor(random_network(seed), ComputeConfig(torch.device("cpu"), precision), tta),
+            Predictor(
+                *(random_network(seed), ComputeConfig(torch.device("cpu"), precision), tta),
+                Calibration(1.7, -5.0) if seed else Calibration(),
+            ),
             {**settings, "tta": tta},
         )
         for seed, tta, precision in members

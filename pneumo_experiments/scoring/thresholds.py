@@ -138,6 +138,12 @@ class ThresholdCounts:
             chosen._presence.append(self._presence[i])
         return chosen
 
+    def with_presence(self, presence: NDArray[np.float32]) -> ThresholdCounts:
+        """The same counts with another probability of presence for each image (n,)."""
+        changed = ThresholdCounts.joined([self])
+        changed._presence = presence.tolist()
+        return changed
+
     @staticmethod
     def joined(subsets: Iterable[ThresholdCounts]) -> ThresholdCounts:
         """The images of several counts, in order."""

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from pneumo_experiments.dataset.decoder_pool import DecodedImage, File, decode_all
 from pneumo_experiments.dicom.geometry import Geometry
 from pneumo_experiments.errors import Rejected, UserError
+from pneumo_experiments.learning.calibration import log_odds
 from pneumo_experiments.learning.device import choose_compute_for
 from pneumo_experiments.learning.outline import outline
 from pneumo_experiments.learning.predict import (
@@ -65,7 +66,8 @@ class Member:
 class Detector:
     """One or several networks, their input size in pixels, and the thresholds for their mean probabilities.
 
-    ``seen`` holds digests of the images that trained them or chose their epochs and thresholds.
+    ``seen`` holds digests of the images that trained them or chose their epochs and thresholds,
+    ``prevalence`` is the fraction of these that is positive; None if that is not known.
     """
 
     members: tuple[Member, ...]
@@ -73,6 +75,7 @@ class Detector:
     thresholds: Thresholds
     data_fingerprint: str
     seen: frozenset[str] = frozenset()
+    prevalence: float | None = None
 
     @property
     def predictor(self) -> Ensemble:
@@ -111,6 +114,31 @@ class Detector:
         """
         changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
         return replace(self, thresholds=replace(self.thresholds, **changes))
+
+    def at_prevalence(self, prevalence: float | None) -> Detector:
+        """The same where that fraction of the radiographs has a pneumothorax; None: as in its training.
+
+        The log-odds of presence move by the difference of those of both prevalences (Saerens, Latinne,
+        Decaestecker, Adjusting the Outputs of a Classifier to New a Priori Probabilities, 2002). Raises
+        UserError for a value out of range, and if the model does not know the prevalence of its training.
+        """
+        if prevalence is None:
+            return self
+        if not 0 < prevalence < 1:
+            raise UserError(f"prevalence={prevalence}: give a fraction between 0 and 1")
+        if not 0 < (self.prevalence or 0) < 1:
+            raise UserError(
+                f"prevalence={prevalence}: the model does not know the prevalence of its training; leave it"
+                " out, or train again on images with and without pneumothorax"
+            )
+        shift = log_odds(prevalence) - log_odds(self.prevalence or 0)
+
+        def moved(member: Member) -> Member:
+            own = member.predictor.calibration
+            calibration = replace(own, bias=own.bias + shift)
+            return replace(member, predictor=replace(member.predictor, calibration=calibration))
+
+        return replace(self, members=tuple(map(moved, self.members)))
 
     def with_tta(self, tta: str) -> Detector:
         """The same with that test-time augmentation for all members; auto leaves each its own."""
@@ -211,6 +239,7 @@ def join(detectors: Sequence[Detector]) -> Detector:
         members=members,
         thresholds=_mean_thresholds([detector.thresholds for detector in detectors]),
         seen=frozenset[str]().union(*(detector.seen for detector in detectors)),
+        prevalence=first.prevalence if len({detector.prevalence for detector in detectors}) == 1 else None,
     )
 
 

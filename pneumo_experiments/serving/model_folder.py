@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from math import inf, isfinite
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from pneumo_experiments.errors import UserError
+from pneumo_experiments.learning.calibration import Calibration
 from pneumo_experiments.learning.device import FORMATS, choose_compute_for
 from pneumo_experiments.learning.network import NETWORKS, PneumothoraxNet
 from pneumo_experiments.learning.predict import VIEWS, Predictor
@@ -46,13 +48,20 @@ def save(folder: Path, detector: Detector) -> None:
             raise UserError(
                 f"{folder}: has no room for the model; free some, or name another folder in TMPDIR"
             ) from error
-        precision = member.predictor.compute.precision
-        members.append({"settings": dict(member.settings), "precision": precision})
+        members.append(
+            {
+                "settings": dict(member.settings),
+                "precision": member.predictor.compute.precision,
+                "presence_slope": member.predictor.calibration.slope,
+                "presence_bias": member.predictor.calibration.bias,
+            }
+        )
     description = {
         "image_size": detector.image_size,
         "thresholds": asdict(detector.thresholds),
         "data_fingerprint": detector.data_fingerprint,
         "seen": sorted(detector.seen),
+        "prevalence": detector.prevalence,
         **(members[0] if len(members) == 1 else {"members": members}),
     }
     (folder / DESCRIPTION).write_text(json.dumps(description, indent=2), encoding="utf-8")
@@ -81,7 +90,7 @@ def _weights(folder: Path, members: int) -> Sequence[Path]:
     return [folder / f"{Path(WEIGHTS).stem}-{number}.pt" for number in range(members)]
 
 
-def _load_member(path: Path, settings: dict[str, Any], precision: str) -> Member:
+def _load_member(path: Path, settings: dict[str, Any], precision: str, calibration: Calibration) -> Member:
     _require_file(path)
     with torch.device("meta"), _WithoutRandomWeights():
         network = PneumothoraxNet(settings["network"])
@@ -93,7 +102,7 @@ def _load_member(path: Path, settings: dict[str, Any], precision: str) -> Member
         raise _damaged(path, error) from error
     # The recorded format, not the fastest: the thresholds were chosen on predictions in it.
     compute = choose_compute_for(precision, Device())
-    return Member(Predictor(network, compute, settings["tta"]), settings)
+    return Member(Predictor(network, compute, settings["tta"], calibration), settings)
 
 
 class _WithoutRandomWeights(TorchFunctionMode):
@@ -115,8 +124,8 @@ def _require_types(state: dict[str, torch.Tensor], own: dict[str, torch.Tensor])
             raise TypeError(f"{name} holds {tensor.dtype}")
 
 
-def _parse(description: Any) -> tuple[dict[str, Any], list[tuple[dict[str, Any], str]]]:
-    """Detector's fields from a description, and the settings and number format of each member.
+def _parse(description: Any) -> tuple[dict[str, Any], list[tuple[dict[str, Any], str, Calibration]]]:
+    """Detector's fields from a description, and settings, number format and calibration of each member.
 
     Raises errors of several types when it is damaged.
     """
@@ -130,16 +139,20 @@ def _parse(description: Any) -> tuple[dict[str, Any], list[tuple[dict[str, Any],
     members = _require(description.get("members", [description]), list)
     if not 1 <= len(members) <= MAX_MEMBERS:
         raise ValueError(f"{len(members)} members")
+    prevalence = description.get("prevalence")
+    if prevalence is not None and not 0 <= _require(prevalence, (int, float)) <= 1:
+        raise ValueError("prevalence is out of range")
     fields = {
         "image_size": image_size,
         "thresholds": Thresholds(**thresholds),
         "data_fingerprint": _require(description["data_fingerprint"], str),
         "seen": frozenset(_require(text, str) for text in _require(description.get("seen", []), list)),
+        "prevalence": prevalence,
     }
     return fields, [_parse_member(member) for member in members]
 
 
-def _parse_member(description: Any) -> tuple[dict[str, Any], str]:
+def _parse_member(description: Any) -> tuple[dict[str, Any], str, Calibration]:
     settings = dict(_require(description["settings"], dict))
     if settings["network"] not in NETWORKS:
         raise ValueError(f"unknown network {str(settings['network'])[:40]}")
@@ -150,7 +163,13 @@ def _parse_member(description: Any) -> tuple[dict[str, Any], str]:
     precision = description.get("precision", "auto")
     if precision not in ("auto", "fp32", *FORMATS):
         raise ValueError("unknown precision")
-    return settings, precision
+    slope, bias = (
+        float(_require(description.get(f"presence_{name}", value), (int, float)))
+        for name, value in asdict(Calibration()).items()
+    )
+    if not (0 < slope < inf and isfinite(bias)):
+        raise ValueError("presence_slope or presence_bias is out of range")
+    return settings, precision, Calibration(slope, bias)
 
 
 def _require(value: Any, expected: type | tuple[type, ...]) -> Any:

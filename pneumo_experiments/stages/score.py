@@ -65,6 +65,7 @@ def score(settings: Score) -> ScoreResult:
             require_highdicom()
         own = load_models(settings.model).on(settings.compute)
         detector = own.with_thresholds(_given(settings)).with_tta(settings.tta)
+        detector = detector.at_prevalence(settings.prevalence)
         used = {"precision_used": detector.precisions, "tta_used": detector.ttas}
         tracking.log_params(
             {"device_used": str(detector.predictor.device)}
@@ -127,8 +128,9 @@ def _given(settings: Score) -> dict[str, float]:
 
 def _model_text(settings: Score) -> str:
     """The model, with what was given in place of its own, for the run's description."""
-    tta = {} if settings.tta == AUTO else {"tta": settings.tta}
-    given = ", ".join(f"{name} {value}" for name, value in (_given(settings) | tta).items())
+    other = {} if settings.tta == AUTO else {"tta": settings.tta}
+    other |= {} if settings.prevalence is None else {"prevalence": settings.prevalence}
+    given = ", ".join(f"{name} {value}" for name, value in (_given(settings) | other).items())
     return f"{settings.model} with {given}" if given else settings.model
 
 
