@@ -15,7 +15,7 @@ from tiny_network import CPU, squares, tiny_member
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.learning.calibration import Calibration
 from pneumo_experiments.learning.device import ComputeConfig
-from pneumo_experiments.scoring.thresholds import Thresholds
+from pneumo_experiments.scoring.thresholds import NativeThresholds, Thresholds
 from pneumo_experiments.serving import Detector, Member, load, save
 
 pytestmark = pytest.mark.usefixtures("tiny")
@@ -53,11 +53,16 @@ def test_a_model_without_calibration_predicts_what_its_network_says(tmp_path: Pa
     save(tmp_path, own)
     path = tmp_path / "model.json"
     description = json.loads(path.read_text())
-    for name in ("presence_slope", "presence_bias", "prevalence"):  # which models of earlier versions lack
+    # Models of earlier versions lack them.
+    for name in ("presence_slope", "presence_bias", "prevalence", "min_area_of"):
         del description[name]
     path.write_text(json.dumps(description))
     old, images = load(tmp_path), squares(2).images.numpy()
     assert old.prevalence is None
+    assert old.thresholds == NativeThresholds(0.2, 0.6, 100, 0.3) != own.thresholds
+    assert old.with_thresholds({"min_area_px": 7}).thresholds == NativeThresholds(0.2, 0.6, 7, 0.3)
+    save(tmp_path, old)
+    assert load(tmp_path).thresholds == old.thresholds  # saved again, they mean the same
     raw = [torch.sigmoid(own.members[0].predictor.network.eval()(view).presence) for view in views(images)]
     found = [one.presence for one in old.predictor.predict(images)]
     np.testing.assert_allclose(found, torch.stack(raw).mean(0).detach(), atol=1e-7)
@@ -73,6 +78,7 @@ def views(images: np.ndarray) -> list[torch.Tensor]:
     [
         *(("presence_slope", value) for value in (0, -1.0, float("inf"), float("nan"), "1", None)),
         ("presence_bias", float("nan")),
+        *(("min_area_of", value) for value in (512, "1024", [])),
         *(("prevalence", value) for value in (-0.1, 1.5, float("nan"), "half")),
     ],
 )

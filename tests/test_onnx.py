@@ -56,7 +56,7 @@ def detector_of(*members: tuple[int, str, str]) -> Detector:
         )
         for seed, tta, precision in members
     ]
-    return Detector(tuple(built), SIDE, Thresholds(0.1, 0.6, 40, 0.45), "a fingerprint")
+    return Detector(tuple(built), SIDE, Thresholds(0.1, 0.6, 9000, 0.45), "a fingerprint")
 
 
 def pixels(count: int) -> np.ndarray:
@@ -126,7 +126,8 @@ def test_the_file_can_be_used_alone_and_holds_nothing_of_this_machine(exported: 
         "image_size": "32",
         "presence_threshold": "0.1",
         "top_score": "0.6",
-        "min_area_px": "40",
+        "min_area_px": "9000",
+        "min_area_of": "1024",
         "bottom_score": "0.45",
         "data_fingerprint": "a fingerprint",
         "networks": "tiny,tiny",

@@ -6,7 +6,7 @@ from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import islice
-from math import fsum
+from math import fsum, prod
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,7 +25,7 @@ from pneumo_experiments.learning.predict import (
     read_presence,
     to_native,
 )
-from pneumo_experiments.scoring.thresholds import Thresholds, apply_thresholds
+from pneumo_experiments.scoring.thresholds import NativeThresholds, Thresholds, apply_thresholds
 from pneumo_experiments.settings import AUTO, Device, SplitSettings, from_flat
 
 BATCH_SIZE = 16  # radiographs
@@ -194,7 +194,7 @@ class Detector:
                 [predicted.mask[row] for row in present],
                 [shapes[row] for row in present],
                 top_score=top,
-                min_area_px=self.thresholds.min_area_px,
+                least_core_px=[self.thresholds.least_core_px(prod(shapes[row])) for row in present],
                 bottom_score=bottom,
             )
             outlined = dict(zip(present, masks, strict=True))
@@ -246,7 +246,8 @@ def join(detectors: Sequence[Detector]) -> Detector:
 def _mean_thresholds(several: Sequence[Thresholds]) -> Thresholds:
     """The mean of each threshold, whatever their order; scores are rounded to hundredths, areas to pixels."""
     count = len(several)
-    return Thresholds(
+    kind = NativeThresholds if all(one.min_area_of is None for one in several) else Thresholds
+    return kind(
         presence_threshold=fsum(one.presence_threshold for one in several) / count,
         top_score=round(fsum(one.top_score for one in several) / count, 2),
         min_area_px=round(sum(one.min_area_px for one in several) / count),

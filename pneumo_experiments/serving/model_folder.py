@@ -19,7 +19,7 @@ from pneumo_experiments.learning.calibration import Calibration
 from pneumo_experiments.learning.device import FORMATS, choose_compute_for
 from pneumo_experiments.learning.network import NETWORKS, PneumothoraxNet
 from pneumo_experiments.learning.predict import VIEWS, Predictor
-from pneumo_experiments.scoring.thresholds import Thresholds
+from pneumo_experiments.scoring.thresholds import NativeThresholds, Thresholds
 from pneumo_experiments.serving.detector import Detector, Member
 from pneumo_experiments.settings import Device
 
@@ -27,6 +27,7 @@ FOLDER = "detector"  # its name in the folder `data` of a logged model
 WEIGHTS, DESCRIPTION = "weights.pt", "model.json"
 MAX_IMAGE_SIZE_PX = 16_384  # a damaged number must not exhaust the memory
 MAX_MEMBERS = 1000
+THRESHOLDS = {kind.min_area_of: kind for kind in (Thresholds, NativeThresholds)}
 
 
 @contextmanager
@@ -59,6 +60,7 @@ def save(folder: Path, detector: Detector) -> None:
     description = {
         "image_size": detector.image_size,
         "thresholds": asdict(detector.thresholds),
+        "min_area_of": detector.thresholds.min_area_of,
         "data_fingerprint": detector.data_fingerprint,
         "seen": sorted(detector.seen),
         "prevalence": detector.prevalence,
@@ -144,7 +146,7 @@ def _parse(description: Any) -> tuple[dict[str, Any], list[tuple[dict[str, Any],
         raise ValueError("prevalence is out of range")
     fields = {
         "image_size": image_size,
-        "thresholds": Thresholds(**thresholds),
+        "thresholds": THRESHOLDS[description.get("min_area_of")](**thresholds),
         "data_fingerprint": _require(description["data_fingerprint"], str),
         "seen": frozenset(_require(text, str) for text in _require(description.get("seen", []), list)),
         "prevalence": prevalence,
