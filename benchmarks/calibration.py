@@ -73,8 +73,9 @@ def of_model(address: str, path: Path) -> None:
     from pneumo_experiments.dataset.hdf5 import Dataset
     from pneumo_experiments.experiment.ensemble import load_models
     from pneumo_experiments.experiment.subset import Subset, make_split
+    from pneumo_experiments.settings import Device
 
-    detector = load_models(address)
+    detector = load_models(address, path, Device())
     print(f"\n{address} on its hold-out of {path}.\n")
     print("| calibration | images | positive | ECE | mean presence |\n|---|---|---|---|---|")
     with Dataset.open(path) as dataset:

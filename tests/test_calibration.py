@@ -147,10 +147,10 @@ def test_another_prevalence_multiplies_the_odds_of_presence() -> None:
     assert own.at_prevalence(None) == own
     assert own.at_prevalence(0.05).thresholds == own.thresholds
     for prevalence in (0.0, 1.0, float("nan")):
-        with pytest.raises(UserError, match=f"prevalence={prevalence}: give a fraction between 0 and 1"):
+        with pytest.raises(UserError, match=f"prevalence={prevalence}: needs a fraction between 0 and 1"):
             own.at_prevalence(prevalence)
-    for unknown in (None, 0.0, 1.0):
-        with pytest.raises(UserError, match=r"prevalence=0\.05: the model does not know"):
+    for unknown in (None, 0.0, 1.0, float("nan"), 1.5):
+        with pytest.raises(UserError, match=rf"prevalence=0\.05: .*this one holds {unknown}$"):
             replace(own, prevalence=unknown).at_prevalence(0.05)
     assert join([own, own]).prevalence == 0.2
     assert join([own, old]).prevalence is None

@@ -104,7 +104,7 @@ def test_another_augmentation_is_scored_logged_and_not_the_models(model: str, sm
 
 def test_another_prevalence_is_scored_logged_and_not_the_models(model: str, small_dataset: Path) -> None:
     settings = make(Score, model=model, dataset=small_dataset, subset="all", overlays=0, device="cpu")
-    with pytest.raises(UserError, match=r"prevalence=0\.05: the model does not know"):
+    with pytest.raises(UserError, match=r"prevalence=0\.05: .*this one holds None"):
         score(changed(settings, prevalence=0.05))
     aware = logged(small_dataset, 0.5)
     found: list[np.ndarray] = []
@@ -177,7 +177,7 @@ def test_a_request_may_bring_its_thresholds(dataset: Path) -> None:
     assert rare["presence"] == pytest.approx(odds / (1 + odds), abs=1e-6)
     assert rare["presence"] < OWN.presence_threshold < prediction.presence
     assert rare["area_px"] == 0 < areas[0]
-    assert "prevalence=1.0: give a fraction between 0 and 1" in wrong["error"]
+    assert "prevalence=1.0: needs a fraction between 0 and 1" in wrong["error"]
     with pytest.raises(MlflowException, match="min_area_px"):
         served.predict(frame, params={"min_area_px": "many"})
 

@@ -54,7 +54,7 @@ def test_a_model_without_calibration_predicts_what_its_network_says(tmp_path: Pa
     path = tmp_path / "model.json"
     description = json.loads(path.read_text())
     # Models of earlier versions lack them.
-    for name in ("presence_slope", "presence_bias", "prevalence", "min_area_of"):
+    for name in ("calibration", "prevalence", "min_area_of"):
         del description[name]
     path.write_text(json.dumps(description))
     old, images = load(tmp_path), squares(2).images.numpy()
@@ -76,10 +76,10 @@ def views(images: np.ndarray) -> list[torch.Tensor]:
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        *(("presence_slope", value) for value in (0, -1.0, float("inf"), float("nan"), "1", None)),
-        ("presence_bias", float("nan")),
+        *(("calibration", {"slope": value}) for value in (0, -1.0, float("inf"), float("nan"), "1", None)),
+        *(("calibration", value) for value in ({"bias": float("nan")}, {"power": 2}, 7, None)),
         *(("min_area_of", value) for value in (512, "1024", [])),
-        *(("prevalence", value) for value in (-0.1, 1.5, float("nan"), "half")),
+        *(("prevalence", value) for value in ("half", [0.5], True)),
     ],
 )
 def test_a_damaged_number_is_named(name: str, value: Any, tmp_path: Path) -> None:

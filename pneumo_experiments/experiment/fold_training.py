@@ -194,11 +194,12 @@ def prevalence(dataset: Dataset, split: Split) -> float:
 def _calibrate(
     predictor: Predictor, raw: ThresholdCounts, prevalence: float
 ) -> tuple[Predictor, ThresholdCounts]:
-    """The predictor with the calibration that fits these counts of the validation images, and its counts."""
-    calibration = fit_calibration(raw.presence, raw.truth_area > 0, prevalence)
-    predictor = replace(predictor, calibration=calibration)
-    presence = predictor.calibrated(from_numpy(raw.presence).to(predictor.device))
-    return predictor, raw.with_presence(presence.cpu().numpy())
+    """The predictor with the calibration that fits these counts of the validation images; and its own."""
+    line = fit_calibration(raw.presence, raw.truth_area > 0, prevalence)
+    predictor, counts = replace(predictor, calibration=line), ThresholdCounts()
+    presence = predictor.calibrated(from_numpy(raw.presence).to(predictor.device)).cpu().numpy()
+    counts.append(np.stack(raw.pixels(), axis=1).astype(np.int32), presence)
+    return predictor, counts
 
 
 def _choose_weights(

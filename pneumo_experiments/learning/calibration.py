@@ -8,14 +8,12 @@ Vector Machines, 1999; Guo et al., On Calibration of Modern Neural Networks, 201
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import exp, log
+from math import exp, inf, isfinite, log
 
 import numpy as np
 from numpy.typing import NDArray
 
 EPSILON = 2.0**-24  # float32 knows no probability nearer to 1; nearer ones count as this far from 0 and 1
-LEAST_PREVALENCE = 1e-4
-STEPS = 100
 
 
 @dataclass(frozen=True)
@@ -24,6 +22,10 @@ class Calibration:
 
     slope: float = 1.0
     bias: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not (0 < self.slope < inf and isfinite(self.bias)):
+            raise ValueError(f"{self}: give a finite slope above 0 and a finite bias")
 
 
 def log_odds(probability: float) -> float:
@@ -51,25 +53,17 @@ def fit_calibration(
         return float(np.logaddexp(0, calibrated).sum() - target @ calibrated + log_slope**2 / 2)
 
     log_slope, bias = 0.0, 0.0
-    for _ in range(STEPS):  # of Fisher scoring, each halved until it improves
-        calibrated = exp(log_slope) * score
-        expected = (1 + np.tanh((calibrated + bias) / 2)) / 2
-        first = float(calibrated @ (expected - target)) + log_slope
-        second = float((expected - target).sum())
-        weights = expected * (1 - expected)
-        both = float(weights @ calibrated)
-        one, other = float(weights @ calibrated**2) + 1, float(weights.sum()) + EPSILON
-        determinant = one * other - both**2
-        first, second = (
-            (other * first - both * second) / determinant,
-            (one * second - both * first) / determinant,
-        )
-        longest = max(1, abs(first))
-        first, second = first / longest, second / longest
+    for _ in range(100):  # of Fisher scoring, each halved until it improves
+        change = np.stack([exp(log_slope) * score, np.ones(len(score))])  # of the log-odds with both
+        expected = (1 + np.tanh((change[0] + bias) / 2)) / 2
+        gradient: NDArray[np.float64] = change @ (expected - target) + np.array([log_slope, 0])
+        weighted: NDArray[np.float64] = change * expected * (1 - expected)
+        step = np.linalg.solve(weighted @ change.T + np.diag([1.0, EPSILON]), gradient)
+        first, second = (step / max(1.0, abs(float(step[0])))).tolist()
         while cost(log_slope - first, bias - second) > cost(log_slope, bias):
             first, second = first / 2, second / 2
         log_slope, bias = log_slope - first, bias - second
         if abs(first) + abs(second) < EPSILON:
             break
-    shift = log_odds(min(max(prevalence, LEAST_PREVALENCE), 1 - LEAST_PREVALENCE))
+    shift = log_odds(min(max(prevalence, 1e-4), 1 - 1e-4))
     return Calibration(exp(log_slope), bias + shift - log_odds(float(target.mean())))

@@ -54,10 +54,7 @@ VIEWS = {
 
 @dataclass(frozen=True)
 class Predictor:
-    """A network and its inference settings; it predicts the mean over the views that ``tta`` names.
-
-    That of presence is calibrated.
-    """
+    """A network and its inference settings: the mean of the views that ``tta`` names, presence calibrated."""
 
     network: PneumothoraxNet
     compute: ComputeConfig

@@ -138,10 +138,7 @@ class ThresholdCounts:
         )
 
     def cores(self) -> NDArray[np.int64]:
-        """Pixels at or above each hundredth as of 1024 x 1024, rounded down (n, 101), for ``min_area_px``.
-
-        A number of pixels reaches a whole number if its floor does, so nothing is lost.
-        """
+        """Pixels at or above each hundredth as of 1024 x 1024 (n, 101); whole, as ``min_area_px`` is."""
         predicted, _ = self.pixels()
         return predicted * 1024**2 // np.maximum(predicted[:, :1], 1)  # every pixel reaches 0
 
@@ -166,12 +163,6 @@ class ThresholdCounts:
             chosen._overlap.append(self._overlap[i])
             chosen._presence.append(self._presence[i])
         return chosen
-
-    def with_presence(self, presence: NDArray[np.float32]) -> ThresholdCounts:
-        """The same counts with another probability of presence for each image (n,)."""
-        changed = ThresholdCounts.joined([self])
-        changed._presence = presence.tolist()
-        return changed
 
     @staticmethod
     def joined(subsets: Iterable[ThresholdCounts]) -> ThresholdCounts:

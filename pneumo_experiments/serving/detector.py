@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -99,13 +99,9 @@ class Detector:
 
     def on(self, settings: Device) -> Detector:
         """The same on that device, each member in the format of its training unless the settings name one."""
-
-        def moved(member: Member) -> Member:
-            predictor = member.predictor
-            compute = choose_compute_for(predictor.compute.precision, settings)
-            return replace(member, predictor=replace(predictor, compute=compute))
-
-        return replace(self, members=tuple(map(moved, self.members)))
+        return self._with_predictors(
+            lambda one: replace(one, compute=choose_compute_for(one.compute.precision, settings))
+        )
 
     def with_thresholds(self, given: Mapping[str, float | None]) -> Detector:
         """The same with the thresholds that are given; None stands for the model's own.
@@ -124,27 +120,25 @@ class Detector:
         """
         if prevalence is None:
             return self
-        if not 0 < prevalence < 1:
-            raise UserError(f"prevalence={prevalence}: give a fraction between 0 and 1")
-        if not 0 < (self.prevalence or 0) < 1:
+        own = self.prevalence or 0.0
+        if not (0 < prevalence < 1 and 0 < own < 1):
             raise UserError(
-                f"prevalence={prevalence}: the model does not know the prevalence of its training; leave it"
-                " out, or train again on images with and without pneumothorax"
+                f"prevalence={prevalence}: needs a fraction between 0 and 1, and a model that holds that of"
+                f" its training; this one holds {self.prevalence}"
             )
-        shift = log_odds(prevalence) - log_odds(self.prevalence or 0)
-
-        def moved(member: Member) -> Member:
-            own = member.predictor.calibration
-            calibration = replace(own, bias=own.bias + shift)
-            return replace(member, predictor=replace(member.predictor, calibration=calibration))
-
-        return replace(self, members=tuple(map(moved, self.members)))
+        shift = log_odds(prevalence) - log_odds(own)
+        return self._with_predictors(
+            lambda one: replace(one, calibration=replace(one.calibration, bias=one.calibration.bias + shift))
+        )
 
     def with_tta(self, tta: str) -> Detector:
         """The same with that test-time augmentation for all members; auto leaves each its own."""
         if tta == AUTO:
             return self
-        members = (replace(member, predictor=replace(member.predictor, tta=tta)) for member in self.members)
+        return self._with_predictors(lambda one: replace(one, tta=tta))
+
+    def _with_predictors(self, change: Callable[[Predictor], Predictor]) -> Detector:
+        members = (replace(member, predictor=change(member.predictor)) for member in self.members)
         return replace(self, members=tuple(members))
 
     def detect(self, files: Iterable[File], with_source: bool = False) -> Generator[Finding]:

@@ -7,8 +7,8 @@ import tempfile
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from math import inf, isfinite
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
@@ -49,14 +49,9 @@ def save(folder: Path, detector: Detector) -> None:
             raise UserError(
                 f"{folder}: has no room for the model; free some, or name another folder in TMPDIR"
             ) from error
-        members.append(
-            {
-                "settings": dict(member.settings),
-                "precision": member.predictor.compute.precision,
-                "presence_slope": member.predictor.calibration.slope,
-                "presence_bias": member.predictor.calibration.bias,
-            }
-        )
+        own = member.predictor
+        numbers = {"precision": own.compute.precision, "calibration": asdict(own.calibration)}
+        members.append({"settings": dict(member.settings)} | numbers)
     description = {
         "image_size": detector.image_size,
         "thresholds": asdict(detector.thresholds),
@@ -141,15 +136,12 @@ def _parse(description: Any) -> tuple[dict[str, Any], list[tuple[dict[str, Any],
     members = _require(description.get("members", [description]), list)
     if not 1 <= len(members) <= MAX_MEMBERS:
         raise ValueError(f"{len(members)} members")
-    prevalence = description.get("prevalence")
-    if prevalence is not None and not 0 <= _require(prevalence, (int, float)) <= 1:
-        raise ValueError("prevalence is out of range")
     fields = {
         "image_size": image_size,
         "thresholds": THRESHOLDS[description.get("min_area_of")](**thresholds),
         "data_fingerprint": _require(description["data_fingerprint"], str),
         "seen": frozenset(_require(text, str) for text in _require(description.get("seen", []), list)),
-        "prevalence": prevalence,
+        "prevalence": _require(description.get("prevalence"), (int, float, NoneType)),
     }
     return fields, [_parse_member(member) for member in members]
 
@@ -165,13 +157,7 @@ def _parse_member(description: Any) -> tuple[dict[str, Any], str, Calibration]:
     precision = description.get("precision", "auto")
     if precision not in ("auto", "fp32", *FORMATS):
         raise ValueError("unknown precision")
-    slope, bias = (
-        float(_require(description.get(f"presence_{name}", value), (int, float)))
-        for name, value in asdict(Calibration()).items()
-    )
-    if not (0 < slope < inf and isfinite(bias)):
-        raise ValueError("presence_slope or presence_bias is out of range")
-    return settings, precision, Calibration(slope, bias)
+    return settings, precision, Calibration(**description.get("calibration", {}))
 
 
 def _require(value: Any, expected: type | tuple[type, ...]) -> Any:

@@ -164,12 +164,7 @@ class Score:
     thresholds: GivenThresholds = field(default_factory=GivenThresholds)
     prevalence: Annotated[
         float | None,
-        Arg(
-            "fraction of radiographs with pneumothorax where the model is used; none takes that of its"
-            " training",
-            min=0.0001,
-            max=0.9999,
-        ),
+        Arg("fraction of positives where the model is used; none: as in training", min=0.0001, max=0.9999),
     ] = None
     compute: Device = field(default_factory=Device)
     overlays: Overlays = 8
