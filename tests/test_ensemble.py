@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import h5py
 import mlflow
 import numpy as np
 import pytest
@@ -89,7 +88,7 @@ def test_score_takes_several_models_in_any_order(small_dataset: Path) -> None:
 
 
 def test_the_thresholds_of_several_models_are_searched_on_their_mean_predictions(
-    small_dataset: Path, capsys: pytest.CaptureFixture[str]
+    small_dataset: Path, dataset: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with Dataset.open(small_dataset) as opened:
         validation = Subset(opened, make_split(opened, SETTINGS.split).validation)
@@ -128,21 +127,12 @@ def test_the_thresholds_of_several_models_are_searched_on_their_mean_predictions
     found = load_models(f"{addresses[0]},{addresses[2]}", small_dataset, settings.compute)
     assert found.thresholds == best_of_all(ThresholdCounts.joined(folds)).thresholds
     capsys.readouterr()
-    nowhere, another = small_dataset.with_name("nowhere.h5"), another_dataset(small_dataset)
-    for wrong, reason in ((nowhere, f"{nowhere}: no such"), (another, f"dataset={another}: is another")):
+    nowhere = small_dataset.with_name("nowhere.h5")
+    for wrong, reason in ((nowhere, f"{nowhere}: no such"), (dataset, f"dataset={dataset}: is another")):
         assert load_models(together, wrong, settings.compute).thresholds == means
         (warning,) = capsys.readouterr().out.splitlines()
         assert "the mean of the models', which costs Dice" in warning
         assert f"({reason}" in warning
-
-
-def another_dataset(path: Path) -> Path:
-    """A copy with another fingerprint, in the test's folder."""
-    copy = Path("another.h5").absolute()
-    copy.write_bytes(path.read_bytes())
-    with h5py.File(copy, "r+") as file:
-        file.attrs["fingerprint"] = "another"
-    return copy
 
 
 def test_all_folds_become_one_model_that_is_scored_registered_and_served(
