@@ -37,6 +37,7 @@ from pneumo_experiments.dataset.decoder_pool import File  # noqa: E402
 from pneumo_experiments.dataset.hdf5 import Dataset  # noqa: E402  # torch is frame for its devices from now on
 from pneumo_experiments.experiment.subset import Subset  # noqa: E402
 from pneumo_experiments.learning import distributed  # noqa: E402
+from pneumo_experiments.learning.calibration import Calibration  # noqa: E402
 from pneumo_experiments.learning.checkpoint import Checkpoint  # noqa: E402
 from pneumo_experiments.learning.device import ComputeConfig, choose_compute  # noqa: E402
 from pneumo_experiments.learning.fit import fit  # noqa: E402
@@ -166,7 +167,7 @@ def test_a_model_scores_writes_a_submission_and_predicts_dicom_bytes(
     assert predictions["presence"].between(0, 1).all()
 
 
-@pytest.mark.parametrize("min_area_px", [0, 60])
+@pytest.mark.parametrize("min_area_px", [0, 20_000])
 def test_masks_of_a_folder_are_those_of_the_host_to_the_last_pixel(min_area_px: int, dataset: Path) -> None:
     paths = sorted((dataset.parent / "sample" / "dicom-images-train").rglob("*.dcm"))[:12]
     files: list[File] = [(path.stem, path.read_bytes()) for path in paths]
@@ -178,7 +179,8 @@ def test_masks_of_a_folder_are_those_of_the_host_to_the_last_pixel(min_area_px: 
     thresholds = Thresholds(0.0, 0.5, min_area_px, 0.5)
     found: dict[str, list[Finding]] = {}
     for name in ("cpu", "cuda"):
-        predictor = Predictor(network, choose_compute(make(Device, device=name, precision="fp32")), "flip")
+        compute = choose_compute(make(Device, device=name, precision="fp32"))
+        predictor = Predictor(network, compute, "flip", Calibration(0.6, -1))
         detector = Detector((Member(predictor, {}),), 64, thresholds, "")
         presences = [finding.presence for finding in detector.detect(files) if finding.presence is not None]
         # Half of the images are empty by presence alone.
@@ -251,7 +253,8 @@ def test_the_host_waits_once_for_all_predictions_of_a_validation(dataset: Path, 
     with Dataset.open(dataset) as opened:
         subset = Subset(opened, np.arange(len(opened))).in_memory(cache)
         assert (subset.pixels is None) == (cache == "stream")
-        predictor = Predictor(build("tiny", "none", 0), choose_compute(Device()), tta="flip")
+        compute, line = choose_compute(Device()), Calibration(0.5, -1)
+        predictor = Predictor(build("tiny", "none", 0), compute, "flip", line)
         subset.count(predictor)
         with count_syncs() as waits:
             counts = subset.count(predictor)

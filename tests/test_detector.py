@@ -11,7 +11,7 @@ from dicom_files import GREYS, jpeg_file
 from tiny_network import tiny_member
 
 from pneumo_experiments.errors import UserError
-from pneumo_experiments.scoring.thresholds import Thresholds
+from pneumo_experiments.scoring.thresholds import NativeThresholds, Thresholds
 from pneumo_experiments.serving import Detector, join
 
 pytestmark = pytest.mark.usefixtures("tiny")
@@ -38,6 +38,9 @@ def test_a_joined_model_has_seen_what_any_has_and_its_thresholds_are_means() -> 
         assert vars(joined.thresholds) == pytest.approx(vars(Thresholds(0.4, 0.73, 200, 0.34)), abs=1e-12)
         assert joined.thresholds == join(several).thresholds
     assert [member.settings["fold"] for member in join(several).members] == ["0", "1", "1"]
+    natives = [replace(one, thresholds=NativeThresholds(*vars(one.thresholds).values())) for one in several]
+    assert join(natives).thresholds == NativeThresholds(*vars(join(several).thresholds).values())
+    assert join([natives[0], *several[1:]]).thresholds == join(several).thresholds
     flat = join([join(several[:2]), several[2]])
     assert len(flat.members) == 3
 

@@ -17,12 +17,14 @@ from tracked import last_run, log_model, table
 from pneumo_experiments import tracking
 from pneumo_experiments.dataset.hdf5 import Dataset
 from pneumo_experiments.errors import UserError
+from pneumo_experiments.experiment.ensemble import load_models
 from pneumo_experiments.experiment.scored_images import digests
 from pneumo_experiments.experiment.subset import Subset, make_split
+from pneumo_experiments.learning.calibration import Calibration
 from pneumo_experiments.learning.predict import to_native
 from pneumo_experiments.scoring.exact import best_of_all
 from pneumo_experiments.scoring.thresholds import ThresholdCounts, Thresholds, apply_thresholds
-from pneumo_experiments.serving import Detector, Member, load
+from pneumo_experiments.serving import Detector, Member, join, load
 from pneumo_experiments.settings import Register, Score, Train
 from pneumo_experiments.stages.register import register
 from pneumo_experiments.stages.score import score
@@ -83,6 +85,54 @@ def test_score_takes_several_models_in_any_order(small_dataset: Path) -> None:
     other = log_model(replace(detectors[0], data_fingerprint="another"), SETTINGS)
     with pytest.raises(UserError, match="one data set"):
         score(changed(settings, model=f"{addresses[0]},{other}"))
+
+
+def test_the_thresholds_of_several_models_are_searched_on_their_mean_predictions(
+    small_dataset: Path, dataset: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with Dataset.open(small_dataset) as opened:
+        validation = Subset(opened, make_split(opened, SETTINGS.split).validation)
+        alone: list[Detector] = []
+        for seed, line in enumerate((Calibration(), Calibration(3.0, -9.0))):  # about p and p^3
+            one = member(seed, fold=0)
+            predictor = replace(one.predictor, calibration=line)
+            thresholds = best_of_all(validation.count(predictor)).thresholds
+            size, fingerprint = opened.image_size, opened.fingerprint
+            alone.append(Detector((replace(one, predictor=predictor),), size, thresholds, fingerprint))
+        means = join(alone).thresholds
+        counts = validation.count(join(alone).predictor)
+        other = replace(alone[1], members=(replace(alone[1].members[0], settings=member(1, 1).settings),))
+        folds = [validation.count(alone[0].predictor)]
+        folds.append(
+            Subset(opened, make_split(opened, other.members[0].split).validation).count(other.predictor)
+        )
+    best = best_of_all(counts)
+    assert counts.dice(means).mean() < best.dice - 1e-3
+    addresses = [log_model(one, SETTINGS) for one in (*alone, other)]
+    together = ",".join(addresses[:2])
+    settings = make(
+        Score, model=together, dataset=small_dataset, subset="validation", overlays=0, device="cpu"
+    )
+    scored = score(settings).scores
+    assert scored is not None
+    assert scored.dice == pytest.approx(best.dice)
+    used = last_run("score").data.params
+    assert {name: used[f"{name}_used"] for name in vars(means)} == {
+        name: str(value) for name, value in vars(best.thresholds).items()
+    }
+    version = register(make(Register, model=together, dataset=small_dataset, promote="never"))
+    assert version is not None
+    assert load(tracking.model_data(version.source)).thresholds == best.thresholds
+    # Of different folds: each predicts its own validation images, as with fold=all.
+    found = load_models(f"{addresses[0]},{addresses[2]}", small_dataset, settings.compute)
+    assert found.thresholds == best_of_all(ThresholdCounts.joined(folds)).thresholds
+    capsys.readouterr()
+    nowhere = small_dataset.with_name("nowhere.h5")
+    for wrong, reason in ((nowhere, f"{nowhere}: no such"), (dataset, f"dataset={dataset}: is another")):
+        assert load_models(together, wrong, settings.compute).thresholds == means
+        (warning,) = capsys.readouterr().out.splitlines()
+        assert "the mean of the models', which costs Dice" in warning
+        assert f"({reason}" in warning
 
 
 def test_all_folds_become_one_model_that_is_scored_registered_and_served(

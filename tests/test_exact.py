@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
+from fractions import Fraction
+from math import floor
 from pathlib import Path
 
 import numpy as np
@@ -29,11 +32,13 @@ PRESENCES = (0.0, 0.3, np.nextafter(np.float32(0.3), np.float32(1)).item(), 0.9,
 
 maps = st.lists(st.sampled_from(LEVELS), min_size=12, max_size=12)
 truths = st.one_of(st.just([False] * 12), st.lists(st.booleans(), min_size=12, max_size=12))
-few_images = st.lists(
-    st.tuples(
-        maps.map(lambda values: np.array(values, np.float32).reshape(3, 4)),
-        st.sampled_from(PRESENCES),
-        truths.map(lambda values: np.array(values).reshape(3, 4)),
+few_images = st.lists(  # of 3 x 4 pixels, or of twice or three times as many columns
+    st.tuples(maps, st.sampled_from(PRESENCES), truths, st.integers(1, 3)).map(
+        lambda image: (
+            np.array(image[0], np.float32).reshape(3, 4).repeat(image[3], axis=1),
+            image[1],
+            np.array(image[2]).reshape(3, 4).repeat(image[3], axis=1),
+        )
     ),
     min_size=1,
     max_size=6,
@@ -45,6 +50,11 @@ def counts_of(images: list[Image]) -> ThresholdCounts:
     for image in images:
         add_image(counts, *image)
     return counts
+
+
+def area_of(found: np.ndarray, top: float) -> int:
+    """The largest min_area_px that a core reaches: its pixels as of 1024 x 1024."""
+    return floor(Fraction(int(np.count_nonzero(found >= np.float32(top))) * 1024**2, found.size))
 
 
 def mean_dice(images: list[Image], thresholds: Thresholds) -> float:
@@ -93,7 +103,7 @@ def test_the_optimum_is_what_trying_every_combination_finds(images: list[Image])
     tried = max(
         mean_dice(images, Thresholds(presence, top, area, bottom))
         for top in LEVELS
-        for area in {0, 13, *(int(np.count_nonzero(found >= np.float32(top))) for found, _, _ in images)}
+        for area in {0, 2**20 + 1, *(area_of(found, top) for found, _, _ in images)}
         for presence, bottom in itertools.product(presences, LEVELS)
         if bottom <= top
     )
@@ -133,13 +143,14 @@ def test_the_optimum_on_real_annotations_is_the_slow_one_from_pixels(real_data: 
 
 
 def test_the_surface_holds_the_best_presence_and_area_of_each_pair_of_scores() -> None:
-    counts = counts_of(squares(20, seed=1))
+    images = squares(20, seed=1)
+    counts = counts_of(images)
     best = best_of_all(counts)
     for top, bottom in ((90, 60), (60, 60), (100, 0), (31, 30)):
         tried = max(
             counts.dice(Thresholds(presence, top / 100, area, bottom / 100)).mean()
             for presence in {*counts.presence.tolist()}
-            for area in {*counts.at(top / 100)[0].tolist(), 10_000}
+            for area in {*(area_of(found, top / 100) for found, _, _ in images), 2**20 + 1}
         )
         assert best.surface[top, bottom] == pytest.approx(tried, abs=1e-12)
     assert np.nanmax(best.surface) == pytest.approx(best.dice, abs=1e-12)
@@ -161,7 +172,8 @@ def test_of_equal_thresholds_the_middle_is_taken() -> None:
     best = best_of_all(counts_of(images)).thresholds
     assert mean_dice(images, best) == 1.0
     assert best.presence_threshold == pytest.approx(0.45)  # halfway between the two
-    assert best.min_area_px == 1000  # half as long as 4000, each of whose sides is free
+    # Half as long as 4000 of 10,000 pixels, each of whose sides is free.
+    assert best.min_area_px == round(0.4 * 1024**2 / 4)
     # Each is halfway between the other and the end of the free ones, 0.06 to 0.85.
     assert best.top_score == pytest.approx((best.bottom_score + 0.85) / 2, abs=0.0051)
     assert best.bottom_score == pytest.approx((0.06 + best.top_score) / 2, abs=0.0051)
@@ -174,7 +186,7 @@ def room(images: list[Image], best: Thresholds, name: str, values: list[float]) 
     for candidates in ([v for v in values if v < chosen][::-1], [v for v in values if v > chosen]):
         ends.append(chosen)
         for value in candidates:
-            moved = Thresholds(**{**{n: getattr(best, n) for n in best.__dataclass_fields__}, name: value})
+            moved = replace(best, **{name: value})
             if abs(mean_dice(images, moved) - dice_now) > 1e-9:
                 break
             ends[-1] = value
@@ -187,7 +199,8 @@ def test_each_threshold_lies_in_the_middle_of_its_equals(seed: int) -> None:
     best = best_of_all(counts_of(images)).thresholds
     low, high = room(images, best, "presence_threshold", [i / 1000 for i in range(1001)])
     assert best.presence_threshold == pytest.approx((low + high) / 2, abs=0.05 * (high - low) + 0.001)
-    low, high = room(images, best, "min_area_px", list(range(1000)))
+    edges = [k * 1024**2 // 24**2 for k in range(24**2 + 1)]
+    low, high = room(images, best, "min_area_px", sorted([0, *edges, *(edge + 1 for edge in edges)]))
     assert best.min_area_px == pytest.approx((max(low - 1, 0) ** 0.5 / 2 + high**0.5 / 2) ** 2, abs=1)
     hundredths = [k / 100 for k in range(101)]
     low, high = room(images, best, "top_score", [k for k in hundredths if k >= best.bottom_score])

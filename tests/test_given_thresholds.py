@@ -20,6 +20,7 @@ from tracked import artifact, last_run, log_model
 from pneumo_experiments import tracking
 from pneumo_experiments.dataset.hdf5 import Dataset
 from pneumo_experiments.dataset.rle import encode
+from pneumo_experiments.errors import UserError
 from pneumo_experiments.experiment.subset import Subset
 from pneumo_experiments.learning.predict import Predictor, to_native
 from pneumo_experiments.scoring.exact import best_of_all
@@ -40,9 +41,10 @@ def model(small_dataset: Path, tiny: None, store: Path) -> str:
     return logged(small_dataset)
 
 
-def logged(dataset: Path) -> str:
+def logged(dataset: Path, prevalence: float | None = None) -> str:
     with Dataset.open(dataset) as opened:
-        detector = Detector((tiny_member(0),), opened.image_size, OWN, opened.fingerprint)
+        member, size = tiny_member(0), opened.image_size
+        detector = Detector((member,), size, OWN, opened.fingerprint, prevalence=prevalence)
     return log_model(detector, make(Train, network="tiny"))
 
 
@@ -100,6 +102,26 @@ def test_another_augmentation_is_scored_logged_and_not_the_models(model: str, sm
     assert {metric.run_id for metric in metrics} == {runs["auto"].info.run_id, runs["flip"].info.run_id}
 
 
+def test_another_prevalence_is_scored_logged_and_not_the_models(model: str, small_dataset: Path) -> None:
+    settings = make(Score, model=model, dataset=small_dataset, subset="all", overlays=0, device="cpu")
+    with pytest.raises(UserError, match=r"prevalence=0\.05: .*this one holds None"):
+        score(changed(settings, prevalence=0.05))
+    aware = logged(small_dataset, 0.5)
+    found: list[np.ndarray] = []
+    for prevalence in (None, 0.05):
+        score(changed(settings, model=aware, prevalence=prevalence))
+        run = last_run("score")
+        table = mlflow.load_table("scores.json", run_ids=[run.info.run_id])
+        found.append(np.array(table["presence"], np.float64))
+    odds = [presence / (1 - presence) for presence in found]
+    np.testing.assert_allclose(odds[1] / odds[0], 0.05 / 0.95, rtol=1e-4)
+    assert run.data.params["prevalence"] == "0.05"
+    assert "with prevalence 0.05." in run.data.tags["mlflow.note.content"]
+    metrics = mlflow.get_logged_model(aware.removeprefix("models:/")).metrics or []
+    assert run.info.run_id not in {metric.run_id for metric in metrics}
+    assert metrics
+
+
 @pytest.mark.parametrize(
     ("words", "line"),
     [
@@ -124,7 +146,7 @@ def test_a_threshold_out_of_range_is_one_line(
 
 @pytest.mark.usefixtures("tiny", "store")
 def test_a_request_may_bring_its_thresholds(dataset: Path) -> None:
-    model = logged(dataset)
+    model = logged(dataset, prevalence=0.5)
     served: Any = mlflow.pyfunc.load_model(model)
     file = next((dataset.parent / "sample" / "dicom-images-train").rglob("*.dcm"))
     detector, bottom = load(tracking.model_data(model)), middle(model, dataset)
@@ -148,6 +170,14 @@ def test_a_request_may_bring_its_thresholds(dataset: Path) -> None:
         areas.append(row["area_px"])
     assert 0 < areas[1] != areas[0]
     assert areas[2:] == [0, 0]
+    rare, wrong = (
+        served.predict(frame, params={"prevalence": value}).to_dict("records")[0] for value in (0.001, 1.0)
+    )
+    odds = prediction.presence / (1 - prediction.presence) * 0.001 / 0.999
+    assert rare["presence"] == pytest.approx(odds / (1 + odds), abs=1e-6)
+    assert rare["presence"] < OWN.presence_threshold < prediction.presence
+    assert rare["area_px"] == 0 < areas[0]
+    assert "prevalence=1.0: needs a fraction between 0 and 1" in wrong["error"]
     with pytest.raises(MlflowException, match="min_area_px"):
         served.predict(frame, params={"min_area_px": "many"})
 

@@ -9,11 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from tiny_network import CPU, squares, tiny_member
 
 from pneumo_experiments.errors import UserError
+from pneumo_experiments.learning.calibration import Calibration
 from pneumo_experiments.learning.device import ComputeConfig
-from pneumo_experiments.scoring.thresholds import Thresholds
+from pneumo_experiments.scoring.thresholds import NativeThresholds, Thresholds
 from pneumo_experiments.serving import Detector, Member, load, save
 
 pytestmark = pytest.mark.usefixtures("tiny")
@@ -25,7 +27,10 @@ def detector(*members: Member) -> Detector:
 
 def test_a_model_folder_keeps_every_member(tmp_path: Path) -> None:
     augmentations = ["flip+scale", "none", "none"]
-    saved = detector(*(tiny_member(seed, fold=str(seed), tta=tta) for seed, tta in enumerate(augmentations)))
+    members = [tiny_member(seed, fold=str(seed), tta=tta) for seed, tta in enumerate(augmentations)]
+    line = Calibration(0.6, -1.3)
+    members[1] = replace(members[1], predictor=replace(members[1].predictor, calibration=line))
+    saved = replace(detector(*members), prevalence=0.22)
     save(tmp_path, saved)
     assert {path.name for path in tmp_path.iterdir()} == {
         "model.json",
@@ -36,9 +41,54 @@ def test_a_model_folder_keeps_every_member(tmp_path: Path) -> None:
     assert again.prevalence == 0.22
     assert [member.settings["fold"] for member in again.members] == ["0", "1", "2"]
     assert [member.predictor.tta for member in again.members] == augmentations
+    assert [member.predictor.calibration for member in again.members] == [Calibration(), line, Calibration()]
+    assert again.prevalence == 0.22
     images = squares(1).images.numpy()
     before, after = (next(each.predictor.predict(images)) for each in (saved, again))
     np.testing.assert_array_equal(before.mask, after.mask)
+    assert before.presence == after.presence
+
+
+def test_a_model_without_calibration_predicts_what_its_network_says(tmp_path: Path) -> None:
+    own = detector(tiny_member(0))
+    save(tmp_path, own)
+    path = tmp_path / "model.json"
+    description = json.loads(path.read_text())
+    # Models of earlier versions lack them.
+    for name in ("calibration", "prevalence", "min_area_of"):
+        del description[name]
+    path.write_text(json.dumps(description))
+    old, images = load(tmp_path), squares(2).images.numpy()
+    assert old.prevalence is None
+    assert old.thresholds == NativeThresholds(0.2, 0.6, 100, 0.3) != own.thresholds
+    assert old.with_thresholds({"min_area_px": 7}).thresholds == NativeThresholds(0.2, 0.6, 7, 0.3)
+    save(tmp_path, old)
+    assert load(tmp_path).thresholds == old.thresholds  # saved again, they mean the same
+    raw = [torch.sigmoid(own.members[0].predictor.network.eval()(view).presence) for view in views(images)]
+    found = [one.presence for one in old.predictor.predict(images)]
+    np.testing.assert_allclose(found, torch.stack(raw).mean(0).detach(), atol=1e-7)
+
+
+def views(images: np.ndarray) -> list[torch.Tensor]:
+    plain = torch.from_numpy(images)[:, None].float() / 255
+    return [plain, plain.flip(-1)]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("calibration", {"slope": value}) for value in (0, -1.0, float("inf"), float("nan"), "1", None)),
+        *(("calibration", value) for value in ({"bias": float("nan")}, {"power": 2}, 7, None)),
+        *(("min_area_of", value) for value in (512, "1024", [])),
+        *(("prevalence", value) for value in ("half", [0.5], True)),
+    ],
+)
+def test_a_damaged_number_is_named(name: str, value: Any, tmp_path: Path) -> None:
+    save(tmp_path, detector(tiny_member(0)))
+    path = tmp_path / "model.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
+    with pytest.raises(UserError, match=r"model\.json: missing or damaged .*; train again"):
+        load(tmp_path)
 
 
 @pytest.mark.parametrize(

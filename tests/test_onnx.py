@@ -28,6 +28,7 @@ from pneumo_experiments.errors import UserError
 from pneumo_experiments.experiment import onnx_file
 from pneumo_experiments.experiment.onnx_file import LIMIT, check_batches
 from pneumo_experiments.learning import onnx_export
+from pneumo_experiments.learning.calibration import Calibration
 from pneumo_experiments.learning.device import ComputeConfig
 from pneumo_experiments.learning.network import NETWORKS, PneumothoraxNet
 from pneumo_experiments.learning.onnx_export import Difference, difference, in_fp32, write_onnx
@@ -47,12 +48,15 @@ def detector_of(*members: tuple[int, str, str]) -> Detector:
     settings = as_config(make(Train, network="tiny"))
     built = [
         Member(
-            Predictor(random_network(seed), ComputeConfig(torch.device("cpu"), precision), tta),
+            Predictor(
+                *(random_network(seed), ComputeConfig(torch.device("cpu"), precision), tta),
+                Calibration(1.7, -5.0) if seed else Calibration(),
+            ),
             {**settings, "tta": tta},
         )
         for seed, tta, precision in members
     ]
-    return Detector(tuple(built), SIDE, Thresholds(0.1, 0.6, 40, 0.45), "a fingerprint")
+    return Detector(tuple(built), SIDE, Thresholds(0.1, 0.6, 9000, 0.45), "a fingerprint")
 
 
 def pixels(count: int) -> np.ndarray:
@@ -122,7 +126,8 @@ def test_the_file_can_be_used_alone_and_holds_nothing_of_this_machine(exported: 
         "image_size": "32",
         "presence_threshold": "0.1",
         "top_score": "0.6",
-        "min_area_px": "40",
+        "min_area_px": "9000",
+        "min_area_of": "1024",
         "bottom_score": "0.45",
         "data_fingerprint": "a fingerprint",
         "networks": "tiny,tiny",

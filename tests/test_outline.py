@@ -26,7 +26,7 @@ def next_to_hundredths() -> np.ndarray:
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
-    ("top", "bottom", "area"), [*product((0.0, 0.29, 0.7, 1.0), (0.0, 0.58), (0, 1, 500))]
+    ("top", "bottom", "area"), [*product((0.0, 0.29, 0.7, 1.0), (0.0, 0.58), (0, 1, 400_000))]
 )
 def test_masks_are_those_of_the_host(device: str, top: float, bottom: float, area: int) -> None:
     thresholds, maps = Thresholds(0.5, top, area, bottom), next_to_hundredths()
@@ -35,7 +35,7 @@ def test_masks_are_those_of_the_host(device: str, top: float, bottom: float, are
         [torch.from_numpy(each).to(device) for each in maps],
         SHAPES,
         top_score=top_score,
-        min_area_px=area,
+        least_core_px=[thresholds.least_core_px(rows * columns) for rows, columns in SHAPES],
         bottom_score=bottom_score,
     )
     assert len(found) == len(SHAPES)
@@ -49,4 +49,4 @@ def test_masks_are_those_of_the_host(device: str, top: float, bottom: float, are
 
 
 def test_no_image_has_no_mask() -> None:
-    assert outline([], [], top_score=0.5, min_area_px=3, bottom_score=0.5) == []
+    assert outline([], [], top_score=0.5, least_core_px=[], bottom_score=0.5) == []

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 import tracemalloc
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -10,12 +11,14 @@ from hypothesis import strategies as st
 from reference_counts import add_image
 
 from pneumo_experiments.errors import UserError
+from pneumo_experiments.scoring.exact import best_of_all
 from pneumo_experiments.scoring.metrics import dice
 from pneumo_experiments.scoring.thresholds import (
     AREA_GRID,
     BOTTOM_GRID,
     PRESENCE_GRID,
     TOP_GRID,
+    NativeThresholds,
     ThresholdCounts,
     Thresholds,
     apply_thresholds,
@@ -23,7 +26,14 @@ from pneumo_experiments.scoring.thresholds import (
 )
 
 hundredths = st.integers(0, 100).map(lambda k: k / 100)
-thresholds_on_grid = st.builds(Thresholds, hundredths, hundredths, st.integers(0, 30), hundredths)
+areas = st.one_of(  # of a 1024 x 1024 radiograph; the second is what k of n pixels come to
+    st.integers(0, 2**20 + 9),
+    st.tuples(st.integers(1, 36), st.integers(0, 36)).map(lambda kn: kn[1] * 2**20 // kn[0]),
+)
+thresholds_on_grid = st.one_of(
+    *(st.builds(kind, hundredths, hundredths, areas, hundredths) for kind in (Thresholds, NativeThresholds)),
+    st.builds(NativeThresholds, hundredths, hundredths, st.integers(0, 30), hundredths),
+)
 
 
 def neighbours(k: int) -> list[np.float32]:
@@ -50,7 +60,9 @@ images_with_truth = st.tuples(st.integers(1, 6), st.integers(1, 6)).flatmap(
 
 def slow_mask(probability: np.ndarray, presence: float, thresholds: Thresholds) -> np.ndarray:
     """The rules of the design, pixel by pixel; thresholds are float32, as probabilities are."""
-    core = sum(1 for p in probability.flat if p >= np.float32(thresholds.top_score))
+    core = Fraction(sum(1 for p in probability.flat if p >= np.float32(thresholds.top_score)))
+    if not isinstance(thresholds, NativeThresholds):
+        core *= Fraction(1024 * 1024, probability.size)
     if np.float32(presence) < np.float32(thresholds.presence_threshold) or core < thresholds.min_area_px:
         return np.zeros(probability.shape, bool)
     mask = [p >= np.float32(thresholds.bottom_score) for p in probability.flat]
@@ -100,10 +112,35 @@ def test_counts_give_exactly_the_dice_of_the_masks(
 
 def test_presence_and_core_area_empty_a_mask_only_from_below() -> None:
     probability = np.array([[0.9, 0.9, 0.4, 0.1]], np.float32)
-    rules = Thresholds(presence_threshold=0.7, top_score=0.9, min_area_px=2, bottom_score=0.4)
+    half = 1024 * 1024 // 2
+    rules = Thresholds(presence_threshold=0.7, top_score=0.9, min_area_px=half, bottom_score=0.4)
     assert apply_thresholds(probability, 0.7, rules).tolist() == [[True, True, True, False]]
     assert not apply_thresholds(probability, 0.69, rules).any()
     assert not apply_thresholds(np.array([[0.9, 0.89, 0.4, 0.1]], np.float32), 0.7, rules).any()
+
+
+@pytest.mark.parametrize("kind", [Thresholds, NativeThresholds])
+def test_a_finding_passes_at_every_resolution_or_at_none(kind: type[Thresholds]) -> None:
+    small = np.zeros((32, 32), np.float32)
+    small[3:8, 10:13] = 0.8  # 15 of 1024 cells: 15,360 px of 1024 x 1024
+    counts, kept = ThresholdCounts(), list[list[bool]]()
+    shapes = [(512, 512), (1024, 1024), (2048, 2048), (512, 2048), (96, 32), (32, 32)]
+    maps = [np.kron(small, np.ones((rows // 32, columns // 32), np.float32)) for rows, columns in shapes]
+    for probability in maps:
+        add_image(counts, probability, 0.9, probability > 0)
+    for area in (0, 15_359, 15_360, 15_361):
+        rules = kind(0.5, 0.7, area, 0.3)
+        kept.append([bool(apply_thresholds(probability, 0.9, rules).any()) for probability in maps])
+        assert (counts.predicted_area(rules) > 0).tolist() == kept[-1]
+        assert counts.dice(rules).tolist() == kept[-1]
+    if kind is Thresholds:
+        assert kept == [[True] * 6] * 3 + [[False] * 6]
+    else:  # as models of earlier versions take it
+        in_native_pixels = [px >= 15_360 for px in (3_840, 15_360, 61_440, 15_360, 45, 15)]
+        assert kept[2] == in_native_pixels
+    best = best_of_all(counts).thresholds
+    assert isinstance(best, Thresholds) and best.min_area_of == 1024
+    assert counts.cores()[:, 70].tolist() == [15_360] * 6
 
 
 def test_a_least_area_of_0_never_empties_a_mask() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,16 @@ from mlflow import MlflowClient
 from torch.nn.modules.module import register_module_forward_hook
 from tracked import runs, table
 
+from pneumo_experiments import tracking
 from pneumo_experiments.dataset.hdf5 import Dataset
 from pneumo_experiments.dataset.rle import decode
 from pneumo_experiments.errors import UserError
-from pneumo_experiments.experiment.subset import make_split
+from pneumo_experiments.experiment.subset import Subset, make_split
+from pneumo_experiments.learning.calibration import Calibration, fit_calibration
 from pneumo_experiments.learning.checkpoint import Checkpoint
 from pneumo_experiments.learning.network import PneumothoraxNet
-from pneumo_experiments.scoring.metrics import dice
+from pneumo_experiments.scoring.metrics import calibration_error, dice
+from pneumo_experiments.serving import load
 from pneumo_experiments.settings import Train, as_params, flat
 from pneumo_experiments.stages.train import train
 
@@ -110,6 +114,23 @@ def test_the_run_holds_curves_pictures_and_how_the_time_was_spent(settings: Trai
         assert steps == [1, 2], name
     final = [metric.step for metric in client.get_metric_history(run.info.run_id, "val_dice_final")]
     assert final == [2]
+    detector = load(tracking.model_data(f"models:/{run.outputs.model_outputs[0].model_id}"))
+    (predictor,) = detector.predictor.members
+    with Dataset.open(settings.dataset) as opened:
+        split = make_split(opened, settings.split)
+        used = Subset(opened, np.append(split.train, split.validation))
+        assert detector.prevalence == np.mean([entry.area_px > 0 for entry in used.entries])
+        validation = Subset(opened, split.validation)
+        plain = validation.count(replace(predictor, calibration=Calibration()))
+        truth, own = plain.truth_area > 0, validation.count(predictor)
+    assert predictor.calibration == fit_calibration(plain.presence, truth, detector.prevalence)
+    assert predictor.calibration != Calibration()
+    for name, counts in (("raw", plain), ("final", own)):
+        (error,) = calibration_error(truth, counts.presence, np.ones((1, len(truth))))
+        assert run.data.metrics[f"val_calibration_error_{name}"] == pytest.approx(error, abs=1e-6)
+    assert float(run.data.params["presence_slope"]) == predictor.calibration.slope
+    assert float(run.data.params["presence_bias"]) == predictor.calibration.bias
+    assert run.data.metrics["threshold_dice_exact"] == own.dice(detector.thresholds).mean()
     constants = {"val_images", "val_positives", "val_dice_baseline", "best_epoch", "bottom_score"}
     assert constants <= run.data.params.keys()
     assert not constants & run.data.metrics.keys()

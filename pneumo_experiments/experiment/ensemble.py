@@ -4,16 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import numpy as np
 
 from pneumo_experiments import tracking
+from pneumo_experiments.dataset.hdf5 import Dataset
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.experiment.counts_search import log_counts
 from pneumo_experiments.experiment.fold_training import TrainedFold
+from pneumo_experiments.experiment.subset import Subset, make_split
 from pneumo_experiments.experiment.threshold_search import log_threshold_study, search_thresholds
+from pneumo_experiments.learning.predict import Ensemble
+from pneumo_experiments.scoring.exact import best_of_all
 from pneumo_experiments.scoring.thresholds import ThresholdCounts
 from pneumo_experiments.serving import Detector, join, load, new_folder, save
+from pneumo_experiments.settings import Device
 
 
 def addresses_of(model: str) -> list[str]:
@@ -27,10 +33,32 @@ def addresses_of(model: str) -> list[str]:
     return addresses
 
 
-def load_models(model: str) -> Detector:
-    """The model at an address, or the ensemble of those at several with commas between."""
-    detectors = [load(tracking.model_data(address)) for address in addresses_of(model)]
-    return detectors[0] if len(detectors) == 1 else join(detectors)
+def load_models(model: str, dataset: Path, compute: Device) -> Detector:
+    """The model at an address, or the ensemble of those at several with commas between, on a device.
+
+    The thresholds of an ensemble are the best for its predictions of the validation images, if ``dataset`` is
+    that of the training: networks with one split predict theirs together, as the ensemble does. Else they
+    are means of the models' thresholds, with a warning.
+    """
+    detectors = [load(tracking.model_data(address)).on(compute) for address in addresses_of(model)]
+    if len(detectors) == 1:
+        return detectors[0]
+    joined = join(detectors)
+    try:
+        with Dataset.open(dataset) as opened:
+            if opened.fingerprint != joined.data_fingerprint:
+                raise UserError(f"dataset={dataset}: is another data set than that of their training")
+            counts = list[ThresholdCounts]()
+            for split in dict.fromkeys(member.split for member in joined.members):
+                alike = Ensemble(tuple(one.predictor for one in joined.members if one.split == split))
+                counts.append(Subset(opened, make_split(opened, split).validation).count(alike, "thresholds"))
+        return replace(joined, thresholds=best_of_all(ThresholdCounts.joined(counts)).thresholds)
+    except UserError as error:
+        print(
+            "warning: each threshold of the ensemble is the mean of the models', which costs Dice where they"
+            f" disagree; name the data set of their training in dataset to search them ({error})"
+        )
+        return joined
 
 
 def log_ensemble(folds: Sequence[TrainedFold], threshold_trials: int, seed: int) -> str:

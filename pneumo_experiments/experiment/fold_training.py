@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,12 +19,14 @@ from pneumo_experiments.experiment.threshold_search import log_threshold_study, 
 from pneumo_experiments.experiment.training_loop import log_first_batch, train_and_validate
 from pneumo_experiments.learning import distributed
 from pneumo_experiments.learning.averaging import mean_state
+from pneumo_experiments.learning.calibration import fit_calibration
 from pneumo_experiments.learning.checkpoint import Checkpoint
-from pneumo_experiments.learning.device import choose_compute
+from pneumo_experiments.learning.device import choose_compute, from_numpy
 from pneumo_experiments.learning.loader import InMemoryData, StreamedData
 from pneumo_experiments.learning.network import build
 from pneumo_experiments.learning.predict import Predictor
 from pneumo_experiments.scoring.figures import learning_curves
+from pneumo_experiments.scoring.metrics import calibration_error
 from pneumo_experiments.scoring.scores import Scores
 from pneumo_experiments.scoring.thresholds import ThresholdCounts, Thresholds, best_on_grid
 from pneumo_experiments.serving import Detector, Member, new_folder, save
@@ -132,11 +134,11 @@ def _restore(last: dict[str, Any], run_id: str) -> Progress:
 
 
 def _finish(origin: Origin, prepared: _Prepared, progress: Progress) -> TrainedFold:
-    """Chooses weights and thresholds, and logs scores, pictures and model."""
-    settings = origin.settings
-    predictor, validation = prepared.predictor, prepared.validation
+    """Chooses weights, calibration and thresholds, and logs scores, pictures and model."""
+    settings, validation = origin.settings, prepared.validation
     dataset, trained_on = validation.dataset, len(prepared.training_data)
-    counts, averaged = _choose_weights(progress, predictor, validation)
+    raw, averaged = _choose_weights(progress, prepared.predictor, validation)
+    predictor, counts = _calibrate(prepared.predictor, raw, prevalence(dataset, prepared.split))
     trials = (
         settings.evaluation.threshold_trials if distributed.is_main_process() else 0
     )  # it decides nothing
@@ -149,11 +151,14 @@ def _finish(origin: Origin, prepared: _Prepared, progress: Progress) -> TrainedF
     origin.log_weights(predictor.network, settings.split.fold)
     # Beside the curves, not on them: the weights that were kept, at their own thresholds.
     final = {f"{metric}_final": value for metric, value in scores.as_metrics("val_").items()}
+    (error,) = calibration_error(raw.truth_area > 0, raw.presence, np.ones((1, len(raw))))
+    final["val_calibration_error_raw"] = float(error)
     tracking.log_metrics(final | search.as_metrics(), step=len(progress.history))
     log_threshold_study(search)
     log_counts(counts, [entry.patient for entry in validation.entries])
     chosen_by = {"best_epoch": next(iter(progress.dices)), "averaged_epochs": len(averaged)}
-    tracking.log_params(chosen_by | asdict(thresholds) | scores.as_facts("val_"))
+    line = {f"presence_{name}": value for name, value in asdict(predictor.calibration).items()}
+    tracking.log_params(chosen_by | asdict(thresholds) | line | scores.as_facts("val_"))
     tracking.log_image(learning_curves(progress.history, scores.dice_baseline), "learning_curves.png")
     log_overlays(validation, counts, predictor, thresholds, settings.evaluation.overlays)
     with new_folder() as folder:
@@ -175,9 +180,26 @@ def make_detector(
 ) -> Detector:
     """What is saved of a training: it knows the images that trained it or chose its epoch and thresholds."""
     seen = Subset(dataset, np.append(split.train, split.validation))
-    prevalence = sum(entry.area_px > 0 for entry in seen.entries) / len(seen)
     member = Member(predictor, as_config(settings))
-    return Detector((member,), dataset.image_size, thresholds, dataset.fingerprint, digests(seen), prevalence)
+    size, fingerprint = dataset.image_size, dataset.fingerprint
+    return Detector((member,), size, thresholds, fingerprint, digests(seen), prevalence(dataset, split))
+
+
+def prevalence(dataset: Dataset, split: Split) -> float:
+    """The fraction of the training and validation images that is positive."""
+    images = Subset(dataset, np.concatenate([split.train, split.validation]))
+    return float(np.mean([entry.area_px > 0 for entry in images.entries]))
+
+
+def _calibrate(
+    predictor: Predictor, raw: ThresholdCounts, prevalence: float
+) -> tuple[Predictor, ThresholdCounts]:
+    """The predictor with the calibration that fits these counts of the validation images; and its own."""
+    line = fit_calibration(raw.presence, raw.truth_area > 0, prevalence)
+    predictor, counts = replace(predictor, calibration=line), ThresholdCounts()
+    presence = predictor.calibrated(from_numpy(raw.presence).to(predictor.device)).cpu().numpy()
+    counts.append(np.stack(raw.pixels(), axis=1).astype(np.int32), presence)
+    return predictor, counts
 
 
 def _choose_weights(

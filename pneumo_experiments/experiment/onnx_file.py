@@ -85,6 +85,7 @@ def _facts(detector: Detector) -> dict[str, str]:
         "package": f"{PRODUCER} {__version__}",
         "image_size": str(detector.image_size),
         **{name: str(value) for name, value in asdict(detector.thresholds).items()},
+        **({"min_area_of": str(side)} if (side := detector.thresholds.min_area_of) else {}),
         "data_fingerprint": detector.data_fingerprint,
         "networks": ",".join(str(member.settings["network"]) for member in detector.members),
         "tta": ",".join(member.predictor.tta for member in detector.members),

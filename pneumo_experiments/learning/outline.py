@@ -22,11 +22,12 @@ def outline(
     shapes: Sequence[tuple[int, int]],
     *,
     top_score: float,
-    min_area_px: int,
+    least_core_px: Sequence[int],
     bottom_score: float,
 ) -> list[NDArray[np.bool_]]:
     """The mask (H, W) of each probability map (S, S), float32, for its native size; all present.
 
+    ``least_core_px`` are the native pixels that must reach ``top_score``, of each.
     As ``scoring.thresholds.apply_thresholds`` does it on the host, which is faster for a CPU. The scores are
     float32 numbers. Images of one size are upsampled together.
     """
@@ -38,8 +39,8 @@ def outline(
             :, 0
         ]
         outlined = native >= bottom_score
-        if min_area_px > 0:
-            core = (native >= top_score).flatten(1).sum(1) >= min_area_px
+        if (least := least_core_px[rows[0]]) > 0:
+            core = (native >= top_score).flatten(1).sum(1) >= least
             outlined &= core[:, None, None]
         found |= zip(rows, outlined.cpu().numpy(), strict=True)
     return [found[row] for row in range(len(masks))]

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from pneumo_experiments.errors import UserError
+from pneumo_experiments.learning.calibration import EPSILON, Calibration
 from pneumo_experiments.learning.device import ComputeConfig, from_numpy
 from pneumo_experiments.learning.loader import to_unit
 from pneumo_experiments.learning.network import PneumothoraxNet
@@ -53,11 +54,12 @@ VIEWS = {
 
 @dataclass(frozen=True)
 class Predictor:
-    """A network and its inference settings; it predicts the mean over the views that ``tta`` names."""
+    """A network and its inference settings: the mean of the views that ``tta`` names, presence calibrated."""
 
     network: PneumothoraxNet
     compute: ComputeConfig
     tta: str = "none"
+    calibration: Calibration = Calibration()
 
     @property
     def device(self) -> torch.device:
@@ -92,7 +94,14 @@ class Predictor:
         The network must be on their device, in evaluation mode.
         """
         masks, presences = zip(*(self._view(inputs, view) for view in VIEWS[self.tta]), strict=True)
-        return torch.stack(masks).mean(0), torch.stack(presences).mean(0)
+        return torch.stack(masks).mean(0), self.calibrated(torch.stack(presences).mean(0))
+
+    def calibrated(self, presence: Tensor) -> Tensor:
+        """Calibrated probabilities of presence (n,), float32, from those that the network gives."""
+        if self.calibration == Calibration():
+            return presence
+        log_odds = torch.logit(presence, EPSILON)
+        return torch.sigmoid(log_odds * self.calibration.slope + self.calibration.bias)
 
     def _view(self, inputs: Tensor, view: View) -> tuple[Tensor, Tensor]:
         """As ``_probabilities``, from a view of the images; those of pixels are brought back to the image."""

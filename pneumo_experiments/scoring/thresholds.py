@@ -9,12 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import ClassVar, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.scoring.metrics import dice_of_areas
+
+Pixels = TypeVar("Pixels", int, NDArray[np.int64])
 
 # In float32: pixel probabilities are compared with exactly these numbers everywhere.
 HUNDREDTHS = (np.arange(101) / 100).astype(np.float32)
@@ -39,9 +42,13 @@ class Thresholds:
     top_score: float = 0.5
     """probability, in whole hundredths, that defines the core of a finding"""
     min_area_px: int = 0
-    """with fewer native pixels than this at top_score the image is empty; 0 requires none"""
+    """with fewer pixels than this at top_score, scaled to 1024 x 1024 so that a finding passes at every
+    resolution or at none, the image is empty; 0 requires none"""
     bottom_score: float = 0.5
     """probability, in whole hundredths, from which a pixel is in the mask"""
+
+    min_area_of: ClassVar[int | None] = 1024
+    """side of the radiograph whose pixels min_area_px counts; None: it counts those of each image itself"""
 
     def __post_init__(self) -> None:
         if not 0 <= self.presence_threshold <= 1:
@@ -57,9 +64,22 @@ class Thresholds:
         """top_score and bottom_score as the numbers that pixels are compared with."""
         return HUNDREDTHS[_level(self.top_score)], HUNDREDTHS[_level(self.bottom_score)]
 
+    def least_core_px(self, pixels: Pixels) -> Pixels:
+        """Pixels at top_score that keep an image of so many pixels, rows * columns, from being empty."""
+        if self.min_area_of is None:
+            return pixels * 0 + self.min_area_px
+        whole = self.min_area_of**2
+        return -(-min(self.min_area_px, whole + 1) * pixels // whole)
+
     def are_reached(self, presence: float) -> bool:
         """Whether the probability of presence alone leaves the image not empty."""
         return bool(np.float32(presence) >= np.float32(self.presence_threshold))
+
+
+class NativeThresholds(Thresholds):
+    """Those of models that name no ``min_area_of``: ``min_area_px`` counts pixels of each image itself."""
+
+    min_area_of = None
 
 
 def apply_thresholds(
@@ -67,7 +87,8 @@ def apply_thresholds(
 ) -> NDArray[np.bool_]:
     """Mask (H, W) of a probability map at native size; all False when the image counts as empty."""
     top, bottom = thresholds.scores
-    if thresholds.are_reached(presence) and np.count_nonzero(probability >= top) >= thresholds.min_area_px:
+    least_px = thresholds.least_core_px(probability.size)
+    if thresholds.are_reached(presence) and np.count_nonzero(probability >= top) >= least_px:
         return probability >= bottom
     return np.zeros(probability.shape, dtype=np.bool_)
 
@@ -116,6 +137,11 @@ class ThresholdCounts:
             np.array(self._overlap, np.int64).reshape(shape),
         )
 
+    def cores(self) -> NDArray[np.int64]:
+        """Pixels at or above each hundredth as of 1024 x 1024 (n, 101); whole, as ``min_area_px`` is."""
+        predicted, _ = self.pixels()
+        return predicted * 1024**2 // np.maximum(predicted[:, :1], 1)  # every pixel reaches 0
+
     def at(self, score: float) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Pixels of each image at or above a probability: all (n,), and those within the truth (n,)."""
         return _at_level(self._predicted, _level(score)), _at_level(self._overlap, _level(score))
@@ -152,7 +178,7 @@ class ThresholdCounts:
         """Area of each image's mask (n,), and of its overlap with the truth (n,)."""
         core, _ = self.at(thresholds.top_score)
         present = self.presence >= np.float32(thresholds.presence_threshold)
-        not_empty = present & (core >= thresholds.min_area_px)
+        not_empty = present & (core >= thresholds.least_core_px(self.at(0)[0]))
         area, overlap = self.at(thresholds.bottom_score)
         return area * not_empty, overlap * not_empty
 
@@ -168,7 +194,7 @@ def best_on_grid(counts: ThresholdCounts) -> Thresholds:
     truth = counts.truth_area
     dice_if_empty = (truth == 0).astype(np.float64)
     present = counts.presence >= PRESENCE_GRID.astype(np.float32)[:, None]
-    tops = np.stack([counts.at(top)[0] for top in TOP_GRID])
+    tops = counts.cores()[:, [_level(top) for top in TOP_GRID]].T
     has_core = tops[:, None] >= AREA_GRID[:, None]  # (top, area, image)
     mean = np.empty((len(PRESENCE_GRID), len(TOP_GRID), len(AREA_GRID), len(BOTTOM_GRID)))
     for i, bottom in enumerate(BOTTOM_GRID):

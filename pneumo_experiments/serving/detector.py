@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import islice
-from math import fsum
+from math import fsum, prod
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from pneumo_experiments.dataset.decoder_pool import DecodedImage, File, decode_all
 from pneumo_experiments.dicom.geometry import Geometry
 from pneumo_experiments.errors import Rejected, UserError
+from pneumo_experiments.learning.calibration import log_odds
 from pneumo_experiments.learning.device import choose_compute_for
 from pneumo_experiments.learning.outline import outline
 from pneumo_experiments.learning.predict import (
@@ -24,7 +25,7 @@ from pneumo_experiments.learning.predict import (
     read_presence,
     to_native,
 )
-from pneumo_experiments.scoring.thresholds import Thresholds, apply_thresholds
+from pneumo_experiments.scoring.thresholds import NativeThresholds, Thresholds, apply_thresholds
 from pneumo_experiments.settings import AUTO, Device, SplitSettings, from_flat
 
 BATCH_SIZE = 16  # radiographs
@@ -98,13 +99,9 @@ class Detector:
 
     def on(self, settings: Device) -> Detector:
         """The same on that device, each member in the format of its training unless the settings name one."""
-
-        def moved(member: Member) -> Member:
-            predictor = member.predictor
-            compute = choose_compute_for(predictor.compute.precision, settings)
-            return replace(member, predictor=replace(predictor, compute=compute))
-
-        return replace(self, members=tuple(map(moved, self.members)))
+        return self._with_predictors(
+            lambda one: replace(one, compute=choose_compute_for(one.compute.precision, settings))
+        )
 
     def with_thresholds(self, given: Mapping[str, float | None]) -> Detector:
         """The same with the thresholds that are given; None stands for the model's own.
@@ -114,11 +111,34 @@ class Detector:
         changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
         return replace(self, thresholds=replace(self.thresholds, **changes))
 
+    def at_prevalence(self, prevalence: float | None) -> Detector:
+        """The same where that fraction of the radiographs has a pneumothorax; None: as in its training.
+
+        The log-odds of presence move by the difference of those of both prevalences (Saerens, Latinne,
+        Decaestecker, Adjusting the Outputs of a Classifier to New a Priori Probabilities, 2002). Raises
+        UserError for a value out of range, and if the model does not know the prevalence of its training.
+        """
+        if prevalence is None:
+            return self
+        own = self.prevalence or 0.0
+        if not (0 < prevalence < 1 and 0 < own < 1):
+            raise UserError(
+                f"prevalence={prevalence}: needs a fraction between 0 and 1, and a model that holds that of"
+                f" its training; this one holds {self.prevalence}"
+            )
+        shift = log_odds(prevalence) - log_odds(own)
+        return self._with_predictors(
+            lambda one: replace(one, calibration=replace(one.calibration, bias=one.calibration.bias + shift))
+        )
+
     def with_tta(self, tta: str) -> Detector:
         """The same with that test-time augmentation for all members; auto leaves each its own."""
         if tta == AUTO:
             return self
-        members = (replace(member, predictor=replace(member.predictor, tta=tta)) for member in self.members)
+        return self._with_predictors(lambda one: replace(one, tta=tta))
+
+    def _with_predictors(self, change: Callable[[Predictor], Predictor]) -> Detector:
+        members = (replace(member, predictor=change(member.predictor)) for member in self.members)
         return replace(self, members=tuple(members))
 
     def detect(self, files: Iterable[File], with_source: bool = False) -> Generator[Finding]:
@@ -168,7 +188,7 @@ class Detector:
                 [predicted.mask[row] for row in present],
                 [shapes[row] for row in present],
                 top_score=top,
-                min_area_px=self.thresholds.min_area_px,
+                least_core_px=[self.thresholds.least_core_px(prod(shapes[row])) for row in present],
                 bottom_score=bottom,
             )
             outlined = dict(zip(present, masks, strict=True))
@@ -213,13 +233,15 @@ def join(detectors: Sequence[Detector]) -> Detector:
         members=members,
         thresholds=_mean_thresholds([detector.thresholds for detector in detectors]),
         seen=frozenset[str]().union(*(detector.seen for detector in detectors)),
+        prevalence=first.prevalence if len({detector.prevalence for detector in detectors}) == 1 else None,
     )
 
 
 def _mean_thresholds(several: Sequence[Thresholds]) -> Thresholds:
     """The mean of each threshold, whatever their order; scores are rounded to hundredths, areas to pixels."""
     count = len(several)
-    return Thresholds(
+    kind = NativeThresholds if all(one.min_area_of is None for one in several) else Thresholds
+    return kind(
         presence_threshold=fsum(one.presence_threshold for one in several) / count,
         top_score=round(fsum(one.top_score for one in several) / count, 2),
         min_area_px=round(sum(one.min_area_px for one in several) / count),

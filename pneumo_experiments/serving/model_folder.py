@@ -14,10 +14,11 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from pneumo_experiments.errors import UserError
+from pneumo_experiments.learning.calibration import Calibration
 from pneumo_experiments.learning.device import FORMATS, choose_compute_for
 from pneumo_experiments.learning.network import NETWORKS, PneumothoraxNet
 from pneumo_experiments.learning.predict import VIEWS, Predictor
-from pneumo_experiments.scoring.thresholds import Thresholds
+from pneumo_experiments.scoring.thresholds import NativeThresholds, Thresholds
 from pneumo_experiments.serving.detector import Detector, Member
 from pneumo_experiments.settings import Device
 
@@ -25,6 +26,7 @@ FOLDER = "detector"  # its name in the folder `data` of a logged model
 WEIGHTS, DESCRIPTION = "weights.pt", "model.json"
 MAX_IMAGE_SIZE_PX = 16_384  # a damaged number must not exhaust the memory
 MAX_MEMBERS = 1000
+THRESHOLDS = {kind.min_area_of: kind for kind in (Thresholds, NativeThresholds)}
 
 
 @contextmanager
@@ -46,11 +48,13 @@ def save(folder: Path, detector: Detector) -> None:
             raise UserError(
                 f"{folder}: has no room for the model; free some, or name another folder in TMPDIR"
             ) from error
-        precision = member.predictor.compute.precision
-        members.append({"settings": dict(member.settings), "precision": precision})
+        own = member.predictor
+        numbers = {"precision": own.compute.precision, "calibration": asdict(own.calibration)}
+        members.append({"settings": dict(member.settings)} | numbers)
     description = {
         "image_size": detector.image_size,
         "thresholds": asdict(detector.thresholds),
+        "min_area_of": detector.thresholds.min_area_of,
         "data_fingerprint": detector.data_fingerprint,
         "seen": sorted(detector.seen),
         "prevalence": detector.prevalence,
@@ -82,7 +86,7 @@ def _weights(folder: Path, members: int) -> Sequence[Path]:
     return [folder / f"{Path(WEIGHTS).stem}-{number}.pt" for number in range(members)]
 
 
-def _load_member(path: Path, settings: dict[str, Any], precision: str) -> Member:
+def _load_member(path: Path, settings: dict[str, Any], precision: str, calibration: Calibration) -> Member:
     _require_file(path)
     with torch.device("meta"), _WithoutRandomWeights():
         network = PneumothoraxNet(settings["network"])
@@ -94,7 +98,7 @@ def _load_member(path: Path, settings: dict[str, Any], precision: str) -> Member
         raise _damaged(path, error) from error
     # The recorded format, not the fastest: the thresholds were chosen on predictions in it.
     compute = choose_compute_for(precision, Device())
-    return Member(Predictor(network, compute, settings["tta"]), settings)
+    return Member(Predictor(network, compute, settings["tta"], calibration), settings)
 
 
 class _WithoutRandomWeights(TorchFunctionMode):
@@ -116,8 +120,8 @@ def _require_types(state: dict[str, torch.Tensor], own: dict[str, torch.Tensor])
             raise TypeError(f"{name} holds {tensor.dtype}")
 
 
-def _parse(description: Any) -> tuple[dict[str, Any], list[tuple[dict[str, Any], str]]]:
-    """Detector's fields from a description, and the settings and number format of each member.
+def _parse(description: Any) -> tuple[dict[str, Any], list[tuple[dict[str, Any], str, Calibration]]]:
+    """Detector's fields from a description, and settings, number format and calibration of each member.
 
     Raises errors of several types when it is damaged.
     """
@@ -136,7 +140,7 @@ def _parse(description: Any) -> tuple[dict[str, Any], list[tuple[dict[str, Any],
         raise ValueError("prevalence is out of range")
     fields = {
         "image_size": image_size,
-        "thresholds": Thresholds(**thresholds),
+        "thresholds": THRESHOLDS[description.get("min_area_of")](**thresholds),
         "data_fingerprint": _require(description["data_fingerprint"], str),
         "seen": frozenset(_require(text, str) for text in _require(description.get("seen", []), list)),
         "prevalence": prevalence,
@@ -144,7 +148,7 @@ def _parse(description: Any) -> tuple[dict[str, Any], list[tuple[dict[str, Any],
     return fields, [_parse_member(member) for member in members]
 
 
-def _parse_member(description: Any) -> tuple[dict[str, Any], str]:
+def _parse_member(description: Any) -> tuple[dict[str, Any], str, Calibration]:
     settings = dict(_require(description["settings"], dict))
     if settings["network"] not in NETWORKS:
         raise ValueError(f"unknown network {str(settings['network'])[:40]}")
@@ -155,7 +159,7 @@ def _parse_member(description: Any) -> tuple[dict[str, Any], str]:
     precision = description.get("precision", "auto")
     if precision not in ("auto", "fp32", *FORMATS):
         raise ValueError("unknown precision")
-    return settings, precision
+    return settings, precision, Calibration(**description.get("calibration", {}))
 
 
 def _require(value: Any, expected: type | tuple[type, ...]) -> Any:

@@ -30,15 +30,16 @@ class ServedModel:
     def predict(self, frame: pd.DataFrame, params: Mapping[str, Any] | None = None) -> pd.DataFrame:
         """Called by MLflow: columns ``image_id`` and ``dicom`` (bytes or base64) in, those of Row out.
 
-        ``params`` are thresholds for this request, and which pictures to draw. Raises nothing, since MLflow
-        would send the traceback to the client: each row that has no finding says why.
+        ``params`` are thresholds and prevalence for this request, and which pictures to draw. Raises nothing,
+        since MLflow would send the traceback to the client: each row that has no finding says why.
         """
         given = dict(params or {})
         pictures = [name for name in PICTURES if given.pop(name, None)]
         files, rows = list(files_of(frame)), list[Row]()
         reason = ""
         try:
-            for finding in self.detector.with_thresholds(given).detect(files):
+            detector = self.detector.at_prevalence(given.pop("prevalence", None))
+            for finding in detector.with_thresholds(given).detect(files):
                 rows.append(row_of(finding, pictures))
         except UserError as error:
             reason = str(error)

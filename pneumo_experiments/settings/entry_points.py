@@ -164,6 +164,10 @@ class Score:
         Arg("test-time augmentation; auto takes the model's own"),
     ] = "auto"
     thresholds: GivenThresholds = field(default_factory=GivenThresholds)
+    prevalence: Annotated[
+        float | None,
+        Arg("fraction of positives where the model is used; none: as in training", min=0.0001, max=0.9999),
+    ] = None
     compute: Device = field(default_factory=Device)
     overlays: Overlays = 8
 

@@ -46,7 +46,8 @@ class GivenThresholds:
         float | None, Arg("probability that defines the core of a finding, in hundredths", min=0, max=1)
     ] = None
     min_area_px: Annotated[
-        int | None, Arg("an image is empty if fewer pixels reach top_score", min=0, max=10**9)
+        int | None,
+        Arg("an image is empty if fewer pixels, scaled to 1024 x 1024, reach top_score", min=0, max=10**9),
     ] = None
     bottom_score: Annotated[
         float | None, Arg("probability from which a pixel is in the mask, in hundredths", min=0, max=1)

@@ -23,7 +23,7 @@ from pneumo_experiments.experiment.promotion import (
 )
 from pneumo_experiments.learning.onnx_export import require_onnx
 from pneumo_experiments.serving import Detector, load, save
-from pneumo_experiments.settings import BEST, NONE, Register, Score
+from pneumo_experiments.settings import BEST, NONE, Device, Register, Score
 from pneumo_experiments.stages.score import score
 
 NEW = "the new version"
@@ -75,7 +75,7 @@ def _register(settings: Register) -> tracking.Version:
         model, why, models = tracking.best_model(images)
         print(f"register: {model} is the {why}")
     addresses = addresses_of(model)
-    detector = load_models(model)  # what cannot be loaded must not be registered
+    detector = load_models(model, settings.dataset, Device())  # what cannot be loaded must not be registered
     if settings.export == "onnx":
         export_onnx(settings.onnx_file, detector)
     members = [id for address in addresses if (id := tracking.model_id_of(address))]

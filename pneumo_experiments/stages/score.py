@@ -64,14 +64,13 @@ def score(settings: Score) -> ScoreResult:
             return ScoreResult(scores, "", None)
         if settings.dicom_dir is not None and settings.dicom_seg:
             require_highdicom()
-        own = load_models(settings.model).on(settings.compute)
+        own = load_models(settings.model, settings.dataset, settings.compute)
         detector = own.with_thresholds(_given(settings)).with_tta(settings.tta)
-        used = {"precision_used": detector.precisions, "tta_used": detector.ttas}
-        tracking.log_params(
-            {"device_used": str(detector.predictor.device)}
-            | used
-            | {f"{name}_used": value for name, value in asdict(detector.thresholds).items()}
-        )
+        detector = detector.at_prevalence(settings.prevalence)
+        device = str(detector.predictor.device)
+        used = {"device": device, "precision": detector.precisions, "tta": detector.ttas}
+        used |= asdict(detector.thresholds)
+        tracking.log_params({f"{name}_used": value for name, value in used.items()})
         if settings.dicom_dir is not None:
             write_findings(settings, detector, settings.dicom_dir, _model_text(settings))
             return ScoreResult(None, "", settings.submission)
@@ -95,9 +94,9 @@ def _score_dataset(settings: Score, detector: Detector, model: str | None) -> Sc
         tracking.log_dataset(settings.dataset, dataset.fingerprint, settings.subset)
         subset = Subset(dataset, _indices(settings, detector, dataset))
         seen, images = describe_seen(subset, detector.seen, "the model"), identity(subset)
-        name = _name_subset(settings, detector, dataset, seen)
-        baseline = None if is_none(settings.baseline) else load_models(settings.baseline).on(settings.compute)
-        if baseline is not None:
+        name, baseline = _name_subset(settings, detector, dataset, seen), None
+        if not is_none(settings.baseline):
+            baseline = load_models(settings.baseline, settings.dataset, settings.compute)
             refuse_seen(settings.baseline, baseline, subset)
         counts = subset.count(detector.predictor, desc="score")
         scored = subset.scored(counts, detector.thresholds)
@@ -140,8 +139,9 @@ def _given(settings: Score) -> dict[str, float]:
 
 def _model_text(settings: Score) -> str:
     """The model, with what was given in place of its own, for the run's description."""
-    tta = {} if settings.tta == AUTO else {"tta": settings.tta}
-    given = ", ".join(f"{name} {value}" for name, value in (_given(settings) | tta).items())
+    other = {} if settings.tta == AUTO else {"tta": settings.tta}
+    other |= {} if settings.prevalence is None else {"prevalence": settings.prevalence}
+    given = ", ".join(f"{name} {value}" for name, value in (_given(settings) | other).items())
     return f"{settings.model} with {given}" if given else settings.model
 
 

@@ -46,12 +46,13 @@ SIGNATURE = ModelSignature(
             ColSpec(DataType.string, "error"),
         ]
     ),
-    params=ParamSchema(  # thresholds instead of the model's own, and pictures as further columns
+    params=ParamSchema(  # thresholds and prevalence instead of the model's own, and pictures as columns
         [
             ParamSpec("presence_threshold", DataType.double, None),
             ParamSpec("top_score", DataType.double, None),
             ParamSpec("min_area_px", DataType.long, None),
             ParamSpec("bottom_score", DataType.double, None),
+            ParamSpec("prevalence", DataType.double, None),
             ParamSpec("overlay", DataType.boolean, False),
             ParamSpec("mask", DataType.boolean, False),
         ]
