@@ -139,11 +139,19 @@ def test_another_micro_batch_restarts_the_training(
     assert "continues after epoch 1 of 2" in capsys.readouterr().out
 
 
-def test_patience_ends_a_training_that_gets_no_better(
+def test_patience_counts_from_the_first_epoch_that_finds_something(
     settings: Train, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    train(changed(settings, epochs=5, patience=1, learning_rate=1e-9))
-    assert "no better Dice in 1 epochs: stopped early" in capsys.readouterr().out
+    nothing, stopped = "every epoch's best answer was an empty mask", "no better Dice in 1 epochs: stopped"
+    hardly = changed(settings, epochs=3, best_k=1, patience=1, learning_rate=1e-9)
+    train(hardly)
+    said = capsys.readouterr().out
+    assert nothing in said
+    assert stopped not in said
+    train(changed(hardly, epochs=8, learning_rate=3e-2, warmup=0, seed=1))  # epochs 2 and 3 find something
+    said = capsys.readouterr().out
+    assert stopped in said
+    assert nothing not in said
 
 
 def test_the_best_epoch_is_not_predicted_again(settings: Train) -> None:
