@@ -189,7 +189,7 @@ def _choose_weights(
 ) -> tuple[ThresholdCounts, list[int]]:
     """Loads the best epoch's weights, or the mean of the best ones' where that scores better.
 
-    Averaged weights, also those of ``ema``, are tried with batch statistics of their own as well. Returns the
+    Averaged weights, those of ``ema`` too, are also tried with batch statistics of their own. Returns the
     threshold counts of the validation images, and the epochs that were averaged.
     """
     predictor, validation, best = prepared.predictor, prepared.validation, list(progress.networks)
@@ -199,19 +199,19 @@ def _choose_weights(
         candidates.append((mean, best, False))
     if len(best) > 1 or recipe.optimizer.ema > 0:
         network.load_state_dict(mean)
-        count = min(STATISTICS_IMAGES, len(prepared.training_data))
-        with ProgressBar("batch statistics", count, is_shown=distributed.is_main_process()) as bar:
-            update_batch_norm(network, prepared.training_data, recipe, predictor.compute, bar.update)
+        data, is_shown = prepared.training_data, distributed.is_main_process()
+        with ProgressBar("batch statistics", min(STATISTICS_IMAGES, len(data)), is_shown=is_shown) as bar:
+            update_batch_norm(network, data, recipe, predictor.compute, bar.update)
         candidates.append((copy.deepcopy(network.state_dict()), best, True))
     results: list[tuple[float, ThresholdCounts]] = []
-    for state, epochs, _ in candidates:
-        counts = None if results else progress.counts.get(epochs[0])
+    for state, _, _ in candidates:
+        counts = None if results else progress.counts.get(best[0])
         if counts is None:
             network.load_state_dict(state)
             counts = validation.count(predictor)
         results.append((validation.score(counts, best_on_grid(counts)).dice, counts))
     chosen = max(range(len(results)), key=lambda place: results[place][0])  # of equal ones the first
-    state, epochs, is_own = candidates[chosen]
+    state, epochs, has_own = candidates[chosen]
     network.load_state_dict(state)
-    tracking.log_params({"own_batch_statistics": is_own})
+    tracking.log_params({"own_batch_statistics": has_own})
     return results[chosen][1], epochs

@@ -47,10 +47,7 @@ class Progress:
 
     @property
     def learned(self) -> list[dict[str, float]]:
-        """Metrics from the first epoch on that finds something: before it, all masks are best left empty.
-
-        Without positives among the validation images, those of all epochs.
-        """
+        """Metrics from the first epoch on that finds something; of all epochs if there is nothing to find."""
         return list(dropwhile(lambda metrics: metrics.get("val_dice_positive") == 0, self.history))
 
     def is_stuck(self, patience: int) -> bool:

@@ -67,25 +67,23 @@ def update_batch_norm(
 ) -> None:
     """Gives batch norm the statistics that the network's own weights have on training images, in place.
 
-    For averaged weights (Izmailov et al. 2018, section 3.2): as ``torch.optim.swa_utils.update_bn`` the mean
-    over batches, but the images are as in use: drawn from all alike, not augmented, and without dropout; and
-    the host does not wait for the device. Up to about 1,000 images, the same for the same seed. All processes
-    of a group take part, and end with the same. ``progress`` is called as in ``fit``.
+    For averaged weights (Izmailov et al. 2018, section 3.2). Like torch's ``update_bn`` a mean over batches,
+    but of images as they are in use: not augmented, drawn from all alike, without dropout. About 1,000 at
+    most, the same for the same seed. The host does not wait for the device. All processes of a group take
+    part, and end with the same. ``progress`` is called as by ``fit``.
     """
     norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm)]
-    momenta = [norm.momentum for norm in norms]
-    at_once = AT_ONCE * distributed.world_size()
+    momentum, at_once = norms[0].momentum, AT_ONCE * distributed.world_size()
     plain = replace(recipe.batches, augment=False, positive_share=0.0, batch_size=at_once)
     drawn = batches(data, replace(recipe, batches=plain), 1, 1, compute.device)
     network.eval()
     for number, batch in enumerate(islice(drawn, count_batches(STATISTICS_IMAGES, at_once)), start=1):
         for norm in norms:
-            norm.train()
-            norm.momentum = 1 / number
+            norm.train().momentum = 1 / number
         with compute.autocast():
             network(batch.images.contiguous(memory_format=torch.channels_last))
         progress(batch.size)
-    for norm, momentum in zip(norms, momenta, strict=True):
+    for norm in norms:
         norm.momentum = momentum
 
 

@@ -34,14 +34,9 @@ def parameter_groups(network: PneumothoraxNet, recipe: Recipe) -> list[dict[str,
     al. 2019, Bag of Tricks for Image Classification, section 3.1).
     """
     chosen = recipe.optimizer
-    groups: dict[tuple[bool, bool], list[Parameter]] = {}
+    groups: dict[tuple[float, float], list[Parameter]] = {}
     for name, parameter in network.named_parameters():
-        groups.setdefault((name in network.pretrained, parameter.ndim > 1), []).append(parameter)
-    return [
-        {
-            "params": parameters,
-            "lr": chosen.learning_rate * (chosen.pretrained_lr_scale if is_pretrained else 1),
-            "weight_decay": chosen.weight_decay if decays else 0.0,
-        }
-        for (is_pretrained, decays), parameters in groups.items()
-    ]
+        peak = chosen.learning_rate * (chosen.pretrained_lr_scale if name in network.pretrained else 1)
+        decay = chosen.weight_decay if parameter.ndim > 1 else 0.0
+        groups.setdefault((peak, decay), []).append(parameter)
+    return [{"params": same, "lr": peak, "weight_decay": decay} for (peak, decay), same in groups.items()]
