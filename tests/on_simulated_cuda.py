@@ -37,6 +37,7 @@ from pneumo_experiments.dataset.decoder_pool import File  # noqa: E402
 from pneumo_experiments.dataset.hdf5 import Dataset  # noqa: E402  # torch is frame for its devices from now on
 from pneumo_experiments.experiment.subset import Subset  # noqa: E402
 from pneumo_experiments.learning import distributed  # noqa: E402
+from pneumo_experiments.learning.averaging import update_batch_norm  # noqa: E402
 from pneumo_experiments.learning.calibration import Calibration  # noqa: E402
 from pneumo_experiments.learning.checkpoint import Checkpoint  # noqa: E402
 from pneumo_experiments.learning.device import ComputeConfig, choose_compute  # noqa: E402
@@ -240,6 +241,9 @@ def test_in_an_epoch_the_host_waits_only_for_its_sums(dataset: Path, cache: str)
         with count_syncs() as waits:
             epoch = next(epochs)
             recorded = dict(waits)
+        with count_syncs() as waits:
+            update_batch_norm(epoch.network, data, recipe, compute)
+            assert not waits, waits
     assert epoch.skipped_steps == 0
     assert sorted(name.rpartition(":")[0] for name in recorded) == [
         "_local_scalar_dense learning/fit.py",  # the number of skipped steps

@@ -6,9 +6,15 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import make
+from tiny_network import CPU, noise, random_network, weights_of
+from torch.optim.swa_utils import update_bn
 
-from pneumo_experiments.learning.averaging import MovingAverage, mean_state
+from pneumo_experiments.learning import averaging
+from pneumo_experiments.learning.averaging import MovingAverage, mean_state, update_batch_norm
+from pneumo_experiments.learning.loader import batches
 from pneumo_experiments.learning.network import build
+from pneumo_experiments.settings import Recipe
 
 pytestmark = pytest.mark.usefixtures("tiny")
 
@@ -37,3 +43,31 @@ def test_the_mean_of_states_is_that_of_each_tensor() -> None:
     assert mean["w"].tolist() == [2.0, 6.0]
     assert mean["n"] == 3
     assert states[0]["w"].tolist() == [1.0, 5.0]
+
+
+@pytest.mark.parametrize("limit", [1000, 20])
+def test_batch_statistics_are_torch_s_own_of_plain_images(
+    limit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(averaging, "STATISTICS_IMAGES", limit)
+    data, network, reference = noise(40), random_network(0), random_network(0)
+    before, seen = weights_of(network), list[int]()
+    # Another average than the mean over images: of 40 images, in batches of 14, 13 and 13.
+    update_batch_norm(network, data, make(Recipe, batch_size=2, positive_share=1.0), CPU, seen.append)
+    assert seen == [14, 13, 13][: 3 if limit == 1000 else 2]
+    plain = make(Recipe, batch_size=16, positive_share=0.0, augment=False)
+    for module in reference.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    drawn = [batch.images for batch in batches(data, plain, 1, 1, CPU.device)]
+    update_bn(drawn[: len(seen)], reference)
+    after, expected = weights_of(network), weights_of(reference)
+    statistics = [name for name in before if "running_" in name and "aux" not in name]
+    assert len(statistics) == 4
+    for name, tensor in after.items():
+        if name in statistics:
+            assert torch.allclose(tensor, expected[name], rtol=1e-4, atol=1e-6), name
+            assert not torch.allclose(tensor, before[name], rtol=0.01)
+        elif "num_batches" not in name:
+            assert torch.equal(tensor, before[name]), name
+    assert {m.momentum for m in network.modules() if isinstance(m, torch.nn.BatchNorm2d)} == {0.1}

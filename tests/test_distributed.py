@@ -10,11 +10,12 @@ import pytest
 import torch
 from conftest import soak
 from helpers import changed, environment, make
-from tiny_network import CPU, add_tiny_network, noise, weights_of
+from tiny_network import CPU, add_tiny_network, noise, random_network, weights_of
 from torch import nn
 
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.learning import distributed
+from pneumo_experiments.learning.averaging import update_batch_norm
 from pneumo_experiments.learning.fit import fit
 from pneumo_experiments.learning.launch import launch
 from pneumo_experiments.learning.network import build
@@ -36,7 +37,12 @@ def trained(recipe: Recipe) -> dict[str, Any]:
             module.p = 0.0  # each process draws its own
     epochs = list(fit(network, noise(10), recipe, 3, CPU))
     weights = {name: tensor.numpy() for name, tensor in weights_of(epochs[-1].network).items()}
-    return {"losses": [epoch.losses for epoch in epochs], "weights": weights}
+    network = random_network(0)
+    distributed.convert_sync_batchnorm(network, CPU.device)
+    update_batch_norm(network, noise(37), recipe, CPU)
+    own = torch.cat([tensor for name, tensor in network.state_dict().items() if "running_" in name])
+    statistics = distributed.all_gather_rows(own[None].numpy(), distributed.world_size())
+    return {"losses": [epoch.losses for epoch in epochs], "weights": weights, "statistics": statistics}
 
 
 def loss_of_presence() -> float:
@@ -111,6 +117,10 @@ def test_two_processes_learn_what_one_does_with_the_same_batches(together: Toget
     for name, weight in one["weights"].items():
         if "running_mean" in name:
             assert two["weights"][name] == pytest.approx(weight, rel=0.02, abs=0.02), name
+    # Of each process; in one the batches hold 13, 12 and 12 images, in two 19 and 18.
+    first, second = two["statistics"]
+    assert (first == second).all()
+    assert first == pytest.approx(one["statistics"][0], rel=0.02, abs=0.02)
 
 
 def test_processes_do_not_wait_for_heads_whose_losses_have_no_weight(together: Together) -> None:

@@ -24,13 +24,16 @@ from pneumo_experiments import tracking
 from pneumo_experiments.dataset.hdf5 import Dataset
 from pneumo_experiments.dataset.rle import decode
 from pneumo_experiments.errors import UserError
+from pneumo_experiments.experiment.progress import Progress
 from pneumo_experiments.experiment.subset import Subset, make_split
+from pneumo_experiments.experiment.training_loop import EpochResult
 from pneumo_experiments.learning.calibration import Calibration, fit_calibration
 from pneumo_experiments.learning.checkpoint import Checkpoint
 from pneumo_experiments.learning.network import PneumothoraxNet
 from pneumo_experiments.scoring.metrics import calibration_error, dice
 from pneumo_experiments.serving import load
-from pneumo_experiments.settings import Train, as_params, flat
+from pneumo_experiments.settings import Score, Train, as_params, flat
+from pneumo_experiments.stages.score import score
 from pneumo_experiments.stages.train import train
 
 pytestmark = pytest.mark.usefixtures("no_layout", "no_code")
@@ -160,11 +163,51 @@ def test_another_micro_batch_restarts_the_training(
     assert "continues after epoch 1 of 2" in capsys.readouterr().out
 
 
-def test_patience_ends_a_training_that_gets_no_better(
-    settings: Train, capsys: pytest.CaptureFixture[str]
+@pytest.fixture
+def learning(settings: Train) -> Train:
+    """A training that finds something from the second epoch on, and is at its best in the fourth."""
+    values = {"learning_rate": 3e-2, "warmup": 0.1, "augment": False, "tta": "none", "best_k": 1}
+    return changed(settings, epochs=25, holdout=0, folds=2, **values)
+
+
+def test_patience_counts_from_the_first_epoch_that_finds_something(
+    learning: Train, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    train(changed(settings, epochs=5, patience=1, learning_rate=1e-9))
-    assert "no better Dice in 1 epochs: stopped early" in capsys.readouterr().out
+    nothing, stopped = "every epoch's best answer was an empty mask", "no better Dice in 1 epochs: stopped"
+    train(changed(learning, patience=1, epochs=3, learning_rate=1e-9))
+    said = capsys.readouterr().out
+    assert nothing in said
+    assert stopped not in said
+    train(changed(learning, patience=1))
+    said = capsys.readouterr().out
+    assert "on positives 0.0000" in said
+    assert stopped in said
+    assert nothing not in said
+
+
+@pytest.mark.parametrize("values", [{"best_k": 2}, {"ema": 0.3}])
+def test_averaged_weights_whose_batch_statistics_are_wrong_get_their_own(
+    learning: Train, values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add = Progress.add
+
+    def add_wrong_statistics(self: Progress, result: EpochResult, best_k: int) -> None:
+        add(self, result, best_k)
+        self.counts.clear()
+        for state in self.networks.values():
+            for name in state:
+                if name.endswith("running_mean"):
+                    state[name] = torch.full_like(state[name], 100.0)
+
+    monkeypatch.setattr(Progress, "add", add_wrong_statistics)
+    trained = train(changed(learning, epochs=4, **values))
+    (run,) = runs()
+    assert run.data.params["own_batch_statistics"] == "true"
+    assert run.data.params["averaged_epochs"] == str(values.get("best_k", 1))
+    assert trained.scores.dice_positive > 0
+    model = score(Score(dataset=learning.dataset, model=trained.model, subset="validation", overlays=0))
+    assert model.scores is not None
+    assert model.scores.dice == pytest.approx(trained.scores.dice)  # the model has the weights that were kept
 
 
 def test_the_best_epoch_is_not_predicted_again(settings: Train) -> None:
@@ -182,6 +225,7 @@ def test_the_best_epoch_is_not_predicted_again(settings: Train) -> None:
     finally:
         hook.remove()
     assert sum(predictions) == 2 * validation  # once after each epoch
+    assert runs()[0].data.params["own_batch_statistics"] == "false"
 
 
 # Two processes that import nothing; test_distributed.py starts new ones.

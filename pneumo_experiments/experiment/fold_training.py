@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -18,19 +19,20 @@ from pneumo_experiments.experiment.subset import Subset, log_overlays, log_split
 from pneumo_experiments.experiment.threshold_search import log_threshold_study, search_thresholds
 from pneumo_experiments.experiment.training_loop import log_first_batch, train_and_validate
 from pneumo_experiments.learning import distributed
-from pneumo_experiments.learning.averaging import mean_state
+from pneumo_experiments.learning.averaging import STATISTICS_IMAGES, mean_state, update_batch_norm
 from pneumo_experiments.learning.calibration import fit_calibration
 from pneumo_experiments.learning.checkpoint import Checkpoint
 from pneumo_experiments.learning.device import choose_compute, from_numpy
 from pneumo_experiments.learning.loader import InMemoryData, StreamedData
 from pneumo_experiments.learning.network import build
 from pneumo_experiments.learning.predict import Predictor
+from pneumo_experiments.progress_bar import ProgressBar
 from pneumo_experiments.scoring.figures import learning_curves
 from pneumo_experiments.scoring.metrics import calibration_error
 from pneumo_experiments.scoring.scores import Scores
 from pneumo_experiments.scoring.thresholds import ThresholdCounts, Thresholds, best_on_grid
 from pneumo_experiments.serving import Detector, Member, new_folder, save
-from pneumo_experiments.settings import Search, Train, as_config
+from pneumo_experiments.settings import Recipe, Search, Train, as_config
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,11 @@ def _run_epochs(
             progress.save(checkpoint, result.epoch.state())
     if len(progress.history) < epochs:
         print(f"train: no better Dice in {patience} epochs: stopped early")
+    if not progress.learned:
+        print(
+            "train: every epoch's best answer was an empty mask for every image: try more epochs, another"
+            " learning_rate, or pretrained weights"
+        )
     return progress
 
 
@@ -137,7 +144,7 @@ def _finish(origin: Origin, prepared: _Prepared, progress: Progress) -> TrainedF
     """Chooses weights, calibration and thresholds, and logs scores, pictures and model."""
     settings, validation = origin.settings, prepared.validation
     dataset, trained_on = validation.dataset, len(prepared.training_data)
-    raw, averaged = _choose_weights(progress, prepared.predictor, validation)
+    raw, averaged = _choose_weights(progress, prepared, settings.recipe)
     predictor, counts = _calibrate(prepared.predictor, raw, prevalence(dataset, prepared.split))
     trials = (
         settings.evaluation.threshold_trials if distributed.is_main_process() else 0
@@ -203,25 +210,33 @@ def _calibrate(
 
 
 def _choose_weights(
-    progress: Progress, predictor: Predictor, validation: Subset
+    progress: Progress, prepared: _Prepared, recipe: Recipe
 ) -> tuple[ThresholdCounts, list[int]]:
     """Loads the best epoch's weights, or the mean of the best ones' where that scores better.
 
-    Returns the threshold counts of the validation images, and the epochs that were averaged.
+    Averaged weights, those of ``ema`` too, are also tried with batch statistics of their own. Returns the
+    threshold counts of the validation images, and the epochs that were averaged.
     """
-    best = list(progress.networks)
-    candidates = [best[:1], best] if len(best) > 1 else [best]
+    predictor, validation, best = prepared.predictor, prepared.validation, list(progress.networks)
+    network, mean = predictor.network, mean_state(list(progress.networks.values()))
+    candidates = [(progress.networks[best[0]], best[:1], False)]
+    if len(best) > 1:
+        candidates.append((mean, best, False))
+    if len(best) > 1 or recipe.optimizer.ema > 0:
+        network.load_state_dict(mean)
+        data, is_shown = prepared.training_data, distributed.is_main_process()
+        with ProgressBar("batch statistics", min(STATISTICS_IMAGES, len(data)), is_shown=is_shown) as bar:
+            update_batch_norm(network, data, recipe, predictor.compute, bar.update)
+        candidates.append((copy.deepcopy(network.state_dict()), best, True))
     results: list[tuple[float, ThresholdCounts]] = []
-    for epochs in candidates:
-        counts = progress.counts.get(epochs[0]) if len(epochs) == 1 else None
+    for state, _, _ in candidates:
+        counts = None if results else progress.counts.get(best[0])
         if counts is None:
-            _load_mean(predictor, progress, epochs)
+            network.load_state_dict(state)
             counts = validation.count(predictor)
         results.append((validation.score(counts, best_on_grid(counts)).dice, counts))
-    chosen = max(range(len(results)), key=lambda place: results[place][0])  # of equal ones the single epoch
-    _load_mean(predictor, progress, candidates[chosen])
-    return results[chosen][1], candidates[chosen]
-
-
-def _load_mean(predictor: Predictor, progress: Progress, epochs: list[int]) -> None:
-    predictor.network.load_state_dict(mean_state([progress.networks[epoch] for epoch in epochs]))
+    chosen = max(range(len(results)), key=lambda place: results[place][0])  # of equal ones the first
+    state, epochs, has_own = candidates[chosen]
+    network.load_state_dict(state)
+    tracking.log_params({"own_batch_statistics": has_own})
+    return results[chosen][1], epochs

@@ -6,6 +6,7 @@ import hashlib
 import json
 import warnings
 from dataclasses import dataclass, field
+from itertools import dropwhile
 from typing import Any, cast
 
 from pneumo_experiments.experiment.training_loop import EpochResult
@@ -14,7 +15,8 @@ from pneumo_experiments.learning.trainer import State
 from pneumo_experiments.scoring.thresholds import ThresholdCounts
 from pneumo_experiments.settings import Train, weight_shaping
 
-SAVED = {"run_id", "history", "dices", "networks", "state"}
+SAVED = {"version", "run_id", "history", "dices", "networks", "state"}
+VERSION = 2  # of checkpoints: increase when an earlier one would continue as another training
 
 
 @dataclass
@@ -43,15 +45,20 @@ class Progress:
         self.networks = {epoch: self.networks[epoch] for epoch in best}
         self.counts = {epoch: self.counts[epoch] for epoch in best if epoch in self.counts}
 
+    @property
+    def learned(self) -> list[dict[str, float]]:
+        """Metrics from the first epoch on that finds something; of all epochs if there is nothing to find."""
+        return list(dropwhile(lambda metrics: metrics.get("val_dice_positive") == 0, self.history))
+
     def is_stuck(self, patience: int) -> bool:
-        """Whether so many epochs have passed without a better Dice; never for a patience of 0."""
-        dices = [metrics["val_dice"] for metrics in self.history]
+        """Whether so many epochs of ``learned`` brought no better Dice; never for a patience of 0."""
+        dices = [metrics["val_dice"] for metrics in self.learned]
         return bool(dices) and 0 < patience < len(dices) - dices.index(max(dices))
 
     def save(self, checkpoint: Checkpoint, state: State) -> None:
         """Writes everything that continuing after this epoch needs."""
-        last = {"run_id": self.run_id, "history": self.history, "dices": self.dices, "state": state}
-        checkpoint.save(last, self.networks)
+        last = {"version": VERSION, "run_id": self.run_id, "history": self.history, "dices": self.dices}
+        checkpoint.save(last | {"state": state}, self.networks)
 
 
 def checkpoint_of(settings: Train, fingerprint: str) -> Checkpoint:
@@ -68,8 +75,8 @@ def read_checkpoint(checkpoint: Checkpoint) -> dict[str, Any] | None:
     last = checkpoint.last()
     if last is None:
         return None
-    state = last.get("state")
-    if last.keys() != SAVED or not isinstance(state, dict) or state.keys() != State.__annotations__.keys():
+    state, is_ours = last.get("state"), last.keys() == SAVED and last["version"] == VERSION
+    if not is_ours or not isinstance(state, dict) or state.keys() != State.__annotations__.keys():
         warnings.warn(f"{checkpoint.folder}: written by another version; training starts over", stacklevel=2)
         return None
     networks: list[Any] = [last["state"]["network"], *last["networks"].values()]

@@ -1,9 +1,11 @@
-"""Learning rates: over the steps, and of pretrained and new layers."""
+"""Learning rates over the steps, and learning rate and weight decay of each parameter."""
 
 from __future__ import annotations
 
 import math
 from typing import Any
+
+from torch.nn import Parameter
 
 from pneumo_experiments.learning.network import PneumothoraxNet
 from pneumo_experiments.settings import Recipe
@@ -26,9 +28,15 @@ def lr_factor(recipe: Recipe, done: float) -> float:
 
 
 def parameter_groups(network: PneumothoraxNet, recipe: Recipe) -> list[dict[str, Any]]:
-    """Parameter groups with their peak learning rates as ``lr``; pretrained layers have a lower one."""
-    lower = recipe.optimizer.learning_rate * recipe.optimizer.pretrained_lr_scale
-    pretrained = [p for name, p in network.named_parameters() if name in network.pretrained]
-    new = [p for name, p in network.named_parameters() if name not in network.pretrained]
-    groups = ((pretrained, lower), (new, recipe.optimizer.learning_rate))
-    return [{"params": params, "lr": peak} for params, peak in groups if params]
+    """At most four parameter groups, each with its peak learning rate as ``lr`` and its ``weight_decay``.
+
+    Pretrained layers have a lower rate. Only kernels decay, not biases and the scales of batch norm (He et
+    al. 2019, Bag of Tricks for Image Classification, section 3.1).
+    """
+    chosen = recipe.optimizer
+    groups: dict[tuple[float, float], list[Parameter]] = {}
+    for name, parameter in network.named_parameters():
+        peak = chosen.learning_rate * (chosen.pretrained_lr_scale if name in network.pretrained else 1)
+        decay = chosen.weight_decay if parameter.ndim > 1 else 0.0
+        groups.setdefault((peak, decay), []).append(parameter)
+    return [{"params": same, "lr": peak, "weight_decay": decay} for (peak, decay), same in groups.items()]

@@ -48,10 +48,7 @@ class Trainer:
         self.total_steps = steps
         self.micro_batch = recipe.batches.micro_batch or recipe.batches.batch_size
         self.optimizer = torch.optim.AdamW(
-            parameter_groups(network, recipe),
-            lr=recipe.optimizer.learning_rate,
-            weight_decay=recipe.optimizer.weight_decay,
-            fused=compute.device.type != "mps",
+            parameter_groups(network, recipe), fused=compute.device.type != "mps"
         )
         self.schedule = self._schedule_after(0)
         # In every format: it skips steps without a finite gradient, and the host need not wait to know.

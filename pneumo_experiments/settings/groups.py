@@ -136,7 +136,8 @@ class Schedule:
     patience: Annotated[
         int,
         Arg(
-            "stop after so many epochs without a better validation Dice; 0 never stops early",
+            "stop after so many epochs without a better validation Dice, counted from the first epoch that"
+            " finds something; 0 never stops early",
             min=0,
             max=100_000,
         ),

@@ -86,7 +86,7 @@ class Optimizer:
     warmup: Annotated[
         float, Arg("fraction of all steps in which the learning rate rises", min=0, max=0.9)
     ] = 0.2
-    weight_decay: Annotated[float, Arg("AdamW's weight decay", min=0, max=1000)] = 0.01
+    weight_decay: Annotated[float, Arg("AdamW's weight decay of kernels", min=0, max=1000)] = 0.01
     clip_norm: Annotated[float, Arg("largest norm of a step's gradient; 0 sets no limit", min=0, max=1e6)] = (
         5.0
     )
