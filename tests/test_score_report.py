@@ -161,9 +161,17 @@ def test_the_page_has_every_score_with_its_interval(mixed: Report) -> None:
             for row in texts(mixed.html, "tr")
         )
     }
+    positives, images = mixed.scores.positives, mixed.scores.images
+    predicted = round(positives / mixed.scores.precision * mixed.scores.sensitivity)
+    of = {"sensitivity": positives, "specificity": images - positives, "precision": predicted}
+    of |= {"false_alarms": images, "misses": images}
+    found = round(mixed.scores.sensitivity * positives)
+    assert rows["sensitivity"][0].endswith(f"{found} of {positives}")
+    assert rows["misses"][0].endswith(f"{positives - found} of {images}")
     for name in SCORES:
         value, interval, meaning = rows[name.replace("_", " ")]
-        assert value == f"{getattr(mixed.scores, name):.4f}", name
+        count = rf"\d+ of {of[name]}" if name in of else ""
+        assert re.fullmatch(rf"{getattr(mixed.scores, name):.4f}{count}", value), name
         assert len(meaning) > 20
         if name == "dice_baseline":
             assert interval == ""
@@ -179,11 +187,13 @@ def test_the_page_has_every_score_with_its_interval(mixed: Report) -> None:
         images, positives, patients, dice, *_ = rows[row["value"]]
         assert [images, positives, patients] == [row["images"], row["positives"], row["patients"]]
         interval = f"{float(row['dice_low']):.2f} to {float(row['dice_high']):.2f}"
-        assert dice == f"{float(row['dice']):.3f}{interval}"
+        star = " *" if int(row["positive_patients"]) < 5 else ""
+        assert dice == f"{float(row['dice']):.3f}{interval}{star}"
     seen = Reader(mixed.html).text
     assert f"{mixed.scores.images} images" not in seen  # the strip's number stands before its name
     assert f"dice {mixed.scores.dice:.4f}" in seen
-    assert "only 14 patients" in seen
+    assert "marked *" in seen
+    assert "there are only" not in seen  # 7 patients have a finding
 
 
 def test_the_page_is_one_file_without_outside_resources(mixed: Report) -> None:
@@ -266,6 +276,10 @@ def test_a_page_without_pictures_has_no_gallery(store: Path, network: Pneumothor
     report = report_of(store, network, MIXED[:14], overlays=0)
     assert "Best" not in texts(report.html, "h2")
     assert report.pictures == []
+    assert "there are only 3 patients with a finding" in Reader(report.html).text
+    (precision,) = re.findall(r"<th scope=row>precision</th>.*?</tr>", report.html)
+    (specificity,) = re.findall(r"<th scope=row>specificity</th>.*?</tr>", report.html)
+    assert (" *" in precision, " *" in specificity) == (True, False)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
@@ -10,7 +10,8 @@ from typing import Any, cast
 from pneumo_experiments import tracking
 from pneumo_experiments.experiment.promotion import CHALLENGER, CHAMPION, Decision
 from pneumo_experiments.report.card_text import CardScore, ModelCard, SizeRow, card_text
-from pneumo_experiments.scoring.scores import MIN_PATIENTS
+from pneumo_experiments.report.summary import counted
+from pneumo_experiments.scoring.scores import is_reliable
 from pneumo_experiments.serving import Detector
 from pneumo_experiments.tracking import Lineage, UnseenScore
 
@@ -23,17 +24,15 @@ def model_card(name: str, number: str, detector: Detector, decision: Decision, l
     score = decision.score
     rows = [] if score is None else _groups(score)
     everyone = next((row for row in rows if row.get("group") == "all"), None)
-    patients = None if everyone is None else int(everyone["patients"])
     return card_text(
         ModelCard(
             name=name,
             number=number,
             network=detector.networks,
-            dice=None if score is None else _dice(score),
+            dice=None if score is None else _score({"dice": score.dice, **score.metrics}, "dice", everyone),
             dice_baseline=0.0 if score is None else score.dice_baseline,
             scored_images="" if score is None else f"{score.images} {score.subset} images",
-            scored_patients=patients,
-            is_reliable=patients is None or patients >= MIN_PATIENTS,
+            scored_patients=None if everyone is None else int(everyone["patients"]),
             decision=DECISIONS[decision.alias],
             reason=decision.reason,
             sizes=_sizes(rows),
@@ -46,8 +45,17 @@ def model_card(name: str, number: str, detector: Detector, decision: Decision, l
     )
 
 
-def _dice(score: UnseenScore) -> CardScore:
-    return CardScore(score.dice, score.metrics.get("dice_low"), score.metrics.get("dice_high"))
+def _score(numbers: Mapping[str, Any], name: str, counts: Mapping[str, Any] | None) -> CardScore:
+    """A score among these numbers, of images with these counts, if they are known.
+
+    Without ``positive_patients``, as in older tables, the number of positives takes its place.
+    """
+    low, high = (numbers.get(f"{name}_{end}") for end in ("low", "high"))
+    if counts is None:
+        return CardScore(numbers.get(name), low, high)
+    positive_patients = int(counts.get("positive_patients", counts["positives"]))
+    reliable = is_reliable(name, int(counts["patients"]), positive_patients)
+    return CardScore(numbers.get(name), low, high, counted({**counts, **numbers}, name), reliable)
 
 
 def _groups(score: UnseenScore) -> list[dict[str, Any]]:
@@ -59,10 +67,10 @@ def _sizes(rows: Sequence[dict[str, Any]]) -> list[SizeRow]:
     """All images and each third of the findings by area."""
 
     def row(name: str, row: dict[str, Any]) -> SizeRow:
-        def score(key: str) -> CardScore:
-            return CardScore(row.get(key), row.get(f"{key}_low"), row.get(f"{key}_high"))
-
-        return SizeRow(name, int(row["images"]), score("sensitivity"), score("specificity"), score("dice"))
+        sensitivity, specificity, dice = (
+            _score(row, name, row) for name in ("sensitivity", "specificity", "dice")
+        )
+        return SizeRow(name, int(row["images"]), sensitivity, specificity, dice)
 
     everyone = [row("all images", each) for each in rows if each.get("group") == "all"]
     names = ("small", "medium", "large")  # thirds are numbered from 1

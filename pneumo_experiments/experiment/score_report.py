@@ -23,6 +23,7 @@ from pneumo_experiments.report.score_page import (
     ScorePage,
     score_page,
 )
+from pneumo_experiments.report.summary import plural
 from pneumo_experiments.scoring.exact import best_of_all
 from pneumo_experiments.scoring.figures import jpeg_uri
 from pneumo_experiments.scoring.plots import dice_by_area_plot, presence_curves, threshold_surface
@@ -72,7 +73,8 @@ def log_report(
     room = MAX_PICTURE_BYTES - sum(len(figure.source) for figure in pictures)
     galleries, omitted = _log_galleries(subset, counts, detector, settings.overlays, room)
     warning = "" if scores.interval_reliable else (
-        f"The intervals are unreliable: there are only {scores.patients} patients."
+        f"Intervals marked * may not hold: there are only {plural(scores.positive_patients, 'patient')}"
+        " with a finding."
     )  # fmt: skip
     page = ScorePage(
         title=f"Score: {name} images of {settings.dataset.name}",

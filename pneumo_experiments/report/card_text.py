@@ -19,21 +19,25 @@ MAX_REASON = 700
 
 @dataclass(frozen=True)
 class CardScore:
-    """A score with its 95% interval; all NaN or None where it is undefined."""
+    """A score with its 95% interval; all NaN or None where it is undefined.
+
+    ``count`` has the images of a fraction, as in ``14 of 14``.
+    """
 
     value: float | None
     low: float | None
     high: float | None
+    count: str = ""
+    is_reliable: bool = True
 
     @property
     def text(self) -> str:
-        """``0.912 (0.858 to 0.956)``, without what is undefined."""
+        """``0.912 (0.858 to 0.956)``, without what is undefined; a star marks what may not hold."""
         if not _is_number(self.value):
             return "–"
-        ends = (
-            f" ({self.low:.3f} to {self.high:.3f})" if _is_number(self.low) and _is_number(self.high) else ""
-        )
-        return f"{self.value:.3f}{ends}"
+        has_ends = _is_number(self.low) and _is_number(self.high)
+        ends = f" ({self.low:.3f} to {self.high:.3f}){'' if self.is_reliable else ' *'}" if has_ends else ""
+        return f"{self.value:.3f}{f', {self.count}' if self.count else ''}{ends}"
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,6 @@ class ModelCard:
     dice_baseline: float
     scored_images: str
     scored_patients: int | None
-    is_reliable: bool
     decision: str
     reason: str
     sizes: Sequence[SizeRow]

@@ -12,20 +12,22 @@ from numpy.typing import NDArray
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.scoring.metrics import (
     Measure,
-    Weights,
     auroc,
     average_precision,
-    bootstrap_intervals,
     calibration_error,
+    effective_patients,
+    intervals,
     mean,
 )
 from pneumo_experiments.scoring.thresholds import ThresholdCounts, Thresholds
 
-MIN_PATIENTS = 20  # with fewer the interval covers too rarely: see docs/training.md
+MIN_PATIENTS = 5  # that bear on a score; with fewer its interval may not hold: see docs/training.md
+OF_ALL_PATIENTS = ("specificity", "false_alarms", "calibration_error")  # others: of those with a finding
 CONSTANTS = (
     "images",
     "positives",
     "patients",
+    "positive_patients",
     "dice_baseline",
 )  # properties of the images, whatever is predicted
 
@@ -38,7 +40,7 @@ class Scores:
     """the official metric"""
     dice_low: float
     dice_high: float
-    """95% interval of dice, from a bootstrap over patients"""
+    """95% interval of dice, by patient"""
     dice_baseline: float
     """dice of predicting every image empty: the fraction of images with empty truth"""
     dice_positive: float
@@ -63,16 +65,22 @@ class Scores:
     positives: int
     """images with truth"""
     patients: int
+    positive_patients: int
+    """patients with an image with truth"""
 
     @property
     def interval_reliable(self) -> bool:
         """Whether there are enough patients for dice_low and dice_high to be valid."""
-        return self.patients >= MIN_PATIENTS
+        return is_reliable("dice", self.patients, self.positive_patients)
 
     @property
     def interval(self) -> str:
         """dice_low and dice_high as text, with a warning when they are unreliable."""
-        warning = "" if self.interval_reliable else f", unreliable with {self.patients} patients"
+        warning = (
+            ""
+            if self.interval_reliable
+            else f", unreliable with {self.positive_patients} patients with a finding"
+        )
         return f"95% {self.dice_low:.3f} to {self.dice_high:.3f}{warning}"
 
     @property
@@ -116,6 +124,11 @@ class ScoredImages:
             self.dices[chosen], self.predicted[chosen], self.truth[chosen], self.presence[chosen], patients
         )
 
+    @property
+    def positive_patients(self) -> int:
+        """Patients with an image with truth."""
+        return len({patient for patient, here in zip(self.patients, self.truth, strict=True) if here})
+
     def measures(self) -> dict[str, Measure]:
         """How each score is computed from the weights of the images."""
         dices, predicted, truth, presence = self.dices, self.predicted, self.truth, self.presence
@@ -132,27 +145,36 @@ class ScoredImages:
             "calibration_error": lambda weights: calibration_error(truth, presence, weights),
         }
 
-    def intervals(self, names: Collection[str] = (), seed: int = 0) -> dict[str, float]:
+    def intervals(self, names: Collection[str] = ()) -> dict[str, float]:
         """95% intervals of these scores, or of all: ``<name>_low`` and ``<name>_high``; NaN if undefined."""
         chosen = {name: measure for name, measure in self.measures().items() if not names or name in names}
-        ends = bootstrap_intervals(chosen, self.patients, np.random.default_rng(seed))
+        truth, patient = self.truth, np.asarray(self.patients)
+        rarer = min(truth, ~truth, key=lambda side: effective_patients(patient[side]))
+        among = dict.fromkeys(("dice_positive", "sensitivity", "average_precision"), truth)
+        among |= {"specificity": ~truth, "precision": self.predicted, "auroc": rarer}
         return {
             f"{name}_{end}": value
-            for name, (low, high) in ends.items()
+            for name, (low, high) in intervals(chosen, among, self.patients).items()
             for end, value in (("low", low), ("high", high))
         }
 
 
-def score_images(images: ScoredImages, seed: int = 0) -> Scores:
+def is_reliable(name: str, patients: int, positive_patients: int) -> bool:
+    """Whether so many patients, and so many with a finding, are enough for the interval of this score."""
+    return (patients if name in OF_ALL_PATIENTS else positive_patients) >= MIN_PATIENTS
+
+
+def score_images(images: ScoredImages) -> Scores:
     """Scores of n >= 1 images; raises UserError without any."""
     if len(images.dices) == 0:
         raise UserError("no images to score: choose a subset that has some")
-    itself: Weights = np.ones((1, len(images.dices)))
+    itself = np.ones((1, len(images.dices)))
     return Scores(
         **{name: float(measure(itself)[0]) for name, measure in images.measures().items()},
-        **images.intervals(["dice"], seed),
+        **images.intervals(["dice"]),
         dice_baseline=float(np.mean(~images.truth)),
         images=len(images.dices),
         positives=int(np.count_nonzero(images.truth)),
         patients=len(set(images.patients)),
+        positive_patients=images.positive_patients,
     )
