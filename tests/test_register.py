@@ -296,9 +296,13 @@ def test_images_that_a_model_has_seen_are_not_external(
     assert "dice" not in last_run().data.metrics
 
 
-def test_an_interval_from_few_patients_is_marked(ward: Ward) -> None:
-    params = ward.holdout.data.params
-    assert int(params["patients"]) < 20
-    assert params["interval_reliable"] == "false"
-    description = ward.holdout.data.tags["mlflow.note.content"]
-    assert f", unreliable with {params['patients']} patients)" in description
+def test_an_interval_from_few_patients_is_marked(ward: Ward, tmp_path: Path) -> None:
+    few = stored(tmp_path / "few.h5", positives_of(radiographs("few", 32))[:4])
+    scored(ward.first, few, "all")
+    params, description = last_run().data.params, last_run().data.tags["mlflow.note.content"]
+    assert (params["positive_patients"], params["interval_reliable"]) == ("4", "false")
+    assert ", unreliable with 4 patients with a finding)" in description
+    assert "4 with pneumothorax, masks on 4 of 4" in description
+    assert int(ward.holdout.data.params["positive_patients"]) >= 5
+    assert ward.holdout.data.params["interval_reliable"] == "true"
+    assert "unreliable" not in ward.holdout.data.tags["mlflow.note.content"]

@@ -97,7 +97,7 @@ def test_the_calibration_curve_has_a_point_for_each_tenth_with_images() -> None:
     ]
     assert [row["mean_presence"] for row in rows] == pytest.approx([0.065, 0.3525, 0.975])
     assert [row["fraction_positive"] for row in rows] == [0.0, 0.25, 1.0]
-    # Wilson's of 1 of 3, whose variance is that of 1 of 4, with Student's t of three degrees of freedom, 3.18.
+    # Wilson's of n = 3, for a variance of 0.25 * 0.75 / 3, with Student's t of 3 degrees of freedom, 3.18.
     middle, half = 0.25 + 3.18**2 / 6, 3.18 * (0.25 * 0.75 / 3 + 3.18**2 / 36) ** 0.5
     ends = [(middle + side) / (1 + 3.18**2 / 3) for side in (-half, half)]
     found = [rows[1][f"fraction_positive_{end}"] for end in ("low", "high")]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
@@ -10,8 +10,7 @@ from typing import Any, cast
 from pneumo_experiments import tracking
 from pneumo_experiments.experiment.promotion import CHALLENGER, CHAMPION, Decision
 from pneumo_experiments.report.card_text import CardScore, ModelCard, SizeRow, card_text
-from pneumo_experiments.report.summary import counted
-from pneumo_experiments.scoring.scores import is_reliable
+from pneumo_experiments.scoring.scores import notes
 from pneumo_experiments.serving import Detector
 from pneumo_experiments.tracking import Lineage, UnseenScore
 
@@ -29,7 +28,7 @@ def model_card(name: str, number: str, detector: Detector, decision: Decision, l
             name=name,
             number=number,
             network=detector.networks,
-            dice=None if score is None else _score({"dice": score.dice, **score.metrics}, "dice", everyone),
+            dice=None if score is None else _dice(score, everyone),
             dice_baseline=0.0 if score is None else score.dice_baseline,
             scored_images="" if score is None else f"{score.images} {score.subset} images",
             scored_patients=None if everyone is None else int(everyone["patients"]),
@@ -45,17 +44,9 @@ def model_card(name: str, number: str, detector: Detector, decision: Decision, l
     )
 
 
-def _score(numbers: Mapping[str, Any], name: str, counts: Mapping[str, Any] | None) -> CardScore:
-    """A score among these numbers, of images with these counts, if they are known.
-
-    Without ``positive_patients``, as in older tables, the number of positives takes its place.
-    """
-    low, high = (numbers.get(f"{name}_{end}") for end in ("low", "high"))
-    if counts is None:
-        return CardScore(numbers.get(name), low, high)
-    positive_patients = int(counts.get("positive_patients", counts["positives"]))
-    reliable = is_reliable(name, int(counts["patients"]), positive_patients)
-    return CardScore(numbers.get(name), low, high, counted({**counts, **numbers}, name), reliable)
+def _dice(score: UnseenScore, row: dict[str, Any] | None) -> CardScore:
+    note = "" if row is None else notes(row).get("dice_note", "")
+    return CardScore(score.dice, score.metrics.get("dice_low"), score.metrics.get("dice_high"), note)
 
 
 def _groups(score: UnseenScore) -> list[dict[str, Any]]:
@@ -67,10 +58,13 @@ def _sizes(rows: Sequence[dict[str, Any]]) -> list[SizeRow]:
     """All images and each third of the findings by area."""
 
     def row(name: str, row: dict[str, Any]) -> SizeRow:
-        sensitivity, specificity, dice = (
-            _score(row, name, row) for name in ("sensitivity", "specificity", "dice")
-        )
-        return SizeRow(name, int(row["images"]), sensitivity, specificity, dice)
+        about = notes(row)
+
+        def score(key: str) -> CardScore:
+            low, high = row.get(f"{key}_low"), row.get(f"{key}_high")
+            return CardScore(row.get(key), low, high, about.get(f"{key}_note", ""))
+
+        return SizeRow(name, int(row["images"]), score("sensitivity"), score("specificity"), score("dice"))
 
     everyone = [row("all images", each) for each in rows if each.get("group") == "all"]
     names = ("small", "medium", "large")  # thirds are numbered from 1

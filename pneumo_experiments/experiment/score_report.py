@@ -27,7 +27,7 @@ from pneumo_experiments.report.summary import plural
 from pneumo_experiments.scoring.exact import best_of_all
 from pneumo_experiments.scoring.figures import jpeg_uri
 from pneumo_experiments.scoring.plots import dice_by_area_plot, presence_curves, threshold_surface
-from pneumo_experiments.scoring.scores import ScoredImages, Scores
+from pneumo_experiments.scoring.scores import ScoredImages, Scores, notes
 from pneumo_experiments.scoring.subgroups import GROUP_COLUMNS
 from pneumo_experiments.scoring.thresholds import ThresholdCounts, Thresholds
 from pneumo_experiments.serving import Detector
@@ -73,9 +73,10 @@ def log_report(
     room = MAX_PICTURE_BYTES - sum(len(figure.source) for figure in pictures)
     galleries, omitted = _log_galleries(subset, counts, detector, settings.overlays, room)
     warning = "" if scores.interval_reliable else (
-        f"Intervals marked * may not hold: there are only {plural(scores.positive_patients, 'patient')}"
-        " with a finding."
+        f"Intervals are unreliable: the findings are of {plural(scores.positive_patients, 'patient')}."
     )  # fmt: skip
+    numbers = asdict(scores) | dict(intervals)
+    by_group = [dict(zip(GROUP_COLUMNS, row, strict=True)) for row in groups]
     page = ScorePage(
         title=f"Score: {name} images of {settings.dataset.name}",
         facts={
@@ -83,9 +84,9 @@ def log_report(
             "images": f"{name} of {settings.dataset.name}",
         }
         | {each: f"{value:g}" for each, value in asdict(thresholds).items()},
-        numbers=asdict(scores) | dict(intervals),
+        numbers=numbers | notes(numbers),
         warning=warning,
-        groups=[dict(zip(GROUP_COLUMNS, row, strict=True)) for row in groups],
+        groups=[row | notes(row) for row in by_group],
         figures=figures,
         galleries=galleries,
         omitted=omitted,

@@ -19,25 +19,22 @@ MAX_REASON = 700
 
 @dataclass(frozen=True)
 class CardScore:
-    """A score with its 95% interval; all NaN or None where it is undefined.
-
-    ``count`` has the images of a fraction, as in ``14 of 14``.
-    """
+    """A score with its 95% interval, all NaN or None where it is undefined, and a note."""
 
     value: float | None
     low: float | None
     high: float | None
-    count: str = ""
-    is_reliable: bool = True
+    note: str = ""
 
     @property
     def text(self) -> str:
-        """``0.912 (0.858 to 0.956)``, without what is undefined; a star marks what may not hold."""
+        """``0.912 (0.858 to 0.956), 31 of 34``, without what is undefined."""
         if not _is_number(self.value):
             return "–"
-        has_ends = _is_number(self.low) and _is_number(self.high)
-        ends = f" ({self.low:.3f} to {self.high:.3f}){'' if self.is_reliable else ' *'}" if has_ends else ""
-        return f"{self.value:.3f}{f', {self.count}' if self.count else ''}{ends}"
+        ends = (
+            f" ({self.low:.3f} to {self.high:.3f})" if _is_number(self.low) and _is_number(self.high) else ""
+        )
+        return f"{self.value:.3f}{ends}{f', {self.note}' if self.note else ''}"
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from pneumo_experiments.report.html import address, template
-from pneumo_experiments.report.summary import counted
-from pneumo_experiments.scoring.scores import MIN_PATIENTS, is_reliable
 
 MAX_ID_LENGTH = 128  # of longer ids the end is cut; a DICOM UID has at most 64 characters
 # Each score with its meaning, in the order of the page.
@@ -29,7 +26,7 @@ GROUPS = {"area": "Area of the finding (thirds)", "view": "View", "sex": "Sex", 
 BY_GROUP = ("dice", "dice_positive", "sensitivity", "specificity")
 UNDEFINED = "–"
 
-Row = Mapping[str, Any]  # text, number or None by name of column
+Row = Mapping[str, str | float | None]  # by name of column
 
 
 @dataclass(frozen=True)
@@ -78,10 +75,10 @@ class ScorePage:
     facts: Mapping[str, str]
     """what was scored, and with what"""
     numbers: Row
-    """the scores by name, their ``_low`` and ``_high``, and images, positives, patients, positive_patients"""
+    """the scores by name, their ``_low``, ``_high`` and ``_note``, and images, positives, patients"""
     warning: str
     groups: Sequence[Row]
-    """the rows of the table by_group: group, value, counts as in ``numbers``, and scores with intervals"""
+    """the rows of the table by_group: group, value, images, positives, patients and scores, as above"""
     figures: Sequence[Figure]
     galleries: Sequence[Gallery]
     omitted: int
@@ -96,26 +93,22 @@ def score_page(page: ScorePage) -> str:
         counts={name: page.numbers[name] for name in ("images", "positives", "patients")},
         headline={name: _number(page.numbers[name]) for name in ("dice", "dice_baseline", "dice_positive")},
         scores=[
-            (
-                *(name.replace("_", " "), _number(page.numbers[name]), counted(page.numbers, name)),
-                *(_interval(page.numbers, name), meaning),
-            )
+            (name.replace("_", " "), _number(page.numbers[name]), _interval(page.numbers, name), meaning)
             for name, meaning in SCORES.items()
         ],
         by_group=[name.replace("_", " ") for name in BY_GROUP],
         groups=[(title, _group_rows(page.groups, name)) for name, title in GROUPS.items()],
         address=address,
         max_id_length=MAX_ID_LENGTH,
-        min_patients=MIN_PATIENTS,
     )
 
 
-def _group_rows(rows: Sequence[Row], group: str) -> list[tuple[list[str], list[tuple[str, str, str]]]]:
-    """Value and counts of each row, and its scores with images and intervals."""
+def _group_rows(rows: Sequence[Row], group: str) -> list[tuple[list[str], list[tuple[str, str]]]]:
+    """Value and counts of each row, and its scores with their intervals."""
     return [
         (
             [str(row[name]) for name in ("value", "images", "positives", "patients")],
-            [(_number(row[name], 3), counted(row, name), _interval(row, name, 2)) for name in BY_GROUP],
+            [(_number(row[name], 3), _interval(row, name, 2)) for name in BY_GROUP],
         )
         for row in rows
         if row["group"] == group
@@ -127,8 +120,7 @@ def _number(value: str | float | None, digits: int = 4) -> str:
 
 
 def _interval(row: Row, name: str, digits: int = 3) -> str:
-    """``low to high``, with a star where it may not hold; empty where there is none."""
+    """``low to high``, and the note; empty where there is none."""
     low, high = (_number(row.get(f"{name}_{end}"), digits) for end in ("low", "high"))
-    if UNDEFINED in (low, high):
-        return ""
-    return f"{low} to {high}{'' if is_reliable(name, row['patients'], row['positive_patients']) else ' *'}"
+    note = f"; {note}" if (note := row.get(f"{name}_note")) else ""
+    return "" if UNDEFINED in (low, high) else f"{low} to {high}{note}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from pneumo_experiments.report.statistics import MAX_PLAUSIBLE_AGE, Rejection, Report
 
@@ -39,20 +38,6 @@ def printable(text: str) -> str:
 def plural(count: int, noun: str) -> str:
     """A count with its noun: '1 file', '2 files'."""
     return f"{count:,} {noun}{'s' * (count != 1)}"
-
-
-def counted(numbers: Mapping[str, Any], name: str) -> str:
-    """``14 of 14`` for a score that is a fraction of images, from it and their counts; empty for others."""
-    images, positives, score = numbers["images"], numbers["positives"], numbers.get(name)
-    of = {
-        "sensitivity": positives,
-        "specificity": images - positives,
-        "false_alarms": images,
-        "misses": images,
-    }
-    of["precision"] = round(positives + images * (numbers.get("false_alarms", 0) - numbers.get("misses", 0)))
-    is_defined = score is not None and score == score
-    return f"{round(score * of[name])} of {of[name]}" if name in of and is_defined else ""
 
 
 def _files(report: Report) -> str:

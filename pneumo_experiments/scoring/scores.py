@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import isnan
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -162,6 +163,29 @@ class ScoredImages:
 def is_reliable(name: str, patients: int, positive_patients: int) -> bool:
     """Whether so many patients, and so many with a finding, are enough for the interval of this score."""
     return (patients if name in OF_ALL_PATIENTS else positive_patients) >= MIN_PATIENTS
+
+
+def notes(row: Mapping[str, Any]) -> dict[str, str]:
+    """``<name>_note`` of each score with an interval in a row with counts: ``14 of 14``, ``unreliable``.
+
+    Without ``positive_patients``, as in older tables, the positives take their place.
+    """
+    images, positives, patients = (int(row[name]) for name in ("images", "positives", "patients"))
+    of = {
+        "sensitivity": positives,
+        "specificity": images - positives,
+        "false_alarms": images,
+        "misses": images,
+    }
+    if "precision" in row:
+        of["precision"] = round(positives + images * (row["false_alarms"] - row["misses"]))
+    found = dict[str, str]()
+    for name in (end.removesuffix("_low") for end in row if end.endswith("_low")):
+        if row[name] is not None and not isnan(row[name]):
+            count = [f"{round(row[name] * of[name])} of {of[name]}"] if name in of else []
+            reliable = is_reliable(name, patients, int(row.get("positive_patients", positives)))
+            found[f"{name}_note"] = ", ".join([*count, *(() if reliable else ["unreliable"])])
+    return found
 
 
 def score_images(images: ScoredImages) -> Scores:

@@ -27,7 +27,6 @@ from pneumo_experiments.experiment.submission_check import (
     positives_of,
 )
 from pneumo_experiments.experiment.subset import Subset, make_split
-from pneumo_experiments.report.summary import counted
 from pneumo_experiments.scoring.scores import Scores, score_images
 from pneumo_experiments.serving import Detector
 from pneumo_experiments.settings import AUTO, Score, flat, is_none
@@ -150,8 +149,8 @@ def _name_subset(settings: Score, detector: Detector, subset: Subset) -> str:
 
 def scores_line(scores: Scores) -> str:
     """Dice with its interval and company, for the terminal."""
-    count = counted(asdict(scores), "sensitivity")
-    found = f", sensitivity {scores.sensitivity:.3f} ({count})" if count else ""
+    masks = round(scores.positives - scores.misses * scores.images)
+    found = f", masks on {masks} of {scores.positives}" if scores.positives else ""
     return (
         f"Dice {scores.dice:.4f} ({scores.interval}), all-empty baseline"
         f" {scores.dice_baseline:.4f}, Dice on positives {scores.on_positives},"
