@@ -150,7 +150,7 @@ def main() -> None:
             arrays = (population.dices, population.predicted, population.truth, population.presence)
             images = ScoredImages(*(values[rows] for values in arrays), number)
             images_drawn.append(len(rows))
-            positive_patients.append(images.positive_patients)
+            positive_patients.append(images.counts()["positive_patients"])
             ends = images.intervals(() if count in SMALL else COMPARED)
             for name, others in compared(images, count, rng).items():
                 own = (ends[f"{name}_low"], ends[f"{name}_high"])
@@ -158,7 +158,7 @@ def main() -> None:
                     hits[name, method].ends.append(each)
             for name in measures if count in SMALL else ():
                 own = (ends[f"{name}_low"], ends[f"{name}_high"])
-                concerned = count if name in OF_ALL_PATIENTS else images.positive_patients
+                concerned = count if name in OF_ALL_PATIENTS else positive_patients[-1]
                 label = [label for label, least in CONCERNED.items() if concerned >= least][-1:]
                 if label and not np.isnan(own[0]):
                     by_concerned[name, label[0]].ends.append(own)

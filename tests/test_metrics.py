@@ -4,6 +4,7 @@ import csv
 import gzip
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +31,7 @@ from pneumo_experiments.scoring.metrics import (
     roc_points,
     wilson,
 )
-from pneumo_experiments.scoring.scores import ScoredImages, Scores, is_reliable, score_images
+from pneumo_experiments.scoring.scores import ScoredImages, Scores, notes, score_images
 from pneumo_experiments.scoring.thresholds import ThresholdCounts, Thresholds
 
 pairs = st.tuples(st.integers(1, 9), st.integers(1, 9)).flatmap(
@@ -261,10 +262,15 @@ def test_an_interval_from_few_patients_with_a_finding_is_called_unreliable() -> 
     assert (few.interval_reliable, enough.interval_reliable) == (False, True)
     assert few.interval.endswith(", unreliable with 4 patients with a finding")
     assert enough.interval == f"95% {enough.dice_low:.3f} to {enough.dice_high:.3f}"
-    # The patients that a score is about, not others.
-    assert [
-        is_reliable(name, 5, 4) for name in ("specificity", "false_alarms", "dice", "auroc", "misses")
-    ] == [*(True, True, False, False, False)]
+    row = asdict(few) | dict.fromkeys(("specificity_low", "auroc_low", "misses_low"), 0.5)
+    assert notes(row) == {
+        "dice_note": "unreliable",
+        "specificity_note": "32 of 32",  # of 20 patients
+        "auroc_note": "unreliable",
+        "misses_note": "8 of 40, unreliable",
+    }
+    older = {name: value for name, value in row.items() if name != "positive_patients"}
+    assert notes(older)["auroc_note"] == ""  # 8 positives are the most that is known
 
 
 def test_no_images_and_a_wrong_number_of_patients_are_refused() -> None:

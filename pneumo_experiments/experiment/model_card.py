@@ -28,7 +28,7 @@ def model_card(name: str, number: str, detector: Detector, decision: Decision, l
             name=name,
             number=number,
             network=detector.networks,
-            dice=None if score is None else _dice(score, everyone),
+            dice=None if score is None else _dice(score, (everyone or {}).get("dice_note")),
             dice_baseline=0.0 if score is None else score.dice_baseline,
             scored_images="" if score is None else f"{score.images} {score.subset} images",
             scored_patients=None if everyone is None else int(everyone["patients"]),
@@ -44,25 +44,23 @@ def model_card(name: str, number: str, detector: Detector, decision: Decision, l
     )
 
 
-def _dice(score: UnseenScore, row: dict[str, Any] | None) -> CardScore:
-    note = "" if row is None else notes(row).get("dice_note", "")
+def _dice(score: UnseenScore, note: str | None) -> CardScore:
     return CardScore(score.dice, score.metrics.get("dice_low"), score.metrics.get("dice_high"), note)
 
 
 def _groups(score: UnseenScore) -> list[dict[str, Any]]:
-    """Rows of the table by_group of the run that scored the model; none if they are lost."""
-    return tracking.read_table(score.run_id, "by_group") or []
+    """Rows of the table by_group of the run that scored the model, with notes; none if they are lost."""
+    return [row | notes(row) for row in tracking.read_table(score.run_id, "by_group") or []]
 
 
 def _sizes(rows: Sequence[dict[str, Any]]) -> list[SizeRow]:
     """All images and each third of the findings by area."""
 
     def row(name: str, row: dict[str, Any]) -> SizeRow:
-        about = notes(row)
-
         def score(key: str) -> CardScore:
-            low, high = row.get(f"{key}_low"), row.get(f"{key}_high")
-            return CardScore(row.get(key), low, high, about.get(f"{key}_note", ""))
+            return CardScore(
+                row.get(key), row.get(f"{key}_low"), row.get(f"{key}_high"), row.get(f"{key}_note")
+            )
 
         return SizeRow(name, int(row["images"]), score("sensitivity"), score("specificity"), score("dice"))
 

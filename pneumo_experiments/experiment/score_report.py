@@ -66,7 +66,6 @@ def log_report(
 ) -> str:
     """Logs tables, pictures and ``report.html`` of the images called ``name``; returns the page's address."""
     thresholds = detector.thresholds
-    groups = log_groups(subset, counts, images)
     figures = _log_figures(counts, thresholds, images, scores)
     baseline = None if comparison is None else _baseline_model(comparison)
     pictures = figures if baseline is None else [*figures, baseline.figure]
@@ -76,7 +75,7 @@ def log_report(
         f"Intervals are unreliable: the findings are of {plural(scores.positive_patients, 'patient')}."
     )  # fmt: skip
     numbers = asdict(scores) | dict(intervals)
-    by_group = [dict(zip(GROUP_COLUMNS, row, strict=True)) for row in groups]
+    rows = [dict(zip(GROUP_COLUMNS, row, strict=True)) for row in log_groups(subset, counts, images)]
     page = ScorePage(
         title=f"Score: {name} images of {settings.dataset.name}",
         facts={
@@ -86,7 +85,7 @@ def log_report(
         | {each: f"{value:g}" for each, value in asdict(thresholds).items()},
         numbers=numbers | notes(numbers),
         warning=warning,
-        groups=[row | notes(row) for row in by_group],
+        groups=[row | notes(row) for row in rows],
         figures=figures,
         galleries=galleries,
         omitted=omitted,

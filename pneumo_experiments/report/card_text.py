@@ -24,7 +24,7 @@ class CardScore:
     value: float | None
     low: float | None
     high: float | None
-    note: str = ""
+    note: str | None = None
 
     @property
     def text(self) -> str:

@@ -116,11 +116,11 @@ def bins(presence: NDArray[np.float32]) -> list[NDArray[np.bool_]]:
 def intervals(
     measures: Mapping[str, Measure], among: Mapping[str, NDArray[np.bool_]], patients: Sequence[str]
 ) -> dict[str, tuple[float, float]]:
-    """95% interval of each score, which lies in [0, 1]; NaN if it is undefined. Independent of chance.
+    """95% interval of each score, which lies in [0, 1]; NaN if it is undefined.
 
-    ``among`` has the images (n,) that a score is computed from, if not all. The variance is the jackknife's:
-    it leaves out each patient in turn, with all images, since images of one patient are correlated; of more
-    than GROUPS patients several at once. ``wilson`` makes an interval of it.
+    ``among`` has the images (n,) that a score is computed from, if not all. Wilson's, with the jackknife's
+    variance: images of one patient are correlated, so it leaves out each patient in turn, with all images; of
+    more than GROUPS patients several at once.
     """
     _, patient = np.unique(np.asarray(patients), return_inverse=True)
     group, ends = patient % GROUPS, dict[str, tuple[float, float]]()
@@ -132,21 +132,14 @@ def intervals(
         for name, measure in measures.items():
             without[name][some] = measure(weights)
     for name, measure in measures.items():
-        score, of_score = float(measure(np.ones((1, len(patient))))[0]), among.get(name)
-        if isnan(score):
-            ends[name] = score, score
-            continue
-        effective = effective_patients(patient if of_score is None else patient[of_score])
+        effective = effective_patients(patient[among[name]] if name in among else patient)
         variance = (groups - 1) * float(np.nanvar(without[name])) if effective > 1 else 0.0
-        ends[name] = wilson(score, variance, effective)
+        ends[name] = wilson(float(measure(np.ones((1, len(patient))))[0]), variance, effective)
     return ends
 
 
 def effective_patients(patient: NDArray[Any]) -> float:
-    """How many patients with equally many images tell as much as those of n images (n,), at most; 0 of none.
-
-    (sum of m)^2 / sum of m^2 for m images of each patient (Kish, Survey Sampling, 1965).
-    """
+    """(sum of m)^2 / sum of m^2, for m images of each patient (Kish, Survey Sampling, 1965); 0 of none."""
     images = np.unique(patient, return_counts=True)[1]
     return float(images.sum() ** 2 / (images**2).sum()) if images.size else 0.0
 
@@ -154,11 +147,12 @@ def effective_patients(patient: NDArray[Any]) -> float:
 def wilson(score: float, variance: float, patients: float) -> tuple[float, float]:
     """95% interval in [0, 1] of a score with this variance, from so many (effective) patients.
 
-    Wilson's interval (1927) of a fraction of n images, where n independent images would have this variance:
-    n = score (1 - score) / variance (Kott and Carr, 1997), with Student's t for ``patients`` - 1 degrees of
-    freedom (Wallace's approximation, 1959). Without a variance, as where all images are right, or of one
-    patient, n is the number of patients, as if each had one image: the bound for any values in [0, 1].
+    Wilson's interval (1927) of a fraction of n images, where n gives this variance (Kott and Carr, 1997), and
+    Student's t of ``patients`` - 1 degrees of freedom (Wallace's approximation, 1959). Without variance,
+    as where all images are right, n is the number of patients, as if each had one image.
     """
+    if isnan(score):
+        return score, score
     if variance > 1e-20 and 0 < score < 1:
         n, df = score * (1 - score) / variance, max(patients - 1, 1.0)
         z = sqrt(df * expm1((Z * (8 * df + 3) / (8 * df + 1)) ** 2 / df))

@@ -24,13 +24,8 @@ from pneumo_experiments.scoring.thresholds import ThresholdCounts, Thresholds
 
 MIN_PATIENTS = 5  # that bear on a score; with fewer its interval may not hold: see docs/training.md
 OF_ALL_PATIENTS = ("specificity", "false_alarms", "calibration_error")  # others: of those with a finding
-CONSTANTS = (
-    "images",
-    "positives",
-    "patients",
-    "positive_patients",
-    "dice_baseline",
-)  # properties of the images, whatever is predicted
+COUNTS = ("images", "positives", "patients", "positive_patients")
+CONSTANTS = (*COUNTS, "dice_baseline")  # properties of the images, whatever is predicted
 
 
 @dataclass(frozen=True)
@@ -72,17 +67,13 @@ class Scores:
     @property
     def interval_reliable(self) -> bool:
         """Whether there are enough patients for dice_low and dice_high to be valid."""
-        return is_reliable("dice", self.patients, self.positive_patients)
+        return self.positive_patients >= MIN_PATIENTS
 
     @property
     def interval(self) -> str:
         """dice_low and dice_high as text, with a warning when they are unreliable."""
-        warning = (
-            ""
-            if self.interval_reliable
-            else f", unreliable with {self.positive_patients} patients with a finding"
-        )
-        return f"95% {self.dice_low:.3f} to {self.dice_high:.3f}{warning}"
+        few = f", unreliable with {self.positive_patients} patients with a finding"
+        return f"95% {self.dice_low:.3f} to {self.dice_high:.3f}{'' if self.interval_reliable else few}"
 
     @property
     def on_positives(self) -> str:
@@ -125,10 +116,11 @@ class ScoredImages:
             self.dices[chosen], self.predicted[chosen], self.truth[chosen], self.presence[chosen], patients
         )
 
-    @property
-    def positive_patients(self) -> int:
-        """Patients with an image with truth."""
-        return len({patient for patient, here in zip(self.patients, self.truth, strict=True) if here})
+    def counts(self) -> dict[str, int]:
+        """COUNTS of the images."""
+        found = self.select(self.truth).patients
+        numbers = (len(self.patients), len(found), len({*self.patients}), len({*found}))
+        return dict(zip(COUNTS, numbers, strict=True))
 
     def measures(self) -> dict[str, Measure]:
         """How each score is computed from the weights of the images."""
@@ -160,31 +152,22 @@ class ScoredImages:
         }
 
 
-def is_reliable(name: str, patients: int, positive_patients: int) -> bool:
-    """Whether so many patients, and so many with a finding, are enough for the interval of this score."""
-    return (patients if name in OF_ALL_PATIENTS else positive_patients) >= MIN_PATIENTS
-
-
 def notes(row: Mapping[str, Any]) -> dict[str, str]:
     """``<name>_note`` of each score with an interval in a row with counts: ``14 of 14``, ``unreliable``.
 
     Without ``positive_patients``, as in older tables, the positives take their place.
     """
-    images, positives, patients = (int(row[name]) for name in ("images", "positives", "patients"))
-    of = {
-        "sensitivity": positives,
-        "specificity": images - positives,
-        "false_alarms": images,
-        "misses": images,
-    }
+    images, positives, *patients = (int(row.get(name, row["positives"])) for name in COUNTS)
+    of = {"sensitivity": positives, "specificity": images - positives}
     if "precision" in row:
-        of["precision"] = round(positives + images * (row["false_alarms"] - row["misses"]))
+        predicted = round(positives + images * (row["false_alarms"] - row["misses"]))
+        of |= {"precision": predicted, "false_alarms": images, "misses": images}
     found = dict[str, str]()
     for name in (end.removesuffix("_low") for end in row if end.endswith("_low")):
         if row[name] is not None and not isnan(row[name]):
             count = [f"{round(row[name] * of[name])} of {of[name]}"] if name in of else []
-            reliable = is_reliable(name, patients, int(row.get("positive_patients", positives)))
-            found[f"{name}_note"] = ", ".join([*count, *(() if reliable else ["unreliable"])])
+            few = ["unreliable"] * (patients[name not in OF_ALL_PATIENTS] < MIN_PATIENTS)
+            found[f"{name}_note"] = ", ".join(count + few)
     return found
 
 
@@ -197,8 +180,5 @@ def score_images(images: ScoredImages) -> Scores:
         **{name: float(measure(itself)[0]) for name, measure in images.measures().items()},
         **images.intervals(["dice"]),
         dice_baseline=float(np.mean(~images.truth)),
-        images=len(images.dices),
-        positives=int(np.count_nonzero(images.truth)),
-        patients=len(set(images.patients)),
-        positive_patients=images.positive_patients,
+        **images.counts(),
     )

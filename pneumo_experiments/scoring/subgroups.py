@@ -85,9 +85,12 @@ def _row(group: str, value: str, images: ScoredImages) -> Row:
         for name in BY_GROUP
         for number in (float(measures[name](itself)[0]), ends[f"{name}_low"], ends[f"{name}_high"])
     ]
-    counted = (len(images.dices), int(np.count_nonzero(images.truth)), len({*images.patients}))
-    counted = (*counted, images.positive_patients)
-    return [group, value, *counted, *(None if isnan(number) else number for number in numbers)]
+    return [
+        group,
+        value,
+        *images.counts().values(),
+        *(None if isnan(number) else number for number in numbers),
+    ]
 
 
 def _order(value: str) -> tuple[int, str]:
