@@ -32,10 +32,10 @@ LABELS = (
     Path(os.environ.get("PNEUMO_REAL_DATA") or ROOT.parent / "shared" / "siim") / "labels/train-rle.csv.gz"
 )
 PATIENTS = (10, 25, 51, 103, 256, 1233)  # about 20, 48, 100, 200, 500 and 2,407 images
-SMALL = PATIENTS[:4]  # for all scores, by patients with a finding
+SMALL = PATIENTS[:5]  # for all scores, by patients with a finding
 COMPARED = ("dice", "dice_positive", "sensitivity", "specificity", "auroc")
 METHODS = ("percentile bootstrap", "BCa bootstrap", "Student's t", "the project's")
-CONCERNED = {"1": 1, "2": 2, "3": 3, "4": 4, "5 to 9": 5, "10 to 19": 10, "20 and more": 20}
+CONCERNED = {"1": 1, "2": 2, "3": 3, "4": 4, "5 to 9": 5, "10 to 19": 10, "20 to 199": 20, "256": 200}
 WITHIN = 0.4
 NORMAL = NormalDist()
 
@@ -166,7 +166,10 @@ def main() -> None:
         for name in COMPARED:
             cells = [hits[name, method].text(true[name]) for method in METHODS]
             print(f"| {drawn_text} | {name} | {' | '.join(cells)} |", flush=True)
-    print("\nCoverage of the project's by patients with a finding (* of all patients), up to 103 patients:\n")
+    print(
+        "\nCoverage of the project's by patients with a finding (* of all patients),"
+        " of samples up to 256 patients:\n"
+    )
     print(f"| score | {' | '.join(CONCERNED)} |\n|---|{'---|' * len(CONCERNED)}")
     for name in measures:
         cells = [by_concerned[name, label].text(true[name], 50, is_short=True) for label in CONCERNED]

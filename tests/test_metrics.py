@@ -262,13 +262,19 @@ def test_an_interval_from_few_patients_with_a_finding_is_called_unreliable() -> 
     assert (few.interval_reliable, enough.interval_reliable) == (False, True)
     assert few.interval.endswith(", unreliable with 4 patients with a finding")
     assert enough.interval == f"95% {enough.dice_low:.3f} to {enough.dice_high:.3f}"
-    row = asdict(few) | dict.fromkeys(("specificity_low", "auroc_low", "misses_low"), 0.5)
+    row = asdict(few) | dict.fromkeys(
+        (f"{name}_low" for name in ("specificity", "auroc", "calibration_error", "misses")), 0.5
+    )
     assert notes(row) == {
         "dice_note": "unreliable",
         "specificity_note": "32 of 32",  # of 20 patients
         "auroc_note": "unreliable",
+        "calibration_error_note": "unreliable",
         "misses_note": "8 of 40, unreliable",
     }
+    counts = {"images": 10, "positives": 4, "patients": 9, "positive_patients": 5}
+    alarmed = counts | {"precision": 0.6, "precision_low": 0.2, "false_alarms": 0.2, "misses": 0.1}
+    assert notes(alarmed) == {"precision_note": "3 of 5"}
     older = {name: value for name, value in row.items() if name != "positive_patients"}
     assert notes(older)["auroc_note"] == ""  # 8 positives are the most that is known
 

@@ -176,7 +176,7 @@ def test_the_page_has_every_score_with_its_interval(mixed: Report) -> None:
             assert interval == ""
         else:
             low, high = mixed.intervals[f"{name}_low"], mixed.intervals[f"{name}_high"]
-            count = rf"; \d+ of {of[name]}" if name in of else ""
+            count = rf"; \d+ of {of[name]}" if name in of else "; unreliable" * (name == "calibration_error")
             assert re.fullmatch(f"{low:.3f} to {high:.3f}{count}", interval), name
     assert 0 < mixed.scores.dice_positive < mixed.scores.dice < 1
     # As in the table of the run.

@@ -23,7 +23,7 @@ from pneumo_experiments.scoring.metrics import (
 from pneumo_experiments.scoring.thresholds import ThresholdCounts, Thresholds
 
 MIN_PATIENTS = 5  # that bear on a score; with fewer its interval may not hold: see docs/training.md
-OF_ALL_PATIENTS = ("specificity", "false_alarms", "calibration_error")  # others: of those with a finding
+OF_ALL_PATIENTS = {"specificity": 5, "false_alarms": 5, "calibration_error": 250}  # others: with a finding
 COUNTS = ("images", "positives", "patients", "positive_patients")
 CONSTANTS = (*COUNTS, "dice_baseline")  # properties of the images, whatever is predicted
 
@@ -157,17 +157,17 @@ def notes(row: Mapping[str, Any]) -> dict[str, str]:
 
     Without ``positive_patients``, as in older tables, the positives take their place.
     """
-    images, positives, *patients = (int(row.get(name, row["positives"])) for name in COUNTS)
+    images, positives, patients, with_finding = (int(row.get(name, row["positives"])) for name in COUNTS)
     of = {"sensitivity": positives, "specificity": images - positives}
     if "precision" in row:
         predicted = round(positives + images * (row["false_alarms"] - row["misses"]))
         of |= {"precision": predicted, "false_alarms": images, "misses": images}
-    found = dict[str, str]()
-    for name in (end.removesuffix("_low") for end in row if end.endswith("_low")):
+    found, names = dict[str, str](), [end.removesuffix("_low") for end in row if end.endswith("_low")]
+    for name in names:
         if row[name] is not None and not isnan(row[name]):
             count = [f"{round(row[name] * of[name])} of {of[name]}"] if name in of else []
-            few = ["unreliable"] * (patients[name not in OF_ALL_PATIENTS] < MIN_PATIENTS)
-            found[f"{name}_note"] = ", ".join(count + few)
+            is_few = patients < least if (least := OF_ALL_PATIENTS.get(name)) else with_finding < MIN_PATIENTS
+            found[f"{name}_note"] = ", ".join(count + ["unreliable"] * is_few)
     return found
 
 
