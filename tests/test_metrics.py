@@ -4,6 +4,7 @@ import csv
 import gzip
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -15,17 +16,22 @@ from reference_counts import add_image
 
 from pneumo_experiments.dataset.annotations import read_annotations, unite
 from pneumo_experiments.errors import UserError
+from pneumo_experiments.scoring import metrics
 from pneumo_experiments.scoring.metrics import (
     auroc,
     average_precision,
-    bootstrap_intervals,
+    bootstrap,
     calibration_error,
     dice,
+    effective_patients,
+    interval_of,
+    intervals,
     mean,
     precision_recall_points,
     roc_points,
+    wilson,
 )
-from pneumo_experiments.scoring.scores import ScoredImages, Scores, score_images
+from pneumo_experiments.scoring.scores import ScoredImages, Scores, notes, score_images
 from pneumo_experiments.scoring.thresholds import ThresholdCounts, Thresholds
 
 pairs = st.tuples(st.integers(1, 9), st.integers(1, 9)).flatmap(
@@ -49,13 +55,12 @@ def counts_of(images: list[tuple[float, float, bool]]) -> ThresholdCounts:
     return counts
 
 
-def score(counts: ThresholdCounts, thresholds: Thresholds, patients: Sequence[str], seed: int = 0) -> Scores:
-    return score_images(ScoredImages.of(counts, thresholds, patients), seed)
+def score(counts: ThresholdCounts, thresholds: Thresholds, patients: Sequence[str]) -> Scores:
+    return score_images(ScoredImages.of(counts, thresholds, patients))
 
 
-def interval_of_mean(values: np.ndarray, patients: Sequence[str], seed: int = 0) -> tuple[float, float]:
-    rng = np.random.default_rng(seed)
-    return bootstrap_intervals({"mean": lambda weights: mean(values, weights)}, patients, rng)["mean"]
+def interval_of_mean(values: np.ndarray, patients: Sequence[str]) -> tuple[float, float]:
+    return intervals({"mean": lambda weights: mean(values, weights)}, {}, patients)["mean"]
 
 
 @given(pairs)
@@ -219,10 +224,13 @@ def test_a_perfect_prediction_scores_1_throughout() -> None:
     for mask in truth:
         add_image(counts, mask.astype(np.float32), float(mask.any()), mask)
     scores = score(counts, Thresholds(), patients=[str(i) for i in range(20)])
-    perfect = ("dice", "dice_low", "dice_high", "dice_positive", "sensitivity", "specificity", "precision")
-    perfect = dict.fromkeys((*perfect, "auroc", "average_precision"), 1.0)
+    perfect = ("dice", "dice_high", "dice_positive", "sensitivity", "specificity", "precision", "auroc")
+    perfect = dict.fromkeys((*perfect, "average_precision"), 1.0) | {"dice_low": scores.dice_low}
     none = dict.fromkeys(("false_alarms", "misses", "calibration_error"), 0.0)
-    assert scores == Scores(**perfect, **none, dice_baseline=8 / 20, images=20, positives=12, patients=20)
+    assert scores == Scores(
+        **perfect, **none, dice_baseline=8 / 20, images=20, positives=12, patients=20, positive_patients=12
+    )
+    assert scores.dice_low == pytest.approx(0.839, abs=5e-4)  # Wilson's of 20 of 20
     assert scores.interval_reliable
 
 
@@ -237,18 +245,38 @@ def test_without_positives_the_undefined_numbers_are_left_out_of_the_metrics() -
     assert metrics["val_precision"] == metrics["val_misses"] == 0.0
     assert metrics["val_calibration_error"] == pytest.approx(0.5)
     assert all(type(value) is float for value in metrics.values())
-    facts = {"images": 2, "positives": 0, "patients": 2, "dice_baseline": 1.0, "interval_reliable": False}
-    assert scores.as_facts() == facts
+    facts = {"images": 2, "positives": 0, "patients": 2, "positive_patients": 0, "dice_baseline": 1.0}
+    assert scores.as_facts() == facts | {"interval_reliable": False}
 
 
-def test_an_interval_from_fewer_than_20_patients_is_called_unreliable() -> None:
+def test_an_interval_from_few_patients_with_a_finding_is_called_unreliable() -> None:
     few, enough = (
-        score(counts_of([(0.1, 0.1, False)] * 40), Thresholds(), [str(i % patients) for i in range(40)])
-        for patients in (19, 20)
+        score(
+            counts_of([(0.1, 0.1, i < positive_patients) for i in range(20)] * 2),
+            Thresholds(),
+            [f"{i}" for i in range(20)] * 2,
+        )
+        for positive_patients in (4, 5)
     )
+    assert (few.positive_patients, enough.positive_patients) == (4, 5)
     assert (few.interval_reliable, enough.interval_reliable) == (False, True)
-    assert few.interval == "95% 1.000 to 1.000, unreliable with 19 patients"
-    assert enough.interval == "95% 1.000 to 1.000"
+    assert few.interval.endswith(", unreliable with 4 patients with a finding")
+    assert enough.interval == f"95% {enough.dice_low:.3f} to {enough.dice_high:.3f}"
+    row = asdict(few) | dict.fromkeys(
+        (f"{name}_low" for name in ("specificity", "auroc", "calibration_error", "misses")), 0.5
+    )
+    assert notes(row) == {
+        "dice_note": "unreliable",
+        "specificity_note": "32 of 32",  # of 20 patients
+        "auroc_note": "unreliable",
+        "calibration_error_note": "unreliable",
+        "misses_note": "8 of 40, unreliable",
+    }
+    counts = {"images": 10, "positives": 4, "patients": 9, "positive_patients": 5}
+    alarmed = counts | {"precision": 0.6, "precision_low": 0.2, "false_alarms": 0.2, "misses": 0.1}
+    assert notes(alarmed) == {"precision_note": "3 of 5"}
+    older = {name: value for name, value in row.items() if name != "positive_patients"}
+    assert notes(older)["auroc_note"] == ""  # 8 positives are the most that is known
 
 
 def test_no_images_and_a_wrong_number_of_patients_are_refused() -> None:
@@ -258,12 +286,88 @@ def test_no_images_and_a_wrong_number_of_patients_are_refused() -> None:
         score(counts_of([(0.1, 0.1, False)] * 2), Thresholds(), ["a"])
 
 
-def test_the_bootstrap_draws_patients_and_not_images() -> None:
+def test_wilsons_interval_is_that_of_published_tables() -> None:
+    """Newcombe, Two-sided confidence intervals for the single proportion, 1998, table I, method 3."""
+    for right, images, low, high in (
+        *((81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0, 0.1611)),
+        *((1, 29, 0.0061, 0.1718), (14, 14, 0.7847, 1)),
+    ):
+        fraction = right / images
+        # So many patients that Student's t is the normal distribution's; the number counts at 0 and 1 only.
+        patients = images if fraction in (0, 1) else 10**6
+        found = wilson(fraction, fraction * (1 - fraction) / images, patients)
+        assert found == pytest.approx((low, high), abs=6e-5), (right, images)
+
+
+def test_the_interval_counts_patients_and_not_images() -> None:
     values = np.repeat([1.0, 0.0], 500)
-    assert interval_of_mean(values, ["a"] * 500 + ["b"] * 500) == (0.0, 1.0)
+    low, high = interval_of_mean(values, ["a"] * 500 + ["b"] * 500)
+    assert low < 0.01 < 0.99 < high
     low, high = interval_of_mean(values, [str(i) for i in range(1000)])
-    assert 0.46 < low < 0.48 < 0.52 < high < 0.54
-    assert interval_of_mean(values, ["a"] * 1000) == (0.5, 0.5)
+    assert (low, high) == pytest.approx((0.469, 0.531), abs=5e-4)
+    # One patient tells as little as one image, whatever its number of images.
+    for score_ in (0.0, 0.7, 1.0):
+        assert interval_of_mean(np.full(30, score_), ["a"] * 30) == pytest.approx(wilson(score_, 0, 1))
+
+
+def test_equal_values_have_an_interval_with_a_width() -> None:
+    """As if each of 20 patients had one image, or each of an effective number of them."""
+    for value, low, high in ((1.0, 0.8389, 1.0), (0.0, 0.0, 0.1611), (0.7, 0.4810, 0.8545)):
+        ends = interval_of_mean(np.full(60, value), [str(i % 20) for i in range(60)])
+        assert ends == pytest.approx((low, high), abs=6e-5), value
+    # Images of 9, 1, 1 and 1: 12^2 / (81 + 3) patients of equal weight.
+    assert effective_patients(np.array(list("aaaaaaaaabcd"))) == pytest.approx(144 / 84)
+    few = interval_of_mean(np.ones(12), list("aaaaaaaaabcd"))
+    assert few == pytest.approx((1 / (1 + 1.959964**2 * 84 / 144), 1))
+
+
+def test_a_sensitivity_of_1_is_judged_by_the_patients_with_a_finding() -> None:
+    """7 patients with two found images each, and many without a finding."""
+    truth = np.arange(114) < 14
+    patients = [str(i // 2) for i in range(114)]
+    ends = ScoredImages(truth * 1.0, truth, truth, truth.astype(np.float32), patients).intervals()
+    for name in ("sensitivity", "precision", "auroc", "average_precision"):
+        found = (ends[f"{name}_low"], ends[f"{name}_high"])
+        assert found == pytest.approx((7 / (7 + 1.959964**2), 1)), name
+    assert ends["specificity_low"] == pytest.approx(50 / (50 + 1.959964**2))
+    assert ends["misses_high"] == pytest.approx(1 - 57 / (57 + 1.959964**2))
+
+
+@given(st.lists(st.tuples(st.integers(0, 4), st.floats(0, 1)), min_size=1, max_size=12), st.randoms())
+def test_an_interval_holds_its_score_in_any_order(
+    cases: list[tuple[int, float]], order: random.Random
+) -> None:
+    shuffled = order.sample(cases, len(cases))
+    (low, high), again = (
+        interval_of_mean(np.array([v for _, v in some]), [str(p) for p, _ in some])
+        for some in (cases, shuffled)
+    )
+    assert again == pytest.approx((low, high), abs=1e-6)
+    assert 0 <= low <= np.mean([v for _, v in cases]) + 1e-12
+    assert np.mean([v for _, v in cases]) - 1e-12 <= high <= 1
+    assert low < high
+
+
+def test_more_patients_than_groups_are_left_out_several_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    patients = rng.integers(0, 400, 900)
+    values = 0.6 * rng.random(400)[patients] + 0.4 * rng.random(900)
+    names = [f"{patient:03}" for patient in patients]
+    low, high = interval_of_mean(values, names)
+    monkeypatch.setattr(metrics, "GROUPS", 130)  # one of three or four patients
+    assert interval_of_mean(values, names) == pytest.approx((low, high), rel=0.01)
+    assert interval_of_mean(values, names) != (low, high)
+    assert interval_of_mean(np.ones(900), names)[0] == wilson(1, 0, effective_patients(patients))[0]
+
+
+def test_intervals_of_clustered_images_cover_the_truth() -> None:
+    rng, held = np.random.default_rng(7), 0
+    for _ in range(400):
+        sizes = np.minimum(rng.geometric(0.4, 20), 12)
+        values = rng.random(sizes.sum()) < np.repeat(rng.beta(2.4, 0.6, 20), sizes)  # 0.8 of the images
+        low, high = interval_of_mean(values, np.repeat(np.arange(20), sizes).astype(str).tolist())
+        held += low <= 0.8 <= high
+    assert 0.93 < held / 400 < 0.98
 
 
 def test_the_bootstrap_weighs_patients_by_their_images_as_a_slow_one_does() -> None:
@@ -275,18 +379,10 @@ def test_the_bootstrap_weighs_patients_by_their_images_as_a_slow_one_does() -> N
         drawn = [value for name in dealer.choices(sorted(groups), k=6) for value in groups[name]]
         means.append(sum(drawn) / len(drawn))
     means.sort()
-    low, high = interval_of_mean(values, patients)
+    measures = {"mean": lambda weights: mean(values, weights)}
+    low, high = interval_of(bootstrap(measures, patients, np.random.default_rng(0))["mean"])
     assert low == pytest.approx(means[500], abs=0.02)
     assert high == pytest.approx(means[19_500], abs=0.02)
-
-
-def test_a_seed_gives_the_same_interval() -> None:
-    rng = np.random.default_rng(3)
-    counts = counts_of([(rng.random(), rng.random(), rng.random() < 0.4) for _ in range(300)])
-    patients = [str(int(i**0.8)) for i in range(300)]
-    first, again, other = (score(counts, Thresholds(), patients, seed=seed) for seed in (5, 5, 6))
-    assert first == again
-    assert (first.dice_low, first.dice_high) != (other.dice_low, other.dice_high)
 
 
 def test_predicting_nothing_scores_0_7785_on_all_real_labels(real_data: Path) -> None:
@@ -355,20 +451,25 @@ def test_scores_on_real_annotations_are_those_of_sets_of_pixels(
         assert np.isnan(scores.precision)
 
 
-def test_the_interval_of_each_score_is_that_of_a_slow_bootstrap() -> None:
+def student_t(degrees: float) -> float:
+    """The 97.5th percentile of Student's distribution, from its density (1 + x^2 / df)^-(df + 1)/2."""
+    x = np.linspace(0, 100, 200_001)
+    mass = np.cumsum((1 + x**2 / degrees) ** (-(degrees + 1) / 2))
+    return float(x[np.searchsorted(mass, 0.95 * mass[-1])])
+
+
+def test_the_interval_of_each_score_is_that_of_a_slow_jackknife() -> None:
     rng = np.random.default_rng(4)
+    patients = sorted([str(int(number)) for number in 40 * rng.random(120) ** 1.5])
     truth = rng.random(120) < 0.4
     presence = np.clip(0.3 + 0.3 * truth + rng.normal(0, 0.25, 120), 0, 1).astype(np.float32)
     predicted = presence > 0.45
     dices = np.where(truth & predicted, rng.random(120), truth == predicted)
-    patients = [str(number // 2) for number in range(120)]
     images = ScoredImages(dices, predicted, truth, presence, patients)
-    ends, names = images.intervals(), list(images.measures())
-    resampled: dict[str, list[float]] = {name: [] for name in names}
-    for _ in range(1000):
-        drawn = rng.integers(60, size=60)
-        some = np.concatenate([[2 * patient, 2 * patient + 1] for patient in drawn])
-        counted = {
+
+    def slow(some: np.ndarray) -> dict[str, float]:
+        above = np.subtract.outer(presence[some][truth[some]], presence[some][~truth[some]])
+        return {
             "dice": dices[some].mean(),
             "dice_positive": dices[some][truth[some]].mean(),
             "sensitivity": predicted[some][truth[some]].mean(),
@@ -377,25 +478,29 @@ def test_the_interval_of_each_score_is_that_of_a_slow_bootstrap() -> None:
             "false_alarms": (predicted & ~truth)[some].mean(),
             "misses": (truth & ~predicted)[some].mean(),
             "average_precision": slow_average_precision(truth[some], presence[some]),
-            "auroc": np.mean(
-                np.sign(np.subtract.outer(presence[some][truth[some]], presence[some][~truth[some]]))
-            )
-            / 2
-            + 0.5,
+            "auroc": np.mean(np.sign(above)) / 2 + 0.5,
         }
-        for name, value in counted.items():
-            resampled[name].append(float(value))
-    assert set(names) - {"calibration_error"} == set(counted)
-    for name in counted:
-        low, high = np.percentile(resampled[name], [2.5, 97.5])
-        assert ends[f"{name}_low"] == pytest.approx(low, abs=0.03)
-        assert ends[f"{name}_high"] == pytest.approx(high, abs=0.03)
-        assert high - low > 0.05
+
+    names, whole, ends = sorted(set(patients)), slow(np.arange(120)), images.intervals()
+    without = [slow(np.array([i for i in range(120) if patients[i] != name])) for name in names]
+    assert set(images.measures()) - {"calibration_error"} == set(whole)
+    counted = dict.fromkeys(whole, np.full(120, True)) | {"specificity": ~truth, "precision": predicted}
+    counted |= dict.fromkeys(("dice_positive", "sensitivity", "average_precision"), truth)
+    counted["auroc"] = truth  # of fewer patients than the negatives
+    for name, value in whole.items():
+        left = [each[name] for each in without]
+        mean_left = sum(left) / len(left)
+        variance = (len(left) - 1) / len(left) * sum((each - mean_left) ** 2 for each in left)
+        of = [sum(p == q for q, c in zip(patients, counted[name], strict=True) if c) for p in names]
+        t = student_t(sum(of) ** 2 / sum(m**2 for m in of) - 1)
+        # Wilson's ends are where a score of the population is t of its standard errors away.
+        n = value * (1 - value) / variance
+        for end in (ends[f"{name}_low"], ends[f"{name}_high"]):
+            assert (value - end) ** 2 == pytest.approx(t**2 * end * (1 - end) / n, rel=5e-3), name
+        assert 0 < ends[f"{name}_low"] < value - 0.02 < value + 0.02 < ends[f"{name}_high"] < 1
     assert images.intervals(["dice", "auroc"]).items() <= ends.items()
-    assert (ends["dice_low"], ends["dice_high"]) == (
-        score_images(images).dice_low,
-        score_images(images).dice_high,
-    )
+    scores = score_images(images)
+    assert (ends["dice_low"], ends["dice_high"]) == (scores.dice_low, scores.dice_high)
 
 
 def test_an_undefined_score_has_an_undefined_interval() -> None:
@@ -404,4 +509,5 @@ def test_an_undefined_score_has_an_undefined_interval() -> None:
     ends = images.intervals()
     assert np.isnan(ends["sensitivity_low"])
     assert np.isnan(ends["auroc_high"])
-    assert (ends["specificity_low"], ends["dice_high"]) == (1.0, 1.0)
+    low = 3 / (3 + 1.959964**2)  # of three patients
+    assert (ends["specificity_low"], ends["dice_low"], ends["dice_high"]) == pytest.approx((low, low, 1.0))

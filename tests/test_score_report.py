@@ -161,6 +161,13 @@ def test_the_page_has_every_score_with_its_interval(mixed: Report) -> None:
             for row in texts(mixed.html, "tr")
         )
     }
+    positives, images = mixed.scores.positives, mixed.scores.images
+    predicted = round(positives / mixed.scores.precision * mixed.scores.sensitivity)
+    of = {"sensitivity": positives, "specificity": images - positives, "precision": predicted}
+    of |= {"false_alarms": images, "misses": images}
+    found = round(mixed.scores.sensitivity * positives)
+    assert rows["sensitivity"][1].endswith(f"{found} of {positives}")
+    assert rows["misses"][1].endswith(f"{positives - found} of {images}")
     for name in SCORES:
         value, interval, meaning = rows[name.replace("_", " ")]
         assert value == f"{getattr(mixed.scores, name):.4f}", name
@@ -169,7 +176,8 @@ def test_the_page_has_every_score_with_its_interval(mixed: Report) -> None:
             assert interval == ""
         else:
             low, high = mixed.intervals[f"{name}_low"], mixed.intervals[f"{name}_high"]
-            assert interval == f"{low:.3f} to {high:.3f}", name
+            count = rf"; \d+ of {of[name]}" if name in of else "; unreliable" * (name == "calibration_error")
+            assert re.fullmatch(f"{low:.3f} to {high:.3f}{count}", interval), name
     assert 0 < mixed.scores.dice_positive < mixed.scores.dice < 1
     # As in the table of the run.
     with mixed.artifact("by_group.csv").open(newline="") as file:
@@ -179,11 +187,12 @@ def test_the_page_has_every_score_with_its_interval(mixed: Report) -> None:
         images, positives, patients, dice, *_ = rows[row["value"]]
         assert [images, positives, patients] == [row["images"], row["positives"], row["patients"]]
         interval = f"{float(row['dice_low']):.2f} to {float(row['dice_high']):.2f}"
-        assert dice == f"{float(row['dice']):.3f}{interval}"
+        note = "; unreliable" if int(row["positive_patients"]) < 5 else ""
+        assert dice == f"{float(row['dice']):.3f}{interval}{note}"
     seen = Reader(mixed.html).text
     assert f"{mixed.scores.images} images" not in seen  # the strip's number stands before its name
     assert f"dice {mixed.scores.dice:.4f}" in seen
-    assert "only 14 patients" in seen
+    assert "the findings are of" not in seen  # those of 7 patients are not few
 
 
 def test_the_page_is_one_file_without_outside_resources(mixed: Report) -> None:
@@ -266,6 +275,10 @@ def test_a_page_without_pictures_has_no_gallery(store: Path, network: Pneumothor
     report = report_of(store, network, MIXED[:14], overlays=0)
     assert "Best" not in texts(report.html, "h2")
     assert report.pictures == []
+    assert "Intervals are unreliable: the findings are of 2 patients." in Reader(report.html).text
+    (precision,) = re.findall(r"<th scope=row>precision</th>.*?</tr>", report.html)
+    (specificity,) = re.findall(r"<th scope=row>specificity</th>.*?</tr>", report.html)
+    assert ("; 1 of 3, unreliable" in precision, "unreliable" in specificity) == (True, False)
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,8 @@ def test_each_row_has_the_scores_of_its_images_counted_by_hand() -> None:
     found = [number for number in women if images.truth[number]]
     assert rows[1]["positives"] == len(found)
     assert rows[1]["patients"] == 40
+    assert rows[1]["positive_patients"] == len(found)
+    assert rows[0]["positive_patients"] == len({number // 2 for number in range(80) if images.truth[number]})
     assert rows[1]["dice"] == pytest.approx(sum(images.dices[n] for n in women) / 40)
     assert rows[1]["dice_positive"] == pytest.approx(sum(images.dices[n] for n in found) / len(found))
     assert rows[1]["sensitivity"] == pytest.approx(sum(images.predicted[n] for n in found) / len(found))
@@ -95,7 +97,12 @@ def test_the_calibration_curve_has_a_point_for_each_tenth_with_images() -> None:
     ]
     assert [row["mean_presence"] for row in rows] == pytest.approx([0.065, 0.3525, 0.975])
     assert [row["fraction_positive"] for row in rows] == [0.0, 0.25, 1.0]
-    assert (rows[1]["fraction_positive_low"], rows[1]["fraction_positive_high"]) == (0.0, 0.75)
+    # Wilson's of n = 3, for a variance of 0.25 * 0.75 / 3, with Student's t of 3 degrees of freedom, 3.18.
+    middle, half = 0.25 + 3.18**2 / 6, 3.18 * (0.25 * 0.75 / 3 + 3.18**2 / 36) ** 0.5
+    ends = [(middle + side) / (1 + 3.18**2 / 3) for side in (-half, half)]
+    found = [rows[1][f"fraction_positive_{end}"] for end in ("low", "high")]
+    assert found == pytest.approx(ends, abs=0.01)
+    assert rows[0]["fraction_positive_high"] == pytest.approx(1.96**2 / (2 + 1.96**2), abs=1e-4)
     error = sum(row["images"] * abs(row["mean_presence"] - row["fraction_positive"]) for row in rows) / 8
     assert score_images(images).calibration_error == pytest.approx(error, abs=1e-7)
 

@@ -10,7 +10,7 @@ from typing import Any, cast
 from pneumo_experiments import tracking
 from pneumo_experiments.experiment.promotion import CHALLENGER, CHAMPION, Decision
 from pneumo_experiments.report.card_text import CardScore, ModelCard, SizeRow, card_text
-from pneumo_experiments.scoring.scores import MIN_PATIENTS
+from pneumo_experiments.scoring.scores import notes
 from pneumo_experiments.serving import Detector
 from pneumo_experiments.tracking import Lineage, UnseenScore
 
@@ -23,17 +23,15 @@ def model_card(name: str, number: str, detector: Detector, decision: Decision, l
     score = decision.score
     rows = [] if score is None else _groups(score)
     everyone = next((row for row in rows if row.get("group") == "all"), None)
-    patients = None if everyone is None else int(everyone["patients"])
     return card_text(
         ModelCard(
             name=name,
             number=number,
             network=detector.networks,
-            dice=None if score is None else _dice(score),
+            dice=None if score is None else _dice(score, (everyone or {}).get("dice_note")),
             dice_baseline=0.0 if score is None else score.dice_baseline,
             scored_images="" if score is None else f"{score.images} {score.subset} images",
-            scored_patients=patients,
-            is_reliable=patients is None or patients >= MIN_PATIENTS,
+            scored_patients=None if everyone is None else int(everyone["patients"]),
             decision=DECISIONS[decision.alias],
             reason=decision.reason,
             sizes=_sizes(rows),
@@ -46,13 +44,13 @@ def model_card(name: str, number: str, detector: Detector, decision: Decision, l
     )
 
 
-def _dice(score: UnseenScore) -> CardScore:
-    return CardScore(score.dice, score.metrics.get("dice_low"), score.metrics.get("dice_high"))
+def _dice(score: UnseenScore, note: str | None) -> CardScore:
+    return CardScore(score.dice, score.metrics.get("dice_low"), score.metrics.get("dice_high"), note)
 
 
 def _groups(score: UnseenScore) -> list[dict[str, Any]]:
-    """Rows of the table by_group of the run that scored the model; none if they are lost."""
-    return tracking.read_table(score.run_id, "by_group") or []
+    """Rows of the table by_group of the run that scored the model, with notes; none if they are lost."""
+    return [row | notes(row) for row in tracking.read_table(score.run_id, "by_group") or []]
 
 
 def _sizes(rows: Sequence[dict[str, Any]]) -> list[SizeRow]:
@@ -60,7 +58,9 @@ def _sizes(rows: Sequence[dict[str, Any]]) -> list[SizeRow]:
 
     def row(name: str, row: dict[str, Any]) -> SizeRow:
         def score(key: str) -> CardScore:
-            return CardScore(row.get(key), row.get(f"{key}_low"), row.get(f"{key}_high"))
+            return CardScore(
+                row.get(key), row.get(f"{key}_low"), row.get(f"{key}_high"), row.get(f"{key}_note")
+            )
 
         return SizeRow(name, int(row["images"]), score("sensitivity"), score("specificity"), score("dice"))
 

@@ -10,10 +10,10 @@ import numpy as np
 
 from pneumo_experiments import tracking
 from pneumo_experiments.scoring.comparison import Comparison, compare, required_probability
-from pneumo_experiments.scoring.scores import MIN_PATIENTS
 from pneumo_experiments.settings import Registry
 from pneumo_experiments.tracking import UnseenScore, Version
 
+MIN_PATIENTS = 20  # with fewer the bootstrap of the difference covers too rarely
 CHAMPION, CHALLENGER, NONE = tracking.CHAMPION, tracking.CHALLENGER, "none"
 MIN_FIRST = 10  # patients with a finding for a first champion; MIN_PATIENTS for one that replaces another
 ImageRow = tuple[str, float, bool]  # patient, Dice, whether the truth has pixels

@@ -23,10 +23,11 @@ from pneumo_experiments.report.score_page import (
     ScorePage,
     score_page,
 )
+from pneumo_experiments.report.summary import plural
 from pneumo_experiments.scoring.exact import best_of_all
 from pneumo_experiments.scoring.figures import jpeg_uri
 from pneumo_experiments.scoring.plots import dice_by_area_plot, presence_curves, threshold_surface
-from pneumo_experiments.scoring.scores import ScoredImages, Scores
+from pneumo_experiments.scoring.scores import ScoredImages, Scores, notes
 from pneumo_experiments.scoring.subgroups import GROUP_COLUMNS
 from pneumo_experiments.scoring.thresholds import ThresholdCounts, Thresholds
 from pneumo_experiments.serving import Detector
@@ -62,19 +63,20 @@ def log_report(
     scores: Scores,
     intervals: Mapping[str, float],
     comparison: ModelComparison | None,
-    notes: Sequence[str] = (),
+    warnings: Sequence[str] = (),
 ) -> str:
     """Logs tables, pictures and ``report.html`` of the images called ``name``; returns the page's address."""
     thresholds = detector.thresholds
-    groups = log_groups(subset, counts, images)
     figures = _log_figures(counts, thresholds, images, scores)
     baseline = None if comparison is None else _baseline_model(comparison)
     pictures = figures if baseline is None else [*figures, baseline.figure]
     room = MAX_PICTURE_BYTES - sum(len(figure.source) for figure in pictures)
     galleries, omitted = _log_galleries(subset, counts, detector, settings.overlays, room)
     few = "" if scores.interval_reliable else (
-        f"The intervals are unreliable: there are only {scores.patients} patients."
+        f"Intervals are unreliable: the findings are of {plural(scores.positive_patients, 'patient')}."
     )  # fmt: skip
+    numbers = asdict(scores) | dict(intervals)
+    rows = [dict(zip(GROUP_COLUMNS, row, strict=True)) for row in log_groups(subset, counts, images)]
     page = ScorePage(
         title=f"Score: {name} images of {settings.dataset.name}",
         facts={
@@ -82,9 +84,9 @@ def log_report(
             "images": f"{name} of {settings.dataset.name}",
         }
         | {each: f"{value:g}" for each, value in asdict(thresholds).items()},
-        numbers=asdict(scores) | dict(intervals),
-        warning=" ".join([few, *(f"{note[0].upper()}{note[1:]}." for note in notes)]).strip(),
-        groups=[dict(zip(GROUP_COLUMNS, row, strict=True)) for row in groups],
+        numbers=numbers | notes(numbers),
+        warning=" ".join([few, *(f"{line[0].upper()}{line[1:]}." for line in warnings)]).strip(),
+        groups=[row | notes(row) for row in rows],
         figures=figures,
         galleries=galleries,
         omitted=omitted,

@@ -19,21 +19,22 @@ MAX_REASON = 700
 
 @dataclass(frozen=True)
 class CardScore:
-    """A score with its 95% interval; all NaN or None where it is undefined."""
+    """A score with its 95% interval, all NaN or None where it is undefined, and a note."""
 
     value: float | None
     low: float | None
     high: float | None
+    note: str | None = None
 
     @property
     def text(self) -> str:
-        """``0.912 (0.858 to 0.956)``, without what is undefined."""
+        """``0.912 (0.858 to 0.956), 31 of 34``, without what is undefined."""
         if not _is_number(self.value):
             return "–"
         ends = (
             f" ({self.low:.3f} to {self.high:.3f})" if _is_number(self.low) and _is_number(self.high) else ""
         )
-        return f"{self.value:.3f}{ends}"
+        return f"{self.value:.3f}{ends}{f', {self.note}' if self.note else ''}"
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,6 @@ class ModelCard:
     dice_baseline: float
     scored_images: str
     scored_patients: int | None
-    is_reliable: bool
     decision: str
     reason: str
     sizes: Sequence[SizeRow]

@@ -75,10 +75,10 @@ class ScorePage:
     facts: Mapping[str, str]
     """what was scored, and with what"""
     numbers: Row
-    """the scores by name, their ``_low`` and ``_high``, and images, positives, patients"""
+    """the scores by name, their ``_low``, ``_high`` and ``_note``, and images, positives, patients"""
     warning: str
     groups: Sequence[Row]
-    """the rows of the table by_group: group, value, images, positives, patients and scores with intervals"""
+    """the rows of the table by_group: group, value, images, positives, patients and scores, as above"""
     figures: Sequence[Figure]
     galleries: Sequence[Gallery]
     omitted: int
@@ -120,6 +120,7 @@ def _number(value: str | float | None, digits: int = 4) -> str:
 
 
 def _interval(row: Row, name: str, digits: int = 3) -> str:
-    """``low to high``; empty where there is none."""
+    """``low to high``, and the note; empty where there is none."""
     low, high = (_number(row.get(f"{name}_{end}"), digits) for end in ("low", "high"))
-    return "" if UNDEFINED in (low, high) else f"{low} to {high}"
+    note = f"; {note}" if (note := row.get(f"{name}_note")) else ""
+    return "" if UNDEFINED in (low, high) else f"{low} to {high}{note}"

@@ -1,21 +1,24 @@
-"""The official metric, scores of presence, and bootstrap intervals.
+"""The official metric, scores of presence, and their intervals.
 
 Dice is the metric of the SIIM-ACR challenge: the mean over images of 2|X∩Y| / (|X| + |Y|) at
 native size; 1 for an image whose truth and prediction are both empty.
 
-Scores of a set of images take weights (r, n), r at once: ones give the score itself, and how often the
-bootstrap drew each image gives its resamples.
+Scores of a set of images take weights (r, n), r at once: ones give the score itself, zeros leave images out,
+and how often the bootstrap drew each image gives its resamples.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from math import expm1, isnan, sqrt
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 RESAMPLES, AT_ONCE = 1000, 100  # AT_ONCE of them in memory
+GROUPS = 1000  # of patients, at most, that the jackknife leaves out in turn
+Z = 1.959964  # 97.5% of the normal distribution
 BINS = 10  # of presence, for its calibration
 
 Weights = NDArray[np.float64]  # (r, n)
@@ -110,11 +113,54 @@ def bins(presence: NDArray[np.float32]) -> list[NDArray[np.bool_]]:
     return [number == each for each in range(BINS)]
 
 
-def bootstrap_intervals(
-    measures: Mapping[str, Measure], patients: Sequence[str], rng: np.random.Generator
+def intervals(
+    measures: Mapping[str, Measure], among: Mapping[str, NDArray[np.bool_]], patients: Sequence[str]
 ) -> dict[str, tuple[float, float]]:
-    """95% percentile interval of each score, by resampling patients with all their images."""
-    return {name: interval_of(values) for name, values in bootstrap(measures, patients, rng).items()}
+    """95% interval of each score, which lies in [0, 1]; NaN if it is undefined.
+
+    ``among`` has the images (n,) that a score is computed from, if not all. Wilson's, with the jackknife's
+    variance: images of one patient are correlated, so it leaves out each patient in turn, with all images; of
+    more than GROUPS patients several at once.
+    """
+    _, patient = np.unique(np.asarray(patients), return_inverse=True)
+    group, ends = patient % GROUPS, dict[str, tuple[float, float]]()
+    groups = int(group.max()) + 1
+    without = {name: np.empty(groups) for name in measures}
+    for start in range(0, groups, AT_ONCE):
+        some = np.arange(start, min(start + AT_ONCE, groups))
+        weights = (group != some[:, None]).astype(np.float64)
+        for name, measure in measures.items():
+            without[name][some] = measure(weights)
+    for name, measure in measures.items():
+        effective = effective_patients(patient[among[name]] if name in among else patient)
+        variance = (groups - 1) * float(np.nanvar(without[name])) if effective > 1 else 0.0
+        ends[name] = wilson(float(measure(np.ones((1, len(patient))))[0]), variance, effective)
+    return ends
+
+
+def effective_patients(patient: NDArray[Any]) -> float:
+    """(sum of m)^2 / sum of m^2, for m images of each patient (Kish, Survey Sampling, 1965); 0 of none."""
+    images = np.unique(patient, return_counts=True)[1]
+    return float(images.sum() ** 2 / (images**2).sum()) if images.size else 0.0
+
+
+def wilson(score: float, variance: float, patients: float) -> tuple[float, float]:
+    """95% interval in [0, 1] of a score with this variance, from so many (effective) patients.
+
+    Wilson's interval (1927) of a fraction of n images, where n gives this variance (Kott and Carr, 1997), and
+    Student's t of ``patients`` - 1 degrees of freedom (Wallace's approximation, 1959). Without variance,
+    as where all images are right, n is the number of patients, as if each had one image.
+    """
+    if isnan(score):
+        return score, score
+    if variance > 1e-20 and 0 < score < 1:
+        n, df = score * (1 - score) / variance, max(patients - 1, 1.0)
+        z = sqrt(df * expm1((Z * (8 * df + 3) / (8 * df + 1)) ** 2 / df))
+    else:
+        n, z = patients, Z
+    middle, half = score + z**2 / (2 * n), z * sqrt(score * (1 - score) / n + (z / (2 * n)) ** 2)
+    low, high = ((middle + side) / (1 + z**2 / n) for side in (-half, half))
+    return max(0.0, low), min(1.0, high)
 
 
 def bootstrap(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import isnan
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,22 +13,19 @@ from numpy.typing import NDArray
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.scoring.metrics import (
     Measure,
-    Weights,
     auroc,
     average_precision,
-    bootstrap_intervals,
     calibration_error,
+    effective_patients,
+    intervals,
     mean,
 )
 from pneumo_experiments.scoring.thresholds import ThresholdCounts, Thresholds
 
-MIN_PATIENTS = 20  # with fewer the interval covers too rarely: see docs/training.md
-CONSTANTS = (
-    "images",
-    "positives",
-    "patients",
-    "dice_baseline",
-)  # properties of the images, whatever is predicted
+MIN_PATIENTS = 5  # that bear on a score; with fewer its interval may not hold: see docs/training.md
+OF_ALL_PATIENTS = {"specificity": 5, "false_alarms": 5, "calibration_error": 250}  # others: with a finding
+COUNTS = ("images", "positives", "patients", "positive_patients")
+CONSTANTS = (*COUNTS, "dice_baseline")  # properties of the images, whatever is predicted
 
 
 @dataclass(frozen=True)
@@ -38,7 +36,7 @@ class Scores:
     """the official metric"""
     dice_low: float
     dice_high: float
-    """95% interval of dice, from a bootstrap over patients"""
+    """95% interval of dice, by patient"""
     dice_baseline: float
     """dice of predicting every image empty: the fraction of images with empty truth"""
     dice_positive: float
@@ -63,17 +61,19 @@ class Scores:
     positives: int
     """images with truth"""
     patients: int
+    positive_patients: int
+    """patients with an image with truth"""
 
     @property
     def interval_reliable(self) -> bool:
         """Whether there are enough patients for dice_low and dice_high to be valid."""
-        return self.patients >= MIN_PATIENTS
+        return self.positive_patients >= MIN_PATIENTS
 
     @property
     def interval(self) -> str:
         """dice_low and dice_high as text, with a warning when they are unreliable."""
-        warning = "" if self.interval_reliable else f", unreliable with {self.patients} patients"
-        return f"95% {self.dice_low:.3f} to {self.dice_high:.3f}{warning}"
+        few = f", unreliable with {self.positive_patients} patients with a finding"
+        return f"95% {self.dice_low:.3f} to {self.dice_high:.3f}{'' if self.interval_reliable else few}"
 
     @property
     def on_positives(self) -> str:
@@ -116,6 +116,12 @@ class ScoredImages:
             self.dices[chosen], self.predicted[chosen], self.truth[chosen], self.presence[chosen], patients
         )
 
+    def counts(self) -> dict[str, int]:
+        """COUNTS of the images."""
+        found = self.select(self.truth).patients
+        numbers = (len(self.patients), len(found), len({*self.patients}), len({*found}))
+        return dict(zip(COUNTS, numbers, strict=True))
+
     def measures(self) -> dict[str, Measure]:
         """How each score is computed from the weights of the images."""
         dices, predicted, truth, presence = self.dices, self.predicted, self.truth, self.presence
@@ -132,27 +138,47 @@ class ScoredImages:
             "calibration_error": lambda weights: calibration_error(truth, presence, weights),
         }
 
-    def intervals(self, names: Collection[str] = (), seed: int = 0) -> dict[str, float]:
+    def intervals(self, names: Collection[str] = ()) -> dict[str, float]:
         """95% intervals of these scores, or of all: ``<name>_low`` and ``<name>_high``; NaN if undefined."""
         chosen = {name: measure for name, measure in self.measures().items() if not names or name in names}
-        ends = bootstrap_intervals(chosen, self.patients, np.random.default_rng(seed))
+        truth, patient = self.truth, np.asarray(self.patients)
+        rarer = min(truth, ~truth, key=lambda side: effective_patients(patient[side]))
+        among = dict.fromkeys(("dice_positive", "sensitivity", "average_precision"), truth)
+        among |= {"specificity": ~truth, "precision": self.predicted, "auroc": rarer}
         return {
             f"{name}_{end}": value
-            for name, (low, high) in ends.items()
+            for name, (low, high) in intervals(chosen, among, self.patients).items()
             for end, value in (("low", low), ("high", high))
         }
 
 
-def score_images(images: ScoredImages, seed: int = 0) -> Scores:
+def notes(row: Mapping[str, Any]) -> dict[str, str]:
+    """``<name>_note`` of each score with an interval in a row with counts: ``14 of 14``, ``unreliable``.
+
+    Without ``positive_patients``, as in older tables, the positives take their place.
+    """
+    images, positives, patients, with_finding = (int(row.get(name, row["positives"])) for name in COUNTS)
+    of = {"sensitivity": positives, "specificity": images - positives}
+    if "precision" in row:
+        predicted = round(positives + images * (row["false_alarms"] - row["misses"]))
+        of |= {"precision": predicted, "false_alarms": images, "misses": images}
+    found, names = dict[str, str](), [end.removesuffix("_low") for end in row if end.endswith("_low")]
+    for name in names:
+        if row[name] is not None and not isnan(row[name]):
+            count = [f"{round(row[name] * of[name])} of {of[name]}"] if name in of else []
+            is_few = patients < least if (least := OF_ALL_PATIENTS.get(name)) else with_finding < MIN_PATIENTS
+            found[f"{name}_note"] = ", ".join(count + ["unreliable"] * is_few)
+    return found
+
+
+def score_images(images: ScoredImages) -> Scores:
     """Scores of n >= 1 images; raises UserError without any."""
     if len(images.dices) == 0:
         raise UserError("no images to score: choose a subset that has some")
-    itself: Weights = np.ones((1, len(images.dices)))
+    itself = np.ones((1, len(images.dices)))
     return Scores(
         **{name: float(measure(itself)[0]) for name, measure in images.measures().items()},
-        **images.intervals(["dice"], seed),
+        **images.intervals(["dice"]),
         dice_baseline=float(np.mean(~images.truth)),
-        images=len(images.dices),
-        positives=int(np.count_nonzero(images.truth)),
-        patients=len(set(images.patients)),
+        **images.counts(),
     )

@@ -8,12 +8,12 @@ from math import isnan
 import numpy as np
 from numpy.typing import NDArray
 
-from pneumo_experiments.scoring.metrics import BINS, bins, bootstrap_intervals, mean
+from pneumo_experiments.scoring.metrics import BINS, bins, intervals, mean
 from pneumo_experiments.scoring.scores import ScoredImages
 
 BY_GROUP = ("dice", "dice_positive", "sensitivity", "specificity")
 GROUP_COLUMNS = (
-    *("group", "value", "images", "positives", "patients"),
+    *("group", "value", "images", "positives", "patients", "positive_patients"),
     *(f"{name}{end}" for name in BY_GROUP for end in ("", "_low", "_high")),
 )
 CALIBRATION_COLUMNS = (
@@ -65,10 +65,8 @@ def calibration(images: ScoredImages) -> list[Row]:
         if not here.any():
             continue
         inside = images.select(here)
-        ends = bootstrap_intervals(
-            {"positive": lambda weights, truth=inside.truth: mean(truth, weights)},
-            inside.patients,
-            np.random.default_rng(0),
+        ends = intervals(
+            {"positive": lambda weights, truth=inside.truth: mean(truth, weights)}, {}, inside.patients
         )
         presence, positive = (
             float(mean(values, everything, here)[0]) for values in (images.presence, images.truth)
@@ -87,8 +85,12 @@ def _row(group: str, value: str, images: ScoredImages) -> Row:
         for name in BY_GROUP
         for number in (float(measures[name](itself)[0]), ends[f"{name}_low"], ends[f"{name}_high"])
     ]
-    counted = (len(images.dices), int(np.count_nonzero(images.truth)), len({*images.patients}))
-    return [group, value, *counted, *(None if isnan(number) else number for number in numbers)]
+    return [
+        group,
+        value,
+        *images.counts().values(),
+        *(None if isnan(number) else number for number in numbers),
+    ]
 
 
 def _order(value: str) -> tuple[int, str]:

@@ -159,10 +159,12 @@ def _name_subset(settings: Score, detector: Detector, dataset: Dataset, seen: st
 
 def scores_line(scores: Scores) -> str:
     """Dice with its interval and company, for the terminal."""
+    masks = round(scores.positives - scores.misses * scores.images)
+    found = f", masks on {masks} of {scores.positives}" if scores.positives else ""
     return (
         f"Dice {scores.dice:.4f} ({scores.interval}), all-empty baseline"
         f" {scores.dice_baseline:.4f}, Dice on positives {scores.on_positives},"
-        f" {scores.images} images, {scores.positives} with pneumothorax"
+        f" {scores.images} images, {scores.positives} with pneumothorax{found}"
     )
 
 
