@@ -83,7 +83,9 @@ class Quick:
     def epochs(self, recipe: Recipe, trials_left: int) -> Iterator[TrialScores]:
         for epoch in range(1, self.count + 1):
             value = self.value(recipe) * epoch / self.count
-            yield TrialScores(value, value, value + 0.01, value / 2, False, Thresholds(), 0.01)
+            yield TrialScores(
+                *(value, value, value + 0.01, value / 2, False, Thresholds(), 0.01), np.full(4, value)
+            )
 
     def save_model(self, folder: Path, recipe: Recipe) -> None:
         (folder / "weights.pt").write_bytes(bytes(1000))
@@ -91,7 +93,7 @@ class Quick:
 
 def quick(value: Callable[[Recipe], float] = first_value, **values: Any) -> SearchResult:
     settings = make(Search, **(SHORT | values))
-    return run_study(settings, "f" * 64, lambda: Quick(value), lambda settings: None)
+    return run_study(settings, "f" * 64, lambda settings: Quick(value), lambda settings: None)
 
 
 def parent() -> Run:
@@ -166,20 +168,38 @@ def test_only_the_models_of_the_best_trials_stay() -> None:
     assert len(weights) == 2  # the others' files are gone
 
 
-def test_the_winner_has_the_best_mean_of_both_trainings() -> None:
-    # The better the first value, the worse the second one: of the two confirmed, the lower first value wins.
-    def value(recipe: Recipe) -> float:
-        return first_value(recipe) if recipe.seed == 0 else 1 - 2 * first_value(recipe)
+@pytest.mark.parametrize("gain", [0.005, 0.03])
+def test_the_second_trainings_of_the_best_and_of_the_settings_as_given_choose_the_winner(
+    gain: float, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On the next fold, with the next seed: there only the second best is better, by the gain."""
+    made, firsts = list[tuple[int, str]](), set[float]()
 
-    result = quick(value, trials=3, confirm=2, seed=0)
-    first, second = sorted(study().trials, key=lambda trial: -trial.values[0])[:2]
-    assert result.trial == second.number
+    def value(recipe: Recipe) -> float:
+        first = first_value(recipe)
+        if recipe.seed == 7:
+            firsts.add(first)
+            return first
+        return {min(firsts): 0.4, sorted(firsts)[-2]: 0.4 + gain}.get(first, 0.3)
+
+    def make_training(settings: Search) -> Quick:
+        made.append((settings.recipe.seed, settings.split.fold))
+        return Quick(value)
+
+    settings = make(Search, **(SHORT | {"trials": 4, "confirm": 2, "seed": 7}))
+    result = run_study(settings, "f" * 64, make_training, lambda settings: None)
+    assert made == [(7, "0"), (8, "1")]
+    best, second, _, given = sorted(study().trials, key=lambda trial: -trial.values[0])
+    assert given.number == 0  # all others are better in the first training
     confirmed = {t.user_attrs["confirms"]: t.values[0] for t in study("s-confirm").trials}
-    assert confirmed == {t.number: pytest.approx(1 - 2 * t.values[0]) for t in (first, second)}
-    mean = (second.values[0] + confirmed[second.number]) / 2
-    assert parent().data.metrics["val_dice"] == pytest.approx(mean)
-    excess = sum(t.values[0] - confirmed[t.number] for t in (first, second)) / 2
-    assert f"{excess:+.4f} too high" in parent().data.tags["mlflow.note.content"]
+    assert confirmed.keys() == {0, best.number, second.number}
+    is_clear = gain > 0.02
+    assert result.trial == (second.number if is_clear else 0)
+    assert parent().data.metrics["val_dice"] == pytest.approx(0.4 + gain * is_clear)
+    note, first = parent().data.tags["mlflow.note.content"], (best.values[0] + second.values[0]) / 2 - 0.25
+    assert f"which were {first:+.4f} Dice better than the settings as given at first" in note
+    assert f"are {(gain - 0.1) / 2:+.4f} better then" in note
+    assert ("trial 0, the settings as given, cross" in capsys.readouterr().out) != is_clear
 
 
 @pytest.mark.pictures
@@ -267,7 +287,7 @@ def test_after_ctrl_c_the_same_command_tries_the_same_trial_again() -> None:
 
 
 def test_ctrl_c_while_the_data_are_read_costs_no_trial() -> None:
-    def make_training() -> Quick:
+    def make_training(settings: Search) -> Quick:
         raise Interrupted
 
     settings = make(Search, **(SHORT | {"trials": 2}))
@@ -286,7 +306,7 @@ def test_the_same_data_and_settings_have_one_study_and_others_another() -> None:
     def name(fingerprint: str, **values: Any) -> str:
         before = names() if Path("optuna.db").exists() else set[str]()
         settings = make(Search, **(SHORT | {"study": "auto", "trials": 1} | values))
-        run_study(settings, fingerprint, Quick, lambda settings: None)
+        run_study(settings, fingerprint, lambda settings: Quick(), lambda settings: None)
         new = names() - before
         return new.pop() if new else "none"
 
@@ -306,7 +326,7 @@ def test_a_study_of_other_data_is_refused_and_the_difference_named() -> None:
         quick(trials=1, learning_rate=0.01)
     settings = make(Search, **(SHORT | {"trials": 1}))
     with pytest.raises(UserError, match=r"^study=s: was made with data f{16}, not e{16}; name another"):
-        run_study(settings, "e" * 64, Quick, lambda settings: None)
+        run_study(settings, "e" * 64, lambda settings: Quick(), lambda settings: None)
     with pytest.raises(UserError, match=r"range of dice_weight 0\.1 to 10, logarithmic, not not searched"):
         quick(trials=1, searched="focal_weight,presence_weight")
     assert len(study().trials) == 1
@@ -360,6 +380,9 @@ def test_a_trial_on_two_folds_is_worth_their_mean(settings: Search, dataset: Pat
     assert mean[1].dice == one[-1].dice
     assert one[-1].dice != two[-1].dice
     assert mean[-1].dice == pytest.approx((one[-1].dice + two[-1].dice) / 2)
+    for scores in (one[-1], two[-1], mean[-1]):
+        assert scores.patient_dice.mean() == pytest.approx(scores.dice)
+    assert len(mean[-1].patient_dice) == len(one[-1].patient_dice) + len(two[-1].patient_dice)
 
 
 def test_warm_up_epochs_are_trained_once_and_deleted_at_the_end(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -15,60 +14,26 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
 from pneumo_experiments import tracking
-from pneumo_experiments.errors import UserError
 from pneumo_experiments.experiment.search_space import Space, with_values
 from pneumo_experiments.experiment.study import (
     METRIC_NAMES,
     best_trials,
-    confirm_name,
     first_value,
     is_counted,
 )
 from pneumo_experiments.experiment.study_storage import (
-    CONFIRMS,
+    AS_GIVEN,
     ERROR,
     GRACE_SECONDS,
     PROCESS,
     RUN_ID,
-    load_study,
-    open_storage,
 )
+from pneumo_experiments.experiment.winner import Winner
 from pneumo_experiments.scoring.figures import pyplot_picture
 from pneumo_experiments.settings import Search, as_config
 
 TRIALS_FOR_IMPORTANCE = 5  # completed ones; of fewer, importances and contours say nothing
 COLUMNS = ("dice", "dice_optimistic", "dice_positive", "is_all_empty", "seconds", RUN_ID, ERROR)
-
-
-@dataclass(frozen=True)
-class Winner:
-    """The best trial of a study: by the mean of its own value and of the training that confirmed it."""
-
-    trial: FrozenTrial
-    value: float
-    confirmed: dict[int, float]
-    """value of the second training of each trial that has one, by number"""
-    optimism: float
-    """mean of first minus second values; NaN without any"""
-
-
-def choose_winner(study: Study, confirmations: Study | None) -> Winner | None:
-    """The winner; None if no trial has completed. Trials with a second training win over others."""
-    best = best_trials(study)
-    if not best:
-        return None
-    second: dict[int, float] = {}
-    for trial in best_trials(confirmations) if confirmations else []:
-        second[int(trial.user_attrs[CONFIRMS])] = first_value(trial)
-    compared = [trial for trial in best if trial.number in second] or best[:1]
-
-    def mean(trial: FrozenTrial) -> float:
-        first = first_value(trial)
-        return (first + second.get(trial.number, first)) / 2
-
-    winner = max(compared, key=lambda trial: (mean(trial), -trial.number))
-    excess = [first_value(trial) - second[trial.number] for trial in compared if trial.number in second]
-    return Winner(winner, mean(winner), second, float(np.mean(excess)) if excess else float("nan"))
 
 
 def is_reporter(study: Study, confirmations: Study) -> bool:
@@ -163,8 +128,8 @@ def _description(study: Study, trials: list[FrozenTrial], winner: Winner) -> str
     states = Counter(trial.state.name.lower() for trial in trials if trial.params)
     counts = ", ".join(f"{count} {state}" for state, count in states.items())
     lines = [
-        f"Study {study.study_name}: {counts}. Best: trial {winner.trial.number},"
-        f" cross-fitted Dice {winner.value:.4f}.",
+        f"Study {study.study_name}: {counts}.",
+        f"Best: trial {winner.line}.",
         "",
         "| setting | best value |",
         "|---|---|",
@@ -174,12 +139,19 @@ def _description(study: Study, trials: list[FrozenTrial], winner: Winner) -> str
         ),
         "",
     ]
-    if winner.confirmed:
-        lines.append(
-            f"{len(winner.confirmed)} trials were trained again with another seed: their first values were"
-            f" {winner.optimism:+.4f} too high on average. The winner has the best mean of both."
-        )
     completed = [trial for trial in trials if trial.state is TrialState.COMPLETE]
+    given = next((trial.number for trial in completed if AS_GIVEN in trial.user_attrs), None)
+    first = {trial.number: first_value(trial) for trial in completed}
+    if given in winner.confirmed and (others := [n for n in winner.confirmed if n != given]):
+        then, now = (
+            np.mean([values[number] - values[given] for number in others])
+            for values in (first, winner.confirmed)
+        )
+        lines.append(
+            f"Trained again with another seed, on other patients where there are folds left: {len(others)} of"
+            f" the best, which were {then:+.4f} Dice better than the settings as given at first and are"
+            f" {now:+.4f} better then. Another takes their place only if it is better beyond noise."
+        )
     empty = sum(bool(trial.user_attrs.get("is_all_empty")) for trial in completed)
     if empty:
         lines.append(
@@ -187,15 +159,3 @@ def _description(study: Study, trials: list[FrozenTrial], winner: Winner) -> str
             " positives at the best single score decides."
         )
     return "\n".join(lines)
-
-
-def best_of_study(address: str, name: str) -> dict[str, Any]:
-    """The best settings of a study in a storage, by name; UserError if there is none."""
-    storage = open_storage(address)
-    study = load_study("from_study", storage, name)
-    names = optuna.get_all_study_names(storage)
-    second = load_study("from_study", storage, confirm_name(name)) if confirm_name(name) in names else None
-    winner = choose_winner(study, second)
-    if winner is None:
-        raise UserError(f"from_study={name}: no trial of it has completed; search some")
-    return winner.trial.params

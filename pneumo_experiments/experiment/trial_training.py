@@ -61,6 +61,8 @@ class TrialScores:
     """the best of the coarse grid for the first fold's validation images"""
     seconds_per_image: float
     """of a prediction by this machine; NaN before the last epoch, and if it is no objective"""
+    patient_dice: NDArray[np.float64]
+    """what each validation patient adds to the Dice (p,), which is their mean; the folds one after another"""
 
 
 @dataclass(frozen=True)
@@ -198,6 +200,14 @@ def split_folds(dataset: Dataset, settings: Search) -> list[Split]:
     return splits
 
 
+def second_settings(settings: Search) -> Search:
+    """What confirms a trial: the next seed, and the folds that follow, where there are others."""
+    first, study = int(settings.split.fold), settings.study
+    split = replace(settings.split, fold=str((first + study.folds_per_trial) % settings.split.folds))
+    recipe = replace(settings.recipe, seed=(settings.recipe.seed + 1) % 2**32)
+    return replace(settings, recipe=recipe, split=split)
+
+
 def warmup_checkpoint(settings: Search, fingerprint: str) -> Checkpoint:
     """Where the network from which trials start is saved."""
     study = settings.study
@@ -218,6 +228,8 @@ def _mean(folds: list[TrialScores]) -> TrialScores:
     def mean(name: str) -> float:
         return float(np.mean([getattr(fold, name) for fold in folds]))
 
+    patients = sum(len(fold.patient_dice) for fold in folds)
+    parts = [fold.patient_dice * (patients / len(folds) / len(fold.patient_dice)) for fold in folds]
     return replace(
         folds[0],
         value=mean("value"),
@@ -225,11 +237,14 @@ def _mean(folds: list[TrialScores]) -> TrialScores:
         dice_optimistic=mean("dice_optimistic"),
         dice_positive=mean("dice_positive"),
         is_all_empty=all(fold.is_all_empty for fold in folds),
+        patient_dice=np.concatenate(parts),
     )
 
 
 def _score_fold(fold: _Fold, result: EpochResult) -> TrialScores:
     crossed = cross_fitted(result.counts, fold.half)
+    _, patient = np.unique([entry.patient for entry in fold.validation.entries], return_inverse=True)
+    sums = np.bincount(patient, crossed.dices)
     bonus = EMPTY_BONUS * best_dice_on_positives(result.counts) if crossed.is_all_empty else 0.0
     return TrialScores(
         value=crossed.dice + bonus,
@@ -239,6 +254,7 @@ def _score_fold(fold: _Fold, result: EpochResult) -> TrialScores:
         is_all_empty=crossed.is_all_empty,
         thresholds=result.thresholds,
         seconds_per_image=float("nan"),
+        patient_dice=np.asarray(sums * (len(sums) / len(patient)), np.float64),
     )
 
 

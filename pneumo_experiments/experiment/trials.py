@@ -18,7 +18,15 @@ from pneumo_experiments import tracking
 from pneumo_experiments.errors import ServerUnreachable, UserError
 from pneumo_experiments.experiment.search_space import Space, suggest, with_values
 from pneumo_experiments.experiment.study import best_trials, first_value, is_counted
-from pneumo_experiments.experiment.study_storage import CONFIRMS, ERROR, PROCESS, RUN_ID, retry
+from pneumo_experiments.experiment.study_storage import (
+    AS_GIVEN,
+    CONFIRMS,
+    ERROR,
+    PATIENT_DICE,
+    PROCESS,
+    RUN_ID,
+    retry,
+)
 from pneumo_experiments.experiment.trial_table import in_words, print_row
 from pneumo_experiments.experiment.trial_training import TrialScores
 from pneumo_experiments.passwords import hide_passwords
@@ -54,7 +62,7 @@ class Surplus(Exception):
 class Objective:
     """One trial: a short training in a child run.
 
-    With ``confirms`` it trains a trial of another study again, with the next seed and without pruning.
+    With ``confirms`` it trains a trial of another study again, without pruning.
     """
 
     settings: Search
@@ -84,8 +92,6 @@ class Objective:
         try:
             values = suggest(trial, self.space)
             recipe = with_values(self.settings.recipe, values)
-            if self.confirms:
-                recipe = replace(recipe, seed=(recipe.seed + 1) % 2**32)
             line = in_words(values)
             title = f"{'confirm' if self.confirms else 'trial'} {number}"
             self._keep_parent_running()
@@ -126,11 +132,12 @@ class Objective:
     def _train(self, trial: optuna.Trial, training: Training, recipe: Recipe) -> tuple[TrialScores, int]:
         """Scores after the last epoch that ran, and its number."""
         scores, epoch = None, 0
-        prunes = not self.confirms and self.settings.study.has_one_objective
+        reports = not self.confirms and self.settings.study.has_one_objective
+        is_given = AS_GIVEN in trial.user_attrs  # never pruned: the others are compared with it
         for epoch, scores in enumerate(training.epochs(recipe, self._trials_left(trial)), start=1):
-            if prunes:
+            if reports:
                 trial.report(scores.value, epoch)
-                if epoch < self._epochs and trial.should_prune():
+                if epoch < self._epochs and not is_given and trial.should_prune():
                     break
         assert scores is not None  # a trial has one epoch at least
         return scores, epoch
@@ -139,7 +146,8 @@ class Objective:
         """Trials that this worker has still to run, this one included, if the others run as many."""
         others = trial.study.get_trials(deepcopy=False)
         left = self.total - sum(is_counted(other) for other in others)
-        left += 0 if self.confirms else min(self.settings.study.confirm, self.total)
+        if not self.confirms and self.settings.study.confirm:
+            left += min(self.settings.study.confirm + 1, self.total)
         return -(-left // max(1, sum(other.state is TrialState.RUNNING for other in others)))
 
     def _record(self, trial: optuna.Trial, scores: TrialScores, seconds: float, is_pruned: bool) -> None:
@@ -150,6 +158,8 @@ class Objective:
         for name, value in (measured | facts | {"seconds": round(seconds, 3)}).items():
             trial.set_user_attr(name, value)
         trial.set_user_attr("thresholds", asdict(scores.thresholds))
+        if not is_pruned:
+            trial.set_user_attr(PATIENT_DICE, scores.patient_dice.round(5).tolist())
 
     def _keep_model(self, trial: optuna.Trial, value: float, recipe: Recipe) -> None:
         """Logs the model if the trial is among the best so far, and deletes the one that it displaces."""

@@ -20,12 +20,17 @@ from pneumo_experiments.scoring.thresholds import ThresholdCounts, Thresholds, b
 class CrossFitted:
     """Each image judged with thresholds from other patients."""
 
-    dice: float
-    """mean over all images"""
+    dices: NDArray[np.float64]
+    """of each image (n,)"""
     dice_positive: float
     """mean over the images with truth; NaN without any"""
     is_all_empty: bool
     """whether no image has a predicted mask"""
+
+    @property
+    def dice(self) -> float:
+        """Mean over all images."""
+        return float(self.dices.mean())
 
 
 def cross_fitted(
@@ -45,7 +50,7 @@ def cross_fitted(
         areas[judged] = counts.rows(judged).predicted_area(thresholds)
     positive = counts.truth_area > 0
     return CrossFitted(
-        dice=float(dices.mean()),
+        dices=dices,
         dice_positive=float(dices[positive].mean()) if positive.any() else float("nan"),
         is_all_empty=not areas.any(),
     )

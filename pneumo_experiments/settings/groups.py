@@ -216,7 +216,8 @@ class StudySettings:
     confirm: Annotated[
         int,
         Arg(
-            "so many of the best trials are trained again with another seed; the best mean of both wins",
+            "so many of the best trials, and the settings as given, are trained again with another seed on"
+            " another fold; one that is better beyond noise wins, else the settings as given",
             min=0,
             max=1000,
             shapes_weights=False,
