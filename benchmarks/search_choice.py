@@ -5,8 +5,8 @@
 Simulates studies; trains nothing. A fold has the challenge's size: 990 patients with 1,930 images. Trials
 differ by their settings, by what their seed adds to all images alike (normal, ``seed_sd``), and image by
 image: by masks that are better or worse, and findings where there are none. Together the values of equally
-good trials have a standard deviation of 0.003. `before`: the best mean of both trainings of the best two wins.
-`confirm=2`, `confirm=0`: what the package does. Prints Markdown.
+good trials have a standard deviation of 0.003. `before`: of the best two trials that with the best mean of
+both trainings wins. `confirm=2`, `confirm=0`: what the package does. Prints Markdown.
 """
 
 from __future__ import annotations
