@@ -58,7 +58,7 @@ def scores_of(recipe: Recipe, progress: float) -> TrialScores:
     distance = log(loss.dice_weight / 2) ** 2 + log(loss.focal_weight / 0.5) ** 2
     noise = 0.01 * ((loss.presence_weight * 1e6 + recipe.seed * 0.37) % 1)
     value = (0.85 - 0.02 * distance + noise) * progress
-    scores = (value, value, value + 0.01, value / 2, False, Thresholds(), 0.01)
+    scores = (value, value + 0.01, value / 2, 0.0, 0.0, Thresholds(), 0.01)
     return TrialScores(*scores, np.full(2, value))
 
 

@@ -9,6 +9,7 @@ import optuna
 import pytest
 from optuna.trial import create_trial
 
+from pneumo_experiments.experiment.study import best_trials
 from pneumo_experiments.experiment.study_storage import AS_GIVEN, CONFIRMS, PATIENT_DICE
 from pneumo_experiments.experiment.winner import SEED_SD, better_than, choose_winner, probability_better
 from pneumo_experiments.scoring.comparison import compare
@@ -104,13 +105,19 @@ def test_the_more_are_compared_the_surer_each_must_be() -> None:
     assert better_than(reference, {}) == {}
 
 
-def study_of(*dices: float, confirms: bool = False, marked: bool = True) -> optuna.Study:
-    """A study, the first of whose trials has the settings as given; each patient adds its Dice."""
+def study_of(
+    *dices: float, confirms: bool = False, marked: bool = True, **violations: dict[int, float]
+) -> optuna.Study:
+    """A study, the first of whose trials has the settings as given; each patient adds its Dice.
+
+    A constraint has the value for these trials, and 0 for the others.
+    """
     study = optuna.create_study(direction="maximize")
     for number, dice in enumerate(dices):
         attributes = {PATIENT_DICE: [dice, dice]} if marked else {}
         attributes |= {CONFIRMS: number} if confirms else {AS_GIVEN: True} if marked and not number else {}
-        study.add_trial(create_trial(value=dice, user_attrs=attributes))
+        constraints = {name: values.get(number, 0.0) for name, values in violations.items()}
+        study.add_trial(create_trial(value=dice, user_attrs=attributes, constraints=constraints))
     return study
 
 
@@ -131,3 +138,28 @@ def test_a_study_that_did_not_mark_the_settings_as_given_ends_with_the_best_mean
     second = study_of(0.1, 0.3, 0.44, confirms=True, marked=False)
     assert (winner := choose_winner(old, second)) and winner.trial.number == 2
     assert winner.value == pytest.approx(0.52)
+
+
+def test_what_violates_a_constraint_in_either_training_does_not_win() -> None:
+    def winner(first: optuna.Study, second: optuna.Study | None) -> int:
+        chosen = choose_winner(first, second)
+        assert chosen
+        return chosen.trial.number
+
+    dices, again = (0.5, 0.6, 0.7, 0.8), {"confirms": True}
+    clean, confirmed = study_of(*dices), study_of(*dices, confirms=True)
+    assert winner(clean, confirmed) == 3
+    assert winner(study_of(*dices, all_empty={3: 0.1}), confirmed) == 2
+    assert winner(clean, study_of(*dices, **again, all_empty={3: 0.1}, false_alarms={2: 0.01})) == 1
+    every = dict.fromkeys(range(4), 0.9)
+    assert winner(study_of(*dices, all_empty=every), None) == 0
+    # The limit of false alarms holds for the settings as given, too: then another needs no gain.
+    worse = (0.5, 0.4, 0.3)
+    assert winner(study_of(*worse, all_empty={0: 0.9}), None) == 0
+    assert winner(study_of(*worse, false_alarms={0: 0.01, 1: 0.01}), None) == 2
+
+
+def test_trials_rank_by_their_violation_and_then_by_dice() -> None:
+    study = study_of(0.9, 0.5, 0.95, 0.8, all_empty={0: 0.3, 2: 0.2}, false_alarms={2: 0.2, 1: -0.1})
+    assert [trial.number for trial in best_trials(study)] == [3, 1, 0, 2]
+    assert study.best_trial.number == 3  # Optuna ranks those that violate nothing likewise

@@ -79,12 +79,14 @@ class Quick:
 
     value: Callable[[Recipe], float] = first_value
     count: int = 2
+    alarms: Callable[[Recipe], float] = lambda recipe: 0.0
 
     def epochs(self, recipe: Recipe, trials_left: int) -> Iterator[TrialScores]:
         for epoch in range(1, self.count + 1):
             value = self.value(recipe) * epoch / self.count
             yield TrialScores(
-                *(value, value, value + 0.01, value / 2, False, Thresholds(), 0.01), np.full(4, value)
+                *(value, value + 0.01, value / 2, self.alarms(recipe), 0.0, Thresholds(), 0.01),
+                np.full(4, value),
             )
 
     def save_model(self, folder: Path, recipe: Recipe) -> None:
@@ -200,6 +202,24 @@ def test_the_second_trainings_of_the_best_and_of_the_settings_as_given_choose_th
     assert f"which were {first:+.4f} Dice better than the settings as given at first" in note
     assert f"are {(gain - 0.1) / 2:+.4f} better then" in note
     assert ("trial 0, the settings as given, cross" in capsys.readouterr().out) != is_clear
+
+
+def test_a_trial_with_too_many_false_alarms_is_infeasible_and_never_the_best() -> None:
+    def alarms(recipe: Recipe) -> float:  # the more, the higher the Dice; of the settings as given 0.25
+        return first_value(recipe)
+
+    settings = make(Search, **(SHORT | {"trials": 6, "max_false_alarms": 0.22, "target": 0.24, "keep": 1}))
+    result = run_study(settings, "f" * 64, lambda settings: Quick(alarms=alarms), lambda settings: None)
+    values = [trial.values[0] for trial in study().trials]
+    assert len(values) == 6  # none that reaches the target is feasible
+    feasible = [value for value in values if value <= 0.22]
+    assert values[0] == 0.25 and 0 < len(feasible) < 5
+    assert first_value(result.recipe) == max(feasible) == study().best_value
+    for trial, value in zip(study().trials, values, strict=True):
+        assert trial.constraints == {"all_empty": 0, "false_alarms": pytest.approx(value - 0.22)}
+        assert trial.intermediate_values[2] == pytest.approx(value - max(0, value - 0.22))
+    (model,) = MlflowClient().search_logged_models(["0"])
+    assert model.source_run_id == study().best_trial.user_attrs["run_id"]
 
 
 @pytest.mark.pictures
@@ -463,9 +483,7 @@ def test_the_warm_up_sees_no_image_that_a_fold_of_the_trials_validates_on(
 
 
 @pytest.mark.parametrize("top", [0, 100])
-def test_a_trial_without_any_mask_is_worth_a_little_more_the_better_it_would_outline(
-    top: int, settings: Search
-) -> None:
+def test_a_trial_without_any_mask_loses_less_the_better_it_would_outline(top: int, settings: Search) -> None:
     """A network that marks too much, so that empty masks score best; or one that is right."""
     with Dataset.open(settings.dataset) as dataset, tracking.run("search", settings):
         training = TrialTraining(dataset, settings)
@@ -483,13 +501,18 @@ def test_a_trial_without_any_mask_is_worth_a_little_more_the_better_it_would_out
     score = fold.validation.score(counts, Thresholds())
     result = EpochResult(cast("Any", None), counts, Thresholds(), score, {})
     scores = trial_training._score_fold(replace(fold, half=half), result)
+    sums, images = dict[str, float](), len(areas)
+    for entry in fold.validation.entries:
+        sums[entry.patient] = sums.get(entry.patient, 0) + (entry.area_px == 0 or top > 0)
+    assert scores.patient_dice.tolist() == pytest.approx(
+        [sums[name] * len(sums) / images for name in sorted(sums)]
+    )
     if top:
-        assert (scores.is_all_empty, scores.value, scores.dice) == (False, 1, 1)
+        assert (scores.empty_loss, scores.dice, scores.false_alarms) == (0, 1, 0)
     else:
         outlined = np.mean([2 * area / (4_000_000 + area) for area in areas if area])
-        assert scores.is_all_empty
-        assert scores.dice == np.mean(areas == 0)
-        assert scores.value == pytest.approx(scores.dice + 0.001 * outlined, abs=1e-12)
+        assert scores.empty_loss == pytest.approx(1 - outlined)
+        assert (scores.dice, scores.false_alarms) == (np.mean(areas == 0), 0)
 
 
 def _interrupt(*arguments: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -98,7 +99,9 @@ class _SeededPerTrial(BaseSampler):
         return self._sampler.sample_independent(study, trial, param_name, param_distribution)
 
     def after_trial(self, study: Study, trial: FrozenTrial, state: TrialState, values: Any) -> None:
-        self._sampler.after_trial(study, trial, state, values)
+        with warnings.catch_warnings():  # see docs/search.md
+            warnings.filterwarnings("ignore", "Constraints have been set, but CmaEsSampler")
+            self._sampler.after_trial(study, trial, state, values)
 
     def reseed_rng(self) -> None:
         """Nothing: every trial has its own seed."""

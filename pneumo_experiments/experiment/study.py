@@ -114,7 +114,17 @@ def parent_run(study: Study, is_new: bool) -> str | None:
 def best_trials(study: Study) -> list[FrozenTrial]:
     """The completed trials, the best first; of equal ones the earlier."""
     completed = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    return sorted(completed, key=lambda trial: (-first_value(trial), trial.number))
+    return sorted(completed, key=lambda trial: (*rank(trial, first_value(trial)), trial.number))
+
+
+def rank(trial: FrozenTrial | optuna.Trial, dice: float) -> tuple[float, float]:
+    """Sorts trials, the best first: those that violate no constraint by Dice, then those that do so least."""
+    return violation(trial), -dice
+
+
+def violation(trial: FrozenTrial | optuna.Trial) -> float:
+    """By how much a trial violates its constraints, as Optuna's samplers add it up; 0 if it is feasible."""
+    return sum(max(0.0, value) for value in trial.constraints.values())
 
 
 def first_value(trial: FrozenTrial) -> float:

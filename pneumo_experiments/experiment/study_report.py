@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from datetime import datetime, timedelta
@@ -33,7 +34,16 @@ from pneumo_experiments.scoring.figures import pyplot_picture
 from pneumo_experiments.settings import Search, as_config
 
 TRIALS_FOR_IMPORTANCE = 5  # completed ones; of fewer, importances and contours say nothing
-COLUMNS = ("dice", "dice_optimistic", "dice_positive", "is_all_empty", "seconds", RUN_ID, ERROR)
+COLUMNS = (
+    "dice",
+    "dice_optimistic",
+    "dice_positive",
+    "false_alarms",
+    "is_all_empty",
+    "seconds",
+    RUN_ID,
+    ERROR,
+)
 
 
 def is_reporter(study: Study, confirmations: Study) -> bool:
@@ -92,18 +102,19 @@ def pictures(study: Study) -> dict[str, NDArray[np.uint8]]:
     if len(completed) < TRIALS_FOR_IMPORTANCE:
         return drawn
     if len(values) > 1:
-        evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
-        drawn["importances"] = _draw(
-            plots.plot_param_importances, study, params=names, evaluator=evaluator, **target
-        )
-        names = [
-            *optuna.importance.get_param_importances(
-                study, params=names, evaluator=evaluator, target=target.get("target")
-            )
-        ]
+        # PED-ANOVA takes low values of a target for good ones.
+        low: dict[str, Any] = {} if is_single else {"target": _negative_value}
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "PedAnovaImportanceEvaluator computes")
+            drawn["importances"] = _draw(plots.plot_param_importances, study, params=names, **(target | low))
+            names = [*optuna.importance.get_param_importances(study, params=names, **low)]
     if len(names) >= 2:
         drawn["contour"] = _draw(plots.plot_contour, study, params=names[:2], **target)
     return drawn
+
+
+def _negative_value(trial: FrozenTrial) -> float:
+    return -first_value(trial)
 
 
 def _draw(plot: Callable[..., Any], study: Study, **arguments: Any) -> NDArray[np.uint8]:
@@ -117,7 +128,7 @@ def _log_trials(trials: list[FrozenTrial], confirmed: dict[int, float], space: S
         if trial.state is TrialState.WAITING or (trial.state is TrialState.FAIL and not trial.params):
             continue  # nothing has happened yet, or it was one too many
         state = trial.state.name.lower()
-        value = trial.values[0] if trial.values else trial.intermediate_values.get(trial.last_step or 0)
+        value = trial.values[0] if trial.values else trial.user_attrs.get("dice")
         values = [trial.params.get(name) for name in space]
         attributes = [trial.user_attrs.get(name) for name in COLUMNS]
         rows.append([trial.number, state, value, *values, confirmed.get(trial.number), *attributes])
@@ -155,7 +166,7 @@ def _description(study: Study, trials: list[FrozenTrial], winner: Winner) -> str
     empty = sum(bool(trial.user_attrs.get("is_all_empty")) for trial in completed)
     if empty:
         lines.append(
-            f"{empty} of {len(completed)} completed trials predict every image empty: among those the Dice on"
-            " positives at the best single score decides."
+            f"{empty} of {len(completed)} completed trials predict every image empty: they rank behind the"
+            " others, by the Dice on positives at the best single score."
         )
     return "\n".join(lines)

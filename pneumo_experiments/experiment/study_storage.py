@@ -27,6 +27,7 @@ RUN_ID, PROCESS, ERROR = "run_id", "process", "error"
 CONFIRMS = "confirms"  # the number of the trial that is trained again
 AS_GIVEN = "as_given"  # the trial with the settings as given
 PATIENT_DICE = "patient_dice"  # see TrialScores
+ALL_EMPTY, FALSE_ALARMS = "all_empty", "false_alarms"  # Optuna's constraints: above 0 they are violated
 HEARTBEAT_SECONDS, GRACE_SECONDS = 10, 60  # a worker that is silent for so long is taken for dead
 RECONNECT_SECONDS = 120  # a database may be restarted
 SQLITE_TIMEOUT_SECONDS = 60
@@ -129,6 +130,8 @@ def retry(study: Study, trial: FrozenTrial) -> None:
     """Queues a trial whose worker died, with the same settings, and ends its run as KILLED."""
     again = copy.copy(trial)
     run_id = trial.user_attrs.get(RUN_ID)
+    # A constraint of the trial that died could not be set again.
+    again.system_attrs = {k: v for k, v in trial.system_attrs.items() if not k.startswith("constraints")}
     again.user_attrs = {
         name: value for name, value in trial.user_attrs.items() if name in (CONFIRMS, AS_GIVEN)
     }

@@ -14,7 +14,13 @@ from optuna.trial import FrozenTrial, TrialState
 
 from pneumo_experiments import tracking
 from pneumo_experiments.errors import ServerUnreachable, UserError
-from pneumo_experiments.experiment.study import best_trials, count_trials, first_value, is_counted
+from pneumo_experiments.experiment.study import (
+    best_trials,
+    count_trials,
+    first_value,
+    is_counted,
+    violation,
+)
 from pneumo_experiments.experiment.study_storage import (
     AS_GIVEN,
     CONFIRMS,
@@ -95,7 +101,8 @@ def confirm_trials(study: Study, confirmations: Study, storage: BaseStorage, obj
     """
     best = best_trials(study)
     given = [trial for trial in best if AS_GIVEN in trial.user_attrs]
-    others = [trial for trial in best if trial not in given][: objective.settings.study.confirm]
+    others = [trial for trial in best if trial not in given and not violation(trial)]
+    others = others[: objective.settings.study.confirm]
     numbers = {trial.number: trial for trial in [*given, *others]} if others else {}
 
     def queue() -> None:
@@ -111,5 +118,5 @@ def confirm_trials(study: Study, confirmations: Study, storage: BaseStorage, obj
 
 def _is_over(study: Study, total: int, deadline: float, target: float) -> bool:
     best = best_trials(study)
-    reached = target > 0 and bool(best) and first_value(best[0]) >= target
+    reached = target > 0 and bool(best) and not violation(best[0]) and first_value(best[0]) >= target
     return reached or time.monotonic() >= deadline or count_trials(study) >= total

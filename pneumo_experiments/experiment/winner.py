@@ -14,10 +14,11 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial
 
 from pneumo_experiments.errors import UserError
-from pneumo_experiments.experiment.study import best_trials, confirm_name, first_value
+from pneumo_experiments.experiment.study import best_trials, confirm_name, first_value, violation
 from pneumo_experiments.experiment.study_storage import (
     AS_GIVEN,
     CONFIRMS,
+    FALSE_ALARMS,
     PATIENT_DICE,
     load_study,
     open_storage,
@@ -76,7 +77,9 @@ class Winner:
 def choose_winner(study: Study, confirmations: Study | None) -> Winner | None:
     """The winner; None if no trial has completed.
 
-    The second trainings decide; without that of the settings as given, the first ones.
+    The second trainings decide; without that of the settings as given, the first ones. A trial that violates
+    a constraint in either does not win. Where the settings as given exceed the limit of false alarms, the
+    best of those that keep it wins.
     """
     best = best_trials(study)
     if not best:
@@ -91,8 +94,15 @@ def choose_winner(study: Study, confirmations: Study | None) -> Winner | None:
         number = max(means, key=means.__getitem__, default=best[0].number)
         return Winner(first[number], means.get(number, first_value(first[number])), confirmed)
     compared = second if given in second else first
-    dices = {number: np.array(trial.user_attrs[PATIENT_DICE]) for number, trial in compared.items()}
-    better = better_than(dices.pop(given), dices)
+    dices = {
+        number: np.array(trial.user_attrs[PATIENT_DICE])
+        for number, trial in compared.items()
+        if number != given and not violation(trial) and not violation(first[number])
+    }
+    if compared[given].constraints.get(FALSE_ALARMS, 0) > 0:
+        better = {number: float(each.mean()) for number, each in dices.items()}
+    else:
+        better = better_than(np.array(compared[given].user_attrs[PATIENT_DICE]), dices)
     number = max(better, key=better.__getitem__, default=given)
     return Winner(first[number], first_value(compared[number]), confirmed)
 

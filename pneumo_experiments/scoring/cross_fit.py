@@ -24,6 +24,8 @@ class CrossFitted:
     """of each image (n,)"""
     dice_positive: float
     """mean over the images with truth; NaN without any"""
+    false_alarms: float
+    """fraction of all images that have a predicted mask, but no truth"""
     is_all_empty: bool
     """whether no image has a predicted mask"""
 
@@ -52,6 +54,7 @@ def cross_fitted(
     return CrossFitted(
         dices=dices,
         dice_positive=float(dices[positive].mean()) if positive.any() else float("nan"),
+        false_alarms=float(((areas > 0) & ~positive).mean()),
         is_all_empty=not areas.any(),
     )
 

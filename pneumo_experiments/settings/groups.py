@@ -238,6 +238,14 @@ class StudySettings:
         Literal["dice", "dice,seconds"],
         Arg("what to optimise: Dice, or Dice and the seconds per image of a prediction, without pruning"),
     ] = "dice"
+    max_false_alarms: Annotated[
+        float | None,
+        Arg(
+            "a trial with a mask in a greater fraction of all images that have no finding does not win; none",
+            min=0,
+            max=1,
+        ),
+    ] = None
     timeout: Annotated[
         float,
         Arg(
