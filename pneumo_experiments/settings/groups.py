@@ -191,7 +191,7 @@ class StudySettings:
     search_epochs: Annotated[int, Arg("epochs of each trial", min=1, max=100_000)] = 3
     search_images: Annotated[
         int, Arg("training images of each trial, drawn at random; 0 takes all", min=0, max=10**7)
-    ] = 0
+    ] = 2000
     search_validation_images: Annotated[
         int,
         Arg(
