@@ -198,9 +198,10 @@ def test_the_second_trainings_of_the_best_and_of_the_settings_as_given_choose_th
     is_clear = gain > 0.02
     assert result.trial == (second.number if is_clear else 0)
     assert parent().data.metrics["val_dice"] == pytest.approx(0.4 + gain * is_clear)
-    note, first = parent().data.tags["mlflow.note.content"], (best.values[0] + second.values[0]) / 2 - 0.25
-    assert f"which were {first:+.4f} Dice better than the settings as given at first" in note
-    assert f"are {(gain - 0.1) / 2:+.4f} better then" in note
+    note = parent().data.tags["mlflow.note.content"]
+    others = {second.number: f"{0.4 + gain:.4f}", best.number: "0.3000"}
+    listed = ", ".join(f"{number} ({others[number]})" for number in sorted(others))
+    assert f"trials 0 (0.4000), {listed}." in note
     assert ("trial 0, the settings as given, cross" in capsys.readouterr().out) != is_clear
 
 
@@ -431,6 +432,23 @@ def test_warm_up_epochs_are_trained_once_and_deleted_at_the_end(
     search(changed(settings, trials=3))
     assert calls == [1]
     assert not [*Path("output/checkpoints").glob("warm-up-*/*.pt")]
+
+
+def test_second_trainings_have_their_own_fold_seed_and_start(
+    settings: Search, store: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (store / "space.yaml").write_text("weight_decay: {choices: [0.01, 0.0100001]}\n")  # trials nearly alike
+    alike = {"searched": "weight_decay", "weight_decay": 0.01, "space": store / "space.yaml"}
+    not_empty = {"learning_rate": 0.05, "search_epochs": 3, "positive_share": 0.9, "folds": 3}
+    search(
+        changed(settings, **alike, **not_empty, final_positive_share=0.9, search_warmup_epochs=1, confirm=1)
+    )
+    for name, fold, seed in (("trial", "0", "0"), ("confirm", "1", "1")):
+        params = [run.data.params for run in runs(name)]
+        assert [(each["fold"], each["seed"]) for each in params] == [(fold, seed)] * 2
+    assert capsys.readouterr().out.count("every trial starts from one network") == 2
+    assert not [*Path("output/checkpoints").glob("warm-up-*/*.pt")]
+    assert len(parent().inputs.dataset_inputs) == 1
 
 
 def test_a_trial_may_validate_on_a_part_of_the_patients_with_as_many_findings(settings: Search) -> None:

@@ -23,7 +23,6 @@ from pneumo_experiments.experiment.study import (
     is_counted,
 )
 from pneumo_experiments.experiment.study_storage import (
-    AS_GIVEN,
     ERROR,
     GRACE_SECONDS,
     PROCESS,
@@ -35,14 +34,8 @@ from pneumo_experiments.settings import Search, as_config
 
 TRIALS_FOR_IMPORTANCE = 5  # completed ones; of fewer, importances and contours say nothing
 COLUMNS = (
-    "dice",
-    "dice_optimistic",
-    "dice_positive",
-    "false_alarms",
-    "is_all_empty",
-    "seconds",
-    RUN_ID,
-    ERROR,
+    *("dice", "dice_optimistic", "dice_positive", "false_alarms", "is_all_empty", "seconds"),
+    *(RUN_ID, ERROR),
 )
 
 
@@ -150,19 +143,13 @@ def _description(study: Study, trials: list[FrozenTrial], winner: Winner) -> str
         ),
         "",
     ]
-    completed = [trial for trial in trials if trial.state is TrialState.COMPLETE]
-    given = next((trial.number for trial in completed if AS_GIVEN in trial.user_attrs), None)
-    first = {trial.number: first_value(trial) for trial in completed}
-    if given in winner.confirmed and (others := [n for n in winner.confirmed if n != given]):
-        then, now = (
-            np.mean([values[number] - values[given] for number in others])
-            for values in (first, winner.confirmed)
-        )
+    if winner.confirmed:
+        again = ", ".join(f"{number} ({dice:.4f})" for number, dice in sorted(winner.confirmed.items()))
         lines.append(
-            f"Trained again with another seed, on other patients where there are folds left: {len(others)} of"
-            f" the best, which were {then:+.4f} Dice better than the settings as given at first and are"
-            f" {now:+.4f} better then. Another takes their place only if it is better beyond noise."
+            f"Trained again with another seed, on another fold where there is one: trials {again}. Others"
+            " take the place of the settings as given only if they are better beyond noise."
         )
+    completed = [trial for trial in trials if trial.state is TrialState.COMPLETE]
     empty = sum(bool(trial.user_attrs.get("is_all_empty")) for trial in completed)
     if empty:
         lines.append(

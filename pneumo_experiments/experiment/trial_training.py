@@ -53,7 +53,7 @@ class TrialScores:
     false_alarms: float
     """fraction of all images with a mask but no truth"""
     empty_loss: float
-    """1 minus the best Dice on positives if every mask is empty, in every fold; else 0"""
+    """1 minus the best Dice on positives if every mask is empty, else 0; the least of the folds"""
     thresholds: Thresholds
     """the best of the coarse grid for the first fold's validation images"""
     seconds_per_image: float
@@ -221,20 +221,15 @@ def warmup_weights(settings: Search, fingerprint: str) -> Path:
 
 def _mean(folds: list[TrialScores]) -> TrialScores:
     """Means over folds; thresholds and seconds of the first one."""
-
-    def mean(name: str) -> float:
-        return float(np.mean([getattr(fold, name) for fold in folds]))
-
+    names = ("dice", "dice_optimistic", "dice_positive", "false_alarms")
     patients = sum(len(fold.patient_dice) for fold in folds)
-    parts = [fold.patient_dice * (patients / len(folds) / len(fold.patient_dice)) for fold in folds]
     return replace(
         folds[0],
-        dice=mean("dice"),
-        dice_optimistic=mean("dice_optimistic"),
-        dice_positive=mean("dice_positive"),
-        false_alarms=mean("false_alarms"),
-        empty_loss=mean("empty_loss") if all(fold.empty_loss for fold in folds) else 0.0,
-        patient_dice=np.concatenate(parts),
+        **{name: float(np.mean([getattr(fold, name) for fold in folds])) for name in names},
+        empty_loss=min(fold.empty_loss for fold in folds),
+        patient_dice=np.concatenate(
+            [fold.patient_dice * (patients / len(folds) / len(fold.patient_dice)) for fold in folds]
+        ),
     )
 
 

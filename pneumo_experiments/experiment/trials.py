@@ -19,7 +19,6 @@ from pneumo_experiments.errors import ServerUnreachable, UserError
 from pneumo_experiments.experiment.search_space import Space, suggest, with_values
 from pneumo_experiments.experiment.study import best_trials, first_value, is_counted, rank
 from pneumo_experiments.experiment.study_storage import (
-    ALL_EMPTY,
     AS_GIVEN,
     CONFIRMS,
     ERROR,
@@ -147,9 +146,10 @@ class Objective:
         return scores, epoch
 
     def _constraints(self, scores: TrialScores) -> dict[str, float]:
+        """Optuna's constraints, each violated above 0."""
         limit = self.settings.study.max_false_alarms
-        limits = {} if limit is None else {FALSE_ALARMS: scores.false_alarms - limit}
-        return {ALL_EMPTY: scores.empty_loss} | limits
+        empty = {"all_empty": scores.empty_loss}
+        return empty if limit is None else empty | {FALSE_ALARMS: scores.false_alarms - limit}
 
     def _trials_left(self, trial: optuna.Trial) -> int:
         """Trials that this worker has still to run, this one included, if the others run as many."""
@@ -162,8 +162,9 @@ class Objective:
     def _record(self, trial: optuna.Trial, scores: TrialScores, seconds: float, is_pruned: bool) -> None:
         names = ("dice", "dice_optimistic", "dice_positive", "false_alarms")
         measured = {name: getattr(scores, name) for name in names}
-        is_all_empty = scores.empty_loss > 0
-        facts = {"trial_state": "pruned" if is_pruned else "complete", "is_all_empty": is_all_empty}
+        facts = {
+            "trial_state": "pruned" if is_pruned else "complete", "is_all_empty": scores.empty_loss > 0
+        }  # fmt: skip
         tracking.log_metrics({"trial_value": scores.dice, "trial_seconds": seconds})
         for name, value in self._constraints(scores).items():
             trial.set_constraint(name, value)

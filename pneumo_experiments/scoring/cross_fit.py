@@ -22,17 +22,14 @@ class CrossFitted:
 
     dices: NDArray[np.float64]
     """of each image (n,)"""
+    dice: float
+    """mean over all images"""
     dice_positive: float
     """mean over the images with truth; NaN without any"""
     false_alarms: float
     """fraction of all images that have a predicted mask, but no truth"""
     is_all_empty: bool
     """whether no image has a predicted mask"""
-
-    @property
-    def dice(self) -> float:
-        """Mean over all images."""
-        return float(self.dices.mean())
 
 
 def cross_fitted(
@@ -53,6 +50,7 @@ def cross_fitted(
     positive = counts.truth_area > 0
     return CrossFitted(
         dices=dices,
+        dice=float(dices.mean()),
         dice_positive=float(dices[positive].mean()) if positive.any() else float("nan"),
         false_alarms=float(((areas > 0) & ~positive).mean()),
         is_all_empty=not areas.any(),
