@@ -111,9 +111,7 @@ def main() -> None:
     options.add_argument("--seed_sd", type=float, default=0.0022)
     chosen = options.parse_args()
     print(f"{chosen.studies} studies a row; equally good trials differ by {noise(chosen.seed_sd):.4f}\n")
-    print(
-        "| trials | settings | rule | others win | worse than as given | mean loss or gain | logged value |"
-    )
+    print("| trials | settings | rule | others win | worse than as given | mean gain | value too high by |")
     print("|---|---|---|---|---|---|---|")
     for trials in TRIALS:
         for case, draw in CASES.items():

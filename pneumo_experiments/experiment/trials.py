@@ -162,9 +162,8 @@ class Objective:
     def _record(self, trial: optuna.Trial, scores: TrialScores, seconds: float, is_pruned: bool) -> None:
         names = ("dice", "dice_optimistic", "dice_positive", "false_alarms")
         measured = {name: getattr(scores, name) for name in names}
-        facts = {
-            "trial_state": "pruned" if is_pruned else "complete", "is_all_empty": scores.empty_loss > 0
-        }  # fmt: skip
+        state = "pruned" if is_pruned else "complete"
+        facts = {"trial_state": state, "is_all_empty": scores.empty_loss > 0}
         tracking.log_metrics({"trial_value": scores.dice, "trial_seconds": seconds})
         for name, value in self._constraints(scores).items():
             trial.set_constraint(name, value)
