@@ -58,7 +58,8 @@ def scores_of(recipe: Recipe, progress: float) -> TrialScores:
     distance = log(loss.dice_weight / 2) ** 2 + log(loss.focal_weight / 0.5) ** 2
     noise = 0.01 * ((loss.presence_weight * 1e6 + recipe.seed * 0.37) % 1)
     value = (0.85 - 0.02 * distance + noise) * progress
-    return TrialScores(value, value, value + 0.01, value / 2, False, Thresholds(), 0.01)
+    scores = (value, value + 0.01, value / 2, 0.0, 0.0, Thresholds(), 0.01)
+    return TrialScores(*scores, np.full(2, value))
 
 
 def settings_of(words: list[str]) -> tuple[Search, Sleeping]:
@@ -76,7 +77,7 @@ def settings_of(words: list[str]) -> tuple[Search, Sleeping]:
 def search(settings: Search) -> None:
     """One worker, or as many as the settings say."""
     training = settings_of(sys.argv[1:])[1]
-    run_study(settings, FINGERPRINT, lambda: training, search)
+    run_study(settings, FINGERPRINT, lambda settings: training, search)
 
 
 def main(words: list[str]) -> None:

@@ -38,7 +38,7 @@ IMPORTS = (
     *("alembic.command", "git", "mlflow.pyfunc", "mlflow.store.tracking.sqlalchemy_store"),
     *("mlflow.store.model_registry.sqlalchemy_store", "sqlalchemy.dialects.sqlite"),
     *("mlflow.cli", "mlflow.server.fastapi_app", "uvicorn", "pandas", "psycopg"),
-    *("optuna.importance", "optuna.visualization.matplotlib", "sklearn.ensemble"),
+    *("optuna.importance", "optuna.visualization.matplotlib"),
     *("PIL.PngImagePlugin", "torch._dynamo"),  # torch's optimisers load it
 )
 

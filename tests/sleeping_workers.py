@@ -53,4 +53,4 @@ def search(settings: Search) -> None:
 
     study_report.pictures = lambda study: {}
     training = sleeping_search.settings_of(sys.argv[1:])[1]
-    run_study(settings, sleeping_search.FINGERPRINT, lambda: training, search)
+    run_study(settings, sleeping_search.FINGERPRINT, lambda settings: training, search)

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from subprocess import PIPE, STDOUT
+from typing import Any
 
 import cpu_seconds
 import mlflow
@@ -23,7 +24,7 @@ import pytest
 import yaml
 from command_server import CommandServer
 from conftest import ROOT, soak
-from helpers import BIN, copy_store, environment_of_mlflow
+from helpers import BIN, copy_store, environment_of_mlflow, make
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from PIL import Image
@@ -31,6 +32,8 @@ from tracked import artifact, runs
 
 from pneumo_experiments.dataset.hdf5 import Dataset
 from pneumo_experiments.dataset.rle import decode
+from pneumo_experiments.settings import Main
+from pneumo_experiments.stages.main import _work_line
 
 SMALL = {
     "images": 24,
@@ -300,6 +303,30 @@ def test_main_says_which_step_it_is_and_what_is_still_to_come(chain: Chain) -> N
     assert [number for number, _ in steps] == list("1234567")
     assert steps[1][1] == "preprocess; then search, train, score, findings of the test images, register"
     assert steps[6][1] == "register"
+
+
+def test_main_says_how_the_work_is_divided(chain: Chain) -> None:
+    split = json.loads(artifact(chain.only("train"), "split.json").read_text())
+    images = split["parts"]["train"]["images"]
+    searched = 2 * 8 + images  # two trials of 8 images, and an epoch of warm-up
+    share = searched / (searched + 2 * images)
+    assert (
+        f"main: search 2 trials, 1 epoch of 8 images each; then train 2 epochs of {images} images:"
+        f" {share:.0%} and {1 - share:.0%} of the training work"
+    ) in chain.output
+
+
+def test_the_work_of_second_trainings_and_of_all_folds_counts() -> None:
+    def line(**values: Any) -> str:
+        return _work_line(make(Main, **values), 1000)
+
+    assert line(trials=4, search_epochs=1, search_images=100, confirm=1, epochs=6, folds_per_trial=2) == (
+        "main: search 4 trials and 2 again, 1 epoch of 100 images each; then train 6 epochs of 1,000 images:"
+        " 17% and 83% of the training work"
+    )
+    all_folds = line(trials=1, search_epochs=1, search_images=0, epochs=3, fold="all", folds=3)
+    assert "search 1 trial, 1 epoch of 1,000 images each; then train 9 epochs" in all_folds
+    assert "10% and 90%" in all_folds
 
 
 def test_the_training_starts_where_the_trials_started(chain: Chain) -> None:

@@ -1,12 +1,17 @@
-"""The comparison of two models on the same images, against an independent slow bootstrap."""
+"""Comparisons on the same images: of two models, against a slow bootstrap, and of the trials of a study."""
 
 from __future__ import annotations
 
 import random
 
 import numpy as np
+import optuna
 import pytest
+from optuna.trial import create_trial
 
+from pneumo_experiments.experiment.study import best_trials
+from pneumo_experiments.experiment.study_storage import AS_GIVEN, CONFIRMS, PATIENT_DICE
+from pneumo_experiments.experiment.winner import SEED_SD, better_than, choose_winner, probability_better
 from pneumo_experiments.scoring.comparison import certainty, compare, required_probability
 from pneumo_experiments.settings import Registry
 
@@ -108,3 +113,87 @@ def test_all_decisions_together_err_at_most_once_in_twenty() -> None:
 def test_values_of_different_images_are_refused() -> None:
     with pytest.raises(ValueError, match="2, 1 and 2"):
         compare(np.zeros(2), np.zeros(1), ["a", "b"])
+
+
+# Settings, by trainings of a study
+
+
+def test_the_probability_that_settings_are_better_is_that_of_a_bootstrap_and_of_two_seeds() -> None:
+    rng = np.random.default_rng(0)
+    reference = rng.uniform(size=400)
+    dices = reference + rng.normal(0.008, 0.1, 400)
+    drawn = compare(dices, reference, [str(patient) for patient in range(400)]).resamples
+    seeds = rng.normal(0, SEED_SD, (2, 1000))
+    both = np.mean(drawn[:, None] + (seeds[0] - seeds[1]) > 0)
+    assert probability_better(dices, reference) == pytest.approx(both, abs=0.02)
+    assert probability_better(dices, reference) < np.mean(drawn > 0) - 0.01
+    assert probability_better(reference, reference) == 0.5
+
+
+def test_the_more_are_compared_the_surer_each_must_be() -> None:
+    reference = np.zeros(2)
+    others = {number: np.full(2, 0.0065) for number in range(1, 4)}  # better with a probability of 0.982
+    assert better_than(reference, {1: others[1]}) == {1: 0.0065}
+    assert better_than(reference, others) == {}
+    assert better_than(reference, others | {4: np.full(2, 0.02)}) == {4: 0.02}
+    assert better_than(reference, {}) == {}
+
+
+def study_of(
+    *dices: float, confirms: bool = False, marked: bool = True, **violations: dict[int, float]
+) -> optuna.Study:
+    """A study, the first of whose trials has the settings as given; each patient adds its Dice.
+
+    A constraint has the value for these trials, and 0 for the others.
+    """
+    study = optuna.create_study(direction="maximize")
+    for number, dice in enumerate(dices):
+        attributes = {PATIENT_DICE: [dice, dice]} if marked else {}
+        attributes |= {CONFIRMS: number} if confirms else {AS_GIVEN: True} if marked and not number else {}
+        constraints = {name: values.get(number, 0.0) for name, values in violations.items()}
+        study.add_trial(create_trial(value=dice, user_attrs=attributes, constraints=constraints))
+    return study
+
+
+def test_without_second_trainings_the_first_ones_must_be_better_beyond_noise() -> None:
+    for second in (None, study_of(confirms=True)):
+        few, clear = (choose_winner(study_of(0.5, *others), second) for others in ([0.505], [0.52, 0.53]))
+        assert few and clear
+        assert (few.trial.number, few.value, clear.trial.number, clear.value) == (0, 0.5, 2, 0.53)
+        assert (few.line, clear.line) == (
+            "0, the settings as given, cross-fitted Dice 0.5000 (not confirmed)",
+            "2, cross-fitted Dice 0.5300 (not confirmed)",
+        )
+
+
+def test_a_study_that_did_not_mark_the_settings_as_given_ends_with_the_best_mean() -> None:
+    old = study_of(0.5, 0.7, 0.6, 0.65, marked=False)
+    assert (winner := choose_winner(old, None)) and (winner.trial.number, winner.value) == (1, 0.7)
+    second = study_of(0.1, 0.3, 0.44, confirms=True, marked=False)
+    assert (winner := choose_winner(old, second)) and winner.trial.number == 2
+    assert winner.value == pytest.approx(0.52)
+
+
+def test_what_violates_a_constraint_in_either_training_does_not_win() -> None:
+    def winner(first: optuna.Study, second: optuna.Study | None) -> int:
+        chosen = choose_winner(first, second)
+        assert chosen
+        return chosen.trial.number
+
+    dices, again = (0.5, 0.6, 0.7, 0.8), {"confirms": True}
+    clean, confirmed = study_of(*dices), study_of(*dices, confirms=True)
+    assert winner(clean, confirmed) == 3
+    assert winner(study_of(*dices, all_empty={3: 0.1}), confirmed) == 2
+    assert winner(clean, study_of(*dices, **again, all_empty={3: 0.1}, false_alarms={2: 0.01})) == 1
+    every = dict.fromkeys(range(4), 0.9)
+    assert winner(study_of(*dices, all_empty=every), None) == 0
+    # The limit of false alarms holds for the settings as given, too: then another needs no gain.
+    worse = (0.5, 0.4, 0.3)
+    assert winner(study_of(*worse, all_empty={0: 0.9}), None) == 0
+    assert winner(study_of(*worse, false_alarms={0: 0.01, 1: 0.01}), None) == 2
+
+
+def test_trials_rank_by_their_violation_and_then_by_dice() -> None:
+    study = study_of(0.9, 0.5, 0.95, 0.8, all_empty={0: 0.3, 2: 0.2}, false_alarms={2: 0.2, 1: -0.1})
+    assert [trial.number for trial in best_trials(study)] == [3, 1, 0, 2]
+    assert study.best_trial.number == 3  # Optuna ranks those that violate nothing likewise

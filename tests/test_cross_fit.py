@@ -58,6 +58,8 @@ def test_each_half_is_scored_with_the_thresholds_of_the_other(seed: int) -> None
     assert scores.dice == pytest.approx(np.mean(dices), abs=1e-12)
     assert scores.dice_positive == pytest.approx(np.mean(positive), abs=1e-12)
     assert not scores.is_all_empty
+    alarms = [d == 0 for d, (_, _, truth) in zip(dices, images, strict=True) if not truth.any()]
+    assert scores.false_alarms == sum(alarms) / 14
 
 
 def test_a_lucky_threshold_does_not_win() -> None:

@@ -25,6 +25,7 @@ def settings_of(sampler: str = "tpe", **values: Any) -> StudySettings:
 
 
 def objective(trial: optuna.Trial) -> float:
+    trial.set_constraint("all_empty", 0.9 * (trial.number % 3 == 0))
     return sum(trial.suggest_float(name, 0.1, 10, log=True) for name in NAMES)
 
 
@@ -77,7 +78,7 @@ def test_another_seed_draws_others() -> None:
     ("name", "kind"), [("hyperband", HyperbandPruner), ("median", MedianPruner), ("none", NopPruner)]
 )
 def test_the_pruner_is_the_named_one_and_none_with_two_objectives(name: str, kind: type) -> None:
-    assert type(make_pruner(settings_of(pruner=name))) is kind
+    assert isinstance(make_pruner(settings_of(pruner=name)), kind)
     assert type(make_pruner(settings_of(pruner=name, objectives="dice,seconds"))) is NopPruner
 
 
@@ -98,6 +99,27 @@ def test_a_hopeless_trial_is_pruned_and_the_best_is_not(name: str) -> None:
     states = [trial.state for trial in study.trials]
     assert states[0] is TrialState.COMPLETE
     assert states.count(TrialState.PRUNED) >= 4
+
+
+@pytest.mark.parametrize(("second_fold", "is_pruned"), [(0.5, True), (0.68, False)])
+def test_the_median_compares_like_with_like_when_a_later_fold_is_harder(
+    second_fold: float, is_pruned: bool
+) -> None:
+    """Two folds of two epochs: after the third step all values are means of an easy and of a hard fold."""
+    pruner = make_pruner(settings_of(pruner="median", folds_per_trial=2, search_epochs=2))
+    study = optuna.create_study(direction="maximize", pruner=pruner)
+    distribution = {"x": optuna.distributions.FloatDistribution(0, 1)}
+    for shift in (0, 0.01, 0.02):
+        steps = {1: 0.7 + shift, 2: 0.8 + shift, 3: 0.72 + shift, 4: 0.75 + shift}
+        study.add_trial(
+            optuna.trial.create_trial(
+                value=steps[4], params={"x": 0.5}, distributions=distribution, intermediate_values=steps
+            )
+        )
+    trial, first = study.ask(distribution), (0.71, 0.82)
+    for step, value in enumerate((*first, (first[1] + second_fold) / 2), start=1):
+        trial.report(value, step)
+        assert trial.should_prune() == (is_pruned and step == 3)
 
 
 def test_cmaes_refuses_two_objectives_with_what_to_take() -> None:

@@ -24,6 +24,7 @@ from pneumo_experiments.experiment.search_space import (
     within,
 )
 from pneumo_experiments.experiment.study import open_study
+from pneumo_experiments.experiment.study_storage import retry
 from pneumo_experiments.settings import Recipe, Search, StudySettings, as_config, flat, leaves
 
 
@@ -177,6 +178,18 @@ def queued(storage: InMemoryStorage, **values: Any) -> list[dict[str, Any]]:
 def test_the_settings_as_given_are_tried_first() -> None:
     assert queued(InMemoryStorage(), dice_weight=3.0, ema=0.99) == [{"dice_weight": 3.0, "ema": 0.99}]
     assert queued(InMemoryStorage(), dice_weight=0.0, ema=0.5) == [{"dice_weight": 0.1}]
+
+
+def test_a_trial_that_repeats_a_dead_one_keeps_its_mark_but_not_its_constraints() -> None:
+    settings, storage = make(Search, searched="ema", ema=0.9, storage="none", study="s"), InMemoryStorage()
+    study, _ = open_study(storage, settings, "f" * 64, search_space(settings.study, settings.recipe))
+    trial = study.ask()
+    trial.set_user_attr("dice", 0.5)
+    trial.set_constraint("all_empty", 0.5)
+    retry(study, study.trials[0])
+    again = study.trials[1]
+    assert (again.user_attrs, again.constraints) == ({"as_given": True}, {})
+    assert again.system_attrs["fixed_params"] == {"ema": 0.9}
 
 
 def test_a_config_file_is_a_warm_start(tmp_path: Path) -> None:

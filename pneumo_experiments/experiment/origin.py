@@ -9,7 +9,7 @@ from typing import Any
 
 from pneumo_experiments import tracking
 from pneumo_experiments.errors import UserError
-from pneumo_experiments.experiment.study_report import best_of_study
+from pneumo_experiments.experiment.winner import best_of_study
 from pneumo_experiments.learning.averaging import largest_difference
 from pneumo_experiments.learning.network import PneumothoraxNet
 from pneumo_experiments.serving import Detector, Member, load

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -47,9 +49,23 @@ def make_pruner(settings: StudySettings) -> BasePruner:
         case "hyperband":
             return HyperbandPruner(min_resource=1, max_resource=epochs, reduction_factor=3)
         case "median":
-            return MedianPruner(n_startup_trials=max(1, min(5, settings.trials // 3)))
+            return _MedianOfLast(n_startup_trials=max(1, min(5, settings.trials // 3)))
         case _:
             return NopPruner()
+
+
+class _MedianOfLast(MedianPruner):
+    """Stops a trial whose last value is below the median of the others' at that step.
+
+    Optuna takes a trial's best value. It may be that of an easier fold, while the others' are means with
+    later ones.
+    """
+
+    def prune(self, study: Study, trial: FrozenTrial) -> bool:
+        last = copy.copy(trial)
+        values = trial.intermediate_values
+        last.intermediate_values = {step: values[step] for step in values if step == trial.last_step}
+        return super().prune(study, last)
 
 
 class _SeededPerTrial(BaseSampler):
@@ -83,7 +99,9 @@ class _SeededPerTrial(BaseSampler):
         return self._sampler.sample_independent(study, trial, param_name, param_distribution)
 
     def after_trial(self, study: Study, trial: FrozenTrial, state: TrialState, values: Any) -> None:
-        self._sampler.after_trial(study, trial, state, values)
+        with warnings.catch_warnings():  # see docs/search.md
+            warnings.filterwarnings("ignore", "Constraints have been set, but CmaEsSampler")
+            self._sampler.after_trial(study, trial, state, values)
 
     def reseed_rng(self) -> None:
         """Nothing: every trial has its own seed."""

@@ -20,6 +20,7 @@ from pneumo_experiments.errors import UserError
 from pneumo_experiments.experiment.sampling import make_pruner, make_sampler
 from pneumo_experiments.experiment.search_space import Space, as_range_text, within
 from pneumo_experiments.experiment.study_storage import (
+    AS_GIVEN,
     ERROR,
     allow_experimental,
     cannot_be_opened,
@@ -66,15 +67,16 @@ def open_study(storage: BaseStorage, settings: Search, fingerprint: str, space: 
         raise cannot_be_opened(settings.study.storage, error) from error
     if is_new:
         _set_metric_names(study, metric_names)
-        for values in first:
-            study.enqueue_trial(values, skip_if_exists=True)
+        for number, values in enumerate(first):
+            marks = {} if number else {AS_GIVEN: True}
+            study.enqueue_trial(values, user_attrs=marks, skip_if_exists=True)
         study.set_user_attr(MADE_WITH, made_with)  # last: the others wait for it
     _refuse_foreign(study, made_with)
     return study, is_new
 
 
 def open_confirmations(study: Study, storage: BaseStorage) -> Study:
-    """The study of trainings that confirm trials of another one: with their settings, but another seed."""
+    """The study of trainings that confirm trials of another one: see ``second_settings``."""
     confirmations = optuna.create_study(
         study_name=confirm_name(study.study_name),
         storage=storage,
@@ -112,7 +114,17 @@ def parent_run(study: Study, is_new: bool) -> str | None:
 def best_trials(study: Study) -> list[FrozenTrial]:
     """The completed trials, the best first; of equal ones the earlier."""
     completed = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    return sorted(completed, key=lambda trial: (-first_value(trial), trial.number))
+    return sorted(completed, key=lambda trial: (*rank(trial, first_value(trial)), trial.number))
+
+
+def rank(trial: FrozenTrial | optuna.Trial, dice: float) -> tuple[float, float]:
+    """Sorts trials, the best first: those that violate no constraint by Dice, then those that do so least."""
+    return violation(trial), -dice
+
+
+def violation(trial: FrozenTrial | optuna.Trial) -> float:
+    """By how much a trial violates its constraints, as Optuna's samplers add it up; 0 if it is feasible."""
+    return sum(max(0.0, value) for value in trial.constraints.values())
 
 
 def first_value(trial: FrozenTrial) -> float:

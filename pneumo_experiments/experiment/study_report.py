@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -15,60 +15,28 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
 from pneumo_experiments import tracking
-from pneumo_experiments.errors import UserError
 from pneumo_experiments.experiment.search_space import Space, with_values
 from pneumo_experiments.experiment.study import (
     METRIC_NAMES,
     best_trials,
-    confirm_name,
     first_value,
     is_counted,
 )
 from pneumo_experiments.experiment.study_storage import (
-    CONFIRMS,
     ERROR,
     GRACE_SECONDS,
     PROCESS,
     RUN_ID,
-    load_study,
-    open_storage,
 )
+from pneumo_experiments.experiment.winner import Winner
 from pneumo_experiments.scoring.figures import pyplot_picture
 from pneumo_experiments.settings import Search, as_config
 
 TRIALS_FOR_IMPORTANCE = 5  # completed ones; of fewer, importances and contours say nothing
-COLUMNS = ("dice", "dice_optimistic", "dice_positive", "is_all_empty", "seconds", RUN_ID, ERROR)
-
-
-@dataclass(frozen=True)
-class Winner:
-    """The best trial of a study: by the mean of its own value and of the training that confirmed it."""
-
-    trial: FrozenTrial
-    value: float
-    confirmed: dict[int, float]
-    """value of the second training of each trial that has one, by number"""
-    optimism: float
-    """mean of first minus second values; NaN without any"""
-
-
-def choose_winner(study: Study, confirmations: Study | None) -> Winner | None:
-    """The winner; None if no trial has completed. Trials with a second training win over others."""
-    best = best_trials(study)
-    if not best:
-        return None
-    second: dict[int, float] = {}
-    for trial in best_trials(confirmations) if confirmations else []:
-        second[int(trial.user_attrs[CONFIRMS])] = first_value(trial)
-    compared = [trial for trial in best if trial.number in second] or best[:1]
-
-    def mean(trial: FrozenTrial) -> float:
-        first = first_value(trial)
-        return (first + second.get(trial.number, first)) / 2
-
-    winner = max(compared, key=lambda trial: (mean(trial), -trial.number))
-    excess = [first_value(trial) - second[trial.number] for trial in compared if trial.number in second]
-    return Winner(winner, mean(winner), second, float(np.mean(excess)) if excess else float("nan"))
+COLUMNS = (
+    *("dice", "dice_optimistic", "dice_positive", "false_alarms", "is_all_empty", "seconds"),
+    *(RUN_ID, ERROR),
+)
 
 
 def is_reporter(study: Study, confirmations: Study) -> bool:
@@ -127,18 +95,19 @@ def pictures(study: Study) -> dict[str, NDArray[np.uint8]]:
     if len(completed) < TRIALS_FOR_IMPORTANCE:
         return drawn
     if len(values) > 1:
-        evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
-        drawn["importances"] = _draw(
-            plots.plot_param_importances, study, params=names, evaluator=evaluator, **target
-        )
-        names = [
-            *optuna.importance.get_param_importances(
-                study, params=names, evaluator=evaluator, target=target.get("target")
-            )
-        ]
+        # PED-ANOVA takes low values of a target for good ones.
+        low: dict[str, Any] = {} if is_single else {"target": _negative_value}
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "PedAnovaImportanceEvaluator computes")
+            drawn["importances"] = _draw(plots.plot_param_importances, study, params=names, **(target | low))
+            names = [*optuna.importance.get_param_importances(study, params=names, **low)]
     if len(names) >= 2:
         drawn["contour"] = _draw(plots.plot_contour, study, params=names[:2], **target)
     return drawn
+
+
+def _negative_value(trial: FrozenTrial) -> float:
+    return -first_value(trial)
 
 
 def _draw(plot: Callable[..., Any], study: Study, **arguments: Any) -> NDArray[np.uint8]:
@@ -152,7 +121,7 @@ def _log_trials(trials: list[FrozenTrial], confirmed: dict[int, float], space: S
         if trial.state is TrialState.WAITING or (trial.state is TrialState.FAIL and not trial.params):
             continue  # nothing has happened yet, or it was one too many
         state = trial.state.name.lower()
-        value = trial.values[0] if trial.values else trial.intermediate_values.get(trial.last_step or 0)
+        value = trial.values[0] if trial.values else trial.user_attrs.get("dice")
         values = [trial.params.get(name) for name in space]
         attributes = [trial.user_attrs.get(name) for name in COLUMNS]
         rows.append([trial.number, state, value, *values, confirmed.get(trial.number), *attributes])
@@ -163,8 +132,8 @@ def _description(study: Study, trials: list[FrozenTrial], winner: Winner) -> str
     states = Counter(trial.state.name.lower() for trial in trials if trial.params)
     counts = ", ".join(f"{count} {state}" for state, count in states.items())
     lines = [
-        f"Study {study.study_name}: {counts}. Best: trial {winner.trial.number},"
-        f" cross-fitted Dice {winner.value:.4f}.",
+        f"Study {study.study_name}: {counts}.",
+        f"Best: trial {winner.line}.",
         "",
         "| setting | best value |",
         "|---|---|",
@@ -175,27 +144,16 @@ def _description(study: Study, trials: list[FrozenTrial], winner: Winner) -> str
         "",
     ]
     if winner.confirmed:
+        again = ", ".join(f"{number} ({dice:.4f})" for number, dice in sorted(winner.confirmed.items()))
         lines.append(
-            f"{len(winner.confirmed)} trials were trained again with another seed: their first values were"
-            f" {winner.optimism:+.4f} too high on average. The winner has the best mean of both."
+            f"Trained again with another seed, on another fold where there is one: trials {again}. Others"
+            " take the place of the settings as given only if they are better beyond noise."
         )
     completed = [trial for trial in trials if trial.state is TrialState.COMPLETE]
     empty = sum(bool(trial.user_attrs.get("is_all_empty")) for trial in completed)
     if empty:
         lines.append(
-            f"{empty} of {len(completed)} completed trials predict every image empty: among those the Dice on"
-            " positives at the best single score decides."
+            f"{empty} of {len(completed)} completed trials predict every image empty: they rank behind the"
+            " others, by the Dice on positives at the best single score."
         )
     return "\n".join(lines)
-
-
-def best_of_study(address: str, name: str) -> dict[str, Any]:
-    """The best settings of a study in a storage, by name; UserError if there is none."""
-    storage = open_storage(address)
-    study = load_study("from_study", storage, name)
-    names = optuna.get_all_study_names(storage)
-    second = load_study("from_study", storage, confirm_name(name)) if confirm_name(name) in names else None
-    winner = choose_winner(study, second)
-    if winner is None:
-        raise UserError(f"from_study={name}: no trial of it has completed; search some")
-    return winner.trial.params

@@ -25,6 +25,9 @@ from pneumo_experiments.settings import is_none
 # Attributes of a trial
 RUN_ID, PROCESS, ERROR = "run_id", "process", "error"
 CONFIRMS = "confirms"  # the number of the trial that is trained again
+AS_GIVEN = "as_given"  # the trial with the settings as given
+PATIENT_DICE = "patient_dice"  # see TrialScores
+FALSE_ALARMS = "false_alarms"  # one of Optuna's constraints, violated above 0
 HEARTBEAT_SECONDS, GRACE_SECONDS = 10, 60  # a worker that is silent for so long is taken for dead
 RECONNECT_SECONDS = 120  # a database may be restarted
 SQLITE_TIMEOUT_SECONDS = 60
@@ -127,7 +130,11 @@ def retry(study: Study, trial: FrozenTrial) -> None:
     """Queues a trial whose worker died, with the same settings, and ends its run as KILLED."""
     again = copy.copy(trial)
     run_id = trial.user_attrs.get(RUN_ID)
-    again.user_attrs = {name: value for name, value in trial.user_attrs.items() if name == CONFIRMS}
+    # A constraint of the trial that died could not be set again.
+    again.system_attrs = {k: v for k, v in trial.system_attrs.items() if not k.startswith("constraints")}
+    again.user_attrs = {
+        name: value for name, value in trial.user_attrs.items() if name in (CONFIRMS, AS_GIVEN)
+    }
     with allow_experimental():
         RetryHeartbeatStaleTrialCallback()(study, again)
     if run_id:

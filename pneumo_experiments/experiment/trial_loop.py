@@ -14,8 +14,15 @@ from optuna.trial import FrozenTrial, TrialState
 
 from pneumo_experiments import tracking
 from pneumo_experiments.errors import ServerUnreachable, UserError
-from pneumo_experiments.experiment.study import best_trials, count_trials, first_value, is_counted
+from pneumo_experiments.experiment.study import (
+    best_trials,
+    count_trials,
+    first_value,
+    is_counted,
+    violation,
+)
 from pneumo_experiments.experiment.study_storage import (
+    AS_GIVEN,
     CONFIRMS,
     ERROR,
     fail_stale_trials,
@@ -88,8 +95,15 @@ def _run_one(study: Study, objective: Objective) -> str | None:
 
 
 def confirm_trials(study: Study, confirmations: Study, storage: BaseStorage, objective: Objective) -> None:
-    """Trains the best trials of the study again, in ``confirmations``: each once, whoever does it."""
-    numbers = {trial.number: trial for trial in best_trials(study)[: objective.settings.study.confirm]}
+    """Trains the settings as given and the best others again, each once, whoever does it.
+
+    They are the trials of ``confirmations``; the ``objective`` is theirs.
+    """
+    best = best_trials(study)
+    given = [trial for trial in best if AS_GIVEN in trial.user_attrs]
+    others = [trial for trial in best if trial not in given and not violation(trial)]
+    others = others[: objective.settings.study.confirm]
+    numbers = {trial.number: trial for trial in [*given, *others]} if others else {}
 
     def queue() -> None:
         trials = confirmations.get_trials(deepcopy=False)
@@ -99,10 +113,10 @@ def confirm_trials(study: Study, confirmations: Study, storage: BaseStorage, obj
 
     earlier = {t.user_attrs[CONFIRMS] for t in confirmations.get_trials(deepcopy=False) if is_counted(t)}
     total = len(numbers.keys() | earlier)
-    run_trials(confirmations, storage, replace(objective, total=total, confirms=True), queue=queue)
+    run_trials(confirmations, storage, replace(objective, total=total), queue=queue)
 
 
 def _is_over(study: Study, total: int, deadline: float, target: float) -> bool:
     best = best_trials(study)
-    reached = target > 0 and bool(best) and first_value(best[0]) >= target
+    reached = target > 0 and bool(best) and not violation(best[0]) and first_value(best[0]) >= target
     return reached or time.monotonic() >= deadline or count_trials(study) >= total

@@ -16,7 +16,7 @@ def print_row(
 ) -> None:
     """Prints a finished trial as a row of a table."""
     cells = [f"{_short(values[name]):>{max(len(name), 8)}}" for name in space]
-    empty = "  all empty" if scores.is_all_empty else ""
+    empty = "  all empty" if scores.empty_loss else ""
     tqdm.write(
         f"  {title:<11}{scores.dice:>8.4f}{scores.dice_positive:>14.4f}  {'  '.join(cells)}"
         f"  {seconds:>7.1f} s  {state}{empty}"

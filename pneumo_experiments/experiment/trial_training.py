@@ -36,9 +36,6 @@ from pneumo_experiments.scoring.thresholds import Thresholds
 from pneumo_experiments.serving import save
 from pneumo_experiments.settings import Recipe, Search, weight_shaping
 
-# A training whose masks are all empty has the Dice of the empty baseline, like every other such training.
-# This much of best_dice_on_positives is added to it, so that the search can tell them apart.
-EMPTY_BONUS = 1e-3
 TIMED_IMAGES = 16
 CHECKPOINTS = Path("output/checkpoints")
 
@@ -47,20 +44,22 @@ CHECKPOINTS = Path("output/checkpoints")
 class TrialScores:
     """What a trial is worth after an epoch; means over its folds so far."""
 
-    value: float
-    """cross-fitted Dice; where every mask is empty, plus 1e-3 of the best Dice on positives"""
     dice: float
     """cross-fitted: each half of the validation patients judged with the thresholds of the other"""
     dice_optimistic: float
     """thresholds chosen and judged on the same images"""
     dice_positive: float
     """cross-fitted, over the images with truth; NaN without any"""
-    is_all_empty: bool
-    """whether every mask is empty, in every fold"""
+    false_alarms: float
+    """fraction of all images with a mask but no truth"""
+    empty_loss: float
+    """1 minus the best Dice on positives if every mask is empty, else 0; the least of the folds"""
     thresholds: Thresholds
     """the best of the coarse grid for the first fold's validation images"""
     seconds_per_image: float
     """of a prediction by this machine; NaN before the last epoch, and if it is no objective"""
+    patient_dice: NDArray[np.float64]
+    """what each validation patient adds to the Dice (p,), which is their mean; the folds one after another"""
 
 
 @dataclass(frozen=True)
@@ -198,6 +197,14 @@ def split_folds(dataset: Dataset, settings: Search) -> list[Split]:
     return splits
 
 
+def second_settings(settings: Search) -> Search:
+    """What confirms a trial: the next seed, and the folds that follow, where there are others."""
+    first, study = int(settings.split.fold), settings.study
+    split = replace(settings.split, fold=str((first + study.folds_per_trial) % settings.split.folds))
+    recipe = replace(settings.recipe, seed=(settings.recipe.seed + 1) % 2**32)
+    return replace(settings, recipe=recipe, split=split)
+
+
 def warmup_checkpoint(settings: Search, fingerprint: str) -> Checkpoint:
     """Where the network from which trials start is saved."""
     study = settings.study
@@ -214,31 +221,31 @@ def warmup_weights(settings: Search, fingerprint: str) -> Path:
 
 def _mean(folds: list[TrialScores]) -> TrialScores:
     """Means over folds; thresholds and seconds of the first one."""
-
-    def mean(name: str) -> float:
-        return float(np.mean([getattr(fold, name) for fold in folds]))
-
+    names = ("dice", "dice_optimistic", "dice_positive", "false_alarms")
+    patients = sum(len(fold.patient_dice) for fold in folds)
     return replace(
         folds[0],
-        value=mean("value"),
-        dice=mean("dice"),
-        dice_optimistic=mean("dice_optimistic"),
-        dice_positive=mean("dice_positive"),
-        is_all_empty=all(fold.is_all_empty for fold in folds),
+        **{name: float(np.mean([getattr(fold, name) for fold in folds])) for name in names},
+        empty_loss=min(fold.empty_loss for fold in folds),
+        patient_dice=np.concatenate(
+            [fold.patient_dice * (patients / len(folds) / len(fold.patient_dice)) for fold in folds]
+        ),
     )
 
 
 def _score_fold(fold: _Fold, result: EpochResult) -> TrialScores:
     crossed = cross_fitted(result.counts, fold.half)
-    bonus = EMPTY_BONUS * best_dice_on_positives(result.counts) if crossed.is_all_empty else 0.0
+    _, patient = np.unique([entry.patient for entry in fold.validation.entries], return_inverse=True)
+    sums = np.bincount(patient, crossed.dices)
     return TrialScores(
-        value=crossed.dice + bonus,
         dice=crossed.dice,
         dice_optimistic=result.scores.dice,
         dice_positive=crossed.dice_positive,
-        is_all_empty=crossed.is_all_empty,
+        false_alarms=crossed.false_alarms,
+        empty_loss=1 - best_dice_on_positives(result.counts) if crossed.is_all_empty else 0.0,
         thresholds=result.thresholds,
         seconds_per_image=float("nan"),
+        patient_dice=np.asarray(sums * (len(sums) / len(patient)), np.float64),
     )
 
 

@@ -17,8 +17,17 @@ from tqdm import tqdm
 from pneumo_experiments import tracking
 from pneumo_experiments.errors import ServerUnreachable, UserError
 from pneumo_experiments.experiment.search_space import Space, suggest, with_values
-from pneumo_experiments.experiment.study import best_trials, first_value, is_counted
-from pneumo_experiments.experiment.study_storage import CONFIRMS, ERROR, PROCESS, RUN_ID, retry
+from pneumo_experiments.experiment.study import best_trials, first_value, is_counted, rank
+from pneumo_experiments.experiment.study_storage import (
+    AS_GIVEN,
+    CONFIRMS,
+    ERROR,
+    FALSE_ALARMS,
+    PATIENT_DICE,
+    PROCESS,
+    RUN_ID,
+    retry,
+)
 from pneumo_experiments.experiment.trial_table import in_words, print_row
 from pneumo_experiments.experiment.trial_training import TrialScores
 from pneumo_experiments.passwords import hide_passwords
@@ -54,7 +63,7 @@ class Surplus(Exception):
 class Objective:
     """One trial: a short training in a child run.
 
-    With ``confirms`` it trains a trial of another study again, with the next seed and without pruning.
+    With ``confirms`` it trains a trial of another study again, without pruning.
     """
 
     settings: Search
@@ -84,8 +93,6 @@ class Objective:
         try:
             values = suggest(trial, self.space)
             recipe = with_values(self.settings.recipe, values)
-            if self.confirms:
-                recipe = replace(recipe, seed=(recipe.seed + 1) % 2**32)
             line = in_words(values)
             title = f"{'confirm' if self.confirms else 'trial'} {number}"
             self._keep_parent_running()
@@ -96,7 +103,7 @@ class Objective:
                 is_pruned = epochs < self._epochs
                 self._record(trial, scores, seconds, is_pruned)
                 if not is_pruned and not self.confirms:
-                    self._keep_model(trial, scores.value, recipe)
+                    self._keep_model(trial, scores.dice, recipe)
                 if is_pruned:
                     tracking.rename(f"{title} (pruned): {line}")
                 state = f"pruned after epoch {epochs} of {self._epochs}" if is_pruned else "complete"
@@ -112,7 +119,7 @@ class Objective:
         if is_pruned:
             raise TrialPruned
         is_single = self.settings.study.has_one_objective
-        return (scores.value,) if is_single else (scores.value, scores.seconds_per_image)
+        return (scores.dice,) if is_single else (scores.dice, scores.seconds_per_image)
 
     def _keep_parent_running(self) -> None:
         if time.monotonic() > self._parent_checked + PARENT_SECONDS:
@@ -126,35 +133,51 @@ class Objective:
     def _train(self, trial: optuna.Trial, training: Training, recipe: Recipe) -> tuple[TrialScores, int]:
         """Scores after the last epoch that ran, and its number."""
         scores, epoch = None, 0
-        prunes = not self.confirms and self.settings.study.has_one_objective
+        reports = not self.confirms and self.settings.study.has_one_objective
+        is_given = AS_GIVEN in trial.user_attrs  # never pruned: the others are compared with it
         for epoch, scores in enumerate(training.epochs(recipe, self._trials_left(trial)), start=1):
-            if prunes:
-                trial.report(scores.value, epoch)
-                if epoch < self._epochs and trial.should_prune():
+            if reports:
+                # A pruner knows no constraints.
+                violations = [max(0.0, value) for value in self._constraints(scores).values()]
+                trial.report(scores.dice - sum(violations), epoch)
+                if epoch < self._epochs and not is_given and trial.should_prune():
                     break
         assert scores is not None  # a trial has one epoch at least
         return scores, epoch
+
+    def _constraints(self, scores: TrialScores) -> dict[str, float]:
+        """Optuna's constraints, each violated above 0."""
+        limit = self.settings.study.max_false_alarms
+        empty = {"all_empty": scores.empty_loss}
+        return empty if limit is None else empty | {FALSE_ALARMS: scores.false_alarms - limit}
 
     def _trials_left(self, trial: optuna.Trial) -> int:
         """Trials that this worker has still to run, this one included, if the others run as many."""
         others = trial.study.get_trials(deepcopy=False)
         left = self.total - sum(is_counted(other) for other in others)
-        left += 0 if self.confirms else min(self.settings.study.confirm, self.total)
+        if not self.confirms and self.settings.study.confirm:
+            left += min(self.settings.study.confirm + 1, self.total)
         return -(-left // max(1, sum(other.state is TrialState.RUNNING for other in others)))
 
     def _record(self, trial: optuna.Trial, scores: TrialScores, seconds: float, is_pruned: bool) -> None:
-        measured = {name: getattr(scores, name) for name in ("dice", "dice_optimistic", "dice_positive")}
-        facts = {"trial_state": "pruned" if is_pruned else "complete", "is_all_empty": scores.is_all_empty}
-        tracking.log_metrics({"trial_value": scores.value, "trial_seconds": seconds})
+        names = ("dice", "dice_optimistic", "dice_positive", "false_alarms")
+        measured = {name: getattr(scores, name) for name in names}
+        state = "pruned" if is_pruned else "complete"
+        facts = {"trial_state": state, "is_all_empty": scores.empty_loss > 0}
+        tracking.log_metrics({"trial_value": scores.dice, "trial_seconds": seconds})
+        for name, value in self._constraints(scores).items():
+            trial.set_constraint(name, value)
         tracking.log_params(facts | asdict(scores.thresholds))
         for name, value in (measured | facts | {"seconds": round(seconds, 3)}).items():
             trial.set_user_attr(name, value)
         trial.set_user_attr("thresholds", asdict(scores.thresholds))
+        if not is_pruned:
+            trial.set_user_attr(PATIENT_DICE, scores.patient_dice.round(5).tolist())
 
-    def _keep_model(self, trial: optuna.Trial, value: float, recipe: Recipe) -> None:
+    def _keep_model(self, trial: optuna.Trial, dice: float, recipe: Recipe) -> None:
         """Logs the model if the trial is among the best so far, and deletes the one that it displaces."""
         keep, best = self.settings.study.keep, best_trials(trial.study)
-        better = sum(first_value(other) >= value for other in best)
+        better = sum(rank(other, first_value(other)) <= rank(trial, dice) for other in best)
         if better >= keep:
             return
         with new_folder() as folder:

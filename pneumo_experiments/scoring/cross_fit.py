@@ -20,10 +20,14 @@ from pneumo_experiments.scoring.thresholds import ThresholdCounts, Thresholds, b
 class CrossFitted:
     """Each image judged with thresholds from other patients."""
 
+    dices: NDArray[np.float64]
+    """of each image (n,)"""
     dice: float
     """mean over all images"""
     dice_positive: float
     """mean over the images with truth; NaN without any"""
+    false_alarms: float
+    """fraction of all images that have a predicted mask, but no truth"""
     is_all_empty: bool
     """whether no image has a predicted mask"""
 
@@ -45,8 +49,10 @@ def cross_fitted(
         areas[judged] = counts.rows(judged).predicted_area(thresholds)
     positive = counts.truth_area > 0
     return CrossFitted(
+        dices=dices,
         dice=float(dices.mean()),
         dice_positive=float(dices[positive].mean()) if positive.any() else float("nan"),
+        false_alarms=float(((areas > 0) & ~positive).mean()),
         is_all_empty=not areas.any(),
     )
 

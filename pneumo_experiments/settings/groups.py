@@ -204,7 +204,7 @@ class StudySettings:
     search_epochs: Annotated[int, Arg("epochs of each trial", min=1, max=100_000)] = 3
     search_images: Annotated[
         int, Arg("training images of each trial, drawn at random; 0 takes all", min=0, max=10**7)
-    ] = 0
+    ] = 2000
     search_validation_images: Annotated[
         int,
         Arg(
@@ -229,7 +229,8 @@ class StudySettings:
     confirm: Annotated[
         int,
         Arg(
-            "so many of the best trials are trained again with another seed; the best mean of both wins",
+            "so many of the best trials, and the settings as given, are trained again with another seed on"
+            " another fold; one that is better beyond noise wins, else the settings as given",
             min=0,
             max=1000,
             shapes_weights=False,
@@ -250,6 +251,14 @@ class StudySettings:
         Literal["dice", "dice,seconds"],
         Arg("what to optimise: Dice, or Dice and the seconds per image of a prediction, without pruning"),
     ] = "dice"
+    max_false_alarms: Annotated[
+        float | None,
+        Arg(
+            "a trial with a mask in a greater fraction of all images that have no finding does not win; none",
+            min=0,
+            max=1,
+        ),
+    ] = None
     timeout: Annotated[
         float,
         Arg(

@@ -12,6 +12,8 @@ from pneumo_experiments import tracking
 from pneumo_experiments.dataset.hdf5 import Dataset
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.experiment.folder_findings import refuse_foreign
+from pneumo_experiments.experiment.trial_training import split_folds
+from pneumo_experiments.report.summary import plural
 from pneumo_experiments.scoring.submission import refuse_to_replace
 from pneumo_experiments.settings import (
     Main,
@@ -62,8 +64,10 @@ def main(settings: Main) -> ScoreResult:
         )
         with Dataset.open(dataset) as opened:
             tracking.log_dataset(dataset, opened.fingerprint, "main")
+            searching = _search_settings(settings, dataset)
+            print(_work_line(settings, len(split_folds(opened, searching)[0].train)))
         next(step)
-        best = search(_search_settings(settings, dataset), keep_start=True)
+        best = search(searching, keep_start=True)
         training = Train(
             dataset=dataset,
             schedule=settings.schedule,
@@ -118,6 +122,26 @@ def _announced(steps: list[str]) -> Iterator[None]:
         rest = f"; then {', '.join(steps[number:])}" if steps[number:] else ""
         print(f"main: step {number} of {len(steps)}, {name}{rest}")
         yield
+
+
+def _work_line(settings: Main, images: int) -> str:
+    """How the work is divided between search and training on so many images, in passes over images.
+
+    No trial is pruned, and both train the same network; predictions are left out.
+    """
+    study, epochs = settings.study, settings.schedule.epochs
+    again = min(study.confirm + 1, study.trials) if study.confirm and study.trials > 1 else 0
+    size = min(study.search_images or images, images)
+    passes = (study.trials + again) * study.folds_per_trial * study.search_epochs * size
+    passes += (1 + (again > 0)) * study.search_warmup_epochs * images
+    folds = settings.split.folds if settings.split.fold == "all" else 1
+    share = passes / (passes + folds * epochs * images)
+    return (
+        f"main: search {plural(study.trials, 'trial')}{f' and {again} again' if again else ''},"
+        f" {plural(study.search_epochs, 'epoch')} of {size:,} images each; then train"
+        f" {plural(folds * epochs, 'epoch')} of {images:,} images:"
+        f" {share:.0%} and {1 - share:.0%} of the training work"
+    )
 
 
 def _search_settings(settings: Main, dataset: Path) -> Search:

@@ -27,17 +27,19 @@ from pneumo_experiments.experiment.study import (
     open_study,
     parent_run,
 )
-from pneumo_experiments.experiment.study_report import choose_winner, is_reporter, log_study
+from pneumo_experiments.experiment.study_report import is_reporter, log_study
 from pneumo_experiments.experiment.study_storage import open_storage
 from pneumo_experiments.experiment.trial_loop import confirm_trials, run_trials
 from pneumo_experiments.experiment.trial_table import in_words, print_header
 from pneumo_experiments.experiment.trial_training import (
     TrialTraining,
+    second_settings,
     split_folds,
     warmup_checkpoint,
     warmup_weights,
 )
 from pneumo_experiments.experiment.trials import Objective, Training, delete_models
+from pneumo_experiments.experiment.winner import choose_winner
 from pneumo_experiments.passwords import hide_passwords
 from pneumo_experiments.settings import Recipe, Search, is_none
 
@@ -61,15 +63,18 @@ def search(settings: Search, keep_start: bool = False) -> SearchResult:
         try:
             dataset = stack.enter_context(Dataset.open(settings.dataset))
             split_folds(dataset, settings)  # an unsuitable data set is an error before there is a study
+            if settings.study.confirm:
+                split_folds(dataset, second_settings(settings))
         except UserError:
             with tracking.run("search", settings):
                 raise
 
-        def make_training() -> Training:
+        def make_training(settings: Search) -> Training:
             tracking.log_dataset(settings.dataset, dataset.fingerprint, "search")
             return TrialTraining(dataset, settings)
 
         result = run_study(settings, dataset.fingerprint, make_training, search)
+        warmup_checkpoint(second_settings(settings), dataset.fingerprint).clear()
         start = warmup_weights(settings, dataset.fingerprint)
         if not keep_start:
             warmup_checkpoint(settings, dataset.fingerprint).clear()
@@ -85,7 +90,7 @@ def search(settings: Search, keep_start: bool = False) -> SearchResult:
 def run_study(
     settings: Search,
     fingerprint: str,
-    make_training: Callable[[], Training],
+    make_training: Callable[[Search], Training],
     worker: Callable[[Search], object],
 ) -> SearchResult:
     """The search on data with this fingerprint; what a trial does is up to ``make_training``.
@@ -109,8 +114,8 @@ def run_study(
             raise
 
     @cache
-    def training() -> Training:
-        made = make_training()
+    def training(settings: Search) -> Training:
+        made = make_training(settings)
         print_header(space)
         return made
 
@@ -130,8 +135,11 @@ def run_study(
         if workers > 1:
             run_workers(workers, worker, replace(settings, workers=1))
         deadline = start + study_settings.timeout if study_settings.timeout else inf
-        objective = Objective(settings, space, training, study_settings.trials)
+        objective = Objective(settings, space, lambda: training(settings), study_settings.trials)
         run_trials(study, storage, objective, deadline, study_settings.target)
+        training.cache_clear()  # its images leave the memory
+        again = second_settings(settings)
+        objective = replace(objective, settings=again, training=lambda: training(again), confirms=True)
         confirm_trials(study, confirmations, storage, objective)
         winner = choose_winner(study, confirmations)
         if is_reporter(study, confirmations):
@@ -139,7 +147,7 @@ def run_study(
             delete_models(best_trials(study)[study_settings.keep :])
         if winner is None:
             raise UserError("search: no trial has completed; give it more trials, or more time")
-        print(f"search: best is trial {winner.trial.number}: {in_words(winner.trial.params)}")
+        print(f"search: best is trial {winner.line}: {in_words(winner.trial.params)}")
     return SearchResult(with_values(settings.recipe, winner.trial.params), winner.trial.number)
 
 
