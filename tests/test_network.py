@@ -355,6 +355,21 @@ def test_a_backbone_is_found_in_a_checkpoint_and_below_a_prefix(
     assert [record.getMessage() for record in caplog.records] == warning
 
 
+def test_a_backbone_without_its_last_stage_is_loaded_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    state = constants(torchvision_shapes("resnet50"))
+    torch.save({n: t for n, t in state.items() if not n.startswith(("layer4.", "fc."))}, tmp_path / "w.pt")
+    net = build("fcn_resnet50", str(tmp_path / "w.pt"), seed=0)
+    assert holds(net.backbone["layer3"][5].conv3.weight, state["layer3.5.conv3.weight"])
+    assert torch.equal(
+        net.backbone["layer4"][2].conv3.weight, fresh("fcn_resnet50").backbone["layer4"][2].conv3.weight
+    )
+    assert not any(name.startswith("backbone.layer4") for name in net.pretrained)
+    (record,) = caplog.records
+    assert record.getMessage() == "weights=w.pt: has no backbone.layer4, which start from random values"
+
+
 def test_a_file_without_auxiliary_head_leaves_that_as_it_was_initialised(tmp_path: Path) -> None:
     state = constants(torchvision_shapes("fcn_resnet50", num_classes=1, aux_loss=False))
     torch.save(state, tmp_path / "weights.pt")
@@ -398,7 +413,7 @@ def _wrong_file(kind: str, path: Path) -> None:
         ("class", "not a state dict that torch.load can read safely"),
         ("list", "holds no state dict"),
         ("nested", "holds no state dict"),
-        ("foreign", r"265 tensors are missing, the first is backbone\.conv1\.weight; choose the network"),
+        ("foreign", r"1 tensors are missing, the first is backbone\.conv1\.weight; choose the network"),
         ("incomplete", r"1 tensors are missing, the first is backbone\.layer2\.1\.conv2\.weight"),
         ("deeper", r"tensors are unknown here, the first is backbone\.layer3\.6\.conv1\.weight"),
         ("wider", r"tensors are of another shape, the first is backbone\.layer1\.0\.conv1\.weight"),

@@ -12,7 +12,7 @@ from pneumo_experiments import tracking
 from pneumo_experiments.dataset.hdf5 import Dataset, Entry
 from pneumo_experiments.dataset.splits import Split, audit, split
 from pneumo_experiments.errors import UserError
-from pneumo_experiments.experiment.grouping import warn_about_grouping
+from pneumo_experiments.experiment.grouping import warn, warn_about_grouping
 from pneumo_experiments.learning import distributed
 from pneumo_experiments.learning.device import ComputeConfig
 from pneumo_experiments.learning.evaluate import ThresholdCounter
@@ -59,7 +59,11 @@ class Subset:
         return [self.dataset.entries[int(i)] for i in self.indices]
 
     def training_data(self, cache: str, compute: ComputeConfig) -> InMemoryData | StreamedData:
-        """The training data, held as ``cache`` says, for auto where there is room; logs the choice."""
+        """The training data, held as ``cache`` says, for auto where there is room; logs the choice.
+
+        Raises UserError without a positive image.
+        """
+        require_positives(self)
         present = np.array([entry.area_px > 0 for entry in self.entries])
         size = self.dataset.image_size
         cache = choose_cache(cache, 2 * len(self) * size**2, compute.device)
@@ -125,6 +129,18 @@ class Subset:
     def scored(self, counts: ThresholdCounts, thresholds: Thresholds) -> ScoredImages:
         """What the scores of the counts of this subset are made of."""
         return ScoredImages.of(counts, thresholds, [entry.patient for entry in self.entries])
+
+
+def require_positives(training: Subset) -> None:
+    """Raises UserError if no training image has a finding; warns if each one has."""
+    positives = sum(entry.area_px > 0 for entry in training.entries)
+    if positives == 0:
+        raise UserError(
+            f"dataset: none of the {len(training)} training images has a pneumothorax, so there is nothing to"
+            " learn; give a data set with annotated ones, or another split_seed or fold"
+        )
+    if positives == len(training):
+        warn("every training image has a pneumothorax: expect false alarms on others")
 
 
 def make_split(dataset: Dataset, settings: SplitSettings) -> Split:

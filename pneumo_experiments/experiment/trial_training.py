@@ -20,7 +20,8 @@ from pneumo_experiments.dataset.hdf5 import Dataset
 from pneumo_experiments.dataset.splits import Split, assign_folds
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.experiment.fold_training import make_detector
-from pneumo_experiments.experiment.subset import Subset, make_split
+from pneumo_experiments.experiment.progress import VERSION
+from pneumo_experiments.experiment.subset import Subset, make_split, require_positives
 from pneumo_experiments.experiment.training_loop import EpochResult, train_and_validate
 from pneumo_experiments.learning.checkpoint import Checkpoint
 from pneumo_experiments.learning.device import choose_compute
@@ -193,6 +194,7 @@ def split_folds(dataset: Dataset, settings: Search) -> list[Split]:
     others = [str((int(first) + i) % folds) for i in range(1, k)] if first.isdecimal() else []
     splits = [make_split(dataset, replace(settings.split, fold=number)) for number in [first, *others]]
     for split in splits:
+        require_positives(Subset(dataset, split.train))
         _halves(Subset(dataset, split.validation))
     return splits
 
@@ -208,7 +210,7 @@ def second_settings(settings: Search) -> Search:
 def warmup_checkpoint(settings: Search, fingerprint: str) -> Checkpoint:
     """Where the network from which trials start is saved."""
     study = settings.study
-    key = [fingerprint, weight_shaping(settings.recipe), weight_shaping(settings.split)]
+    key = [VERSION, fingerprint, weight_shaping(settings.recipe), weight_shaping(settings.split)]
     key += [study.search_warmup_epochs, study.folds_per_trial]
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
     return Checkpoint(CHECKPOINTS / f"warm-up-{digest}")

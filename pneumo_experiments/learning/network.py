@@ -252,16 +252,16 @@ def _without_prefix(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def _load(net: PneumothoraxNet, state: dict[str, Tensor], path: Path) -> frozenset[str]:
     """Loads tensors with this network's names; returns the names of the parameters among them.
 
-    The backbone must be complete, and each head of which the file has anything: a partly loaded network
-    would train badly without a warning.
+    Each stage of the backbone and each head of which the file has anything must be complete: a partly loaded
+    network would train badly. A stage that is not in the file is named in a warning.
     """
     own = net.state_dict()
     # torchvision's last layers have other classes: this network keeps its own.
     skipped = {n for n in own if n.startswith(LAST_LAYERS) and n in state and state[n].shape != own[n].shape}
     loaded = {name: tensor for name, tensor in state.items() if name not in skipped}
-    modules = {"backbone", *(name.partition(".")[0] for name in loaded)}
+    parts = {"backbone.conv1", *map(_part, loaded)}
     counters = "num_batches_tracked"  # missing in files from before 2018, and unused
-    required = {n for n in own if n.partition(".")[0] in modules and not n.endswith(counters)} - skipped
+    required = {n for n in own if _part(n) in parts and not n.endswith(counters)} - skipped
     mismatches = {
         "missing": [name for name in own if name in required and name not in loaded],
         "unknown here": [name for name in loaded if name not in own],
@@ -274,4 +274,12 @@ def _load(net: PneumothoraxNet, state: dict[str, Tensor], path: Path) -> frozens
                 " choose the network that they belong to"
             )
     net.load_state_dict(loaded, strict=False)
+    stages = {_part(name): None for name in own if name.startswith("backbone.")}
+    if absent := [stage for stage in stages if stage not in parts]:
+        log.warning("weights=%s: has no %s, which start from random values", path.name, ", ".join(absent))
     return frozenset(name for name, _ in net.named_parameters() if name in loaded)
+
+
+def _part(name: str) -> str:
+    """The head, or the stage of the backbone, that a tensor belongs to."""
+    return ".".join(name.split(".")[: 2 if name.startswith("backbone.") else 1])
