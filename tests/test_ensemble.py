@@ -17,7 +17,7 @@ from tracked import last_run, log_model, table
 from pneumo_experiments import tracking
 from pneumo_experiments.dataset.hdf5 import Dataset
 from pneumo_experiments.errors import UserError
-from pneumo_experiments.experiment.ensemble import load_models
+from pneumo_experiments.experiment.ensemble import COMPARED_IMAGES, load_models, log_disagreement
 from pneumo_experiments.experiment.scored_images import digests
 from pneumo_experiments.experiment.subset import Subset, make_split
 from pneumo_experiments.learning.calibration import Calibration
@@ -136,7 +136,7 @@ def test_the_thresholds_of_several_models_are_searched_on_their_mean_predictions
 
 
 def test_all_folds_become_one_model_that_is_scored_registered_and_served(
-    small_dataset: Path, dataset: Path
+    small_dataset: Path, dataset: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     settings = changed(
         SETTINGS,
@@ -173,6 +173,18 @@ def test_all_folds_become_one_model_that_is_scored_registered_and_served(
         assert parent.data.params["top_score"] == str(best.thresholds.top_score)
         assert parent.data.metrics["val_dice_optimistic"] == pytest.approx(best.dice)
         assert parent.data.metrics["oof_dice"] == pytest.approx(trained.scores.dice)
+        pixels = opened.images(holdout[:COMPARED_IMAGES])
+        a, b = (np.array([p.presence for p in one.predictor.predict(pixels)]) for one in alone)
+        disagreement = float(np.abs(a - b).mean() / 2)  # the standard deviation of two
+        assert parent.data.metrics["members_disagreement"] == pytest.approx(disagreement, abs=1e-6)
+        capsys.readouterr()
+        with tracking.run("train", settings):
+            log_disagreement(detector, validations[0])
+            assert "warning" not in capsys.readouterr().out
+            one, other = detector.members
+            certain = replace(one, predictor=replace(one.predictor, calibration=Calibration(1.0, 30.0)))
+            log_disagreement(replace(detector, members=(certain, other)), validations[0])
+        assert "warning: the networks' probabilities of presence differ by 0." in capsys.readouterr().out
 
         scored = score(
             make(Score, model=trained.model, dataset=small_dataset, overlays=0, device="cpu")

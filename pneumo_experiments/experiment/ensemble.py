@@ -21,6 +21,9 @@ from pneumo_experiments.scoring.thresholds import ThresholdCounts
 from pneumo_experiments.serving import Detector, join, load, new_folder, save
 from pneumo_experiments.settings import Device
 
+COMPARED_IMAGES = 64  # enough for a mean over images
+MUCH_DISAGREEMENT = 0.15  # the standard deviation of presence; it is at most 0.5
+
 
 def addresses_of(model: str) -> list[str]:
     """The addresses in a setting that takes several with commas between, sorted.
@@ -75,6 +78,26 @@ def log_ensemble(folds: Sequence[TrainedFold], threshold_trials: int, seed: int)
     tracking.log_params(asdict(search.thresholds))
     log_threshold_study(search)
     detector = replace(join([fold.detector for fold in folds]), thresholds=search.thresholds)
+    log_disagreement(detector, folds[0].validation)
     with new_folder() as folder:
         save(folder, detector)
         return tracking.log_model(folder)
+
+
+def log_disagreement(detector: Detector, validation: Subset) -> None:
+    """Logs how far the networks disagree, as ``members_disagreement``; warns if that is far.
+
+    The standard deviation of their probabilities of presence, a mean over up to 64 images of the hold-out,
+    which trained none of them and choose nothing here; without a hold-out, of the validation images given.
+    """
+    dataset, split = validation.dataset, detector.members[0].split
+    indices = make_split(dataset, split).holdout if split.holdout > 0 else validation.indices
+    images = dataset.images(indices[:COMPARED_IMAGES])
+    presence = [[one.presence for one in member.predictor.predict(images)] for member in detector.members]
+    disagreement = float(np.std(presence, axis=0).mean())
+    tracking.log_metrics({"members_disagreement": disagreement})
+    if disagreement > MUCH_DISAGREEMENT:
+        print(
+            f"train: warning: the networks' probabilities of presence differ by {disagreement:.2f} (standard"
+            " deviation): their mean, and common thresholds, suit none of them; look at the folds' own scores"
+        )
