@@ -4,7 +4,7 @@ The data set is one that `preprocess` wrote, here of 600 radiographs with predic
 
     python -m pneumo_experiments preprocess --dicom_dir DICOM_IMAGES --rle_csv PREDICTED_RLE_CSV \\
         --image_size 64 --dataset importance.h5
-    python benchmarks/importance.py importance.h5 --trials 120 --epochs 4 --weights FILE
+    python benchmarks/importance.py importance.h5 --trials 120 --epochs 4 --folds 2 --weights FILE
 
 FILE: ImageNet weights of a ResNet-50 as a state dict, or auto, which downloads them. The trials are those of
 `search`, at random unless `--sampler tpe`, none pruned; each seed has a study. The same command goes on with
@@ -45,7 +45,8 @@ def trials_of(chosen: argparse.Namespace, seed: int) -> list[FrozenTrial]:
         "dataset": chosen.dataset, "weights": chosen.weights, "seed": seed, "batch_size": chosen.batch_size,
         "searched": ",".join(SEARCHED), "sampler": chosen.sampler, "study": name, "storage": storage,
         "trials": chosen.trials, "search_epochs": chosen.epochs, "search_images": chosen.images,
-        "pruner": "none", "confirm": 0, "keep": 0,
+        "pruner": "none", "confirm": 0, "keep": 0, "tta": "none", "holdout": 0, "folds": chosen.folds,
+        "search_warmup_epochs": chosen.warmup,
     }  # fmt: skip
     search(from_flat(Search, values))
     study = optuna.load_study(study_name=name, storage=storage)
@@ -79,6 +80,8 @@ def main() -> None:
     options.add_argument("--sampler", choices=["random", "tpe"], default="random")
     options.add_argument("--epochs", type=int, default=4, help="of each trial")
     options.add_argument("--images", type=int, default=0, help="training images of each trial; 0 takes all")
+    options.add_argument("--warmup", type=int, default=0, help="epochs of the network that trials start from")
+    options.add_argument("--folds", type=int, default=5, help="one of them validates")
     options.add_argument("--batch_size", type=int, default=8)
     options.add_argument("--weights", default="auto", help="none, auto or a state dict to start from")
     chosen = options.parse_args()

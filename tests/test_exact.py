@@ -232,6 +232,17 @@ def test_without_positives_everything_is_emptied() -> None:
     assert best.dice == mean_dice(images, best.thresholds) == 1.0
 
 
+def test_an_area_of_another_score_is_no_matter() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(20):  # large cores that shrink with the score, as of large images without a finding
+        pixels = np.sort(rng.integers(0, 300_000, (3, 101)), axis=1)[:, ::-1].copy()
+        pixels[:, 0] = 2**20
+        part = ThresholdCounts()
+        part.append(np.stack([pixels, 0 * pixels], 1).astype(np.int32), rng.random(3).astype(np.float32))
+        assert best_of_all(part).dice == 1
+        assert not part.predicted_area(best_of_all(part).thresholds).any()
+
+
 def test_without_images_there_is_nothing_to_choose() -> None:
     best = best_of_all(ThresholdCounts())
     assert best.thresholds == Thresholds()

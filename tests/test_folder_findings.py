@@ -262,7 +262,8 @@ def test_absurd_masks_are_warnings_on_the_terminal_and_in_the_description(
     store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "many").mkdir()
-    pixels = [np.full(SHAPE, 230, np.uint8)] * 2 + [LEFT] * 10 + [picture()] * 8
+    bright = (picture() + 210).astype(np.uint8)
+    pixels = [bright] * 2 + [LEFT] * 10 + [picture()] * 8
     for number, image in enumerate(pixels):
         (tmp_path / "many" / f"{number}.dcm").write_bytes(radiograph(image))
     chosen = make(Score, dicom_dir=tmp_path / "many")

@@ -258,7 +258,7 @@ def test_the_card_agrees_with_tags_and_tables(shelf: Shelf) -> None:
 
 def test_a_card_fits_whatever_its_texts_and_shows_no_markup_of_others() -> None:
     card = ModelCard(
-        *("lungs", "1", "fcn`x", CardScore(0.5, None, None), 0.25, "3 holdout images", None),
+        *("lungs", "1", "fcn`x", CardScore(0.5, 0.1, 0.9, "unreliable"), 0.25, "3 holdout images", None),
         *("a challenger", "<b>*why*</b> [x](y) " * 100, [], {}, {"data set": "a`|<script>"}, {}, "1"),
         [(f"training {number}", f"#/experiments/0/runs/{number:032}") for number in range(100)],
     )

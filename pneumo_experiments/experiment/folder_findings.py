@@ -18,6 +18,7 @@ from pneumo_experiments.dataset.decoder_pool import read_files
 from pneumo_experiments.dataset.rle import EMPTY, encode
 from pneumo_experiments.dicom.archive import DIFFERING_FILES, Archive, open_archive
 from pneumo_experiments.dicom.geometry import side_of
+from pneumo_experiments.dicom.identity import FILE_NAME
 from pneumo_experiments.dicom.segmentation import Segment, write_segmentation
 from pneumo_experiments.dicom.workers import available_cores
 from pneumo_experiments.errors import Rejected, UserError, reason_of
@@ -74,7 +75,8 @@ def write_findings(settings: Score, detector: Detector, folder: Path, model_text
     """
     wanted = expected_images(settings.sample_submission, None) or ()
     archive = open_archive(folder, settings.image_id, wanted)
-    print(f"score: {len(archive.image_ids)} images; the id of each is {archive.identified_by}")
+    if archive.identified_by != FILE_NAME:
+        print(f"score: the id of an image is {archive.identified_by}")
     order = _order(settings, archive, folder)
     rows, shown = list[Row](), list[tuple[float, str, NDArray[np.uint8]]]()
 

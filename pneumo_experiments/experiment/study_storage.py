@@ -57,13 +57,21 @@ def open_storage(address: str) -> BaseStorage:
     """
     if is_none(address):
         return InMemoryStorage()
+    if "://" not in address or address.startswith("grpc"):
+        raise UserError(
+            f"storage={hide_passwords(address)}: not the address of a database. Optuna's journals and gRPC"
+            " proxies have no heartbeat, by which the trial of a dead worker is repeated: name a database,"
+            " such as sqlite:///optuna.db or a PostgreSQL address"
+        )
     tracking.check_server("storage", address)
     file = tracking.database_file(address)
+    if file and not file.parent.is_dir():
+        raise UserError(f"storage={hide_passwords(address)}: no folder {file.parent}; create it")
     engine: dict[str, Any] = {"pool_pre_ping": True}  # the database may have been restarted
     if file:
         engine["connect_args"] = {"timeout": SQLITE_TIMEOUT_SECONDS}
     with ExitStack() as stack:
-        if file and file.parent.is_dir():  # workers that create the tables at the same time would fail
+        if file:  # workers that create the tables at the same time would fail
             stack.enter_context(FileLock(file.with_name(file.name + ".lock")))
         for attempt in range(ATTEMPTS):
             try:

@@ -149,9 +149,8 @@ def _centred(images: _Images, best: Thresholds) -> Thresholds:
         best = replace(best, presence_threshold=_presence_between(low, high))
 
         present = presence >= np.float32(best.presence_threshold)
-        low, high = _interval(
-            cores[present, top], gains[present, bottom], best.min_area_px, _area_end(cores[:, top])
-        )
+        end = max(_area_end(cores[:, top]), best.min_area_px)  # which a lower top_score may have brought
+        low, high = _interval(cores[present, top], gains[present, bottom], best.min_area_px, end)
         middle = round(((sqrt(max(low, 0)) + sqrt(high)) / 2) ** 2)
         best = replace(best, min_area_px=int(min(max(middle, low + 1), high)))
 
