@@ -10,6 +10,7 @@ from typing import Any
 import jpeg_ls
 import numpy as np
 import openjpeg
+import pydicom
 import pytest
 from PIL import Image
 from pydicom.dataset import Dataset, FileMetaDataset
@@ -66,6 +67,14 @@ def dicom_bytes(
             setattr(dataset, keyword, value)
         file = io.BytesIO()
         dataset.save_as(file, enforce_file_format=True)
+    return file.getvalue()
+
+
+def with_uids(content: bytes, instance: str = "1.2", sop_class: str = "1.2.840.10008.5.1.4.1.1.1") -> bytes:
+    dataset, file = pydicom.dcmread(io.BytesIO(content)), io.BytesIO()
+    dataset.file_meta.MediaStorageSOPClassUID = sop_class
+    dataset.file_meta.MediaStorageSOPInstanceUID = instance
+    dataset.save_as(file)
     return file.getvalue()
 
 

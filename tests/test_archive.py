@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import io
 import os
 import shutil
 import subprocess
@@ -11,10 +10,9 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
-import pydicom
 import pytest
 from conftest import ROOT
-from dicom_files import GREYS, dicom_bytes
+from dicom_files import GREYS, dicom_bytes, with_uids
 
 from pneumo_experiments.dicom.archive import Archive, open_archive, read_member
 from pneumo_experiments.errors import Rejected, UserError
@@ -73,14 +71,6 @@ def test_of_equal_files_with_one_id_the_first_is_used_and_of_differing_ones_none
     assert archive.duplicates == {"same": 2, "other": 2, "swapped": 2}
     assert archive.image_ids == {"same", "single", "other", "swapped"}
     assert archive.files == 7
-
-
-def with_uids(content: bytes, instance: str = "1.2", sop_class: str = "1.2.840.10008.5.1.4.1.1.1") -> bytes:
-    dataset, file = pydicom.dcmread(io.BytesIO(content)), io.BytesIO()
-    dataset.file_meta.MediaStorageSOPClassUID = sop_class
-    dataset.file_meta.MediaStorageSOPInstanceUID = instance
-    dataset.save_as(file)
-    return file.getvalue()
 
 
 def of_patients(tmp_path: Path) -> dict[str, str]:

@@ -20,7 +20,7 @@ import pytest
 import torch
 from command_server import Command, CommandServer
 from conftest import soak
-from dicom_files import dicom_bytes
+from dicom_files import dicom_bytes, with_uids
 from helpers import End, ended, environment, make, store_address
 from mlflow import MlflowClient
 from PIL import Image
@@ -97,7 +97,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def written(folder: Path, **settings: Any) -> dict[str, dict[str, str]]:
     """The rows of findings.csv by image id."""
-    chosen = make(Score, dicom_dir=folder, image_id="stem", **settings)
+    chosen = make(Score, **({"dicom_dir": folder, "image_id": "stem"} | settings))
     with tracking.run("score", chosen):
         write_findings(chosen, DETECTOR, folder, "models:/x@champion")
     return rows_of(chosen.findings)
@@ -256,6 +256,23 @@ def test_an_odd_header_costs_its_object_or_its_value_and_never_the_run(
     assert str(pydicom.dcmread(objects / "umlaut.dcm").PatientName) == "Müller^Jörg"
     said = capsys.readouterr()
     assert "Müller" not in said.out + said.err
+
+
+def test_objects_without_pictures_and_equal_names_cost_no_image(store: Path, tmp_path: Path) -> None:
+    report = with_uids(FILES["left"], sop_class="1.2.840.10008.5.1.4.1.1.88.11")
+    for place, content in (("a", FILES["left"]), ("b", FILES["both"])):
+        (tmp_path / "study" / place).mkdir(parents=True)
+        (tmp_path / "study" / place / "IM-0001.dcm").write_bytes(content)
+        (tmp_path / "study" / place / "SR.dcm").write_bytes(report)
+    rows = written(tmp_path / "study", image_id="auto")
+    assert {image_id: row["side"] for image_id, row in rows.items()} == {
+        "a/IM-0001": "left",
+        "b/IM-0001": "both",
+    }
+    overlays = [path.name for path in sorted(Path("output/findings/overlays").iterdir())]
+    assert [name[:10] for name in overlays] == ["a_IM-0001-", "b_IM-0001-"]
+    with Path("output/submission.csv").open(newline="") as file:
+        assert [row["ImageId"] for row in csv.DictReader(file)] == ["a/IM-0001", "b/IM-0001"]
 
 
 def test_absurd_masks_are_warnings_on_the_terminal_and_in_the_description(
