@@ -21,7 +21,7 @@ from measure import ROOT, gflop_per_second, machine, peak_memory
 
 ENTRY_POINTS = ("main", "sample", "preprocess", "train", "search", "score", "register")
 REPEATS = 7
-TOLD = ("Dice  ", "Dice on", "all-empty", "  trial", "  confirm", "train: kept")
+TOLD = ("Dice  ", "Dice on", "all-empty", "  trial", "  confirm", "search: best", "train: kept")
 
 
 def help_seconds(words: list[str]) -> float:
