@@ -98,6 +98,18 @@ def test_a_setting_that_differs_from_what_the_run_has_already_is_a_param_of_its_
     assert (params["dataset"], params["epochs"]) == ("output/dataset.h5", "3e0")
 
 
+@pytest.mark.parametrize("given", ["siim baseline", "fold-three-2", "able-ant", None])
+def test_a_name_that_somebody_gave_to_the_run_stays(
+    given: str | None, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = store.client.create_run("0", run_name=given)  # as `mlflow run` does, with --run-name or without
+    monkeypatch.setenv("MLFLOW_RUN_ID", run.info.run_id)
+    with tracking.run("train", make(Train)), tracking.run("fold 0", make(Train)):
+        pass
+    assert store.client.get_run(run.info.run_id).info.run_name == (given or "train")
+    assert "fold 0" in store.runs()
+
+
 def test_runs_nest_under_their_step_and_hold_every_setting(store: Store) -> None:
     with tracking.run("search", make(Search, study="mine"), "Two\nlines."):
         with tracking.run("trial 0", make(Train, epochs=3)):

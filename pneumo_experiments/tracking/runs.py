@@ -12,6 +12,10 @@ from mlflow import MlflowClient
 from mlflow.environment_variables import MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING
 from mlflow.exceptions import MlflowException
 from mlflow.tracking.fluent import _active_run_stack  # pyright: ignore[reportPrivateUsage]
+from mlflow.utils.name_utils import (
+    _GENERATOR_NOUNS,  # pyright: ignore[reportPrivateUsage]
+    _GENERATOR_PREDICATES,  # pyright: ignore[reportPrivateUsage]
+)
 
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.passwords import hide_passwords
@@ -60,10 +64,11 @@ def run(
         else:
             check_server(SETTING, mlflow.get_tracking_uri())  # since the outer run started
         resumed = None if nested or continues is None else _resumable(continues, is_shared is not None)
+        is_new = nested or not (resumed or os.environ.get("MLFLOW_RUN_ID"))
         # Tags at once: end_orphaned_runs needs them, whenever the process is killed.
         started = mlflow.start_run(
             resumed,
-            run_name=step,
+            run_name=step if is_new else None,  # start_run would rename it
             nested=nested,
             parent_run_id=parent,
             tags=process_tags(),
@@ -79,9 +84,11 @@ def run(
                 else nullcontext()
             )
             with outages_as_user_errors(), monitor:
-                # `mlflow run` chose a random name, and start_run sets tags of new runs only.
-                first = {"mlflow.runName": step, CODE_VERSION_TAG: code_version()}
-                client.send_or_buffer("tags", run_id=run_id, values=first | process_tags())
+                # start_run sets tags of new runs only, and `mlflow run` has created this one.
+                first = process_tags() | {CODE_VERSION_TAG: code_version()}
+                if _is_random(started.info.run_name or ""):
+                    first |= {"mlflow.runName": step}
+                client.send_or_buffer("tags", run_id=run_id, values=first)
                 describe(description)
                 # `mlflow run` may have logged some: those stay, also where the config file beats a default.
                 params = {name: hide_passwords(text) for name, text in as_params(settings).items()}
@@ -99,6 +106,14 @@ def run(
             raise
         finally:
             _end(client, run_id, None if is_shared and is_shared() else status)
+
+
+def _is_random(name: str) -> bool:
+    """Whether MLflow chose a run's name, such as able-ant-7, and not a person by ``--run-name``."""
+    predicate, _, rest = name.partition("-")
+    noun, _, number = rest.partition("-")
+    is_usual = predicate in _GENERATOR_PREDICATES and noun in _GENERATOR_NOUNS and number.isdecimal()
+    return not name or is_usual
 
 
 def keep_running() -> None:
