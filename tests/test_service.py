@@ -226,7 +226,7 @@ def test_64_files_with_every_fault_among_them_are_answered_in_every_format(
                 assert same(row, served.expected[image_id]), name
             else:
                 assert wrong[image_id][1] in row["error"], name
-                assert (row["presence"], row["area_px"], row["rle"]) == (None, 0, "-1")
+                assert (row["presence"], row["area_px"], row["rle"]) == (None, None, None)
     presences = {row["presence"] for row in served.expected.values()}
     assert len(presences) == len(GOOD)  # the answers could not be mixed up unnoticed
 
@@ -305,6 +305,26 @@ def test_the_example_that_travels_with_a_model_is_a_request_that_works(served: S
     assert (row["image_id"], row["error"]) == ("example", "")
     in_process = load_model(str(served.model)).predict(example)
     assert same(row, in_process.to_dict("records")[0])
+
+
+def test_a_loaded_model_takes_every_form_that_mlflow_hands_over(served: Served) -> None:
+    model, ids, files = load_model(str(served.model)), list(GOOD), list(GOOD.values())
+    texts = [b64encode(content).decode() for content in files]
+    forms: dict[str, Any] = {
+        "frame": pd.DataFrame({"image_id": ids, "dicom": files}),
+        "dictionary of lists": {"image_id": ids, "dicom": files},
+        "of texts": {"image_id": ids, "dicom": texts},
+        "of arrays": {"image_id": np.array(ids), "dicom": np.array(texts)},
+        "list of dictionaries": [
+            {"image_id": one, "dicom": file} for one, file in zip(ids, files, strict=True)
+        ],
+    }
+    for name, form in forms.items():
+        answer = model.predict(form)
+        assert answer["image_id"].tolist() == ids, name
+        assert all(same(row, served.expected[row["image_id"]]) for row in answer.to_dict("records")), name
+    (one,) = model.predict({"image_id": ids[0], "dicom": files[0]}).to_dict("records")
+    assert same(one, served.expected[ids[0]])
 
 
 @pytest.mark.parametrize("content_type", ["json", "csv"])

@@ -12,7 +12,7 @@ import pandas as pd  # pyright: ignore[reportMissingTypeStubs]
 from numpy.typing import NDArray
 from PIL import Image
 
-from pneumo_experiments.dataset.rle import EMPTY, encode
+from pneumo_experiments.dataset.rle import encode
 from pneumo_experiments.scoring.figures import outlined
 from pneumo_experiments.serving.detector import Finding
 
@@ -24,13 +24,13 @@ class Row(TypedDict):
     """The answer for one radiograph; ``error`` is empty on success.
 
     Pictures are PNG in base64: ``overlay`` the radiograph with the outlined mask, ``mask`` black and white at
-    native size. Presence and pictures are None where the file could not be used.
+    native size. All but id and error are None where the file could not be used: that is no healthy answer.
     """
 
     image_id: str
     presence: float | None
-    area_px: int
-    rle: str
+    area_px: int | None
+    rle: str | None
     error: str
     overlay: NotRequired[str | None]
     mask: NotRequired[str | None]
@@ -41,7 +41,7 @@ COLUMNS = ("image_id", "presence", "area_px", "rle", "error")
 
 def row_of(finding: Finding, pictures: Sequence[str] = ()) -> Row:
     """The answer for a finding, with the pictures that are named."""
-    area_px, rle = 0, EMPTY
+    area_px, rle = None, None
     drawn: dict[str, str | None] = dict.fromkeys(pictures)
     if finding.mask is not None:
         area_px, rle = int(np.count_nonzero(finding.mask)), encode(finding.mask)
@@ -70,7 +70,7 @@ def table_of(rows: Sequence[Row], pictures: Sequence[str] = ()) -> pd.DataFrame:
     columns: dict[str, Any] = {}
     for name in (*COLUMNS, *pictures):
         values: list[object] = [row.get(name) for row in rows]
-        numeric = {"area_px": np.int64} | ({"presence": np.float64} if None not in values else {})
+        numeric = {"area_px": np.int64, "presence": np.float64} if None not in values else {}
         columns[name] = pd.Series(values, dtype=numeric.get(name, object))  # pyright: ignore[reportUnknownMemberType]
     return pd.DataFrame(columns)
 

@@ -6,6 +6,7 @@ from binascii import a2b_base64
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import pandas as pd  # pyright: ignore[reportMissingTypeStubs]
 
 from pneumo_experiments.dataset.decoder_pool import MAX_FILE_BYTES, File
@@ -18,9 +19,14 @@ def files_of(frame: pd.DataFrame) -> Iterator[File]:
     """Image id and DICOM bytes of each row (n, any columns), in order, or the reason why it has none.
 
     A file is bytes or base64 text; a text is never taken for a path. A row without an id has its number. A
-    table without one of the columns has a reason in each row, and in one row if it has none.
+    table without one of the columns has a reason in each row, and in one row if it has none. MLflow makes one
+    row of lists of a dictionary of lists: that is a row for each of their elements.
     """
     table: Any = frame  # pandas has no type stubs
+    if len(table) == 1 and all(isinstance(cell, list | np.ndarray) for cell in table.iloc[0]):
+        table = pd.DataFrame(
+            {name: pd.Series(list(table[name].iloc[0]), dtype=object) for name in table.columns}
+        )
     names, rows = list(table.columns), len(table)
     missing = [name for name in COLUMNS if name not in names]
     ids = table[IMAGE_ID].tolist() if IMAGE_ID in names else [None] * max(rows, not names)
