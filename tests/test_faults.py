@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import mlflow
 import numpy as np
 import pytest
 import torch
@@ -32,9 +33,11 @@ from pneumo_experiments.dataset import rle
 from pneumo_experiments.dataset.hdf5 import Dataset
 from pneumo_experiments.dataset.packed import ResizedImage, hash_patient
 from pneumo_experiments.errors import UserError
+from pneumo_experiments.experiment.subset import make_split
 from pneumo_experiments.learning.checkpoint import Checkpoint
-from pneumo_experiments.settings import Score, Train, as_params
+from pneumo_experiments.settings import Score, Search, Train, as_params
 from pneumo_experiments.stages.score import score
+from pneumo_experiments.stages.search import search
 from pneumo_experiments.stages.train import train
 
 pytestmark = pytest.mark.usefixtures("no_layout", "no_code")
@@ -315,22 +318,20 @@ def test_a_checkpoint_of_another_network_is_refused_in_one_line_or_restarts_the_
     assert {run.info.status for run in runs()} <= {"FINISHED", "FAILED", "KILLED"}
 
 
-def test_a_data_set_without_a_finding_is_learned_and_undefined_numbers_are_left_out(
+def test_a_data_set_without_a_finding_is_refused_before_anything_is_learned(
     datasets: dict[str, Path], store: Path
 ) -> None:
-    trained = train(settings_of(datasets["healthy"], epochs=1))
-    (run,) = runs()
-    assert run.info.status == "FINISHED"
-    metrics = run.data.metrics
-    assert metrics["val_dice"] == metrics["val_dice_final"] == metrics["val_specificity"] == 1.0
-    params = run.data.params
-    assert (params["val_positives"], params["val_images"]) == ("0", str(trained.scores.images))
-    assert params["val_dice_baseline"] == "1.0"
-    assert not {"val_dice_positive", "val_sensitivity", "val_auroc"} & set(metrics)
-    assert metrics["loss"] < 10
-    names = {item.path for item in MlflowClient().list_artifacts(run.info.run_id)}
-    assert {"first_batch.png", "learning_curves.png", "overlays.png", "split.json"} <= names
-    assert run.data.tags["mlflow.note.content"].startswith("fcn_resnet50 at 16 px")
+    with Dataset.open(datasets["healthy"]) as dataset:
+        images = len(make_split(dataset, make(Train).split).train)
+    line = (
+        rf"^dataset: none of the {images} training images has a pneumothorax, so there is nothing to learn;"
+    )
+    with pytest.raises(UserError, match=line):
+        train(settings_of(datasets["healthy"], epochs=1))
+    with pytest.raises(UserError, match=line):
+        search(make(Search, dataset=datasets["healthy"], network="tiny", weights="none", storage="none"))
+    assert {run.info.run_name: run.info.status for run in runs()} == {"train": "FAILED", "search": "FAILED"}
+    assert not mlflow.search_logged_models(experiment_ids=["0"], output_format="list")
 
 
 def test_a_data_set_of_one_patient_cannot_be_divided_and_says_so(
