@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,18 +49,17 @@ def read_radiograph(content: bytes, image_id: str, max_pixels: int = MAX_PIXELS)
             header = Attributes(dataset)
             layout = read_layout(header, syntax, max_pixels)
             stored, bits = _stored_pixels(header, layout)
-            pixels = displayed(stored, bits, layout, header)
-            radiograph = Radiograph(
+            return Radiograph(
                 image_id=image_id,
-                pixels=pixels,
+                pixels=displayed(stored, bits, layout, header),
                 patient=text(header, "PatientID"),
                 view=defined_term(text(header, "ViewPosition"), VIEWS, other="other"),
                 sex=defined_term(text(header, "PatientSex"), SEXES, other=""),
                 age=_age_years(text(header, "PatientAge")),
                 geometry=read_geometry(header),
                 format=layout.format,
+                notes=tuple(sorted(header.notes)),  # last: all that is above adds to them
             )
-            return replace(radiograph, notes=tuple(sorted(header.notes)))
     except Rejected as error:
         reason = str(error)
     except MemoryError:

@@ -73,11 +73,11 @@ def write_findings(settings: Score, detector: Detector, folder: Path, model_text
     Raises UserError, with all files written, if more than ``max_rejected`` of the images cannot be read, and
     without any if none can.
     """
-    wanted = expected_images(settings.sample_submission, None) or ()
-    archive = open_archive(folder, settings.image_id, wanted)
+    wanted = expected_images(settings.sample_submission, None)
+    archive = open_archive(folder, settings.image_id, wanted or ())
     if archive.identified_by != FILE_NAME:
         print(f"score: the id of an image is {archive.identified_by}")
-    order = _order(settings, archive, folder)
+    order = _order(settings, archive, folder, wanted)
     rows, shown = list[Row](), list[tuple[float, str, NDArray[np.uint8]]]()
 
     def lines() -> Generator[tuple[str, str]]:
@@ -130,9 +130,9 @@ def _writing(folder: Path) -> Generator[None]:
         ) from error
 
 
-def _order(settings: Score, archive: Archive, folder: Path) -> list[str]:
-    """The ids of the images to predict, in the order of the submission."""
-    order = expected_images(settings.sample_submission, archive) or []
+def _order(settings: Score, archive: Archive, folder: Path, wanted: list[str] | None) -> list[str]:
+    """The ids of the images to predict, in the order of the submission: those wanted, or all."""
+    order = sorted(archive.image_ids) if wanted is None else wanted
     if missing := [image_id for image_id in order if image_id not in archive.image_ids]:
         raise UserError(
             f"dicom_dir={folder}: {len(missing)} of {len(order)} images of {settings.sample_submission} have"

@@ -196,7 +196,7 @@ def _check(settings: Score, path: Path) -> ScoreResult:
     archive, wanted = None, expected_images(settings.sample_submission, None)
     if settings.dicom_dir is not None:
         archive = open_archive(settings.dicom_dir, settings.image_id, wanted or ())
-    expected = expected_images(settings.sample_submission, archive)
+    expected = expected_images(None, archive) if wanted is None else wanted
     result = check_submission(path, expected, {} if archive is None else native_shapes(archive))
     line = result.positives_line(positives_of(settings.dataset))
     tracking.log_json(asdict(result), "submission_check.json")

@@ -43,7 +43,6 @@ POSTGRESQL_LOCK = (
     7_368_662_513  # any number that other programs do not take; the connection's end releases it
 )
 KIND_TAG = "mlflow.experimentKind"
-_NOT_FOUND = "RESOURCE_DOES_NOT_EXIST"
 
 
 def open_store() -> str:
@@ -60,9 +59,9 @@ def open_store() -> str:
         if (uri := with_driver(mlflow.get_tracking_uri())) != mlflow.get_tracking_uri():
             mlflow.set_tracking_uri(uri)  # also for the processes that this one starts
         with _creation_lock():
-            experiment_id = _experiment()
-            _check_artifact_location(experiment_id)
-            _set_kind(experiment_id)
+            experiment = _experiment()
+            _check_artifact_location(experiment)
+            _set_kind(experiment)
     except UserError:
         raise
     except Exception as error:  # MLflow, SQLAlchemy, its drivers and the file system: errors of many kinds
@@ -88,39 +87,27 @@ def open_store() -> str:
             f"{SETTING}={tracking_uri()}: the store cannot be opened ({hide_passwords(reason)});"
             f" {room}name another in that variable, such as sqlite:///runs.db"
         ) from error
-    return experiment_id
+    return experiment.experiment_id
 
 
-def _experiment() -> str:
-    """The id of the experiment that the environment names; raises UserError if that, or the run, is gone."""
+def _experiment() -> Experiment:
+    """The experiment that the environment names; raises UserError if that, or the run, is gone."""
     if run_id := os.environ.get("MLFLOW_RUN_ID"):  # `mlflow run` has created the run
-        try:
+        with _must_exist("MLFLOW_RUN_ID", run_id, "run; unset that variable for a new one"):
             info = mlflow.get_run(run_id).info
-        except MlflowException as error:
-            if error.error_code != _NOT_FOUND:
-                raise
-            raise UserError(
-                f"MLFLOW_RUN_ID={run_id}: {tracking_uri()} has no such run; unset that variable for a new one"
-            ) from error
-        experiment_id = _active(mlflow.get_experiment(info.experiment_id), "MLFLOW_RUN_ID", run_id)
+        experiment = _active(mlflow.get_experiment(info.experiment_id), "MLFLOW_RUN_ID", run_id)
         if info.lifecycle_stage != LifecycleStage.ACTIVE:
             raise UserError(
                 f"MLFLOW_RUN_ID={run_id}: the run is deleted; restore it with: mlflow runs restore --run-id"
                 f" {run_id}, or unset that variable for a new one"
             )
-        return experiment_id
+        return experiment
     name = os.environ.get("MLFLOW_EXPERIMENT_NAME")
     if name is None:
         id = os.environ.get("MLFLOW_EXPERIMENT_ID") or "0"
-        try:
+        remedy = "experiment; name one in MLFLOW_EXPERIMENT_NAME, which is created if it does not exist"
+        with _must_exist("MLFLOW_EXPERIMENT_ID", id, remedy):
             return _active(mlflow.get_experiment(id), "MLFLOW_EXPERIMENT_ID", id)
-        except MlflowException as error:
-            if error.error_code != _NOT_FOUND:
-                raise
-            raise UserError(
-                f"MLFLOW_EXPERIMENT_ID={id}: {tracking_uri()} has no such experiment; name one in"
-                " MLFLOW_EXPERIMENT_NAME, which is created if it does not exist"
-            ) from error
     file = database_file(mlflow.get_tracking_uri())
     if (existing := mlflow.get_experiment_by_name(name)) is not None:
         _active(existing, "MLFLOW_EXPERIMENT_NAME", name)
@@ -128,29 +115,40 @@ def _experiment() -> str:
         # By default the artifacts would be stored in the working directory of the first process.
         location = (file.parent / "mlruns").as_uri()
         mlflow.create_experiment(name, artifact_location=location)  # pyright: ignore[reportUnknownMemberType]
-    return mlflow.set_experiment(name).experiment_id  # pyright: ignore[reportUnknownMemberType]
+    return mlflow.set_experiment(name)  # pyright: ignore[reportUnknownMemberType]
 
 
-def _active(experiment: Experiment, variable: str, value: str) -> str:
-    """The id of the experiment; raises UserError if it is deleted, which MLflow keeps until `mlflow gc`."""
+@contextmanager
+def _must_exist(variable: str, value: str, what: str) -> Generator[None]:
+    """Raises UserError if MLflow does not find what a variable names."""
+    try:
+        yield
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        raise UserError(f"{variable}={value}: {tracking_uri()} has no such {what}") from error
+
+
+def _active(experiment: Experiment, variable: str, value: str) -> Experiment:
+    """The experiment; raises UserError if it is deleted, which MLflow keeps until `mlflow gc`."""
     if experiment.lifecycle_stage != LifecycleStage.ACTIVE:
         raise UserError(
             f"{variable}={value}: the experiment {experiment.name} is deleted; restore it with: mlflow"
             f" experiments restore --experiment-id {experiment.experiment_id}, or name another in"
             " MLFLOW_EXPERIMENT_NAME"
         )
-    return experiment.experiment_id
+    return experiment
 
 
-def _set_kind(experiment_id: str) -> None:
+def _set_kind(experiment: Experiment) -> None:
     # Else the UI opens its pages for language models, without curves or registered models.
-    if KIND_TAG not in mlflow.get_experiment(experiment_id).tags:
+    if KIND_TAG not in experiment.tags:
         with suppress(MlflowException):  # another process has just set it
-            MlflowClient().set_experiment_tag(experiment_id, KIND_TAG, "custom_model_development")
+            MlflowClient().set_experiment_tag(experiment.experiment_id, KIND_TAG, "custom_model_development")
 
 
-def _check_artifact_location(experiment_id: str) -> None:
-    location = mlflow.get_experiment(experiment_id).artifact_location
+def _check_artifact_location(experiment: Experiment) -> None:
+    location = experiment.artifact_location
     if is_misread_by_mlflow(location):
         raise UserError(
             f"{location}: MLflow would store artifacts in {local_path(location)};"
