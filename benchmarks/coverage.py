@@ -82,7 +82,7 @@ def compared(
     measures = {name: measure for name, measure in images.measures().items() if name in COMPARED}
     without = (np.asarray(images.patients) != np.arange(patients)[:, None]).astype(float)
     found = dict[str, list[tuple[float, float]]]()
-    for name, resamples in bootstrap(measures, images.patients, rng).items():
+    for name, resamples in bootstrap(measures, images.patients, rng, 1000).items():
         score = measures[name](np.ones((1, len(images.dices))))[0]
         if np.isnan(score):
             continue

@@ -30,9 +30,9 @@ from numpy.typing import NDArray
 
 from pneumo_experiments.dataset.annotations import read_annotations
 from pneumo_experiments.dataset.patients import ROW, SHIPPED, image_number
+from pneumo_experiments.experiment.promotion import MIN_REPLACING
 from pneumo_experiments.scoring.comparison import RESAMPLES, certainty, compare, required_probability
 from pneumo_experiments.scoring.metrics import bootstrap
-from pneumo_experiments.scoring.scores import MIN_PATIENTS
 from pneumo_experiments.settings import Registry
 
 REAL_DATA = Path(os.environ.get("PNEUMO_REAL_DATA") or ROOT.parent / "shared" / "siim")
@@ -202,12 +202,12 @@ def main() -> None:
         return len(np.unique(drawn[0][drawn[1]]))
 
     small = [draw(200) for _ in range(1000)]
-    enough = [drawn for drawn in small if positives(drawn) >= MIN_PATIENTS]
+    enough = [drawn for drawn in small if positives(drawn) >= MIN_REPLACING]
     enough.sort(key=positives)
     print(f"{machine()}, NumPy {np.__version__}, {labels}, {repeats} repeats.")
     print(
-        f"Of 1,000 hold-outs of about 200 images {len(enough) / 1000:.1%} have {MIN_PATIENTS} patients with a"
-        " finding; on the others no version replaces another by itself.\n"
+        f"Of 1,000 hold-outs of about 200 images {len(enough) / 1000:.1%} have {MIN_REPLACING} patients with"
+        " a finding; on the others no version replaces another by itself.\n"
     )
     holdouts = [Holdout(*drawn, rng) for drawn in (enough[0], draw(2407))]
     names = [

@@ -275,6 +275,9 @@ def test_an_interval_from_few_patients_with_a_finding_is_called_unreliable() -> 
     counts = {"images": 10, "positives": 4, "patients": 9, "positive_patients": 5}
     alarmed = counts | {"precision": 0.6, "precision_low": 0.2, "false_alarms": 0.2, "misses": 0.1}
     assert notes(alarmed) == {"precision_note": "3 of 5"}
+    for name, least in {"specificity": 5, "false_alarms": 5, "calibration_error": 250}.items():
+        rows = [counts | {"patients": n, name: 0.2, f"{name}_low": 0.1} for n in (least - 1, least)]
+        assert ["unreliable" in notes(each)[f"{name}_note"] for each in rows] == [True, False]
     older = {name: value for name, value in row.items() if name != "positive_patients"}
     assert notes(older)["auroc_note"] == ""  # 8 positives are the most that is known
 
@@ -380,7 +383,7 @@ def test_the_bootstrap_weighs_patients_by_their_images_as_a_slow_one_does() -> N
         means.append(sum(drawn) / len(drawn))
     means.sort()
     measures = {"mean": lambda weights: mean(values, weights)}
-    low, high = interval_of(bootstrap(measures, patients, np.random.default_rng(0))["mean"])
+    low, high = interval_of(bootstrap(measures, patients, np.random.default_rng(0), 1000)["mean"])
     assert low == pytest.approx(means[500], abs=0.02)
     assert high == pytest.approx(means[19_500], abs=0.02)
 

@@ -146,14 +146,14 @@ def pair_by(gains: Dices) -> Pair:
     return Pair(score, float(HARD.mean()), comparison, IMAGES)
 
 
-def registered(model: str, models: int = 1, **settings: Any) -> Decision:
+def registered(model: str, **settings: Any) -> Decision:
     """Registers a model by the scores that it has, as `register` does where it need not score."""
     chosen, model_id = make(Registry, name="lungs", **settings), model.removeprefix("models:/")
     with tracking.run("register", Register()), tracking.registering(model, "lungs", {}) as number:
         champion, scores = tracking.champion_of("lungs"), tracking.scores_of(model_id)
         pair = compared(scores, champion, tracking.scores_of(champion.model_id) if champion else {})
         if pair is not None and chosen.promote != "never":
-            pair = counted(pair, chosen, number, models)
+            pair = counted(pair, chosen, number, 1)
         decision = decide(chosen, scores, champion, pair, "")
         tracking.decide("lungs", number, decision.alias, decision.reason, decision.tags(champion))
     return decision
@@ -215,6 +215,7 @@ def test_each_decision_on_the_same_images_requires_more() -> None:
     assert best.alias == "challenger"
     assert "decision 1 on these images, of the best of 20 models, requires 0.9985" in best.reason
     assert verdict(pair, 3, min_probability=0.95).alias == "champion"  # 1 - 0.05 / 9
+    assert verdict(pair, promote="always").reason.startswith("promote=always: Dice ")
 
 
 def test_decisions_are_counted_on_each_set_of_images_and_outlast_versions(store: Store) -> None:

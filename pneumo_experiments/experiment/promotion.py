@@ -13,9 +13,10 @@ from pneumo_experiments.scoring.comparison import Comparison, compare, required_
 from pneumo_experiments.settings import Registry
 from pneumo_experiments.tracking import UnseenScore, Version
 
-MIN_PATIENTS = 20  # with fewer the bootstrap of the difference covers too rarely
 CHAMPION, CHALLENGER, NONE = tracking.CHAMPION, tracking.CHALLENGER, "none"
-MIN_FIRST = 10  # patients with a finding for a first champion; MIN_PATIENTS for one that replaces another
+# Patients with a finding, for a first champion and for one that replaces another: with fewer the bootstrap of
+# the difference covers too rarely.
+MIN_FIRST, MIN_REPLACING = 10, 20
 ImageRow = tuple[str, float, bool]  # patient, Dice, whether the truth has pixels
 
 
@@ -80,9 +81,17 @@ def compared(
     deciding = (champion.tags or {}).get("identity") if champion else None
     common = [new for new in scores.values() if champion is None or new.identity in champions]
     common.sort(key=lambda s: (s.identity == deciding, s.subset == "holdout", s.timestamp), reverse=True)
-    pairs = [pair for new in common if (pair := _pair(new, champions.get(new.identity))) is not None]
-    least = MIN_PATIENTS if champion else MIN_FIRST
-    return max(pairs, key=lambda pair: pair.positives >= least, default=None)  # the first of equals
+    first: Pair | None = None
+    for new in common:
+        if (pair := _pair(new, champions.get(new.identity))) is not None:
+            if pair.positives >= _least_positives(champion):
+                return pair
+            first = first or pair
+    return first
+
+
+def _least_positives(champion: Version | None) -> int:
+    return MIN_REPLACING if champion else MIN_FIRST
 
 
 def counted(pair: Pair, registry: Registry, number: str, models: int) -> Pair:
@@ -131,7 +140,7 @@ def _verdict(
             f"{dice} cannot be compared with {who}: {problem[0]}{because}; {problem[1]}, or use"
             " promote=always"
         )
-    found, least = pair.comparison, MIN_PATIENTS if champion else MIN_FIRST
+    found, least = pair.comparison, _least_positives(champion)
     line = f"{dice} against {pair.other_dice:.4f} of {who}: {pair.line}"
     more = "score on more images (a larger holdout, an external data set), or use promote=always"
     if pair.positives < least:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import copysign, log1p, sqrt
 from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pneumo_experiments.scoring.metrics import Measure, bootstrap, interval_of, mean
+from pneumo_experiments.scoring.metrics import Measure, bootstrap, interval_of, mean, normal_of_t
 
 RESAMPLES = 10_000
 
@@ -58,16 +57,14 @@ def certainty(difference: float, resamples: NDArray[np.float64], patients: int) 
     """The probability that a difference, which so many patients make, is above 0, by its resamples (r,).
 
     Of the fraction above 0 (zeros count half) and Student's t with their standard deviation the one nearer to
-    1/2. With few patients the resamples' tails are too light, and they tell nothing beyond 1 - 1/r. The
-    distribution function of t is Wallace's approximation (Annals of Mathematical Statistics, 1959).
+    1/2. With few patients the resamples' tails are too light, and they tell nothing beyond 1 - 1/r.
     """
     better = float((resamples > 0).mean() + (resamples == 0).mean() / 2)
     spread, freedom = float(resamples.std()), patients - 1
     if spread == 0 or freedom < 1:
         return better if spread == 0 else 0.5
-    t = difference / spread
-    z = sqrt(freedom * log1p(t**2 / freedom)) * (8 * freedom + 1) / (8 * freedom + 3)
-    return min(better, NormalDist().cdf(copysign(z, t)), key=lambda probability: abs(probability - 0.5))
+    z = normal_of_t(difference / spread, freedom)
+    return min(better, NormalDist().cdf(z), key=lambda probability: abs(probability - 0.5))
 
 
 def required_probability(first: float, decision: int, models: int = 1) -> float:

@@ -10,13 +10,13 @@ and how often the bootstrap drew each image gives its resamples.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from math import expm1, isnan, sqrt
+from math import copysign, expm1, isnan, log1p, sqrt
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-RESAMPLES, AT_ONCE = 1000, 100  # AT_ONCE of them in memory
+AT_ONCE = 100  # resamples, or groups of the jackknife, in memory
 GROUPS = 1000  # of patients, at most, that the jackknife leaves out in turn
 Z = 1.959964  # 97.5% of the normal distribution
 BINS = 10  # of presence, for its calibration
@@ -138,6 +138,16 @@ def intervals(
     return ends
 
 
+def t_of_normal(z: float, df: float) -> float:
+    """Student's t with the tail of this normal deviate (Wallace, Annals of Mathematical Statistics, 1959)."""
+    return copysign(sqrt(df * expm1((z * (8 * df + 3) / (8 * df + 1)) ** 2 / df)), z)
+
+
+def normal_of_t(t: float, df: float) -> float:
+    """The normal deviate with the tail of this Student's t: the inverse of ``t_of_normal``."""
+    return copysign(sqrt(df * log1p(t**2 / df)) * (8 * df + 1) / (8 * df + 3), t)
+
+
 def effective_patients(patient: NDArray[Any]) -> float:
     """(sum of m)^2 / sum of m^2, for m images of each patient (Kish, Survey Sampling, 1965); 0 of none."""
     images = np.unique(patient, return_counts=True)[1]
@@ -148,14 +158,14 @@ def wilson(score: float, variance: float, patients: float) -> tuple[float, float
     """95% interval in [0, 1] of a score with this variance, from so many (effective) patients.
 
     Wilson's interval (1927) of a fraction of n images, where n gives this variance (Kott and Carr, 1997), and
-    Student's t of ``patients`` - 1 degrees of freedom (Wallace's approximation, 1959). Without variance,
-    as where all images are right, n is the number of patients, as if each had one image.
+    Student's t of ``patients`` - 1 degrees of freedom. Without variance, as where all images are right, n is
+    the number of patients, as if each had one image.
     """
     if isnan(score):
         return score, score
     if variance > 1e-20 and 0 < score < 1:
         n, df = score * (1 - score) / variance, max(patients - 1, 1.0)
-        z = sqrt(df * expm1((Z * (8 * df + 3) / (8 * df + 1)) ** 2 / df))
+        z = t_of_normal(Z, df)
     else:
         n, z = patients, Z
     middle, half = score + z**2 / (2 * n), z * sqrt(score * (1 - score) / n + (z / (2 * n)) ** 2)
@@ -167,7 +177,7 @@ def bootstrap(
     measures: Mapping[str, Measure],
     patients: Sequence[str],
     rng: np.random.Generator,
-    resamples: int = RESAMPLES,
+    resamples: int,
 ) -> dict[str, NDArray[np.float64]]:
     """Each score in so many resamples, a multiple of AT_ONCE, of the patients with all their images.
 

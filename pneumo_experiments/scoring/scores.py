@@ -23,7 +23,8 @@ from pneumo_experiments.scoring.metrics import (
 from pneumo_experiments.scoring.thresholds import ThresholdCounts, Thresholds
 
 MIN_PATIENTS = 5  # that bear on a score; with fewer its interval may not hold: see docs/training.md
-OF_ALL_PATIENTS = {"specificity": 5, "false_alarms": 5, "calibration_error": 250}  # others: with a finding
+# Of all patients; the others are of those with a finding.
+OF_ALL_PATIENTS = {"specificity": MIN_PATIENTS, "false_alarms": MIN_PATIENTS, "calibration_error": 250}
 COUNTS = ("images", "positives", "patients", "positive_patients")
 CONSTANTS = (*COUNTS, "dice_baseline")  # properties of the images, whatever is predicted
 

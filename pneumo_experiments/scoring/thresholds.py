@@ -178,7 +178,7 @@ class ThresholdCounts:
         """Area of each image's mask (n,), and of its overlap with the truth (n,)."""
         core, _ = self.at(thresholds.top_score)
         present = self.presence >= np.float32(thresholds.presence_threshold)
-        not_empty = present & (core >= thresholds.least_core_px(self.at(0)[0]))
+        not_empty = present & (core >= thresholds.least_core_px(_at_level(self._predicted, 0)))
         area, overlap = self.at(thresholds.bottom_score)
         return area * not_empty, overlap * not_empty
 

@@ -188,7 +188,7 @@ class Register:
         Path,
         Arg(
             "data set on which the new version and the champion are scored if they have no score on the same"
-            " images",
+            " images; that of the training also gives an ensemble its thresholds",
             declared=True,
         ),
     ] = Path("output/dataset.h5")

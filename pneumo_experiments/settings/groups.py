@@ -315,13 +315,15 @@ class Registry:
     min_probability: Annotated[
         float,
         Arg(
-            "probability that the new version is better than the champion, by the paired bootstrap over"
-            " patients, from which the first decision on a set of images favours it; the k-th requires"
-            " 1 - (1 - min_probability) / k²",
+            "probability that the new version is better than the champion (the first one: than all-empty"
+            " masks), paired by patients, from which the first decision on a set of images favours it; the"
+            " k-th requires 1 - (1 - min_probability) / k², the best of m models 1 - (1 - min_probability) /"
+            " (k² m)",
             min=0.5,
             max=1,
         ),
     ] = 0.97
     min_gain: Annotated[
-        float, Arg("a new version is favoured only if its Dice is higher by more than this", min=0, max=1)
+        float,
+        Arg("a new version replaces the champion only if its Dice is higher by more than this", min=0, max=1),
     ] = 0.0

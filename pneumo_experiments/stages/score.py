@@ -111,8 +111,7 @@ def _score_dataset(settings: Score, detector: Detector, model: str | None) -> Sc
         log_counts(counts, scored.patients)
         line = scores_line(scores)
         print(f"score: {name}: {line}")
-        sizes = np.array([entry.rows * entry.columns for entry in subset.entries])
-        covered = (counts.predicted_area(detector.thresholds) / sizes).tolist()
+        covered = (counts.predicted_area(detector.thresholds) / counts.at(0)[0]).tolist()
         usual = {"in training": detector.prevalence, "by their labels": scores.positives / scores.images}
         notes = mask_warnings(covered, usual)
         if seen and name == "all":
@@ -126,7 +125,7 @@ def _score_dataset(settings: Score, detector: Detector, model: str | None) -> Sc
             comparison = log_comparison(settings.baseline, subset, scored, baseline, prefix)
             text += f"\nAgainst {settings.baseline}: {comparison.line}."
         where = log_report(
-            *(settings, name, subset, counts, detector, scored, scores, intervals, comparison), notes
+            settings, name, subset, counts, detector, scored, scores, intervals, comparison, notes
         )
         tracking.describe(text)
     return ScoreResult(scores, where, None, prefix)
