@@ -172,6 +172,15 @@ def test_a_study_that_did_not_mark_the_settings_as_given_ends_with_the_best_mean
     second = study_of(0.1, 0.3, 0.44, confirms=True, marked=False)
     assert (winner := choose_winner(old, second)) and winner.trial.number == 2
     assert winner.value == pytest.approx(0.52)
+    forbidden = study_of(0.1, 0.3, 0.44, confirms=True, marked=False, false_alarms={2: 0.2})
+    assert (winner := choose_winner(old, forbidden)) and winner.trial.number == 1
+
+
+def test_the_value_is_that_of_the_second_training_though_that_of_the_settings_as_given_failed() -> None:
+    second = optuna.create_study(direction="maximize")
+    second.add_trial(create_trial(value=0.4, user_attrs={PATIENT_DICE: [0.4, 0.4], CONFIRMS: 1}))
+    assert (winner := choose_winner(study_of(0.5, 0.6), second)) and winner.trial.number == 1
+    assert winner.line == "1, cross-fitted Dice 0.4000"
 
 
 def test_what_violates_a_constraint_in_either_training_does_not_win() -> None:

@@ -23,6 +23,7 @@ from pneumo_experiments.experiment.study_storage import (
     load_study,
     open_storage,
 )
+from pneumo_experiments.scoring.comparison import required_probability
 
 CONFIDENCE = 0.97  # that no trial of a study that is no better than the settings as given takes their place
 # Standard deviation of what a seed adds to the Dice of all images alike, which paired images do not show.
@@ -48,7 +49,7 @@ def better_than(
 
     All (p,), as for ``probability_better``. The more there are, the surer it must be of each (Bonferroni).
     """
-    level = 1 - (1 - CONFIDENCE) / max(1, len(others))
+    level = required_probability(CONFIDENCE, 1, max(1, len(others)))
     return {
         number: float(dices.mean())
         for number, dices in others.items()
@@ -62,7 +63,7 @@ class Winner:
 
     trial: FrozenTrial
     value: float
-    """Dice of its second training; of its first one, if it has no other"""
+    """Dice of its second training; of its first one, if it has no other; the mean, if no trial is as given"""
     confirmed: dict[int, float]
     """Dice of the second training of each trial that has one, by number"""
 
@@ -90,7 +91,11 @@ def choose_winner(study: Study, confirmations: Study | None) -> Winner | None:
     confirmed = {number: first_value(trial) for number, trial in second.items()}
     given = next((trial.number for trial in best if AS_GIVEN in trial.user_attrs), None)
     if given is None:  # they failed, or a version that did not mark them made the study: the best mean wins
-        means = {number: (first_value(first[number]) + value) / 2 for number, value in confirmed.items()}
+        means = {
+            number: (first_value(first[number]) + value) / 2
+            for number, value in confirmed.items()
+            if not violation(second[number])
+        }
         number = max(means, key=means.__getitem__, default=best[0].number)
         return Winner(first[number], means.get(number, first_value(first[number])), confirmed)
     compared = second if given in second else first
@@ -104,7 +109,7 @@ def choose_winner(study: Study, confirmations: Study | None) -> Winner | None:
     else:
         better = better_than(np.array(compared[given].user_attrs[PATIENT_DICE]), dices)
     number = max(better, key=better.__getitem__, default=given)
-    return Winner(first[number], first_value(compared[number]), confirmed)
+    return Winner(first[number], first_value(second.get(number, first[number])), confirmed)
 
 
 def best_of_study(address: str, name: str) -> dict[str, Any]:
