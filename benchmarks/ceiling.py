@@ -20,8 +20,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from labels import REAL_DATA, SHAPE, mask_of
-from measure import machine
+from labels import SHAPE, mask_of
+from measure import REAL_DATA, machine
 from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm

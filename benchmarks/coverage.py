@@ -13,13 +13,11 @@ population. Prints Markdown.
 from __future__ import annotations
 
 import argparse
-import os
 from collections import defaultdict
-from pathlib import Path
 from statistics import NormalDist
 
 import numpy as np
-from measure import ROOT, machine
+from measure import REAL_DATA, machine
 from numpy.typing import NDArray
 from tqdm import tqdm
 
@@ -28,9 +26,7 @@ from pneumo_experiments.dataset.patients import ROW, SHIPPED, image_number
 from pneumo_experiments.scoring.metrics import Z, bootstrap, interval_of
 from pneumo_experiments.scoring.scores import OF_ALL_PATIENTS, ScoredImages
 
-LABELS = (
-    Path(os.environ.get("PNEUMO_REAL_DATA") or ROOT.parent / "shared" / "siim") / "labels/train-rle.csv.gz"
-)
+LABELS = REAL_DATA / "labels" / "train-rle.csv.gz"
 PATIENTS = (10, 25, 51, 103, 256, 1233)  # about 20, 48, 100, 200, 500 and 2,407 images
 SMALL = PATIENTS[:5]  # for all scores, by patients with a finding
 COMPARED = ("dice", "dice_positive", "sensitivity", "specificity", "auroc")

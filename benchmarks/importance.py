@@ -10,8 +10,8 @@ FILE: ImageNet weights of a ResNet-50 as a state dict, or auto, which downloads 
 `search`, at random unless `--sampler tpe`, none pruned; each seed has a study. The same command goes on with
 studies that were interrupted, and higher `--trials` continue them. Prints Markdown: the importances, which
 add up to 1, their mean and standard deviation over resamples of the trials, and the fraction of resamples in
-which a setting is among the first three. Trials whose masks are all empty rank behind the others, by their
-best Dice on positives; where there are many, train for longer.
+which a setting is among the first three. Trials whose masks are all empty count less by 1 minus their best
+Dice on positives; where there are many, train for longer.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import optuna
 from measure import machine
 from optuna.trial import FrozenTrial, TrialState
 
-from pneumo_experiments.experiment.study import first_value, violation
+from pneumo_experiments.experiment.study import loss
 
 SEARCHED = (
     *("dice_weight", "dice_image_weight", "presence_weight", "learning_rate", "final_positive_share"),
@@ -51,10 +51,6 @@ def trials_of(chosen: argparse.Namespace, seed: int) -> list[FrozenTrial]:
     search(from_flat(Search, values))
     study = optuna.load_study(study_name=name, storage=storage)
     return study.get_trials(states=(TrialState.COMPLETE,))
-
-
-def loss(trial: FrozenTrial) -> float:
-    return violation(trial) - first_value(trial)
 
 
 def importances(trials: list[FrozenTrial]) -> list[float]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import os
 import sys
 import time
 from collections import Counter
@@ -19,7 +18,7 @@ from functools import reduce
 from pathlib import Path
 
 import numpy as np
-from measure import ROOT, machine
+from measure import REAL_DATA, machine
 from tqdm import tqdm
 
 from pneumo_experiments.dataset import rle
@@ -32,7 +31,6 @@ from pneumo_experiments.learning.predict import to_native
 from pneumo_experiments.scoring.metrics import dice
 from pneumo_experiments.settings import SplitSettings
 
-REAL_DATA = Path(os.environ.get("PNEUMO_REAL_DATA") or ROOT.parent / "shared" / "siim")
 SHAPE = (1024, 1024)
 SIZE = 384
 FOLDS = 5

@@ -16,6 +16,7 @@ import psutil
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # the package is used from its folder, not installed
+REAL_DATA = Path(os.environ.get("PNEUMO_REAL_DATA") or ROOT.parent / "shared" / "siim")  # see CONTRIBUTING.md
 
 
 def machine() -> str:

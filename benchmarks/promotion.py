@@ -18,14 +18,12 @@ later. Prints Markdown.
 from __future__ import annotations
 
 import argparse
-import os
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from statistics import NormalDist
 
 import numpy as np
-from measure import ROOT, machine
+from measure import REAL_DATA, machine
 from numpy.typing import NDArray
 
 from pneumo_experiments.dataset.annotations import read_annotations
@@ -35,7 +33,6 @@ from pneumo_experiments.scoring.comparison import RESAMPLES, certainty, compare,
 from pneumo_experiments.scoring.metrics import bootstrap
 from pneumo_experiments.settings import Registry
 
-REAL_DATA = Path(os.environ.get("PNEUMO_REAL_DATA") or ROOT.parent / "shared" / "siim")
 POSITIVES = 0.2215
 SHARED = {"different": 0.6, "similar": 0.95}  # part of the variance that all models have in common
 WITHIN = 0.3  # correlation of the images of a patient

@@ -9,7 +9,6 @@ pycocotools is needed for the comparison only: pip install pycocotools
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import sys
 import time
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from measure import ROOT, machine
+from measure import REAL_DATA, machine
 from tqdm import tqdm
 
 from pneumo_experiments.dataset import rle
@@ -33,7 +32,6 @@ try:
 except ImportError:
     sys.exit("pycocotools is not installed; this comparison needs it: pip install pycocotools")
 
-REAL_DATA = Path(os.environ.get("PNEUMO_REAL_DATA") or ROOT.parent / "shared" / "siim")
 TABLE = REAL_DATA / "labels" / "train-rle.csv.gz"
 SHAPE = (1024, 1024)
 PHANTOMS = 60

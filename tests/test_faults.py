@@ -33,7 +33,8 @@ from pneumo_experiments.dataset import rle
 from pneumo_experiments.dataset.hdf5 import Dataset
 from pneumo_experiments.dataset.packed import ResizedImage, hash_patient
 from pneumo_experiments.errors import UserError
-from pneumo_experiments.experiment.subset import make_split
+from pneumo_experiments.experiment.grouping import warn
+from pneumo_experiments.experiment.subset import Subset, make_split, require_positives
 from pneumo_experiments.learning.checkpoint import Checkpoint
 from pneumo_experiments.settings import Score, Search, Train, as_params
 from pneumo_experiments.stages.score import score
@@ -332,6 +333,18 @@ def test_a_data_set_without_a_finding_is_refused_before_anything_is_learned(
         search(make(Search, dataset=datasets["healthy"], network="tiny", weights="none", storage="none"))
     assert {run.info.run_name: run.info.status for run in runs()} == {"train": "FAILED", "search": "FAILED"}
     assert not mlflow.search_logged_models(experiment_ids=["0"], output_format="list")
+
+
+def test_of_findings_alone_a_training_warns(
+    datasets: dict[str, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    with Dataset.open(datasets["larger"]) as dataset:
+        findings = np.flatnonzero([entry.area_px > 0 for entry in dataset.entries])
+        for indices, is_warned in ((np.arange(len(dataset)), False), (findings, True)):
+            warn.cache_clear()
+            require_positives(Subset(dataset, indices))
+            assert ("every training image has a pneumothorax" in caplog.text) == is_warned
+    assert 0 < len(findings) < len(dataset)
 
 
 def test_a_data_set_of_one_patient_cannot_be_divided_and_says_so(

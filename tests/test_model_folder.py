@@ -30,7 +30,7 @@ def test_a_model_folder_keeps_every_member(tmp_path: Path) -> None:
     members = [tiny_member(seed, fold=str(seed), tta=tta) for seed, tta in enumerate(augmentations)]
     line = Calibration(0.6, -1.3)
     members[1] = replace(members[1], predictor=replace(members[1].predictor, calibration=line))
-    saved = replace(detector(*members), prevalence=0.22)
+    saved = detector(*members)
     save(tmp_path, saved)
     assert {path.name for path in tmp_path.iterdir()} == {
         "model.json",
@@ -42,7 +42,6 @@ def test_a_model_folder_keeps_every_member(tmp_path: Path) -> None:
     assert [member.settings["fold"] for member in again.members] == ["0", "1", "2"]
     assert [member.predictor.tta for member in again.members] == augmentations
     assert [member.predictor.calibration for member in again.members] == [Calibration(), line, Calibration()]
-    assert again.prevalence == 0.22
     images = squares(1).images.numpy()
     before, after = (next(each.predictor.predict(images)) for each in (saved, again))
     np.testing.assert_array_equal(before.mask, after.mask)
@@ -80,7 +79,6 @@ def views(images: np.ndarray) -> list[torch.Tensor]:
         *(("calibration", {"slope": value}) for value in (0, -1.0, float("inf"), float("nan"), "1", None)),
         *(("calibration", value) for value in ({"bias": float("nan")}, {"power": 2}, 7, None)),
         *(("min_area_of", value) for value in (512, "1024", [])),
-        *(("prevalence", value) for value in ("half", [0.5], True)),
     ],
 )
 def test_a_damaged_number_is_named(name: str, value: Any, tmp_path: Path) -> None:
@@ -95,7 +93,7 @@ def test_a_damaged_number_is_named(name: str, value: Any, tmp_path: Path) -> Non
     "damage",
     [
         *({"members": members} for members in ([], 7, [7], [{}], [{"settings": {}}])),
-        *({"prevalence": value} for value in (-0.1, 1.1, float("nan"), "0.2", True)),
+        *({"prevalence": value} for value in (-0.1, 1.1, float("nan"), "0.2", [0.5], True)),
     ],
 )
 def test_damaged_fields_are_named(damage: dict[str, Any], tmp_path: Path) -> None:
@@ -104,15 +102,6 @@ def test_damaged_fields_are_named(damage: dict[str, Any], tmp_path: Path) -> Non
     path.write_text(json.dumps(json.loads(path.read_text()) | damage))
     with pytest.raises(UserError, match=r"model\.json: missing or damaged .*; train again"):
         load(tmp_path)
-
-
-def test_an_older_model_knows_no_prevalence(tmp_path: Path) -> None:
-    save(tmp_path, detector(tiny_member(0)))
-    path = tmp_path / "model.json"
-    description = json.loads(path.read_text())
-    assert description.pop("prevalence") == 0.22
-    path.write_text(json.dumps(description))
-    assert load(tmp_path).prevalence is None
 
 
 def test_missing_weights_of_a_member_are_named(tmp_path: Path) -> None:

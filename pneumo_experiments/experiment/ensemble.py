@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -47,21 +48,22 @@ def load_models(model: str, dataset: Path, compute: Device) -> Detector:
     if len(detectors) == 1:
         return detectors[0]
     joined = join(detectors)
-    try:
-        with Dataset.open(dataset) as opened:
+    with ExitStack() as stack:
+        try:
+            opened = stack.enter_context(Dataset.open(dataset))
             if opened.fingerprint != joined.data_fingerprint:
                 raise UserError(f"dataset={dataset}: is another data set than that of their training")
-            counts = list[ThresholdCounts]()
-            for split in dict.fromkeys(member.split for member in joined.members):
-                alike = Ensemble(tuple(one.predictor for one in joined.members if one.split == split))
-                counts.append(Subset(opened, make_split(opened, split).validation).count(alike, "thresholds"))
-        return replace(joined, thresholds=best_of_all(ThresholdCounts.joined(counts)).thresholds)
-    except UserError as error:
-        print(
-            "warning: each threshold of the ensemble is the mean of the models', which costs Dice where they"
-            f" disagree; name the data set of their training in dataset to search them ({error})"
-        )
-        return joined
+        except UserError as error:
+            print(
+                "warning: each threshold of the ensemble is the mean of the models', which costs Dice where"
+                f" they disagree; name the data set of their training in dataset to search them ({error})"
+            )
+            return joined
+        counts = list[ThresholdCounts]()
+        for split in dict.fromkeys(member.split for member in joined.members):
+            alike = Ensemble(tuple(one.predictor for one in joined.members if one.split == split))
+            counts.append(Subset(opened, make_split(opened, split).validation).count(alike, "thresholds"))
+    return replace(joined, thresholds=best_of_all(ThresholdCounts.joined(counts)).thresholds)
 
 
 def log_ensemble(folds: Sequence[TrainedFold], threshold_trials: int, seed: int) -> str:

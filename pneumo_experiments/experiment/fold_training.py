@@ -218,12 +218,11 @@ def _choose_weights(
     threshold counts of the validation images, and the epochs that were averaged.
     """
     predictor, validation, best = prepared.predictor, prepared.validation, list(progress.networks)
-    network, mean = predictor.network, mean_state(list(progress.networks.values()))
-    candidates = [(progress.networks[best[0]], best[:1], False)]
+    network, candidates = predictor.network, [(progress.networks[best[0]], best[:1], False)]
     if len(best) > 1:
-        candidates.append((mean, best, False))
+        candidates.append((mean_state(list(progress.networks.values())), best, False))
     if len(best) > 1 or recipe.optimizer.ema > 0:
-        network.load_state_dict(mean)
+        network.load_state_dict(candidates[-1][0])
         data, is_shown = prepared.training_data, distributed.is_main_process()
         with ProgressBar("batch statistics", min(STATISTICS_IMAGES, len(data)), is_shown=is_shown) as bar:
             update_batch_norm(network, data, recipe, predictor.compute, bar.update)

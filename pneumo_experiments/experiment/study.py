@@ -124,7 +124,17 @@ def rank(trial: FrozenTrial | optuna.Trial, dice: float) -> tuple[float, float]:
 
 def violation(trial: FrozenTrial | optuna.Trial) -> float:
     """By how much a trial violates its constraints, as Optuna's samplers add it up; 0 if it is feasible."""
-    return sum(max(0.0, value) for value in trial.constraints.values())
+    return excess(trial.constraints)
+
+
+def excess(constraints: Mapping[str, float]) -> float:
+    """The sum of what constraints are above 0."""
+    return sum(max(0.0, value) for value in constraints.values())
+
+
+def loss(trial: FrozenTrial) -> float:
+    """What a completed trial violates less its Dice: low is good."""
+    return violation(trial) - first_value(trial)
 
 
 def first_value(trial: FrozenTrial) -> float:

@@ -21,6 +21,7 @@ from pneumo_experiments.experiment.study import (
     best_trials,
     first_value,
     is_counted,
+    loss,
 )
 from pneumo_experiments.experiment.study_storage import (
     ERROR,
@@ -95,19 +96,14 @@ def pictures(study: Study) -> dict[str, NDArray[np.uint8]]:
     if len(completed) < TRIALS_FOR_IMPORTANCE:
         return drawn
     if len(values) > 1:
-        # PED-ANOVA takes low values of a target for good ones.
-        low: dict[str, Any] = {} if is_single else {"target": _negative_value}
+        low = {"params": names, "target": loss}  # as PED-ANOVA wants it
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "PedAnovaImportanceEvaluator computes")
-            drawn["importances"] = _draw(plots.plot_param_importances, study, params=names, **(target | low))
-            names = [*optuna.importance.get_param_importances(study, params=names, **low)]
+            drawn["importances"] = _draw(plots.plot_param_importances, study, **(target | low))
+            names = [*optuna.importance.get_param_importances(study, params=names, target=loss)]
     if len(names) >= 2:
         drawn["contour"] = _draw(plots.plot_contour, study, params=names[:2], **target)
     return drawn
-
-
-def _negative_value(trial: FrozenTrial) -> float:
-    return -first_value(trial)
 
 
 def _draw(plot: Callable[..., Any], study: Study, **arguments: Any) -> NDArray[np.uint8]:

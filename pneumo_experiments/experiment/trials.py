@@ -17,7 +17,7 @@ from tqdm import tqdm
 from pneumo_experiments import tracking
 from pneumo_experiments.errors import ServerUnreachable, UserError
 from pneumo_experiments.experiment.search_space import Space, suggest, with_values
-from pneumo_experiments.experiment.study import best_trials, first_value, is_counted, rank
+from pneumo_experiments.experiment.study import best_trials, excess, first_value, is_counted, rank
 from pneumo_experiments.experiment.study_storage import (
     AS_GIVEN,
     CONFIRMS,
@@ -138,8 +138,7 @@ class Objective:
         for epoch, scores in enumerate(training.epochs(recipe, self._trials_left(trial)), start=1):
             if reports:
                 # A pruner knows no constraints.
-                violations = [max(0.0, value) for value in self._constraints(scores).values()]
-                trial.report(scores.dice - sum(violations), epoch)
+                trial.report(scores.dice - excess(self._constraints(scores)), epoch)
                 if epoch < self._epochs and not is_given and trial.should_prune():
                     break
         assert scores is not None  # a trial has one epoch at least
@@ -155,8 +154,8 @@ class Objective:
         """Trials that this worker has still to run, this one included, if the others run as many."""
         others = trial.study.get_trials(deepcopy=False)
         left = self.total - sum(is_counted(other) for other in others)
-        if not self.confirms and self.settings.study.confirm:
-            left += min(self.settings.study.confirm + 1, self.total)
+        if not self.confirms:
+            left += self.settings.study.trained_again
         return -(-left // max(1, sum(other.state is TrialState.RUNNING for other in others)))
 
     def _record(self, trial: optuna.Trial, scores: TrialScores, seconds: float, is_pruned: bool) -> None:

@@ -254,7 +254,7 @@ class StudySettings:
     max_false_alarms: Annotated[
         float | None,
         Arg(
-            "a trial with a mask in a greater fraction of all images that have no finding does not win; none",
+            "a trial does not win if a greater fraction of all images has a mask but no finding; none",
             min=0,
             max=1,
         ),
@@ -293,6 +293,11 @@ class StudySettings:
         ),
     ] = AUTO
     storage: StudyStorage = STORAGE
+
+    @property
+    def trained_again(self) -> int:
+        """At most so many second trainings: of the best trials, and of the settings as given."""
+        return min(self.confirm + 1, self.trials) if self.confirm and self.trials > 1 else 0
 
     @property
     def has_one_objective(self) -> bool:

@@ -130,7 +130,7 @@ def _work_line(settings: Main, images: int) -> str:
     No trial is pruned, and both train the same network; predictions are left out.
     """
     study, epochs = settings.study, settings.schedule.epochs
-    again = min(study.confirm + 1, study.trials) if study.confirm and study.trials > 1 else 0
+    again = study.trained_again
     size = min(study.search_images or images, images)
     passes = (study.trials + again) * study.folds_per_trial * study.search_epochs * size
     passes += (1 + (again > 0)) * study.search_warmup_epochs * images
