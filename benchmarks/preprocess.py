@@ -85,6 +85,7 @@ def decode_and_resize(folder: Path, rows: dict[str, list[str]], target: Path) ->
 def ours(folder: Path, rows: dict[str, list[str]], target: Path, pixel_dtype: str = "float32") -> None:
     """The data path of the entry point, on all cores."""
     from pneumo_experiments.dataset.hdf5_writer import DatasetWriter
+    from pneumo_experiments.dataset.labels import run_length_labels
     from pneumo_experiments.dataset.shards import ShardSettings, make_jobs, results
     from pneumo_experiments.dicom.archive import open_archive
     from pneumo_experiments.dicom.workers import available_cores
@@ -92,7 +93,11 @@ def ours(folder: Path, rows: dict[str, list[str]], target: Path, pixel_dtype: st
     work = target.with_suffix(".work")
     work.mkdir()
     jobs = make_jobs(
-        folder, ShardSettings(SIZE, pixel_dtype, 10**8), open_archive(folder).members, rows, patients={}
+        folder,
+        ShardSettings(SIZE, pixel_dtype, 10**8),
+        open_archive(folder).members,
+        run_length_labels(rows),
+        patients={},
     )
     with DatasetWriter.create(target, image_size=SIZE, pixel_dtype=pixel_dtype, labelled=True) as writer:
         for result in results(jobs, work, available_cores()):

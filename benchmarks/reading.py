@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from pneumo_experiments.dataset.annotations import read_annotations
 from pneumo_experiments.dataset.hdf5 import BLOCK, Dataset
 from pneumo_experiments.dataset.hdf5_writer import DatasetWriter
+from pneumo_experiments.dataset.labels import run_length_labels
 from pneumo_experiments.dataset.packed import to_uint8
 from pneumo_experiments.dataset.rle import EMPTY
 from pneumo_experiments.dataset.shards import ShardSettings, make_jobs, results
@@ -40,7 +41,11 @@ def written(folder: Path, pixel_dtype: str) -> Path:
     rows = read_annotations(folder / "sample" / "train-rle.csv")
     archive = open_archive(folder / "sample" / "dicom-images-train")
     jobs = make_jobs(
-        archive.root, ShardSettings(SIZE, pixel_dtype, 10**8), archive.members, rows, patients={}
+        archive.root,
+        ShardSettings(SIZE, pixel_dtype, 10**8),
+        archive.members,
+        run_length_labels(rows),
+        patients={},
     )
     path, work = folder / f"{pixel_dtype}.h5", folder / f"{pixel_dtype}.work"
     work.mkdir()

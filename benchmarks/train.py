@@ -38,6 +38,7 @@ from torchvision.transforms import v2
 from pneumo_experiments.dataset import hdf5
 from pneumo_experiments.dataset.annotations import read_annotations
 from pneumo_experiments.dataset.hdf5_writer import DatasetWriter
+from pneumo_experiments.dataset.labels import run_length_labels
 from pneumo_experiments.dataset.shards import ShardSettings, make_jobs, results
 from pneumo_experiments.dicom.archive import open_archive
 from pneumo_experiments.dicom.workers import available_cores
@@ -156,7 +157,9 @@ def dataset_of(size: int, folder: Path) -> Path:
         work.mkdir()
         dicom_dir, rows = sample / "dicom-images-train", read_annotations(sample / "train-rle.csv")
         members = open_archive(dicom_dir).members
-        jobs = make_jobs(dicom_dir, ShardSettings(size, "float32", 10**8), members, rows, patients={})
+        jobs = make_jobs(
+            dicom_dir, ShardSettings(size, "float32", 10**8), members, run_length_labels(rows), patients={}
+        )
         with DatasetWriter.create(path, image_size=size, pixel_dtype="float32", labelled=True) as writer:
             for result in results(jobs, work, available_cores()):
                 if result.packed is not None:

@@ -13,6 +13,7 @@ from pneumo_experiments.dataset import rle
 from pneumo_experiments.dataset.annotations import read_annotations
 from pneumo_experiments.dataset.hdf5 import Dataset
 from pneumo_experiments.dataset.hdf5_writer import DatasetWriter
+from pneumo_experiments.dataset.labels import run_length_labels
 from pneumo_experiments.dataset.packed import Entry, Packed, ResizedImage, hash_patient, pack
 from pneumo_experiments.dataset.resize import area_resize
 from pneumo_experiments.dataset.shards import ShardSettings, make_jobs, results
@@ -27,8 +28,8 @@ def stored_sample(folder: Path, images: int, image_size: int) -> Path:
     write_sample(folder / "sample", images, 0, seed=1)
     archive = open_archive(folder / "sample" / "dicom-images-train")
     settings = ShardSettings(image_size, pixel_dtype="uint8", max_pixels=2**20)
-    annotations = read_annotations(folder / "sample" / "train-rle.csv")
-    jobs = make_jobs(archive.root, settings, archive.members, annotations, patients={})
+    labels = run_length_labels(read_annotations(folder / "sample" / "train-rle.csv"))
+    jobs = make_jobs(archive.root, settings, archive.members, labels, patients={})
     packed = (result.packed for result in results(jobs, folder, 1) if result.packed is not None)
     path = folder / "d.h5"
     write_dataset(path, packed, image_size=image_size, pixel_dtype="uint8")

@@ -117,7 +117,9 @@ def test_objects_without_pictures_are_passed_over_and_counted_by_class(tmp_path:
     }.items():
         written = with_uids(dicom_bytes(GREYS), sop_class=uid)
         place(tmp_path, f"{kind}.dcm", f"{kind} 2", content=written)
-    with pytest.raises(UserError, match=r"no \.dcm files, only .*Basic Text SR Storage \(2\)"):
+    with pytest.raises(
+        UserError, match=r"no \.dcm, \.png or \.jpg files, only .*Basic Text SR Storage \(2\)"
+    ):
         open_archive(tmp_path)
     for number, uid in enumerate(("1.2.840.10008.5.1.4.1.1.1", "1.2.840.10008.5.1.4.1.1.1.1", "1.2.3.4")):
         place(tmp_path, f"{number}.dcm", content=with_uids(dicom_bytes(GREYS), sop_class=uid))
@@ -166,16 +168,16 @@ def test_a_stamp_changes_with_the_file(tmp_path: Path) -> None:
 
 
 def test_where_there_is_nothing_the_error_names_it_and_the_remedy(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"nowhere: no such folder; name the one that holds"):
+    with pytest.raises(UserError, match=r"nowhere: no such file or folder; name the folder that holds"):
         open_archive(tmp_path / "nowhere")
-    with pytest.raises(UserError, match=r"contains no \.dcm files; name the folder"):
+    with pytest.raises(UserError, match=r"contains no \.dcm, \.png or \.jpg files; name the folder"):
         open_archive(tmp_path)
     place(tmp_path, "notes.txt", content=b"hello")
-    with pytest.raises(UserError, match=r"notes\.txt: neither a folder nor a zip file"):
+    with pytest.raises(UserError, match=r"notes\.txt: neither a folder, nor a zip or tar file"):
         open_archive(tmp_path / "notes.txt")
     with zipfile.ZipFile(tmp_path / "empty.zip", "w"):
         pass
-    with pytest.raises(UserError, match=r"empty\.zip: contains no \.dcm files"):
+    with pytest.raises(UserError, match=r"empty\.zip: contains no \.dcm, \.png or \.jpg files"):
         open_archive(tmp_path / "empty.zip")
 
 
@@ -347,7 +349,10 @@ def test_a_bomb_in_a_zip_file_inflates_no_further_than_its_declared_size(tmp_pat
     content = content.replace(told, (999).to_bytes(4, "little"))
     outcomes = [
         ["{}", "bomb: damaged in the zip file"],
-        [f"{path}: contains no .dcm files, only other files (1); name the folder that holds them"],
+        [
+            f"{path}: contains no .dcm, .png or .jpg files, only other files (1); name the folder that holds"
+            " them"
+        ],
     ]
     for name, outcome in zip((b"bomb.dcm", b"nosuffix"), outcomes, strict=True):
         path.write_bytes(content.replace(b"bomb.dcm", name))

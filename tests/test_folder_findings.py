@@ -31,6 +31,7 @@ from tracked import log_model
 from pneumo_experiments import tracking
 from pneumo_experiments.dataset.resize import resize_image
 from pneumo_experiments.dataset.rle import decode
+from pneumo_experiments.dicom.radiograph import read_radiograph
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.experiment import folder_findings
 from pneumo_experiments.experiment.folder_findings import COLUMNS, write_findings
@@ -172,6 +173,26 @@ def test_every_file_has_a_row_and_every_finding_a_picture(
     assert said.out.splitlines()[-1].endswith("beside it")  # and no warning
     for text in (said.out, said.err, *(rows[name]["error"] for name in rows), str(run.data.tags)):
         assert "Mustermann" not in text
+
+
+def test_png_copies_give_the_findings_of_the_radiographs_without_their_header(
+    folder: Path, store: Path, tmp_path: Path
+) -> None:
+    expected = written(folder, findings=Path("of-dicom"))
+    for name in ("left", "both", "dark"):
+        pixels = read_radiograph(FILES[name], name).pixels
+        Image.fromarray(pixels).save(tmp_path / f"{name}.png")
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(40))
+    rows = written(tmp_path, dicom_seg=True, max_rejected=0.5)
+    for name in ("left", "both", "dark"):
+        header_free = ("image_id", "presence", "area_px", "rle")
+        assert [rows[name][column] for column in header_free] == [expected[name][c] for c in header_free]
+    assert (rows["left"]["side"], rows["left"]["area_mm2"]) == ("left", "")
+    assert rows["left"]["error"] == "left: no DICOM Segmentation: the file's StudyInstanceUID is missing"
+    assert rows["broken"]["error"].startswith("broken: cannot be decoded: damaged")
+    single = written(tmp_path / "left.png", findings=Path("single"))
+    assert list(single) == ["left"]
+    assert single["left"]["rle"] == rows["left"]["rle"]
 
 
 def test_an_overlay_shows_the_outline_in_the_proportions_of_the_radiograph(folder: Path, store: Path) -> None:
@@ -420,7 +441,7 @@ def test_the_command_and_the_mistakes_of_newcomers(
     (tmp_path / "broken" / "x.dcm").write_bytes(FILES["broken"])
     monkeypatch.setitem(sys.modules, "highdicom", None)
     lines = {
-        ("--dicom_dir", "missing"): "missing: no such folder; name the one that holds the .dcm files",
+        ("--dicom_dir", "missing"): "missing: no such file or folder; name the folder that holds the .dcm",
         ("--dicom_dir", "empty"): "empty: contains no .dcm files; name the folder that holds them",
         ("--dicom_dir", "broken"): "dicom_dir=broken: no file can be used; the first: x: ",
         ("--dicom_dir", str(folder), "--dicom_seg", "true"): "dicom_seg=true: needs highdicom; pip install",

@@ -264,7 +264,7 @@ def test_the_summary_is_short_and_complete() -> None:
         "file found, but not in the annotation table (2): u0, u1",
         "several files with the same id (2): b1, u1",
         "same image under several ids (2): a1 = b3, b1 = b2",
-        "headers: a window (2), a table (1)",
+        "read with notes: a window (2), a table (1)",
         "6 images of 3 patients, at most 3 per patient",
         "view AP 3, PA 2, unknown 1; sex M 3, F 2, unknown 1; age median 48 years, 1 unknown, 1 above 110",
         "4 with pneumothorax, median area 750 px, 1 with overlapping annotations;"

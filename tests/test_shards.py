@@ -25,6 +25,7 @@ from samples import content_of, write_dataset
 from pneumo_experiments.dataset import shards
 from pneumo_experiments.dataset.annotations import read_annotations
 from pneumo_experiments.dataset.hdf5 import Dataset
+from pneumo_experiments.dataset.labels import Label, run_length_labels
 from pneumo_experiments.dataset.packed import hash_patient
 from pneumo_experiments.dataset.rle import decode
 from pneumo_experiments.dataset.shards import (
@@ -57,9 +58,8 @@ def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def jobs_of(sample: Path, settings: ShardSettings = SETTINGS) -> list[Job]:
     archive = open_archive(sample / "dicom-images-train")
-    return make_jobs(
-        archive.root, settings, archive.members, read_annotations(sample / "train-rle.csv"), patients={}
-    )
+    labels = run_length_labels(read_annotations(sample / "train-rle.csv"))
+    return make_jobs(archive.root, settings, archive.members, labels, patients={})
 
 
 def written(jobs: Sequence[Job], path: Path, workers: int) -> list[Any]:
@@ -141,7 +141,7 @@ def test_a_shard_is_reused_only_for_the_same_files_tables_and_settings(
 ) -> None:
     job = jobs_of(sample)[0]
     first = job.members[0]
-    assert job.annotations is not None
+    assert job.labels is not None
     others = [
         replace(job, settings=replace(SETTINGS, image_size=65)),
         replace(job, settings=replace(SETTINGS, pixel_dtype="uint8")),
@@ -149,8 +149,10 @@ def test_a_shard_is_reused_only_for_the_same_files_tables_and_settings(
         replace(job, members=job.members[:-1]),
         replace(job, members=(replace(first, stamp=1), *job.members[1:])),
         replace(job, members=(replace(first, size=1), *job.members[1:])),
-        replace(job, annotations=(("0 1",), *job.annotations[1:])),
-        replace(job, annotations=None),
+        replace(job, labels=(Label(("0 1",)), *job.labels[1:])),
+        replace(job, labels=(Label(side=64), *job.labels[1:])),
+        replace(job, labels=(Label(file=first), *job.labels[1:])),
+        replace(job, labels=None),
         replace(job, patients=("Doe", *job.patients[1:])),
     ]
     names = {job.name, *(other.name for other in others)}
@@ -168,10 +170,9 @@ def test_what_cannot_be_used_is_reported_with_its_reason(sample: Path, tmp_path:
         content = (sample / "dicom-images-train" / member.name).read_bytes()
         (folder / member.name).parent.mkdir(parents=True)
         (folder / member.name).write_bytes(content[:5000] if member.image_id == broken else content)
-    texts = dict(zip((m.image_id for m in job.members), job.annotations or (), strict=True))
-    texts |= {odd: ("5 6 7",), tall: ("1048570 10",), twice: ("0 10", "5 10")}
-    annotations = {image_id: list(each) for image_id, each in texts.items()}
-    jobs = make_jobs(folder, SETTINGS, open_archive(folder).members, annotations, {})
+    labels = dict(zip((m.image_id for m in job.members), job.labels or (), strict=True))
+    labels |= {odd: Label(("5 6 7",)), tall: Label(("1048570 10",)), twice: Label(("0 10", "5 10"))}
+    jobs = make_jobs(folder, SETTINGS, open_archive(folder).members, labels, {})
     found = {result.image_id: result for result in results(jobs, tmp_path, 1)}
     assert [found[i].packed is None for i in (broken, odd, tall, twice)] == [True, True, True, False]
     assert "truncated" in found[broken].reason
@@ -185,8 +186,8 @@ def test_what_cannot_be_used_is_reported_with_its_reason(sample: Path, tmp_path:
     assert found[twice].overlapping
     assert (packed.rle, packed.entry.area_px, packed.entry.annotations) == ("0 15", 15, 2)
     assert [result.overlapping for result in found.values()].count(True) == 1 + sum(
-        sum(decode(text, (1024, 1024)).sum() for text in texts[i]) > found[i].packed.entry.area_px  # type: ignore[union-attr]
-        for i in texts
+        sum(decode(text, (1024, 1024)).sum() for text in labels[i].texts) > found[i].packed.entry.area_px  # type: ignore[union-attr]
+        for i in labels
         if i not in (broken, odd, tall, twice)
     )
 
@@ -214,7 +215,7 @@ def test_a_file_that_ends_its_worker_is_rejected_and_the_rest_goes_on(
     for decoder in decoders():  # an idle one, of an earlier test, has the right module
         decoder.kill()
     annotations = read_annotations(sample / "train-rle.csv")
-    jobs = make_jobs(folder, SETTINGS, open_archive(folder).members, annotations, {})
+    jobs = make_jobs(folder, SETTINGS, open_archive(folder).members, run_length_labels(annotations), {})
     found = list(results(jobs, tmp_path, 2))
     assert [result.image_id for result in found] == [m.image_id for job in jobs for m in job.members]
     assert [result.reason for result in found if result.packed is None] == [

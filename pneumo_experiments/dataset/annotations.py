@@ -13,7 +13,7 @@ import io
 import re
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO
 
@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pneumo_experiments.dataset import rle
+from pneumo_experiments.dicom.identity import stem_of
 from pneumo_experiments.errors import UserError
 
 NIH_FILE = re.compile(r"(\d+)_\d+\.png")  # 00028864_007.png: image 7 of patient 00028864
@@ -51,6 +52,14 @@ PATIENTS = TableFormat(
     value=NIH_FILE,
     expected="the columns id and patient, or Kaggle_ID and NIH_ID",
 )
+# Copies of the challenge's data as pictures come with a table of new_filename, ImageId and has_pneumo.
+FILE_NAMES = TableFormat(
+    id_names=("new_filename", "filename", "file_name"),
+    value_names=("imageid", "image_id"),
+    value=re.compile("(?!)"),
+    expected="the columns new_filename, ImageId and has_pneumo",
+)
+PRESENCES = replace(FILE_NAMES, value_names=("has_pneumo", "has_pneumothorax"))
 
 
 def read_annotations(path: Path, content: bytes | None = None) -> dict[str, list[str]]:
@@ -89,6 +98,23 @@ def read_patients(path: Path, content: bytes | None = None) -> dict[str, str]:
         if patient and patients.setdefault(image_id, patient) != patient:
             raise UserError(f"{path}, line {line}: a second patient for {image_id}; keep one row per image")
     return patients
+
+
+def read_file_names(path: Path, content: bytes) -> dict[str, tuple[str, bool]]:
+    """Image id, and whether it has a pneumothorax, by file name. ``content`` as in ``read_annotations``."""
+    named: dict[str, tuple[str, bool]] = {}
+    ids = set[str]()
+    pairs = zip(_read_pairs(path, FILE_NAMES, content), _read_pairs(path, PRESENCES, content), strict=True)
+    for (line, name, image_id), (_, _, presence) in pairs:
+        if presence not in ("0", "1"):
+            raise UserError(f"{path}, line {line}: has_pneumo is neither 0 nor 1")
+        if name in named or image_id in ids:
+            raise UserError(
+                f"{path}, line {line}: a second row for {name} or its image; keep one row per file"
+            )
+        ids.add(image_id)
+        named[stem_of(name)] = image_id, presence == "1"
+    return named
 
 
 def read_table(path: Path, table_format: TableFormat) -> bytes:

@@ -33,7 +33,8 @@ def decode(text: str, shape: tuple[int, int], image_id: str = "") -> NDArray[np.
     if rest < 0:
         raise UserError(
             f"{image_id}: run lengths reach pixel {end} of an image with {rows * columns}"
-            f" ({columns} x {rows}); check that the annotation belongs to this image"
+            f" ({columns} x {rows}); check that the annotation belongs to this image; rle_size is"
+            " for copies of another size"
         )
     lengths = np.append(lengths, rest)
     filled = np.arange(lengths.size) % 2 == 1  # gap, run, gap, run, …, gap

@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from pneumo_experiments.dataset.annotations import unite
 from pneumo_experiments.dataset.decoder_pool import decode_all
 from pneumo_experiments.dataset.deflate import crc32
+from pneumo_experiments.dataset.labels import InvalidRunLengths, Label, LabelMask, read_label
 from pneumo_experiments.dataset.packed import Entry, Packed, ResizedImage, hash_patient, pack, salted
 from pneumo_experiments.dataset.resize import area_resize, resize_image
 from pneumo_experiments.dataset.rle import EMPTY, encode
@@ -45,12 +45,12 @@ class ShardSettings:
 
 @dataclass(frozen=True)
 class Job:
-    """A shard to write; annotations and patients are in the order of the members."""
+    """A shard to write; labels and patients are in the order of the members."""
 
     root: Path
     settings: ShardSettings
     members: tuple[Member, ...]
-    annotations: tuple[tuple[str, ...], ...] | None  # None for a set without labels
+    labels: tuple[Label, ...] | None  # None for a set without labels
     patients: tuple[str, ...]  # hashes; empty: use the file's PatientID
     fatal: Mapping[str, str] = field(default_factory=dict[str, str])  # image id: how it killed its worker
 
@@ -58,7 +58,8 @@ class Job:
     def name(self) -> str:
         """File name: a hash of all inputs except the root."""
         members = [(m.image_id, m.name, m.size, m.stamp) for m in self.members]
-        content = [VERSION, asdict(self.settings), members, self.annotations, self.patients, salted("batch")]
+        labels = None if self.labels is None else [label.key for label in self.labels]
+        content = [VERSION, asdict(self.settings), members, labels, self.patients, salted("batch")]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
 
 
@@ -86,7 +87,7 @@ def make_jobs(
     root: Path,
     settings: ShardSettings,
     members: Sequence[Member],
-    annotations: dict[str, list[str]] | None,
+    labels: Mapping[str, Label] | None,
     patients: Mapping[str, str],
 ) -> list[Job]:
     """The members in shards, in order; ``patients`` are hashes by image id, for images in a patient table."""
@@ -96,7 +97,7 @@ def make_jobs(
             root,
             settings,
             group,
-            None if annotations is None else tuple(tuple(annotations[m.image_id]) for m in group),
+            None if labels is None else tuple(labels[m.image_id] for m in group),
             tuple(patients.get(m.image_id, "") for m in group),
         )
         for group in groups
@@ -230,41 +231,43 @@ def _result(job: Job, index: int) -> FileResult:
             raise Rejected(job.fatal[member.image_id])
         with limit_time(max_seconds(len(content))):
             radiograph = read_radiograph(content, member.image_id, max_pixels)
-        return _packed(job, index, result, radiograph)
+        label = Label() if job.labels is None else job.labels[index]
+        mask = read_label(label, radiograph.shape, member.image_id, max_pixels)
+        return _packed(job, index, replace(result, content=result.content + mask.content), radiograph, mask)
+    except InvalidRunLengths as reason:
+        return replace(result, reason=str(reason), invalid_run_lengths=True)
     except Rejected as reason:
         return replace(result, reason=str(reason))
     except MemoryError:
         return replace(result, reason=f"{member.image_id}: {memory_limit_message(max_pixels)}")
 
 
-def _packed(job: Job, index: int, result: FileResult, radiograph: Radiograph) -> FileResult:
-    member, settings = job.members[index], job.settings
-    shape = (radiograph.pixels.shape[0], radiograph.pixels.shape[1])
-    texts = job.annotations[index] if job.annotations is not None else ()
-    try:
-        mask, overlapping = unite(texts, shape, member.image_id) if texts else (None, False)
-    except UserError as error:
-        return replace(result, reason=str(error), invalid_run_lengths=True)
-    size, labelled = settings.image_size, job.annotations is not None
+def _packed(job: Job, index: int, result: FileResult, radiograph: Radiograph, label: LabelMask) -> FileResult:
+    member, settings, mask = job.members[index], job.settings, label.mask
+    size, labelled = settings.image_size, job.labels is not None
     entry = Entry(
         image_id=member.image_id,
         patient=job.patients[index] or hash_patient(radiograph.patient, member.image_id),
         view=radiograph.view,
         sex=radiograph.sex,
         age=radiograph.age,
-        rows=shape[0],
-        columns=shape[1],
-        annotations=len(texts),
+        rows=radiograph.shape[0],
+        columns=radiograph.shape[1],
+        annotations=label.annotations,
         area_px=0 if mask is None else int(np.count_nonzero(mask.T)),  # transposed: memory order
     )
-    target = np.zeros((size, size), np.float32) if mask is None else area_resize(mask, size)
+    annotated = label.annotated
+    target = np.zeros((size, size), np.float32) if annotated is None else area_resize(annotated, size)
     resized = ResizedImage(
         entry,
         resize_image(radiograph.pixels, size),
         target if labelled else None,
         (EMPTY if mask is None else encode(mask)) if labelled else None,
     )
-    packed = pack(resized, settings.pixel_dtype)
     return replace(
-        result, format=radiograph.format, notes=radiograph.notes, overlapping=overlapping, packed=packed
+        result,
+        format=radiograph.format,
+        notes=(*radiograph.notes, *label.notes),
+        overlapping=label.overlapping,
+        packed=pack(resized, settings.pixel_dtype),
     )

@@ -1,4 +1,4 @@
-"""Lists and reads DICOM files in a folder with all its subfolders, or in a zip file without unpacking it."""
+"""Lists and reads radiographs: a folder with all its subfolders, a zip or tar file in place, or one file."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import lzma
 import os
 import stat
 import struct
+import tarfile
 import zipfile
 import zlib
 from collections import Counter
@@ -17,12 +18,35 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 
-from pneumo_experiments.dicom.identity import HEAD_BYTES, SUFFIXES, Head, ImageId, image_ids, read_head
+from pneumo_experiments.dicom import picture
+from pneumo_experiments.dicom.header import GZIP
+from pneumo_experiments.dicom.identity import (
+    HEAD_BYTES,
+    IMAGE_SUFFIXES,
+    SUFFIXES,
+    ImageId,
+    image_ids,
+    read_head,
+    suffix_of,
+)
 from pneumo_experiments.dicom.limits import MAX_BYTES_PER_PIXEL, MAX_HEADER_BYTES
 from pneumo_experiments.dicom.radiograph import MAX_PIXELS
 from pneumo_experiments.errors import Rejected, UserError
 
-ZIPS = (".zip",)
+UNREAD = {  # by suffix: what people have in folders, named when nothing else is there
+    **{
+        ".zip": "zip files",
+        ".tar": "tar files",
+        ".tgz": "tar files",
+        ".rar": "RAR files",
+        ".7z": "7-Zip files",
+    },
+    **{".tif": "TIFF pictures", ".tiff": "TIFF pictures", ".bmp": "BMP pictures", ".webp": "WebP pictures"},
+    **{".jp2": "JPEG 2000 pictures", ".nii": "NIfTI files", ".npy": "NumPy files", ".npz": "NumPy files"},
+}
+COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"Rar!": "RAR", b"7z\xbc\xaf": "7-Zip"}
+TAR_MAGIC, TAR_MAGIC_AT = b"ustar", 257
+PICTURES = "PNG and JPEG pictures"
 DIFFERING_FILES = "several files have this id, and their contents differ"
 # What zipfile raises for a damaged file; ValueError when a name or an offset is damaged.
 DAMAGE_ERRORS = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, EOFError, ValueError)
@@ -31,22 +55,22 @@ LZMA_STEP_BYTES = 2**12  # compressed bytes per step, which expand to 30 MB at m
 
 @dataclass(frozen=True)
 class Member:
-    """One DICOM file of an archive."""
+    """One file of an archive."""
 
     image_id: str
-    name: str  # below the folder, or within the zip file
+    name: str  # below the folder, or within the zip or tar file
     size: int  # bytes
     stamp: int  # changes with the file: modification time in ns, or CRC-32 in a zip file
-    number: int = 0  # position in the zip directory, where names may repeat
+    number: int = 0  # position in the zip directory, where names may repeat, or of its bytes in a tar file
     sop_instance: str = ""  # SOP Instance UID, empty if unknown
 
 
 @dataclass(frozen=True)
 class Archive:
-    """The DICOM files below ``root``, one per image id, in the order of their ids."""
+    """The radiographs below ``root``, one per image id, in the order of their ids."""
 
-    root: Path
-    files: int  # number of DICOM files, duplicates included
+    root: Path  # a folder, or a zip or tar file
+    files: int  # number of radiographs, duplicates included
     members: tuple[Member, ...]
     skipped: dict[str, int]  # number of other files by kind
     duplicates: dict[str, int]  # image id -> number of files, where more than one has the id
@@ -55,31 +79,57 @@ class Archive:
 
     @property
     def image_ids(self) -> set[str]:
-        """Ids of all DICOM files, those with differing duplicates included."""
+        """Ids of all radiographs, those with differing duplicates included."""
         return {member.image_id for member in self.members} | set(self.differing)
 
 
-def open_archive(root: Path, image_id: ImageId = "auto", wanted: Collection[str] = ()) -> Archive:
-    """The DICOM images below ``root``: named .dcm or .dicom, or starting with the DICOM preamble.
+def open_archive(
+    root: Path, image_id: ImageId = "auto", wanted: Collection[str] = (), other: Path | None = None
+) -> Archive:
+    """The radiographs below ``root``: a folder, a zip or tar file, or a single file.
 
-    ``image_id`` is what identifies an image, ``wanted`` the ids in a table, if there is one. With ``auto``
-    files of one name that differ have their paths as ids, unless the table has that name. Raises UserError if
-    ``root`` is neither a folder nor a zip file, or holds no DICOM image.
+    DICOM files are named .dcm or .dicom, or start with the DICOM preamble, and may be compressed by gzip.
+    Where there is none, PNG and JPEG pictures are read. ``image_id`` is what identifies an image, ``wanted``
+    the ids in a table, if there is one. With ``auto`` files of one name that differ have their paths as ids,
+    unless the table has that name. ``other`` is a folder below ``root`` that is not read. Raises UserError if
+    there is no radiograph.
     """
     skipped = Counter[str]()
     if root.is_dir():
-        members = _scan(_walk(root, skipped), lambda member: _first_bytes(root / member.name), skipped)
-    elif root.is_file() and zipfile.is_zipfile(root):
-        members = _scan(_list_zip(root), lambda member: _read_zip_entry(root, member, HEAD_BYTES), skipped)
-    elif root.exists():
-        raise UserError(f"{root}: neither a folder nor a zip file; name the one that holds the DICOM files")
+        files = _scan(_walk(root, skipped, other), lambda member: _first_bytes(root / member.name), skipped)
+    elif not root.exists():
+        raise UserError(f"{root}: no such file or folder; name the folder that holds the .dcm files")
+    elif root.is_file() and (zipfile.is_zipfile(root) or _is_tar(root)):
+        entries = _list_tar(root) if _is_tar(root) else _list_zip(root)
+        files = _scan(entries, lambda member: _read_entry(root, member, HEAD_BYTES), skipped)
     else:
-        raise UserError(f"{root}: no such folder; name the one that holds the .dcm files")
-    if not members:
+        return _single(root)
+    if not files:
         others = ", ".join(f"{kind} ({count})" for kind, count in skipped.items())
         only = f", only {others}" if others else ""
-        raise UserError(f"{root}: contains no .dcm files{only}; name the folder that holds them")
-    return _identified(root, members, skipped, image_id, wanted)
+        raise UserError(
+            f"{root}: contains no .dcm, .png or .jpg files{only}; name the folder that holds them"
+        )
+    return _identified(root, files, skipped, image_id, wanted)
+
+
+def _single(path: Path) -> Archive:
+    """The archive of one file."""
+    info = path.stat()
+    file = Member("", path.name, info.st_size, info.st_mtime_ns)
+    files = _scan(iter([file]), lambda _: _first_bytes(path), Counter())
+    if not files:
+        start = _first_bytes(path) if stat.S_ISREG(info.st_mode) else b""
+        kind = next((name for magic, name in COMPRESSED.items() if start.startswith(magic)), "")
+        if kind:
+            raise UserError(
+                f"{path}: compressed by {kind}; unpack it, and name the folder with the DICOM files"
+            )
+        raise UserError(
+            f"{path}: neither a folder, nor a zip or tar file, nor a DICOM file, nor a PNG or JPEG picture;"
+            " name the folder that holds the DICOM files"
+        )
+    return _identified(path.parent, files, Counter(), "auto", ())
 
 
 def _identified(
@@ -112,7 +162,7 @@ def read_member(root: Path, member: Member, max_pixels: int) -> bytes:
     try:
         if root.is_dir():
             return (root / member.name).read_bytes()
-        content = _read_zip_entry(root, member, member.size)
+        content = _read_entry(root, member, member.size)
     except UserError:
         raise  # the whole zip file does not open
     except (FileNotFoundError, LookupError):
@@ -128,7 +178,10 @@ def read_member(root: Path, member: Member, max_pixels: int) -> bytes:
         ) from None
     except DAMAGE_ERRORS:
         content = b""
-    if len(content) != member.size or zlib.crc32(content) != member.stamp:
+    if _is_tar(root):
+        if len(content) != member.size:
+            raise Rejected(f"{member.image_id}: truncated in the tar file")
+    elif len(content) != member.size or zlib.crc32(content) != member.stamp:
         raise Rejected(f"{member.image_id}: damaged in the zip file")
     return content
 
@@ -136,32 +189,40 @@ def read_member(root: Path, member: Member, max_pixels: int) -> bytes:
 def _scan(
     files: Iterator[Member], read_start: Callable[[Member], bytes], skipped: Counter[str]
 ) -> list[Member]:
-    """The DICOM images; counts the other files by kind in ``skipped``."""
-    members = list[Member]()
+    """The DICOM images, or the pictures if there are none; counts the other files by kind in ``skipped``."""
+    members, pictures = list[Member](), list[Member]()
     for file in files:
-        path = PurePosixPath(file.name)
+        path, suffix = PurePosixPath(file.name), suffix_of(file.name)
+        start = _start(read_start, file)
+        head = read_head(start)
         if "__MACOSX" in path.parts or path.name.startswith("._"):
             skipped["__MACOSX and ._ files"] += 1
-        elif path.name == ".DS_Store":
-            skipped[".DS_Store"] += 1
-        elif path.suffix.lower() in ZIPS:
-            skipped["zip files"] += 1
-        elif path.name == "DICOMDIR":
-            skipped["DICOMDIR"] += 1
-        elif (head := _head(read_start, file)) is not None and head.other_class:
+        elif path.name in (".DS_Store", "DICOMDIR"):
+            skipped[path.name] += 1
+        elif suffix in UNREAD:
+            skipped[UNREAD[suffix]] += 1
+        elif head is not None and head.other_class:
             skipped[head.other_class] += 1
-        elif path.name and (head is not None or path.suffix.lower() in SUFFIXES):
+        elif path.name and (head is not None or suffix in SUFFIXES):
             members.append(replace(file, sop_instance=head.sop_instance if head else ""))
+        elif path.name and (picture.is_picture(start) or suffix in IMAGE_SUFFIXES):
+            pictures.append(file)
         else:
             skipped["other files"] += 1
-    return members
+    if members and pictures:  # previews, or masks
+        skipped[PICTURES] += len(pictures)
+    return members or pictures
 
 
-def _head(read_start: Callable[[Member], bytes], file: Member) -> Head | None:
+def _start(read_start: Callable[[Member], bytes], file: Member) -> bytes:
+    """The first bytes of a file, unpacked; none if they cannot be read."""
     try:
-        return read_head(read_start(file))
+        start = read_start(file)
+        if start.startswith(GZIP):
+            start = zlib.decompressobj(zlib.MAX_WBITS | 16).decompress(start, HEAD_BYTES)
     except (OSError, RuntimeError, *DAMAGE_ERRORS):
-        return None
+        return b""
+    return start
 
 
 def _printable(image_id: str) -> str:
@@ -174,8 +235,11 @@ def _first_bytes(path: Path) -> bytes:
         return file.read(HEAD_BYTES)
 
 
-def _walk(folder: Path, skipped: Counter[str]) -> Iterator[Member]:
-    """Every file below a folder, symbolic links followed, each folder once; counts permission errors."""
+def _walk(folder: Path, skipped: Counter[str], other: Path | None) -> Iterator[Member]:
+    """Every file below a folder but ``other``, symbolic links followed, each folder once.
+
+    Counts permission errors.
+    """
     visited = set[tuple[int, int]]()
 
     def status(path: Path, kind: str) -> os.stat_result | None:
@@ -198,6 +262,8 @@ def _walk(folder: Path, skipped: Counter[str]) -> Iterator[Member]:
         skipped["folders without permission"] += 1
 
     is_new(folder)
+    if other is not None:
+        is_new(other)
     for parent, folders, names in os.walk(folder, onerror=count_unreadable, followlinks=True):
         # Links last, so that a file is listed under its real path.
         folders.sort(key=lambda name: (Path(parent, name).is_symlink(), name))
@@ -206,6 +272,36 @@ def _walk(folder: Path, skipped: Counter[str]) -> Iterator[Member]:
             info = status(path, "files")
             if info is not None and stat.S_ISREG(info.st_mode):  # not a socket or device
                 yield Member("", path.relative_to(folder).as_posix(), info.st_size, info.st_mtime_ns)
+
+
+def _is_tar(path: Path) -> bool:
+    with path.open("rb") as file:
+        file.seek(TAR_MAGIC_AT)
+        return file.read(len(TAR_MAGIC)) == TAR_MAGIC
+
+
+def _list_tar(path: Path) -> Iterator[Member]:
+    """Every file in a tar file that is not compressed."""
+    written = path.stat().st_mtime_ns
+    try:
+        with tarfile.open(path, "r:") as archive:
+            for info in archive:
+                if info.isreg() and not info.issparse():
+                    yield Member("", info.name, info.size, written, info.offset_data)
+    except (tarfile.TarError, OSError, *DAMAGE_ERRORS):
+        raise UserError(f"{path}: damaged or truncated tar file; download it again") from None
+
+
+def _read_entry(path: Path, member: Member, max_bytes: int) -> bytes:
+    """The first ``max_bytes`` bytes of a file in a zip or tar file, fewer if it is truncated.
+
+    Raises LookupError if the zip file has changed since it was listed.
+    """
+    if not _is_tar(path):
+        return _read_zip_entry(path, member, max_bytes)
+    with path.open("rb") as file:
+        file.seek(member.number)
+        return file.read(min(max_bytes, member.size))
 
 
 def _list_zip(path: Path) -> Iterator[Member]:

@@ -34,14 +34,20 @@ def displayed(stored: StoredPixels, bits: int, layout: Layout, header: Attribute
         pixels = stored.astype(np.uint8, copy=False)
     else:
         pixels = _to_8_bits(stored, bits, layout.signed, header)
-    greys = pixels.reshape(-1)
-    most = np.bincount(greys[:: max(1, greys.size // SAMPLED_PIXELS)]).argmax()
-    if np.count_nonzero(greys == most) >= ONE_GREY * greys.size:
-        raise Rejected(f"no contrast: at least {ONE_GREY:.0%} of its pixels have the same grey")
+    with_contrast(pixels)
     shape = text(header, "PresentationLUTShape").upper()
     if shape and shape != SHAPES[layout.photometric]:
         header.notes.add(f"PresentationLUTShape contradicts {layout.photometric}: not used")
     return 255 - pixels if layout.photometric == "MONOCHROME1" else pixels
+
+
+def with_contrast(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """The pixels (H, W) themselves; Rejected if nearly all have one grey."""
+    greys = pixels.reshape(-1)
+    most = np.bincount(greys[:: max(1, greys.size // SAMPLED_PIXELS)]).argmax()
+    if np.count_nonzero(greys == most) >= ONE_GREY * greys.size:
+        raise Rejected(f"no contrast: at least {ONE_GREY:.0%} of its pixels have the same grey")
+    return pixels
 
 
 def _to_8_bits(stored: StoredPixels, bits: int, signed: bool, header: Attributes) -> NDArray[np.uint8]:

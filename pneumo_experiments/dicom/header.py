@@ -14,8 +14,10 @@ from pydicom import uid
 from pydicom.filereader import read_dataset
 
 from pneumo_experiments.dicom.codecs import DECODERS
+from pneumo_experiments.dicom.limits import MAX_BYTES_PER_PIXEL, MAX_HEADER_BYTES
 from pneumo_experiments.errors import Rejected
 
+GZIP = b"\x1f\x8b"
 HEADER_BYTES = 2**24  # allowed beside the pixels of a deflated file
 UNCOMPRESSED = {
     uid.ImplicitVRLittleEndian: "uncompressed",
@@ -103,6 +105,7 @@ def parse(content: bytes, max_pixels: int) -> tuple[Any, uid.UID]:
 
     Raises Rejected if the syntax has no decoder, or a deflated file is larger than max_pixels allows.
     """
+    content = unpacked(content, max_pixels)
     start = 132 if content[128:132] == b"DICM" else 0
     # Files without preamble and magic number start with group 2 or 8.
     if not start and content[:2] not in (b"\x02\0", b"\x08\0"):
@@ -159,9 +162,16 @@ def read_layout(header: Attributes, syntax: uid.UID, max_pixels: int) -> Layout:
     return Layout(syntax, photometric, rows, columns, allocated, bits, signed == 1)
 
 
-def inflate(content: bytes, max_bytes: int) -> bytes:
+def unpacked(content: bytes, max_pixels: int) -> bytes:
+    """The file in a gzip file, others unchanged; Rejected if truncated or larger than max_pixels allows."""
+    if not content.startswith(GZIP):
+        return content
+    return inflate(content, MAX_BYTES_PER_PIXEL * max_pixels + MAX_HEADER_BYTES, zlib.MAX_WBITS | 16)
+
+
+def inflate(content: bytes, max_bytes: int, format_bits: int = -zlib.MAX_WBITS) -> bytes:
     """A deflated data set (RFC 1951) unpacked; Rejected if truncated or longer than ``max_bytes``."""
-    stream = zlib.decompressobj(-zlib.MAX_WBITS)
+    stream = zlib.decompressobj(format_bits)
     unpacked = stream.decompress(content, max_bytes + 1)
     if len(unpacked) > max_bytes:
         raise Rejected(

@@ -8,11 +8,14 @@ from typing import Literal, NamedTuple
 
 from pydicom.uid import UID
 
+from pneumo_experiments.dicom import picture
+
 ImageId = Literal["auto", "stem", "path", "sop_instance_uid"]
 
 PREAMBLE_BYTES, MAGIC = 128, b"DICM"  # PS3.10 7.1
 HEAD_BYTES = 1024  # of a file: its file meta information takes a few hundred
 SUFFIXES = (".dcm", ".dicom")
+IMAGE_SUFFIXES = (*SUFFIXES, *picture.SUFFIXES)
 LONG_VRS = (b"OB", b"OW", b"SQ", b"UN", b"UT")  # whose length has 4 bytes, PS3.5 7.1.2
 CLASS, INSTANCE = 2, 3  # elements of group 2: Media Storage SOP Class and SOP Instance UID
 FILE_NAME = "the file's name"
@@ -60,7 +63,7 @@ def image_ids(
     Instance UID has its name. Ids may repeat.
     """
     choices = {
-        "stem": [_stem(PurePosixPath(name)) for name in names],
+        "stem": [stem_of(name) for name in names],
         "path": [_path(PurePosixPath(name)) for name in names],
     }
     stems = choices["stem"]
@@ -74,8 +77,19 @@ def image_ids(
 
 def _path(path: PurePosixPath) -> str:
     """Path without suffix; within a zip file it may have other parts than names of folders."""
-    return "/".join([*(part for part in path.parent.parts if part not in ("/", "..")), _stem(path)])
+    return "/".join([*(part for part in path.parent.parts if part not in ("/", "..")), stem_of(path.name)])
 
 
-def _stem(path: PurePosixPath) -> str:
-    return path.stem if path.suffix.lower() in SUFFIXES else path.name
+def suffix_of(name: str) -> str:
+    """The suffix of a file's name in lower case, below .gz if it has one."""
+    return PurePosixPath(_unpacked_name(name)).suffix.lower()
+
+
+def stem_of(name: str) -> str:
+    """The name of a file without folders and without the suffixes of images."""
+    path = PurePosixPath(_unpacked_name(name))
+    return path.stem if path.suffix.lower() in IMAGE_SUFFIXES else path.name
+
+
+def _unpacked_name(name: str) -> str:
+    return name[:-3] if name.lower().endswith(".gz") else name

@@ -1,4 +1,4 @@
-"""Converts one DICOM file to one 8-bit image, or rejects it with a reason."""
+"""Converts one DICOM file, or a PNG or JPEG copy of one, to an 8-bit image, or rejects it with a reason."""
 
 from __future__ import annotations
 
@@ -10,9 +10,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pneumo_experiments.dicom.codecs import CUT_SHORT, DECODERS, StoredPixels, decode
-from pneumo_experiments.dicom.display import displayed
+from pneumo_experiments.dicom.display import displayed, with_contrast
 from pneumo_experiments.dicom.geometry import Geometry, read_geometry
-from pneumo_experiments.dicom.header import Attributes, Layout, defined_term, parse, read_layout, text
+from pneumo_experiments.dicom.header import (
+    Attributes,
+    Layout,
+    defined_term,
+    parse,
+    read_layout,
+    text,
+    unpacked,
+)
+from pneumo_experiments.dicom.picture import is_picture, read_picture
 from pneumo_experiments.errors import Rejected
 
 MAX_PIXELS = 100_000_000  # the largest detectors have 20 million
@@ -35,9 +44,16 @@ class Radiograph:
     format: str  # such as "JPEG Baseline, 8 bit, MONOCHROME2"
     notes: tuple[str, ...] = ()  # what its header says and was not used, in fixed words
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns."""
+        return self.pixels.shape[0], self.pixels.shape[1]
+
 
 def read_radiograph(content: bytes, image_id: str, max_pixels: int = MAX_PIXELS) -> Radiograph:
     """A single-frame grayscale image as 8-bit pixels (H, W); raises Rejected for anything else.
+
+    A PNG or JPEG picture has no metadata; it is taken to show dense tissue bright, as a display does.
 
     Memory beside the file: a copy of its pixel data and 1 byte per pixel; up to 8 if it is compressed.
     Memory and time are not limited here: ``decoder_process`` and ``shards`` call this in limited processes.
@@ -45,6 +61,10 @@ def read_radiograph(content: bytes, image_id: str, max_pixels: int = MAX_PIXELS)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # pydicom warns about an age '62', a bad date …
+            content = unpacked(content, max_pixels)
+            if is_picture(content):
+                pixels, name = read_picture(content, max_pixels)
+                return Radiograph(image_id, with_contrast(pixels), "", "", "", -1, Geometry(), name)
             dataset, syntax = parse(content, max_pixels)
             header = Attributes(dataset)
             layout = read_layout(header, syntax, max_pixels)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-from pneumo_experiments.dicom.header import parse
+from pneumo_experiments.dicom.header import parse, unpacked
+from pneumo_experiments.dicom.picture import is_picture
 
 ATTRIBUTES = (
     *("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "SOPClassUID", "Modality"),
@@ -19,8 +20,11 @@ MAX_LENGTH = 1024  # characters; the standard allows fewer for each
 def read_source(content: bytes, max_pixels: int) -> dict[str, str]:
     """The texts of ``ATTRIBUTES``, with backslashes between values, of a file that has been decoded.
 
-    Absent, damaged and overlong ones are left out. They name the patient: never print or log them.
+    Absent, damaged and overlong ones are left out; a picture that is not DICOM has none. They name the
+    patient: never print or log them.
     """
+    if is_picture(unpacked(content, max_pixels)):
+        return {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # pydicom warns about values that the standard does not allow
         header, _ = parse(content, max_pixels)

@@ -23,7 +23,7 @@ def summary(report: Report) -> list[str]:
         *_finding("file found, but not in the annotation table", _shorten(report.files_without_annotation)),
         *_finding("several files with the same id", _shorten(list(report.duplicates))),
         *_finding("same image under several ids", identical),
-        *([f"headers: {_join(notes)}"] if notes else []),
+        *([f"read with notes: {_join(notes)}"] if notes else []),
         *(_images(report) if report.outcome.used else []),
     ]
     return [

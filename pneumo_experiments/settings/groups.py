@@ -71,7 +71,8 @@ class SourceFiles:
     dicom_dir: Annotated[
         Path | None,
         Arg(
-            "folder with the DICOM files, searched with all its subfolders, or a zip file of them",
+            "folder with the DICOM files, searched with all its subfolders, a zip or tar file of them, or one"
+            " file; without DICOM files PNG and JPEG copies are read",
             declared=True,
         ),
     ] = None
@@ -79,6 +80,23 @@ class SourceFiles:
         Path | None,
         Arg("run-length annotations (train-rle.csv); none for a set without labels", declared=True),
     ] = None
+    masks_dir: Annotated[
+        Path | None,
+        Arg(
+            "folder of masks as PNG, named like the images, instead of run lengths; rle_csv is then none, or"
+            " the table of new_filename, ImageId and has_pneumo that comes with such copies",
+            declared=True,
+        ),
+    ] = None
+    rle_size: Annotated[
+        int,
+        Arg(
+            "side in pixels of the square images that rle_csv belongs to, where the images are copies of"
+            " another size; 0 takes 1024 for the challenge's ids, and each image's own size for others",
+            min=0,
+            max=2**16,
+        ),
+    ] = 0
     patients_csv: Annotated[
         str,
         Arg(

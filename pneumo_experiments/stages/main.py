@@ -42,11 +42,10 @@ def main(settings: Main) -> ScoreResult:
         if dicom_dir is None:
             next(step)
             settings = _with_sample(settings)
-        elif not dicom_dir.exists():
-            raise UserError(f"dicom_dir={dicom_dir}: no such folder; name the one that holds the .dcm files")
-        elif settings.source.rle_csv is None:
+        elif settings.source.rle_csv is None and settings.source.masks_dir is None:
             raise UserError(
-                "rle_csv: none given; the chain trains, so it needs dicom_dir's annotations (train-rle.csv)"
+                "rle_csv: none given; the chain trains, so it needs dicom_dir's annotations (train-rle.csv), or"
+                " masks_dir"
             )
         submission, findings = settings.output_dir / "submission.csv", settings.output_dir / "findings"
         if settings.test_dir is not None:
@@ -195,6 +194,9 @@ def _dataset_path(settings: Main) -> Path:
         settings.format.image_size,
         settings.format.pixel_dtype,
     )
+    source = settings.source
+    if source.masks_dir is not None or source.rle_size:
+        shaping = (*shaping, source.masks_dir, source.rle_size)
     key = hashlib.sha256(repr([as_text(value) for value in shaping]).encode()).hexdigest()[:8]
     return settings.output_dir / f"dataset-{settings.format.image_size}px-{key}.h5"
 

@@ -4,23 +4,36 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pneumo_experiments import tracking
-from pneumo_experiments.dataset.annotations import ANNOTATIONS, read_annotations, read_table
+from pneumo_experiments.dataset.annotations import (
+    ANNOTATIONS,
+    FILE_NAMES,
+    read_annotations,
+    read_file_names,
+    read_table,
+)
 from pneumo_experiments.dataset.hdf5 import Dataset
 from pneumo_experiments.dataset.hdf5_writer import DatasetWriter
+from pneumo_experiments.dataset.labels import Label, run_length_labels
 from pneumo_experiments.dataset.packed import salted
-from pneumo_experiments.dataset.patients import Grouping, count_sources, describe_sources, source_of
+from pneumo_experiments.dataset.patients import (
+    Grouping,
+    count_sources,
+    describe_sources,
+    source_of,
+)
 from pneumo_experiments.dataset.shards import FileResult, ShardSettings, is_finished, make_jobs, results
 from pneumo_experiments.dicom.archive import Archive, Member, open_archive, read_member
+from pneumo_experiments.dicom.identity import ImageId
 from pneumo_experiments.dicom.workers import available_cores
 from pneumo_experiments.errors import Rejected, UserError, reason_of
 from pneumo_experiments.experiment.data_report import build_report, log_existing_report, write_report
-from pneumo_experiments.experiment.grouping import SOURCES, make_grouping, warn_about_grouping
+from pneumo_experiments.experiment.grouping import SOURCES, make_grouping, warn, warn_about_grouping
 from pneumo_experiments.locks import LOCK, work_folder
 from pneumo_experiments.progress_bar import ProgressBar
 from pneumo_experiments.report.statistics import Report
@@ -36,6 +49,8 @@ RECORDED_INPUTS = {
     "rle_csv": "annotations",
     "patients_csv": "patients",
     "salt": "PNEUMO_PATIENT_SALT",
+    "rle_size": "rle_size",
+    "masks": "masks",
 }
 
 
@@ -44,7 +59,7 @@ class PreprocessInputs:
     """Everything that determines the data set; ``members`` are the files to read."""
 
     archive: Archive
-    annotations: dict[str, list[str]] | None
+    labels: dict[str, Label] | None
     patients: Grouping
     members: tuple[Member, ...]
     recorded: dict[str, str]
@@ -52,7 +67,8 @@ class PreprocessInputs:
     @property
     def stamp(self) -> str:
         """Digest that changes with the size or modification time of a file."""
-        return _digest(f"{m.image_id} {m.size} {m.stamp}" for m in self.members)
+        files = [*self.members, *(label.file for label in (self.labels or {}).values() if label.file)]
+        return _digest(f"{m.image_id} {m.size} {m.stamp}" for m in files)
 
 
 def preprocess(settings: Preprocess) -> Path:
@@ -72,26 +88,32 @@ def preprocess(settings: Preprocess) -> Path:
 
 
 def _read_inputs(settings: Preprocess) -> PreprocessInputs:
-    if settings.source.dicom_dir is None:
+    source = settings.source
+    if source.dicom_dir is None:
         raise UserError("dicom_dir: none given; name the folder that holds the DICOM files")
-    annotations, digest = None, NONE
-    if settings.source.rle_csv is not None:
-        content = read_table(settings.source.rle_csv, ANNOTATIONS)
-        annotations, digest = (
-            read_annotations(settings.source.rle_csv, content),
-            hashlib.sha256(content).hexdigest(),
-        )
-    try:
-        archive = open_archive(settings.source.dicom_dir, settings.source.image_id, annotations or ())
-    except UserError as error:
-        raise UserError(f"dicom_dir={error}") from None
-    if annotations is not None and not archive.image_ids & set(annotations):
+    texts, names, digest = None, dict[str, tuple[str, bool]](), NONE
+    if source.rle_csv is not None:
+        content = read_table(source.rle_csv, ANNOTATIONS if source.masks_dir is None else FILE_NAMES)
+        digest = hashlib.sha256(content).hexdigest()
+        if source.masks_dir is None:
+            texts = read_annotations(source.rle_csv, content)
+        else:
+            names = read_file_names(source.rle_csv, content)
+    wanted = texts or names
+    archive = _renamed(_open("dicom_dir", source.dicom_dir, source.image_id, wanted, source.masks_dir), names)
+    if source.masks_dir is not None:
+        masks = _renamed(_open("masks_dir", source.masks_dir, source.image_id, wanted), names)
+        labels = _mask_labels(archive, masks, names)
+    else:
+        labels = None if texts is None else run_length_labels(texts, source.rle_size)
+    if labels is not None and not archive.image_ids & set(labels):
+        table = f"rle_csv={source.rle_csv}" if source.masks_dir is None else f"masks_dir={source.masks_dir}"
         raise UserError(
-            f"rle_csv={settings.source.rle_csv}: names none of the {len(archive.image_ids)} files in"
-            f" {settings.source.dicom_dir}; name a table and a folder that belong together"
+            f"{table}: names none of the {len(archive.image_ids)} files in {source.dicom_dir}; name a table"
+            " or folder of masks that belongs to them"
         )
-    members = tuple(m for m in archive.members if annotations is None or m.image_id in annotations)
-    patients = make_grouping(settings.source.patients_csv, [member.image_id for member in members])
+    members = tuple(m for m in archive.members if labels is None or m.image_id in labels)
+    patients = make_grouping(source.patients_csv, [member.image_id for member in members])
     recorded = {
         "image_size": str(settings.format.image_size),
         "pixel_dtype": settings.format.pixel_dtype,
@@ -100,7 +122,42 @@ def _read_inputs(settings: Preprocess) -> PreprocessInputs:
         "patients_csv": patients.digest,
         "salt": salted("salt"),
     }
-    return PreprocessInputs(archive, annotations, patients, members, recorded)
+    if source.rle_size:
+        recorded["rle_size"] = str(source.rle_size)
+    if source.masks_dir is not None:
+        recorded["masks"] = "files"
+    return PreprocessInputs(archive, labels, patients, members, recorded)
+
+
+def _open(
+    setting: str, path: Path, image_id: ImageId, wanted: Collection[str], other: Path | None = None
+) -> Archive:
+    try:
+        return open_archive(path, image_id, wanted, other)
+    except UserError as error:
+        raise UserError(f"{setting}={error}") from None
+
+
+def _renamed(archive: Archive, names: Mapping[str, tuple[str, bool]]) -> Archive:
+    """The archive with the image ids that a table has for its file names."""
+    members = [
+        replace(member, image_id=names[member.image_id][0]) if member.image_id in names else member
+        for member in archive.members
+    ]
+    return replace(archive, members=tuple(sorted(members, key=lambda member: member.image_id)))
+
+
+def _mask_labels(archive: Archive, masks: Archive, names: Mapping[str, tuple[str, bool]]) -> dict[str, Label]:
+    """The labels of the images that have a mask file, or that a table says to have no pneumothorax."""
+    labels = {image_id: Label() for image_id, presence in names.values() if not presence}
+    labels |= {member.image_id: Label(root=masks.root, file=member) for member in masks.members}
+    missing = [id for id, presence in names.values() if presence and id in archive.image_ids - set(labels)]
+    if missing:
+        warn(
+            f"masks_dir={masks.root}: left out because has_pneumo is 1 and there is no mask:"
+            f" {plural(len(missing), 'image')}, such as {missing[0]}"
+        )
+    return labels
 
 
 def _is_up_to_date(settings: Preprocess, inputs: PreprocessInputs) -> bool:
@@ -129,9 +186,9 @@ def _is_up_to_date(settings: Preprocess, inputs: PreprocessInputs) -> bool:
 def _differences(recorded: Mapping[str, str], settings: Preprocess, inputs: PreprocessInputs) -> list[str]:
     """How the inputs recorded in an existing data set differ from these; empty if they are the same."""
     differences = [
-        _describe_difference(name, str(recorded.get(name)), inputs.recorded[name])
+        _describe_difference(name, str(recorded.get(name)), str(inputs.recorded.get(name)))
         for name in RECORDED_INPUTS
-        if recorded.get(name) != inputs.recorded[name]
+        if recorded.get(name) != inputs.recorded.get(name)
     ]
     # Copied or touched files have other stamps; only their content decides.
     if (
@@ -146,16 +203,20 @@ def _differences(recorded: Mapping[str, str], settings: Preprocess, inputs: Prep
 def _hash_contents(inputs: PreprocessInputs, max_pixels: int) -> str:
     """Digest of the contents of all files."""
 
-    def file_sha256(member: Member) -> str:
+    def file_sha256(root: Path | None, member: Member | None) -> str:
         try:
-            return hashlib.sha256(read_member(inputs.archive.root, member, max_pixels)).hexdigest()
+            if root is None or member is None:
+                return ""
+            return hashlib.sha256(read_member(root, member, max_pixels)).hexdigest()
         except Rejected:
             return ""
 
     def lines() -> Iterator[str]:
         with ProgressBar("compare", len(inputs.members), "file") as bar:
             for member in inputs.members:
-                yield f"{member.image_id} {file_sha256(member)}"
+                label = (inputs.labels or {}).get(member.image_id) or Label()
+                content = file_sha256(inputs.archive.root, member) + file_sha256(label.root, label.file)
+                yield f"{member.image_id} {content}"
                 bar.update()
 
     return _digest(lines())
@@ -208,7 +269,7 @@ def _write_dataset(settings: Preprocess, inputs: PreprocessInputs, work: Path) -
         settings.format.image_size, settings.format.pixel_dtype, settings.reading.max_pixels
     )
     jobs = make_jobs(
-        inputs.archive.root, shard_settings, inputs.members, inputs.annotations, inputs.patients.hashes
+        inputs.archive.root, shard_settings, inputs.members, inputs.labels, inputs.patients.hashes
     )
     total, finished = len(inputs.members), sum(len(job.members) for job in jobs if is_finished(job, work))
     if finished:
@@ -219,7 +280,7 @@ def _write_dataset(settings: Preprocess, inputs: PreprocessInputs, work: Path) -
             settings.dataset,
             image_size=settings.format.image_size,
             pixel_dtype=settings.format.pixel_dtype,
-            labelled=inputs.annotations is not None,
+            labelled=inputs.labels is not None,
             work=work,
         ) as writer,
         ProgressBar("preprocess", total, finished=finished, is_kept=True) as bar,
@@ -229,7 +290,7 @@ def _write_dataset(settings: Preprocess, inputs: PreprocessInputs, work: Path) -
             bar.update(len(processed) > finished)
             if result.packed is not None:
                 writer.append(result.packed)
-        report = build_report(inputs.archive, inputs.annotations, inputs.patients, processed)
+        report = build_report(inputs.archive, inputs.labels, inputs.patients, processed)
         _refuse_too_many_rejected(settings, report)
         contents = _digest(f"{result.image_id} {result.content}" for result in processed)
         sources = describe_sources(report.patients.sources)

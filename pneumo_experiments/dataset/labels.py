@@ -1,0 +1,106 @@
+"""The label of an image: run lengths, or a picture of its mask as copies of the challenge's data have it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pneumo_experiments.dataset.annotations import unite
+from pneumo_experiments.dataset.patients import shipped_grouping
+from pneumo_experiments.dataset.resize import resize_mask
+from pneumo_experiments.dicom.archive import Member, read_member
+from pneumo_experiments.dicom.picture import is_picture, read_mask
+from pneumo_experiments.errors import Rejected, UserError
+
+CHALLENGE_SIDE = 1024  # pixels
+
+
+class InvalidRunLengths(Rejected):
+    """Run lengths, or a mask, that cannot be this image's."""
+
+
+@dataclass(frozen=True)
+class Label:
+    """Where the mask of an image is: in run lengths, or in a file of the folder ``root``."""
+
+    texts: tuple[str, ...] = ()
+    side: int = 0  # of the square image that the run lengths belong to; 0: they belong to this one
+    root: Path | None = None
+    file: Member | None = None
+
+    @property
+    def key(self) -> list[object]:
+        """What determines the mask, for JSON."""
+        file = self.file
+        return [self.texts, self.side, file and (file.name, file.size, file.stamp)]
+
+
+def run_length_labels(annotations: Mapping[str, Sequence[str]], side: int = 0) -> dict[str, Label]:
+    """Labels from run lengths by image id, made for square images of ``side`` pixels.
+
+    0 stands for the side of the challenge's images if the id is one of theirs, else for the image's own size.
+    """
+    known = shipped_grouping(annotations).hashes
+    return {
+        image_id: Label(tuple(texts), side or (CHALLENGE_SIDE if image_id in known else 0))
+        for image_id, texts in annotations.items()
+    }
+
+
+class LabelMask(NamedTuple):
+    """The mask of an image (H, W), None if it is empty, and how it was read."""
+
+    mask: NDArray[np.bool_] | None = None
+    annotated: NDArray[np.bool_] | None = None  # the same at the size in which it was annotated
+    annotations: int = 0
+    overlapping: bool = False  # whether annotations overlap
+    notes: tuple[str, ...] = ()
+    content: str = ""  # SHA-256 of the mask's file
+
+
+def read_label(label: Label, shape: tuple[int, int], image_id: str, max_pixels: int) -> LabelMask:
+    """The mask of an image of ``shape`` (H, W); a mask of another size is resized.
+
+    Raises InvalidRunLengths, or Rejected if the mask's file cannot be used.
+    """
+    if label.file is not None and label.root is not None:
+        content = read_member(label.root, label.file, max_pixels)
+        mask, overlapping, kind = _mask_of(content, image_id, max_pixels), False, "mask"
+        digest, annotations = hashlib.sha256(content).hexdigest(), int(mask.any())
+    else:
+        digest, annotations, kind = "", len(label.texts), "run lengths"
+        if not label.texts:
+            return LabelMask()
+        try:
+            native = (label.side, label.side) if label.side else shape
+            mask, overlapping = unite(label.texts, native, image_id)
+        except UserError as error:
+            raise InvalidRunLengths(str(error)) from None
+    (rows, columns), (height, width) = mask.shape, shape
+    if rows * width != height * columns:
+        raise InvalidRunLengths(
+            f"{image_id}: {kind} of {columns} x {rows} px for an image of {width} x {height}; use those of it"
+        )
+    notes = (f"{kind} for {columns} x {rows} px: resized to the image's",) if mask.shape != shape else ()
+    if not annotations:
+        return LabelMask(notes=notes, content=digest)
+    native = resize_mask(mask, shape) if notes else mask
+    return LabelMask(native, mask, annotations, overlapping, notes, digest)
+
+
+def _mask_of(content: bytes, image_id: str, max_pixels: int) -> NDArray[np.bool_]:
+    if not is_picture(content):
+        raise Rejected(f"{image_id}: its mask is no PNG or JPEG picture")
+    try:
+        return read_mask(content, max_pixels)
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow raises many types for damaged files
+        reason = str(error) if isinstance(error, Rejected) else "the file of its mask is damaged"
+        raise Rejected(f"{image_id}: {reason}") from None

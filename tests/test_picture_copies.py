@@ -1,0 +1,348 @@
+"""Copies of the challenge's data in other containers: pictures, masks as pictures, gzip, tar, one file."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import re
+import shutil
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from dicom_files import dicom_bytes
+from helpers import make
+from PIL import Image
+
+from pneumo_experiments.dataset.annotations import read_annotations, unite
+from pneumo_experiments.dataset.hdf5 import Dataset
+from pneumo_experiments.dataset.packed import Entry
+from pneumo_experiments.dicom.archive import open_archive, read_member
+from pneumo_experiments.dicom.picture import read_mask, read_picture
+from pneumo_experiments.dicom.radiograph import read_radiograph
+from pneumo_experiments.errors import Rejected, UserError
+from pneumo_experiments.settings import Preprocess
+from pneumo_experiments.stages.preprocess import preprocess
+from pneumo_experiments.synthetic.kaggle_layout import write_sample
+
+IMAGES = 8
+SMOOTH = np.add.outer(np.arange(64), np.arange(96) * 1.5).astype(np.uint8)  # greys 0 to 205
+
+
+def png(values: np.ndarray, mode: str | None = None, **options: Any) -> bytes:
+    file = io.BytesIO()
+    image = Image.fromarray(values)
+    (image if mode is None else image.convert(mode)).save(file, "PNG", **options)
+    return file.getvalue()
+
+
+def jpeg(values: np.ndarray, mode: str = "L") -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(values).convert(mode).save(file, "JPEG", quality=95)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("content", "tolerance", "name"),
+    [
+        (png(SMOOTH), 0, "PNG, 8 bit"),
+        (png(SMOOTH, "RGB"), 0, "PNG, 8 bit"),
+        (png(SMOOTH, "LA"), 0, "PNG, 8 bit"),
+        (png(SMOOTH, "RGBA"), 0, "PNG, 8 bit"),
+        (png(SMOOTH, "P"), 0, "PNG, 8 bit"),
+        (png(SMOOTH.astype(np.uint16)), 0, "PNG, 16 bit"),
+        (png(SMOOTH.astype(np.uint16) * 257), 0, "PNG, 16 bit"),
+        (jpeg(SMOOTH), 4, "JPEG, 8 bit"),
+        (jpeg(SMOOTH, "RGB"), 4, "JPEG, 8 bit"),
+        (gzip.compress(png(SMOOTH)), 0, "PNG, 8 bit"),
+    ],
+)
+def test_a_grey_picture_gives_its_greys_in_every_mode(content: bytes, tolerance: int, name: str) -> None:
+    read = read_radiograph(content, "x")
+    assert read.pixels.dtype == np.uint8
+    assert read.pixels.shape == SMOOTH.shape
+    assert np.abs(read.pixels.astype(int) - SMOOTH).max() <= tolerance
+    assert (read.format, read.patient, read.age) == (name, "", -1)
+
+
+def test_16_bit_greys_are_scaled_from_the_darkest_to_the_brightest() -> None:
+    deep = 1000 + 37 * np.arange(64 * 64, dtype=np.uint16).reshape(64, 64) // 64
+    expected = np.rint((deep - deep.min()) / (deep.max() - deep.min()) * 255)
+    assert np.array_equal(read_picture(png(deep), 10**6)[0], expected)
+
+
+def coloured() -> np.ndarray:
+    colours = np.stack([SMOOTH] * 3, axis=2)
+    colours[:8, :8, 0] = 255 - colours[:8, :8, 0]  # a stamp in a corner
+    return colours
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (png(coloured()), r"not a grayscale image \(1\.0% of its pixels are coloured\)"),
+        (png(SMOOTH)[:-40], "cannot be decoded: damaged, truncated or not supported"),
+        (jpeg(SMOOTH)[:-40], "cannot be decoded: damaged, truncated or not supported"),
+        (png(np.zeros((3000, 40), np.uint8)), r"3000 x 40 pixels exceed max_pixels=100000; raise it"),
+        (png(np.full((64, 64), 7, np.uint8)), "no contrast: at least 99% of its pixels"),
+        (gzip.compress(png(SMOOTH))[:-9], "truncated"),
+        (gzip.compress(bytes(3 * 10**7)), r"inflates to more than the \d+ bytes of max_pixels"),
+        (b"GIF89a" + bytes(99), "not a DICOM file"),
+    ],
+)
+def test_what_is_no_grey_picture_is_rejected_by_its_reason(content: bytes, reason: str) -> None:
+    with pytest.raises(Rejected, match=f"^image-7: {reason}"):
+        read_radiograph(content, "image-7", max_pixels=100_000)
+
+
+MASK = np.zeros((64, 96), bool)
+MASK[10:30, 20:70] = True
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        png(MASK.astype(np.uint8) * 255),
+        png(MASK.astype(np.uint8)),  # 0 and 1
+        png(MASK),  # 1 bit
+        png(MASK.astype(np.uint16) * 65535),
+        png(np.stack([MASK * 255, MASK * 0, MASK * 0], axis=2).astype(np.uint8)),  # red
+        png(np.stack([MASK * 200, MASK * 200, MASK * 200, MASK * 255], axis=2).astype(np.uint8)),
+        jpeg(MASK.astype(np.uint8) * 255),
+    ],
+)
+def test_a_mask_is_read_from_every_kind_of_picture(content: bytes) -> None:
+    assert np.array_equal(read_mask(content, 10**6), MASK)
+    assert not read_mask(png(np.zeros((5, 7), np.uint8)), 10**6).any()
+
+
+def test_a_radiograph_is_no_mask() -> None:
+    with pytest.raises(Rejected, match=r"its mask is none: \d\d% of its pixels are neither 0 nor 205"):
+        read_mask(png(SMOOTH), 10**6)
+
+
+@pytest.fixture(scope="module")
+def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Synthetic radiographs in the challenge's layout, and as pictures with masks."""
+    folder = tmp_path_factory.mktemp("copies")
+    write_sample(folder / "sample", IMAGES, 0, seed=5)
+    copies(folder, folder / "sample" / "dicom-images-train", folder / "sample" / "train-rle.csv")
+    return folder
+
+
+def copies(folder: Path, dicom_dir: Path, rle_csv: Path) -> None:
+    """Writes the radiographs of a folder as png/, jpg/, half/ (a half of the size) and masks/."""
+    annotations = read_annotations(rle_csv)
+    for name in ("png", "jpg", "half", "masks"):
+        (folder / name).mkdir()
+    for path in dicom_dir.rglob("*.dcm"):
+        image = Image.fromarray(pixels := read_radiograph(path.read_bytes(), path.stem).pixels)
+        rows, columns = pixels.shape
+        image.save(folder / "png" / f"{path.stem}.png")
+        image.save(folder / "jpg" / f"{path.stem}.jpeg", quality=95)
+        half = image.resize((columns // 2, rows // 2), Image.Resampling.BOX)
+        half.save(folder / "half" / f"{path.stem}.PNG")
+        mask, _ = unite(annotations[path.stem], (rows, columns), path.stem)
+        Image.fromarray(mask).save(folder / "masks" / f"{path.stem}.png")
+
+
+def made(path: Path, **settings: Any) -> tuple[list[Entry], np.ndarray, list[np.ndarray]]:
+    """The index, greys and masks of the data set that preprocess makes."""
+    chosen = {"dataset": path, "image_size": 64, "workers": 1, "pixel_dtype": "uint8"} | settings
+    preprocess(make(Preprocess, **chosen))
+    with Dataset.open(path) as dataset:
+        rows = range(len(dataset))
+        return list(dataset.entries), dataset.images(list(rows)), [dataset.mask(row) for row in rows]
+
+
+def facts(entries: list[Entry]) -> list[tuple[object, ...]]:
+    return [(e.image_id, e.rows, e.columns, e.area_px) for e in entries]
+
+
+def test_copies_as_pictures_give_the_data_set_of_the_radiographs(sample: Path, store: Path) -> None:
+    table = sample / "sample" / "train-rle.csv"
+    entries, greys, masks = made(
+        Path("d.h5"), dicom_dir=sample / "sample" / "dicom-images-train", rle_csv=table
+    )
+    assert sum(entry.area_px > 0 for entry in entries) >= 2
+    for folder, tolerance in (("png", 0), ("jpg", 2)):
+        for labels in ({"rle_csv": table}, {"masks_dir": sample / "masks"}):
+            name = Path(f"{folder}-{len(labels)}-{next(iter(labels))}.h5")
+            others = made(name, dicom_dir=sample / folder, **labels)
+            assert facts(others[0]) == facts(entries)
+            assert np.abs(others[1].astype(int) - greys).max() <= tolerance
+            assert all(map(np.array_equal, others[2], masks))
+
+
+def test_run_lengths_and_masks_of_another_size_are_resized_and_that_is_said(
+    sample: Path, store: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table, half = sample / "sample" / "train-rle.csv", sample / "half"
+    native = made(Path("d.h5"), dicom_dir=sample / "png", rle_csv=table)[0]
+    side = native[0].rows
+    positives = sum(entry.area_px > 0 for entry in native)
+    capsys.readouterr()
+    for number, labels in enumerate(({"rle_csv": table, "rle_size": side}, {"masks_dir": sample / "masks"})):
+        smaller = made(Path(f"{number}.h5"), dicom_dir=half, **labels)[0]
+        for entry, whole in zip(smaller, native, strict=True):
+            assert (entry.image_id, entry.rows, entry.columns) == (whole.image_id, side // 2, side // 2)
+            assert abs(4 * entry.area_px - whole.area_px) <= 0.02 * whole.area_px
+        resized = positives if number == 0 else len(native)
+        assert f"for {side} x {side} px: resized to the image's ({resized})" in capsys.readouterr().out
+
+
+def test_run_lengths_of_another_image_size_are_an_error_that_names_the_setting(
+    sample: Path, store: Path
+) -> None:
+    with pytest.raises(UserError, match=r"run lengths reach pixel .* rle_size"):
+        made(Path("d.h5"), dicom_dir=sample / "half", rle_csv=sample / "sample" / "train-rle.csv")
+
+
+def renamed(sample: Path, folder: Path, keep_masks: Callable[[int], bool]) -> dict[str, Path]:
+    """The pictures under the names of a well-known copy, with its table."""
+    rows = ["new_filename,ImageId,has_pneumo"]
+    for name in ("images", "masks"):
+        (folder / name).mkdir()
+    for number, path in enumerate(sorted((sample / "png").iterdir(), reverse=True)):
+        mask = sample / "masks" / path.name
+        positive = int(read_mask(mask.read_bytes(), 10**8).any())
+        name = f"{number}_train_{positive}_.png"
+        shutil.copy(path, folder / "images" / name)
+        if keep_masks(positive):
+            shutil.copy(mask, folder / "masks" / name)
+        rows.append(f"{name},{path.stem},{positive}")
+    shutil.copy(sample / "png" / path.name, folder / "images" / "0_test_0_.png")
+    (folder / "names.csv").write_text("\n".join(rows))
+    return {"dicom_dir": folder / "images", "masks_dir": folder / "masks", "rle_csv": folder / "names.csv"}
+
+
+@pytest.mark.parametrize("keep_masks", [lambda _: True, bool], ids=["all masks", "masks of positives"])
+def test_the_table_of_new_file_names_gives_the_ids_of_the_challenge(
+    sample: Path, store: Path, keep_masks: Callable[[int], bool]
+) -> None:
+    expected, _, masks = made(
+        Path("d.h5"), dicom_dir=sample / "png", rle_csv=sample / "sample" / "train-rle.csv"
+    )
+    entries, _, others = made(Path("named.h5"), **renamed(sample, store, keep_masks))
+    assert facts(entries) == facts(expected)
+    assert all(map(np.array_equal, others, masks))
+
+
+def test_a_positive_without_its_mask_is_left_out_and_not_healthy(
+    sample: Path, store: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    paths = renamed(sample, store, bool)
+    lost = next(path for path in sorted(paths["masks_dir"].iterdir()))
+    lost.unlink()
+    entries = made(Path("named.h5"), **paths)[0]
+    assert len(entries) == IMAGES - 1
+    assert "left out because has_pneumo is 1 and there is no mask: 1 image" in caplog.text
+
+
+def test_images_and_masks_in_one_folder_are_told_apart(sample: Path, store: Path) -> None:
+    shutil.copytree(sample / "png", store / "all" / "train")
+    shutil.copytree(sample / "masks", store / "all" / "mask")
+    entries = made(Path("d.h5"), dicom_dir=store / "all", masks_dir=store / "all" / "mask")[0]
+    assert len(entries) == IMAGES
+
+
+def test_a_changed_mask_is_another_data_set(sample: Path, store: Path) -> None:
+    shutil.copytree(sample / "masks", store / "masks")
+    made(Path("d.h5"), dicom_dir=sample / "png", masks_dir=store / "masks")
+    path = next((store / "masks").iterdir())
+    mask = read_mask(path.read_bytes(), 10**8)
+    mask[0, 0] = not mask[0, 0]
+    Image.fromarray(mask).save(path)
+    with pytest.raises(UserError, match="was made with other DICOM files"):
+        made(Path("d.h5"), dicom_dir=sample / "png", masks_dir=store / "masks")
+
+
+def test_a_png_copy_of_the_real_radiographs_is_the_same_data_set(real_data: Path, store: Path) -> None:
+    table, dicom_dir = real_data / "train-rle.csv", real_data / "dicom-images-train"
+    copies(store, dicom_dir, table)
+    entries, greys, masks = made(Path("d.h5"), dicom_dir=dicom_dir, rle_csv=table)
+    others, same, equal = made(Path("png.h5"), dicom_dir=store / "png", rle_csv=table)
+    assert facts(others) == facts(entries)
+    assert [entry.patient for entry in others] == [entry.patient for entry in entries]
+    assert np.array_equal(same, greys)
+    assert all(map(np.array_equal, equal, masks))
+    lossy = made(Path("jpg.h5"), dicom_dir=store / "jpg", masks_dir=store / "masks")[1]
+    assert np.abs(lossy.astype(int) - greys).max() <= 2
+    halves = made(Path("half.h5"), dicom_dir=store / "half", rle_csv=table)[0]
+    for half, entry in zip(halves, entries, strict=True):
+        assert (half.rows, half.columns) == (512, 512)
+        assert abs(4 * half.area_px - entry.area_px) <= 0.05 * entry.area_px
+    areas = [sum(entry.area_px for entry in each) for each in (halves, entries)]
+    assert abs(4 * areas[0] / areas[1] - 1) < 0.005
+
+
+def test_gzip_tar_and_a_single_file_hold_the_same_radiographs(tmp_path: Path) -> None:
+    content = {name: dicom_bytes(SMOOTH + np.uint8(number)) for number, name in enumerate("abc")}
+    for folder in ("plain", "packed"):
+        (tmp_path / folder / "deep").mkdir(parents=True)
+    for name, each in content.items():
+        (tmp_path / "plain" / "deep" / f"{name}.dcm").write_bytes(each)
+        (tmp_path / "packed" / "deep" / f"{name}.dcm.gz").write_bytes(gzip.compress(each))
+    with tarfile.open(tmp_path / "a.tar", "w") as file:
+        file.add(tmp_path / "plain", "plain")
+    for root in (tmp_path / "plain", tmp_path / "packed", tmp_path / "a.tar"):
+        archive = open_archive(root)
+        read = {m.image_id: read_radiograph(read_member(root, m, 10**6), m.image_id) for m in archive.members}
+        assert {name: radiograph.pixels.tobytes() for name, radiograph in read.items()} == {
+            name: (SMOOTH + np.uint8(number)).tobytes() for number, name in enumerate("abc")
+        }
+    for path in (tmp_path / "plain" / "deep" / "b.dcm", tmp_path / "packed" / "deep" / "b.dcm.gz"):
+        single = open_archive(path)
+        assert [member.image_id for member in single.members] == ["b"]
+        assert read_radiograph(read_member(single.root, single.members[0], 10**6), "b").pixels[0, 0] == 1
+
+
+def test_a_truncated_tar_file_is_an_error_and_a_file_that_is_cut_later_costs_itself(tmp_path: Path) -> None:
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w") as file:
+        for name in "ab":
+            info = tarfile.TarInfo(f"{name}.dcm")
+            info.size = len(content := dicom_bytes(SMOOTH))
+            file.addfile(info, io.BytesIO(content))
+    archive = open_archive(path)
+    path.write_bytes(path.read_bytes()[: -len(content) - 4000])
+    assert read_member(path, archive.members[0], 10**6) == content
+    with pytest.raises(Rejected, match="b: truncated in the tar file"):
+        read_member(path, archive.members[1], 10**6)
+    for size in (path.stat().st_size, 300):
+        path.write_bytes(path.read_bytes()[:size])
+        with pytest.raises(UserError, match=r"a\.tar: (damaged or truncated tar file|neither a folder)"):
+            open_archive(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("x.tar.gz", gzip.compress(bytes(600)), "compressed by gzip; unpack it"),
+        ("x.rar", b"Rar!\x1a\x07", "compressed by RAR; unpack it"),
+        ("x.tif", b"II*\0", "neither a folder, nor a zip or tar file, nor a DICOM file, nor a PNG or JPEG"),
+        ("folder/x.tif", b"II*\0", r"only TIFF pictures \(1\)"),
+        ("folder/x.nii.gz", b"", r"only NIfTI files \(1\)"),
+    ],
+)
+def test_what_is_not_read_is_named_for_what_it_is(
+    tmp_path: Path, name: str, content: bytes, said: str
+) -> None:
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=said) as caught:
+        open_archive(path if path.parent == tmp_path else path.parent)
+    assert re.search("name (the folder|it)", str(caught.value))
+
+
+def test_pictures_beside_dicom_files_are_previews_and_counted(tmp_path: Path) -> None:
+    (tmp_path / "a.dcm").write_bytes(dicom_bytes(SMOOTH))
+    (tmp_path / "a.png").write_bytes(png(SMOOTH))
+    (tmp_path / "b.jpg").write_bytes(jpeg(SMOOTH))
+    archive = open_archive(tmp_path)
+    assert [member.name for member in archive.members] == ["a.dcm"]
+    assert archive.skipped == {"PNG and JPEG pictures": 2}
