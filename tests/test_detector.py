@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import gzip
+import io
 import itertools
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
-from dicom_files import GREYS, jpeg_file
+from dicom_files import GREYS, dicom_bytes, jpeg_file
+from PIL import Image
 from tiny_network import tiny_member
 
 from pneumo_experiments.errors import UserError
@@ -59,6 +63,18 @@ def test_models_that_cannot_be_one_are_refused_with_the_reason(changes: dict[str
         join([detector(0), detector(1), detector(2, **changes)])
     assert reason in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_png_picture_and_a_gzip_file_are_answered_like_their_dicom_file() -> None:
+    picture = io.BytesIO()
+    Image.fromarray(GREYS).save(picture, "PNG")
+    contents = [dicom_bytes(GREYS), picture.getvalue(), gzip.compress(dicom_bytes(GREYS))]
+    original, *others = detector(0).detect([(str(n), content) for n, content in enumerate(contents)])
+    assert original.error == ""
+    for other in others:
+        assert (other.error, other.presence) == ("", pytest.approx(original.presence, abs=1e-6))
+        assert other.mask is not None
+        assert np.array_equal(other.mask, original.mask)
 
 
 def test_a_batch_of_any_size_keeps_its_order_and_its_outputs() -> None:

@@ -176,21 +176,22 @@ def test_every_file_has_a_row_and_every_finding_a_picture(
 
 
 def test_png_copies_give_the_findings_of_the_radiographs_without_their_header(
-    folder: Path, store: Path, tmp_path: Path
+    folder: Path, store: Path
 ) -> None:
+    (copies := store / "png").mkdir()
     expected = written(folder, findings=Path("of-dicom"))
     for name in ("left", "both", "dark"):
         pixels = read_radiograph(FILES[name], name).pixels
-        Image.fromarray(pixels).save(tmp_path / f"{name}.png")
-    (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(40))
-    rows = written(tmp_path, dicom_seg=True, max_rejected=0.5)
+        Image.fromarray(pixels).save(copies / f"{name}.png")
+    (copies / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(40))
+    rows = written(copies, dicom_seg=True, max_rejected=0.5)
     for name in ("left", "both", "dark"):
         header_free = ("image_id", "presence", "area_px", "rle")
         assert [rows[name][column] for column in header_free] == [expected[name][c] for c in header_free]
     assert (rows["left"]["side"], rows["left"]["area_mm2"]) == ("left", "")
     assert rows["left"]["error"] == "left: no DICOM Segmentation: the file's StudyInstanceUID is missing"
     assert rows["broken"]["error"].startswith("broken: cannot be decoded: damaged")
-    single = written(tmp_path / "left.png", findings=Path("single"))
+    single = written(copies / "left.png", findings=Path("single"))
     assert list(single) == ["left"]
     assert single["left"]["rle"] == rows["left"]["rle"]
 
@@ -442,7 +443,10 @@ def test_the_command_and_the_mistakes_of_newcomers(
     monkeypatch.setitem(sys.modules, "highdicom", None)
     lines = {
         ("--dicom_dir", "missing"): "missing: no such file or folder; name the folder that holds the .dcm",
-        ("--dicom_dir", "empty"): "empty: contains no .dcm files; name the folder that holds them",
+        (
+            "--dicom_dir",
+            "empty",
+        ): "empty: contains no .dcm, .png or .jpg files; name the folder that holds them",
         ("--dicom_dir", "broken"): "dicom_dir=broken: no file can be used; the first: x: ",
         ("--dicom_dir", str(folder), "--dicom_seg", "true"): "dicom_seg=true: needs highdicom; pip install",
         ("--dicom_dir", str(folder), "--max_rejected", "2"): "max_rejected: ",

@@ -90,7 +90,8 @@ def coloured() -> np.ndarray:
         (png(np.full((64, 64), 7, np.uint8)), "no contrast: at least 99% of its pixels"),
         (gzip.compress(png(SMOOTH))[:-9], "truncated"),
         (gzip.compress(bytes(3 * 10**7)), r"inflates to more than the \d+ bytes of max_pixels"),
-        (b"GIF89a" + bytes(99), "not a DICOM file"),
+        (b"GIF89a" + bytes(99), "not a DICOM file, but a GIF picture"),
+        (b"MM\0*" + bytes(999), "not a DICOM file, but a TIFF picture"),
     ],
 )
 def test_what_is_no_grey_picture_is_rejected_by_its_reason(content: bytes, reason: str) -> None:

@@ -34,17 +34,27 @@ from pneumo_experiments.dicom.radiograph import MAX_PIXELS
 from pneumo_experiments.errors import Rejected, UserError
 
 UNREAD = {  # by suffix: what people have in folders, named when nothing else is there
-    **{
-        ".zip": "zip files",
-        ".tar": "tar files",
-        ".tgz": "tar files",
-        ".rar": "RAR files",
-        ".7z": "7-Zip files",
-    },
-    **{".tif": "TIFF pictures", ".tiff": "TIFF pictures", ".bmp": "BMP pictures", ".webp": "WebP pictures"},
-    **{".jp2": "JPEG 2000 pictures", ".nii": "NIfTI files", ".npy": "NumPy files", ".npz": "NumPy files"},
+    ".zip": "zip files",
+    ".tar": "tar files",
+    ".tgz": "tar files",
+    ".rar": "RAR files",
+    ".7z": "7-Zip files",
+    ".tif": "TIFF pictures",
+    ".tiff": "TIFF pictures",
+    ".bmp": "BMP pictures",
+    ".webp": "WebP pictures",
+    ".jp2": "JPEG 2000 pictures",
+    ".nii": "NIfTI files",
+    ".npy": "NumPy files",
+    ".npz": "NumPy files",
 }
-COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"Rar!": "RAR", b"7z\xbc\xaf": "7-Zip"}
+COMPRESSED = {
+    b"\x1f\x8b": "gzip",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ": "xz",
+    b"Rar!": "RAR",
+    b"7z\xbc\xaf": "7-Zip",
+}
 TAR_MAGIC, TAR_MAGIC_AT = b"ustar", 257
 PICTURES = "PNG and JPEG pictures"
 DIFFERING_FILES = "several files have this id, and their contents differ"

@@ -18,6 +18,17 @@ from pneumo_experiments.dicom.limits import MAX_BYTES_PER_PIXEL, MAX_HEADER_BYTE
 from pneumo_experiments.errors import Rejected
 
 GZIP = b"\x1f\x8b"
+OTHER_FILES = {  # by their first bytes: what people send instead
+    b"GIF8": "a GIF picture",
+    b"II*\0": "a TIFF picture",
+    b"MM\0*": "a TIFF picture",
+    b"BM": "a BMP picture",
+    b"RIFF": "a WebP picture",
+    b"%PDF": "a PDF document",
+    b"PK\3\4": "a zip file",
+    b"\x89HDF": "an HDF5 file",
+    b"\x93NUMPY": "a NumPy file",
+}
 HEADER_BYTES = 2**24  # allowed beside the pixels of a deflated file
 UNCOMPRESSED = {
     uid.ImplicitVRLittleEndian: "uncompressed",
@@ -109,7 +120,8 @@ def parse(content: bytes, max_pixels: int) -> tuple[Any, uid.UID]:
     start = 132 if content[128:132] == b"DICM" else 0
     # Files without preamble and magic number start with group 2 or 8.
     if not start and content[:2] not in (b"\x02\0", b"\x08\0"):
-        raise Rejected("not a DICOM file")
+        other = next((name for magic, name in OTHER_FILES.items() if content.startswith(magic)), "")
+        raise Rejected(f"not a DICOM file, but {other}" if other else "not a DICOM file")
     file = BytesIO(content)
     file.seek(start)
     meta = read_dataset(file, is_implicit_VR=False, is_little_endian=True, stop_when=_after_group_2)

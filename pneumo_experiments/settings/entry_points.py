@@ -122,8 +122,8 @@ class Score:
     dicom_dir: Annotated[
         Path | None,
         Arg(
-            "folder of DICOM files without labels, or a zip file of them: writes findings and the submission"
-            " instead",
+            "folder of DICOM files without labels (or PNG or JPEG copies), a zip or tar file of them, or one"
+            " file: writes findings and the submission instead",
             declared=True,
         ),
     ] = None

@@ -44,8 +44,8 @@ def main(settings: Main) -> ScoreResult:
             settings = _with_sample(settings)
         elif settings.source.rle_csv is None and settings.source.masks_dir is None:
             raise UserError(
-                "rle_csv: none given; the chain trains, so it needs dicom_dir's annotations (train-rle.csv), or"
-                " masks_dir"
+                "rle_csv: none given; the chain trains, so it needs dicom_dir's annotations (train-rle.csv),"
+                " or masks_dir"
             )
         submission, findings = settings.output_dir / "submission.csv", settings.output_dir / "findings"
         if settings.test_dir is not None:
