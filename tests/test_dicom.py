@@ -359,10 +359,6 @@ def test_a_known_syntax_without_a_decoder_is_named() -> None:
         (dicom_bytes(GREYS, 9), "contradictory bits: 9 stored of 8, high bit 8, representation 0"),
         (dicom_bytes(GREYS, BitsStored=0), "contradictory bits: 0 stored of 8, high bit 7, representation 0"),
         (
-            dicom_bytes(RAMP, 12, HighBit=15),
-            "contradictory bits: 12 stored of 16, high bit 15, representation 0",
-        ),
-        (
             dicom_bytes(GREYS, PixelRepresentation=2),
             "contradictory bits: 8 stored of 8, high bit 7, representation 2",
         ),
@@ -518,6 +514,16 @@ USED = [
     "image_dfl",
 ]
 TWELVE_BIT_JPEG = ["JPEG-lossy", "JPGExtended"]
+
+
+@pytest.mark.parametrize("shift", [0, 2, 4])
+def test_a_high_bit_counts_where_the_bits_below_are_empty(shift: int) -> None:
+    plain = read_radiograph(dicom_bytes(RAMP, 12), "x")
+    read = read_radiograph(dicom_bytes(RAMP << shift, 12, HighBit=11 + shift), "x")
+    assert np.array_equal(read.pixels, plain.pixels)
+    wrong = read_radiograph(dicom_bytes(RAMP, 12, HighBit=11 + (shift or 900)), "x")
+    assert np.array_equal(wrong.pixels, plain.pixels)
+    assert wrong.notes == ("HighBit is not BitsStored - 1",)
 
 
 def test_of_the_files_of_pydicom_exactly_the_single_grey_ones_are_used(

@@ -104,6 +104,7 @@ class Layout:
     bits_allocated: int
     bits_stored: int
     signed: bool
+    unused_low_bits: int  # according to HighBit, which is often wrong
 
     @property
     def format(self) -> str:
@@ -167,11 +168,14 @@ def read_layout(header: Attributes, syntax: uid.UID, max_pixels: int) -> Layout:
     if allocated not in (8, 16):
         raise Rejected(f"{allocated} bits allocated per pixel instead of 8 or 16")
     high, signed = integer(header, "HighBit", bits - 1), integer(header, "PixelRepresentation")
-    if not 1 <= bits <= allocated or high != bits - 1 or signed not in (0, 1):
+    if not 1 <= bits <= allocated or signed not in (0, 1):
         raise Rejected(
             f"contradictory bits: {bits} stored of {allocated}, high bit {high}, representation {signed}"
         )
-    return Layout(syntax, photometric, rows, columns, allocated, bits, signed == 1)
+    if high != bits - 1:  # since 2014 it is always so (PS3.5 8.1.1); before, values could be stored higher
+        header.notes.add("HighBit is not BitsStored - 1")
+    unused_low_bits = max(0, min(high, allocated - 1) + 1 - bits)
+    return Layout(syntax, photometric, rows, columns, allocated, bits, signed == 1, unused_low_bits)
 
 
 def unpacked(content: bytes, max_pixels: int) -> bytes:

@@ -110,7 +110,10 @@ def _stored_pixels(header: Attributes, layout: Layout) -> tuple[StoredPixels, in
     dtype = np.dtype(f"u{item_bytes}").newbyteorder("<" if layout.syntax.is_little_endian else ">")
     if not layout.syntax.is_little_endian and item_bytes == 1 and element.VR == "OW":
         value = np.frombuffer(value[: len(value) // 2 * 2], ">u2").astype("<u2")  # byte pairs are swapped
-    return np.frombuffer(value, dtype, rows * columns).reshape(rows, columns), layout.bits_stored
+    stored = np.frombuffer(value, dtype, rows * columns).reshape(rows, columns)
+    if layout.unused_low_bits and not (stored & (2**layout.unused_low_bits - 1)).any():
+        stored = stored >> stored.dtype.type(layout.unused_low_bits)
+    return stored, layout.bits_stored
 
 
 def _age_years(text: str) -> int:
