@@ -11,10 +11,6 @@ from dicom_files import GREYS, dicom_bytes, jpeg_2000
 from PIL import Image
 from pydicom import uid
 
-from pneumo_experiments.dataset.shards import Job
-from pneumo_experiments.dataset.shards import _result as read_file
-from pneumo_experiments.dicom import limits
-
 ITEM, NO_LENGTH, END = b"\xfe\xff\x00\xe0", b"\xff\xff\xff\xff", b"\xfe\xff\xdd\xe0"
 
 
@@ -51,9 +47,3 @@ def many_scans(side: int = 2048) -> bytes:
     return dicom_bytes(
         np.zeros((side, side), np.uint8), 8, uid.JPEGBaseline8Bit, content + bytes(len(content) % 2)
     )
-
-
-def read_first(job: Job, seconds: int) -> None:
-    """Reads the first file as a worker of preprocess does, with another limit of time."""
-    limits.BASE_SECONDS, limits.SECONDS_PER_MEGABYTE = seconds, 0
-    read_file(job, 0)

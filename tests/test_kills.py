@@ -136,11 +136,14 @@ def test_a_killed_worker_is_an_error_and_the_same_command_ends_the_work(
     desk: Desk, whole: list[Any], tmp_path: Path
 ) -> None:
     process = desk.start(tmp_path)
-    while stage(tmp_path / "d.h5") != "reading" or not list((tmp_path / "d.h5.work").glob("*.now")):
+    workers = list[psutil.Process]()
+    while stage(tmp_path / "d.h5") != "reading" or not any(sum(each.cpu_times()[:2]) > 1 for each in workers):
+        workers = [
+            child
+            for child in psutil.Process(process.pid).children()
+            if "decoder_process" in " ".join(child.cmdline())
+        ]
         time.sleep(0.001)
-    workers = [
-        child for child in psutil.Process(process.pid).children() if "spawn_main" in " ".join(child.cmdline())
-    ]
     workers[0].send_signal(signal.SIGKILL)
     code, output = process.communicate()
     assert code == 2, output

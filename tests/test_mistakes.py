@@ -152,7 +152,7 @@ def test_a_missing_or_empty_folder_is_named(
     (tmp_path / "empty").mkdir()
     line = error_of("preprocess", "--dicom_dir", folder, "--rle_csv", desk.table, "--dataset", "d.h5")
     culprits = {
-        "missing": "dicom_dir=missing: no such folder",
+        "missing": "dicom_dir=missing: no such file or folder",
         "empty": "dicom_dir=empty: contains no .dcm",
         "": "dicom_dir: none",
     }
@@ -392,7 +392,7 @@ def test_a_model_is_not_scored_on_unsuitable_data(error_of: Callable[..., str], 
 
     assert "has no annotations to score by" in scoring("--dataset", desk.unlabelled, "--subset", "all")
     assert "was trained on another data set" in scoring("--dataset", desk.labelled)
-    assert "no .dcm files" in scoring("--dicom_dir", desk.labelled.parent / "weights")
+    assert "no .dcm, .png or .jpg files" in scoring("--dicom_dir", desk.labelled.parent / "weights")
 
 
 def test_the_best_model_cannot_be_registered_before_any_is_scored(error_of: Callable[..., str]) -> None:

@@ -355,7 +355,7 @@ def test_a_full_disk_is_a_clear_end_and_the_old_data_set_stays(
     assert "d.h5: cannot be written (File too large); make room or choose another place" in line
     assert (store / "d.h5").read_bytes() == old
     assert not list(store.glob("*.part"))
-    batches = [path for path in (store / "d.h5.work").iterdir() if len(path.name) == 32]
+    batches = [path for path in store.glob("d.h5.work/*") if len(path.name) == 32]
     assert len(batches) == whole_batches
     preprocess(settings_of(four_times, **tables, image_size=256, overwrite=True))
     with Dataset.open(store / "d.h5") as dataset:

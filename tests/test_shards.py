@@ -3,8 +3,6 @@ from __future__ import annotations
 import itertools
 import os
 import signal
-import threading
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from io import BytesIO
@@ -13,7 +11,6 @@ from typing import Any
 
 import jpeg_ls
 import numpy as np
-import psutil
 import pydicom
 import pytest
 from helpers import decoders
@@ -35,7 +32,7 @@ from pneumo_experiments.dataset.shards import (
     make_jobs,
     results,
 )
-from pneumo_experiments.dicom.archive import open_archive
+from pneumo_experiments.dicom.archive import Member, open_archive, read_member
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.synthetic.kaggle_layout import write_sample
 
@@ -223,27 +220,23 @@ def test_a_file_that_ends_its_worker_is_rejected_and_the_rest_goes_on(
     ]
 
 
-def test_a_worker_ended_from_outside_is_an_error_and_the_rest_is_kept(sample: Path, tmp_path: Path) -> None:
+def test_a_worker_ended_from_outside_is_an_error_and_the_rest_is_kept(
+    sample: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     jobs = jobs_of(sample)
-    killed, others = threading.Event(), {child.pid for child in psutil.Process().children()}
+    read = list[str]()
 
-    def kill_a_worker() -> None:
-        while not list(tmp_path.glob("*.now")):
-            time.sleep(0.002)
-        workers = [
-            child
-            for child in psutil.Process().children()
-            if child.pid not in others and "resource_tracker" not in " ".join(child.cmdline())
-        ]
-        workers[-1].send_signal(signal.SIGKILL)
-        killed.set()
+    def read_and_kill(root: Path, member: Member, max_pixels: int) -> bytes:
+        read.append(member.image_id)
+        if len(read) == FILES_PER_SHARD + 3:
+            for decoder in decoders():
+                decoder.send_signal(signal.SIGKILL)
+        return read_member(root, member, max_pixels)
 
-    killer = threading.Thread(target=kill_a_worker)
-    killer.start()
+    monkeypatch.setattr(shards, "read_member", read_and_kill)
     with pytest.raises(UserError, match=r"workers: a worker process was killed.*set fewer workers"):
         list(results(jobs, tmp_path, 1))
-    killer.join()
-    assert killed.is_set()
+    assert [is_finished(job, tmp_path) for job in jobs] == [True, False, False]
     assert len(list(results(jobs, tmp_path, 2))) == IMAGES
     assert all(is_finished(job, tmp_path) for job in jobs)
 

@@ -1,4 +1,4 @@
-"""Decodes radiographs in parallel subprocesses: a file that crashes its decoder affects no other file.
+"""Reads radiographs in parallel subprocesses: a file that crashes its decoder affects no other file.
 
 The processes start on demand, are shared by all threads and are reused. They are plain subprocesses, since
 multiprocessing cannot re-import the main program of some model servers.
@@ -12,16 +12,17 @@ import subprocess
 import sys
 import threading
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pneumo_experiments.dataset.decoder_process import OUT_OF_MEMORY, receive, send
+from pneumo_experiments.dataset.decoder_process import OUT_OF_MEMORY, Message, receive, send
 from pneumo_experiments.dicom.archive import Member, read_member
 from pneumo_experiments.dicom.geometry import Geometry
 from pneumo_experiments.dicom.limits import (
@@ -33,11 +34,12 @@ from pneumo_experiments.dicom.limits import (
     time_limit_message,
 )
 from pneumo_experiments.dicom.radiograph import MAX_PIXELS
-from pneumo_experiments.dicom.workers import ONE_THREAD, available_cores
+from pneumo_experiments.dicom.workers import ENVIRONMENT, available_cores
 from pneumo_experiments.errors import Rejected
 
 MAX_DECODERS = min(available_cores(), 8)  # each may use limits.max_bytes of memory
 MAX_FILE_BYTES = MAX_BYTES_PER_PIXEL * MAX_PIXELS + MAX_HEADER_BYTES
+NO_SLOTS = nullcontext()
 MAX_PENDING, MAX_PENDING_BYTES = 32, 2**28  # submitted files, and bytes of those not yet decoded
 
 # Passes on sys.path, since the code folder of a served model is not on the default path.
@@ -60,6 +62,7 @@ class DecodedImage(NamedTuple):
     source: Mapping[str, str] | None = None
 
 
+Item = TypeVar("Item")
 File = tuple[str, bytes | Rejected]  # image id, and DICOM bytes or the reason why it could not be read
 
 
@@ -72,6 +75,25 @@ def read_files(root: Path, members: Iterable[Member]) -> Iterator[File]:
             yield member.image_id, reason
 
 
+@dataclass(frozen=True)
+class Request:
+    """What a process is to do with a file: a task of ``decoder_process`` and its arguments, for JSON."""
+
+    task: str
+    image_id: str
+    content: bytes
+    max_pixels: int
+    arguments: Mapping[str, Any]
+
+
+class Crashed(Rejected):
+    """The process that read a file ended, with this exit code of its own."""
+
+    def __init__(self, reason: str, returncode: int) -> None:
+        super().__init__(reason)
+        self.returncode = returncode
+
+
 def decode_all(
     files: Iterable[File], image_size: int, max_pixels: int = MAX_PIXELS, with_source: bool = False
 ) -> Generator[tuple[str, DecodedImage | Rejected]]:
@@ -80,44 +102,85 @@ def decode_all(
     ``with_source`` adds what a DICOM object about the image repeats of its header. Reads up to
     ``MAX_PENDING`` files ahead. Close the generator to kill decoders that are still busy.
     """
-    busy, stopped = set[_Decoder](), threading.Event()
+    arguments = {"image_size": image_size, "with_source": with_source}
 
-    def read(image_id: str, content: bytes | Rejected) -> DecodedImage | Rejected:
+    def request(file: File) -> Request | Rejected:
+        image_id, content = file
         if isinstance(content, Rejected):
             return content
-        with _SLOTS, _decoder() as decoder:
+        return Request("decode", image_id, content, max_pixels, arguments)
+
+    def held_bytes(file: File) -> int:
+        return 0 if isinstance(file[1], Rejected) else len(file[1])
+
+    with closing(run_all(files, request, MAX_DECODERS, _SLOTS, held_bytes)) as replies:
+        for (image_id, _), reply in replies:
+            yield image_id, reply if isinstance(reply, Rejected) else _decoded(reply, image_size)
+
+
+def _decoded(message: Message, image_size: int) -> DecodedImage:
+    fields, pixels = message
+    resized = np.frombuffer(pixels, np.uint8).reshape(image_size, image_size)
+    left_edge, spacing, spacing_mm = fields["geometry"]
+    geometry = Geometry(left_edge, spacing, spacing_mm and tuple(spacing_mm))
+    return DecodedImage(resized, fields["rows"], fields["columns"], geometry, fields["source"])
+
+
+def run_all(
+    items: Iterable[Item],
+    request: Callable[[Item], Request | Rejected],
+    workers: int,
+    slots: AbstractContextManager[object] = NO_SLOTS,
+    held_bytes: Callable[[Item], int] = lambda _: 0,
+) -> Generator[tuple[Item, Message | Rejected]]:
+    """Each item in order, and the reply of a process to its request or the reason for its rejection.
+
+    ``request`` runs in a thread, with any exception for the caller. ``slots`` limits what several threads
+    run at once, ``held_bytes`` the items that are drawn ahead. Close the generator to kill the processes that
+    are still busy.
+    """
+    busy, stopped = set[_Decoder](), threading.Event()
+
+    def read(item: Item) -> Message | Rejected:
+        wanted = request(item)
+        if isinstance(wanted, Rejected):
+            return wanted
+        with slots, _decoder() as decoder:
             busy.add(decoder)
             if not stopped.is_set():
-                result = decoder.read(image_id, content, image_size, max_pixels, with_source)
+                result = decoder.read(wanted)
                 busy.discard(decoder)
                 if not stopped.is_set():
                     return result
             raise CancelledError  # the process is about to be killed and must not be reused
 
     def is_full() -> bool:
-        undecoded_bytes = sum(size for _, size, future in pending if not future.done())
-        return len(pending) >= MAX_PENDING or undecoded_bytes >= MAX_PENDING_BYTES
+        undone_bytes = sum(size for _, size, future in pending if not future.done())
+        return len(pending) >= max(MAX_PENDING, 2 * workers) or undone_bytes >= MAX_PENDING_BYTES
 
-    pool, pending = (
-        ThreadPoolExecutor(MAX_DECODERS),
-        deque[tuple[str, int, Future[DecodedImage | Rejected]]](),
-    )
+    pool, pending = ThreadPoolExecutor(workers), deque[tuple[Item, int, Future[Message | Rejected]]]()
     try:
-        for image_id, content in files:
+        for item in items:
             while is_full():
-                first_id, _, future = pending.popleft()
-                yield first_id, future.result()
-            size = 0 if isinstance(content, Rejected) else len(content)
-            pending.append((image_id, size, pool.submit(read, image_id, content)))
+                first, _, future = pending.popleft()
+                yield first, future.result()
+            pending.append((item, held_bytes(item), pool.submit(read, item)))
         while pending:
-            first_id, _, future = pending.popleft()
-            yield first_id, future.result()
+            first, _, future = pending.popleft()
+            yield first, future.result()
     finally:
         stopped.set()
         pool.shutdown(wait=False, cancel_futures=True)
         for decoder in list(busy):
             decoder.kill()
         pool.shutdown()
+
+
+def close_idle() -> None:
+    """Ends the processes that wait for work."""
+    with suppress(IndexError):
+        while True:
+            _IDLE.pop().close()
 
 
 class _Decoder:
@@ -129,7 +192,7 @@ class _Decoder:
             [sys.executable, "-P", "-c", START, json.dumps(path)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env=os.environ | ONE_THREAD,
+            env=os.environ | ENVIRONMENT,
             process_group=0,  # Ctrl-C does not reach it
         )
         assert self._process.stdin is not None
@@ -140,36 +203,29 @@ class _Decoder:
         except EOFError:
             raise RuntimeError(f"{sys.executable}: the decoder process does not start") from None
 
-    def read(
-        self, image_id: str, content: bytes, image_size: int, max_pixels: int, with_source: bool
-    ) -> DecodedImage | Rejected:
-        """The decoded image or the reason for its rejection; kills the process after a crash or time-out."""
-        if len(content) > MAX_BYTES_PER_PIXEL * max_pixels + MAX_HEADER_BYTES:
-            return Rejected(
-                f"{image_id}: rejected because {len(content):,} bytes are more than max_pixels allows"
-            )
-        request = {
+    def read(self, request: Request) -> Message | Rejected:
+        """The reply, or the reason why there is none; kills the process after a crash or time-out."""
+        image_id, size, max_pixels = request.image_id, len(request.content), request.max_pixels
+        if size > MAX_BYTES_PER_PIXEL * max_pixels + MAX_HEADER_BYTES:
+            return Rejected(f"{image_id}: rejected because {size:,} bytes are more than max_pixels allows")
+        fields = {
+            "task": request.task,
             "image_id": image_id,
-            "image_size": image_size,
             "max_pixels": max_pixels,
-            "seconds": max_seconds(len(content)),
-            "with_source": with_source,
+            "seconds": max_seconds(size),
+            **request.arguments,
         }
         try:
-            send(self._requests, request, content)
-            reply, pixels = receive(self._replies)
+            send(self._requests, fields, request.content)
+            reply, content = receive(self._replies)
         except (OSError, EOFError):
             reasons = {
-                TIME_LIMIT_EXIT_CODE: time_limit_message(len(content)),
+                TIME_LIMIT_EXIT_CODE: time_limit_message(size),
                 OUT_OF_MEMORY: memory_limit_message(max_pixels),
             }
-            return Rejected(f"{image_id}: {reasons.get(self.kill(), 'its decoder crashed')}")
-        if "reason" in reply:
-            return Rejected(reply["reason"])
-        resized = np.frombuffer(pixels, np.uint8).reshape(image_size, image_size)
-        left_edge, spacing, spacing_mm = reply["geometry"]
-        geometry = Geometry(left_edge, spacing, spacing_mm and tuple(spacing_mm))
-        return DecodedImage(resized, reply["rows"], reply["columns"], geometry, reply["source"])
+            exit_code = self.kill()
+            return Crashed(f"{image_id}: {reasons.get(exit_code, 'its decoder crashed')}", exit_code)
+        return Rejected(reply["reason"]) if "reason" in reply else (reply, content)
 
     def kill(self) -> int:
         """Kills the process if it is still running; returns its exit code."""

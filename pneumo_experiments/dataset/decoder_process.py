@@ -1,4 +1,4 @@
-"""A subprocess that decodes one radiograph at a time: requests on stdin, replies on stdout.
+"""A subprocess that reads one radiograph at a time: requests on stdin, replies on stdout.
 
 A message is the lengths of both parts, then a JSON object, then raw bytes. Needs no torch.
 """
@@ -57,7 +57,7 @@ def serve() -> None:
     while True:
         fields, content = messages.get()
         try:
-            send(replies, *_decode(content, **fields))
+            send(replies, *_do(content, **fields))
         except MemoryError:
             os._exit(OUT_OF_MEMORY)
 
@@ -72,17 +72,21 @@ def _receive_all(requests: IO[bytes], messages: SimpleQueue[Message]) -> None:
         os._exit(0)
 
 
-def _decode(
-    content: bytes, image_id: str, image_size: int, max_pixels: int, seconds: float, with_source: bool
-) -> Message:
+def _do(content: bytes, task: str, max_pixels: int, seconds: float, **arguments: Any) -> Message:
+    from pneumo_experiments.dataset.convert import convert
+
     limit_memory(max_pixels)
+    with limit_time(seconds):
+        return {"decode": _decode, "convert": convert}[task](content, max_pixels=max_pixels, **arguments)
+
+
+def _decode(content: bytes, image_id: str, max_pixels: int, image_size: int, with_source: bool) -> Message:
     try:
-        with limit_time(seconds):
-            radiograph = read_radiograph(content, image_id, max_pixels)
-            resized = resize_image(radiograph.pixels, image_size)
-            source = read_source(content, max_pixels) if with_source else None
+        radiograph = read_radiograph(content, image_id, max_pixels)
+        resized = resize_image(radiograph.pixels, image_size)
+        source = read_source(content, max_pixels) if with_source else None
     except Rejected as reason:
         return {"reason": str(reason)}, b""
-    rows, columns = radiograph.pixels.shape
+    rows, columns = radiograph.shape
     fields = {"rows": rows, "columns": columns, "geometry": radiograph.geometry, "source": source}
     return fields, resized.tobytes()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +29,7 @@ class Label:
     """Where the mask of an image is: in run lengths, or in a file of the folder ``root``."""
 
     texts: tuple[str, ...] = ()
-    side: int = 0  # of the square image that the run lengths belong to; 0: they belong to this one
+    side: int = 0  # of the image that the run lengths belong to, if it is square; 0: they belong to this one
     root: Path | None = None
     file: Member | None = None
 
@@ -39,6 +38,12 @@ class Label:
         """What determines the mask, for JSON."""
         file = self.file
         return [self.texts, self.side, file and (file.name, file.size, file.stamp)]
+
+    def read_file(self, max_pixels: int) -> bytes:
+        """The mask's file, empty without one; errors as ``read_member`` raises them."""
+        return (
+            b"" if self.root is None or self.file is None else read_member(self.root, self.file, max_pixels)
+        )
 
 
 def run_length_labels(annotations: Mapping[str, Sequence[str]], side: int = 0) -> dict[str, Label]:
@@ -61,25 +66,25 @@ class LabelMask(NamedTuple):
     annotations: int = 0
     overlapping: bool = False  # whether annotations overlap
     notes: tuple[str, ...] = ()
-    content: str = ""  # SHA-256 of the mask's file
 
 
-def read_label(label: Label, shape: tuple[int, int], image_id: str, max_pixels: int) -> LabelMask:
-    """The mask of an image of ``shape`` (H, W); a mask of another size is resized.
+def read_label(
+    texts: Sequence[str], side: int, file: bytes, shape: tuple[int, int], image_id: str, max_pixels: int
+) -> LabelMask:
+    """The mask of an image of ``shape`` (H, W) from run lengths, or from a file if it is not empty.
 
-    Raises InvalidRunLengths, or Rejected if the mask's file cannot be used.
+    A mask of another size is resized. Raises InvalidRunLengths, or Rejected if the file cannot be used.
     """
-    if label.file is not None and label.root is not None:
-        content = read_member(label.root, label.file, max_pixels)
-        mask, overlapping, kind = _mask_of(content, image_id, max_pixels), False, "mask"
-        digest, annotations = hashlib.sha256(content).hexdigest(), int(mask.any())
+    annotations, kind = len(texts), "run lengths"
+    if file:
+        mask, overlapping, kind = _mask_of(file, image_id, max_pixels), False, "mask"
+        annotations = int(mask.any())
+    elif not texts:
+        return LabelMask()
     else:
-        digest, annotations, kind = "", len(label.texts), "run lengths"
-        if not label.texts:
-            return LabelMask()
         try:
-            native = (label.side, label.side) if label.side else shape
-            mask, overlapping = unite(label.texts, native, image_id)
+            is_copy = side and shape[0] == shape[1]
+            mask, overlapping = unite(texts, (side, side) if is_copy else shape, image_id)
         except UserError as error:
             raise InvalidRunLengths(str(error)) from None
     (rows, columns), (height, width) = mask.shape, shape
@@ -89,9 +94,9 @@ def read_label(label: Label, shape: tuple[int, int], image_id: str, max_pixels: 
         )
     notes = (f"{kind} for {columns} x {rows} px: resized to the image's",) if mask.shape != shape else ()
     if not annotations:
-        return LabelMask(notes=notes, content=digest)
+        return LabelMask(notes=notes)
     native = resize_mask(mask, shape) if notes else mask
-    return LabelMask(native, mask, annotations, overlapping, notes, digest)
+    return LabelMask(native, mask, annotations, overlapping, notes)
 
 
 def _mask_of(content: bytes, image_id: str, max_pixels: int) -> NDArray[np.bool_]:

@@ -11,8 +11,6 @@ from contextlib import contextmanager
 from multiprocessing import active_children, get_context, parent_process
 from multiprocessing.connection import wait
 
-from pneumo_experiments.dicom.limits import limit_memory
-
 # A worker's matrix products are small: more threads would only compete for the cores.
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 ENVIRONMENT = ONE_THREAD | {
@@ -28,13 +26,10 @@ def available_cores() -> int:
 
 
 @contextmanager
-def worker_pool(workers: int, max_pixels: int | None = None) -> Generator[ProcessPoolExecutor]:
-    """Worker processes that end with this process, even after kill -9; an exception in the block kills them.
-
-    ``max_pixels`` limits their memory to what reading an image of that size may use.
-    """
+def worker_pool(workers: int) -> Generator[ProcessPoolExecutor]:
+    """Processes that end with this one, even after kill -9; an exception in the block kills them."""
     # Spawned, since fork is not safe when the caller has threads.
-    executor = ProcessPoolExecutor(workers, get_context("spawn"), _initialise_worker, (max_pixels,))
+    executor = ProcessPoolExecutor(workers, get_context("spawn"), _initialise_worker)
     others = set(active_children())
     saved = {name: os.environ.get(name) for name in ENVIRONMENT}
     os.environ.update(ENVIRONMENT)  # inherited by the workers
@@ -67,10 +62,8 @@ def _start(executor: ProcessPoolExecutor, workers: int) -> None:
             signal.signal(signal.SIGINT, handler)
 
 
-def _initialise_worker(max_pixels: int | None) -> None:
+def _initialise_worker() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if max_pixels is not None:
-        limit_memory(max_pixels)
     # Without this, workers of a parent killed by -9 would wait for work forever.
     parent = parent_process()
     if parent is not None:

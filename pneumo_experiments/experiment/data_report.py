@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pneumo_experiments import tracking
+from pneumo_experiments.dataset.convert import FileResult
 from pneumo_experiments.dataset.hdf5 import Dataset
 from pneumo_experiments.dataset.patients import Grouping, count_sources
-from pneumo_experiments.dataset.shards import FileResult
 from pneumo_experiments.dicom.archive import DIFFERING_FILES, Archive
 from pneumo_experiments.dicom.identity import FILE_NAME
 from pneumo_experiments.files import write_atomically

@@ -17,6 +17,7 @@ from pneumo_experiments.dataset.annotations import (
     read_file_names,
     read_table,
 )
+from pneumo_experiments.dataset.convert import FileResult
 from pneumo_experiments.dataset.hdf5 import Dataset
 from pneumo_experiments.dataset.hdf5_writer import DatasetWriter
 from pneumo_experiments.dataset.labels import Label, run_length_labels
@@ -27,7 +28,7 @@ from pneumo_experiments.dataset.patients import (
     describe_sources,
     source_of,
 )
-from pneumo_experiments.dataset.shards import FileResult, ShardSettings, is_finished, make_jobs, results
+from pneumo_experiments.dataset.shards import ShardSettings, is_finished, make_jobs, results
 from pneumo_experiments.dicom.archive import Archive, Member, open_archive, read_member
 from pneumo_experiments.dicom.identity import ImageId
 from pneumo_experiments.dicom.workers import available_cores
@@ -251,7 +252,7 @@ def _write(settings: Preprocess, inputs: PreprocessInputs) -> None:
                 print(f"preprocess: {path} exists already, from the same files and settings")
                 log_existing_report(path)
                 return
-            for leftover in (*work.glob("*.now"), *work.glob("*.part")):
+            for leftover in work.glob("*.part"):
                 leftover.unlink(missing_ok=True)
             report = _write_dataset(settings, inputs, work)
         except OSError as error:
