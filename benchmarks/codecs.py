@@ -1,10 +1,10 @@
-"""Decoders of compressed DICOM pixels against each other: pixels, speed, memory, and what they make of damage.
+"""Decoders of compressed DICOM pixels against each other: pixels, speed, memory, damaged streams.
 
 python benchmarks/codecs.py
 
-Needs imagecodecs, which encodes the picture. Another library that is not installed is a line of the table:
-pip install python-gdcm pylibjpeg-openjpeg pyjpegls. The picture is noise on soft shadows, of 12 bits (8 for JPEG
-Baseline). Each decoder reads the same stream; damaged streams are read in processes of their own.
+imagecodecs encodes the picture, noise on soft shadows, of 12 bits (8 for JPEG Baseline), and each decoder
+reads the same stream. A library that is not installed is a line of the table: pip install python-gdcm
+pylibjpeg-openjpeg pyjpegls. Damaged streams are read in processes of their own.
 """
 
 from __future__ import annotations
@@ -164,7 +164,7 @@ def peak() -> int:
 
 
 def memory(codec: str, name: str, small: bytes, large: bytes, side: int, send: Connection) -> None:
-    """Sends the address space that a large picture takes, in bytes per pixel, to a process that started this."""
+    """Sends the address space, which dicom/limits.py limits, that a large picture takes: bytes per pixel."""
     decode = CODECS[codec].decoders[name][1]
     decode(small, SMALL)  # loads the library
     before = peak()

@@ -184,7 +184,7 @@ def read_layout(header: Attributes, syntax: uid.UID, max_pixels: int) -> Layout:
             f"contradictory bits: {bits} stored of {allocated}, high bit {high}, representation {signed}"
         )
     if is_colour and (allocated, bits, signed) != (8, 8, 0):
-        raise Rejected(f"not a grayscale image ({photometric} of {bits} bits)")
+        raise Rejected(f"not a grayscale image ({photometric} in {allocated} bits)")
     if high != bits - 1:  # since 2014 it is always so (PS3.5 8.1.1); before, values could be stored higher
         header.notes.add("HighBit is not BitsStored - 1")
     low = max(0, min(high, allocated - 1) + 1 - bits)
