@@ -146,10 +146,10 @@ def test_lossy_pictures_of_equal_components_are_read() -> None:
 def test_a_tint_that_nobody_sees_is_grey_and_more_is_colour() -> None:
     half, none = GREYS // 2, np.zeros_like(GREYS)
     for grey, colour, photometric in (
-        (ybr(GREYS, 126, 130), ybr(GREYS, 125), "YBR_FULL"),
+        (ybr(GREYS, 124, 132), ybr(GREYS, 123), "YBR_FULL"),
         (
-            three(half) + np.dstack([none, none + 4, none]),
-            three(half) + np.dstack([none, none + 5, none]),
+            three(half) + np.dstack([none, none + 8, none]),
+            three(half) + np.dstack([none, none + 9, none]),
             "RGB",
         ),
     ):

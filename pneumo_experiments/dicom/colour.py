@@ -5,7 +5,7 @@ Every pixel has to be grey: a coloured outline may be somebody's finding, which 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,8 +15,8 @@ from pneumo_experiments.errors import Rejected
 RGB = ("RGB", "YBR_RCT", "YBR_ICT")  # JPEG 2000's decoder gives RGB of the latter two
 LUMINANCE_FIRST = ("YBR_FULL", "YBR_FULL_422")
 NEUTRAL = 128  # chroma of a grey pixel, PS3.3 C.7.6.3.1.2
-# Rounding of lossy pictures: 2 levels of chroma are 3.5 between red, green and blue, and not visible.
-MAX_CHROMA, MAX_DIFFERENCE = 2, 4
+# Rounding of lossy pictures leaves 2 or 3 levels between red, green and blue. 4 of chroma are 7 of these.
+MAX_CHROMA, MAX_DIFFERENCE = 4, 8
 BLOCK_PIXELS = 2**20  # compared at once, in 16 bits
 
 
@@ -31,7 +31,9 @@ def split(
     return list(value.reshape(3, rows, columns) if planar else np.moveaxis(value.reshape(shape), 2, 0))
 
 
-def grey(components: Sequence[NDArray[np.uint8]], photometric: str, is_jpeg: bool) -> NDArray[np.uint8]:
+def grey(
+    components: Iterable[NDArray[np.uint8]], photometric: str, is_jpeg: bool = False
+) -> NDArray[np.uint8]:
     """The first component (H, W), if the others equal it (RGB) or have no colour (YBR); Rejected otherwise.
 
     The components of a JPEG are one or the other, whatever the header calls them: many call YBR RGB.
