@@ -35,7 +35,7 @@ KINDS = {
     "pictures": ("/matplotlib/", "/PIL/", "/pyparsing/", "/optuna/visualization/", "Imaging", "ft2font"),
     "MLflow and its store": ("/mlflow/", "/sqlalchemy/", "sqlite3", "/alembic/", "/yaml/", "/git/"),
     "Optuna": ("/optuna/", "/sklearn/", "/scipy/"),
-    "DICOM": ("/pydicom/", "/pylibjpeg"),
+    "DICOM": ("/pydicom/", "/imagecodecs/"),
     "pneumo_experiments": ("/pneumo_experiments/",),
 }
 # Imports are timed as a whole, without the profiler: they call functions of all kinds.

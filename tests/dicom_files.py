@@ -7,6 +7,7 @@ import struct
 import warnings
 from typing import Any
 
+import imagecodecs
 import jpeg_ls
 import numpy as np
 import openjpeg
@@ -91,6 +92,66 @@ def jpeg(pixels: np.ndarray, **options: Any) -> bytes:
 
 def jpeg_file(pixels: np.ndarray, **header: Any) -> bytes:
     return dicom_bytes(pixels, syntax=JPEGBaseline8Bit, frame=jpeg(pixels), **header)
+
+
+def jpeg_12_bit(pixels: np.ndarray, bits: int = 12) -> bytes:
+    return bytes(imagecodecs.jpeg8_encode(pixels, level=95, bitspersample=bits))
+
+
+def jpeg_lossless(pixels: np.ndarray, bits: int, predictor: int = 1) -> bytes:
+    if pixels.dtype.kind == "i":  # it knows no signs
+        pixels = pixels.view(f"u{pixels.itemsize}") & (2**bits - 1)
+    return bytes(imagecodecs.jpeg8_encode(pixels, lossless=True, predictor=predictor, bitspersample=bits))
+
+
+def jpeg_lossless_by_hand(pixels: np.ndarray, bits: int, point_transform: int, restart_rows: int) -> bytes:
+    """ITU-T T.81 H.1 with predictor 1: without the lowest bits, and starting anew after some rows."""
+    values = pixels.astype(int) >> point_transform
+    before = np.zeros_like(values)
+    before[:, 1:], before[1:, 0] = values[:, :-1], values[:-1, 0]
+    before[::restart_rows, 0] = 2 ** (bits - point_transform - 1)
+    frame = segment(0xC3, struct.pack(">BHHB3B", bits, *pixels.shape, 1, 1, 0x11, 0))
+    frame += segment(0xDD, struct.pack(">H", restart_rows * pixels.shape[1])) + CATEGORIES
+    frame += segment(0xDA, bytes((1, 1, 0, 1, 0, point_transform)))
+    for start in range(0, len(pixels), restart_rows):
+        rows = slice(start, start + restart_rows)
+        frame += bytes((0xFF, 0xD0 + (start // restart_rows - 1) % 8)) if start else b""
+        frame += huffman_coded(values[rows] - before[rows])
+    return b"\xff\xd8" + frame + b"\xff\xd9"
+
+
+def progressive_jpeg_by_hand(squares: np.ndarray) -> bytes:
+    """Squares of 8 x 8 equal pixels, 240 of them, as a progressive JPEG of 12 bits (ITU-T T.81 G)."""
+    rows, columns = squares.shape
+    frame = segment(0xDB, b"\0" + b"\x08" * 64)
+    frame += segment(0xC2, struct.pack(">BHHB3B", 12, 8 * rows, 8 * columns, 1, 1, 0x11, 0)) + CATEGORIES
+    frame += segment(0xDA, bytes((1, 1, 0, 0, 0, 0)))
+    frame += huffman_coded(np.diff(squares.astype(int).reshape(-1) - 2048, prepend=0))
+    end_of_128 = (
+        b"\x10\1" + bytes(15) + b"\x70"
+    )  # the one code: 128 squares without more, and as many as follow
+    frame += segment(0xC4, end_of_128) + segment(0xDA, bytes((1, 1, 0, 1, 63, 0)))
+    return b"\xff\xd8" + frame + bytes((squares.size - 128,)) + b"\xff\xd9"
+
+
+def segment(marker: int, content: bytes) -> bytes:
+    return bytes((0xFF, marker)) + struct.pack(">H", len(content) + 2) + content
+
+
+CATEGORIES = segment(
+    0xC4, bytes(5) + b"\x10" + bytes(11) + bytes(range(16))
+)  # codes of five bits for 0 to 15
+
+
+def huffman_coded(differences: np.ndarray) -> bytes:
+    """ITU-T T.81 F.1.2.1: the number of bits in a code of five bits, and the bits."""
+    bits = ""
+    for difference in differences.reshape(-1).tolist():
+        count = abs(difference).bit_length()
+        low = difference if difference > 0 else difference + 2**count - 1
+        bits += f"{count:05b}" + (f"{low:0{count}b}" if count else "")
+    bits += "1" * (-len(bits) % 8)
+    return int(bits, 2).to_bytes(len(bits) // 8, "big").replace(b"\xff", b"\xff\0")
 
 
 def jpeg_2000(pixels: np.ndarray, bits: int, **options: Any) -> bytes:

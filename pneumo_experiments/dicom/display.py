@@ -36,7 +36,7 @@ def displayed(stored: StoredPixels, bits: int, layout: Layout, header: Attribute
         pixels = _to_8_bits(stored, bits, layout.signed, header)
     with_contrast(pixels)
     shape = text(header, "PresentationLUTShape").upper()
-    if shape and shape != SHAPES[layout.photometric]:
+    if shape and shape != SHAPES.get(layout.photometric, shape):
         header.notes.add(f"PresentationLUTShape contradicts {layout.photometric}: not used")
     return 255 - pixels if layout.photometric == "MONOCHROME1" else pixels
 

@@ -24,6 +24,11 @@ class FrameHeader(NamedTuple):
     bits: int
     offset: int = 0
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Rows and columns, and components if there are several."""
+        return self[:2] if self.components == 1 else self[:3]
+
 
 def join_fragments(encapsulated: bytes, rle: bool) -> bytes:
     """The single compressed image in the items of encapsulated Pixel Data (PS3.5 A.4).

@@ -13,6 +13,7 @@ from typing import Any, cast
 from pydicom import uid
 from pydicom.filereader import read_dataset
 
+from pneumo_experiments.dicom import colour
 from pneumo_experiments.dicom.codecs import DECODERS
 from pneumo_experiments.dicom.limits import MAX_BYTES_PER_PIXEL, MAX_HEADER_BYTES
 from pneumo_experiments.errors import Rejected
@@ -105,6 +106,14 @@ class Layout:
     bits_stored: int
     signed: bool
     unused_low_bits: int  # according to HighBit, which is often wrong
+    components: int = 1  # 3 of a grey picture in colour components
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(H, W), or (H, W, 3)."""
+        return (
+            (self.rows, self.columns) if self.components == 1 else (self.rows, self.columns, self.components)
+        )
 
     @property
     def format(self) -> str:
@@ -146,12 +155,13 @@ def read_layout(header: Attributes, syntax: uid.UID, max_pixels: int) -> Layout:
         raise Rejected("floating-point pixels")
     if "PixelData" not in header:
         raise Rejected("no pixel data: not an image, or truncated")
-    photometric = text(header, "PhotometricInterpretation")
-    if photometric not in GREYSCALE:
+    photometric, components = text(header, "PhotometricInterpretation"), integer(header, "SamplesPerPixel", 1)
+    is_colour = components == 3 and photometric in colour.RGB + colour.LUMINANCE_FIRST
+    if photometric not in GREYSCALE and not is_colour:
         kind = photometric if photometric in COLOURS else "unknown photometric interpretation"
         raise Rejected(f"not a grayscale image ({kind})")
-    if (samples := integer(header, "SamplesPerPixel", 1)) != 1:
-        raise Rejected(f"not a grayscale image ({samples} samples per pixel)")
+    if components != 1 and not is_colour:
+        raise Rejected(f"not a grayscale image ({components} samples per pixel)")
     frames = integer(header, "NumberOfFrames", 1)
     if frames == 0:  # wrong, and written by some devices for one
         header.notes.add("NumberOfFrames 0: read as 1")
@@ -160,9 +170,10 @@ def read_layout(header: Attributes, syntax: uid.UID, max_pixels: int) -> Layout:
     rows, columns = integer(header, "Rows"), integer(header, "Columns")
     if rows < 1 or columns < 1:
         raise Rejected(f"image size is {rows} x {columns} pixels")
-    if rows * columns > max_pixels:
+    if rows * columns * components > max_pixels:
+        pixels = "pixels" if components == 1 else f"pixels of {components} components"
         raise Rejected(
-            f"{rows} x {columns} pixels exceed max_pixels={max_pixels}; raise it if the size is right"
+            f"{rows} x {columns} {pixels} exceed max_pixels={max_pixels}; raise it if the size is right"
         )
     allocated, bits = integer(header, "BitsAllocated"), integer(header, "BitsStored")
     if allocated not in (8, 16):
@@ -172,10 +183,12 @@ def read_layout(header: Attributes, syntax: uid.UID, max_pixels: int) -> Layout:
         raise Rejected(
             f"contradictory bits: {bits} stored of {allocated}, high bit {high}, representation {signed}"
         )
+    if is_colour and (allocated, bits, signed) != (8, 8, 0):
+        raise Rejected(f"not a grayscale image ({photometric} in {allocated} bits)")
     if high != bits - 1:  # since 2014 it is always so (PS3.5 8.1.1); before, values could be stored higher
         header.notes.add("HighBit is not BitsStored - 1")
-    unused_low_bits = max(0, min(high, allocated - 1) + 1 - bits)
-    return Layout(syntax, photometric, rows, columns, allocated, bits, signed == 1, unused_low_bits)
+    low = max(0, min(high, allocated - 1) + 1 - bits)
+    return Layout(syntax, photometric, rows, columns, allocated, bits, signed == 1, low, components)
 
 
 def unpacked(content: bytes, max_pixels: int) -> bytes:

@@ -11,12 +11,11 @@ from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 
+from pneumo_experiments.dicom import colour
 from pneumo_experiments.errors import Rejected
 
 PNG, JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"
 SUFFIXES = (".png", ".jpg", ".jpeg")
-# Chroma of JPEG is rounded: a grey picture's red, green and blue differ by 2 or 3 after decoding.
-MAX_SPREAD, MAX_COLOURED = 8, 0.001  # grey levels between the channels; fraction of pixels beyond that
 MAX_BETWEEN = 0.05  # fraction of a mask's pixels that may be neither dark nor bright, at its edges
 
 
@@ -36,7 +35,7 @@ def read_picture(content: bytes, max_pixels: int) -> tuple[NDArray[np.uint8], st
     kind = f"{image.format}, {16 if image.mode.startswith('I') else 8} bit"
     values = _channels(image)
     if values.ndim == 3:
-        return one_channel(values), kind
+        return colour.grey(np.moveaxis(values, 2, 0), "RGB"), kind
     return values.astype(np.uint8) if values.dtype == np.uint8 else _to_8_bits(values), kind
 
 
@@ -55,15 +54,6 @@ def read_mask(content: bytes, max_pixels: int) -> NDArray[np.bool_]:
             f"its mask is none: {between / values.size:.0%} of its pixels are neither 0 nor {high}"
         )
     return values > high // 2 if high else np.zeros(values.shape, bool)
-
-
-def one_channel(colours: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """The greys (H, W) of a picture with red, green and blue (H, W, 3); Rejected if it has colours."""
-    spread = colours.max(axis=2) - colours.min(axis=2)
-    coloured = np.count_nonzero(spread > MAX_SPREAD)
-    if coloured > MAX_COLOURED * spread.size:
-        raise Rejected(f"not a grayscale image ({coloured / spread.size:.1%} of its pixels are coloured)")
-    return np.ascontiguousarray(colours[..., 1])  # green: the mean is no nearer to what was stored
 
 
 def _open(content: bytes, max_pixels: int) -> Image.Image:

@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
+from pydicom import uid
 
+from pneumo_experiments.dicom import colour
 from pneumo_experiments.dicom.codecs import CUT_SHORT, DECODERS, StoredPixels, decode
 from pneumo_experiments.dicom.display import displayed, with_contrast
 from pneumo_experiments.dicom.geometry import Geometry, read_geometry
@@ -16,6 +18,7 @@ from pneumo_experiments.dicom.header import (
     Attributes,
     Layout,
     defined_term,
+    integer,
     parse,
     read_layout,
     text,
@@ -92,28 +95,48 @@ def read_radiograph(content: bytes, image_id: str, max_pixels: int = MAX_PIXELS)
 
 def _stored_pixels(header: Attributes, layout: Layout) -> tuple[StoredPixels, int]:
     """Stored pixel values (H, W), not yet sign-extended, and the number of low bits that are used."""
-    element = header.dataset["PixelData"]
-    value = element.value
+    value = header.dataset["PixelData"].value
     if not isinstance(value, bytes):
         raise Rejected("no pixel data: empty, or of the wrong type")
     if layout.syntax in DECODERS:
-        size = layout.rows, layout.columns
-        return decode(layout.syntax, value, size, layout.bits_allocated, layout.bits_stored, layout.signed)
+        stored, bits = decode(
+            layout.syntax, value, layout.shape, layout.bits_allocated, layout.bits_stored, layout.signed
+        )
+        if layout.components == 1:
+            return stored, bits
+        components = list(np.moveaxis(stored, 2, 0))
+    else:
+        stored, bits = _uncompressed(header, layout, value), layout.bits_stored
+        if layout.components == 1:
+            return stored.reshape(layout.shape), bits
+        planar = integer(header, "PlanarConfiguration", 0) == 1
+        components = colour.split(stored, layout.shape, layout.photometric, planar)
+    header.notes.add("grey picture in three colour components: read as grey")
+    return colour.grey(components, layout.photometric, layout.syntax in uid.JPEGTransferSyntaxes), bits
+
+
+def _uncompressed(header: Attributes, layout: Layout, value: bytes) -> StoredPixels:
+    """The values of an uncompressed image, one after the other as they are stored."""
+    element = header.dataset["PixelData"]
     if element.is_undefined_length:
         raise Rejected("its pixel data is compressed, although the transfer syntax says uncompressed")
-    rows, columns, item_bytes = layout.rows, layout.columns, layout.bits_allocated // 8
-    expected = rows * columns * item_bytes
+    samples = (
+        2 if layout.photometric == "YBR_FULL_422" else layout.components
+    )  # two pixels share their chroma
+    count, item_bytes = layout.rows * layout.columns * samples, layout.bits_allocated // 8
+    expected = count * item_bytes
     if len(value) < expected:
         raise Rejected(CUT_SHORT)
     if len(value) > expected + expected % 2:  # allowed, and to be ignored: PS3.5 8.1.1
         header.notes.add("bytes after the pixels: not read")
     dtype = np.dtype(f"u{item_bytes}").newbyteorder("<" if layout.syntax.is_little_endian else ">")
     if not layout.syntax.is_little_endian and item_bytes == 1 and element.VR == "OW":
-        value = np.frombuffer(value[: len(value) // 2 * 2], ">u2").astype("<u2")  # byte pairs are swapped
-    stored = np.frombuffer(value, dtype, rows * columns).reshape(rows, columns)
+        pairs = np.frombuffer(value[: len(value) // 2 * 2], ">u2")  # of swapped bytes
+        return np.frombuffer(pairs.astype("<u2"), dtype, count)
+    stored = np.frombuffer(value, dtype, count)
     if layout.unused_low_bits and not (stored & (2**layout.unused_low_bits - 1)).any():
         stored = stored >> stored.dtype.type(layout.unused_low_bits)
-    return stored, layout.bits_stored
+    return stored
 
 
 def _age_years(text: str) -> int:

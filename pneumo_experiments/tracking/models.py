@@ -37,8 +37,7 @@ MODEL_REQUIREMENTS = (
     "pillow",
     "psutil",
     "pandas",
-    "pyjpegls",
-    "pylibjpeg-openjpeg",
+    "imagecodecs",
 )
 
 
