@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from pneumo_experiments.dataset.annotations import unite
 from pneumo_experiments.dataset.patients import shipped_grouping
 from pneumo_experiments.dataset.resize import resize_mask
+from pneumo_experiments.dataset.rle import EMPTY
 from pneumo_experiments.dicom.archive import Member, read_member
 from pneumo_experiments.dicom.picture import is_picture, read_mask
 from pneumo_experiments.errors import Rejected, UserError
@@ -29,7 +30,7 @@ class InvalidRunLengths(Rejected):
 class Label:
     """Where the mask of an image is: in run lengths, or in a file of the folder ``root``."""
 
-    texts: tuple[str, ...] = ()
+    texts: tuple[str, ...] = ()  # of masks, and -1 if a row of the table says so too
     side: int = 0  # of the square image that the run lengths belong to; 0: they belong to this one
     root: Path | None = None
     file: Member | None = None
@@ -74,12 +75,13 @@ def read_label(label: Label, shape: tuple[int, int], image_id: str, max_pixels: 
         mask, overlapping, kind = _mask_of(content, image_id, max_pixels), False, "mask"
         digest, annotations = hashlib.sha256(content).hexdigest(), int(mask.any())
     else:
-        digest, annotations, kind = "", len(label.texts), "run lengths"
-        if not label.texts:
+        texts = [text for text in label.texts if text != EMPTY]
+        digest, annotations, kind = "", len(texts), "run lengths"
+        if not texts:
             return LabelMask()
         try:
             native = (label.side, label.side) if label.side else shape
-            mask, overlapping = unite(label.texts, native, image_id)
+            mask, overlapping = unite(texts, native, image_id)
         except UserError as error:
             raise InvalidRunLengths(str(error)) from None
     (rows, columns), (height, width) = mask.shape, shape
@@ -88,6 +90,8 @@ def read_label(label: Label, shape: tuple[int, int], image_id: str, max_pixels: 
             f"{image_id}: {kind} of {columns} x {rows} px for an image of {width} x {height}; use those of it"
         )
     notes = (f"{kind} for {columns} x {rows} px: resized to the image's",) if mask.shape != shape else ()
+    if EMPTY in label.texts:
+        notes += ("the table has a mask and -1: the mask is used",)
     if not annotations:
         return LabelMask(notes=notes, content=digest)
     native = resize_mask(mask, shape) if notes else mask
