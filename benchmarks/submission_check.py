@@ -3,7 +3,7 @@
 Run in the project's environment: python benchmarks/submission_check.py [--repeats 2000]
 
 Right masks are the challenge's annotations, labels/train-rle.csv.gz in PNEUMO_REAL_DATA or ../shared/siim.
-Submissions are random images of these; each mistake is made in all their masks. Prints Markdown.
+Submissions are random images of these; each mistake is made in all their masks. Prints errors and doubts.
 """
 
 from __future__ import annotations
@@ -57,7 +57,12 @@ if __name__ == "__main__":
         mask = unite(texts, SHAPE, image_id)[0]
         for name, made in MISTAKES.items():
             traits[name].append(traits_of(made(mask) if texts else EMPTY, SHAPE, image_id))
-    print(f"{machine()}\n\n| mistake | " + " | ".join(f"{n:,} images" for n in (*IMAGES, len(annotations))))
+    print(
+        f"{machine()}\n\n| mistake | "
+        + " | ".join(f"{n:,} images" for n in (*IMAGES, len(annotations)))
+        + " |"
+    )
+    print("|---" * (len(IMAGES) + 2) + "|")
     for name, masks in traits.items():
         cells = list[str]()
         for size in (*IMAGES, len(masks)):
