@@ -9,11 +9,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import ROOT
+from hypothesis import given
+from hypothesis import strategies as st
 
-from pneumo_experiments.dataset.annotations import read_annotations, read_patients, unite
+from pneumo_experiments.dataset.annotations import (
+    match_ids,
+    plain_run_lengths,
+    read_annotations,
+    read_patients,
+    unite,
+)
+from pneumo_experiments.dataset.labels import read_label, run_length_labels
 from pneumo_experiments.errors import UserError
 
 ROWS = "a.1,3 2\r\nb.2, -1\r\na.1, 0 1 4 2\r\n"
+ABSOLUTE = "101 7 201 9 302 9 404 5 520 11"
+NOTE = "the table has a mask and -1: the mask is used"
 READ = {"a.1": ["3 2", "0 1 4 2"], "b.2": []}
 
 
@@ -52,6 +63,88 @@ def test_every_dialect_of_the_table_reads_the_same(tmp_path: Path, content: str)
     assert read_annotations(table(tmp_path, content)) == READ
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        "\ufeffsep=;\r\nImageId;EncodedPixels\r\na.1;3 2\r\nb.2;-1\r\na.1;0 1 4 2\r\n",
+        "a.1|3 2\nb.2|-1\na.1|0 1 4 2\n",
+        "ImageId#EncodedPixels\na.1#3 2\nb.2#-1\na.1#0 1 4 2\n",
+        ",ImageId,EncodedPixels\n0,a.1,3 2\n1,b.2,-1\n2,a.1,0 1 4 2\n",
+        "0,a.1,3 2\n1,b.2,-1\n2,a.1,0 1 4 2\n",
+        "3 2,a.1\n-1,b.2\n0 1 4 2,a.1\n",
+        "IMAGE_ID,RLE_Mask,reader\na.1,3 2,x\nb.2,-1,y\na.1,0 1 4 2,z\n",
+        "ImageId,EncodedPixels,\na.1,3 2,\nb.2,-1,,\na.1,0 1 4 2,\n",
+        "'ImageId','EncodedPixels'\n'a.1','3 2'\n'b.2','-1'\n'a.1','0 1 4 2'\n",
+        "ImageId,EncodedPixels\na.1,3.0 2.0\nb.2,-1.0\na.1,0.0 1.0 4.0 2.0\n",
+        "ImageId,EncodedPixels\na.1,3,2\nb.2,\u22121\na.1,0,1,4,2\n",
+        'ImageId,EncodedPixels\na.1,"[3, 2]"\nb.2,[]\na.1,"[0, 1, 4, 2]"\n',
+        'ImageId;EncodedPixels\na.1;3 2\nb.2;" -1"\na.1;"0;1;4;2"\n',
+        *(f"ImageId,EncodedPixels\na.1,3 2\nb.2,{blank}\na.1,0 1 4 2\n" for blank in ("", "NaN", "None")),
+        *(ROWS.replace(",", f"{end},") for end in (".PNG", ".jpeg", ".dicom")),
+    ],
+)
+def test_a_table_of_another_program_reads_the_same(tmp_path: Path, content: str) -> None:
+    assert read_annotations(table(tmp_path, content)) == READ
+
+
+@given(
+    st.sampled_from(list(",;\t|:~")),
+    st.sampled_from(["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be"]),
+    st.sampled_from(["\n", "\r\n", "\r"]),
+    st.permutations([("ImageId", "a.1", "b.2"), ("EncodedPixels", "3 2", "-1"), ("reader", "ä", "")]),
+    st.booleans(),
+)
+def test_separator_encoding_line_end_and_order_of_the_columns_change_nothing(
+    separator: str, encoding: str, end: str, columns: list[tuple[str, ...]], quoted: bool
+) -> None:
+    quote = '"' if quoted else ""
+    rows = [separator.join(f"{quote}{field}{quote}" for field in row) for row in zip(*columns, strict=True)]
+    content = end.join(rows).encode(encoding)
+    assert read_annotations(Path("t.csv"), content) == {"a.1": ["3 2"], "b.2": []}
+
+
+@pytest.mark.parametrize(
+    "text", ["387,620 23", "1.000 2", "3.5 2", "1 2;3 4", "1e3 2", "3 2,", "-1 3", "[3 2", "3 +2"]
+)
+def test_numbers_that_can_mean_two_things_stay_as_they_are_and_are_refused(text: str) -> None:
+    assert plain_run_lengths(text) == text
+    with pytest.raises(UserError, match=r"^a: run length '.*' is (negative|not a whole number)"):
+        unite([plain_run_lengths(text)], (1024, 1024), "a")
+
+
+def test_absolute_starts_are_named_in_a_table_and_in_a_single_mask(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^a: the run lengths look absolute: .* convert: gap = start - end"):
+        unite([ABSOLUTE], (30, 18), "a")
+    with pytest.raises(UserError, match=r"^a: run lengths reach pixel"):
+        unite([ABSOLUTE], (23, 23), "a")  # 529 pixels: the last run ends at 531, also if the first is 1
+    relative = "5 2 1 1 9 3 8 2 7 1"
+    assert read_annotations(table(tmp_path, f"a,{ABSOLUTE}\nb,{relative}\n")) == {
+        "a": [ABSOLUTE],
+        "b": [relative],
+    }
+
+
+def test_a_mask_and_minus_one_of_one_image_are_kept_and_the_mask_is_used(tmp_path: Path) -> None:
+    annotations = read_annotations(table(tmp_path, "a,-1\na,3 2\nb,-1\nb,-1\nc,1 1\n"))
+    assert annotations == {"a": ["3 2", "-1"], "b": [], "c": ["1 1"]}
+    labels = run_length_labels(annotations)
+    read = {
+        name: read_label(label.texts, label.side, b"", (3, 4), name, 99) for name, label in labels.items()
+    }
+    assert {name: label.annotations for name, label in read.items()} == {"a": 1, "b": 0, "c": 1}
+    assert np.count_nonzero(read["a"].mask) == 2
+    assert [label.notes for label in read.values()] == [(NOTE,), (), ()]
+
+
+def test_ids_match_files_without_folders_and_suffixes_if_none_matches_as_it_is() -> None:
+    table = {"train/x/a": 1, "C:\\data\\b": 2, "c": 3}
+    assert match_ids(table, {"a", "b.png", "d"}) == {"a": 1, "b.png": 2, "c": 3}
+    assert match_ids(table, {"a", "b", "c"}) == table  # c is an id as it is, so the others are, too
+    assert match_ids({"a": 1}, {"x/a", "y/a"}) == {"a": 1}  # which of them is unknown
+    with pytest.raises(UserError, match=r"^y/a and x/a: both match the image a"):
+        match_ids({"x/a": 1, "y/a": 2}, {"a"})
+
+
 def test_a_submission_reads_as_a_table_of_the_second_stage_does(tmp_path: Path) -> None:
     submission = "ImageId,EncodedPixels\nID_004d6fbb6,-1\nID_004d6fbb6,-1\nID_0011fe81e,12 3\n"
     read = {"ID_004d6fbb6": list[str](), "ID_0011fe81e": ["12 3"]}
@@ -75,13 +168,33 @@ def test_a_text_of_a_ragged_mask_may_be_longer_than_csv_allows_by_default(tmp_pa
         ("\n \n", "the table is empty"),
         ("ImageId,EncodedPixels\n", "has a header but no rows"),
         ("ImageId,ClassId\na,1 2\n", "found the columns ImageId, ClassId"),
-        ("ImageId;EncodedPixels\na;1 2\n", "found the columns ImageId;EncodedPixels"),
+        ("ImageId EncodedPixels\na 1 2\n", "found the one column ImageId EncodedPixels; separate columns by"),
+        (
+            "ImageId,EncodedPixels\na,387,620 23\n",
+            "line 2: 3 fields, and 2 in the first line; put fields with",
+        ),
+        ("ImageId,EncodedPixels,by\na,1 2,x,y\n", "line 2: 4 fields, and 3 in the first line"),
+        ("Jane Doe,\nb,1 2\nc\n", "line 3: an image id or value is missing"),
         ("a.1,Jane Doe\n", "found a first row of 2 fields without these names"),
         ("a.1,1 2,3\n", "found a first row of 3 fields without these names"),
         ("ImageId,EncodedPixels\na,1 2\nb\n", "line 3: an image id or value is missing"),
         ("ImageId,EncodedPixels\n,1 2\n", "line 2: an image id or value is missing"),
-        ("ImageId,EncodedPixels\na,\n", "line 2: no run lengths for a"),
-        (b"\xff\xfeI\0m\0", "not a CSV table in UTF-8"),
+        (
+            "ImageId,EncodedPixels\nb,-1\na,\nc,NaN\n",
+            "line 3: no run lengths for a, and other images have -1",
+        ),
+        (
+            "ImageId,EncodedPixels\na.png,1 2\na.jpg,1 2\n",
+            "line 3: a.jpg and a.png differ only in their suffixes",
+        ),
+        (
+            f"ImageId,EncodedPixels\nb,7 3\na,{ABSOLUTE}\n",
+            "line 3: the run lengths look absolute: each start",
+        ),
+        (b"ImageId,EncodedPixels\na,1 2\nb,\xfc\n", "line 3: not a CSV table in UTF-8"),
+        (b"\xff\xfe\0", "line 1: not a CSV table in UTF-8"),
+        (b"ImageId\0,EncodedPixels\na,1 2\n", "line 1: not a CSV table in UTF-8"),
+        (b"PK\3\4\x14\0", "a zip or Excel file, no CSV table; unpack it, or save it as CSV"),
         (gzip.compress(ROWS.encode() * 99, mtime=0)[:60], "cannot be read (damaged or truncated)"),
     ],
 )
@@ -125,6 +238,7 @@ def test_annotations_of_one_image_are_united_not_added() -> None:
         "Kaggle_ID,NIH_ID\na,00028864_007.png\nb,00015606_016.png\n",
         "a,00028864_007.png\nb,00015606_016.png\n",
         "id,patient\na,00028864\nb,00015606\nc,\n",
+        "id;patient\na.png;00028864\nb.png;00015606\nc.png;NaN\nd.png;nan\n",
         "patient,id\r\n00028864,a\r\n00028864,a\r\n00015606,b\r\n",
     ],
 )

@@ -189,6 +189,17 @@ def test_what_cannot_be_used_is_reported_with_its_reason(sample: Path, tmp_path:
     )
 
 
+CRASHING = """
+import os, signal, sys
+
+sys.path.remove(os.path.dirname(__file__))
+del sys.modules[__name__]
+import imagecodecs
+
+imagecodecs.jpegls_decode = lambda *_, **__: os.kill(os.getpid(), signal.SIGSEGV)
+"""
+
+
 def test_a_file_that_ends_its_worker_is_rejected_and_the_rest_goes_on(
     sample: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -205,9 +216,7 @@ def test_a_file_that_ends_its_worker_is_rejected_and_the_rest_goes_on(
     header.save_as(folder / culprit.name)
     # A decoder that crashes as a C library does; the workers find it first on their path.
     (tmp_path / "crash").mkdir()
-    (tmp_path / "crash" / "jpeg_ls.py").write_text(
-        "import os, signal\n\ndef decode_pixel_data(frame):\n    os.kill(os.getpid(), signal.SIGSEGV)\n"
-    )
+    (tmp_path / "crash" / "imagecodecs.py").write_text(CRASHING)
     monkeypatch.syspath_prepend(tmp_path / "crash")
     for decoder in decoders():  # an idle one, of an earlier test, has the right module
         decoder.kill()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +12,11 @@ from helpers import make
 from mlflow import MlflowClient
 from samples import write
 
+from pneumo_experiments.dataset.annotations import read_annotations, unite
 from pneumo_experiments.dataset.rle import encode
 from pneumo_experiments.dicom.archive import open_archive
 from pneumo_experiments.errors import UserError
+from pneumo_experiments.experiment.mask_mistakes import CHALLENGE, usual_masks
 from pneumo_experiments.experiment.submission_check import (
     SubmissionCheck,
     are_too_many,
@@ -21,7 +24,6 @@ from pneumo_experiments.experiment.submission_check import (
     expected_images,
     mask_warnings,
     native_shapes,
-    positives_of,
 )
 from pneumo_experiments.scoring.submission import write_submission
 from pneumo_experiments.settings import Score
@@ -60,7 +62,22 @@ def test_a_submission_as_score_writes_it_has_no_problems(path: Path) -> None:
         ("ID_a,-1\n", "ID_a,-1\nID_a,-1\n", "ID_a: more than one row"),
         ("ID_a,-1\n", "", "ID_a: missing"),
         ("ID_a,-1\n", "ID_a,-1\nID_d,-1\n", "ID_d: no image of the test set"),
-        ("ID_a,-1", "ID_a.dcm,-1", "ID_a.dcm: no image of the test set"),
+        ("ID_a,-1", "ID_a.dcm,-1", "ID_a.dcm: a suffix or folder that the ids of the test set do not have"),
+        (
+            "ID_a,-1",
+            "test/ID_a.png,-1",
+            "test/ID_a.png: a suffix or folder that the ids of the test set do not",
+        ),
+        (
+            "ID_a,-1",
+            "ID_a,-1.0",
+            "ID_a: not written as whole numbers separated by blanks, or as -1 for no mask",
+        ),
+        ("0 5 3 2", "0.0 5.0 3.0 2.0", "ID_c: not written as whole numbers separated by blanks"),
+        ("0 5 3 2", '"0,5,3,2"', "ID_c: not written as whole numbers separated by blanks"),
+        ("ID_a,-1", "ID_a,NaN", "ID_a: no run lengths; an empty mask is written -1"),
+        ("Id,Enc", "Id, Enc", "the first line is not ImageId,EncodedPixels"),
+        ("ImageId,", "\ufeffImageId,", "it starts with a byte order mark"),
         ("ID_a,-1", "ID_a,", "ID_a: no run lengths; an empty mask is written -1"),
         ("ID_a,-1", "ID_a,5 3 2", "ID_a: odd number of run lengths (3); write pairs 'gap length'"),
         ("ID_a,-1", "ID_a,5 x", "ID_a: run length 'x' is not a whole number of pixels"),
@@ -127,9 +144,10 @@ def test_the_expected_images_are_those_of_the_sample_in_its_order(tmp_path: Path
 def test_the_fraction_of_positives_stands_beside_the_training_images(tmp_path: Path) -> None:
     write(tmp_path / "d.h5", count=5)
     write(tmp_path / "unlabelled.h5", count=5, labelled=False)
-    assert positives_of(tmp_path / "d.h5") == 0.4
-    assert positives_of(tmp_path / "unlabelled.h5") is None
-    assert positives_of(tmp_path / "nothing.h5") is None
+    assert usual_masks(tmp_path / "d.h5").positives == 0.4
+    assert usual_masks(tmp_path / "d.h5").cells is CHALLENGE.cells  # 2 masks say nothing of where they lie
+    assert usual_masks(tmp_path / "unlabelled.h5") is CHALLENGE
+    assert usual_masks(tmp_path / "nothing.h5") is CHALLENGE
     check = SubmissionCheck(images=100, positives=25, problems=[])
     assert check.positives_line(None) == "25 of 100 images have a mask (25.0%)"
     assert check.positives_line(0.4) == "25 of 100 images have a mask (25.0%), of the training images 40.0%"
@@ -184,10 +202,104 @@ def test_a_check_names_masks_of_whole_images_and_calls_them_valid(
     assert capsys.readouterr().out.splitlines() == [
         "score: 3 of 3 images have a mask (100.0%)",
         "score: 2 masks cover more than half of their image: look at them",
-        f"score: {path} is a valid submission; its ids were not checked: give sample_submission or dicom_dir",
+        f"score: {path} has the form of a submission, but its masks are doubtful; its ids were not"
+        " checked: give sample_submission or dicom_dir",
     ]
     (run,) = MlflowClient().search_runs(["0"])
     assert run.data.tags["mlflow.note.content"].splitlines()[1:] == [
         "3 of 3 images have a mask (100.0%).",
         "2 masks cover more than half of their image: look at them.",
     ]
+
+
+def lungs(count: int, shape: tuple[int, int] = (1024, 1024)) -> list[np.ndarray]:
+    """Masks like the challenge's: crescents at the top of either lung, of various sizes."""
+    rows, columns = shape
+    y, x = np.mgrid[:rows, :columns] / [[[rows]], [[columns]]]
+    masks = list[np.ndarray]()
+    for number in range(count):
+        side, size = (0.3 if number % 2 else 0.7), 0.08 + 0.01 * (number % 7)
+        inside = ((x - side) / size) ** 2 + ((y - 0.25) / size) ** 2 < 1
+        masks.append(inside & (((x - side) / size) ** 2 + ((y - 0.25 - size / 2) / size) ** 2 > 1))
+    return masks
+
+
+def of_masks(texts: list[str]) -> str:
+    return "ImageId,EncodedPixels\n" + "".join(f"ID_{number},{text}\n" for number, text in enumerate(texts))
+
+
+def absolute(text: str, first: int) -> str:
+    lengths = np.array(text.split(), int)
+    return " ".join(map(str, np.c_[np.cumsum(lengths)[::2] + first, lengths[1::2]].ravel()))
+
+
+SIZES = (
+    "the runs repeat every {0} pixels, and columns of the images have 1024: were the masks made at {0} x {0}?"
+)
+ROW_BY_ROW = "the masks look made row by row: run lengths go down columns, so encode each mask transposed"
+
+
+@pytest.mark.parametrize(
+    ("texts", "problem"),
+    [
+        (lambda: [encode(mask) for mask in lungs(20)], ""),
+        (lambda: [encode(mask[:, ::-1]) for mask in lungs(20)], ""),  # both lungs look alike
+        (lambda: [encode(mask) for mask in lungs(2, (256, 256))], SIZES.format(256)),
+        (lambda: [encode(mask) for mask in lungs(3, (128, 128))], SIZES.format(128)),
+        (lambda: [encode(mask) for mask in lungs(3, (768, 768))], SIZES.format(768)),
+        (lambda: [encode(mask) for mask in lungs(3, (2048, 2048))], SIZES.format(2048)),
+        (lambda: [encode(mask.T) for mask in lungs(20)], ROW_BY_ROW),
+        (lambda: [encode(mask[::-1]) for mask in lungs(20)], "the masks look upside down"),
+        (lambda: [absolute(encode(mask), 1) for mask in lungs(1)], "ID_0: the run lengths look absolute"),
+        (lambda: [absolute(encode(mask), 0) for mask in lungs(1)], "ID_0: the run lengths look absolute"),
+        (lambda: [absolute(encode(m), 1) for m in lungs(2, (256, 256))], SIZES.format(256)),
+    ],
+)
+def test_a_mistake_in_all_masks_is_named(path: Path, texts: Callable[[], list[str]], problem: str) -> None:
+    result = checked(path, of_masks(texts()), None)
+    assert result.doubts == []
+    if not problem:
+        assert result.problems == []
+    else:
+        assert any(line.startswith(problem) for line in result.problems), result.problems
+
+
+def test_the_sizes_of_the_images_decide_what_size_of_masks_is_wrong(path: Path) -> None:
+    small, wide = lungs(2, (256, 256)), lungs(2, (256, 400))
+    shapes = {"ID_0": (256, 256), "ID_1": (256, 256)}
+    path.write_text(of_masks([encode(mask) for mask in small]))
+    assert check_submission(path, None, shapes).problems == []
+    path.write_text(of_masks([encode(mask.T) for mask in wide]))
+    (problem,) = check_submission(path, None, dict.fromkeys(shapes, (256, 400))).problems
+    assert problem.startswith("the masks were made row by row")
+
+
+def test_few_or_swapped_masks_are_doubts_and_no_errors(path: Path) -> None:
+    inverted = checked(path, of_masks([encode(~mask) for mask in lungs(5)]), None)
+    assert inverted.problems == []
+    assert inverted.doubts[0] == "5 masks cover more than half of their image: look at them"
+    assert inverted.doubts[1].endswith("usual ones 0.82%: are masks and background swapped?")
+    few = checked(path, of_masks([encode(mask.T) for mask in lungs(4)]), None)
+    assert (few.problems, few.doubts) == ([], [ROW_BY_ROW])
+    assert "check the thresholds" in checked(path, of_masks(["-1"] * 20), None).positives_line(None)
+
+
+def test_a_table_of_another_program_is_named_and_its_masks_are_checked_all_the_same(path: Path) -> None:
+    for text, named in (
+        ("sep=;\n" + GOOD.replace(",", ";"), ["the first line is sep=", "its columns are separated by ';'"]),
+        (GOOD.replace(",", "\t"), [r"its columns are separated by '\t', not by a comma"]),
+    ):
+        result = checked(path, text)
+        assert (result.images, result.positives) == (3, 2)
+        assert all(any(line.startswith(name) for line in result.problems) for name in named)
+    path.write_bytes(GOOD.encode("utf-16"))
+    assert check_submission(path, IDS, {}) == SubmissionCheck(3, 2, ["it is UTF-16, not UTF-8"])
+
+
+def test_real_annotations_pass_the_check_and_fail_it_with_each_mistake(path: Path, real_data: Path) -> None:
+    real = read_annotations(real_data / "labels" / "train-rle.csv.gz")
+    masks = [unite(texts, (1024, 1024), name)[0] for name, texts in list(real.items())[:300] if texts]
+    assert checked(path, of_masks([encode(mask) for mask in masks]), None).problems == []
+    assert ROW_BY_ROW in checked(path, of_masks([encode(mask.T) for mask in masks]), None).problems
+    small = [encode(mask[::4, ::4]) for mask in masks]
+    assert any(line.startswith(SIZES.format(256)) for line in checked(path, of_masks(small), None).problems)

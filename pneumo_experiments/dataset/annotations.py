@@ -1,21 +1,24 @@
 """Reads the CSV tables of annotations and of patients.
 
-Kaggle's ``train-rle.csv`` has the header ``ImageId, EncodedPixels``; copies of it have a BOM, CRLF,
-quotes or no header. One image may have several rows, anywhere in the table. Patient tables are the NIH
-mapping ``Kaggle_ID,NIH_ID`` or have the columns ``id,patient``.
+Kaggle's ``train-rle.csv`` has the header ``ImageId, EncodedPixels``; copies of it have other separators,
+encodings, line ends, names, or no header. One image may have several rows, anywhere in the table. Patient
+tables are the NIH mapping ``Kaggle_ID,NIH_ID`` or have the columns ``id,patient``. What could be read in
+two ways is refused.
 """
 
 from __future__ import annotations
 
+import codecs
 import csv
 import gzip
 import io
 import re
 import zlib
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,53 +33,144 @@ MAX_FIELD_LENGTH = 2**26  # characters; csv's default of 131,072 is too low for 
 MAX_TABLE_BYTES, MAX_ROWS = 10**8, 2**20  # uncompressed; the contest's table has 7 million bytes, 12,954 rows
 
 
+# One of them after -1 stands for no mask; a table that also has -1 leaves open what they mean.
+BLANKS = ("", "nan", "none", "null", "na", "n/a", "<na>", "[]")
+MINUS_ONE = re.compile(r"[-\u2212\u2013]\s?1(\.0)?")  # also with the dashes of word processors
+NUMBER = r"[0-9]++(?:\.0)?+"
+# Of whole numbers with one separator throughout: "387,620 23" and "1.000" may mean thousands.
+LISTS = re.compile(
+    "|".join(rf"{NUMBER}(?:{part}{NUMBER})*+" for part in (r"\s++", r"\s*+,\s*+", r"\s*+;\s*+"))
+)
+SUFFIXES = re.compile(r"\.(dcm|dicom|png|jpe?g|bmp|tiff?)$", re.IGNORECASE)
+SEP_LINE = re.compile(r"\"?sep=(.)\"?[,;\t ]*(?=[\r\n])", re.IGNORECASE)  # for Excel
+Value = TypeVar("Value")
+MIN_PAIRS = 5  # so many ascending gaps have no mask of relative ones but by chance
+
+
 @dataclass(frozen=True)
 class TableFormat:
     """Two columns of a table: their possible names, and a pattern for values in tables without a header."""
 
-    id_names: tuple[str, ...]
+    id_names: tuple[str, ...]  # without case, blanks and underscores
     value_names: tuple[str, ...]
     value: re.Pattern[str]
     expected: str
 
 
+class Table(NamedTuple):
+    """A table with at least one row below its header."""
+
+    rows: list[tuple[int, list[str]]]  # number of the line, and stripped fields
+    id_column: int
+    value_column: int
+    width: int  # fields of a row
+    header: str  # as it is written, without quotes; empty if there is none
+    dialect: list[str]  # how it is not plain CSV in UTF-8, in words
+
+
 ANNOTATIONS = TableFormat(
-    id_names=("imageid", "image_id"),
-    value_names=("encodedpixels", "encoded_pixels"),
-    value=re.compile(r"-1|\d+(\s+\d+)*"),
+    id_names=("imageid", "id", "image", "imagename", "filename", "img"),
+    value_names=("encodedpixels", "rlemask", "rle", "mask", "runlengths"),
+    value=re.compile(r"[-\u2212\u2013]\s?1(\.0)?|nan|none|null|\[?\d+(\.\d+)?([\s,;]+\d+(\.\d+)?)+\]?", re.I),
     expected="the columns ImageId and EncodedPixels, or these two without a header",
 )
 PATIENTS = TableFormat(
-    id_names=("kaggle_id", "id", "imageid", "image_id"),
-    value_names=("nih_id", "patient", "patient_id"),
+    id_names=("kaggleid", "id", "imageid"),
+    value_names=("nihid", "patient", "patientid"),
     value=NIH_FILE,
     expected="the columns id and patient, or Kaggle_ID and NIH_ID",
 )
 # Copies of the challenge's data as pictures come with a table of new_filename, ImageId and has_pneumo.
 FILE_NAMES = TableFormat(
-    id_names=("new_filename", "filename", "file_name"),
-    value_names=("imageid", "image_id"),
+    id_names=("newfilename", "filename"),
+    value_names=("imageid",),
     value=re.compile("(?!)"),
     expected="the columns new_filename, ImageId and has_pneumo",
 )
-PRESENCES = replace(FILE_NAMES, value_names=("has_pneumo", "has_pneumothorax"))
+PRESENCES = replace(FILE_NAMES, value_names=("haspneumo", "haspneumothorax"))
 
 
 def read_annotations(path: Path, content: bytes | None = None) -> dict[str, list[str]]:
     """Run-length texts by image id, in the table's order; an empty list for images with only -1.
 
-    ``content`` is the result of ``read_table``, if the caller has read the file already. Raises UserError.
+    The texts of an image with masks and -1 end with -1.
+
+    ``content`` is the result of ``read_table``, if the caller has read the file already. Raises UserError,
+    also for absolute starts, which other contests have, and for blank cells in a table that has -1.
     """
     annotations: dict[str, list[str]] = {}
-    for line, image_id, text in _read_pairs(path, ANNOTATIONS, content):
-        if not text:
+    spellings: dict[str, str] = {}
+    blank, absolute, empty, has_relative = "", list[str](), set[str](), False
+    for line, spelling, value in _read_pairs(path, ANNOTATIONS, content):
+        image_id, text, where = plain_id(spelling), plain_run_lengths(value), f"{path}, line {line}"
+        if image_id != spelling and spellings.setdefault(image_id, spelling) != spelling:
             raise UserError(
-                f"{path}, line {line}: no run lengths for {image_id}; an empty mask is written {rle.EMPTY}"
+                f"{where}: {spelling} and {spellings[image_id]} differ only in their suffixes; omit those"
             )
         texts = annotations.setdefault(image_id, [])
-        if text != rle.EMPTY:
+        if text == rle.EMPTY:
+            empty.add(image_id)
+        elif not text:
+            blank = blank or f"{where}: no run lengths for {image_id}, and other images have {rle.EMPTY}"
+        else:
             texts.append(text)
+            if text.count(" ") >= 2 * MIN_PAIRS - 1 and rle.PAIRS.fullmatch(text):
+                absolute += [where] if (is_absolute := rle.are_absolute(rle.to_lengths(text))) else []
+                has_relative = has_relative or not is_absolute
+    if blank and empty:
+        raise UserError(f"{blank}; write run lengths or {rle.EMPTY} into this row, or remove it")
+    if absolute and not has_relative:
+        raise UserError(f"{absolute[0]}: {rle.ABSOLUTE}")
+    for image_id in empty:
+        annotations[image_id] += [rle.EMPTY] if annotations[image_id] else []
     return annotations
+
+
+def plain_id(spelling: str) -> str:
+    """An image id without the suffixes of image files, such as .dcm or .png."""
+    return SUFFIXES.sub("", spelling) or spelling
+
+
+def plain_run_lengths(text: str) -> str:
+    """Run lengths as the challenge writes them, -1 for a minus one, empty for marks of missing values.
+
+    Reads whole numbers written as ``3.0``, with commas or semicolons, in brackets. Other texts are unchanged.
+    """
+    if text.replace(" ", "").isdigit():  # as almost all are
+        return text
+    if text.lower() in BLANKS:
+        return ""
+    if MINUS_ONE.fullmatch(text):
+        return rle.EMPTY
+    numbers = text[1:-1].strip() if text[0] + text[-1] in ("[]", "()") else text
+    if not LISTS.fullmatch(numbers):
+        return text
+    return " ".join(number.removesuffix(".0") for number in re.split(r"[\s,;]+", numbers))
+
+
+def match_ids(table: Mapping[str, Value], known: Collection[str]) -> dict[str, Value]:
+    """The table with the ids of known images. If it has none, ids match without their folders and suffixes.
+
+    Raises UserError if several ids of the table then match one image.
+    """
+    if any(name in known for name in table):
+        return dict(table)
+    names = [(short_id(name), name) for name in known]
+    counts = Counter(short for short, _ in names)
+    unique = {short: name for short, name in names if counts[short] == 1}
+    matched: dict[str, str] = {}
+    for name in table:
+        image_id = unique.get(short_id(name), name)
+        if matched.setdefault(image_id, name) != name:
+            raise UserError(
+                f"{name} and {matched[image_id]}: both match the image {image_id}; name each image once"
+            )
+    return {image_id: table[name] for image_id, name in matched.items()}
+
+
+def short_id(path: str) -> str:
+    """An image id without folders before it and suffixes of image files after it."""
+    return plain_id(path.replace("\\", "/").rpartition("/")[2])
 
 
 def unite(texts: Sequence[str], shape: tuple[int, int], image_id: str) -> tuple[NDArray[np.bool_], bool]:
@@ -92,10 +186,10 @@ def unite(texts: Sequence[str], shape: tuple[int, int], image_id: str) -> tuple[
 def read_patients(path: Path, content: bytes | None = None) -> dict[str, str]:
     """Patient by image id, without images that have none. ``content`` as in ``read_annotations``."""
     patients: dict[str, str] = {}
-    for line, image_id, value in _read_pairs(path, PATIENTS, content):
-        nih_file = NIH_FILE.fullmatch(value)
+    for line, spelling, value in _read_pairs(path, PATIENTS, content):
+        nih_file, image_id = NIH_FILE.fullmatch(value), plain_id(spelling)
         patient = nih_file[1] if nih_file else value
-        if patient and patients.setdefault(image_id, patient) != patient:
+        if patient.lower() not in BLANKS and patients.setdefault(image_id, patient) != patient:
             raise UserError(f"{path}, line {line}: a second patient for {image_id}; keep one row per image")
     return patients
 
@@ -106,14 +200,14 @@ def read_file_names(path: Path, content: bytes) -> dict[str, tuple[str, bool]]:
     ids = set[str]()
     pairs = zip(_read_pairs(path, FILE_NAMES, content), _read_pairs(path, PRESENCES, content), strict=True)
     for (line, name, image_id), (_, _, presence) in pairs:
-        if presence not in ("0", "1"):
+        if presence.removesuffix(".0") not in ("0", "1"):
             raise UserError(f"{path}, line {line}: has_pneumo is neither 0 nor 1")
         if name in named or image_id in ids:
             raise UserError(
                 f"{path}, line {line}: a second row for {name} or its image; keep one row per file"
             )
         ids.add(image_id)
-        named[stem_of(name)] = image_id, presence == "1"
+        named[stem_of(name)] = image_id, presence.startswith("1")
     return named
 
 
@@ -132,54 +226,138 @@ def read_table(path: Path, table_format: TableFormat) -> bytes:
         ) from None
 
 
+def parse_table(path: Path, table_format: TableFormat, content: bytes | None = None) -> Table:
+    """The rows below the header, at least one. Raises UserError for what is not a table of this format."""
+    text, dialect = _decode(
+        path, table_format, read_table(path, table_format) if content is None else content
+    )
+    sep_line = SEP_LINE.match(text)
+    start = text[sep_line.end() if sep_line else 0 :].lstrip("\r\n ")
+    first_lines = re.match(r"[^\r\n]*+[\r\n]*+[^\r\n]*+", start)
+    delimiter = sep_line[1] if sep_line else _delimiter(first_lines[0] if first_lines else "", table_format)
+    try:
+        rows = _parse(text, delimiter)
+    except csv.Error:
+        raise UserError(f"{path}: not a CSV table; expected {table_format.expected}") from None
+    if len(rows) > MAX_ROWS:
+        raise UserError(f"{path}: more than {MAX_ROWS:,} rows; check that it is the right table")
+    if sep_line:
+        dialect.append("the first line is sep=, which only Excel knows")
+        del rows[0]
+    if delimiter != ",":
+        dialect.append(f"its columns are separated by {delimiter!r}, not by a comma")
+    if not rows:
+        raise UserError(f"{path}: the table is empty; expected {table_format.expected}")
+    columns, first = _columns(rows, table_format), rows[0][1]
+    if columns is None:
+        raise UserError(f"{path}: found {_describe_row(first)}; expected {table_format.expected}")
+    id_column, value_column, has_header = columns
+    header = re.split(r"[\r\n]", start, maxsplit=1)[0].replace('"', "") if has_header else ""
+    if has_header and len(rows) == 1:
+        raise UserError(f"{path}: has a header but no rows; expected one row per annotation or image")
+    return Table(rows[has_header:], id_column, value_column, len(first), header, dialect)
+
+
 def _read_pairs(
     path: Path, table_format: TableFormat, content: bytes | None
 ) -> Iterator[tuple[int, str, str]]:
     """Line number, image id and value of each row."""
-    rows = _rows(path, table_format, read_table(path, table_format) if content is None else content)
-    if not rows:
-        raise UserError(f"{path}: the table is empty; expected {table_format.expected}")
-    first = rows[0][1]
-    names = [name.lower() for name in first]
-    id_column = next((names.index(name) for name in table_format.id_names if name in names), None)
-    value_column = next((names.index(name) for name in table_format.value_names if name in names), None)
-    if id_column is not None and value_column is not None:
-        del rows[0]
-    elif len(first) == 2 and table_format.value.fullmatch(first[1]):
-        id_column, value_column = 0, 1
-    else:
-        raise UserError(f"{path}: found {_describe_row(first)}; expected {table_format.expected}")
-    if not rows:
-        raise UserError(f"{path}: has a header but no rows; expected one row per annotation or image")
-    for line, row in rows:
-        if len(row) <= max(id_column, value_column) or not row[id_column]:
+    table = parse_table(path, table_format, content)
+    for line, row in table.rows:
+        if len(row) <= max(table.id_column, table.value_column) or not row[table.id_column]:
             raise UserError(
                 f"{path}, line {line}: an image id or value is missing; expected {table_format.expected}"
             )
-        yield line, row[id_column].removesuffix(".dcm"), row[value_column]
+        value, more = row[table.value_column], [field for field in row[table.width :] if field]
+        if more:  # run lengths with commas, without quotes
+            if table.value_column != table.width - 1 or not all(map(str.isdecimal, [value, *more])):
+                raise UserError(
+                    f"{path}, line {line}: {len(row)} fields, and {table.width} in the first line; put fields"
+                    " with separators in them into quotes"
+                )
+            value = " ".join([value, *more])
+        yield line, row[table.id_column], value
 
 
-def _rows(path: Path, table_format: TableFormat, content: bytes) -> list[tuple[int, list[str]]]:
-    """Line number and stripped fields of each row that is not blank; unpacks .gz."""
-    csv.field_size_limit(MAX_FIELD_LENGTH)
+def _decode(path: Path, table_format: TableFormat, content: bytes) -> tuple[str, list[str]]:
+    """The text of a table, unpacked if it is .gz; and its encoding in words, if it is not UTF-8."""
     try:
         if content.startswith(GZIP_MAGIC):
             content = _decompress(content, path)
-        reader = csv.reader(io.StringIO(content.decode("utf-8-sig"), newline=""), skipinitialspace=True)
-        rows = list[tuple[int, list[str]]]()
-        for row in reader:
-            fields = [field.strip() for field in row]
-            if any(fields):
-                rows.append((reader.line_num, fields))
-            if len(rows) > MAX_ROWS:
-                raise UserError(f"{path}: more than {MAX_ROWS:,} rows; check that it is the right table")
-    except (UnicodeDecodeError, csv.Error):
-        raise UserError(f"{path}: not a CSV table in UTF-8; expected {table_format.expected}") from None
+        if content.startswith(b"PK\3\4"):
+            raise UserError(
+                f"{path}: a zip or Excel file, no CSV table; unpack it, or save it as CSV;"
+                f" expected {table_format.expected}"
+            )
+        encoding, even, odd = "utf-8", content[:200:2], content[1:200:2]
+        if content.startswith(codecs.BOM_UTF8):
+            encoding = "utf-8-sig"
+        elif content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            encoding = "utf-16"
+        elif max(even.count(0), odd.count(0)) > len(even) / 2:  # as in ASCII, without a byte order mark
+            encoding = "utf-16-le" if odd.count(0) > even.count(0) else "utf-16-be"
+        text = content.decode(encoding)
+        if "\0" in text:
+            raise UnicodeDecodeError(encoding, content, content.find(b"\0"), len(content), "not text")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise UserError(
+            f"{path}, line {line}: not a CSV table in UTF-8; expected {table_format.expected}"
+        ) from None
     except (gzip.BadGzipFile, EOFError, zlib.error):
         raise UserError(
             f"{path}: cannot be read (damaged or truncated); expected {table_format.expected}"
         ) from None
+    names = {"utf-8": [], "utf-8-sig": ["it starts with a byte order mark"]}
+    return text, names.get(encoding, ["it is UTF-16, not UTF-8"])
+
+
+def _delimiter(first_lines: str, table_format: TableFormat) -> str:
+    """The first character that makes columns of the first two lines, else a comma."""
+    others = [c for c in first_lines if c.isprintable() and not c.isalnum() and c not in " _-.'\"/\\"]
+    for delimiter in dict.fromkeys((",", ";", "\t", "|", *others)):
+        try:
+            if (rows := _parse(first_lines, delimiter)) and _columns(rows, table_format):
+                return delimiter
+        except (csv.Error, ValueError):  # a quote that is not closed; a character that cannot separate
+            continue
+    return ","
+
+
+def _parse(text: str, delimiter: str) -> list[tuple[int, list[str]]]:
+    """Line number and stripped fields of each row that is not blank, up to one more than allowed."""
+    csv.field_size_limit(MAX_FIELD_LENGTH)
+    quote = "'" if text.startswith("'") else '"'
+    lines = io.StringIO(text, newline="")
+    reader = csv.reader(lines, delimiter=delimiter, quotechar=quote, skipinitialspace=True)
+    rows = list[tuple[int, list[str]]]()
+    for row in reader:
+        fields = [field.strip() for field in row]
+        if any(fields):
+            rows.append((reader.line_num, fields))
+        if len(rows) > MAX_ROWS:
+            break
     return rows
+
+
+def _columns(rows: list[tuple[int, list[str]]], table_format: TableFormat) -> tuple[int, int, bool] | None:
+    """Columns of ids and values, and whether the first row names them; None if that is unclear."""
+    first = rows[0][1]
+    names = [re.sub(r"[\W_]", "", name).lower() for name in first]
+    id_column = next((names.index(name) for name in table_format.id_names if name in names), None)
+    value_column = next((names.index(name) for name in table_format.value_names if name in names), None)
+    if id_column is not None and value_column is not None:
+        return id_column, value_column, True
+    values = [i for i, field in enumerate(first) if table_format.value.fullmatch(field)]
+    ids = [i for i, field in enumerate(first) if field and i not in values]
+    if len(ids) == 2 and [row[ids[0] : ids[0] + 1] for _, row in rows[:2]] in (
+        [["0"], ["1"]],
+        [["1"], ["2"]],
+    ):
+        del ids[0]  # numbers of the rows
+    if not values and ids == [0] and len(first) == 2 and len(rows) > 1:  # an empty cell
+        values = [1] if table_format.value.fullmatch("".join(rows[1][1][1:2])) else []
+    return (ids[0], values[0], False) if len(ids) == len(values) == 1 else None
 
 
 def _decompress(content: bytes, path: Path) -> bytes:
@@ -202,4 +380,6 @@ def _describe_row(row: list[str]) -> str:
     # A row with digits is probably data, which may identify a patient: do not print it.
     if any(character.isdigit() for field in row for character in field):
         return f"a first row of {len(row)} fields without these names"
+    if len(row) == 1:
+        return f"the one column {row[0]}; separate columns by commas"
     return "the columns " + ", ".join(row)

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from pneumo_experiments.dataset.annotations import unite
 from pneumo_experiments.dataset.patients import shipped_grouping
 from pneumo_experiments.dataset.resize import resize_mask
+from pneumo_experiments.dataset.rle import EMPTY
 from pneumo_experiments.dicom.archive import Member, read_member
 from pneumo_experiments.dicom.picture import is_picture, read_mask
 from pneumo_experiments.errors import Rejected, UserError
@@ -28,7 +29,7 @@ class InvalidRunLengths(Rejected):
 class Label:
     """Where the mask of an image is: in run lengths, or in a file of the folder ``root``."""
 
-    texts: tuple[str, ...] = ()
+    texts: tuple[str, ...] = ()  # of masks, and -1 if a row of the table says so too
     side: int = 0  # of the image that the run lengths belong to, if it is square; 0: they belong to this one
     root: Path | None = None
     file: Member | None = None
@@ -75,16 +76,17 @@ def read_label(
 
     A mask of another size is resized. Raises InvalidRunLengths, or Rejected if the file cannot be used.
     """
-    annotations, kind = len(texts), "run lengths"
+    masks = [text for text in texts if text != EMPTY]
+    annotations, kind = len(masks), "run lengths"
     if file:
         mask, overlapping, kind = _mask_of(file, image_id, max_pixels), False, "mask"
         annotations = int(mask.any())
-    elif not texts:
+    elif not masks:
         return LabelMask()
     else:
         try:
             is_copy = side and shape[0] == shape[1]
-            mask, overlapping = unite(texts, (side, side) if is_copy else shape, image_id)
+            mask, overlapping = unite(masks, (side, side) if is_copy else shape, image_id)
         except UserError as error:
             raise InvalidRunLengths(str(error)) from None
     (rows, columns), (height, width) = mask.shape, shape
@@ -92,10 +94,13 @@ def read_label(
         raise InvalidRunLengths(
             f"{image_id}: {kind} of {columns} x {rows} px for an image of {width} x {height}; use those of it"
         )
-    notes = (f"{kind} for {columns} x {rows} px: resized to the image's",) if mask.shape != shape else ()
+    is_resized = mask.shape != shape
+    notes = (f"{kind} for {columns} x {rows} px: resized to the image's",) if is_resized else ()
+    if EMPTY in texts:
+        notes += ("the table has a mask and -1: the mask is used",)
     if not annotations:
         return LabelMask(notes=notes)
-    native = resize_mask(mask, shape) if notes else mask
+    native = resize_mask(mask, shape) if is_resized else mask
     return LabelMask(native, mask, annotations, overlapping, notes)
 
 

@@ -15,6 +15,11 @@ from numpy.typing import NDArray
 from pneumo_experiments.errors import UserError
 
 EMPTY = "-1"
+ABSOLUTE = (
+    "the run lengths look absolute: each start counts from the first pixel, as in other contests; here each"
+    " gap counts from the end of the previous run; convert: gap = start - end of the previous run, and first"
+    " subtract 1 from all starts if the first pixel is 1"
+)
 # Pairs of integers below 10**18. Possessive quantifiers: no backtracking on invalid texts.
 PAIRS = re.compile(r"\s*+(?:[0-9]{1,18}+\s++[0-9]{1,18}+(?:\s++|\Z))++", re.ASCII)
 
@@ -27,10 +32,12 @@ def decode(text: str, shape: tuple[int, int], image_id: str = "") -> NDArray[np.
     rows, columns = shape
     if text == EMPTY:  # most images; zeroed lazily by the system
         return np.zeros((columns, rows), bool).T
-    lengths = _lengths(text, image_id)
+    lengths = to_lengths(text, image_id)
     end = sum(lengths.tolist())  # Python integers, since int64 could overflow
     rest = rows * columns - end
     if rest < 0:
+        if are_absolute(lengths) and lengths[-2:].sum() <= rows * columns + 1:  # a first pixel may be 1
+            raise UserError(f"{image_id}: {ABSOLUTE}")
         raise UserError(
             f"{image_id}: run lengths reach pixel {end} of an image with {rows * columns}"
             f" ({columns} x {rows}); check that the annotation belongs to this image; rle_size is"
@@ -56,8 +63,14 @@ def encode(mask: NDArray[np.bool_]) -> str:
     return str(lengths)[1:-1].replace(",", "")  # twice as fast as join
 
 
-def _lengths(text: str, image_id: str) -> NDArray[np.int64]:
-    """The integers of the text; empty for -1."""
+def are_absolute(lengths: NDArray[np.int64]) -> bool:
+    """Whether pairs (2n,) can be start and length of n > 1 separate runs in order, as in other contests."""
+    starts, ends = lengths[::2], lengths[::2] + lengths[1::2]
+    return starts.size > 1 and bool((starts[1:] >= ends[:-1]).all())
+
+
+def to_lengths(text: str, image_id: str = "") -> NDArray[np.int64]:
+    """The integers of the text, an even number; empty for -1. Raises UserError for anything but pairs."""
     if PAIRS.fullmatch(text):
         return np.fromstring(text, np.int64, sep=" ")
     parts = text.split()

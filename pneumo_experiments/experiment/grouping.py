@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
-from pneumo_experiments.dataset.annotations import PATIENTS, read_patients, read_table
+from pneumo_experiments.dataset.annotations import PATIENTS, match_ids, read_patients, read_table
 from pneumo_experiments.dataset.hdf5 import Dataset
 from pneumo_experiments.dataset.patients import Grouping, given_grouping, grouping_problem, shipped_grouping
 from pneumo_experiments.errors import UserError
@@ -32,7 +32,7 @@ def make_grouping(patients_csv: str, image_ids: Sequence[str]) -> Grouping:
             f"patients_csv={patients_csv}: names the home of a user whom this machine does not know"
         ) from None
     content = read_table(path, PATIENTS)
-    table = read_patients(path, content)
+    table = match_ids(read_patients(path, content), set(image_ids))
     grouping = given_grouping(table, hashlib.sha256(content).hexdigest(), image_ids)
     images, known = len(image_ids), len(grouping.hashes)
     if images and not known:

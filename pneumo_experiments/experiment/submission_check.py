@@ -1,22 +1,33 @@
-"""Checks a submission before it is sent: rows, ids, run lengths; and any masks: how many, and how large."""
+"""Checks a submission before it is sent: rows, ids, run lengths; and any masks."""
 
 from __future__ import annotations
 
-import csv
-import io
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import sqrt
 from pathlib import Path
 
-from pneumo_experiments.dataset.annotations import ANNOTATIONS, MAX_FIELD_LENGTH, read_annotations, read_table
+from pneumo_experiments.dataset import rle
+from pneumo_experiments.dataset.annotations import (
+    ANNOTATIONS,
+    parse_table,
+    plain_id,
+    plain_run_lengths,
+    read_annotations,
+    short_id,
+)
 from pneumo_experiments.dataset.decoder_pool import DecodedImage, decode_all, read_files
-from pneumo_experiments.dataset.hdf5 import Dataset
-from pneumo_experiments.dataset.rle import decode, encode
 from pneumo_experiments.dicom.archive import Archive
 from pneumo_experiments.errors import UserError
+from pneumo_experiments.experiment.mask_mistakes import (
+    CHALLENGE,
+    MaskTraits,
+    UsualMasks,
+    likely_mistakes,
+    traits_of,
+)
 from pneumo_experiments.scoring.submission import HEADER
 
 CHALLENGE_SHAPE = (1024, 1024)  # rows and columns of every radiograph of the challenge
@@ -64,13 +75,13 @@ class SubmissionCheck:
     images: int
     positives: int
     problems: list[str]
-    large: str = ""  # how many masks cover more than half of their image, in words
+    doubts: list[str] = field(default_factory=list[str])  # what may be wrong about its masks
 
     def positives_line(self, training: float | None) -> str:
         """The fraction of images with a mask, beside the ``training`` images' if that is known."""
         fraction = self.positives / max(1, self.images)
         line = f"{self.positives} of {self.images} images have a mask ({fraction:.1%})"
-        is_odd = are_too_many(self.positives, self.images, None)
+        is_odd = are_too_many(self.positives or self.images, self.images, None)  # none is as odd as all
         if training is not None:
             line += f", of the training images {training:.1%}"
             is_odd = SIMILAR * fraction < training or fraction > SIMILAR * training
@@ -78,43 +89,60 @@ class SubmissionCheck:
 
 
 def check_submission(
-    path: Path, expected: Iterable[str] | None, shapes: Mapping[str, tuple[int, int]]
+    path: Path,
+    expected: Iterable[str] | None,
+    shapes: Mapping[str, tuple[int, int]],
+    usual: UsualMasks = CHALLENGE,
 ) -> SubmissionCheck:
     """Checks a submission file; raises UserError if it is no table at all.
 
     ``expected`` are the image ids that it must have, once each; None accepts any. ``shapes`` are the rows and
-    columns of images; others are taken to be 1024 x 1024, as in the challenge.
+    columns of images; others are taken to be 1024 x 1024, as in the challenge. ``usual`` are masks to compare
+    with.
     """
-    problems, rows = list[str](), _read_rows(path)
-    if rows[0][1] != list(HEADER):
+    table = parse_table(path, ANNOTATIONS)
+    problems = [*table.dialect]
+    if table.header != ",".join(HEADER):
         problems.append(f"the first line is not {','.join(HEADER)}")
-    if any(field.lower() in ANNOTATIONS.id_names for field in rows[0][1]) or rows[0][1] == list(HEADER):
-        del rows[0]
-    short = [f"line {line}" for line, row in rows if len(row) != 2 or not row[0]]
+    whole = [(line, row) for line, row in table.rows if len(row) == table.width and row[table.id_column]]
+    lines = {line for line, _ in whole}
+    short = [f"line {line}" for line, _ in table.rows if line not in lines]
     problems += _kind(short, "not an image id and run lengths")
-    pairs = [(row[0], row[1]) for _, row in rows if len(row) == 2 and row[0]]
+    wanted = None if expected is None else dict.fromkeys(expected)
+    ids = {row[table.id_column]: row[table.id_column] for _, row in whole}
+    for name in ids:
+        plain = plain_id(name) if wanted is None else short_id(name)
+        ids[name] = plain if wanted is None or (name not in wanted and plain in wanted) else name
+    misspelled = [name for name, image_id in ids.items() if name != image_id]
+    problems += _kind(misspelled, "a suffix or folder that the ids of the test set do not have: leave it out")
+    pairs = [(ids[row[table.id_column]], row[table.value_column]) for _, row in whole]
     times = Counter(image_id for image_id, _ in pairs)
     problems += _kind([name for name, count in times.items() if count > 1], "more than one row")
-    if expected is not None:
-        wanted = dict.fromkeys(expected)
+    if wanted is not None:
         problems += _kind([name for name in wanted if name not in times], "missing")
         problems += _kind([name for name in times if name not in wanted], "no image of the test set")
-    unreadable, unstable, covered = list[str](), list[str](), dict[str, float]()
-    for image_id, text in pairs:
+    unreadable, unusual, masks = list[str](), list[str](), dict[str, MaskTraits]()
+    for image_id, value in pairs:
+        text = plain_run_lengths(value)
+        if text and text != " ".join(value.split()):
+            unusual.append(image_id)
         try:
-            mask = decode(text, shapes.get(image_id, CHALLENGE_SHAPE), image_id)
+            masks[image_id] = traits_of(text, shapes.get(image_id, CHALLENGE_SHAPE), image_id)
         except UserError as error:
             unreadable.append(str(error))
-            continue
-        if encode(mask) != " ".join(text.split()):
-            unstable.append(image_id)
-        if mask.any():
-            covered[image_id] = float(mask.mean())
+    problems += _kind([name for name, mask in masks.items() if mask.is_absolute], rle.ABSOLUTE)
+    unreadable += [mask.fault for mask in masks.values() if mask.fault]
     problems += unreadable[:EXAMPLES]
     if len(unreadable) > EXAMPLES:
         problems.append(f"{len(unreadable) - EXAMPLES} more images with run lengths that cannot be decoded")
+    problems += _kind(unusual, "not written as whole numbers separated by blanks, or as -1 for no mask")
+    unstable = [name for name, mask in masks.items() if not mask.is_canonical]
     problems += _kind(unstable, "runs of length 0, runs that touch, or an empty mask not written as -1")
-    return SubmissionCheck(len(times), len(covered), problems, large_masks(covered.values()))
+    certain, doubts = likely_mistakes(list(masks.values()), usual)
+    if large := large_masks(mask.covered for mask in masks.values()):
+        doubts.insert(0, f"{large}: look at them")
+    positives = sum(mask.covered > 0 for mask in masks.values())
+    return SubmissionCheck(len(times), positives, problems + certain, doubts)
 
 
 def expected_images(sample_submission: Path | None, archive: Archive | None) -> list[str] | None:
@@ -132,29 +160,6 @@ def native_shapes(archive: Archive) -> dict[str, tuple[int, int]]:
             for image_id, image in images
             if isinstance(image, DecodedImage)
         }
-
-
-def positives_of(dataset: Path) -> float | None:
-    """The fraction of images with an annotation of a data set file; None if it has no annotations."""
-    if not dataset.is_file():
-        return None
-    with Dataset.open(dataset) as opened:
-        areas = [entry.area_px for entry in opened.entries]
-        return sum(area > 0 for area in areas) / len(areas) if opened.labelled and areas else None
-
-
-def _read_rows(path: Path) -> list[tuple[int, list[str]]]:
-    """Line number and fields of each row of a CSV file that is not blank."""
-    content = read_table(path, ANNOTATIONS)
-    csv.field_size_limit(MAX_FIELD_LENGTH)
-    try:
-        reader = csv.reader(io.StringIO(content.decode("utf-8"), newline=""))
-        rows = [(reader.line_num, row) for row in reader if row]
-    except (UnicodeDecodeError, csv.Error):
-        raise UserError(f"{path}: not a CSV table in UTF-8; expected {ANNOTATIONS.expected}") from None
-    if not rows:
-        raise UserError(f"{path}: the table is empty; expected {ANNOTATIONS.expected}")
-    return rows
 
 
 def _kind(names: list[str], what: str) -> list[str]:

@@ -162,8 +162,8 @@ def _noteworthy(report: Report) -> list[Finding]:
         *(
             (
                 note,
-                "Headers that are empty, damaged or contradictory there. The images are used; the pixels and"
-                " the rest of the header decide how they look.",
+                "Headers or annotations that are empty, damaged or contradictory there. The images are used;"
+                " the pixels and the rest of the header decide how they look.",
                 _ids(image_ids),
             )
             for note, image_ids in report.notes.items()

@@ -13,6 +13,7 @@ from pneumo_experiments import tracking
 from pneumo_experiments.dataset.annotations import (
     ANNOTATIONS,
     FILE_NAMES,
+    match_ids,
     read_annotations,
     read_file_names,
     read_table,
@@ -106,6 +107,7 @@ def _read_inputs(settings: Preprocess) -> PreprocessInputs:
         masks = _renamed(_open("masks_dir", source.masks_dir, source.image_id, wanted), names)
         labels = _mask_labels(archive, masks, names)
     else:
+        texts = None if texts is None else match_ids(texts, archive.image_ids)
         labels = None if texts is None else run_length_labels(texts, source.rle_size)
     if labels is not None and not archive.image_ids & set(labels):
         table = f"rle_csv={source.rle_csv}" if source.masks_dir is None else f"masks_dir={source.masks_dir}"

@@ -17,6 +17,7 @@ from pneumo_experiments.errors import UserError
 from pneumo_experiments.experiment.counts_search import log_counts, search_counts
 from pneumo_experiments.experiment.ensemble import addresses_of, load_models
 from pneumo_experiments.experiment.folder_findings import write_findings
+from pneumo_experiments.experiment.mask_mistakes import usual_masks
 from pneumo_experiments.experiment.model_comparison import log_comparison, refuse_seen
 from pneumo_experiments.experiment.score_report import log_report
 from pneumo_experiments.experiment.scored_images import describe_seen, identity
@@ -25,7 +26,6 @@ from pneumo_experiments.experiment.submission_check import (
     expected_images,
     mask_warnings,
     native_shapes,
-    positives_of,
 )
 from pneumo_experiments.experiment.subset import Subset, make_split
 from pneumo_experiments.scoring.scores import Scores, score_images
@@ -196,11 +196,11 @@ def _check(settings: Score, path: Path) -> ScoreResult:
     if settings.dicom_dir is not None:
         archive = open_archive(settings.dicom_dir, settings.image_id, wanted or ())
     expected = expected_images(None, archive) if wanted is None else wanted
-    result = check_submission(path, expected, {} if archive is None else native_shapes(archive))
-    line = result.positives_line(positives_of(settings.dataset))
+    usual = usual_masks(settings.dataset)
+    result = check_submission(path, expected, {} if archive is None else native_shapes(archive), usual)
     tracking.log_json(asdict(result), "submission_check.json")
     tracking.log_params({"images": result.images, "positives": result.positives})
-    lines = [line, f"{result.large}: look at them"] if result.large else [line]
+    lines = [result.positives_line(usual.positives), *result.doubts]
     summary = "\n".join(f"{each}." for each in lines)
     tracking.describe(f"Check of the submission {path}: {len(result.problems)} problems.\n{summary}")
     for each in (*result.problems, *lines):
@@ -213,5 +213,10 @@ def _check(settings: Score, path: Path) -> ScoreResult:
         if expected is None
         else "all ids are right"
     )
-    print(f"score: {path} is a valid submission; {ids}")
+    valid = (
+        "has the form of a submission, but its masks are doubtful"
+        if result.doubts
+        else "is a valid submission"
+    )
+    print(f"score: {path} {valid}; {ids}")
     return ScoreResult(None, "", path)
