@@ -213,7 +213,7 @@ def warmup_checkpoint(settings: Search, fingerprint: str) -> Checkpoint:
     key = [VERSION, fingerprint, weight_shaping(settings.recipe), weight_shaping(settings.split)]
     key += [study.search_warmup_epochs, study.folds_per_trial]
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
-    return Checkpoint(CHECKPOINTS / f"warm-up-{digest}")
+    return Checkpoint((CHECKPOINTS / f"warm-up-{digest}").absolute())
 
 
 def warmup_weights(settings: Search, fingerprint: str) -> Path:
