@@ -271,9 +271,9 @@ def test_the_last_line_names_the_file_and_the_command_that_sends_it(outage: Outa
 
 
 def test_a_model_that_cannot_be_logged_is_saved_locally(outage: Outage) -> None:
-    saved = f"output/model-{outage.cut_off.run_id}"
-    assert outage.cut_off.lines[-2] == saved
-    assert {path.name for path in (outage.cut_off.folder / saved).iterdir()} >= {"MLmodel", "code", "data"}
+    saved = outage.cut_off.folder / "output" / f"model-{outage.cut_off.run_id}"
+    assert outage.cut_off.lines[-2] == str(saved)
+    assert {path.name for path in saved.iterdir()} >= {"MLmodel", "code", "data"}
 
 
 def test_the_command_sends_the_missing_calls(outage: Outage) -> None:
@@ -437,7 +437,7 @@ def test_a_server_that_hangs_does_not_block_a_run_and_gets_everything_later(
             tracking.log_metrics({"dice": step / 100}, step=step)
         tracking.log_json({"a": 1}, "sheets/a.json")
         saved = tracking.log_model(tmp_path / "made")
-    assert saved == f"output/model-{run_id}"
+    assert saved == f"{Path.cwd()}/output/model-{run_id}"
     assert 1 <= proxy.hung < 10
     file = tmp_path / "output" / f"undelivered-{run_id}" / "calls.jsonl"
     names = [call["call"] for call in calls_in(file)]
