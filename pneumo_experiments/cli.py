@@ -29,6 +29,7 @@ from pneumo_experiments.settings import (
     Leaf,
     Main,
     Settings,
+    absolute,
     as_text,
     from_flat,
     leaves,
@@ -87,14 +88,18 @@ def _command_of(name: str) -> click.Command:
 
 
 def resolve(ctx: click.Context, kind: type[Settings]) -> Settings:
-    """The settings of a command: an option beats the config file, the file beats the default."""
+    """The settings of a command: an option beats the config file, the file beats the default.
+
+    Their paths are absolute, so that whatever is printed or logged of them can be opened from anywhere.
+    """
     given = {n for n in ctx.params if ctx.get_parameter_source(n) is ParameterSource.COMMANDLINE}
     path: Path | None = ctx.params["config"]
     if kind is Main and path is None and ctx.params["dicom_dir"] is None and DEMO.is_file():
-        click.echo(
-            f"main: no dicom_dir and no config: synthetic radiographs, with {DEMO.parent.name}/{DEMO.name}"
-        )
+        click.echo(f"main: no dicom_dir and no config: synthetic radiographs, with {DEMO}")
         path = DEMO
+    if path and not path.exists() and (own := DEMO.parents[1] / path).is_file():
+        path = own  # the project has it, and `mlflow run` was called elsewhere
+        click.echo(f"{ctx.info_name}: config: {path}")
     types = {param.name: param for param in ctx.command.params}
     values: dict[str, Any] = {}
     for name, text in (read_config(path, kind) if path else {}).items():
@@ -108,7 +113,7 @@ def resolve(ctx: click.Context, kind: type[Settings]) -> Settings:
         is_passed_default = "MLFLOW_RUN_ID" in os.environ and name in defaults
         if not (name in values and is_passed_default and ctx.params[name] == defaults[name]):
             values[name] = ctx.params[name]
-    return from_flat(kind, values)
+    return from_flat(kind, {leaf.name: absolute(leaf, values) for leaf in leaves(kind)})
 
 
 def _underscored(word: str) -> str:
@@ -124,8 +129,22 @@ def _underscored(word: str) -> str:
         "token_normalize_func": _underscored,
     },
 )
+@click.option("--mlflow_pid", hidden=True)
 @click.version_option(package_name=None, version=__version__)
-def cli() -> None: ...
+def cli(mlflow_pid: str | None) -> None:
+    """Relative paths are those of the folder where `mlflow run` was called.
+
+    MLflow starts this process in the project's folder, a temporary one for a project from git, and says
+    nowhere what its own was. MLproject passes ``mlflow_pid``: the working directory of that process tells.
+    """
+    if mlflow_pid is None:
+        return
+    import psutil
+
+    try:
+        os.chdir(psutil.Process(int(mlflow_pid)).cwd())
+    except (OSError, ValueError, psutil.Error) as error:
+        click.echo(f"relative paths are of {Path.cwd()}: no working directory of `mlflow run` ({error})")
 
 
 for _name in ENTRY_POINTS:

@@ -17,6 +17,8 @@ name: pneumo_experiments
 conda_env: conda.yaml
 entry_points:
 """
+# A shell that MLflow starts in the project's folder runs it: the parent of that shell is MLflow.
+COMMAND = "python -m pneumo_experiments --mlflow_pid $PPID"
 
 
 def mlproject_text() -> str:
@@ -38,4 +40,4 @@ def _entry_point(name: str, kind: type) -> str:
             f"      {parameter}: {{type: string, default: {json.dumps(default)}}}",
         ]
     options = " ".join(f"--{parameter} {{{parameter}}}" for parameter, _, _ in declared)
-    return "\n".join([*lines, f'    command: "python -m pneumo_experiments {name} {options}"', ""])
+    return "\n".join([*lines, f'    command: "{COMMAND} {name} {options}"', ""])

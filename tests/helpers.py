@@ -41,7 +41,13 @@ class End:
     err: str
 
 
+def from_here(text: str) -> str:
+    """A text whose paths below the working directory are relative."""
+    return text.replace(f"{Path.cwd()}/", "")
+
+
 def ended(words: list[str], patch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> End:
+    """How the command line ends; paths in what it says are relative unless absolute ones are given."""
     patch.setattr("sys.argv", ["pneumo_experiments", *words])
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -52,6 +58,8 @@ def ended(words: list[str], patch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
             signal.signal(number, handler)
     out, err = capsys.readouterr()
     assert isinstance(stop.value.code, int)
+    if not any(f"{Path.cwd()}/" in word for word in words):
+        out, err = from_here(out), from_here(err)
     return End(stop.value.code, out, err)
 
 

@@ -169,7 +169,7 @@ def test_runs_artifacts_and_models_lie_in_a_folder_of_any_name(
     assert code == 0, said
     artifacts, model = said.splitlines()[-2:]
     assert model == "here"
-    assert artifacts.startswith("mlruns/0/")
+    assert artifacts.startswith(f"{folder}/mlruns/0/")
     assert (folder / artifacts / "sheets" / "a.json").is_file()
     assert (folder / artifacts / "b.png").is_file()
     assert (folder / "mlflow.db").is_file()

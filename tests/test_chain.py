@@ -72,12 +72,14 @@ class Chain:
 
 
 def run_chain(folder: Path, commands: CommandServer | None, **settings: object) -> Chain:
-    """`mlflow run` of the entry point main on a store of its own; with commands, of the tiny network."""
+    """`mlflow run` of the entry point main, called in another folder than the project's, on a store there.
+
+    With commands it trains the tiny network.
+    """
     uri = f"sqlite:///{folder / 'mlflow.db'}"
-    # The store's experiment must not have its artifacts in the repository, where `mlflow run` works.
     mlflow.set_tracking_uri(uri)
     MlflowClient().create_experiment("chain", artifact_location=(folder / "artifacts").as_uri())
-    settings |= {"output_dir": folder / "output", "storage": f"sqlite:///{folder / 'optuna.db'}"}
+    settings |= {"output_dir": "output", "storage": "sqlite:///optuna.db"}
     words = ["run", ROOT, "--env-manager", "local", "--experiment-name", "chain"]
     words += [f"-P{name}={value}" for name, value in settings.items()]
     environment = environment_of_mlflow(uri)
@@ -298,6 +300,22 @@ def test_no_logged_model_holds_a_pickle(chain: Chain) -> None:
     assert not [name for name in names if name.endswith((".pkl", ".pickle", ".joblib"))]
 
 
+def test_every_path_that_is_printed_or_a_param_can_be_opened_from_anywhere(chain: Chain) -> None:
+    said = [line for line in chain.output.splitlines() if " INFO mlflow." not in line]
+    paths = re.findall(r"(?<![\w:/.…])/[^\s,;]+", "\n".join(said))
+    assert {Path(path.rstrip(".:")).exists() for path in paths} == {True}, paths
+    assert f" in sqlite:///{chain.folder}/optuna.db\n" in chain.output
+    for end in ("report.html", ".h5", "submission.csv", "findings.csv"):
+        assert [path for path in paths if path.startswith(str(chain.folder)) and path.endswith(end)], end
+    for name in ("sample", "preprocess", "search", "train", "score", "register"):
+        params = chain.runs[name][0].data.params
+        for setting in {"dataset", "dicom_dir", "rle_csv", "output_dir"} & params.keys():
+            assert params[setting] == "none" or Path(params[setting]).is_absolute(), (name, setting)
+    main = chain.only("main").data.params
+    assert (main["output_dir"], main["output_dir_used"]) == ("output", f"{chain.folder}/output")
+    assert main["storage_used"] == f"sqlite:///{chain.folder}/optuna.db"
+
+
 def test_main_says_which_step_it_is_and_what_is_still_to_come(chain: Chain) -> None:
     steps = re.findall(r"main: step (\d) of 7, (.*)", chain.output)
     assert [number for number, _ in steps] == list("1234567")
@@ -331,7 +349,9 @@ def test_the_work_of_second_trainings_and_of_all_folds_counts() -> None:
 
 def test_the_training_starts_where_the_trials_started(chain: Chain) -> None:
     params = chain.only("train").data.params
-    assert re.fullmatch(r"output/checkpoints/warm-up-[0-9a-f]{16}/epoch-1\.pt", params["weights"])
+    assert re.fullmatch(
+        rf"{chain.folder}/output/checkpoints/warm-up-[0-9a-f]{{16}}/epoch-1\.pt", params["weights"]
+    )
     assert params["weights_used"] == "epoch-1.pt"
 
 

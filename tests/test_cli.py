@@ -14,7 +14,6 @@ import click
 import pytest
 import yaml
 from conftest import ROOT
-from helpers import make
 
 from pneumo_experiments import cli
 from pneumo_experiments.errors import UserError
@@ -187,7 +186,12 @@ def test_main_without_data_and_config_takes_the_demo_s_values_and_with_data_the_
     small = yaml.safe_load((ROOT / "configs" / "demo.yaml").read_text())
     assert small.items() <= demo.items()
     assert not small.items() & real.items()
-    assert real == flat(Main()) | {"dicom_dir": Path("radiographs")}
+    given = {"dicom_dir": Path("radiographs").absolute(), "storage": f"sqlite:///{Path.cwd()}/optuna.db"}
+    given |= {
+        name: Path(text).absolute()
+        for name, text in (("output_dir", "output"), ("checkpoints", "output/checkpoints"))
+    }
+    assert real == flat(Main()) | given
     assert flat(resolved("main", "--image_size", "64"))["image_size"] == 64
 
 
@@ -201,11 +205,76 @@ def test_an_option_beats_the_config_file_and_the_file_beats_the_default(
     assert (train.schedule.epochs, train.recipe.optimizer.learning_rate) == (5, 1e-5)
     assert train.recipe.batches.augment is False
     assert train.schedule.best_k == Train().schedule.best_k
-    assert train.dataset == Path("output/dataset.h5")
+    assert train.dataset == Path("output/dataset.h5").absolute()
     # `mlflow run` passes what MLproject declares as if it were chosen: the file beats that.
     monkeypatch.setenv("MLFLOW_RUN_ID", "a" * 32)
-    assert resolved("train", *words).dataset == Path("other.h5")
-    assert resolved("train", *words[:-1], "mine.h5").dataset == Path("mine.h5")
+    assert resolved("train", *words).dataset == Path("other.h5").absolute()
+    assert resolved("train", *words[:-1], "mine.h5").dataset == Path("mine.h5").absolute()
+
+
+@pytest.mark.parametrize(
+    ("entry_point", "setting", "text", "expected"),
+    [
+        ("train", "dataset", "d.h5", Path("{here}/d.h5")),
+        ("train", "dataset", "/x/d.h5", Path("/x/d.h5")),
+        ("train", "checkpoints", "../c", Path("{here}/../c")),
+        ("preprocess", "rle_csv", "none", None),
+        ("preprocess", "patients_csv", "p.csv", "{here}/p.csv"),
+        ("preprocess", "patients_csv", "auto", "auto"),
+        ("preprocess", "patients_csv", "none", "none"),
+        ("search", "storage", "sqlite:///o/s.db?timeout=3", "sqlite:///{here}/o/s.db?timeout=3"),
+        ("search", "storage", "sqlite:////x/s.db", "sqlite:////x/s.db"),
+        ("search", "storage", "sqlite:///:memory:", "sqlite:///:memory:"),
+        ("search", "storage", "sqlite://", "sqlite://"),
+        ("search", "storage", "postgresql://host/a", "postgresql://host/a"),
+        ("search", "storage", "none", "none"),
+        ("train", "weights", "imagenet", "imagenet"),
+    ],
+)
+def test_paths_are_absolute_and_nothing_else_is_taken_for_one(
+    entry_point: str,
+    setting: str,
+    text: str,
+    expected: object,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = flat(resolved(entry_point, f"--{setting}", text))[setting]
+    assert (type(found), str(found)) == (type(expected), str(expected).replace("{here}", str(tmp_path)))
+
+
+def test_a_config_file_is_the_caller_s_before_the_project_s(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("train", "--config", "configs/demo.yaml")
+    monkeypatch.chdir(tmp_path)
+    demo = yaml.safe_load((ROOT / "configs" / "demo.yaml").read_text())
+    assert resolved(*words).schedule.epochs == demo["epochs"]
+    assert capsys.readouterr().out == f"train: config: {ROOT / 'configs' / 'demo.yaml'}\n"
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "demo.yaml").write_text("epochs: 777")
+    assert resolved(*words).schedule.epochs == 777
+    assert capsys.readouterr().out == ""
+    with pytest.raises(UserError, match=r"^config=configs/other.yaml: cannot be read"):
+        resolved("train", "--config", "configs/other.yaml")
+
+
+def test_a_command_works_in_the_folder_of_the_process_that_called_it_or_says_where(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(cli.cli.commands, "where", click.Command("where", callback=lambda: print(Path.cwd())))
+    monkeypatch.chdir(tmp_path)
+    with subprocess.Popen(["sleep", "60"], cwd="/") as caller:
+        cli.cli.main(["--mlflow_pid", str(caller.pid), "where"], standalone_mode=False)
+        assert capsys.readouterr().out == "/\n"
+        caller.kill()
+    for gone in (str(caller.pid), "$PPID"):
+        monkeypatch.chdir(tmp_path)
+        cli.cli.main(["--mlflow_pid", gone, "where"], standalone_mode=False)
+        told, where = capsys.readouterr().out.splitlines()
+        assert told.startswith(f"relative paths are of {tmp_path}: no working directory of `mlflow run` (")
+        assert where == str(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -234,7 +303,7 @@ def test_a_config_file_s_mistake_is_named(text: str, expected: str, tmp_path: Pa
 def test_the_resolved_settings_as_a_config_file_give_the_same_settings(kind: type, tmp_path: Path) -> None:
     config = tmp_path / "c.yaml"
     (name,) = (name for name, each in ENTRY_POINTS.items() if each is kind)
-    settings = make(kind, seed=5) if "seed" in flat(kind()) else kind()
+    settings = resolved(name, *(["--seed", "5"] if "seed" in flat(kind()) else []))
     config.write_text(yaml.safe_dump(as_config(settings)))
     assert resolved(name, "--config", str(config)) == settings
 

@@ -20,7 +20,7 @@ import optuna
 import pytest
 import sqlalchemy
 import torch
-from helpers import End, ended, make, store_address, store_in
+from helpers import End, ended, from_here, make, store_address, store_in
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from mlflow.store.db.utils import _get_alembic_config
@@ -134,7 +134,7 @@ def error_of(command: Command, desk: Desk, tmp_path: Path) -> Callable[..., str]
         assert new
         for run in new:
             assert run.info.status == "FAILED"
-            assert " ".join(run.data.tags["error"].split()) in line
+            assert " ".join(from_here(run.data.tags["error"]).split()) in from_here(line)
         return line.removeprefix("Error: ")
 
     return fail
@@ -289,8 +289,8 @@ def test_names_that_are_not_utf_8_are_written_in_ascii(command: Command, desk: D
     assert "score: 1 images in x\\udcff.csv" in end.out
     assert (tmp_path / f"{odd}.csv").read_text().splitlines()[1].startswith("x\\udcff,")
     score, preprocess = desk.runs()[:2]
-    assert score.data.params["submission"] == "x\\udcff.csv"
-    assert preprocess.data.params["dicom_dir"] == "x\\udcff"
+    assert score.data.params["submission"] == f"{tmp_path}/x\\udcff.csv"
+    assert preprocess.data.params["dicom_dir"] == f"{tmp_path}/x\\udcff"
 
 
 @pytest.mark.parametrize("words", [("sample", "--output_dir"), ("preprocess", "--dataset")])

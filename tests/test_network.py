@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import json
 import math
 import subprocess
 import sys
+from argparse import Namespace
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -313,6 +315,33 @@ def test_saved_weights_of_a_network_come_back_whole(tmp_path: Path) -> None:
     assert net.source_sha256 == hashlib.sha256((tmp_path / "weights.pt").read_bytes()).hexdigest()
 
 
+def test_a_safetensors_file_is_read_number_by_number(tmp_path: Path) -> None:
+    """As its specification says: 8 bytes of length, a header in JSON, numbers; half precision is widened."""
+    state = constants(torchvision_shapes("resnet50"))
+    state["conv1.weight"] = torch.linspace(-1, 1, state["conv1.weight"].numel()).view(64, 3, 7, 7).half()
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    kinds, content = {torch.float32: "F32", torch.float16: "F16", torch.int64: "I64"}, bytearray()
+    for name, tensor in state.items():
+        numbers = tensor.contiguous().numpy().tobytes()
+        offsets = [len(content), len(content) + len(numbers)]
+        header[name] = {"dtype": kinds[tensor.dtype], "shape": [*tensor.shape], "data_offsets": offsets}
+        content += numbers
+    text = json.dumps(header).encode()
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(len(text).to_bytes(8, "little") + text + content)
+    net = build("fcn_resnet50", str(path), seed=0)
+    assert torch.equal(net.backbone["conv1"].weight, state["conv1.weight"].float())
+    assert holds(net.backbone["layer4"][2].bn3.weight, state["layer4.2.bn3.weight"])
+    assert net.source == "model.safetensors"
+    for damaged in (path.read_bytes()[:-1], b"", b"\xff" * 100, path.read_bytes()[:500]):
+        path.write_bytes(damaged)
+        with (
+            torch.device("meta"),
+            pytest.raises(UserError, match="not a state dict that torch"),
+        ):
+            build("fcn_resnet50", str(path), seed=0)
+
+
 @pytest.mark.parametrize("old", [True, False])
 def test_a_backbone_file_fills_only_the_backbone(old: bool, tmp_path: Path) -> None:
     shapes = {
@@ -337,6 +366,7 @@ def test_a_backbone_file_fills_only_the_backbone(old: bool, tmp_path: Path) -> N
         ("_orig_mod.", "model"),
         ("encoder.", "state_dict"),
         ("net.module.encoder.", "model_state_dict"),
+        ("backbone.", "model/state_dict"),
         ("", "state_dict"),
     ],
 )
@@ -347,7 +377,9 @@ def test_a_backbone_is_found_in_a_checkpoint_and_below_a_prefix(
     written = {prefix + name: tensor for name, tensor in state.items()}
     if prefix:
         written["decoder.conv1.weight"] = torch.ones(3)
-    torch.save({key: written, "epoch": 7} if key else written, tmp_path / "w.pt")
+    for name in reversed(key.split("/") if key else []):
+        written = {name: written, "epoch": 7, "hyper_parameters": {"lr": 1e-3}}
+    torch.save(written, tmp_path / "w.pt")
     net = build("fcn_resnet50", str(tmp_path / "w.pt"), seed=0)
     assert holds(net.backbone["conv1"].weight, state["conv1.weight"])
     assert holds(net.backbone["layer4"][2].conv3.weight, state["layer4.2.conv3.weight"])
@@ -391,7 +423,10 @@ def _wrong_file(kind: str, path: Path) -> None:
     else:
         torch.save(
             {
-                "class": {"path": Path()},  # needs unpickling of a class: refused, never run
+                "class": {
+                    "state_dict": resnet,
+                    "hyper_parameters": Namespace(lr=1),
+                },  # needs unpickling of a class: refused, never run
                 "list": [torch.zeros(2)],
                 "nested": {"best": resnet, "epoch": 3},
                 "foreign": {"fc.weight": torch.zeros(2)},
@@ -407,10 +442,10 @@ def _wrong_file(kind: str, path: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "complaint"),
     [
-        ("no such file", "no such file; give auto, imagenet, coco, none or a file"),
+        ("no such file", "no such file; give auto, imagenet, coco, none, a file"),
         ("text", "not a state dict that torch.load can read safely"),
         ("half", "not a state dict that torch.load can read safely"),
-        ("class", "not a state dict that torch.load can read safely"),
+        ("class", "not a state dict that .* safely, for it holds argparse.Namespace, whose code is not run"),
         ("list", "holds no state dict"),
         ("nested", "holds no state dict"),
         ("foreign", r"1 tensors are missing, the first is backbone\.conv1\.weight; choose the network"),

@@ -5,8 +5,11 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
+import shutil
 import struct
 import subprocess
+import sys
 import threading
 import time
 import urllib.error
@@ -24,7 +27,8 @@ import pytest
 import torch
 from click.testing import CliRunner
 from dicom_files import GREYS, JPEGBaseline8Bit, dicom_bytes, jpeg, jpeg_file
-from helpers import BIN, environment_of_mlflow
+from helpers import BIN, environment, environment_of_mlflow
+from mlflow.exceptions import MlflowException
 from mlflow.models import convert_input_example_to_serving_input
 from mlflow.models.cli import commands
 from mlflow.pyfunc import load_model
@@ -100,7 +104,8 @@ class Served:
     expected: dict[str, dict[str, Any]]
 
     def post(self, body: object, content_type: str = "application/json") -> tuple[int, str]:
-        data = body.encode() if isinstance(body, str) else json.dumps(body).encode()
+        data = body if isinstance(body, str | bytes) else json.dumps(body)
+        data = data.encode() if isinstance(data, str) else data
         request = urllib.request.Request(f"{self.address}/invocations", data, {"Content-Type": content_type})
         try:
             with urllib.request.urlopen(request, timeout=60) as answer:
@@ -231,18 +236,10 @@ def test_64_files_with_every_fault_among_them_are_answered_in_every_format(
     assert len(presences) == len(GOOD)  # the answers could not be mixed up unnoticed
 
 
-@pytest.mark.parametrize(
-    ("columns", "reason"),
-    [
-        (["image_id", "file"], "no column dicom"),
-        (["id", "dicom"], "no column image_id"),
-        (["id", "file"], "no column image_id and no column dicom"),
-    ],
-)
-def test_wrong_columns_are_named_in_the_answer(served: Served, columns: list[str], reason: str) -> None:
-    rows = served.rows({"dataframe_split": {"columns": columns, "data": [["a", "b"]]}})
-    assert len(rows) == 1
-    assert f"the request has {reason};" in rows[0]["error"]
+@pytest.mark.parametrize(("columns", "id"), [(["image_id", "file"], "a"), (["id", "file"], "0")])
+def test_a_missing_column_is_named_in_the_answer(served: Served, columns: list[str], id: str) -> None:
+    (row,) = served.rows({"dataframe_split": {"columns": columns, "data": [["a", "b"]]}})
+    assert row["error"] == f"{id}: {NO_COLUMN[3:]}"
 
 
 @pytest.mark.parametrize("body", ["", "{", "[]", "null", '{"inputs": {}}', '{"dataframe_split": 1}'])
@@ -307,24 +304,206 @@ def test_the_example_that_travels_with_a_model_is_a_request_that_works(served: S
     assert same(row, in_process.to_dict("records")[0])
 
 
-def test_a_loaded_model_takes_every_form_that_mlflow_hands_over(served: Served) -> None:
-    model, ids, files = load_model(str(served.model)), list(GOOD), list(GOOD.values())
-    texts = [b64encode(content).decode() for content in files]
-    forms: dict[str, Any] = {
-        "frame": pd.DataFrame({"image_id": ids, "dicom": files}),
-        "dictionary of lists": {"image_id": ids, "dicom": files},
-        "of texts": {"image_id": ids, "dicom": texts},
-        "of arrays": {"image_id": np.array(ids), "dicom": np.array(texts)},
-        "list of dictionaries": [
-            {"image_id": one, "dicom": file} for one, file in zip(ids, files, strict=True)
-        ],
-    }
-    for name, form in forms.items():
-        answer = model.predict(form)
-        assert answer["image_id"].tolist() == ids, name
-        assert all(same(row, served.expected[row["image_id"]]) for row in answer.to_dict("records")), name
-    (one,) = model.predict({"image_id": ids[0], "dicom": files[0]}).to_dict("records")
-    assert same(one, served.expected[ids[0]])
+IDS, FILES = list(GOOD), list(GOOD.values())
+TEXTS, NUMBERS = [b64encode(content).decode() for content in FILES], ["0", "1", "2"]
+FULL: dict[str, list[Any]] = {"image_id": IDS, "dicom": TEXTS}
+NO_ID, EXTRA = {"dicom": TEXTS}, {"size": [1, 2, 3]} | FULL
+INTS, OTHERS = {"image_id": [7, 8, 9], "dicom": TEXTS}, {"image_id": ["007", "1e3", None], "dicom": TEXTS}
+SOME = [{"dicom": TEXTS[0]}, {"image_id": "dark", "dicom": TEXTS[1]}]
+
+
+def records(columns: dict[str, list[Any]]) -> list[dict[str, Any]]:
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
+def split(columns: dict[str, list[Any]]) -> dict[str, Any]:
+    return {"columns": list(columns), "data": [[*row] for row in zip(*columns.values(), strict=True)]}
+
+
+def text(columns: dict[str, list[Any]]) -> str:
+    return as_csv(list(columns), split(columns)["data"])
+
+
+def parquet(columns: dict[str, list[Any]]) -> bytes:
+    return pd.DataFrame(columns).to_parquet()
+
+
+# The table of docs/serving.md: what is given, and the ids that come back; all else is as for the frame.
+IN_PROCESS: dict[str, tuple[Any, list[str]]] = {
+    "frame": (pd.DataFrame({"image_id": IDS, "dicom": FILES}), IDS),
+    "frame of texts": (pd.DataFrame(FULL), IDS),
+    "frame of bytearrays": (pd.DataFrame({"image_id": IDS, "dicom": [*map(bytearray, FILES)]}), IDS),
+    "frame of memoryviews": (pd.DataFrame({"image_id": IDS, "dicom": [*map(memoryview, FILES)]}), IDS),
+    "frame of dtype string": (pd.DataFrame(FULL, dtype="string"), IDS),
+    "frame with an index": (pd.DataFrame(FULL, index=[7, 7, 9]), IDS),
+    "frame in another order": (pd.DataFrame(FULL)[["dicom", "image_id"]], IDS),
+    "frame without ids": (pd.DataFrame(NO_ID), NUMBERS),
+    "frame with more columns": (pd.DataFrame(EXTRA), IDS),
+    "frame with other ids": (pd.DataFrame(OTHERS), ["007", "1e3", "2"]),
+    "lists": ({"image_id": IDS, "dicom": FILES}, IDS),
+    "lists of texts": (FULL, IDS),
+    "lists without ids": (NO_ID, NUMBERS),
+    "lists with more": (EXTRA, IDS),
+    "lists of one": ({"image_id": IDS[:1], "dicom": TEXTS[:1]}, IDS[:1]),
+    "tuples": ({"image_id": (*IDS,), "dicom": (*FILES,)}, IDS),
+    "arrays": ({"image_id": np.array(IDS), "dicom": np.array(TEXTS)}, IDS),
+    "arrays of objects": ({"image_id": np.array(IDS), "dicom": np.array(FILES, object)}, IDS),
+    "series": ({"image_id": pd.Series(IDS), "dicom": pd.Series(FILES)}, IDS),
+    "records": (records({"image_id": IDS, "dicom": FILES}), IDS),
+    "records of texts": (records(FULL), IDS),
+    "records without ids": (records(NO_ID), NUMBERS),
+    "records, some with ids": (SOME, ["0", "dark"]),
+    "one record": ({"image_id": IDS[0], "dicom": FILES[0]}, IDS[:1]),
+    "one record without id": ({"dicom": TEXTS[0]}, ["0"]),
+    "a series called dicom": (pd.Series(FILES, name="dicom"), NUMBERS),
+}
+OVER_HTTP: dict[str, tuple[object, list[str]]] = {
+    "split": ({"dataframe_split": split(FULL)}, IDS),
+    "split with an index": ({"dataframe_split": split(FULL) | {"index": [7, 7, 9]}}, IDS),
+    "split without ids": ({"dataframe_split": split(NO_ID)}, NUMBERS),
+    "split with more columns": ({"dataframe_split": split(EXTRA)}, IDS),
+    "split with numbers": ({"dataframe_split": split(INTS)}, ["7", "8", "9"]),
+    "split with other ids": ({"dataframe_split": split(OTHERS)}, ["007", "1e3", "2"]),
+    "records": ({"dataframe_records": records(FULL)}, IDS),
+    "records without ids": ({"dataframe_records": records(NO_ID)}, NUMBERS),
+    "records with numbers": ({"dataframe_records": records(INTS)}, ["7", "8", "9"]),
+    "records, some with ids": ({"dataframe_records": SOME}, ["0", "dark"]),
+    "inputs of lists": ({"inputs": FULL}, IDS),
+    "inputs without ids": ({"inputs": NO_ID}, NUMBERS),
+    "inputs with numbers": ({"inputs": INTS}, ["7", "8", "9"]),
+    "inputs with more": ({"inputs": EXTRA}, IDS),
+    "inputs of records": ({"inputs": records(FULL)}, IDS),
+    "inputs, some with ids": ({"inputs": SOME}, ["0", "dark"]),
+    "inputs of one record": ({"inputs": records(FULL)[0]}, IDS[:1]),
+    "inputs of one without id": ({"inputs": {"dicom": TEXTS[0]}}, ["0"]),
+    "instances": ({"instances": records(FULL)}, IDS),
+    "instances without ids": ({"instances": records(NO_ID)}, NUMBERS),
+    "instances of lists": ({"instances": FULL}, IDS),
+    "csv": (text(FULL), IDS),
+    "csv with a mark": ("\ufeff" + text(FULL), IDS),
+    "csv without ids": (text(NO_ID), NUMBERS),
+    "csv with other ids": (text(OTHERS), ["007", "1e3", "2"]),
+    "csv with more columns": (text(EXTRA), IDS),
+    "parquet": (parquet({"image_id": IDS, "dicom": FILES}), IDS),
+    "parquet of texts without ids": (parquet(NO_ID), NUMBERS),
+}
+
+
+def require_same(rows: list[dict[str, Any]], ids: list[str], served: Served) -> None:
+    """Fails unless these are the frame's rows, but for the ids."""
+    assert [row["image_id"] for row in rows] == ids
+    for row, name in zip(rows, IDS, strict=False):
+        assert row["error"] == ""
+        assert same(row, served.expected[name])
+
+
+@pytest.fixture(scope="module")
+def loaded(served: Served) -> Any:
+    return load_model(str(served.model))
+
+
+@pytest.mark.parametrize("form", IN_PROCESS)
+def test_a_loaded_model_takes_this_form(form: str, served: Served, loaded: Any) -> None:
+    given, ids = IN_PROCESS[form]
+    require_same(loaded.predict(given).to_dict("records"), ids, served)
+
+
+@pytest.mark.parametrize("form", OVER_HTTP)
+def test_a_server_takes_this_form(form: str, served: Served) -> None:
+    body, ids = OVER_HTTP[form]
+    kinds = {"csv": "text/csv", "parquet": "application/vnd.apache.parquet"}
+    require_same(served.rows(body, kinds.get(form.split()[0], "application/json")), ids, served)
+
+
+@pytest.mark.parametrize(
+    "given", [FILES, TEXTS, [*zip(IDS, FILES, strict=True)], np.array(FILES, object), FILES[0], TEXTS[0]]
+)
+def test_files_without_the_names_of_columns_never_reach_the_model_which_asks_for_them(
+    given: Any, loaded: Any
+) -> None:
+    assert [*loaded.predict(given)["error"]] == [NO_COLUMN]
+
+
+@pytest.mark.parametrize("given", [TEXTS, TEXTS[0], [*zip(IDS, TEXTS, strict=True)]])
+@pytest.mark.parametrize("field", ["inputs", "instances"])
+def test_nor_do_they_over_http(given: Any, field: str, served: Served) -> None:
+    assert [row["error"] for row in served.rows({field: given})] == [NO_COLUMN]
+
+
+NO_COLUMN = "0: the request has no column dicom; give columns image_id (optional) and dicom"
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        (pd.DataFrame(INTS), "Incompatible input types for column image_id. Can not safely convert int64 to"),
+        (bytearray(FILES[0]), "Expected input to be DataFrame. Found: bytearray"),
+        (None, "Expected input to be DataFrame. Found: NoneType"),
+    ],
+)
+def test_mlflow_refuses_this_form_in_process(given: Any, reason: str, loaded: Any) -> None:
+    with pytest.raises(MlflowException) as refused:
+        loaded.predict(given)
+    assert reason in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "reason"),
+    [
+        ({"dataframe_records": records(FULL)[0]}, 400, "Dataframe records format must be a list of records"),
+        ({"instances": SOME}, 400, "All arrays must be of the same length"),
+        (records(FULL), 400, "The input must be a JSON dictionary with exactly one of the input fields"),
+    ],
+)
+def test_mlflow_refuses_this_form_over_http(body: object, status: int, reason: str, served: Served) -> None:
+    answered, said = served.post(body)
+    assert (answered, reason in said) == (status, True), said[-2000:]
+
+
+SPARK = """
+import json, sys
+import mlflow.pyfunc
+from pyspark.sql import SparkSession
+from pyspark.sql.functions import base64, col, struct, when
+
+spark = SparkSession.builder.master("local[1]").config("spark.ui.enabled", "false").getOrCreate()
+kinds = "image_id string, presence double, area_px double, rle string, error string"
+find = mlflow.pyfunc.spark_udf(spark, sys.argv[1], env_manager="local", result_type=kinds)
+files = spark.createDataFrame(
+    [(name, bytearray.fromhex(text)) for name, text in json.load(sys.stdin).items()],
+    "image_id string, dicom binary",
+)
+forms = struct("image_id", "dicom"), struct("dicom"), struct("image_id", base64("dicom").alias("dicom"))
+for form in forms:
+    found = files.coalesce(1).select(find(form).alias("found")).select("found.*")
+    found = found.withColumn("rle", when(col("error") == "", col("rle")))
+    print(json.dumps([row.asDict() for row in found.collect()]))
+spark.stop()
+"""
+
+
+def test_spark_takes_bytes_and_texts_and_one_bad_file_costs_its_row(served: Served) -> None:
+    pytest.importorskip("pyspark", reason="pyspark is not installed")
+    if shutil.which("java") is None:
+        pytest.skip("no Java")
+    given = json.dumps({name: content.hex() for name, content in (GOOD | {"bad": b"no DICOM"}).items()})
+    variables = environment() | {"PYTHONPATH": os.pathsep.join(sys.path), "PYSPARK_PYTHON": sys.executable}
+    done = subprocess.run(
+        [sys.executable, "-c", SPARK, served.model],
+        input=given,
+        env=variables,
+        cwd=served.model.parent,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    for line, ids in zip(
+        done.stdout.splitlines(), [[*IDS, "bad"], [*NUMBERS, "3"], [*IDS, "bad"]], strict=True
+    ):
+        *rows, bad = json.loads(line)
+        require_same(rows, ids[:-1], served)
+        assert bad.pop("error") == f"{ids[-1]}: not a DICOM file"
+        assert bad == {"image_id": ids[-1], "presence": None, "area_px": None, "rle": None}
 
 
 @pytest.mark.parametrize("content_type", ["json", "csv"])

@@ -464,7 +464,8 @@ def test_the_run_that_mlflow_run_created_is_used_and_its_params_stay(stopped: di
     (run,) = stopped["kill the starter"].store.runs().values()
     assert run.info.run_name == "sample"
     expected = {"images": "2e3", "test_images": str(Sample().size.test_images), "seed": "0"}
-    assert run.data.params == expected | {"output_dir": str(Sample().output_dir)}
+    folder = stopped["kill the starter"].store.folder
+    assert run.data.params == expected | {"output_dir": str(folder / Sample().output_dir)}
 
 
 @pytest.mark.parametrize("how", STOPS)

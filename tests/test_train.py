@@ -17,13 +17,15 @@ from command_server import CommandServer
 from conftest import ROOT, soak
 from helpers import BIN, changed, environment_of_mlflow, make
 from mlflow import MlflowClient
+from tiny_network import tiny_member, weights_of
 from torch.nn.modules.module import register_module_forward_hook
-from tracked import runs, table
+from tracked import log_model, runs, table
 
 from pneumo_experiments import tracking
 from pneumo_experiments.dataset.hdf5 import Dataset
 from pneumo_experiments.dataset.rle import decode
 from pneumo_experiments.errors import UserError
+from pneumo_experiments.experiment.fold_training import initial_network
 from pneumo_experiments.experiment.progress import Progress
 from pneumo_experiments.experiment.subset import Subset, make_split
 from pneumo_experiments.experiment.training_loop import EpochResult
@@ -31,9 +33,12 @@ from pneumo_experiments.learning.calibration import Calibration, fit_calibration
 from pneumo_experiments.learning.checkpoint import Checkpoint
 from pneumo_experiments.learning.network import PneumothoraxNet
 from pneumo_experiments.scoring.metrics import calibration_error, dice
-from pneumo_experiments.serving import load
-from pneumo_experiments.settings import Score, Train, as_params, flat
+from pneumo_experiments.scoring.thresholds import Thresholds
+from pneumo_experiments.serving import Detector, load
+from pneumo_experiments.settings import Main, Score, Train, as_params, flat
+from pneumo_experiments.stages.main import _training_recipe
 from pneumo_experiments.stages.score import score
+from pneumo_experiments.stages.search import SearchResult
 from pneumo_experiments.stages.train import train
 
 pytestmark = pytest.mark.usefixtures("no_layout", "no_code")
@@ -264,6 +269,50 @@ def test_two_processes_train_in_one_run(
 def test_a_recipe_that_cannot_work_is_named(settings: Train) -> None:
     with pytest.raises(UserError, match="fold=most: "):
         train(changed(settings, fold="most"))
+
+
+def test_a_training_may_start_from_a_models_weights_and_has_seen_what_that_has(
+    settings: Train, tmp_path: Path
+) -> None:
+    model = Detector((tiny_member(3),), 16, Thresholds(), "other data", frozenset({"another image"}))
+    address, own = log_model(model, settings), weights_of(model.members[0].predictor.network)
+    folder = mlflow.artifacts.download_artifacts(address)
+    for weights in (address, folder, Path(folder).as_uri()):
+        network = initial_network(changed(settings, weights=weights).recipe.network, seed=0)
+        assert all(torch.equal(tensor, own[name]) for name, tensor in network.state_dict().items())
+        assert network.source == weights
+        assert network.pretrained == {name for name, _ in network.named_parameters()}
+    result = train(changed(settings, weights=address, epochs=1))
+    assert load(tracking.model_data(result.model)).seen > {"another image"}
+    assert runs()[-1].data.params["weights_used"] == address
+
+
+def test_weights_of_what_is_no_single_network_are_named(settings: Train, tmp_path: Path) -> None:
+    def start(weights: str) -> None:
+        initial_network(changed(settings, weights=weights).recipe.network, seed=0)
+
+    pair = Detector((tiny_member(3), tiny_member(4)), 16, Thresholds(), "data")
+    address = log_model(pair, settings)
+    with pytest.raises(
+        UserError, match=f"^weights={address}: is the mean of 2 networks; name a model of one$"
+    ):
+        start(address)
+    with pytest.raises(UserError, match=rf"^weights={tmp_path}: cannot be loaded \(no file .*MLmodel\)"):
+        start(str(tmp_path))
+    for weights in ("models:/nobody/1", "runs:/0123/model", "mlflow-artifacts:/0/x"):
+        with pytest.raises(UserError, match=f"^weights={weights}: cannot be loaded"):
+            start(weights)
+    with pytest.raises(UserError, match=r"^weights=https:/.*: no such file; give .* or a models:/ address"):
+        start("https://example.org/w.pt")
+
+
+@pytest.mark.parametrize(("weights", "is_kept"), [("none", False), ("models:/m-1", True), ("w.pt", False)])
+def test_main_starts_from_the_network_of_the_trials_unless_that_is_a_models(
+    weights: str, is_kept: bool, tmp_path: Path
+) -> None:
+    settings = make(Main, weights=weights)
+    recipe = _training_recipe(settings, SearchResult(settings.recipe, 0, tmp_path / "epoch-1.pt"))
+    assert recipe.network.weights == (weights if is_kept else f"{tmp_path}/epoch-1.pt")
 
 
 @soak

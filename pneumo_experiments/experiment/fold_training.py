@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import re
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +13,7 @@ import numpy as np
 from pneumo_experiments import tracking
 from pneumo_experiments.dataset.hdf5 import Dataset
 from pneumo_experiments.dataset.splits import Split
+from pneumo_experiments.errors import UserError
 from pneumo_experiments.experiment.counts_search import log_counts
 from pneumo_experiments.experiment.origin import Origin
 from pneumo_experiments.experiment.progress import Progress, checkpoint_of, read_checkpoint
@@ -24,15 +27,16 @@ from pneumo_experiments.learning.calibration import fit_calibration
 from pneumo_experiments.learning.checkpoint import Checkpoint
 from pneumo_experiments.learning.device import choose_compute, from_numpy
 from pneumo_experiments.learning.loader import InMemoryData, StreamedData
-from pneumo_experiments.learning.network import build
+from pneumo_experiments.learning.network import PneumothoraxNet, build
 from pneumo_experiments.learning.predict import Predictor
 from pneumo_experiments.progress_bar import ProgressBar
 from pneumo_experiments.scoring.figures import learning_curves
 from pneumo_experiments.scoring.metrics import calibration_error
 from pneumo_experiments.scoring.scores import Scores
 from pneumo_experiments.scoring.thresholds import ThresholdCounts, Thresholds, best_on_grid
-from pneumo_experiments.serving import Detector, Member, new_folder, save
-from pneumo_experiments.settings import Recipe, Search, Train, as_config
+from pneumo_experiments.serving import Detector, Member, load, new_folder, save
+from pneumo_experiments.serving.model_folder import WEIGHTS
+from pneumo_experiments.settings import Network, Recipe, Search, Train, as_config
 
 
 @dataclass(frozen=True)
@@ -85,7 +89,7 @@ def _prepare(settings: Train, dataset: Dataset) -> _Prepared:
     tracking.log_params({"device_used": str(compute.device), "precision_used": compute.precision})
     if compute.device.type == "cuda":
         tracking.warn_without_gpu_metrics()
-    network = build(recipe.network.network, recipe.network.weights, recipe.seed)
+    network = initial_network(recipe.network, recipe.seed)
     tracking.log_params({"weights_used": network.source, "weights_sha256": network.source_sha256})
     print(
         f"train: {recipe.network.network} at {dataset.image_size} px, {compute.device}, {compute.precision};"
@@ -182,6 +186,30 @@ def _finish(origin: Origin, prepared: _Prepared, progress: Progress) -> TrainedF
     return TrainedFold(model, detector, validation, counts, scores)
 
 
+def initial_network(network: Network, seed: int) -> PneumothoraxNet:
+    """See ``build``; the weights may also be those of a model of this project: its address, or its folder.
+
+    What that model has seen, the new network has seen, too. Raises UserError for a model of several networks.
+    """
+    weights = network.weights
+    if not is_model(weights):
+        return build(network.network, weights, seed)
+    folder = tracking.model_data(weights, "weights")
+    model = load(folder)
+    if len(model.members) > 1:
+        raise UserError(
+            f"weights={weights}: is the mean of {len(model.members)} networks; name a model of one"
+        )
+    built = build(network.network, str(folder / WEIGHTS), seed)
+    built.source, built.seen = weights, model.seen
+    return built
+
+
+def is_model(weights: str) -> bool:
+    """Whether initial weights are an address or a folder, not a file or the name of pretrained ones."""
+    return re.match(r"(?!https?:)[\w+.-]{2,}:/", weights) is not None or Path(weights).is_dir()
+
+
 def make_detector(
     predictor: Predictor, settings: Train | Search, thresholds: Thresholds, dataset: Dataset, split: Split
 ) -> Detector:
@@ -189,7 +217,8 @@ def make_detector(
     seen = Subset(dataset, np.append(split.train, split.validation))
     member = Member(predictor, as_config(settings))
     size, fingerprint = dataset.image_size, dataset.fingerprint
-    return Detector((member,), size, thresholds, fingerprint, digests(seen), prevalence(dataset, split))
+    known = digests(seen) | predictor.network.seen
+    return Detector((member,), size, thresholds, fingerprint, known, prevalence(dataset, split))
 
 
 def prevalence(dataset: Dataset, split: Split) -> float:

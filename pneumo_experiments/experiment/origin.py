@@ -94,7 +94,7 @@ def _from_model(settings: Train) -> Origin:
     detector = load(tracking.model_data(address))
     shaping = _settings_of(address, detector)
     dataset = settings.dataset
-    if dataset == Train().dataset:
+    if dataset.absolute() == Train().dataset.absolute():
         dataset = Path(str(detector.members[0].settings.get("dataset", dataset)))
     differing = tracking.code_differences(address)
     print(f"train: repeats the training of {address}, dataset={dataset}")

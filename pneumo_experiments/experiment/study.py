@@ -165,6 +165,8 @@ def _wait_for(study: Study, attribute: str) -> bool:
 
 def _made_with(settings: Search, fingerprint: str, space: Space) -> dict[str, str]:
     fixed = {name: text for name, text in weight_shaping(settings).items() if name not in space}
+    if settings.study.space is not None:
+        fixed["space"] = settings.study.space.name  # it may lie elsewhere on another machine
     ranges = {f"range of {name}": as_range_text(range_) for name, range_ in space.items()}
     return {"data": fingerprint[:16]} | fixed | ranges
 

@@ -19,7 +19,7 @@ from pneumo_experiments import tracking
 from pneumo_experiments.dataset.hdf5 import Dataset
 from pneumo_experiments.dataset.splits import Split, assign_folds
 from pneumo_experiments.errors import UserError
-from pneumo_experiments.experiment.fold_training import make_detector
+from pneumo_experiments.experiment.fold_training import initial_network, make_detector
 from pneumo_experiments.experiment.progress import VERSION
 from pneumo_experiments.experiment.subset import Subset, make_split, require_positives
 from pneumo_experiments.experiment.training_loop import EpochResult, train_and_validate
@@ -27,7 +27,7 @@ from pneumo_experiments.learning.checkpoint import Checkpoint
 from pneumo_experiments.learning.device import choose_compute
 from pneumo_experiments.learning.fit import fit
 from pneumo_experiments.learning.loader import InMemoryData, StreamedData
-from pneumo_experiments.learning.network import PneumothoraxNet, build
+from pneumo_experiments.learning.network import PneumothoraxNet
 from pneumo_experiments.learning.predict import Predictor
 from pneumo_experiments.locks import work_folder
 from pneumo_experiments.progress_bar import ProgressBar
@@ -138,7 +138,7 @@ class TrialTraining:
         if is_same and (recipe.seed == own.seed or self._settings.study.search_warmup_epochs):
             network = copy.deepcopy(self._initial)
         else:
-            network = build(other.network, other.weights, recipe.seed)
+            network = initial_network(other, recipe.seed)
         return Predictor(network, self._compute, other.tta)
 
     def _seconds_per_image(self, predictor: Predictor) -> float:
@@ -160,7 +160,7 @@ class TrialTraining:
         Its weights are saved for other workers and for the next command.
         """
         recipe, epochs = self._settings.recipe, self._settings.study.search_warmup_epochs
-        network = build(recipe.network.network, recipe.network.weights, recipe.seed)
+        network = initial_network(recipe.network, recipe.seed)
         if epochs == 0:
             return network
         checkpoint = warmup_checkpoint(self._settings, self._dataset.fingerprint)
@@ -213,7 +213,7 @@ def warmup_checkpoint(settings: Search, fingerprint: str) -> Checkpoint:
     key = [VERSION, fingerprint, weight_shaping(settings.recipe), weight_shaping(settings.split)]
     key += [study.search_warmup_epochs, study.folds_per_trial]
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
-    return Checkpoint(CHECKPOINTS / f"warm-up-{digest}")
+    return Checkpoint((CHECKPOINTS / f"warm-up-{digest}").absolute())
 
 
 def warmup_weights(settings: Search, fingerprint: str) -> Path:

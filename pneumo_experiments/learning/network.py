@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import math
+import re
 import socket
 from collections.abc import Callable
 from http.client import HTTPException
@@ -68,6 +70,7 @@ LAST_LAYERS = ("mask_head.4.", "aux_head.4.")
 DOWNLOAD_TIMEOUT_SECONDS = 20
 # Where checkpoints of Lightning, timm, torchvision's references and others have the state dict.
 CHECKPOINT_KEYS = ("state_dict", "model", "model_state_dict")
+SAFETENSORS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
 
 log = logging.getLogger(__name__)
 
@@ -87,7 +90,8 @@ class PneumothoraxNet(nn.Module):
     """A torchvision segmentation network with one mask logit per pixel and one presence logit per image.
 
     ``pretrained`` holds the names (of named_parameters) of the parameters that ``build`` loaded, ``source``
-    their origin and file name (or none), ``source_sha256`` the file's digest.
+    their origin and file name (or none), ``source_sha256`` the file's digest, ``seen`` the digests of the
+    images that trained them, where they are a model's.
     """
 
     mean: Tensor
@@ -103,6 +107,7 @@ class PneumothoraxNet(nn.Module):
         self.presence_head = nn.Linear(2 * 2048, 1)
         self.pretrained: frozenset[str] = frozenset()
         self.source = self.source_sha256 = "none"
+        self.seen = frozenset[str]()
         # ImageNet's mean and standard deviation of its three channels, which pretrained weights expect.
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1))
@@ -145,8 +150,8 @@ def build(network: str, weights: str, seed: int) -> PneumothoraxNet:
 
     A file may hold the state dict of this network, of torchvision's segmentation network of the same name
     (its last layers are loaded if they have one class) or of its ResNet; also within a checkpoint, and with
-    ``module.``, ``encoder.`` and such before the names. Raises UserError when the weights cannot be
-    downloaded or read safely, or do not fit.
+    ``module.``, ``encoder.`` and such before the names, or be a safetensors file. Raises UserError when the
+    weights cannot be downloaded or read safely, or do not fit.
     """
     # Layers are initialised from torch's global generator.
     torch.manual_seed(seed)  # pyright: ignore[reportUnknownMemberType]
@@ -173,7 +178,8 @@ def build(network: str, weights: str, seed: int) -> PneumothoraxNet:
             ) from error
     elif not path.is_file():
         raise UserError(
-            f"weights={path}: no such file; give auto, imagenet, coco, none or a file with a state dict"
+            f"weights={path}: no such file; give auto, imagenet, coco, none, a file with a state dict or a"
+            " models:/ address"
         )
     net.pretrained = _load(net, _rename(_read(path)), path)
     net.source = f"{name} {path.name}" if name in pretrained else path.name
@@ -204,14 +210,19 @@ def _download(source: WeightsEnum) -> Path:
 def _read(path: Path) -> dict[str, Tensor]:
     """The state dict in a file, on the CPU; code in the file is never run."""
     try:
-        state: object = torch.load(path, map_location="cpu", weights_only=True)
+        is_safetensors = path.suffix == ".safetensors"
+        state: object = (
+            _safetensors(path) if is_safetensors else torch.load(path, map_location="cpu", weights_only=True)
+        )
     except Exception as error:  # damaged bytes raise errors of many types
+        found = re.search(r"GLOBAL (\S+) was not an allowed", str(error))
+        culprit = f", for it holds {found[1]}, whose code is not run" if found else ""
         raise UserError(
-            f"weights={path}: not a state dict that torch.load can read safely;"
+            f"weights={path}: not a state dict that torch.load can read safely{culprit};"
             " save one with torch.save(model.state_dict(), …), or delete it if it is a damaged download"
         ) from error
     values = cast("dict[str, object]", state) if isinstance(state, dict) else {}
-    for key in CHECKPOINT_KEYS:
+    for key in CHECKPOINT_KEYS * 2:  # one may hold another
         if isinstance(values.get(key), dict):
             values = cast("dict[str, object]", values[key])
     tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
@@ -220,6 +231,26 @@ def _read(path: Path) -> dict[str, Tensor]:
             f"weights={path}: holds no state dict; save one with torch.save(model.state_dict(), …)"
         )
     return tensors
+
+
+def _safetensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file: the length of a header in JSON, the header, numbers.
+
+    Raises errors of several types when it is damaged.
+    """
+    content = bytearray(path.read_bytes())
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:start])
+    header.pop("__metadata__", None)
+    return {
+        name: torch.frombuffer(
+            content,
+            dtype=SAFETENSORS[entry["dtype"]],
+            count=math.prod(entry["shape"]),
+            offset=start + entry["data_offsets"][0],
+        ).view(entry["shape"])
+        for name, entry in header.items()
+    }
 
 
 def _rename(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -240,7 +271,11 @@ def _without_prefix(state: dict[str, Tensor]) -> dict[str, Tensor]:
     for first in ("backbone.conv1.weight", "conv1.weight"):
         second = first.replace("conv1", "layer1.0.conv1")  # blocks have a conv1 too
         prefixes = [name.removesuffix(first) for name in state if name.endswith(first)]
-        if found := [prefix for prefix in prefixes if prefix + second in state]:
+        found = [prefix for prefix in prefixes if prefix + second in state]
+        if first != "conv1.weight":  # a ResNet may be called backbone, too
+            heads = ("mask_head.0.", "classifier.0.")
+            found = [p for p in found if any(n.startswith((p + heads[0], p + heads[1])) for n in state)]
+        if found:
             prefix = min(found, key=len)
             kept = {n.removeprefix(prefix): tensor for n, tensor in state.items() if n.startswith(prefix)}
             if left := len(state) - len(kept):

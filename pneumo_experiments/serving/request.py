@@ -12,15 +12,16 @@ import pandas as pd  # pyright: ignore[reportMissingTypeStubs]
 from pneumo_experiments.dataset.decoder_pool import MAX_FILE_BYTES, File
 from pneumo_experiments.errors import Rejected
 
-IMAGE_ID, DICOM = COLUMNS = "image_id", "dicom"
+IMAGE_ID, DICOM = "image_id", "dicom"
 
 
 def files_of(frame: pd.DataFrame) -> Iterator[File]:
     """Image id and DICOM bytes of each row (n, any columns), in order, or the reason why it has none.
 
     A file is bytes or base64 text; a text is never taken for a path. A row without an id has its number. A
-    table without one of the columns has a reason in each row, and in one row if it has none. MLflow makes one
-    row of lists of a dictionary of lists: that is a row for each of their elements.
+    table without the column dicom has a reason in each row, and in one row if it has no column: MLflow drops
+    files that come without the names of columns. MLflow makes one row of lists of a dictionary of lists: that
+    is a row for each of their elements.
     """
     table: Any = frame  # pandas has no type stubs
     if len(table) == 1 and all(isinstance(cell, list | np.ndarray) for cell in table.iloc[0]):
@@ -28,22 +29,21 @@ def files_of(frame: pd.DataFrame) -> Iterator[File]:
             {name: pd.Series(list(table[name].iloc[0]), dtype=object) for name in table.columns}
         )
     names, rows = list(table.columns), len(table)
-    missing = [name for name in COLUMNS if name not in names]
     ids = table[IMAGE_ID].tolist() if IMAGE_ID in names else [None] * max(rows, not names)
     cells: Sequence[object] = table[DICOM].tolist() if DICOM in names else [None] * len(ids)
     for row, (cell_of_id, cell) in enumerate(zip(ids, cells, strict=True)):
         image_id = str(row) if _is_missing(cell_of_id) else str(cell_of_id)
-        if missing:
-            reason = f"the request has no column {' and no column '.join(missing)}; give image_id and dicom"
-            yield image_id, Rejected(f"{image_id}: {reason}")
-        else:
+        if DICOM in names:
             yield image_id, _content(image_id, cell)
+        else:
+            reason = "the request has no column dicom; give columns image_id (optional) and dicom"
+            yield image_id, Rejected(f"{image_id}: {reason}")
 
 
 def _content(image_id: str, cell: object) -> bytes | Rejected:
     """The bytes of a cell, or the reason why it has none."""
-    if isinstance(cell, bytes | bytearray):
-        content = bytes(cell)
+    if isinstance(cell, bytes | bytearray | memoryview):
+        content = bytes(cell)  # pyright: ignore[reportUnknownArgumentType]
     elif _is_missing(cell):
         content = b""
     elif not isinstance(cell, str):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
 
 NONE = "none"  # how an absent value is written on the command line, in config files and in params
@@ -73,6 +75,18 @@ def from_flat(kind: type[Settings], values: Mapping[str, Any]) -> Settings:
 def flat(settings: object) -> dict[str, Any]:
     """The values of all settings by flat name."""
     return {leaf.name: _value(settings, leaf) for leaf in leaves(type(settings))}
+
+
+def absolute(leaf: Leaf, values: Mapping[str, Any]) -> Any:
+    """The setting's value, or its default; a path, and the file of an SQLite database, are made absolute."""
+    value = values.get(leaf.name, leaf.default)
+    if isinstance(value, Path):
+        return value.absolute()
+    if leaf.name == "patients_csv" and not is_none(value) and value != AUTO:
+        return str(Path(value).absolute())
+    if leaf.name == "storage":
+        return re.sub(r"^(sqlite(?:\+\w+)?:///)(?!/|:memory:)(?=.)", lambda m: f"{m[1]}{Path.cwd()}/", value)
+    return value
 
 
 def is_none(text: str) -> bool:

@@ -157,7 +157,8 @@ class Network:
         str,
         Arg(
             "initial weights: imagenet (backbone, downloaded), coco (backbone and heads, downloaded), none"
-            " (random), a file with a state dict, or auto: imagenet where it can be downloaded, else none"
+            " (random), a file with a state dict, a model's address, or auto: imagenet where it can be"
+            " downloaded, else none"
         ),
     ] = AUTO
     tta: Annotated[

@@ -11,6 +11,7 @@ from typing import Literal
 from pneumo_experiments import tracking
 from pneumo_experiments.dataset.hdf5 import Dataset
 from pneumo_experiments.errors import UserError
+from pneumo_experiments.experiment.fold_training import is_model
 from pneumo_experiments.experiment.folder_findings import refuse_foreign
 from pneumo_experiments.experiment.trial_training import split_folds
 from pneumo_experiments.report.summary import plural
@@ -157,11 +158,12 @@ def _search_settings(settings: Main, dataset: Path) -> Search:
 def _training_recipe(settings: Main, best: SearchResult) -> Recipe:
     """The best settings, and as initial weights those of the network that they were searched for.
 
-    Not for all folds: that network has seen images that the other folds validate on.
+    Not for all folds: that network has seen images that the other folds validate on. Nor from a model's
+    weights: the file does not say what that model has seen.
     """
     network, own = best.recipe.network, settings.recipe.network
     is_same = (network.network, network.weights) == (own.network, own.weights)
-    if best.start is None or settings.split.fold == "all" or not is_same:
+    if best.start is None or settings.split.fold == "all" or not is_same or is_model(own.weights):
         return best.recipe
     return replace(best.recipe, network=replace(network, weights=str(best.start)))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 from collections.abc import Generator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -47,7 +48,7 @@ def client_of(run_id: str) -> Generator[BufferedClient]:
     if outer is not None:
         yield outer
         return
-    client = BufferedClient(FOLDER / f"undelivered-{run_id}")
+    client = BufferedClient((FOLDER / f"undelivered-{run_id}").absolute())
     token = _client.set(client)
     try:
         yield client
@@ -57,5 +58,5 @@ def client_of(run_id: str) -> Generator[BufferedClient]:
             log.warning(
                 "%s: %d calls of this run are undelivered, buffered in %s; when the server is reachable,"
                 " send them with: python -m pneumo_experiments.tracking %s",
-                *(client.store, len(client), client.file, client.file),
+                *(client.store, len(client), client.file, shlex.quote(str(client.file))),
             )

@@ -65,9 +65,10 @@ def log_model(folder: Path) -> str:
         return str(saved)
 
 
-def model_data(address: str) -> Path:
+def model_data(address: str, setting: str = "model") -> Path:
     """The folder that serving.save wrote for a logged or registered model, downloaded if it is remote.
 
+    The address, or the folder of a model, is the value of that setting.
     Nothing of the model is executed: neither pickles nor the code beside it. Raises UserError if it cannot
     be loaded, or if another project logged it.
     """
@@ -77,29 +78,27 @@ def model_data(address: str) -> Path:
             raise FileNotFoundError(f"no file {folder / MLMODEL_FILE_NAME}")
         description: Any = yaml.safe_load((folder / MLMODEL_FILE_NAME).read_text(encoding="utf-8"))
     except (MlflowException, OSError, ValueError, ImportError) as error:  # e.g. no library for s3://
-        raise _cannot_be_loaded(address, hide_passwords(str(error).split("\n")[0])) from error
+        raise _cannot_be_loaded(f"{setting}={address}", hide_passwords(str(error).split("\n")[0])) from error
     except (yaml.YAMLError, RecursionError) as error:
-        raise _cannot_be_loaded(address, f"its {MLMODEL_FILE_NAME} is damaged") from error
+        raise _cannot_be_loaded(f"{setting}={address}", f"its {MLMODEL_FILE_NAME} is damaged") from error
     try:
         flavor = description["flavors"]["python_function"]
         loader, data = flavor["loader_module"], flavor["data"]
     except (TypeError, LookupError):
         loader, data = None, None
     if loader != LOADER or not isinstance(data, str):
-        raise UserError(f"model={address}: is not a model of this project; `train` logs one")
+        raise UserError(f"{setting}={address}: is not a model of this project; `train` logs one")
     path = (folder / data).resolve()
     if not path.is_relative_to(folder.resolve()) or not path.is_dir():
-        raise _cannot_be_loaded(address, f"it has no folder {data}")
+        raise _cannot_be_loaded(f"{setting}={address}", f"it has no folder {data}")
     return path
 
 
-def _cannot_be_loaded(address: str, reason: str) -> UserError:
+def _cannot_be_loaded(given: str, reason: str) -> UserError:
     remedy = "`train` logs one, `register` names one"
-    if address.endswith("@champion"):
-        remedy += (
-            "; without a champion give model=models:/NAME/VERSION, or make one: register with promote=always"
-        )
-    return UserError(f"model={address}: cannot be loaded ({reason}); {remedy}")
+    if given.endswith("@champion"):
+        remedy += "; without a champion give models:/NAME/VERSION, or make one: register with promote=always"
+    return UserError(f"{given}: cannot be loaded ({reason}); {remedy}")
 
 
 def model_id_of(address: str) -> str | None:

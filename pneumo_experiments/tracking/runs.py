@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, nullcontext, suppress
-from pathlib import Path
 
 import mlflow
 from mlflow import MlflowClient
@@ -177,8 +176,4 @@ def artifacts_of_active_run() -> str:
     assert active is not None
     uri = active.info.artifact_uri or ""
     path = local_path(uri)
-    return _shown(path) if path else uri
-
-
-def _shown(path: Path) -> str:
-    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+    return str(path) if path else uri
