@@ -1,19 +1,24 @@
 from __future__ import annotations
 
 import json
+import os
+import zlib
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
 import pytest
-from samples import SIZE, examples, packed, write, write_dataset
+from samples import SIZE, content_of, examples, packed, write, write_dataset
 
 from pneumo_experiments.dataset.hdf5 import Dataset
 from pneumo_experiments.dataset.hdf5_writer import DatasetWriter
 from pneumo_experiments.dataset.packed import ResizedImage, hash_patient
 from pneumo_experiments.errors import UserError
+
+ATTACKS = int(os.environ.get("PNEUMO_DAMAGED_FILES") or 300)
 
 
 @pytest.mark.parametrize("pixel_dtype", ["float32", "float16", "uint8"])
@@ -86,14 +91,19 @@ def test_plain_h5py_finds_the_promised_layout(tmp_path: Path) -> None:
         assert np.array_equal(file["ann_1"][1], written[513].target)
         assert file["index"].dtype.names == (
             *("image_id", "patient", "view", "sex", "age", "rows", "columns", "annotations", "area_px"),
+            *("images_crc", "ann_crc", "rle_crc"),
         )
+        for row in (0, 2):
+            for kind in ("images", "ann"):
+                chunk = file[f"{kind}_1"].id.read_direct_chunk((row, 0, 0))[1]
+                assert file["index"][f"{kind}_crc"][512 + row] == zlib.crc32(chunk)
         assert file["index"]["image_id"][513] == b"image-513"
         assert file["index"]["area_px"][513] == written[513].entry.area_px
         assert file["rle"].asstr()[513] == written[513].rle
-        assert file.attrs["format"] == "pneumo_experiments"
+        assert file.attrs["format"] == b"pneumo_experiments"
         assert file.attrs["image_size"] == SIZE
         assert json.loads(file.attrs["settings"]) == {"rle_csv": "train-rle.csv"}
-        assert file.attrs["fingerprint"] == fingerprint
+        assert file.attrs["fingerprint"].decode() == fingerprint
     with Dataset.open(tmp_path / "d.h5") as dataset:
         assert len(dataset) == 515
         across = dataset.images([514, 511, 512, 0])
@@ -239,10 +249,53 @@ def test_a_file_that_is_not_ours_is_one_line_with_the_remedy(tmp_path: Path) -> 
     for part in (0.3, 0.9, 0.999):
         path.write_bytes(content[: int(part * len(content))])
         assert "truncated" in complaint()
-    path.write_bytes(content.replace(b"pneumo_experiments seal 0001", b"pneumo_experiments seal 0002"))
-    assert "format version 2 instead of 1" in complaint()
-    path.write_bytes(content.replace(b'"image-3"', b'"image-4"'))
+    path.write_bytes(content.replace(b"image-3", b"image-4"))
     assert "damaged" in complaint()
+    for version in (1, 3):
+        write(path)
+        with h5py.File(path, "a") as file:
+            file.attrs["format_version"] = version
+        assert f"format version {version} instead of 2; delete it and run preprocess again" in complaint()
+
+
+def told_by(path: Path) -> list[Any]:
+    """Everything that a data set tells."""
+    with Dataset.open(path) as dataset:
+        return [*content_of(path), [dataset.mask(row).tolist() for row in range(len(dataset))]]
+
+
+def damaged(content: bytes, rng: np.random.Generator) -> bytes:
+    """Some bits flipped, a range zeroed or copied, or the end lost."""
+    changed = bytearray(content)
+    start, length = int(rng.integers(len(content))), int(rng.integers(1, 600))
+    match rng.integers(4):
+        case 0:
+            for place in rng.integers(0, len(content), rng.integers(1, 9)).tolist():
+                changed[place] ^= 1 << int(rng.integers(8))
+        case 1:
+            changed[start : start + length] = bytes(min(length, len(content) - start))
+        case 2:
+            other = int(rng.integers(len(content) - length))
+            changed[other : other + length] = changed[start : start + length]
+        case _:
+            del changed[start:]
+    return bytes(changed)
+
+
+def test_a_damaged_file_is_refused_in_one_line_or_read_as_it_was_written(tmp_path: Path) -> None:
+    write(tmp_path / "whole.h5", 12)
+    content, true = (tmp_path / "whole.h5").read_bytes(), told_by(tmp_path / "whole.h5")
+    rng, refused, path = np.random.default_rng(0), 0, tmp_path / "d.h5"
+    for number in range(ATTACKS):
+        path.write_bytes(damaged(content, rng))
+        try:
+            assert told_by(path) == true, f"file {number} was changed and read"
+        except UserError as error:
+            refused += 1
+            assert str(error).startswith(f"{path}: ")
+            assert str(error).isprintable()  # so it is one line
+    print(f"{ATTACKS} damaged files: {refused} refused, {ATTACKS - refused} read as they were written")
+    assert refused > ATTACKS / 4  # the rest hit what nobody reads
 
 
 def test_a_damaged_image_is_named_and_not_returned(tmp_path: Path) -> None:

@@ -1,69 +1,116 @@
-"""The data set file: one HDF5 that plain h5py reads, with a seal at its end. ``Dataset`` reads it.
+"""The data set file: one HDF5 that plain h5py reads. ``Dataset`` reads it, ``hdf5_writer`` writes it.
 
 - ``images_<k>`` (n, S, S): 8-bit pixels / 255, 512 images per block, fewer in the last; one image per chunk.
 - ``ann_<k>``, same shape: annotated fraction of each pixel, in [0, 1]. Exact as float32, rounded to 1/255 as
   float16 and uint8.
 - Stored as uint8, both are 0-255 and have the attribute ``scale`` = 1/255.
-- ``index``: one row per image with the fields of ``Entry``. ``rle``: its mask at native size.
-- Attributes of the file: format, format_version, image_size, labelled, settings (JSON), fingerprint.
+- ``rle`` (n,): the run lengths of each mask at native size, one per chunk.
+- ``index`` (n,): one row per image with the fields of ``Entry``, and ``images_crc``, ``ann_crc`` and
+  ``rle_crc``, the CRC-32 of its compressed chunks.
+- Attributes of the file: format, format_version, image_size, labelled, settings (JSON), fingerprint, and
+  ``checksum``: a SHA-256 of the index and the other attributes.
 
-A set without labels has neither ``ann_<k>`` nor ``rle``.
-
-The seal after the HDF5 part (see ``seal``) repeats index, run lengths and attributes, and has position and
-checksum of every chunk. ``Dataset`` reads by the seal, in several threads, and never uses the HDF5 library.
+A set without labels has neither ``ann_<k>`` nor ``rle``. All texts are UTF-8 of fixed length, which h5py
+gives as bytes: HDF5 has no checksum of texts of variable length, and a flipped bit can keep it busy forever.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, cast
 
+import h5py  # pyright: ignore[reportMissingTypeStubs]
 import numpy as np
 from numpy.typing import NDArray
 
 from pneumo_experiments.dataset import rle
+from pneumo_experiments.dataset.deflate import crc32, decompress
 from pneumo_experiments.dataset.packed import Entry, to_uint8
-from pneumo_experiments.dataset.seal import REMEDY, read_chunk, read_deflated, read_seal
 from pneumo_experiments.dicom.workers import available_cores
 from pneumo_experiments.errors import UserError
 
 BLOCK = 512  # images
+FORMAT, FORMAT_VERSION = "pneumo_experiments", 2
+KINDS = ("images", "ann", "rle")
 MAX_THREADS = 8  # that decompress images; more wait for memory
+REMEDY = "delete it and run preprocess again"
+
+hdf5 = cast("Any", h5py)  # it has no type stubs
+
+
+def checksum(attributes: Mapping[str, Any], index: NDArray[np.void]) -> bytes:
+    """SHA-256 of all that a data set file holds beside its chunks, in hexadecimal."""
+    values = {
+        name: value.decode() if isinstance(value, bytes) else value for name, value in attributes.items()
+    }
+    digest = hashlib.sha256(json.dumps([values, index.dtype.descr], sort_keys=True).encode())
+    digest.update(index.tobytes())
+    return digest.hexdigest().encode()
 
 
 class Dataset:
-    """An open data set file; an image is addressed by its row in the index."""
+    """An open data set file; an image is addressed by its row in the index.
 
-    def __init__(self, path: Path, file: BinaryIO) -> None:
-        self.path, self._file = path, file
-        self._header, self._rows = read_seal(path, file)
+    Its chunks are read past the HDF5 library, which lets one thread read at a time.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with hdf5.File(path, "r", locking=False) as file:
+            attributes = {name: np.asarray(value).item() for name, value in file.attrs.items()}
+            if attributes.pop("format", None) != FORMAT.encode():
+                raise UserError(f"{path}: not a data set of {FORMAT}; {REMEDY}, or name another dataset")
+            version = attributes.pop("format_version", None)
+            if version != FORMAT_VERSION:
+                raise UserError(f"{path}: format version {version} instead of {FORMAT_VERSION}; {REMEDY}")
+            index = file["index"][()]
+            if attributes.pop("checksum") != checksum(attributes, index):
+                raise UserError(f"{path}: damaged, or changed by another program; {REMEDY}")
+            self.image_size, self.labelled = attributes["image_size"], attributes["labelled"]
+            blocks = range(-(-len(index) // BLOCK))
+            self._chunks = {
+                kind: [c for k in blocks for c in _chunks(file[f"{kind}_{k}"])]
+                for kind in KINDS[: 1 + self.labelled]
+            }
+            self._pixels: np.dtype[Any] = file["images_0"].dtype
+            if self.labelled:
+                self._chunks["rle"], self._rle_bytes = _chunks(file["rle"]), file["rle"].dtype.itemsize
+        self._crcs = {kind: index[f"{kind}_crc"].tolist() for kind in self._chunks}
+        if {len(chunks) for chunks in self._chunks.values()} != {len(index)}:
+            raise ValueError("number of images")
+        self.settings: dict[str, str] = json.loads(attributes["settings"])
+        self.fingerprint: str = attributes["fingerprint"].decode()
+        columns = [[_text(value) for value in index[f.name].tolist()] for f in fields(Entry)]
+        self.entries = [Entry(*values) for values in zip(*columns, strict=True)]
+        self._file = path.open("rb")
         self._pool = ThreadPoolExecutor(min(available_cores(), MAX_THREADS), "images")
-        self.image_size, self.labelled = self._header.image_size, self._header.labelled
-        self.settings, self.fingerprint = self._header.settings, self._header.fingerprint
-        self.entries: list[Entry] = [row.entry for row in self._rows]
 
     @classmethod
     def open(cls, path: Path) -> Dataset:
         """Opens a data set for reading; use it in ``with``, or close it.
 
-        Raises UserError if the file is missing, cannot be read, or its seal is damaged.
+        Raises UserError if the file is missing, cannot be read, or is damaged beside its images.
         """
         if not path.is_file():
             raise UserError(f"{path}: no such data set; run preprocess to write it")
         try:
-            file = path.open("rb")
-        except OSError as error:
+            with path.open("rb"):
+                pass
+            if not hdf5.is_hdf5(path):
+                raise UserError(f"{path}: not an HDF5 file, or truncated; {REMEDY}, or name another dataset")
+            return cls(path)
+        except PermissionError as error:
             raise UserError(f"{path}: cannot be read ({error.strerror}); check its permissions") from None
-        try:
-            return cls(path, file)
-        except OSError as error:
-            file.close()
-            raise UserError(f"{path}: cannot be read ({error.strerror}); {REMEDY}") from None
-        except BaseException:
-            file.close()
+        except UserError:
             raise
+        except Exception as error:  # h5py has many types for a damaged structure
+            raise UserError(f"{path}: truncated or damaged ({type(error).__name__}); {REMEDY}") from None
 
     def close(self) -> None:
         self._pool.shutdown()
@@ -90,7 +137,8 @@ class Dataset:
     def rle(self, index: int) -> str:
         """Run lengths of the union of one image's annotations, at native size."""
         self.require_labels()
-        return self._rows[index].rle
+        row = range(len(self))[index]
+        return decompress(self._compressed("rle", row), self._rle_bytes).rstrip(b"\0").decode()
 
     def mask(self, index: int) -> NDArray[np.bool_]:
         """Union of one image's annotations (rows, columns), at native size."""
@@ -101,11 +149,8 @@ class Dataset:
         """Checks all checksums; raises UserError for a damaged image. Decompresses nothing."""
 
         def check(row: int) -> None:
-            for kind, chunk in self._rows[row].chunks.items():
-                try:
-                    read_deflated(self._file, chunk)
-                except (OSError, ValueError):
-                    raise self._damaged(kind, row) from None
+            for kind in self._chunks:
+                self._compressed(kind, row)
 
         for _ in self._pool.map(check, range(len(self))):
             pass
@@ -119,22 +164,39 @@ class Dataset:
         rows = [range(len(self))[index] for index in indices]
         images = np.empty((len(rows), self.image_size, self.image_size), np.uint8)
 
+        size = images[0].size * self._pixels.itemsize if rows else 0
+
         def fill(position: int) -> None:
-            images[position] = self._read_one(kind, rows[position])
+            stored = np.frombuffer(decompress(self._compressed(kind, rows[position]), size), self._pixels)
+            images[position] = to_uint8(stored).reshape(images[0].shape)
 
         # Handing over to a thread takes longer than reading one image.
         for _ in self._pool.map(fill, range(len(rows))) if len(rows) > 1 else map(fill, range(len(rows))):
             pass
         return images
 
-    def _read_one(self, kind: str, row: int) -> NDArray[np.uint8]:
+    def _compressed(self, kind: str, row: int) -> bytes:
+        offset, size = self._chunks[kind][row]
         try:
-            content = read_chunk(self._file, self._rows[row].chunks[kind], self._header.chunk_bytes)
-        except (OSError, ValueError):
-            raise self._damaged(kind, row) from None
-        stored = np.frombuffer(content, self._header.pixel_dtype)
-        return to_uint8(stored).reshape(self.image_size, self.image_size)
+            compressed = os.pread(self._file.fileno(), size, offset)
+        except OSError:
+            compressed = b""
+        if crc32(compressed) != self._crcs[kind][row]:
+            place = f"rle, row {row}" if kind == "rle" else f"{kind}_{row // BLOCK}, row {row % BLOCK}"
+            raise UserError(f"{self.path}: damaged at {place}; {REMEDY}")
+        return compressed
 
-    def _damaged(self, kind: str, row: int) -> UserError:
-        block, row = divmod(row, BLOCK)
-        return UserError(f"{self.path}: damaged at {kind}_{block}, row {row}; {REMEDY}")
+
+def _text(value: Any) -> Any:
+    return value.decode() if isinstance(value, bytes) else value
+
+
+def _chunks(stored: Any) -> list[tuple[int, int]]:
+    """Offset and size in bytes of each row's chunk in the file, in order."""
+    found: dict[int, tuple[int, int]] = {}
+
+    def note(chunk: Any) -> None:
+        found[chunk.chunk_offset[0]] = chunk.byte_offset, chunk.size
+
+    stored.id.chunk_iter(note)
+    return [found[row] for row in range(len(stored))]
