@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -27,6 +28,8 @@ from pneumo_experiments.settings import BEST, NONE, Device, Register, Score
 from pneumo_experiments.stages.score import score
 
 NEW = "the new version"
+# Longer than it takes another `register` to move the alias after its last look at it.
+SETTLE_SECONDS = 0.5
 
 
 def register(settings: Register) -> tracking.Version | None:
@@ -86,18 +89,27 @@ def _register(settings: Register) -> tracking.Version:
     tags |= {"code_version": origin.code_version} | ({"members": ",".join(members)} if members[1:] else {})
     with tracking.registering(address, name, tags) as number:
         champion = tracking.champion_of(name)
-        pair, why = _compare(settings, address, detector, champion)
-        scores = tracking.scores_of(tracking.model_id_of(address))
-        if pair is not None and settings.registry.promote != "never":
-            pair = counted(pair, settings.registry, number, models)
-        decision = decide(settings.registry, scores, champion, pair, why)
-        score_run = decision.score.run_id if decision.score else None
-        origin = tracking.lineage(members, detector.data_fingerprint, score_run)
-        card = model_card(name, number, detector, decision, origin)
-        tracking.describe_version(name, number, card)
-        tracking.decide(name, number, decision.alias, decision.reason, decision.tags(champion))
-        if decision.alias == CHAMPION:
+        while True:
+            pair, why = _compare(settings, address, detector, champion)
+            scores = tracking.scores_of(tracking.model_id_of(address))
+            if pair is not None and settings.registry.promote != "never":
+                pair = counted(pair, settings.registry, number, models)
+            decision = decide(settings.registry, scores, champion, pair, why)
+            score_run = decision.score.run_id if decision.score else None
+            origin = tracking.lineage(members, detector.data_fingerprint, score_run)
+            card = model_card(name, number, detector, decision, origin)
+            before, champion = champion, tracking.champion_of(name)
+            if _number(before) != _number(champion):
+                continue  # decided against one that is no longer champion
+            tracking.describe_version(name, number, card)
+            tracking.decide(name, number, decision.alias, decision.reason, decision.tags(champion))
+            if decision.alias != CHAMPION:
+                break
             tracking.describe_champion(name, number, card)
+            time.sleep(SETTLE_SECONDS)
+            champion = tracking.champion_of(name)
+            if _number(champion) in (number, None):
+                break
     is_champion = decision.alias == CHAMPION
     state = "champion" if is_champion else "not champion"
     line = f"{name} version {number} is {state}: {decision.reason}"
@@ -105,6 +117,10 @@ def _register(settings: Register) -> tracking.Version:
     print(f"register: {line}")
     version = tracking.version_of(name, number)
     return replace(version, champion=is_champion) if version else _deleted(name, number, decision)
+
+
+def _number(version: tracking.Version | None) -> str | None:
+    return None if version is None else version.number
 
 
 def _deleted(name: str, number: str, decision: Decision) -> tracking.Version:
@@ -165,7 +181,6 @@ def _score(dataset: Path, address: str, detector: Detector, champion: tracking.V
 def _move_champion(name: str, number: str) -> tracking.Version:
     """Moves the alias champion to an existing version."""
     tracking.require_ours(name)
-    tracking.wait_until_decided(name)
     version, before = tracking.version_of(name, number), tracking.champion_of(name)
     if version is None:
         raise UserError(f"version={number}: {name} has no such version; history=true lists the champions")

@@ -60,7 +60,6 @@ from pneumo_experiments.tracking.registry import (
     registering,
     require_ours,
     version_of,
-    wait_until_decided,
 )
 from pneumo_experiments.tracking.runs import (
     active_run,
@@ -132,7 +131,6 @@ __all__ = [
     "tracking_uri",
     "version_of",
     "wait_for_store",
-    "wait_until_decided",
     "warn_without_gpu_metrics",
     "with_driver",
 ]

@@ -1,10 +1,7 @@
-"""The model registry: registers versions one after the other, and moves their aliases."""
+"""The model registry: registers versions, and moves their aliases."""
 
 from __future__ import annotations
 
-import logging
-import threading
-import time
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager, redirect_stderr, suppress
 from dataclasses import dataclass
@@ -21,14 +18,9 @@ from pneumo_experiments.tracking.models import model_id_of
 from pneumo_experiments.tracking.store import SETTING, tracking_uri
 
 CHAMPION, CHALLENGER = "champion", "challenger"  # aliases
-# Of a version until it is decided whether it becomes the champion; changes while its process is alive.
-PENDING_TAG = "deciding"
-PENDING_SECONDS, ALIVE_SECONDS, POLL_SECONDS = 30, 5, 0.1
 PROJECT_TAG, PROJECT = "project", "pneumo_experiments"  # of our registered models
 NO_SUCH, EXISTS = "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS"  # MLflow's error codes
 NO_ALIASES = (400, 404, 405, 501)  # statuses of a store that does not know aliases
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -87,42 +79,30 @@ def _adopt(client: Any, name: str) -> None:
 
 @contextmanager
 def registering(address: str, name: str, tags: Mapping[str, str]) -> Generator[str]:
-    """Registers a new version with these tags; yields its number when all earlier ones are decided.
+    """Registers a new version with these tags, and yields its number for the block to decide about it.
 
-    Later versions wait until the block ends, so that each is compared with the champion that the earlier
-    ones left. Raises UserError if the name is refused, or if the version is deleted meanwhile.
+    Raises UserError if the name is refused, or if the version is deleted in the block.
     """
-    client: Any = MlflowClient()
     model_id = model_id_of(address)
     claim(name)
     # By model id: a runs:/ address would register the run's last model.
     source = f"models:/{model_id}" if model_id else address
     try:
         with redirect_stderr(StringIO()):  # it would say that the model exists already, which claim made
-            new = mlflow.register_model(source, name, tags=dict(tags) | {PENDING_TAG: "0"})  # pyright: ignore[reportUnknownMemberType]
+            new = mlflow.register_model(source, name, tags=dict(tags))  # pyright: ignore[reportUnknownMemberType]
         number = str(new.version)
     except MlflowException as error:
         if is_outage(error):
             raise
         raise _refused(name, error) from error
     try:
-        with _alive(client, name, number):
-            _wait_for_earlier_versions(client, name, int(number))
-            yield number
+        yield number
     except MlflowException as error:
         if is_outage(error) or version_of(name, number) is not None:
             raise
         raise UserError(
             f"name={name}: version {number} was deleted before it was decided; no alias moved, register again"
         ) from error
-    finally:
-        with suppress(MlflowException):  # deleted, or the store is unreachable: then others wait for a while
-            client.delete_model_version_tag(name, number, PENDING_TAG)
-
-
-def wait_until_decided(name: str) -> None:
-    """Waits until no version of the name is being decided."""
-    _wait_for_earlier_versions(MlflowClient(), name, None)
 
 
 def champion_of(name: str) -> Version | None:
@@ -192,50 +172,6 @@ def versions(client: Any, name: str) -> list[Any]:
     """All versions of a registered model, as MLflow has them."""
     quote = '"' if "'" in name else "'"
     return [*client.search_model_versions(f"name = {quote}{name}{quote}")]
-
-
-@contextmanager
-def _alive(client: Any, name: str, number: str) -> Generator[None]:
-    """Changes the pending tag every few seconds, for those who wait: scoring may take minutes."""
-    ended = threading.Event()
-
-    def change() -> None:
-        count = 0
-        while not ended.wait(ALIVE_SECONDS):
-            count += 1
-            with suppress(Exception):  # of a store that is unreachable for a moment
-                client.set_model_version_tag(name, number, PENDING_TAG, str(count))
-
-    thread = threading.Thread(target=change, name="alive", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
-
-
-def _wait_for_earlier_versions(client: Any, name: str, number: int | None) -> None:
-    """Waits until all versions before this one are decided; for None, all.
-
-    The store numbers versions one by one, so the numbers are a queue that needs no lock.
-    """
-    first, end = (0, ""), 0.0
-    while True:
-        pending = [
-            (int(v.version), str(v.tags[PENDING_TAG]))
-            for v in versions(client, name)
-            if PENDING_TAG in v.tags and (number is None or int(v.version) < number)
-        ]
-        if not pending:
-            return
-        if min(pending) != first:
-            first, end = min(pending), time.monotonic() + PENDING_SECONDS
-        elif time.monotonic() >= end:  # its process was killed
-            log.warning("%s version %s was never decided: continuing without it", name, first[0])
-            with suppress(MlflowException):  # deleted just now
-                client.delete_model_version_tag(name, str(first[0]), PENDING_TAG)
-        time.sleep(POLL_SECONDS)
 
 
 def _taken(name: str) -> UserError:
