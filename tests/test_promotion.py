@@ -508,9 +508,8 @@ def test_of_versions_registered_at_once_the_best_ends_as_champion(
     assert {int(v.tags["decision_number"]) for v in versions} <= {1, 2, 3}
     assert store.client.get_model_version_by_alias("lungs", "champion").source == models[1]
     reigns = tracking.history("lungs")
-    dices = [float(each.dice) for each in reigns]
-    assert dices == sorted(dices)  # each was beaten by a better one
-    assert reigns[-1].until == "now"
+    # Some may have been champion for a moment, when none of the others was yet.
+    assert (float(reigns[-1].dice), reigns[-1].until) == (max(float(each.dice) for each in reigns), "now")
     description = store.client.get_registered_model("lungs").description
     assert description.startswith(f"The champion is [version {reigns[-1].number}](#/models/lungs/versions/")
 
