@@ -128,9 +128,7 @@ def test_a_mask_and_minus_one_of_one_image_are_kept_and_the_mask_is_used(tmp_pat
     annotations = read_annotations(table(tmp_path, "a,-1\na,3 2\nb,-1\nb,-1\nc,1 1\n"))
     assert annotations == {"a": ["3 2", "-1"], "b": [], "c": ["1 1"]}
     labels = run_length_labels(annotations)
-    read = {
-        name: read_label(label.texts, label.side, b"", (3, 4), name, 99) for name, label in labels.items()
-    }
+    read = {name: read_label(label, b"", (3, 4), name, 99) for name, label in labels.items()}
     assert {name: label.annotations for name, label in read.items()} == {"a": 1, "b": 0, "c": 1}
     assert np.count_nonzero(read["a"].mask) == 2
     assert [label.notes for label in read.values()] == [(NOTE,), (), ()]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import json
 import re
 import shutil
 import tarfile
@@ -11,16 +12,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import imagecodecs
 import numpy as np
 import pytest
 from dicom_files import dicom_bytes
 from helpers import make
 from PIL import Image
 
-from pneumo_experiments.dataset.annotations import read_annotations, unite
+from pneumo_experiments.dataset.annotations import read_annotations, read_file_names, unite
 from pneumo_experiments.dataset.hdf5 import Dataset
 from pneumo_experiments.dataset.packed import Entry
 from pneumo_experiments.dicom.archive import open_archive, read_member
+from pneumo_experiments.dicom.colour import NOTE
 from pneumo_experiments.dicom.picture import read_mask, read_picture
 from pneumo_experiments.dicom.radiograph import read_radiograph
 from pneumo_experiments.errors import Rejected, UserError
@@ -120,9 +123,49 @@ def test_a_mask_is_read_from_every_kind_of_picture(content: bytes) -> None:
     assert not read_mask(png(np.zeros((5, 7), np.uint8)), 10**6).any()
 
 
-def test_a_radiograph_is_no_mask() -> None:
-    with pytest.raises(Rejected, match=r"its mask is none: \d\d% of its pixels are neither 0 nor 205"):
-        read_mask(png(SMOOTH), 10**6)
+LABELS = np.where(np.arange(96) < 40, MASK * 1, MASK * 2).astype(np.uint8)
+SHAPE_IN_ALPHA = np.stack([MASK * 0] * 3 + [MASK * 255], axis=2).astype(np.uint8)
+
+
+@pytest.mark.parametrize("content", [png(LABELS), png(SHAPE_IN_ALPHA)])
+def test_a_mask_of_numbered_parts_or_in_the_transparency_is_whole(content: bytes) -> None:
+    assert np.array_equal(read_mask(content, 10**6), MASK)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (png(SMOOTH), r"its mask is none: \d\d% of its pixels are neither 0 nor 205"),
+        (png(LABELS * np.uint8(127)), "its mask has the values 0, 127, 254; write 0 and one other"),
+        (jpeg(MASK.astype(np.uint8)), "its mask is too dark for a JPEG"),
+    ],
+)
+def test_what_is_no_mask_is_rejected_by_its_reason(content: bytes, reason: str) -> None:
+    with pytest.raises(Rejected, match=reason):
+        read_mask(content, 10**6)
+
+
+def test_a_flipped_bit_in_a_picture_is_noticed() -> None:
+    content = png(MASK.astype(np.uint8) * 255)
+    start, end = content.index(b"IDAT") + 4, content.index(b"IEND") - 8
+    for place in range(start, end):
+        flipped = bytearray(content)
+        flipped[place] ^= 4
+        with pytest.raises(Exception, match=r"checksum|broken PNG"):
+            read_mask(bytes(flipped), 10**6)
+
+
+def test_deep_pictures_in_several_channels_are_rejected_since_they_would_lose_bits() -> None:
+    deep = imagecodecs.png_encode(np.stack([SMOOTH.astype(np.uint16) * 16] * 3, axis=2))
+    with pytest.raises(Rejected, match="a 16-bit PNG picture in several channels; save it as grey"):
+        read_picture(deep, 10**6)
+
+
+def test_a_picture_in_three_channels_counts_three_times_and_is_noted() -> None:
+    assert read_radiograph(png(SMOOTH, "RGB"), "x").notes == (NOTE,)
+    with pytest.raises(Rejected, match="64 x 96 pixels in three colour channels exceed max_pixels=10000"):
+        read_radiograph(png(SMOOTH, "RGB"), "x", max_pixels=10_000)
+    assert read_radiograph(png(SMOOTH), "x", max_pixels=10_000).notes == ()
 
 
 @pytest.fixture(scope="module")
@@ -240,7 +283,68 @@ def test_a_positive_without_its_mask_is_left_out_and_not_healthy(
     lost.unlink()
     entries = made(Path("named.h5"), **paths)[0]
     assert len(entries) == IMAGES - 1
-    assert "left out because has_pneumo is 1 and there is no mask: 1 image" in caplog.text
+    assert "left out because has_pneumo is 1 and there is no mask, or because there are several: 1 image" in (
+        caplog.text
+    )
+
+
+def test_a_table_that_contradicts_a_mask_rejects_the_image(sample: Path, store: Path) -> None:
+    paths = renamed(sample, store, lambda _: True)
+    first = next(row for row in paths["rle_csv"].read_text().splitlines() if row.endswith(",1"))
+    text = paths["rle_csv"].read_text().replace(first, first[:-1] + "0")
+    paths["rle_csv"].write_text(text)
+    entries = made(Path("d.h5"), max_rejected=0.5, **paths)[0]
+    assert len(entries) == IMAGES - 1
+    report = json.loads(Path("d.report.json").read_text())
+    (rejection,) = report["rejected"]
+    assert rejection["files"][0]["reason"] == "has_pneumo is 0, and its mask is not empty"
+
+
+def test_masks_have_the_path_of_their_image_where_names_repeat(sample: Path, store: Path) -> None:
+    pictures, masks = (sorted((sample / name).iterdir()) for name in ("png", "masks"))
+    expected = dict[str, int]()
+    for number, (picture, mask) in enumerate(zip(pictures, masks, strict=True)):
+        for kind, path in (("images", picture), ("labels", mask)):
+            (store / kind / str(number)).mkdir(parents=True)
+            shutil.copy(path, store / kind / str(number) / "IM1.png")
+        expected[f"{number}/IM1"] = int(read_mask(mask.read_bytes(), 10**8).sum())
+    entries = made(Path("d.h5"), dicom_dir=store / "images", masks_dir=store / "labels")[0]
+    assert {entry.image_id: entry.area_px for entry in entries} == expected
+
+
+def test_two_pictures_with_one_id_are_not_used(sample: Path, store: Path) -> None:
+    paths = renamed(sample, store, lambda _: True)
+    _, image_id, _ = paths["rle_csv"].read_text().splitlines()[1].split(",")
+    other = next(path for path in (sample / "png").iterdir() if path.stem != image_id)
+    shutil.copy(other, paths["dicom_dir"] / f"{image_id}.png")
+    entries = made(Path("d.h5"), max_rejected=0.5, **paths)[0]
+    assert image_id not in {entry.image_id for entry in entries}
+    assert len(entries) == IMAGES - 1
+
+
+def test_masks_that_are_swapped_wrong_or_elsewhere_are_an_error(sample: Path, store: Path) -> None:
+    (store / "swapped").mkdir()
+    (store / "other").mkdir()
+    for path in (sample / "masks").iterdir():
+        Image.fromarray(~read_mask(path.read_bytes(), 10**8)).save(store / "swapped" / path.name)
+        shutil.copy(path, store / "other" / f"{path.stem}_mask.png")
+    wrong = {
+        store / "swapped": r"its mask covers \d+% of the image: are mask and background swapped\?",
+        store / "other": f"masks_dir=.*: holds the mask of 0 of {IMAGES} images; masks are named like",
+        store / "gone": "masks_dir=.*gone: no such file or folder",
+        sample / "png": "masks_dir: is dicom_dir",
+    }
+    for folder, reason in wrong.items():
+        with pytest.raises(UserError, match=reason):
+            made(Path("d.h5"), dicom_dir=sample / "png", masks_dir=folder)
+
+
+def test_a_table_with_two_rows_of_one_file_or_image_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    for rows in ("a.png,1,0\na.jpg,2,1", "p/a.png,1,0\nq/a.png,2,1", "a.png,1,0\nb.png,1.dcm,1", "a.png,,0"):
+        content = f"new_filename,ImageId,has_pneumo\n{rows}\n".encode()
+        with pytest.raises(UserError, match=r"t\.csv, line \d: (a second row for|no ImageId)"):
+            read_file_names(path, content)
 
 
 def test_images_and_masks_in_one_folder_are_told_apart(sample: Path, store: Path) -> None:
@@ -257,7 +361,7 @@ def test_a_changed_mask_is_another_data_set(sample: Path, store: Path) -> None:
     mask = read_mask(path.read_bytes(), 10**8)
     mask[0, 0] = not mask[0, 0]
     Image.fromarray(mask).save(path)
-    with pytest.raises(UserError, match="was made with other DICOM files"):
+    with pytest.raises(UserError, match="was made with other images or masks"):
         made(Path("d.h5"), dicom_dir=sample / "png", masks_dir=store / "masks")
 
 
@@ -317,6 +421,15 @@ def test_a_truncated_tar_file_is_an_error_and_a_file_that_is_cut_later_costs_its
         path.write_bytes(path.read_bytes()[:size])
         with pytest.raises(UserError, match=r"a\.tar: (damaged or truncated tar file|neither a folder)"):
             open_archive(path)
+
+
+@pytest.mark.parametrize("size", [-512, 2**40])
+def test_a_tar_file_with_an_impossible_size_is_damaged(tmp_path: Path, size: int) -> None:
+    info = tarfile.TarInfo("a.dcm")
+    info.size, info.type = size, tarfile.REGTYPE if size < 0 else tarfile.GNUTYPE_LONGNAME
+    (tmp_path / "a.tar").write_bytes(info.tobuf(tarfile.GNU_FORMAT) + bytes(10240))
+    with pytest.raises(UserError, match=r"a\.tar: damaged or truncated tar file"):
+        open_archive(tmp_path / "a.tar")
 
 
 @pytest.mark.parametrize(

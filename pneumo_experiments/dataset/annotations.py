@@ -24,7 +24,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pneumo_experiments.dataset import rle
-from pneumo_experiments.dicom.identity import stem_of
 from pneumo_experiments.errors import UserError
 
 NIH_FILE = re.compile(r"(\d+)_\d+\.png")  # 00028864_007.png: image 7 of patient 00028864
@@ -85,7 +84,7 @@ FILE_NAMES = TableFormat(
     id_names=("newfilename", "filename"),
     value_names=("imageid",),
     value=re.compile("(?!)"),
-    expected="the columns new_filename, ImageId and has_pneumo",
+    expected="the columns new_filename, ImageId and has_pneumo; for run lengths leave out masks_dir",
 )
 PRESENCES = replace(FILE_NAMES, value_names=("haspneumo", "haspneumothorax"))
 
@@ -202,12 +201,15 @@ def read_file_names(path: Path, content: bytes) -> dict[str, tuple[str, bool]]:
     for (line, name, image_id), (_, _, presence) in pairs:
         if presence.removesuffix(".0") not in ("0", "1"):
             raise UserError(f"{path}, line {line}: has_pneumo is neither 0 nor 1")
-        if name in named or image_id in ids:
+        stem, image_id = plain_id(short_id(name)), plain_id(image_id)
+        if not image_id:
+            raise UserError(f"{path}, line {line}: no ImageId for {name}")
+        if stem in named or image_id in ids:
             raise UserError(
-                f"{path}, line {line}: a second row for {name} or its image; keep one row per file"
+                f"{path}, line {line}: a second row for {stem} or for {image_id}; keep one of them"
             )
         ids.add(image_id)
-        named[stem_of(name)] = image_id, presence.startswith("1")
+        named[stem] = image_id, presence.startswith("1")
     return named
 
 

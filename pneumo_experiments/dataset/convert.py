@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from pneumo_experiments.dataset.labels import InvalidRunLengths, LabelMask, read_label
+from pneumo_experiments.dataset.labels import InvalidRunLengths, Label, LabelMask, read_label
 from pneumo_experiments.dataset.packed import Entry, Packed, ResizedImage, hash_patient, pack
 from pneumo_experiments.dataset.resize import area_resize, resize_image
 from pneumo_experiments.dataset.rle import EMPTY, encode
@@ -45,8 +45,9 @@ class Conversion:
     image_size: int
     pixel_dtype: str
     labelled: bool
-    texts: Sequence[str]  # run lengths
-    side: int  # of the square image that these belong to; 0 is the image's own
+    texts: Sequence[str]  # run lengths, see ``Label``
+    side: int
+    presence: bool | None
     patient: str  # hash; empty: use the file's PatientID
     mask_bytes: int  # of the mask's file, which follows the image's file
 
@@ -59,7 +60,8 @@ def convert(
     end = len(content) - wanted.mask_bytes
     try:
         radiograph = read_radiograph(content[:end], image_id, max_pixels)
-        label = read_label(wanted.texts, wanted.side, content[end:], radiograph.shape, image_id, max_pixels)
+        given = Label(tuple(wanted.texts), wanted.side, presence=wanted.presence)
+        label = read_label(given, content[end:], radiograph.shape, image_id, max_pixels)
         result = _packed(radiograph, label, wanted)
     except Rejected as reason:
         is_invalid = isinstance(reason, InvalidRunLengths)

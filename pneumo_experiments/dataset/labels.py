@@ -15,10 +15,12 @@ from pneumo_experiments.dataset.patients import shipped_grouping
 from pneumo_experiments.dataset.resize import resize_mask
 from pneumo_experiments.dataset.rle import EMPTY
 from pneumo_experiments.dicom.archive import Member, read_member
+from pneumo_experiments.dicom.header import unpacked
 from pneumo_experiments.dicom.picture import is_picture, read_mask
 from pneumo_experiments.errors import Rejected, UserError
 
 CHALLENGE_SIDE = 1024  # pixels
+MAX_COVERED = 0.6  # of the image; the challenge's largest mask has 0.15
 
 
 class InvalidRunLengths(Rejected):
@@ -33,12 +35,14 @@ class Label:
     side: int = 0  # of the image that the run lengths belong to, if it is square; 0: they belong to this one
     root: Path | None = None
     file: Member | None = None
+    presence: bool | None = None  # what a table says about it
 
     @property
     def key(self) -> list[object]:
         """What determines the mask, for JSON."""
         file = self.file
-        return [self.texts, self.side, file and (file.name, file.size, file.stamp)]
+        where = file and (str(self.root), file.name, file.size, file.stamp)
+        return [self.texts, self.side, where, self.presence]
 
     def read_file(self, max_pixels: int) -> bytes:
         """The mask's file, empty without one; errors as ``read_member`` raises them."""
@@ -70,23 +74,28 @@ class LabelMask(NamedTuple):
 
 
 def read_label(
-    texts: Sequence[str], side: int, file: bytes, shape: tuple[int, int], image_id: str, max_pixels: int
+    label: Label, file: bytes, shape: tuple[int, int], image_id: str, max_pixels: int
 ) -> LabelMask:
     """The mask of an image of ``shape`` (H, W) from run lengths, or from a file if it is not empty.
 
     A mask of another size is resized. Raises InvalidRunLengths, or Rejected if the file cannot be used.
     """
-    masks = [text for text in texts if text != EMPTY]
+    masks = [text for text in label.texts if text != EMPTY]
     annotations, kind = len(masks), "run lengths"
     if file:
         mask, overlapping, kind = _mask_of(file, image_id, max_pixels), False, "mask"
         annotations = int(mask.any())
+        if label.presence is not None and label.presence != bool(annotations):
+            state = "empty" if label.presence else "not empty"
+            raise InvalidRunLengths(
+                f"{image_id}: has_pneumo is {int(label.presence)}, and its mask is {state}"
+            )
     elif not masks:
         return LabelMask()
     else:
         try:
-            is_copy = side and shape[0] == shape[1]
-            mask, overlapping = unite(masks, (side, side) if is_copy else shape, image_id)
+            is_copy = label.side and shape[0] == shape[1]
+            mask, overlapping = unite(masks, (label.side, label.side) if is_copy else shape, image_id)
         except UserError as error:
             raise InvalidRunLengths(str(error)) from None
     (rows, columns), (height, width) = mask.shape, shape
@@ -95,20 +104,26 @@ def read_label(
             f"{image_id}: {kind} of {columns} x {rows} px for an image of {width} x {height}; use those of it"
         )
     is_resized = mask.shape != shape
-    notes = (f"{kind} for {columns} x {rows} px: resized to the image's",) if is_resized else ()
-    if EMPTY in texts:
-        notes += ("the table has a mask and -1: the mask is used",)
+    notes = [f"{kind} for {columns} x {rows} px: resized to the image's"] if is_resized else []
+    if EMPTY in label.texts:
+        notes.append("the table has a mask and -1: the mask is used")
     if not annotations:
-        return LabelMask(notes=notes)
+        return LabelMask(notes=tuple(notes))
     native = resize_mask(mask, shape) if is_resized else mask
-    return LabelMask(native, mask, annotations, overlapping, notes)
+    if not native.any():
+        notes.append("the mask is too small for an image of this size: it is empty")
+    return LabelMask(native, mask, annotations, overlapping, tuple(notes))
 
 
 def _mask_of(content: bytes, image_id: str, max_pixels: int) -> NDArray[np.bool_]:
-    if not is_picture(content):
-        raise Rejected(f"{image_id}: its mask is no PNG or JPEG picture")
     try:
-        return read_mask(content, max_pixels)
+        content = unpacked(content, max_pixels)
+        if not is_picture(content):
+            raise Rejected("its mask is no PNG or JPEG picture")
+        mask = read_mask(content, max_pixels)
+        if (covered := np.count_nonzero(mask) / mask.size) > MAX_COVERED:
+            raise Rejected(f"its mask covers {covered:.0%} of the image: are mask and background swapped?")
+        return mask
     except MemoryError:
         raise
     except Exception as error:  # Pillow raises many types for damaged files

@@ -25,6 +25,8 @@ from pneumo_experiments.errors import Rejected, UserError
 from pneumo_experiments.files import write_atomically
 
 FILES_PER_SHARD = 32
+# Signals that no decoder ends by.
+FROM_OUTSIDE = (signal.SIGKILL, signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGQUIT)
 VERSION = 4  # increase it when the content of shard files changes
 
 
@@ -109,9 +111,7 @@ def _converted(jobs: Sequence[Job], workers: int) -> Generator[FileResult]:
     files = [_File(job, index) for job in jobs for index in range(len(job.members))]
     with closing(run_all(files, _File.request, max(1, min(workers, len(files))))) as replies:
         for file, reply in replies:
-            if (
-                isinstance(reply, Crashed) and reply.returncode == -signal.SIGKILL
-            ):  # no decoder ends like that
+            if isinstance(reply, Crashed) and -reply.returncode in FROM_OUTSIDE:
                 raise UserError(
                     "workers: a worker process was killed, perhaps for lack of memory; set fewer workers and"
                     " run the same command again: it continues where this run stopped"
@@ -146,6 +146,7 @@ class _File:
             labelled=job.labels is not None,
             texts=label.texts,
             side=label.side,
+            presence=label.presence,
             patient=job.patients[self.index],
             mask_bytes=len(mask),
         )

@@ -12,11 +12,12 @@ import tarfile
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
+from typing import Self
 
 from pneumo_experiments.dicom import picture
 from pneumo_experiments.dicom.header import GZIP
@@ -56,6 +57,7 @@ COMPRESSED = {
     b"7z\xbc\xaf": "7-Zip",
 }
 TAR_MAGIC, TAR_MAGIC_AT = b"ustar", 257
+MAX_TAR_HEADER_BYTES = 2**20  # of a long name or other attributes
 PICTURES = "PNG and JPEG pictures"
 DIFFERING_FILES = "several files have this id, and their contents differ"
 # What zipfile raises for a damaged file; ValueError when a name or an offset is damaged.
@@ -94,15 +96,19 @@ class Archive:
 
 
 def open_archive(
-    root: Path, image_id: ImageId = "auto", wanted: Collection[str] = (), other: Path | None = None
+    root: Path,
+    image_id: ImageId = "auto",
+    wanted: Collection[str] = (),
+    other: Path | None = None,
+    names: Mapping[str, str] | None = None,
 ) -> Archive:
     """The radiographs below ``root``: a folder, a zip or tar file, or a single file.
 
     DICOM files are named .dcm or .dicom, or start with the DICOM preamble, and may be compressed by gzip.
     Where there is none, PNG and JPEG pictures are read. ``image_id`` is what identifies an image, ``wanted``
     the ids in a table, if there is one. With ``auto`` files of one name that differ have their paths as ids,
-    unless the table has that name. ``other`` is a folder below ``root`` that is not read. Raises UserError if
-    there is no radiograph.
+    unless the table has that name. ``other`` is a folder below ``root`` that is not read, ``names`` what a
+    table calls an image of that id. Raises UserError if there is no radiograph.
     """
     skipped = Counter[str]()
     if root.is_dir():
@@ -120,7 +126,7 @@ def open_archive(
         raise UserError(
             f"{root}: contains no .dcm, .png or .jpg files{only}; name the folder that holds them"
         )
-    return _identified(root, files, skipped, image_id, wanted)
+    return _identified(root, files, skipped, image_id, wanted, names or {})
 
 
 def _single(path: Path) -> Archive:
@@ -139,22 +145,28 @@ def _single(path: Path) -> Archive:
             f"{path}: neither a folder, nor a zip or tar file, nor a DICOM file, nor a PNG or JPEG picture;"
             " name the folder that holds the DICOM files"
         )
-    return _identified(path.parent, files, Counter(), "auto", ())
+    return _identified(path.parent, files, Counter(), "auto", (), {})
 
 
 def _identified(
-    root: Path, files: list[Member], skipped: Counter[str], image_id: ImageId, wanted: Collection[str]
+    root: Path,
+    files: list[Member],
+    skipped: Counter[str],
+    image_id: ImageId,
+    wanted: Collection[str],
+    names: Mapping[str, str],
 ) -> Archive:
     """The archive of these files, with their ids."""
-    names, instances = [file.name for file in files], [file.sop_instance for file in files]
-    ids, what = image_ids(names, instances, image_id, wanted)
+    paths, instances = [file.name for file in files], [file.sop_instance for file in files]
+    ids, what = image_ids(paths, instances, image_id, wanted)
+    ids = [names.get(id, id) for id in ids]
     archive = _without_duplicates(root, files, ids, skipped, what)
     # Names that no table has, and that several images share, such as IM-0001 of each patient.
-    unclear = set(archive.differing) - set(wanted)
+    unclear = set(archive.differing) - set(wanted) - set(names.values())
     if image_id != "auto" or not unclear:
         return archive
-    paths, path = image_ids(names, instances, "path", ())
-    ids = [path if id in unclear else id for id, path in zip(ids, paths, strict=True)]
+    others, path = image_ids(paths, instances, "path", ())
+    ids = [other if id in unclear else id for id, other in zip(ids, others, strict=True)]
     what += f", or {path} for {sum(archive.duplicates[id] for id in unclear)} files of one name that differ"
     return _without_duplicates(root, files, ids, skipped, what)
 
@@ -290,12 +302,25 @@ def _is_tar(path: Path) -> bool:
         return file.read(len(TAR_MAGIC)) == TAR_MAGIC
 
 
+class _TarInfo(tarfile.TarInfo):
+    """A header of a tar file, whose size is checked: a negative one would be read forever."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        info = super().frombuf(buf, encoding, errors)
+        if info.size < 0 or (not info.isreg() and info.size > MAX_TAR_HEADER_BYTES):
+            raise ValueError(info.size)
+        return info
+
+
 def _list_tar(path: Path) -> Iterator[Member]:
     """Every file in a tar file that is not compressed."""
     written = path.stat().st_mtime_ns
     try:
-        with tarfile.open(path, "r:") as archive:
+        with tarfile.open(path, "r:", tarinfo=_TarInfo) as archive:
             for info in archive:
+                if info.size < 0:  # by an extended header
+                    raise ValueError(info.size)
                 if info.isreg() and not info.issparse():
                     yield Member("", info.name, info.size, written, info.offset_data)
     except (tarfile.TarError, OSError, *DAMAGE_ERRORS):

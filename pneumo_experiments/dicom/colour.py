@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from pneumo_experiments.errors import Rejected
 
+NOTE = "grey picture in three colour components: read as grey"
 RGB = ("RGB", "YBR_RCT", "YBR_ICT")  # JPEG 2000's decoder gives RGB of the latter two
 LUMINANCE_FIRST = ("YBR_FULL", "YBR_FULL_422")
 NEUTRAL = 128  # chroma of a grey pixel, PS3.3 C.7.6.3.1.2

@@ -11,11 +11,13 @@ from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 
-from pneumo_experiments.dicom import colour
+from pneumo_experiments.dicom.colour import NOTE, grey
 from pneumo_experiments.errors import Rejected
 
 PNG, JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"
 SUFFIXES = (".png", ".jpg", ".jpeg")
+PNG_DEPTH = 24  # byte of the bits a channel; the next is 0 for grey without transparency
+FEW_VALUES, DARKEST_JPEG = 8, 64
 MAX_BETWEEN = 0.05  # fraction of a mask's pixels that may be neither dark nor bright, at its edges
 
 
@@ -24,47 +26,65 @@ def is_picture(start: bytes) -> bool:
     return start.startswith((PNG, JPEG))
 
 
-def read_picture(content: bytes, max_pixels: int) -> tuple[NDArray[np.uint8], str]:
-    """A grey picture as 8-bit greys (H, W), and its format in words.
+def read_picture(content: bytes, max_pixels: int) -> tuple[NDArray[np.uint8], str, tuple[str, ...]]:
+    """A grey picture as 8-bit greys (H, W), its format in words, and notes for the report.
 
     8-bit greys are unchanged. 16-bit greys are unchanged up to 255, divided by 257 if all are multiples of
     that, as programs write 8-bit greys, and otherwise scaled from darkest to brightest. Raises Rejected for a
-    picture in colour or larger than ``max_pixels``; Pillow's errors if it is damaged.
+    picture in colour or larger than ``max_pixels``, which one in colour channels is three times; Pillow's
+    errors if it is damaged.
     """
     image = _open(content, max_pixels)
     kind = f"{image.format}, {16 if image.mode.startswith('I') else 8} bit"
     values = _channels(image)
     if values.ndim == 3:
-        return colour.grey(np.moveaxis(values, 2, 0), "RGB"), kind
-    return values.astype(np.uint8) if values.dtype == np.uint8 else _to_8_bits(values), kind
+        return grey(np.moveaxis(values, 2, 0), "RGB"), kind, (NOTE,)
+    return values.astype(np.uint8) if values.dtype == np.uint8 else _to_8_bits(values), kind, ()
 
 
 def read_mask(content: bytes, max_pixels: int) -> NDArray[np.bool_]:
     """A picture of a mask (H, W): True from half of its brightest value, whatever its colour.
 
-    Raises Rejected for a picture with more than two values, or larger than ``max_pixels``; Pillow's errors if
-    it is damaged.
+    In a mask of numbers from 0 to at most 8 all but 0 are True. A picture in one colour has its mask in its
+    transparency. Raises Rejected for a picture that is no mask, or larger than ``max_pixels``; Pillow's
+    errors if it is damaged.
     """
-    values = _channels(_open(content, max_pixels))
+    image = _open(content, max_pixels)
+    values = _channels(image)
     values = values if values.ndim == 2 else values.max(axis=2)
-    high = int(values.max())
-    between = np.count_nonzero((values > high // 4) & (values < high - high // 4))
-    if between > MAX_BETWEEN * values.size:
-        raise Rejected(
-            f"its mask is none: {between / values.size:.0%} of its pixels are neither 0 nor {high}"
-        )
-    return values > high // 2 if high else np.zeros(values.shape, bool)
+    if "A" in image.getbands() and not values.any():
+        values = np.asarray(image.getchannel("A"))
+    counts = np.bincount(values.reshape(-1))
+    found, high = counts.nonzero()[0].tolist(), len(counts) - 1
+    if image.format == "JPEG" and 0 < high < DARKEST_JPEG:
+        raise Rejected(f"its mask is too dark for a JPEG, which changes greys: at most {high} of 255")
+    if high <= FEW_VALUES or len(found) <= 2:
+        return values > 0
+    if image.format == "PNG" and len(found) <= FEW_VALUES:
+        raise Rejected(f"its mask has the values {', '.join(map(str, found))}; write 0 and one other")
+    between = counts[high // 4 + 1 : high - high // 4].sum() / values.size
+    if between > MAX_BETWEEN:
+        raise Rejected(f"its mask is none: {between:.0%} of its pixels are neither 0 nor {high}")
+    return values > high // 2
 
 
 def _open(content: bytes, max_pixels: int) -> Image.Image:
-    """The picture's header."""
-    image = (PngImageFile if content.startswith(PNG) else JpegImageFile)(BytesIO(content))
+    """The picture's header, checked."""
+    is_png = content.startswith(PNG)
+    if is_png:
+        PngImageFile(BytesIO(content)).verify()  # the checksums, which reading ignores
+    image = PngImageFile(BytesIO(content)) if is_png else JpegImageFile(BytesIO(content))
     columns, rows = image.size
-    if rows * columns > max_pixels:
+    is_grey = len(image.getbands()) == 1 and image.mode != "P"
+    if rows * columns * (1 if is_grey else 3) > max_pixels:
+        in_colour = "" if is_grey else " in three colour channels"
         raise Rejected(
-            f"{rows} x {columns} pixels exceed max_pixels={max_pixels}; raise it if the size is right"
+            f"{rows} x {columns} pixels{in_colour} exceed max_pixels={max_pixels};"
+            " raise it if the size is right"
         )
-    if getattr(image, "n_frames", 1) != 1 and image.format == "PNG":
+    if is_png and content[PNG_DEPTH] == 16 and content[PNG_DEPTH + 1]:
+        raise Rejected("a 16-bit PNG picture in several channels; save it as grey")
+    if is_png and getattr(image, "n_frames", 1) != 1:
         raise Rejected("an animated picture")
     return image
 

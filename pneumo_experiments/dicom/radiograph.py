@@ -66,8 +66,8 @@ def read_radiograph(content: bytes, image_id: str, max_pixels: int = MAX_PIXELS)
             warnings.simplefilter("ignore")  # pydicom warns about an age '62', a bad date …
             content = unpacked(content, max_pixels)
             if is_picture(content):
-                pixels, name = read_picture(content, max_pixels)
-                return Radiograph(image_id, with_contrast(pixels), "", "", "", -1, Geometry(), name)
+                pixels, name, notes = read_picture(content, max_pixels)
+                return Radiograph(image_id, with_contrast(pixels), "", "", "", -1, Geometry(), name, notes)
             dataset, syntax = parse(content, max_pixels)
             header = Attributes(dataset)
             layout = read_layout(header, syntax, max_pixels)
@@ -111,7 +111,7 @@ def _stored_pixels(header: Attributes, layout: Layout) -> tuple[StoredPixels, in
             return stored.reshape(layout.shape), bits
         planar = integer(header, "PlanarConfiguration", 0) == 1
         components = colour.split(stored, layout.shape, layout.photometric, planar)
-    header.notes.add("grey picture in three colour components: read as grey")
+    header.notes.add(colour.NOTE)
     return colour.grey(components, layout.photometric, layout.syntax in uid.JPEGTransferSyntaxes), bits
 
 

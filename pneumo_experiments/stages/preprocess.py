@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Collection, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
 
 from pneumo_experiments import tracking
 from pneumo_experiments.dataset.annotations import (
@@ -31,7 +32,6 @@ from pneumo_experiments.dataset.patients import (
 )
 from pneumo_experiments.dataset.shards import ShardSettings, is_finished, make_jobs, results
 from pneumo_experiments.dicom.archive import Archive, Member, open_archive, read_member
-from pneumo_experiments.dicom.identity import ImageId
 from pneumo_experiments.dicom.workers import available_cores
 from pneumo_experiments.errors import Rejected, UserError, reason_of
 from pneumo_experiments.experiment.data_report import build_report, log_existing_report, write_report
@@ -101,20 +101,25 @@ def _read_inputs(settings: Preprocess) -> PreprocessInputs:
             texts = read_annotations(source.rle_csv, content)
         else:
             names = read_file_names(source.rle_csv, content)
-    wanted = texts or names
-    archive = _renamed(_open("dicom_dir", source.dicom_dir, source.image_id, wanted, source.masks_dir), names)
-    if source.masks_dir is not None:
-        masks = _renamed(_open("masks_dir", source.masks_dir, source.image_id, wanted), names)
-        labels = _mask_labels(archive, masks, names)
-    else:
-        texts = None if texts is None else match_ids(texts, archive.image_ids)
-        labels = None if texts is None else run_length_labels(texts, source.rle_size)
-    if labels is not None and not archive.image_ids & set(labels):
-        table = f"rle_csv={source.rle_csv}" if source.masks_dir is None else f"masks_dir={source.masks_dir}"
-        raise UserError(
-            f"{table}: names none of the {len(archive.image_ids)} files in {source.dicom_dir}; name a table"
-            " or folder of masks that belongs to them"
+    if source.masks_dir is not None and source.masks_dir.resolve() == source.dicom_dir.resolve():
+        raise UserError("masks_dir: is dicom_dir; name the folder that holds the masks alone")
+    new_names = {name: image_id for name, (image_id, _) in names.items()}
+    try:
+        archive = open_archive(
+            source.dicom_dir, source.image_id, texts or names, other=source.masks_dir, names=new_names
         )
+    except UserError as error:
+        raise UserError(f"dicom_dir={error}") from None
+    labels = None
+    if source.masks_dir is not None:
+        labels = _mask_labels(archive, source.masks_dir, names)
+    elif texts is not None:
+        labels = run_length_labels(match_ids(texts, archive.image_ids), source.rle_size)
+        if not archive.image_ids & set(labels):
+            raise UserError(
+                f"rle_csv={source.rle_csv}: names none of the {len(archive.image_ids)} files in"
+                f" {source.dicom_dir}; name a table and a folder that belong together"
+            )
     members = tuple(m for m in archive.members if labels is None or m.image_id in labels)
     patients = make_grouping(source.patients_csv, [member.image_id for member in members])
     recorded = {
@@ -132,33 +137,47 @@ def _read_inputs(settings: Preprocess) -> PreprocessInputs:
     return PreprocessInputs(archive, labels, patients, members, recorded)
 
 
-def _open(
-    setting: str, path: Path, image_id: ImageId, wanted: Collection[str], other: Path | None = None
-) -> Archive:
+def _mask_labels(
+    archive: Archive, masks_dir: Path, names: Mapping[str, tuple[str, bool]]
+) -> dict[str, Label]:
+    """The labels of the images that have a mask file, or that a table says to have no pneumothorax.
+
+    A mask has the path of its image, or else its name, whatever the folder.
+    """
+    if not masks_dir.exists():
+        raise UserError(
+            f"masks_dir={masks_dir}: no such file or folder; name the folder that holds the masks"
+        )
     try:
-        return open_archive(path, image_id, wanted, other)
+        masks = open_archive(masks_dir, "path")
     except UserError as error:
-        raise UserError(f"{setting}={error}") from None
-
-
-def _renamed(archive: Archive, names: Mapping[str, tuple[str, bool]]) -> Archive:
-    """The archive with the image ids that a table has for its file names."""
-    members = [
-        replace(member, image_id=names[member.image_id][0]) if member.image_id in names else member
-        for member in archive.members
-    ]
-    return replace(archive, members=tuple(sorted(members, key=lambda member: member.image_id)))
-
-
-def _mask_labels(archive: Archive, masks: Archive, names: Mapping[str, tuple[str, bool]]) -> dict[str, Label]:
-    """The labels of the images that have a mask file, or that a table says to have no pneumothorax."""
-    labels = {image_id: Label() for image_id, presence in names.values() if not presence}
-    labels |= {member.image_id: Label(root=masks.root, file=member) for member in masks.members}
-    missing = [id for id, presence in names.values() if presence and id in archive.image_ids - set(labels)]
-    if missing:
+        raise UserError(f"masks_dir={error}") from None
+    presences, by_name = dict(names.values()), defaultdict[str, list[Member | None]](list)
+    by_path: dict[str, Member | None] = {member.image_id: member for member in masks.members}
+    by_path |= dict.fromkeys(masks.differing)
+    for path, member in by_path.items():
+        stem = PurePosixPath(path).name
+        by_name[names[stem][0] if stem in names else stem].append(member)
+    labels, left_out = dict[str, Label](), list[str]()
+    for image_id in (member.image_id for member in archive.members):
+        found = [by_path[image_id]] if image_id in by_path else by_name[image_id]
+        presence = presences.get(image_id)
+        if len(found) == 1 and found[0] is not None:
+            labels[image_id] = Label(root=masks.root, file=found[0], presence=presence)
+        elif not found and presence is False:
+            labels[image_id] = Label(presence=False)
+        elif found or presence:
+            left_out.append(image_id)
+    with_mask = sum(label.file is not None for label in labels.values())
+    if not with_mask or with_mask < len(left_out):
+        raise UserError(
+            f"masks_dir={masks_dir}: holds the mask of {with_mask} of {len(archive.members)} images; masks"
+            " are named like their images, one for each"
+        )
+    if left_out:
         warn(
-            f"masks_dir={masks.root}: left out because has_pneumo is 1 and there is no mask:"
-            f" {plural(len(missing), 'image')}, such as {missing[0]}"
+            f"masks_dir={masks_dir}: left out because has_pneumo is 1 and there is no mask, or because there"
+            f" are several: {plural(len(left_out), 'image')}, such as {left_out[0]}"
         )
     return labels
 
@@ -199,7 +218,7 @@ def _differences(recorded: Mapping[str, str], settings: Preprocess, inputs: Prep
         and recorded.get("stamp") != inputs.stamp
         and recorded.get(FILES) != _hash_contents(inputs, settings.reading.max_pixels)
     ):
-        differences = ["other DICOM files"]
+        differences = ["other DICOM files" if settings.source.masks_dir is None else "other images or masks"]
     return differences
 
 
@@ -312,7 +331,8 @@ def _refuse_too_many_rejected(settings: Preprocess, report: Report) -> None:
         return
     page = write_report(settings.dataset, report, None)
     first = report.rejected[0].files[0]
-    culprit = f"dicom_dir={settings.source.dicom_dir}"
+    masks = settings.source.masks_dir
+    culprit = f"dicom_dir={settings.source.dicom_dir}" + (f", masks_dir={masks}" if masks else "")
     example = f"for example {first.image_id}: {first.reason}; see the report {page}"
     if not used:
         raise UserError(f"{culprit}: no file can be used, {example}")
