@@ -143,6 +143,7 @@ def cli(mlflow_pid: str | None) -> None:
 
     try:
         os.chdir(psutil.Process(int(mlflow_pid)).cwd())
+        os.environ["PYTHONSAFEPATH"] = "1"  # our own processes import nothing from there
     except (OSError, ValueError, psutil.Error) as error:
         click.echo(f"relative paths are of {Path.cwd()}: no working directory of `mlflow run` ({error})")
 

@@ -352,7 +352,7 @@ def test_the_training_starts_where_the_trials_started(chain: Chain) -> None:
     assert re.fullmatch(
         rf"{chain.folder}/output/checkpoints/warm-up-[0-9a-f]{{16}}/epoch-1\.pt", params["weights"]
     )
-    assert params["weights_used"] == "epoch-1.pt"
+    assert params["weights_source"] == "epoch-1.pt"
 
 
 @soak

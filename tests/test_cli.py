@@ -212,6 +212,24 @@ def test_an_option_beats_the_config_file_and_the_file_beats_the_default(
     assert resolved("train", *words[:-1], "mine.h5").dataset == Path("mine.h5").absolute()
 
 
+@pytest.mark.parametrize("folder", ["was ist das?", "100%41", "a#b"])
+def test_an_address_stays_relative_in_a_folder_whose_name_means_something_in_it(
+    folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / folder).mkdir()
+    monkeypatch.chdir(tmp_path / folder)
+    assert resolved("search", "--dataset", "d.h5").study.storage == "sqlite:///optuna.db"
+
+
+def test_a_home_folder_is_known_in_every_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "w.pt").touch()
+    assert resolved("train", "--weights", "~/w.pt").recipe.network.weights == f"{tmp_path}/w.pt"
+    assert resolved("train", "--weights", "coco").recipe.network.weights == "coco"
+    assert resolved("preprocess", "--patients_csv", "~/p.csv").source.patients_csv == f"{tmp_path}/p.csv"
+    assert resolved("preprocess", "--patients_csv", "auto").source.patients_csv == "auto"
+
+
 @pytest.mark.parametrize(
     ("entry_point", "setting", "text", "expected"),
     [

@@ -26,7 +26,7 @@ from pneumo_experiments.dataset.decoder_pool import MAX_PENDING, DecodedImage, F
 from pneumo_experiments.dataset.resize import resize_image
 from pneumo_experiments.dicom import limits
 from pneumo_experiments.dicom.radiograph import read_radiograph
-from pneumo_experiments.errors import Rejected
+from pneumo_experiments.errors import Rejected, UserError
 
 SIZE = 16
 GOOD = jpeg_file(GREYS)
@@ -168,6 +168,20 @@ def test_a_decoder_that_dies_costs_one_row_or_none() -> None:
             os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
     # Those that were idle are dead as well, which nobody notices.
     assert all(isinstance(outcome, DecodedImage) for outcome in outcomes(*[("again", GOOD)] * 4))
+
+
+@pytest.mark.parametrize(
+    ("program", "reason"), [("/no/such/python", "No such file"), ("/bin/false", "exit code 1")]
+)
+def test_a_process_that_does_not_start_is_one_line(
+    program: str, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for decoder in decoders():
+        decoder.kill()
+        decoder.wait()
+    monkeypatch.setattr(sys, "executable", program)
+    with pytest.raises(UserError, match=rf"does not start \({reason}.*\); free memory, or set fewer workers"):
+        outcomes(("a", GOOD))
 
 
 def test_who_stops_asking_ends_what_is_being_read() -> None:

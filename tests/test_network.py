@@ -9,9 +9,10 @@ import math
 import subprocess
 import sys
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -337,9 +338,30 @@ def test_a_safetensors_file_is_read_number_by_number(tmp_path: Path) -> None:
         path.write_bytes(damaged)
         with (
             torch.device("meta"),
-            pytest.raises(UserError, match="not a state dict that torch"),
+            pytest.raises(UserError, match="not a state dict that can be read safely"),
         ):
             build("fcn_resnet50", str(path), seed=0)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda state: state | {1: torch.ones(2)}, "holds no state dict"),
+        (lambda state: {n: t.to("meta") for n, t in state.items()}, "holds no state dict"),
+        (lambda state: state | {"bn1.bias": torch.ones(64).to_sparse()}, "(holds no|not a) state dict"),
+        (lambda state: state | {"bn1.bias": torch.ones(64).bool()}, "holds no state dict"),
+        (
+            lambda state: state | {"bn1.bias": torch.full((64,), math.nan)},
+            "bn1.bias has values that are no numb",
+        ),
+    ],
+)
+def test_a_state_dict_of_other_things_than_real_numbers_is_one_line(
+    change: Callable[[dict[Any, torch.Tensor]], dict[Any, torch.Tensor]], reason: str, tmp_path: Path
+) -> None:
+    torch.save(change(constants(torchvision_shapes("resnet50"))), tmp_path / "weights.pt")
+    with torch.device("meta"), pytest.raises(UserError, match=rf"weights\.pt: {reason}"):
+        build("fcn_resnet50", str(tmp_path / "weights.pt"), seed=0)
 
 
 @pytest.mark.parametrize("old", [True, False])
@@ -443,8 +465,8 @@ def _wrong_file(kind: str, path: Path) -> None:
     ("kind", "complaint"),
     [
         ("no such file", "no such file; give auto, imagenet, coco, none, a file"),
-        ("text", "not a state dict that torch.load can read safely"),
-        ("half", "not a state dict that torch.load can read safely"),
+        ("text", "not a state dict that can be read safely"),
+        ("half", "not a state dict that can be read safely"),
         ("class", "not a state dict that .* safely, for it holds argparse.Namespace, whose code is not run"),
         ("list", "holds no state dict"),
         ("nested", "holds no state dict"),

@@ -229,8 +229,9 @@ def test_a_file_that_ends_its_worker_is_rejected_and_the_rest_goes_on(
     ]
 
 
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_a_worker_ended_from_outside_is_an_error_and_the_rest_is_kept(
-    sample: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    number: signal.Signals, sample: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     jobs = jobs_of(sample)
     read = list[str]()
@@ -239,7 +240,7 @@ def test_a_worker_ended_from_outside_is_an_error_and_the_rest_is_kept(
         read.append(member.image_id)
         if len(read) == FILES_PER_SHARD + 3:
             for decoder in decoders():
-                decoder.send_signal(signal.SIGKILL)
+                decoder.send_signal(number)
         return read_member(root, member, max_pixels)
 
     monkeypatch.setattr(shards, "read_member", read_and_kill)

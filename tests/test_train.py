@@ -143,7 +143,7 @@ def test_the_run_holds_curves_pictures_and_how_the_time_was_spent(settings: Trai
     assert constants <= run.data.params.keys()
     assert not constants & run.data.metrics.keys()
     assert not {"dice", "dice_positive", "auroc"} & run.data.metrics.keys()
-    assert (run.data.params["weights_used"], run.data.params["weights_sha256"]) == ("none", "none")
+    assert (run.data.params["weights_source"], run.data.params["weights_sha256"]) == ("none", "none")
     assert run.data.params["cache_used"] == ("device" if torch.cuda.is_available() else "host")
     assert not list(Path("output/checkpoints").glob("*"))
 
@@ -284,7 +284,7 @@ def test_a_training_may_start_from_a_models_weights_and_has_seen_what_that_has(
         assert network.pretrained == {name for name, _ in network.named_parameters()}
     result = train(changed(settings, weights=address, epochs=1))
     assert load(tracking.model_data(result.model)).seen > {"another image"}
-    assert runs()[-1].data.params["weights_used"] == address
+    assert runs()[-1].data.params["weights_source"] == address
 
 
 def test_weights_of_what_is_no_single_network_are_named(settings: Train, tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ from pneumo_experiments.dicom.limits import (
 )
 from pneumo_experiments.dicom.radiograph import MAX_PIXELS
 from pneumo_experiments.dicom.workers import ENVIRONMENT, available_cores
-from pneumo_experiments.errors import Rejected
+from pneumo_experiments.errors import Rejected, UserError
 
 MAX_DECODERS = min(available_cores(), 8)  # each may use limits.max_bytes of memory
 MAX_FILE_BYTES = MAX_BYTES_PER_PIXEL * MAX_PIXELS + MAX_HEADER_BYTES
@@ -183,25 +183,32 @@ def close_idle() -> None:
             _IDLE.pop().close()
 
 
+NOT_STARTED = "a process that reads files does not start ({}); free memory, or set fewer workers"
+
+
 class _Decoder:
     """A subprocess that decodes one file at a time."""
 
     def __init__(self) -> None:
         path = [str(Path(__file__).parents[2]), *sys.path]
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", "-c", START, json.dumps(path)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env=os.environ | ENVIRONMENT,
-            process_group=0,  # Ctrl-C does not reach it
-        )
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-c", START, json.dumps(path)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                env=os.environ | ENVIRONMENT,
+                process_group=0,  # Ctrl-C does not reach it
+            )
+        except OSError as error:  # too many processes or open files, or no memory
+            raise UserError(NOT_STARTED.format(error.strerror)) from error
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._requests, self._replies = self._process.stdin, self._process.stdout
         try:
             receive(self._replies)
         except EOFError:
-            raise RuntimeError(f"{sys.executable}: the decoder process does not start") from None
+            self.close()
+            raise UserError(NOT_STARTED.format(f"exit code {self._process.returncode}")) from None
 
     def read(self, request: Request) -> Message | Rejected:
         """The reply, or the reason why there is none; kills the process after a crash or time-out."""

@@ -90,7 +90,7 @@ def _prepare(settings: Train, dataset: Dataset) -> _Prepared:
     if compute.device.type == "cuda":
         tracking.warn_without_gpu_metrics()
     network = initial_network(recipe.network, recipe.seed)
-    tracking.log_params({"weights_used": network.source, "weights_sha256": network.source_sha256})
+    tracking.log_params({"weights_source": network.source, "weights_sha256": network.source_sha256})
     print(
         f"train: {recipe.network.network} at {dataset.image_size} px, {compute.device}, {compute.precision};"
         f" {len(training_data)} images, {training_data.present.sum()} positive; {len(validation)} to validate"
@@ -207,7 +207,8 @@ def initial_network(network: Network, seed: int) -> PneumothoraxNet:
 
 def is_model(weights: str) -> bool:
     """Whether initial weights are an address or a folder, not a file or the name of pretrained ones."""
-    return re.match(r"(?!https?:)[\w+.-]{2,}:/", weights) is not None or Path(weights).is_dir()
+    is_address = re.match(r"(?i)(?!https?:|ftp:)[\w+.-]{2,}:/", weights) is not None
+    return is_address or (weights != "" and Path(weights).is_dir())
 
 
 def make_detector(

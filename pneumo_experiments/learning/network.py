@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import math
 import re
@@ -70,7 +69,6 @@ LAST_LAYERS = ("mask_head.4.", "aux_head.4.")
 DOWNLOAD_TIMEOUT_SECONDS = 20
 # Where checkpoints of Lightning, timm, torchvision's references and others have the state dict.
 CHECKPOINT_KEYS = ("state_dict", "model", "model_state_dict")
-SAFETENSORS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
 
 log = logging.getLogger(__name__)
 
@@ -210,47 +208,43 @@ def _download(source: WeightsEnum) -> Path:
 def _read(path: Path) -> dict[str, Tensor]:
     """The state dict in a file, on the CPU; code in the file is never run."""
     try:
-        is_safetensors = path.suffix == ".safetensors"
-        state: object = (
-            _safetensors(path) if is_safetensors else torch.load(path, map_location="cpu", weights_only=True)
-        )
+        if path.suffix.lower() == ".safetensors":
+            # A served model need not have it.
+            from safetensors.torch import load_file  # pyright: ignore[reportUnknownVariableType]
+
+            state: object = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged bytes raise errors of many types
         found = re.search(r"GLOBAL (\S+) was not an allowed", str(error))
         culprit = f", for it holds {found[1]}, whose code is not run" if found else ""
         raise UserError(
-            f"weights={path}: not a state dict that torch.load can read safely{culprit};"
+            f"weights={path}: not a state dict that can be read safely{culprit};"
             " save one with torch.save(model.state_dict(), …), or delete it if it is a damaged download"
         ) from error
     values = cast("dict[str, object]", state) if isinstance(state, dict) else {}
     for key in CHECKPOINT_KEYS * 2:  # one may hold another
         if isinstance(values.get(key), dict):
             values = cast("dict[str, object]", values[key])
-    tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
+    tensors = {
+        name: value for name, value in values.items() if isinstance(value, Tensor) and _is_weight(name, value)
+    }
     if not tensors or len(tensors) < len(values):
         raise UserError(
             f"weights={path}: holds no state dict; save one with torch.save(model.state_dict(), …)"
         )
+    if infinite := [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]:
+        raise UserError(
+            f"weights={path}: {infinite[0]} has values that are no numbers, such as NaN; take weights of an"
+            " earlier epoch"
+        )
     return tensors
 
 
-def _safetensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file: the length of a header in JSON, the header, numbers.
-
-    Raises errors of several types when it is damaged.
-    """
-    content = bytearray(path.read_bytes())
-    start = 8 + int.from_bytes(content[:8], "little")
-    header = json.loads(content[8:start])
-    header.pop("__metadata__", None)
-    return {
-        name: torch.frombuffer(
-            content,
-            dtype=SAFETENSORS[entry["dtype"]],
-            count=math.prod(entry["shape"]),
-            offset=start + entry["data_offsets"][0],
-        ).view(entry["shape"])
-        for name, entry in header.items()
-    }
+def _is_weight(name: object, value: Tensor) -> bool:
+    """Whether an entry of a state dict has a name, and numbers that a network can have."""
+    is_plain = value.layout == torch.strided and value.device.type == "cpu"
+    return isinstance(name, str) and is_plain and not value.is_complex() and value.dtype != torch.bool
 
 
 def _rename(state: dict[str, Tensor]) -> dict[str, Tensor]:

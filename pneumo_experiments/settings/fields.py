@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
 from pathlib import Path
@@ -82,9 +83,12 @@ def absolute(leaf: Leaf, values: Mapping[str, Any]) -> Any:
     value = values.get(leaf.name, leaf.default)
     if isinstance(value, Path):
         return value.absolute()
-    if leaf.name == "patients_csv" and not is_none(value) and value != AUTO:
-        return str(Path(value).absolute())
-    if leaf.name == "storage":
+    if leaf.name in ("patients_csv", "weights") and value not in (AUTO, NONE, "", "imagenet", "coco"):
+        with suppress(RuntimeError):  # no such user
+            path = Path(value).expanduser()
+            if path.exists() or leaf.name == "patients_csv":
+                return str(path.absolute())
+    if leaf.name == "storage" and not set("%?#") & set(str(Path.cwd())):  # which mean something in addresses
         return re.sub(r"^(sqlite(?:\+\w+)?:///)(?!/|:memory:)(?=.)", lambda m: f"{m[1]}{Path.cwd()}/", value)
     return value
 
