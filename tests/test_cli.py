@@ -281,11 +281,13 @@ def test_a_config_file_is_the_caller_s_before_the_project_s(
 def test_a_command_works_in_the_folder_of_the_process_that_called_it_or_says_where(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setenv("PYTHONSAFEPATH", "")  # and back at the end, for other tests
     monkeypatch.setitem(cli.cli.commands, "where", click.Command("where", callback=lambda: print(Path.cwd())))
     monkeypatch.chdir(tmp_path)
     with subprocess.Popen(["sleep", "60"], cwd="/") as caller:
         cli.cli.main(["--mlflow_pid", str(caller.pid), "where"], standalone_mode=False)
         assert capsys.readouterr().out == "/\n"
+        assert os.environ["PYTHONSAFEPATH"] == "1"  # nothing of that folder is imported
         caller.kill()
     for gone in (str(caller.pid), "$PPID"):
         monkeypatch.chdir(tmp_path)
