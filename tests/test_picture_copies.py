@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import os
 import re
 import shutil
 import tarfile
@@ -352,6 +353,22 @@ def test_images_and_masks_in_one_folder_are_told_apart(sample: Path, store: Path
     shutil.copytree(sample / "masks", store / "all" / "mask")
     entries = made(Path("d.h5"), dicom_dir=store / "all", masks_dir=store / "all" / "mask")[0]
     assert len(entries) == IMAGES
+
+
+def test_masks_of_another_folder_with_equal_sizes_and_times_are_another_data_set(
+    sample: Path, store: Path
+) -> None:
+    for name in ("masks", "others"):
+        (store / name).mkdir()
+        for path in (sample / "masks").iterdir():
+            mask = read_mask(path.read_bytes(), 10**8)
+            written = store / name / path.name
+            Image.fromarray(np.roll(mask, 3) if name == "others" else mask).save(written, compress_level=0)
+            os.utime(written, (0, 0))
+    made(Path("d.h5"), dicom_dir=sample / "png", masks_dir=store / "masks")
+    made(Path("d.h5"), dicom_dir=sample / "png", masks_dir=store / "masks")
+    with pytest.raises(UserError, match="was made with other images or masks"):
+        made(Path("d.h5"), dicom_dir=sample / "png", masks_dir=store / "others")
 
 
 def test_a_changed_mask_is_another_data_set(sample: Path, store: Path) -> None:

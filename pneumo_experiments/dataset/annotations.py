@@ -201,7 +201,7 @@ def read_file_names(path: Path, content: bytes) -> dict[str, tuple[str, bool]]:
     for (line, name, image_id), (_, _, presence) in pairs:
         if presence.removesuffix(".0") not in ("0", "1"):
             raise UserError(f"{path}, line {line}: has_pneumo is neither 0 nor 1")
-        stem, image_id = plain_id(short_id(name)), plain_id(image_id)
+        stem, image_id = short_id(name), plain_id(image_id)
         if not image_id:
             raise UserError(f"{path}, line {line}: no ImageId for {name}")
         if stem in named or image_id in ids:

@@ -12,6 +12,7 @@ import threading
 from queue import SimpleQueue
 from typing import IO, Any
 
+from pneumo_experiments.dataset.convert import convert
 from pneumo_experiments.dataset.resize import resize_image
 from pneumo_experiments.dicom.limits import limit_memory, limit_time
 from pneumo_experiments.dicom.radiograph import read_radiograph
@@ -73,8 +74,6 @@ def _receive_all(requests: IO[bytes], messages: SimpleQueue[Message]) -> None:
 
 
 def _do(content: bytes, task: str, max_pixels: int, seconds: float, **arguments: Any) -> Message:
-    from pneumo_experiments.dataset.convert import convert
-
     limit_memory(max_pixels)
     with limit_time(seconds):
         return {"decode": _decode, "convert": convert}[task](content, max_pixels=max_pixels, **arguments)

@@ -50,7 +50,7 @@ UNREAD = {  # by suffix: what people have in folders, named when nothing else is
     ".npz": "NumPy files",
 }
 COMPRESSED = {
-    b"\x1f\x8b": "gzip",
+    GZIP: "gzip",
     b"BZh": "bzip2",
     b"\xfd7zXZ": "xz",
     b"Rar!": "RAR",
@@ -58,7 +58,6 @@ COMPRESSED = {
 }
 TAR_MAGIC, TAR_MAGIC_AT = b"ustar", 257
 MAX_TAR_HEADER_BYTES = 2**20  # of a long name or other attributes
-PICTURES = "PNG and JPEG pictures"
 DIFFERING_FILES = "several files have this id, and their contents differ"
 # What zipfile raises for a damaged file; ValueError when a name or an offset is damaged.
 DAMAGE_ERRORS = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, EOFError, ValueError)
@@ -115,9 +114,10 @@ def open_archive(
         files = _scan(_walk(root, skipped, other), lambda member: _first_bytes(root / member.name), skipped)
     elif not root.exists():
         raise UserError(f"{root}: no such file or folder; name the folder that holds the .dcm files")
-    elif root.is_file() and (zipfile.is_zipfile(root) or _is_tar(root)):
-        entries = _list_tar(root) if _is_tar(root) else _list_zip(root)
-        files = _scan(entries, lambda member: _read_entry(root, member, HEAD_BYTES), skipped)
+    elif root.is_file() and _is_tar(root):
+        files = _scan(_list_tar(root), lambda member: _read_tar_entry(root, member, HEAD_BYTES), skipped)
+    elif root.is_file() and zipfile.is_zipfile(root):
+        files = _scan(_list_zip(root), lambda member: _read_zip_entry(root, member, HEAD_BYTES), skipped)
     else:
         return _single(root)
     if not files:
@@ -184,7 +184,10 @@ def read_member(root: Path, member: Member, max_pixels: int) -> bytes:
     try:
         if root.is_dir():
             return (root / member.name).read_bytes()
-        content = _read_entry(root, member, member.size)
+        if is_tar := _is_tar(root):
+            content = _read_tar_entry(root, member, member.size)
+        else:
+            content = _read_zip_entry(root, member, member.size)
     except UserError:
         raise  # the whole zip file does not open
     except (FileNotFoundError, LookupError):
@@ -199,11 +202,10 @@ def read_member(root: Path, member: Member, max_pixels: int) -> bytes:
             f"{member.image_id}: encrypted, or an unsupported compression method in the zip file"
         ) from None
     except DAMAGE_ERRORS:
-        content = b""
-    if _is_tar(root):
-        if len(content) != member.size:
-            raise Rejected(f"{member.image_id}: truncated in the tar file")
-    elif len(content) != member.size or zlib.crc32(content) != member.stamp:
+        content, is_tar = b"", False
+    if is_tar and len(content) != member.size:
+        raise Rejected(f"{member.image_id}: truncated in the tar file")
+    if not is_tar and (len(content) != member.size or zlib.crc32(content) != member.stamp):
         raise Rejected(f"{member.image_id}: damaged in the zip file")
     return content
 
@@ -232,7 +234,7 @@ def _scan(
         else:
             skipped["other files"] += 1
     if members and pictures:  # previews, or masks
-        skipped[PICTURES] += len(pictures)
+        skipped["PNG and JPEG pictures"] += len(pictures)
     return members or pictures
 
 
@@ -327,13 +329,8 @@ def _list_tar(path: Path) -> Iterator[Member]:
         raise UserError(f"{path}: damaged or truncated tar file; download it again") from None
 
 
-def _read_entry(path: Path, member: Member, max_bytes: int) -> bytes:
-    """The first ``max_bytes`` bytes of a file in a zip or tar file, fewer if it is truncated.
-
-    Raises LookupError if the zip file has changed since it was listed.
-    """
-    if not _is_tar(path):
-        return _read_zip_entry(path, member, max_bytes)
+def _read_tar_entry(path: Path, member: Member, max_bytes: int) -> bytes:
+    """The first ``max_bytes`` bytes of a file in a tar file, fewer if it is truncated."""
     with path.open("rb") as file:
         file.seek(member.number)
         return file.read(min(max_bytes, member.size))

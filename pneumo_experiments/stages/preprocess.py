@@ -68,9 +68,13 @@ class PreprocessInputs:
 
     @property
     def stamp(self) -> str:
-        """Digest that changes with the size or modification time of a file."""
-        files = [*self.members, *(label.file for label in (self.labels or {}).values() if label.file)]
-        return _digest(f"{m.image_id} {m.size} {m.stamp}" for m in files)
+        """Digest that changes with the size or modification time of a file, and the place of a mask."""
+        masks = (
+            {} if self.labels is None else {id: label.key for id, label in self.labels.items() if label.file}
+        )
+        return _digest(
+            f"{m.image_id} {m.size} {m.stamp} {masks.get(m.image_id, '')}".rstrip() for m in self.members
+        )
 
 
 def preprocess(settings: Preprocess) -> Path:
