@@ -90,7 +90,7 @@ def _command_of(name: str) -> click.Command:
 def resolve(ctx: click.Context, kind: type[Settings]) -> Settings:
     """The settings of a command: an option beats the config file, the file beats the default.
 
-    Their paths are absolute, so that whatever is printed or logged of them can be opened from anywhere.
+    Their paths are absolute (see ``absolute``), so that what is printed and logged opens from anywhere.
     """
     given = {n for n in ctx.params if ctx.get_parameter_source(n) is ParameterSource.COMMANDLINE}
     path: Path | None = ctx.params["config"]

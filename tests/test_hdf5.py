@@ -100,6 +100,7 @@ def test_plain_h5py_finds_the_promised_layout(tmp_path: Path) -> None:
         assert file["index"]["image_id"][513] == b"image-513"
         assert file["index"]["area_px"][513] == written[513].entry.area_px
         assert file["rle"].asstr()[513] == written[513].rle
+        assert file["index"]["rle_crc"][513] == zlib.crc32(file["rle"].id.read_direct_chunk((513,))[1])
         assert file.attrs["format"] == b"pneumo_experiments"
         assert file.attrs["image_size"] == SIZE
         assert json.loads(file.attrs["settings"]) == {"rle_csv": "train-rle.csv"}
@@ -255,6 +256,8 @@ def test_a_file_that_is_not_ours_is_one_line_with_the_remedy(tmp_path: Path) -> 
         write(path)
         with h5py.File(path, "a") as file:
             file.attrs["format_version"] = version
+            if version == 1:
+                file.attrs["format"] = "pneumo_experiments"  # of variable length, as version 1 wrote it
         assert f"format version {version} instead of 2; delete it and run preprocess again" in complaint()
 
 

@@ -350,6 +350,7 @@ def test_a_safetensors_file_is_read_number_by_number(tmp_path: Path) -> None:
         (lambda state: {n: t.to("meta") for n, t in state.items()}, "holds no state dict"),
         (lambda state: state | {"bn1.bias": torch.ones(64).to_sparse()}, "(holds no|not a) state dict"),
         (lambda state: state | {"bn1.bias": torch.ones(64).bool()}, "holds no state dict"),
+        (lambda state: state | {"bn1.bias": torch.ones(64).to(torch.complex64)}, "holds no state dict"),
         (
             lambda state: state | {"bn1.bias": torch.full((64,), math.nan)},
             "bn1.bias has values that are no numb",

@@ -11,6 +11,7 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mlflow
@@ -22,6 +23,8 @@ from database_server import DatabaseServer
 from helpers import environment, make
 from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import BAD_REQUEST
 from numpy.typing import NDArray
 from tiny_network import CPU, random_network
 
@@ -32,6 +35,7 @@ from pneumo_experiments.scoring.comparison import compare, required_probability
 from pneumo_experiments.scoring.thresholds import Thresholds
 from pneumo_experiments.serving import Detector, Member, save
 from pneumo_experiments.settings import Register, Registry, Score, Train, as_config
+from pneumo_experiments.stages import register as register_stage
 from pneumo_experiments.tracking import UnseenScore
 from pneumo_experiments.tracking.code_version import version_in
 
@@ -464,9 +468,9 @@ def test_a_database_that_takes_no_aliases_leaves_a_decided_version(store: Store)
 # Several at once
 
 
-def servable(dices: Dices) -> str:
-    """A model that can be loaded, and scored so."""
-    member = Member(tiny_predictor(), as_config(make(Train, network="fcn_resnet50")))
+def servable(dices: Dices, network: str = "fcn_resnet50") -> str:
+    """A model that can be loaded, where that network is the tiny one, and scored so."""
+    member = Member(tiny_predictor(), as_config(make(Train, network=network)))
     detector = Detector((member,), 32, Thresholds(), "f" * 64)
     folder = Path("servable")
     shutil.rmtree(folder, ignore_errors=True)
@@ -512,6 +516,71 @@ def test_of_versions_registered_at_once_the_best_ends_as_champion(
     assert (float(reigns[-1].dice), reigns[-1].until) == (max(float(each.dice) for each in reigns), "now")
     description = store.client.get_registered_model("lungs").description
     assert description.startswith(f"The champion is [version {reigns[-1].number}](#/models/lungs/versions/")
+
+
+@pytest.mark.parametrize("moment", ["before its move", "after its move"])
+def test_a_decision_is_made_again_if_the_champion_moved(
+    moment: str, store: Store, tiny: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weak, strong, new = (servable(HARD + gain, "tiny") for gain in (0.0, 0.15, 0.05))
+    for model in (weak, strong):
+        register_stage.register(make(Register, model=model, name="lungs", promote="never"))
+
+    def move(number: str) -> None:
+        version = tracking.version_of("lungs", number)
+        assert version is not None
+        tracking.move_champion(version, "by another process")
+
+    def decide_then_move(*known: Any) -> Decision:
+        monkeypatch.setattr(register_stage, "decide", decide)
+        decision = decide(*known)
+        move("2")
+        return decision
+
+    move("1")
+    if moment == "before its move":
+        monkeypatch.setattr(register_stage, "decide", decide_then_move)
+    else:
+        monkeypatch.setattr(register_stage, "time", SimpleNamespace(sleep=lambda _: move("2")))
+    version = register_stage.register(make(Register, model=new, name="lungs"))
+    assert version is not None and not version.champion
+    assert store.aliases() == {"champion": "2", "challenger": "3"}
+    assert store.version(3).tags["compared_with"] == "2"
+    assert [each.number for each in tracking.history("lungs")][-1] == "2"
+
+
+def test_an_alias_that_another_process_sets_at_the_same_moment_is_moved(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PostgreSQL refuses the second of two first rows of an alias."""
+    for _ in range(2):
+        registered(logged(HARD), promote="never")
+    set_alias = MlflowClient.set_registered_model_alias
+
+    def collide(client: MlflowClient, name: str, alias: str, number: str) -> None:
+        monkeypatch.setattr(MlflowClient, "set_registered_model_alias", set_alias)
+        set_alias(client, name, alias, "1")
+        raise MlflowException("duplicate key value violates unique constraint", BAD_REQUEST)
+
+    monkeypatch.setattr(MlflowClient, "set_registered_model_alias", collide)
+    tracking.decide("lungs", "2", "champion", "better", {})
+    assert store.aliases() == {"champion": "2"}
+
+
+def test_of_two_that_always_promote_the_last_one_keeps_the_alias(
+    store: Store, tiny: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = [servable(HARD + gain, "tiny") for gain in (0.0, 0.05)]
+    register_stage.register(make(Register, model=models[0], name="lungs", promote="always"))
+
+    def move_back(_: float) -> None:
+        first = tracking.version_of("lungs", "1")
+        assert first is not None
+        tracking.move_champion(first, "by another process")
+
+    monkeypatch.setattr(register_stage, "time", SimpleNamespace(sleep=move_back))
+    register_stage.register(make(Register, model=models[1], name="lungs", promote="always"))
+    assert store.aliases() == {"champion": "1"}
 
 
 # The version of the code

@@ -418,9 +418,7 @@ def test_a_server_takes_this_form(form: str, served: Served) -> None:
 @pytest.mark.parametrize(
     "given", [FILES, TEXTS, [*zip(IDS, FILES, strict=True)], np.array(FILES, object), FILES[0], TEXTS[0]]
 )
-def test_files_without_the_names_of_columns_never_reach_the_model_which_asks_for_them(
-    given: Any, loaded: Any
-) -> None:
+def test_files_without_the_names_of_columns_get_one_row_that_asks_for_them(given: Any, loaded: Any) -> None:
     assert [*loaded.predict(given)["error"]] == [NO_COLUMN]
 
 

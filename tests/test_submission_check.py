@@ -274,7 +274,7 @@ def test_the_sizes_of_the_images_decide_what_size_of_masks_is_wrong(path: Path) 
     assert problem.startswith("the masks were made row by row")
 
 
-def test_few_or_swapped_masks_are_doubts_and_no_errors(path: Path) -> None:
+def test_few_or_inverted_masks_are_doubts_and_no_errors(path: Path) -> None:
     inverted = checked(path, of_masks([encode(~mask) for mask in lungs(5)]), None)
     assert inverted.problems == []
     assert inverted.doubts[0] == "5 masks cover more than half of their image: look at them"

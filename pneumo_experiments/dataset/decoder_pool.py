@@ -187,7 +187,7 @@ NOT_STARTED = "a process that reads files does not start ({}); free memory, or s
 
 
 class _Decoder:
-    """A subprocess that decodes one file at a time."""
+    """A subprocess that does one request at a time."""
 
     def __init__(self) -> None:
         path = [str(Path(__file__).parents[2]), *sys.path]

@@ -1,4 +1,4 @@
-"""A subprocess that reads one radiograph at a time: requests on stdin, replies on stdout.
+"""A subprocess that decodes, or converts, one radiograph at a time: requests on stdin, replies on stdout.
 
 A message is the lengths of both parts, then a JSON object, then raw bytes. Needs no torch.
 """

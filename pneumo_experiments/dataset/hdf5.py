@@ -8,7 +8,7 @@
 - ``index`` (n,): one row per image with the fields of ``Entry``, and ``images_crc``, ``ann_crc`` and
   ``rle_crc``, the CRC-32 of its compressed chunks.
 - Attributes of the file: format, format_version, image_size, labelled, settings (JSON), fingerprint, and
-  ``checksum``: a SHA-256 of the index and the other attributes.
+  ``checksum``: a SHA-256 of the index and all attributes but format and format_version.
 
 A set without labels has neither ``ann_<k>`` nor ``rle``. All texts are UTF-8 of fixed length, which h5py
 gives as bytes: HDF5 has no checksum of texts of variable length, and a flipped bit can keep it busy forever.
@@ -45,7 +45,7 @@ hdf5 = cast("Any", h5py)  # it has no type stubs
 
 
 def checksum(attributes: Mapping[str, Any], index: NDArray[np.void]) -> bytes:
-    """SHA-256 of all that a data set file holds beside its chunks, in hexadecimal."""
+    """SHA-256 of the index and of these attributes, in hexadecimal."""
     values = {
         name: value.decode() if isinstance(value, bytes) else value for name, value in attributes.items()
     }
@@ -64,7 +64,7 @@ class Dataset:
         self.path = path
         with hdf5.File(path, "r", locking=False) as file:
             attributes = {name: np.asarray(value).item() for name, value in file.attrs.items()}
-            if attributes.pop("format", None) != FORMAT.encode():
+            if attributes.pop("format", None) not in (FORMAT.encode(), FORMAT):  # the latter in version 1
                 raise UserError(f"{path}: not a data set of {FORMAT}; {REMEDY}, or name another dataset")
             version = attributes.pop("format_version", None)
             if version != FORMAT_VERSION:

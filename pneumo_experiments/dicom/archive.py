@@ -71,7 +71,7 @@ class Member:
     image_id: str
     name: str  # below the folder, or within the zip or tar file
     size: int  # bytes
-    stamp: int  # changes with the file: modification time in ns, or CRC-32 in a zip file
+    stamp: int  # changes with the file: modification time in ns (of the whole tar file), or CRC-32 in a zip
     number: int = 0  # position in the zip directory, where names may repeat, or of its bytes in a tar file
     sop_instance: str = ""  # SOP Instance UID, empty if unknown
 

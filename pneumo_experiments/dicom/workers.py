@@ -1,4 +1,4 @@
-"""A pool of worker processes for reading files."""
+"""The cores of this machine, and a pool of processes that write the synthetic sample."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def worker_pool(workers: int) -> Generator[ProcessPoolExecutor]:
         _start(executor, workers)
         yield executor
     except BaseException:
-        # Their current file may take minutes, and C decoders ignore gentler signals.
+        # They would finish what they have begun.
         for process in set(active_children()) - others:
             process.kill()
         raise

@@ -217,7 +217,7 @@ class Main:
 
     source: SourceFiles = field(default_factory=SourceFiles)
     test_dir: Annotated[
-        Path | None, Arg("folder of DICOM files without labels, for the submission", declared=True)
+        Path | None, Arg("folder of files without labels, as dicom_dir, for the submission", declared=True)
     ] = None
     output_dir: Annotated[Path, Arg("folder for data sets and the submission", declared=True)] = Path(
         "output"

@@ -79,7 +79,11 @@ def flat(settings: object) -> dict[str, Any]:
 
 
 def absolute(leaf: Leaf, values: Mapping[str, Any]) -> Any:
-    """The setting's value, or its default; a path, and the file of an SQLite database, are made absolute."""
+    """The setting's value, or its default, with absolute paths.
+
+    These are paths, ``patients_csv``, ``weights`` that exist, and the file of an SQLite database; the last
+    one not in a folder with %, ? or # in its name.
+    """
     value = values.get(leaf.name, leaf.default)
     if isinstance(value, Path):
         return value.absolute()

@@ -83,8 +83,9 @@ class SourceFiles:
     masks_dir: Annotated[
         Path | None,
         Arg(
-            "folder of masks as PNG, named like the images, instead of run lengths; rle_csv is then none, or"
-            " the table of new_filename, ImageId and has_pneumo that comes with such copies",
+            "folder of masks as PNG or JPEG (or a zip or tar file), named like the images, instead of run"
+            " lengths; rle_csv is then none, or the table of new_filename, ImageId and has_pneumo that comes"
+            " with such copies",
             declared=True,
         ),
     ] = None

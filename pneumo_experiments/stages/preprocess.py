@@ -69,12 +69,9 @@ class PreprocessInputs:
     @property
     def stamp(self) -> str:
         """Digest that changes with the size or modification time of a file, and the place of a mask."""
-        masks = (
-            {} if self.labels is None else {id: label.key for id, label in self.labels.items() if label.file}
-        )
-        return _digest(
-            f"{m.image_id} {m.size} {m.stamp} {masks.get(m.image_id, '')}".rstrip() for m in self.members
-        )
+        labels = self.labels or {}
+        masks = {image_id: f" {label.key}" for image_id, label in labels.items() if label.file}
+        return _digest(f"{m.image_id} {m.size} {m.stamp}{masks.get(m.image_id, '')}" for m in self.members)
 
 
 def preprocess(settings: Preprocess) -> Path:
@@ -146,7 +143,7 @@ def _mask_labels(
 ) -> dict[str, Label]:
     """The labels of the images that have a mask file, or that a table says to have no pneumothorax.
 
-    A mask has the path of its image, or else its name, whatever the folder.
+    A mask has its image's id as its path below the folder, or else as its name, whatever the folder.
     """
     if not masks_dir.exists():
         raise UserError(

@@ -105,12 +105,15 @@ def _register(settings: Register) -> tracking.Version:
             tracking.decide(name, number, decision.alias, decision.reason, decision.tags(champion))
             if decision.alias != CHAMPION:
                 break
-            tracking.describe_champion(name, number, card)
             time.sleep(SETTLE_SECONDS)
             champion = tracking.champion_of(name)
-            if _number(champion) in (number, None):
+            if _number(champion) == number:
+                tracking.describe_champion(name, number, card)
                 break
-    is_champion = decision.alias == CHAMPION
+            # With promote=always each would take the alias back from the other: the last one keeps it.
+            if champion is None or settings.registry.promote == "always":
+                break
+    is_champion = decision.alias == CHAMPION and _number(champion) == number
     state = "champion" if is_champion else "not champion"
     line = f"{name} version {number} is {state}: {decision.reason}"
     tracking.describe(f"{line}.\nModel {model}.")

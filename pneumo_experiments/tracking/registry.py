@@ -134,7 +134,13 @@ def set_alias(name: str, alias: str, number: str) -> None:
     """
     client: Any = MlflowClient()
     try:
-        client.set_registered_model_alias(name, alias, number)
+        try:
+            client.set_registered_model_alias(name, alias, number)
+        except MlflowException:
+            # Another process set it for the first time at the same moment: now it can be moved.
+            if alias not in client.get_registered_model(name).aliases:
+                raise
+            client.set_registered_model_alias(name, alias, number)
     except MlflowException as error:
         refused = f"{error.get_http_status_code()} {error}"
         is_unknown = error.get_http_status_code() in NO_ALIASES or any(
