@@ -250,6 +250,7 @@ ROW_BY_ROW = "the masks look made row by row: run lengths go down columns, so en
         (lambda: [encode(mask) for mask in lungs(3, (2048, 2048))], SIZES.format(2048)),
         (lambda: [encode(mask.T) for mask in lungs(20)], ROW_BY_ROW),
         (lambda: [encode(mask[::-1]) for mask in lungs(20)], "the masks look upside down"),
+        (lambda: [encode(np.rot90(mask, 3)) for mask in lungs(20)], "the masks look turned by a quarter"),
         (lambda: [absolute(encode(mask), 1) for mask in lungs(1)], "ID_0: the run lengths look absolute"),
         (lambda: [absolute(encode(mask), 0) for mask in lungs(1)], "ID_0: the run lengths look absolute"),
         (lambda: [absolute(encode(m), 1) for m in lungs(2, (256, 256))], SIZES.format(256)),
