@@ -27,7 +27,7 @@ bench: setup
 
 # Many kills at random moments, full disks, hostile values: half an hour.
 soak: setup
-	@PNEUMO_KILLS=25 python -m pytest -s $$(grep -l soak tests/test_*.py)
+	@PNEUMO_KILLS=25 python -m pytest -s $$(grep -rl soak tests --include='test_*.py')
 
 ui: setup
 	@echo "the runs: http://127.0.0.1:5000/#/experiments/0/runs?workflowType=machine_learning (Ctrl-C ends)"

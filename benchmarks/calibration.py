@@ -22,7 +22,7 @@ from measure import machine
 from pneumo_experiments.learning.calibration import Calibration, fit_calibration
 from pneumo_experiments.learning.device import ComputeConfig
 from pneumo_experiments.learning.predict import Predictor
-from pneumo_experiments.scoring.metrics import calibration_error
+from pneumo_experiments.metrics.dice import calibration_error
 
 PREVALENCE = 0.22  # of the challenge's images
 BATCHES = (0.8, 0.6, 0.4)  # fractions of positives, from the first epoch to the last
@@ -75,8 +75,8 @@ def simulated(repeats: int) -> None:
 
 def of_model(address: str, path: Path) -> None:
     from pneumo_experiments.dataset.hdf5 import Dataset
-    from pneumo_experiments.experiment.ensemble import load_models
-    from pneumo_experiments.experiment.subset import Subset, make_split
+    from pneumo_experiments.evaluation.ensemble import load_models
+    from pneumo_experiments.evaluation.subset import Subset, make_split
     from pneumo_experiments.settings import Device
 
     detector = load_models(address, path, Device())

@@ -65,10 +65,10 @@ def main() -> None:
     """Runs main with the arguments that follow the file's name."""
     # Not at the top: each process that writes or reads radiographs imports this file.
     from pneumo_experiments import cli
-    from pneumo_experiments.experiment.trial_training import TrialTraining
-    from pneumo_experiments.experiment.trials import Objective
     from pneumo_experiments.learning.predict import Predictor
     from pneumo_experiments.learning.trainer import Trainer
+    from pneumo_experiments.search.trial import Objective
+    from pneumo_experiments.search.trial_training import TrialTraining
     from pneumo_experiments.stages import main as chain
 
     path = Path(sys.argv[1])

@@ -23,8 +23,8 @@ from tqdm import tqdm
 
 from pneumo_experiments.dataset.annotations import read_annotations
 from pneumo_experiments.dataset.patients import ROW, SHIPPED, image_number
-from pneumo_experiments.scoring.metrics import Z, bootstrap, interval_of
-from pneumo_experiments.scoring.scores import OF_ALL_PATIENTS, ScoredImages
+from pneumo_experiments.metrics.dice import Z, bootstrap, interval_of
+from pneumo_experiments.metrics.scores import OF_ALL_PATIENTS, ScoredImages
 
 LABELS = REAL_DATA / "labels" / "train-rle.csv.gz"
 PATIENTS = (10, 25, 51, 103, 256, 1233)  # about 20, 48, 100, 200, 500 and 2,407 images

@@ -27,7 +27,7 @@ from pneumo_experiments.dicom.radiograph import read_radiograph
 from pneumo_experiments.learning.device import choose_compute
 from pneumo_experiments.learning.network import PneumothoraxNet
 from pneumo_experiments.learning.predict import Predictor, to_native
-from pneumo_experiments.scoring.thresholds import Thresholds, apply_thresholds
+from pneumo_experiments.metrics.thresholds import Thresholds, apply_thresholds
 from pneumo_experiments.serving import Detector, Member
 from pneumo_experiments.settings import Device
 from pneumo_experiments.synthetic.kaggle_layout import write_sample

@@ -22,7 +22,7 @@ from monai.metrics import compute_dice
 from numpy.typing import NDArray
 from torchmetrics.functional.segmentation import dice_score
 
-from pneumo_experiments.scoring.metrics import dice
+from pneumo_experiments.metrics.dice import dice
 
 SIDE = 1024
 BATCH = 16  # masks at once for the libraries that take batches; the best of 1, 4, 16 and 64 differ little

@@ -26,7 +26,7 @@ import optuna
 from measure import machine
 from optuna.trial import FrozenTrial, TrialState
 
-from pneumo_experiments.experiment.study import loss
+from pneumo_experiments.search.study import loss
 
 SEARCHED = (
     *("dice_weight", "dice_image_weight", "presence_weight", "learning_rate", "final_positive_share"),

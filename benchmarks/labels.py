@@ -28,7 +28,7 @@ from pneumo_experiments.dataset.resize import area_resize
 from pneumo_experiments.dataset.splits import assign_folds, audit, split
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.learning.predict import to_native
-from pneumo_experiments.scoring.metrics import dice
+from pneumo_experiments.metrics.dice import dice
 from pneumo_experiments.settings import SplitSettings
 
 SHAPE = (1024, 1024)

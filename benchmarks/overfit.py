@@ -24,15 +24,15 @@ from PIL import Image
 from torch.nn import functional
 
 from pneumo_experiments.dataset.hdf5 import Dataset
-from pneumo_experiments.experiment.subset import Subset
+from pneumo_experiments.evaluation.subset import Subset
+from pneumo_experiments.figures import contact_sheet, overlay
 from pneumo_experiments.learning.device import choose_compute
 from pneumo_experiments.learning.fit import fit
 from pneumo_experiments.learning.loader import load
 from pneumo_experiments.learning.network import build
 from pneumo_experiments.learning.predict import Predictor, to_native
-from pneumo_experiments.scoring.figures import contact_sheet, overlay
-from pneumo_experiments.scoring.scores import Scores
-from pneumo_experiments.scoring.thresholds import Thresholds, apply_thresholds, best_on_grid
+from pneumo_experiments.metrics.scores import Scores
+from pneumo_experiments.metrics.thresholds import Thresholds, apply_thresholds, best_on_grid
 from pneumo_experiments.settings import Device, ImageFormat, Preprocess, Recipe, SourceFiles, from_flat
 from pneumo_experiments.stages.preprocess import preprocess
 

@@ -28,9 +28,9 @@ from numpy.typing import NDArray
 
 from pneumo_experiments.dataset.annotations import read_annotations
 from pneumo_experiments.dataset.patients import ROW, SHIPPED, image_number
-from pneumo_experiments.experiment.promotion import MIN_REPLACING
-from pneumo_experiments.scoring.comparison import RESAMPLES, certainty, compare, required_probability
-from pneumo_experiments.scoring.metrics import bootstrap
+from pneumo_experiments.metrics.comparison import RESAMPLES, certainty, compare, required_probability
+from pneumo_experiments.metrics.dice import bootstrap
+from pneumo_experiments.registry.promotion import MIN_REPLACING
 from pneumo_experiments.settings import Registry
 
 POSITIVES = 0.2215

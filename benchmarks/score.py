@@ -29,9 +29,9 @@ import psutil
 from measure import machine
 from numpy.typing import NDArray
 
-from pneumo_experiments.scoring.exact import best_of_all
-from pneumo_experiments.scoring.metrics import dice
-from pneumo_experiments.scoring.thresholds import (
+from pneumo_experiments.metrics.dice import dice
+from pneumo_experiments.metrics.exact import best_of_all
+from pneumo_experiments.metrics.thresholds import (
     HUNDREDTHS,
     ThresholdCounts,
     Thresholds,
@@ -148,8 +148,8 @@ def measure_folder(files: int, repeats: int) -> None:
     from pneumo_experiments.dataset.rle import encode
     from pneumo_experiments.dicom.archive import open_archive
     from pneumo_experiments.dicom.radiograph import read_radiograph
-    from pneumo_experiments.experiment.folder_findings import write_findings
-    from pneumo_experiments.experiment.subset import Subset
+    from pneumo_experiments.evaluation.subset import Subset
+    from pneumo_experiments.findings.folder import write_findings
     from pneumo_experiments.learning.predict import to_native
     from pneumo_experiments.settings import Score, from_flat
 
@@ -254,7 +254,7 @@ def main() -> None:
         dice(truth, apply_thresholds(probability, 1.0, rules))
     pixels_s = (time.perf_counter() - start) / PIXEL_IMAGES * chosen.images
 
-    from pneumo_experiments.experiment.threshold_search import search_thresholds  # torch, Optuna
+    from pneumo_experiments.evaluation.threshold_search import search_thresholds  # torch, Optuna
 
     start = time.perf_counter()
     study = search_thresholds(counts, chosen.trials, seed=0).as_metrics()

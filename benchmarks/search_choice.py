@@ -18,7 +18,7 @@ import measure  # noqa: F401 # makes the package importable from its folder
 import numpy as np
 from numpy.typing import NDArray
 
-from pneumo_experiments.experiment.winner import better_than
+from pneumo_experiments.search.winner import better_than
 
 PATIENTS, IMAGES, POSITIVES = 990, 1930, 0.2215  # of a fold: a fifth of 80% of the challenge's
 MASK_SD, FALSE_ALARMS = 0.13, 0.007  # image by image: of positives, and the fraction of negatives

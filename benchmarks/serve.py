@@ -36,7 +36,7 @@ from measure import machine
 from pneumo_experiments.learning.device import choose_compute
 from pneumo_experiments.learning.network import PneumothoraxNet
 from pneumo_experiments.learning.predict import Predictor
-from pneumo_experiments.scoring.thresholds import Thresholds
+from pneumo_experiments.metrics.thresholds import Thresholds
 from pneumo_experiments.serving import Detector, Member, new_folder, save
 from pneumo_experiments.settings import Device, Train, as_config
 from pneumo_experiments.synthetic.kaggle_layout import write_sample

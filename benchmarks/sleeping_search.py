@@ -21,9 +21,9 @@ import measure  # noqa: F401 # makes the package importable from its folder
 import numpy as np
 
 from pneumo_experiments.errors import UserError
-from pneumo_experiments.experiment.trial_training import TrialScores
 from pneumo_experiments.interrupts import Interrupted, Terminated, handle_signals
-from pneumo_experiments.scoring.thresholds import Thresholds
+from pneumo_experiments.metrics.thresholds import Thresholds
+from pneumo_experiments.search.trial_training import TrialScores
 from pneumo_experiments.settings import Recipe, Search, from_flat, leaves
 from pneumo_experiments.stages.search import run_study
 

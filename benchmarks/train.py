@@ -52,7 +52,7 @@ from pneumo_experiments.learning.loader import InMemoryData, StreamedData, choos
 from pneumo_experiments.learning.loss import criterion
 from pneumo_experiments.learning.network import PneumothoraxNet, build
 from pneumo_experiments.learning.predict import Predictor
-from pneumo_experiments.scoring.thresholds import HUNDREDTHS
+from pneumo_experiments.metrics.thresholds import HUNDREDTHS
 from pneumo_experiments.settings import Batches, Device, Recipe
 from pneumo_experiments.synthetic.kaggle_layout import write_sample
 

@@ -24,12 +24,12 @@ from typing import IO, Any
 
 import cpu_seconds
 import sqlalchemy.orm
-from conftest import ROOT, collect_rarely, do_not_wait_for_the_disk, read_migrations_once
+from helpers import ROOT, collect_rarely, do_not_wait_for_the_disk, read_migrations_once
 from mlflow.utils import requirements_utils
 
-from pneumo_experiments.experiment import study_report
+from pneumo_experiments import figures
 from pneumo_experiments.learning.device import choose_compute
-from pneumo_experiments.scoring import figures
+from pneumo_experiments.search import report as study_report
 from pneumo_experiments.settings import Device
 
 SERVE = "import command_server, sys; command_server.serve(*sys.argv[1:])"

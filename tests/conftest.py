@@ -3,47 +3,29 @@
 from __future__ import annotations
 
 import fcntl
-import functools
 import gc
 import os
-import sqlite3
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from helpers import ROOT, collect_rarely, do_not_wait_for_the_disk, read_migrations_once
 
 if TYPE_CHECKING:
     from command_server import CommandServer
     from database_server import DatabaseServer
 
-# Before torch is imported, here and in the processes that tests start: two test files run side by side, and
-# threads of both would wait for each other.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-
-ROOT = Path(__file__).parents[1]
-IS_SOAK = int(os.environ.get("PNEUMO_KILLS") or 0) >= 10
-# For slow tests whose faults a quicker test catches as well, or nearly.
-soak = pytest.mark.skipif(not IS_SOAK, reason="make soak")
 # Of two workers, none shall begin one of these when the other has nothing left: the longest files go first.
-# test_bombs is the very first: it measures memory, and no other test has left processes yet.
+# stages/test_bombs is the very first: it measures memory, and no other test has left processes yet.
 LONGEST_FIRST = (
-    *("test_bombs", "test_search_kills", "test_chain", "test_simulated_cuda", "test_outage", "test_search"),
-    *("test_promotion", "test_faults", "test_preprocess", "test_train", "test_mistakes", "test_at_once"),
-    *("test_full_disk", "test_tracking", "test_kills", "test_distributed", "test_hostile_values"),
-    *("test_service", "test_network", "test_decoder_pool", "test_given_thresholds", "test_mutants"),
+    *("stages/bombs", "search/kills", "stages/main", "learning/simulated_cuda", "tracking/outage"),
+    *("stages/search", "registry/promotion", "stages/faults", "stages/preprocess", "stages/train"),
+    *("stages/mistakes", "stages/at_once", "stages/full_disk", "tracking/runs", "stages/kills"),
+    *("learning/distributed", "stages/hostile_values", "serving/service", "learning/network"),
+    *("dataset/decoder_pool", "evaluation/given_thresholds", "dicom/mutants"),
 )
-
-
-def do_not_wait_for_the_disk() -> None:
-    """SQLite returns before the disk has its pages, of which a killed process loses none."""
-    from sqlalchemy import Engine, event
-
-    @event.listens_for(Engine, "connect")
-    def _(connection: object, record: object) -> None:
-        if isinstance(connection, sqlite3.Connection):
-            connection.execute("PRAGMA synchronous = OFF")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -55,21 +37,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     rank = {name: place for place, name in enumerate(LONGEST_FIRST)}
-    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
-
-
-def collect_rarely() -> None:
-    """Half a million objects of imported modules stay: the garbage collection need not visit them often."""
-    gc.freeze()
-    gc.set_threshold(20_000, 20, 20)
-
-
-def read_migrations_once() -> None:
-    """MLflow reads all its migrations to learn the newest, for each store that a process opens."""
-    from mlflow.store.db import utils
-
-    utils._get_latest_schema_revision = functools.cache(utils._get_latest_schema_revision)
-    utils._get_latest_schema_revision()
+    items.sort(key=lambda item: rank.get(f"{item.path.parent.name}/{item.path.stem[5:]}", len(rank)))
 
 
 def pytest_collection_finish() -> None:
@@ -106,7 +74,7 @@ def tiny_default(tiny: None) -> None:
 @pytest.fixture
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """A search draws none: they take seconds, and are the point of few tests."""
-    from pneumo_experiments.experiment import study_report
+    from pneumo_experiments.search import report as study_report
 
     monkeypatch.setattr(study_report, "pictures", lambda study: {})
 

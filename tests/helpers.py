@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import gc
 import os
 import shutil
 import signal
@@ -15,10 +17,42 @@ from typing import Any
 
 import psutil
 import pytest
-from conftest import ROOT
 
 from pneumo_experiments import cli
 from pneumo_experiments.settings import Settings, flat, from_flat
+
+# Before torch is imported, here and in the processes that tests start: two test files run side by side, and
+# threads of both would wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+ROOT = Path(__file__).parents[1]
+IS_SOAK = int(os.environ.get("PNEUMO_KILLS") or 0) >= 10
+# For slow tests whose faults a quicker test catches as well, or nearly.
+soak = pytest.mark.skipif(not IS_SOAK, reason="make soak")
+
+
+def do_not_wait_for_the_disk() -> None:
+    """SQLite returns before the disk has its pages, of which a killed process loses none."""
+    from sqlalchemy import Engine, event
+
+    @event.listens_for(Engine, "connect")
+    def _(connection: object, record: object) -> None:
+        if isinstance(connection, sqlite3.Connection):
+            connection.execute("PRAGMA synchronous = OFF")
+
+
+def collect_rarely() -> None:
+    """Half a million objects of imported modules stay: the garbage collection need not visit them often."""
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
+
+
+def read_migrations_once() -> None:
+    """MLflow reads all its migrations to learn the newest, for each store that a process opens."""
+    from mlflow.store.db import utils
+
+    utils._get_latest_schema_revision = functools.cache(utils._get_latest_schema_revision)
+    utils._get_latest_schema_revision()
 
 
 def make(kind: type[Settings], **values: Any) -> Settings:

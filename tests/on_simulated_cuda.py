@@ -21,9 +21,8 @@ import pandas as pd
 import pytest
 import simulated_cuda
 import torch
-from conftest import soak
 from dicom_files import dicom_bytes
-from helpers import changed, make
+from helpers import changed, make, soak
 from samples import stored_sample
 from simulated_cuda import count_syncs
 from tiny_network import add_tiny_network, random_network
@@ -35,7 +34,7 @@ add_tiny_network()
 from pneumo_experiments import tracking  # noqa: E402
 from pneumo_experiments.dataset.decoder_pool import File  # noqa: E402
 from pneumo_experiments.dataset.hdf5 import Dataset  # noqa: E402  # torch is frame for its devices from now on
-from pneumo_experiments.experiment.subset import Subset  # noqa: E402
+from pneumo_experiments.evaluation.subset import Subset  # noqa: E402
 from pneumo_experiments.learning import distributed  # noqa: E402
 from pneumo_experiments.learning.averaging import update_batch_norm  # noqa: E402
 from pneumo_experiments.learning.calibration import Calibration  # noqa: E402
@@ -47,7 +46,7 @@ from pneumo_experiments.learning.loss import RunningMeans  # noqa: E402
 from pneumo_experiments.learning.network import PneumothoraxNet, build  # noqa: E402
 from pneumo_experiments.learning.predict import Predictor  # noqa: E402
 from pneumo_experiments.learning.trainer import Trainer  # noqa: E402
-from pneumo_experiments.scoring.thresholds import Thresholds  # noqa: E402
+from pneumo_experiments.metrics.thresholds import Thresholds  # noqa: E402
 from pneumo_experiments.serving import Detector, Finding, Member  # noqa: E402
 from pneumo_experiments.settings import Device, Recipe, Score, Search, Train, flat  # noqa: E402
 from pneumo_experiments.stages.score import score  # noqa: E402

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pneumo_experiments.scoring.thresholds import HUNDREDTHS, ThresholdCounts
+from pneumo_experiments.metrics.thresholds import HUNDREDTHS, ThresholdCounts
 
 
 def levels(probability: np.ndarray) -> np.ndarray:

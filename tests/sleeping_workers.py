@@ -8,7 +8,7 @@ from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from pneumo_experiments.experiment import study_report
+from pneumo_experiments.search import report as study_report
 from pneumo_experiments.settings import Search
 from pneumo_experiments.stages.search import run_study
 

@@ -13,7 +13,7 @@ from typing import Any
 import click
 import pytest
 import yaml
-from conftest import ROOT
+from helpers import ROOT
 
 from pneumo_experiments import cli
 from pneumo_experiments.errors import UserError

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pneumo_experiments.scoring.figures import (
+from pneumo_experiments.figures import (
     BACKGROUND,
     PREDICTION,
     TRUTH,

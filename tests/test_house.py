@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import ast
 import re
 import subprocess
 import sys
 import tomllib
-from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT
+from helpers import ROOT
+from house import Module, circle, imports_between, imports_up, read_modules, room_graph
 from mlflow.utils.environment import _PythonEnv
 from mlflow.utils.requirements_utils import _parse_requirements
 from packaging.requirements import Requirement
@@ -23,84 +22,33 @@ PACKAGE = ROOT / "pneumo_experiments"
 # Heavy or telling libraries, and the only rooms (or files) that may import them.
 LIBRARIES = {
     "click": {"cli.py", "cli_types.py"},
-    "mlflow": {"tracking"},
-    "optuna": {"stages/search.py", "experiment"},
+    "mlflow": {"tracking", "registry"},
+    "optuna": {"stages/search.py", "search", "evaluation/threshold_search.py"},
     "torch": {"learning", "serving"},
     "torchvision": {"learning"},
     "pydicom": {"dicom", "synthetic"},
     "highdicom": {"dicom"},
     "h5py": {"dataset"},
-    "jinja2": {"report"},
+    "jinja2": {"data_report", "registry"},
     "onnx": {"learning"},
     "onnxruntime": {"learning"},
     "pandas": {"serving"},
-    "matplotlib": {"scoring"},
+    "matplotlib": {"figures.py", "evaluation"},
 }
-# Rooms of the package, and the rooms that each may import besides itself, errors and settings.
-ROOMS = {
-    "cli.py": {"stages", "cli_types.py", "mlproject.py"},
-    "stages": {
-        *(
-            "experiment",
-            "serving",
-            "tracking",
-            "learning",
-            "report",
-            "synthetic",
-            "dataset",
-            "scoring",
-            "dicom",
-        )
-    },
-    # synthetic: an exported model is compared on radiographs that need no data set
-    "experiment": {"serving", "tracking", "learning", "report", "synthetic", "dataset", "scoring", "dicom"},
-    "serving": {"learning", "dataset", "scoring", "dicom"},  # the geometry that comes with a decoded file
-    "tracking": set[str](),
-    "learning": set[str](),
-    "report": {"dataset"},
-    "synthetic": {"dataset", "dicom"},
-    "dataset": {"dicom"},
-    "scoring": set[str](),
-    "dicom": set[str](),
-}
-COMMON = {
-    "errors.py",
-    "files.py",
-    "interrupts.py",
-    "locks.py",
-    "passwords.py",
-    "progress_bar.py",
-    "settings",
-    "terminal.py",
-    "__init__.py",
-}
+MODULES = read_modules(PACKAGE)
 
 
-def room_of(path: Path) -> str:
-    return path.relative_to(PACKAGE).parts[0]
+@pytest.mark.parametrize("module", MODULES, ids=lambda module: module.name)
+def test_a_module_imports_only_the_libraries_of_its_room(module: Module) -> None:
+    relative = "/".join(module.name.split(".")[1:]) + ".py"
+    for name in module.imports():
+        allowed = LIBRARIES.get(name.partition(".")[0])
+        assert allowed is None or module.room in allowed or relative in allowed, f"{relative} imports {name}"
 
 
-def imports_of(path: Path) -> set[str]:
-    names: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return names
-
-
-@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_a_module_imports_only_what_its_room_may(path: Path) -> None:
-    room, relative = room_of(path), path.relative_to(PACKAGE).as_posix()
-    for name in imports_of(path):
-        parts = name.split(".")
-        allowed = LIBRARIES.get(parts[0])
-        assert allowed is None or room in allowed or relative in allowed, f"{relative} imports {name}"
-        if parts[0] == "pneumo_experiments" and len(parts) > 1 and room in ROOMS:
-            target = parts[1] if (PACKAGE / parts[1]).is_dir() else f"{parts[1]}.py"
-            if (PACKAGE / target).exists() and target not in COMMON:
-                assert target == room or target in ROOMS[room], f"{relative} imports {name}"
+def test_imports_point_down_and_no_two_rooms_import_each_other() -> None:
+    assert imports_up(MODULES) == []
+    assert circle(imports_between(MODULES)) == circle(room_graph(MODULES)) == ""
 
 
 def test_mlproject_is_generated_from_the_settings() -> None:
@@ -176,13 +124,8 @@ def test_stages_holds_the_entry_points_and_nothing_else() -> None:
     assert {path.stem for path in (PACKAGE / "stages").glob("*.py")} == {*ENTRY_POINTS, "__init__"}
 
 
-def test_no_two_modules_have_one_name() -> None:
-    names = [path.name for path in PACKAGE.rglob("*.py") if not path.name.startswith("__")]
-    assert sorted(set(names)) == sorted(names)
-
-
 def test_no_test_module_imports_another() -> None:
-    modules = sorted((ROOT / "tests").glob("*.py"))
-    found = {path.name: [name for name in imports_of(path) if name.startswith("test_")] for path in modules}
+    modules = read_modules(ROOT / "tests")
+    found = {module.name: [name for name in module.imports() if ".test_" in f".{name}"] for module in modules}
     assert len(found) > 40
     assert not {name: names for name, names in found.items() if names}

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pneumo_experiments.dataset.rle import encode
-from pneumo_experiments.scoring.figures import outlined
+from pneumo_experiments.figures import outlined
 from pneumo_experiments.serving.detector import Finding
 
 OVERLAY, MASK = PICTURES = "overlay", "mask"  # columns that a request asks for

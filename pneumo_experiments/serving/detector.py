@@ -25,7 +25,7 @@ from pneumo_experiments.learning.predict import (
     read_presence,
     to_native,
 )
-from pneumo_experiments.scoring.thresholds import NativeThresholds, Thresholds, apply_thresholds
+from pneumo_experiments.metrics.thresholds import NativeThresholds, Thresholds, apply_thresholds
 from pneumo_experiments.settings import AUTO, Device, SplitSettings, from_flat
 
 BATCH_SIZE = 16  # radiographs

@@ -18,7 +18,7 @@ from pneumo_experiments.learning.calibration import Calibration
 from pneumo_experiments.learning.device import FORMATS, choose_compute_for
 from pneumo_experiments.learning.network import NETWORKS, PneumothoraxNet
 from pneumo_experiments.learning.predict import VIEWS, Predictor
-from pneumo_experiments.scoring.thresholds import NativeThresholds, Thresholds
+from pneumo_experiments.metrics.thresholds import NativeThresholds, Thresholds
 from pneumo_experiments.serving.detector import Detector, Member
 from pneumo_experiments.settings import Device
 

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Literal
 
 from pneumo_experiments import tracking
+from pneumo_experiments.data_report.summary import plural
 from pneumo_experiments.dataset.hdf5 import Dataset
 from pneumo_experiments.errors import UserError
-from pneumo_experiments.experiment.fold_training import is_model
-from pneumo_experiments.experiment.folder_findings import refuse_foreign
-from pneumo_experiments.experiment.trial_training import split_folds
-from pneumo_experiments.report.summary import plural
-from pneumo_experiments.scoring.submission import refuse_to_replace
+from pneumo_experiments.findings.folder import refuse_foreign
+from pneumo_experiments.findings.submission import refuse_to_replace
+from pneumo_experiments.registry import versions
+from pneumo_experiments.search.trial_training import split_folds
 from pneumo_experiments.settings import (
     Main,
     Preprocess,
@@ -33,6 +33,7 @@ from pneumo_experiments.stages.sample import sample
 from pneumo_experiments.stages.score import ScoreResult, score, scores_line
 from pneumo_experiments.stages.search import SearchResult, search
 from pneumo_experiments.stages.train import clear_checkpoints, train
+from pneumo_experiments.training.fold import is_model
 
 
 def main(settings: Main) -> ScoreResult:
@@ -204,7 +205,7 @@ def _dataset_path(settings: Main) -> Path:
 
 
 def _print_summary(
-    result: ScoreResult, version: tracking.Version, settings: Main, is_synthetic: bool
+    result: ScoreResult, version: versions.Version, settings: Main, is_synthetic: bool
 ) -> None:
     assert result.scores is not None
     s = result.scores

@@ -11,6 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from pneumo_experiments import tracking
+from pneumo_experiments.data_report.report import build_report, log_existing_report, write_report
+from pneumo_experiments.data_report.statistics import Report
+from pneumo_experiments.data_report.summary import plural
 from pneumo_experiments.dataset.annotations import (
     ANNOTATIONS,
     FILE_NAMES,
@@ -20,6 +23,7 @@ from pneumo_experiments.dataset.annotations import (
     read_table,
 )
 from pneumo_experiments.dataset.convert import FileResult
+from pneumo_experiments.dataset.grouping import SOURCES, make_grouping, warn, warn_about_grouping
 from pneumo_experiments.dataset.hdf5 import Dataset
 from pneumo_experiments.dataset.hdf5_writer import DatasetWriter
 from pneumo_experiments.dataset.labels import Label, run_length_labels
@@ -34,12 +38,8 @@ from pneumo_experiments.dataset.shards import ShardSettings, is_finished, make_j
 from pneumo_experiments.dicom.archive import Archive, Member, open_archive, read_member
 from pneumo_experiments.dicom.workers import available_cores
 from pneumo_experiments.errors import Rejected, UserError, reason_of
-from pneumo_experiments.experiment.data_report import build_report, log_existing_report, write_report
-from pneumo_experiments.experiment.grouping import SOURCES, make_grouping, warn, warn_about_grouping
 from pneumo_experiments.locks import LOCK, work_folder
 from pneumo_experiments.progress_bar import ProgressBar
-from pneumo_experiments.report.statistics import Report
-from pneumo_experiments.report.summary import plural
 from pneumo_experiments.settings import NONE, Preprocess
 
 # The inputs that a data set records in its settings, and their names in messages.

@@ -9,11 +9,13 @@ from pathlib import Path
 
 from pneumo_experiments import tracking
 from pneumo_experiments.errors import ServerUnreachable, UserError
-from pneumo_experiments.experiment.common_images import common_images
-from pneumo_experiments.experiment.ensemble import addresses_of, load_models
-from pneumo_experiments.experiment.model_card import model_card
-from pneumo_experiments.experiment.onnx_file import export_onnx, refuse_to_replace
-from pneumo_experiments.experiment.promotion import (
+from pneumo_experiments.evaluation.common_images import common_images
+from pneumo_experiments.evaluation.ensemble import addresses_of, load_models
+from pneumo_experiments.export.onnx_file import export_onnx, refuse_to_replace
+from pneumo_experiments.learning.onnx_export import require_onnx
+from pneumo_experiments.registry import champions, lineage, model_scores, versions
+from pneumo_experiments.registry.model_card import model_card
+from pneumo_experiments.registry.promotion import (
     CHAMPION,
     Decision,
     Pair,
@@ -22,7 +24,6 @@ from pneumo_experiments.experiment.promotion import (
     decide,
     rows_by_image,
 )
-from pneumo_experiments.learning.onnx_export import require_onnx
 from pneumo_experiments.serving import Detector, load, save
 from pneumo_experiments.settings import BEST, NONE, Device, Register, Score
 from pneumo_experiments.stages.score import score
@@ -32,7 +33,7 @@ NEW = "the new version"
 SETTLE_SECONDS = 0.5
 
 
-def register(settings: Register) -> tracking.Version | None:
+def register(settings: Register) -> versions.Version | None:
     """Registers the model, or the experiment's best one, as a new version; returns it.
 
     With ``version`` it makes that version the champion and returns it. With ``history`` it prints the
@@ -67,48 +68,48 @@ def _refuse_conflicts(settings: Register) -> None:
         )
 
 
-def _register(settings: Register) -> tracking.Version:
+def _register(settings: Register) -> versions.Version:
     name, model, models = settings.registry.name, settings.model, 1
     if settings.export == "onnx":
         require_onnx()
         refuse_to_replace(settings.onnx_file)  # not only when the model is loaded
     if model == BEST:
-        champion = tracking.champion_of(name)
+        champion = versions.champion_of(name)
         images = None if champion is None else (champion.tags or {}).get("identity")
-        model, why, models = tracking.best_model(images)
+        model, why, models = model_scores.best_model(images)
         print(f"register: {model} is the {why}")
     addresses = addresses_of(model)
     detector = load_models(model, settings.dataset, Device())  # what cannot be loaded must not be registered
     if settings.export == "onnx":
         export_onnx(settings.onnx_file, detector)
     members = [id for address in addresses if (id := tracking.model_id_of(address))]
-    tracking.claim(name)
+    versions.claim(name)
     address = addresses[0] if len(addresses) == 1 else _log_joined(detector)
-    origin = tracking.lineage(members, detector.data_fingerprint, None)
+    origin = lineage.lineage(members, detector.data_fingerprint, None)
     tags = {"data_fingerprint": detector.data_fingerprint, "network": detector.networks}
     tags |= {"code_version": origin.code_version} | ({"members": ",".join(members)} if members[1:] else {})
-    with tracking.registering(address, name, tags) as number:
-        champion = tracking.champion_of(name)
+    with versions.registering(address, name, tags) as number:
+        champion = versions.champion_of(name)
         while True:
             pair, why = _compare(settings, address, detector, champion)
-            scores = tracking.scores_of(tracking.model_id_of(address))
+            scores = model_scores.scores_of(tracking.model_id_of(address))
             if pair is not None and settings.registry.promote != "never":
                 pair = counted(pair, settings.registry, number, models)
             decision = decide(settings.registry, scores, champion, pair, why)
             score_run = decision.score.run_id if decision.score else None
-            origin = tracking.lineage(members, detector.data_fingerprint, score_run)
+            origin = lineage.lineage(members, detector.data_fingerprint, score_run)
             card = model_card(name, number, detector, decision, origin)
-            before, champion = champion, tracking.champion_of(name)
+            before, champion = champion, versions.champion_of(name)
             if _number(before) != _number(champion):
                 continue  # decided against one that is no longer champion
-            tracking.describe_version(name, number, card)
-            tracking.decide(name, number, decision.alias, decision.reason, decision.tags(champion))
+            champions.describe_version(name, number, card)
+            champions.decide(name, number, decision.alias, decision.reason, decision.tags(champion))
             if decision.alias != CHAMPION:
                 break
             time.sleep(SETTLE_SECONDS)
-            champion = tracking.champion_of(name)
+            champion = versions.champion_of(name)
             if _number(champion) == number:
-                tracking.describe_champion(name, number, card)
+                champions.describe_champion(name, number, card)
                 break
             # With promote=always each would take the alias back from the other: the last one keeps it.
             if champion is None or settings.registry.promote == "always":
@@ -118,17 +119,17 @@ def _register(settings: Register) -> tracking.Version:
     line = f"{name} version {number} is {state}: {decision.reason}"
     tracking.describe(f"{line}.\nModel {model}.")
     print(f"register: {line}")
-    version = tracking.version_of(name, number)
+    version = versions.version_of(name, number)
     return replace(version, champion=is_champion) if version else _deleted(name, number, decision)
 
 
-def _number(version: tracking.Version | None) -> str | None:
+def _number(version: versions.Version | None) -> str | None:
     return None if version is None else version.number
 
 
-def _deleted(name: str, number: str, decision: Decision) -> tracking.Version:
+def _deleted(name: str, number: str, decision: Decision) -> versions.Version:
     """The version as it was decided, although somebody has deleted it since."""
-    return tracking.Version(name, number, decision.alias == CHAMPION, decision.reason)
+    return versions.Version(name, number, decision.alias == CHAMPION, decision.reason)
 
 
 def _log_joined(detector: Detector) -> str:
@@ -139,7 +140,7 @@ def _log_joined(detector: Detector) -> str:
 
 
 def _compare(
-    settings: Register, address: str, detector: Detector, champion: tracking.Version | None
+    settings: Register, address: str, detector: Detector, champion: versions.Version | None
 ) -> tuple[Pair | None, str]:
     """Compares with the champion, or all-empty masks; None and why, if it cannot.
 
@@ -148,8 +149,8 @@ def _compare(
     model_id, why = tracking.model_id_of(address), ""
 
     def pair() -> Pair | None:
-        others = tracking.scores_of(champion.model_id) if champion else {}
-        return compared(tracking.scores_of(model_id), champion, others)
+        others = model_scores.scores_of(champion.model_id) if champion else {}
+        return compared(model_scores.scores_of(model_id), champion, others)
 
     found = pair()
     if found is None and settings.registry.promote != "never":
@@ -158,7 +159,7 @@ def _compare(
     return found, why
 
 
-def _score(dataset: Path, address: str, detector: Detector, champion: tracking.Version | None) -> str:
+def _score(dataset: Path, address: str, detector: Detector, champion: versions.Version | None) -> str:
     """Scores the new version, and the champion if there is one, on common images; returns why it cannot."""
     try:
         models = {NEW: (address, detector)}
@@ -169,7 +170,7 @@ def _score(dataset: Path, address: str, detector: Detector, champion: tracking.V
             )
         images = common_images(dataset, {name: detector for name, (_, detector) in models.items()})
         for name, (model, _) in models.items():
-            last = tracking.scores_of(tracking.model_id_of(model)).get(images.identity)
+            last = model_scores.scores_of(tracking.model_id_of(model)).get(images.identity)
             if last is not None and rows_by_image(last) is not None:
                 continue
             print(f"register: scores {name}, {model}, on {dataset}")
@@ -181,10 +182,10 @@ def _score(dataset: Path, address: str, detector: Detector, champion: tracking.V
     return ""
 
 
-def _move_champion(name: str, number: str) -> tracking.Version:
+def _move_champion(name: str, number: str) -> versions.Version:
     """Moves the alias champion to an existing version."""
-    tracking.require_ours(name)
-    version, before = tracking.version_of(name, number), tracking.champion_of(name)
+    versions.require_ours(name)
+    version, before = versions.version_of(name, number), versions.champion_of(name)
     if version is None:
         raise UserError(f"version={number}: {name} has no such version; history=true lists the champions")
     if version.champion:
@@ -192,20 +193,20 @@ def _move_champion(name: str, number: str) -> tracking.Version:
         return version
     load(tracking.model_data(version.source))  # one that nobody could load must not be served
     reason = f"moved by hand from version {before.number}" if before else "moved by hand"
-    tracking.move_champion(version, reason)
+    champions.move_champion(version, reason)
     line = f"{name} version {number} is champion: {reason}"
     tracking.describe(f"{line}.")
     print(f"register: {line}")
     return replace(version, champion=True, reason=reason)
 
 
-def _print_history(name: str) -> tracking.Version | None:
+def _print_history(name: str) -> versions.Version | None:
     """Prints the champions in order."""
-    tracking.require_ours(name)
-    reigns = tracking.history(name)
+    versions.require_ours(name)
+    reigns = champions.history(name)
     tracking.log_json({"champions": [asdict(reign) for reign in reigns]}, "champions.json")
     if not reigns:
         print(f"register: {name} has had no champion")
-    for line in tracking.history_lines(reigns) if reigns else []:
+    for line in champions.history_lines(reigns) if reigns else []:
         print(line)
-    return tracking.champion_of(name)
+    return versions.champion_of(name)

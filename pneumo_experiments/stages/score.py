@@ -14,27 +14,28 @@ from pneumo_experiments.dataset.hdf5 import Dataset
 from pneumo_experiments.dicom.archive import open_archive
 from pneumo_experiments.dicom.segmentation import require_highdicom
 from pneumo_experiments.errors import UserError
-from pneumo_experiments.experiment.counts_search import log_counts, search_counts
-from pneumo_experiments.experiment.ensemble import addresses_of, load_models
-from pneumo_experiments.experiment.folder_findings import write_findings
-from pneumo_experiments.experiment.mask_mistakes import usual_masks
-from pneumo_experiments.experiment.model_comparison import log_comparison, refuse_seen
-from pneumo_experiments.experiment.score_report import log_report
-from pneumo_experiments.experiment.scored_images import describe_seen, identity
-from pneumo_experiments.experiment.submission_check import (
+from pneumo_experiments.evaluation.counts_search import log_counts, search_counts
+from pneumo_experiments.evaluation.ensemble import addresses_of, load_models
+from pneumo_experiments.evaluation.model_comparison import log_comparison, refuse_seen
+from pneumo_experiments.evaluation.report import log_report
+from pneumo_experiments.evaluation.scored_images import describe_seen, identity
+from pneumo_experiments.evaluation.subset import Subset, make_split
+from pneumo_experiments.findings.folder import write_findings
+from pneumo_experiments.findings.mask_mistakes import usual_masks
+from pneumo_experiments.findings.submission_check import (
     check_submission,
     expected_images,
     mask_warnings,
     native_shapes,
 )
-from pneumo_experiments.experiment.subset import Subset, make_split
-from pneumo_experiments.scoring.scores import Scores, score_images
+from pneumo_experiments.metrics.scores import Scores, score_images
+from pneumo_experiments.registry import model_scores
 from pneumo_experiments.serving import Detector
 from pneumo_experiments.settings import AUTO, Score, flat, is_none
 
 # How names of metrics begin. Without a prefix they tell of images that neither trained the model nor chose
 # its epoch or thresholds; "external" is subset=all of another data set than that of the training.
-PREFIXES = dict.fromkeys(tracking.UNSEEN_SUBSETS, "") | {
+PREFIXES = dict.fromkeys(model_scores.UNSEEN_SUBSETS, "") | {
     "validation": "val_",
     "train": "train_",
     "all": "all_",

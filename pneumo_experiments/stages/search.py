@@ -17,9 +17,12 @@ from optuna.trial import TrialState
 from pneumo_experiments import tracking
 from pneumo_experiments.dataset.hdf5 import Dataset
 from pneumo_experiments.errors import UserError
-from pneumo_experiments.experiment.search_space import search_space, unsearched_ranges, with_values
-from pneumo_experiments.experiment.search_workers import count_workers, run_workers
-from pneumo_experiments.experiment.study import (
+from pneumo_experiments.passwords import hide_passwords
+from pneumo_experiments.search.loop import confirm_trials, run_trials
+from pneumo_experiments.search.report import is_reporter, log_study
+from pneumo_experiments.search.space import search_space, unsearched_ranges, with_values
+from pneumo_experiments.search.storage import open_storage
+from pneumo_experiments.search.study import (
     PARENT,
     best_trials,
     count_trials,
@@ -27,20 +30,17 @@ from pneumo_experiments.experiment.study import (
     open_study,
     parent_run,
 )
-from pneumo_experiments.experiment.study_report import is_reporter, log_study
-from pneumo_experiments.experiment.study_storage import open_storage
-from pneumo_experiments.experiment.trial_loop import confirm_trials, run_trials
-from pneumo_experiments.experiment.trial_table import in_words, print_header
-from pneumo_experiments.experiment.trial_training import (
+from pneumo_experiments.search.table import in_words, print_header
+from pneumo_experiments.search.trial import Objective, Training, delete_models
+from pneumo_experiments.search.trial_training import (
     TrialTraining,
     second_settings,
     split_folds,
     warmup_checkpoint,
     warmup_weights,
 )
-from pneumo_experiments.experiment.trials import Objective, Training, delete_models
-from pneumo_experiments.experiment.winner import choose_winner
-from pneumo_experiments.passwords import hide_passwords
+from pneumo_experiments.search.winner import choose_winner
+from pneumo_experiments.search.workers import count_workers, run_workers
 from pneumo_experiments.settings import Recipe, Search, is_none
 
 

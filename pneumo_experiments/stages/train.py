@@ -11,16 +11,16 @@ from pathlib import Path
 from pneumo_experiments import tracking
 from pneumo_experiments.dataset.hdf5 import Dataset
 from pneumo_experiments.errors import UserError
-from pneumo_experiments.experiment.ensemble import log_ensemble
-from pneumo_experiments.experiment.fold_training import TrainedFold, train_fold
-from pneumo_experiments.experiment.origin import Origin, origin_of
-from pneumo_experiments.experiment.out_of_fold import log_out_of_fold
-from pneumo_experiments.experiment.progress import checkpoint_of
 from pneumo_experiments.learning import distributed
 from pneumo_experiments.learning.checkpoint import Checkpoint, lock_checkpoints
 from pneumo_experiments.learning.launch import is_launched, launch
-from pneumo_experiments.scoring.scores import Scores
-from pneumo_experiments.settings import Train
+from pneumo_experiments.metrics.scores import Scores
+from pneumo_experiments.search.winner import best_of_study
+from pneumo_experiments.settings import Train, is_none
+from pneumo_experiments.training.fold import TrainedFold, train_fold
+from pneumo_experiments.training.folds import log_ensemble, log_out_of_fold
+from pneumo_experiments.training.progress import checkpoint_of
+from pneumo_experiments.training.settings_source import Origin, origin_of
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def train(settings: Train, keep_checkpoint: bool = False) -> TrainResult:
     if is_launched():
         distributed.init_process_group()
     # Read once: a search that still runs could change its mind.
-    origin: Origin = distributed.broadcast(origin_of(settings) if distributed.is_main_process() else None)
+    origin: Origin = distributed.broadcast(_read_origin(settings) if distributed.is_main_process() else None)
     settings = origin.settings
     with _open_dataset(settings) as dataset:
         checkpoints = _checkpoints(settings, dataset) if distributed.is_main_process() else []
@@ -57,6 +57,12 @@ def train(settings: Train, keep_checkpoint: bool = False) -> TrainResult:
                 for checkpoint in checkpoints:
                     checkpoint.clear()
     return result
+
+
+def _read_origin(settings: Train) -> Origin:
+    is_searched = not is_none(settings.from_study) and is_none(settings.reproduce)
+    best = best_of_study(settings.storage, settings.from_study) if is_searched else None
+    return origin_of(settings, best)
 
 
 def _open_dataset(settings: Train) -> Dataset:

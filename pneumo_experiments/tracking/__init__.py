@@ -12,19 +12,8 @@ os.environ.setdefault("PGCONNECT_TIMEOUT", "10")  # seconds; libpq would wait fo
 os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")  # no warning on a machine without git
 
 from pneumo_experiments.tracking.addresses import database_file, with_driver
-from pneumo_experiments.tracking.champions import (
-    Reign,
-    count_decision,
-    decide,
-    describe_champion,
-    describe_version,
-    history,
-    history_lines,
-    move_champion,
-)
 from pneumo_experiments.tracking.code_version import code_version
 from pneumo_experiments.tracking.context import disabled
-from pneumo_experiments.tracking.lineage import Lineage, Link, lineage
 from pneumo_experiments.tracking.log import (
     describe,
     log_dataset,
@@ -40,27 +29,8 @@ from pneumo_experiments.tracking.log import (
     rename,
 )
 from pneumo_experiments.tracking.model_code import code_differences
-from pneumo_experiments.tracking.model_scores import (
-    UNSEEN_SUBSETS,
-    UnseenScore,
-    best_model,
-    latest,
-    read_json,
-    read_table,
-    scores_of,
-)
 from pneumo_experiments.tracking.models import delete_model, log_model, model_data, model_id_of
 from pneumo_experiments.tracking.processes import end_with_mlflow_run, has_ended, process_tags
-from pneumo_experiments.tracking.registry import (
-    CHALLENGER,
-    CHAMPION,
-    Version,
-    champion_of,
-    claim,
-    registering,
-    require_ours,
-    version_of,
-)
 from pneumo_experiments.tracking.runs import (
     active_run,
     artifacts_of_active_run,
@@ -73,38 +43,19 @@ from pneumo_experiments.tracking.store import open_store, tracking_uri, wait_for
 from pneumo_experiments.tracking.system_metrics import warn_without_gpu_metrics
 
 __all__ = [
-    "CHALLENGER",
-    "CHAMPION",
-    "UNSEEN_SUBSETS",
-    "Lineage",
-    "Link",
-    "Reign",
-    "UnseenScore",
-    "Version",
     "active_run",
     "artifacts_of_active_run",
-    "best_model",
-    "champion_of",
     "check_server",
-    "claim",
     "code_differences",
     "code_version",
-    "count_decision",
     "database_file",
-    "decide",
     "delete_model",
     "describe",
-    "describe_champion",
-    "describe_version",
     "disabled",
     "end_if_running",
     "end_with_mlflow_run",
     "has_ended",
-    "history",
-    "history_lines",
     "keep_running",
-    "latest",
-    "lineage",
     "log_dataset",
     "log_file",
     "log_image",
@@ -118,18 +69,11 @@ __all__ = [
     "log_yaml",
     "model_data",
     "model_id_of",
-    "move_champion",
     "open_store",
     "process_tags",
-    "read_json",
-    "read_table",
-    "registering",
     "rename",
-    "require_ours",
     "run",
-    "scores_of",
     "tracking_uri",
-    "version_of",
     "wait_for_store",
     "warn_without_gpu_metrics",
     "with_driver",

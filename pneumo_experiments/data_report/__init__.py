@@ -1,0 +1,1 @@
+"""What preprocess found in the data, as a page, as JSON and in lines."""

@@ -1,0 +1,1 @@
+"""A model on labelled images: counts, thresholds, scores and their report."""

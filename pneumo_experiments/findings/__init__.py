@@ -1,0 +1,1 @@
+"""Masks for a folder of radiographs: findings, submission and its check."""

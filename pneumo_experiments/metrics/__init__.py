@@ -1,0 +1,1 @@
+"""The metric, thresholds and intervals: numbers in, numbers out."""

@@ -1,0 +1,185 @@
+"""Scores of a set of images: the official metric and the numbers always reported with it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from math import isnan
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pneumo_experiments.errors import UserError
+from pneumo_experiments.metrics.dice import (
+    Measure,
+    auroc,
+    average_precision,
+    calibration_error,
+    effective_patients,
+    intervals,
+    mean,
+)
+from pneumo_experiments.metrics.thresholds import ThresholdCounts, Thresholds
+
+MIN_PATIENTS = 5  # that bear on a score; with fewer its interval may not hold: see docs/training.md
+# Of all patients; the others are of those with a finding.
+OF_ALL_PATIENTS = {"specificity": MIN_PATIENTS, "false_alarms": MIN_PATIENTS, "calibration_error": 250}
+COUNTS = ("images", "positives", "patients", "positive_patients")
+CONSTANTS = (*COUNTS, "dice_baseline")  # properties of the images, whatever is predicted
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Segmentation and detection scores of a set of images; NaN where a score is undefined."""
+
+    dice: float
+    """the official metric"""
+    dice_low: float
+    dice_high: float
+    """95% interval of dice, by patient"""
+    dice_baseline: float
+    """dice of predicting every image empty: the fraction of images with empty truth"""
+    dice_positive: float
+    """mean Dice over the images with truth"""
+    sensitivity: float
+    """fraction of the images with truth whose prediction is not empty"""
+    specificity: float
+    """fraction of the images without truth whose prediction is empty"""
+    precision: float
+    """fraction of the images with a predicted mask that have truth"""
+    false_alarms: float
+    """fraction of all images that have a predicted mask but no truth"""
+    misses: float
+    """fraction of all images that have truth but no predicted mask"""
+    auroc: float
+    """of the probability of presence, before any threshold"""
+    average_precision: float
+    """of the probability of presence, before any threshold"""
+    calibration_error: float
+    """expected calibration error of the probability of presence"""
+    images: int
+    positives: int
+    """images with truth"""
+    patients: int
+    positive_patients: int
+    """patients with an image with truth"""
+
+    @property
+    def interval_reliable(self) -> bool:
+        """Whether there are enough patients for dice_low and dice_high to be valid."""
+        return self.positive_patients >= MIN_PATIENTS
+
+    @property
+    def interval(self) -> str:
+        """dice_low and dice_high as text, with a warning when they are unreliable."""
+        few = f", unreliable with {self.positive_patients} patients with a finding"
+        return f"95% {self.dice_low:.3f} to {self.dice_high:.3f}{'' if self.interval_reliable else few}"
+
+    @property
+    def on_positives(self) -> str:
+        """dice_positive as text."""
+        return f"{self.dice_positive:.4f}" if self.positives else "undefined"
+
+    def as_metrics(self, prefix: str = "") -> dict[str, float]:
+        """Every defined score by name, without the constants."""
+        measured = {name: value for name, value in asdict(self).items() if name not in CONSTANTS}
+        return {prefix + name: float(value) for name, value in measured.items() if not isnan(value)}
+
+    def as_facts(self, prefix: str = "") -> dict[str, object]:
+        """The constants, which depend on the images alone, and whether the interval is reliable, by name."""
+        facts = {name: getattr(self, name) for name in (*CONSTANTS, "interval_reliable")}
+        return {prefix + name: value for name, value in facts.items()}
+
+
+@dataclass(frozen=True)
+class ScoredImages:
+    """What the scores of n images are made of; all (n,)."""
+
+    dices: NDArray[np.float64]
+    predicted: NDArray[np.bool_]  # whether the prediction has pixels
+    truth: NDArray[np.bool_]  # whether the truth has pixels
+    presence: NDArray[np.float32]
+    patients: Sequence[str]
+
+    @classmethod
+    def of(cls, counts: ThresholdCounts, thresholds: Thresholds, patients: Sequence[str]) -> ScoredImages:
+        """Counted images; ``patients`` holds the patient of each."""
+        if len(patients) != len(counts):
+            raise ValueError(f"{len(patients)} patients for {len(counts)} images")
+        predicted, truth = counts.predicted_area(thresholds) > 0, counts.truth_area > 0
+        return cls(counts.dice(thresholds), predicted, truth, counts.presence, patients)
+
+    def select(self, chosen: NDArray[np.bool_]) -> ScoredImages:
+        """Those of the images (n,) that are chosen."""
+        patients = [patient for patient, here in zip(self.patients, chosen, strict=True) if here]
+        return ScoredImages(
+            self.dices[chosen], self.predicted[chosen], self.truth[chosen], self.presence[chosen], patients
+        )
+
+    def counts(self) -> dict[str, int]:
+        """COUNTS of the images."""
+        found = self.select(self.truth).patients
+        numbers = (len(self.patients), len(found), len({*self.patients}), len({*found}))
+        return dict(zip(COUNTS, numbers, strict=True))
+
+    def measures(self) -> dict[str, Measure]:
+        """How each score is computed from the weights of the images."""
+        dices, predicted, truth, presence = self.dices, self.predicted, self.truth, self.presence
+        return {
+            "dice": lambda weights: mean(dices, weights),
+            "dice_positive": lambda weights: mean(dices, weights, truth),
+            "sensitivity": lambda weights: mean(predicted, weights, truth),
+            "specificity": lambda weights: mean(~predicted, weights, ~truth),
+            "precision": lambda weights: mean(truth, weights, predicted),
+            "false_alarms": lambda weights: mean(predicted & ~truth, weights),
+            "misses": lambda weights: mean(~predicted & truth, weights),
+            "auroc": lambda weights: auroc(truth, presence, weights),
+            "average_precision": lambda weights: average_precision(truth, presence, weights),
+            "calibration_error": lambda weights: calibration_error(truth, presence, weights),
+        }
+
+    def intervals(self, names: Collection[str] = ()) -> dict[str, float]:
+        """95% intervals of these scores, or of all: ``<name>_low`` and ``<name>_high``; NaN if undefined."""
+        chosen = {name: measure for name, measure in self.measures().items() if not names or name in names}
+        truth, patient = self.truth, np.asarray(self.patients)
+        rarer = min(truth, ~truth, key=lambda side: effective_patients(patient[side]))
+        among = dict.fromkeys(("dice_positive", "sensitivity", "average_precision"), truth)
+        among |= {"specificity": ~truth, "precision": self.predicted, "auroc": rarer}
+        return {
+            f"{name}_{end}": value
+            for name, (low, high) in intervals(chosen, among, self.patients).items()
+            for end, value in (("low", low), ("high", high))
+        }
+
+
+def notes(row: Mapping[str, Any]) -> dict[str, str]:
+    """``<name>_note`` of each score with an interval in a row with counts: ``14 of 14``, ``unreliable``.
+
+    Without ``positive_patients``, as in older tables, the positives take their place.
+    """
+    images, positives, patients, with_finding = (int(row.get(name, row["positives"])) for name in COUNTS)
+    of = {"sensitivity": positives, "specificity": images - positives}
+    if "precision" in row:
+        predicted = round(positives + images * (row["false_alarms"] - row["misses"]))
+        of |= {"precision": predicted, "false_alarms": images, "misses": images}
+    found, names = dict[str, str](), [end.removesuffix("_low") for end in row if end.endswith("_low")]
+    for name in names:
+        if row[name] is not None and not isnan(row[name]):
+            count = [f"{round(row[name] * of[name])} of {of[name]}"] if name in of else []
+            is_few = patients < least if (least := OF_ALL_PATIENTS.get(name)) else with_finding < MIN_PATIENTS
+            found[f"{name}_note"] = ", ".join(count + ["unreliable"] * is_few)
+    return found
+
+
+def score_images(images: ScoredImages) -> Scores:
+    """Scores of n >= 1 images; raises UserError without any."""
+    if len(images.dices) == 0:
+        raise UserError("no images to score: choose a subset that has some")
+    itself = np.ones((1, len(images.dices)))
+    return Scores(
+        **{name: float(measure(itself)[0]) for name, measure in images.measures().items()},
+        **images.intervals(["dice"]),
+        dice_baseline=float(np.mean(~images.truth)),
+        **images.counts(),
+    )

@@ -1,0 +1,1 @@
+"""Versions of the registered model, who is the champion, and why."""

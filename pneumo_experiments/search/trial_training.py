@@ -1,0 +1,266 @@
+"""The short training of a trial, and what each of its epochs is worth."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pneumo_experiments import tracking
+from pneumo_experiments.data_report.summary import plural
+from pneumo_experiments.dataset.hdf5 import Dataset
+from pneumo_experiments.dataset.splits import Split, assign_folds
+from pneumo_experiments.errors import UserError
+from pneumo_experiments.evaluation.subset import Subset, make_split, require_positives
+from pneumo_experiments.learning.checkpoint import Checkpoint
+from pneumo_experiments.learning.device import choose_compute
+from pneumo_experiments.learning.fit import fit
+from pneumo_experiments.learning.loader import InMemoryData, StreamedData
+from pneumo_experiments.learning.network import PneumothoraxNet
+from pneumo_experiments.learning.predict import Predictor
+from pneumo_experiments.locks import work_folder
+from pneumo_experiments.metrics.cross_fit import best_dice_on_positives, cross_fitted
+from pneumo_experiments.metrics.thresholds import Thresholds
+from pneumo_experiments.progress_bar import ProgressBar
+from pneumo_experiments.serving import save
+from pneumo_experiments.settings import Recipe, Search, weight_shaping
+from pneumo_experiments.training.fold import initial_network, make_detector
+from pneumo_experiments.training.loop import EpochResult, train_and_validate
+from pneumo_experiments.training.progress import VERSION
+
+TIMED_IMAGES = 16
+CHECKPOINTS = Path("output/checkpoints")
+
+
+@dataclass(frozen=True)
+class TrialScores:
+    """What a trial is worth after an epoch; means over its folds so far."""
+
+    dice: float
+    """cross-fitted: each half of the validation patients judged with the thresholds of the other"""
+    dice_optimistic: float
+    """thresholds chosen and judged on the same images"""
+    dice_positive: float
+    """cross-fitted, over the images with truth; NaN without any"""
+    false_alarms: float
+    """fraction of all images with a mask but no truth"""
+    empty_loss: float
+    """1 minus the best Dice on positives if every mask is empty, else 0; the least of the folds"""
+    thresholds: Thresholds
+    """the best of the coarse grid for the first fold's validation images"""
+    seconds_per_image: float
+    """of a prediction by this machine; NaN before the last epoch, and if it is no objective"""
+    patient_dice: NDArray[np.float64]
+    """what each validation patient adds to the Dice (p,), which is their mean; the folds one after another"""
+
+
+@dataclass(frozen=True)
+class _Fold:
+    split: Split
+    training_data: InMemoryData | StreamedData
+    validation: Subset
+    half: NDArray[np.int64]  # of the validation patients
+
+
+class TrialTraining:
+    """Short trainings on one data set, which is read once; each starts from the same weights."""
+
+    def __init__(self, dataset: Dataset, settings: Search) -> None:
+        """Reads the images of all folds, and trains the network that the trials start from."""
+        self._dataset, self._settings = dataset, settings
+        self._compute = choose_compute(settings.compute)
+        self._folds = [self._fold(split) for split in split_folds(dataset, settings)]
+        self._trained: tuple[Predictor, Thresholds] | None = None  # on the first fold, in the latest trial
+        self._initial = self._initial_network()
+
+    def epochs(self, recipe: Recipe, trials_left: int = 1) -> Iterator[TrialScores]:
+        """Trains with a recipe on each fold in turn; one item for each epoch of each fold.
+
+        Logs in the active run. The caller may stop at any time. ``trials_left``, with this one, are told on
+        the terminal: how long they take together.
+        """
+        epochs, finished = self._settings.study.search_epochs, list[TrialScores]()
+        for number, fold in enumerate(self._folds):
+            predictor, first_step, scores = self._predictor(recipe), number * epochs, None
+            for result in train_and_validate(
+                *("trial", predictor, fold.training_data, fold.validation, recipe, epochs),
+                first_step=first_step,
+                lines=False,
+                pieces=trials_left * len(self._folds) - number,
+            ):
+                scores = _score_fold(fold, result)
+                if result.epoch.number == epochs:
+                    last = replace(predictor, network=result.epoch.network)
+                    scores = replace(scores, seconds_per_image=self._seconds_per_image(last))
+                    if number == 0:
+                        self._trained = last, scores.thresholds
+                mean = _mean([*finished, scores])
+                tracking.log_metrics(
+                    {"val_dice_cross_fitted": mean.dice}, step=first_step + result.epoch.number
+                )
+                yield mean
+            assert scores is not None
+            finished.append(scores)
+
+    def save_model(self, folder: Path, recipe: Recipe) -> None:
+        """Saves what ``epochs`` has trained on the first fold as a model, with its thresholds."""
+        assert self._trained is not None
+        predictor, thresholds = self._trained
+        settings = replace(self._settings, recipe=recipe)
+        save(folder, make_detector(predictor, settings, thresholds, self._dataset, self._folds[0].split))
+
+    def _fold(self, split: Split) -> _Fold:
+        settings, training = self._settings, split.train
+        if limit := settings.study.search_images:
+            shuffled = np.random.default_rng(settings.recipe.seed).permutation(training)
+            training = np.sort(shuffled[:limit])
+        cache = settings.recipe.batches.cache
+        validation = Subset(self._dataset, split.validation)
+        limit = settings.study.search_validation_images
+        if limit and (parts := len(validation) // limit) > 1:
+            validation = replace(validation, indices=validation.indices[_parts(validation, parts) == 0])
+        validation = validation.in_memory(cache)
+        data = Subset(self._dataset, training).training_data(cache, self._compute)
+        return _Fold(split, data, validation, _halves(validation))
+
+    def _predictor(self, recipe: Recipe) -> Predictor:
+        own, other = self._settings.recipe, recipe.network
+        is_same = (other.network, other.weights) == (own.network.network, own.network.weights)
+        if is_same and (recipe.seed == own.seed or self._settings.study.search_warmup_epochs):
+            network = copy.deepcopy(self._initial)
+        else:
+            network = initial_network(other, recipe.seed)
+        return Predictor(network, self._compute, other.tta)
+
+    def _seconds_per_image(self, predictor: Predictor) -> float:
+        """The shorter of two predictions of the same images, per image."""
+        if self._settings.study.has_one_objective:
+            return np.nan
+        validation = self._folds[0].validation
+        images = self._dataset.images(validation.indices[:TIMED_IMAGES])
+        seconds: list[float] = []
+        for _ in range(2):
+            start = time.perf_counter()
+            list(predictor.predict(images))
+            seconds.append((time.perf_counter() - start) / len(images))
+        return min(seconds)
+
+    def _initial_network(self) -> PneumothoraxNet:
+        """The network that every trial starts from, after the warm-up epochs if there are any.
+
+        Its weights are saved for other workers and for the next command.
+        """
+        recipe, epochs = self._settings.recipe, self._settings.study.search_warmup_epochs
+        network = initial_network(recipe.network, recipe.seed)
+        if epochs == 0:
+            return network
+        checkpoint = warmup_checkpoint(self._settings, self._dataset.fingerprint)
+        with work_folder(checkpoint.folder, "search: another worker trains the first network; waiting"):
+            saved = checkpoint.last()
+            if saved is None:
+                state = self._warm_up(network, epochs)
+                checkpoint.save({"epochs": epochs}, {epochs: state})
+            else:
+                state = saved["networks"][epochs]
+        network.load_state_dict(state)
+        return network
+
+    def _warm_up(self, network: PneumothoraxNet, epochs: int) -> dict[str, Any]:
+        recipe = self._settings.recipe
+        # Only images that train in every fold: the network must not know what a fold validates on.
+        training = reduce(np.intersect1d, [fold.split.train for fold in self._folds])
+        data = Subset(self._dataset, training).training_data(recipe.batches.cache, self._compute)
+        with ProgressBar("search: warm-up", len(data) * epochs) as bar:
+            *_, last = fit(network, data, recipe, epochs, self._compute, bar.update)
+        print(f"search: every trial starts from one network, trained for {plural(epochs, 'epoch')}")
+        return {name: tensor.cpu() for name, tensor in last.network.state_dict().items()}
+
+
+def split_folds(dataset: Dataset, settings: Search) -> list[Split]:
+    """The split of each fold of a trial. Raises UserError if the data set has too few patients."""
+    k, folds = settings.study.folds_per_trial, settings.split.folds
+    if k > folds:
+        raise UserError(f"folds_per_trial={k}: there are {folds} folds; give no more")
+    first = settings.split.fold  # make_split refuses all
+    others = [str((int(first) + i) % folds) for i in range(1, k)] if first.isdecimal() else []
+    splits = [make_split(dataset, replace(settings.split, fold=number)) for number in [first, *others]]
+    for split in splits:
+        require_positives(Subset(dataset, split.train))
+        _halves(Subset(dataset, split.validation))
+    return splits
+
+
+def second_settings(settings: Search) -> Search:
+    """What confirms a trial: the next seed, and the folds that follow, where there are others."""
+    first, study = int(settings.split.fold), settings.study
+    split = replace(settings.split, fold=str((first + study.folds_per_trial) % settings.split.folds))
+    recipe = replace(settings.recipe, seed=(settings.recipe.seed + 1) % 2**32)
+    return replace(settings, recipe=recipe, split=split)
+
+
+def warmup_checkpoint(settings: Search, fingerprint: str) -> Checkpoint:
+    """Where the network from which trials start is saved."""
+    study = settings.study
+    key = [VERSION, fingerprint, weight_shaping(settings.recipe), weight_shaping(settings.split)]
+    key += [study.search_warmup_epochs, study.folds_per_trial]
+    digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
+    return Checkpoint((CHECKPOINTS / f"warm-up-{digest}").absolute())
+
+
+def warmup_weights(settings: Search, fingerprint: str) -> Path:
+    """The file with that network's state dict."""
+    return warmup_checkpoint(settings, fingerprint).network_file(settings.study.search_warmup_epochs)
+
+
+def _mean(folds: list[TrialScores]) -> TrialScores:
+    """Means over folds; thresholds and seconds of the first one."""
+    names = ("dice", "dice_optimistic", "dice_positive", "false_alarms")
+    patients = sum(len(fold.patient_dice) for fold in folds)
+    return replace(
+        folds[0],
+        **{name: float(np.mean([getattr(fold, name) for fold in folds])) for name in names},
+        empty_loss=min(fold.empty_loss for fold in folds),
+        patient_dice=np.concatenate(
+            [fold.patient_dice * (patients / len(folds) / len(fold.patient_dice)) for fold in folds]
+        ),
+    )
+
+
+def _score_fold(fold: _Fold, result: EpochResult) -> TrialScores:
+    crossed = cross_fitted(result.counts, fold.half)
+    _, patient = np.unique([entry.patient for entry in fold.validation.entries], return_inverse=True)
+    sums = np.bincount(patient, crossed.dices)
+    return TrialScores(
+        dice=crossed.dice,
+        dice_optimistic=result.scores.dice,
+        dice_positive=crossed.dice_positive,
+        false_alarms=crossed.false_alarms,
+        empty_loss=1 - best_dice_on_positives(result.counts) if crossed.is_all_empty else 0.0,
+        thresholds=result.thresholds,
+        seconds_per_image=float("nan"),
+        patient_dice=np.asarray(sums * (len(sums) / len(patient)), np.float64),
+    )
+
+
+def _halves(validation: Subset) -> NDArray[np.int64]:
+    """The half, 0 or 1, of each image (n,), by patient and stratified by area; the same for every trial."""
+    return _parts(validation, 2)
+
+
+def _parts(validation: Subset, parts: int) -> NDArray[np.int64]:
+    entries = validation.entries
+    patients = [entry.patient for entry in entries]
+    if len(set(patients)) < parts:
+        raise UserError(
+            f"folds: {len(set(patients))} patients to validate, but a search needs {parts}; give fewer folds"
+        )
+    return assign_folds(patients, np.array([entry.area_px for entry in entries]), parts, seed=0)

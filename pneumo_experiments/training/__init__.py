@@ -1,0 +1,1 @@
+"""Training: one fold, all folds, and going on after an interruption."""

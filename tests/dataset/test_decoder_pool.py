@@ -1,0 +1,248 @@
+"""Radiographs read in processes of their own, that may die."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from bombs import deflated_header, many_scans, tiny_precincts
+from dicom_files import GREYS, dicom_bytes, jpeg_file
+from helpers import ROOT, decoders
+
+from pneumo_experiments.dataset.decoder_pool import MAX_PENDING, DecodedImage, File, decode_all
+from pneumo_experiments.dataset.resize import resize_image
+from pneumo_experiments.dicom import limits
+from pneumo_experiments.dicom.radiograph import read_radiograph
+from pneumo_experiments.errors import Rejected, UserError
+
+SIZE = 16
+GOOD = jpeg_file(GREYS)
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "BASE_SECONDS", 1)
+    monkeypatch.setattr(limits, "SECONDS_PER_MEGABYTE", 0)
+
+
+def shifted(number: int) -> bytes:
+    return dicom_bytes(np.roll(GREYS, number, axis=1)[:, : 20 + number % 7])
+
+
+def outcomes(*files: File) -> list[DecodedImage | Rejected]:
+    found = list(decode_all(files, SIZE))
+    assert [image_id for image_id, _ in found] == [image_id for image_id, _ in files]
+    return [outcome for _, outcome in found]
+
+
+def peak_bytes(process: psutil.Process) -> int:
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024
+
+
+def wait_for_one_at_work() -> psutil.Process:
+    """The decoder that has used a quarter of a second since this was asked, or a new one after its start."""
+    before = {child.pid: sum(child.cpu_times()[:2]) for child in decoders()}
+    while True:
+        for child in decoders():
+            if sum(child.cpu_times()[:2]) > before.setdefault(child.pid, 1.0) + 0.25:
+                return child
+        time.sleep(0.01)
+
+
+def test_many_files_come_back_in_order_as_a_plain_reading_gives_them() -> None:
+    files: list[File] = [(str(number), shifted(number)) for number in range(2 * MAX_PENDING + 5)]
+    files[3], files[40] = ("cut", GOOD[:-300]), ("unread", Rejected("unread: no permission"))
+    found = outcomes(*files)
+    for number, outcome in enumerate(found):
+        if number == 3:
+            assert str(outcome) == "cut: no pixel data: not an image, or truncated"
+        elif number == 40:
+            assert outcome is files[40][1]
+        else:
+            assert isinstance(outcome, DecodedImage)
+            pixels = read_radiograph(shifted(number), "").pixels
+            assert (outcome.rows, outcome.columns) == pixels.shape
+            assert np.array_equal(outcome.pixels, resize_image(pixels, SIZE))
+
+
+def test_files_are_drawn_only_a_little_ahead() -> None:
+    drawn = 0
+
+    def files() -> Iterator[File]:
+        nonlocal drawn
+        for number in range(10 * MAX_PENDING):
+            drawn += 1
+            yield str(number), GOOD
+
+    found = decode_all(files(), SIZE)
+    for taken in range(1, 50):
+        next(found)
+        assert drawn <= taken + MAX_PENDING
+    found.close()
+    assert drawn < 50 + MAX_PENDING
+
+
+def test_threads_share_the_processes_and_get_their_own_pictures() -> None:
+    expected = [resize_image(read_radiograph(shifted(n), "").pixels, SIZE) for n in range(7)]
+
+    def ask(number: int) -> None:
+        for _ in range(10):
+            for (image_id, outcome), n in zip(
+                decode_all([(f"{number} {n}", shifted(n)) for n in range(7)], SIZE), range(7), strict=True
+            ):
+                assert image_id == f"{number} {n}"
+                assert isinstance(outcome, DecodedImage)
+                assert np.array_equal(outcome.pixels, expected[n])
+
+    with ThreadPoolExecutor(6) as threads:
+        list(threads.map(ask, range(6)))
+    before = {child.pid for child in decoders()}
+    outcomes(("again", GOOD))
+    assert {child.pid for child in decoders()} == before  # none is started without need
+
+
+def test_a_file_that_takes_too_long_costs_its_own_row(impatient: None) -> None:
+    good, scans, header, last = outcomes(
+        ("a", GOOD), ("scans", many_scans()), ("header", deflated_header()), ("z", GOOD)
+    )
+    assert isinstance(good, DecodedImage)
+    assert isinstance(last, DecodedImage)
+    assert str(scans) == "scans: needs more than 1 s of CPU time to decode"
+    assert str(header) == "header: needs more than 1 s of CPU time to decode"
+
+
+def test_a_file_that_takes_too_much_memory_costs_its_own_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "BASE_SECONDS", 3)
+    for child in decoders():
+        child.kill()  # none has a peak yet
+    pixels = 2**20
+    files: list[File] = [("a", GOOD), ("items", deflated_header(2_000_000)), ("z", GOOD)]
+    good, items, last = (outcome for _, outcome in decode_all(files, SIZE, pixels))
+    # Python may be slow to give up: then the other limit ends it.
+    assert re.fullmatch("items: needs more than (0.3 GB of memory|3 s of CPU time) to decode", str(items))
+    assert isinstance(good, DecodedImage)
+    assert isinstance(last, DecodedImage)
+    ((_, precincts),) = decode_all([("precincts", tiny_precincts(2000))], SIZE, 4 * pixels)
+    assert isinstance(precincts, Rejected)
+    # Without a limit the first takes up to 1.2 GB, the second 2.4.
+    assert max(map(peak_bytes, decoders())) < limits.max_bytes(4 * pixels) + 10**8
+
+
+def test_a_file_larger_than_its_pixels_can_be_is_not_even_sent() -> None:
+    ((_, outcome),) = decode_all([("x", bytes(2**24 + 401))], SIZE, max_pixels=100)
+    assert str(outcome) == "x: rejected because 16,777,617 bytes are more than max_pixels allows"
+
+
+def test_a_decoder_that_dies_costs_one_row_or_none() -> None:
+    outcomes(*[("warm", GOOD)] * 4)
+
+    killed = set[int]()
+
+    def kill_all() -> None:
+        wait_for_one_at_work()
+        for child in decoders():
+            child.kill()
+            killed.add(child.pid)
+
+    killer = threading.Thread(target=kill_all)
+    killer.start()
+    (struck,) = outcomes(("scans", many_scans()))
+    killer.join()
+    assert str(struck) == "scans: its decoder crashed"
+    for pid in killed:  # one that is still dying could take one more file with it
+        with suppress(ChildProcessError):  # that of the file, whose end the pool has seen
+            os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+    # Those that were idle are dead as well, which nobody notices.
+    assert all(isinstance(outcome, DecodedImage) for outcome in outcomes(*[("again", GOOD)] * 4))
+
+
+@pytest.mark.parametrize(
+    ("program", "reason"), [("/no/such/python", "No such file"), ("/bin/false", "exit code 1")]
+)
+def test_a_process_that_does_not_start_is_one_line(
+    program: str, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for decoder in decoders():
+        decoder.kill()
+        decoder.wait()
+    monkeypatch.setattr(sys, "executable", program)
+    with pytest.raises(UserError, match=rf"does not start \({reason}.*\); free memory, or set fewer workers"):
+        outcomes(("a", GOOD))
+
+
+def test_who_stops_asking_ends_what_is_being_read() -> None:
+    found = decode_all([("a", GOOD), ("scans", many_scans()), ("z", GOOD)], SIZE)
+    next(found)
+    worker = wait_for_one_at_work()
+    found.close()
+    assert not worker.is_running()
+    assert isinstance(outcomes(("again", GOOD))[0], DecodedImage)
+
+
+SCRIPT = """
+import os, sys
+sys.path.insert(0, {root!r})
+from pneumo_experiments.dataset.decoder_pool import decode_all
+
+print("once", flush=True)
+def read(name):
+    ((_, outcome),) = decode_all([(name, open(name, "rb").read())], 16)
+    return outcome.rows, outcome.columns
+print(read("wide"), flush=True)  # what is buffered the child would print, too
+child = os.fork()
+for _ in range(20):
+    assert read("wide" if child else "tall") == ((32, 48) if child else (48, 32))
+if child:
+    print(os.waitpid(child, 0)[1], sorted(name for name in sys.modules if name in ("torch", "mlflow")))
+"""
+
+
+def test_a_script_without_a_main_guard_and_a_fork_of_it_can_use_them(tmp_path: Path) -> None:
+    (tmp_path / "wide").write_bytes(GOOD)
+    (tmp_path / "tall").write_bytes(jpeg_file(np.ascontiguousarray(GREYS.T)))
+    (tmp_path / "json.py").write_text("raise SystemExit('the wrong one')")  # of the folder, not the script
+    (tmp_path / "script").mkdir()
+    (tmp_path / "script" / "ask.py").write_text(SCRIPT.format(root=str(ROOT)))
+    done = subprocess.run(
+        [sys.executable, "script/ask.py"], cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
+    assert (done.stdout, done.stderr) == ("once\n(32, 48)\n0 []\n", "")
+
+
+def test_no_decoder_outlives_a_process_that_is_killed(tmp_path: Path) -> None:
+    (tmp_path / "scans").write_bytes(many_scans())
+    code = "from pneumo_experiments.dataset.decoder_pool import decode_all\n"
+    code += f"list(decode_all([('x', open({str(tmp_path / 'scans')!r}, 'rb').read())], 16))"
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT) as process:
+        while not (children := psutil.Process(process.pid).children()):
+            time.sleep(0.01)
+        while sum(children[0].cpu_times()[:2]) < 1.2:  # it has begun
+            time.sleep(0.01)
+        process.kill()
+    assert psutil.wait_procs(children, timeout=10)[1] == []
+
+
+def test_a_block_that_takes_too_long_ends_its_process_whatever_it_does() -> None:
+    code = """
+import re
+from pneumo_experiments.dicom.limits import limit_time
+with limit_time(60):
+    pass
+with limit_time(0.2):
+    re.match(r"(a*)*b", "a" * 99)  # for years
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == -signal.SIGPROF == limits.TIME_LIMIT_EXIT_CODE

@@ -1,0 +1,507 @@
+"""The networks, their start values and the weights they can start from."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import math
+import subprocess
+import sys
+from argparse import Namespace
+from collections.abc import Callable, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import ROOT
+from torch import Tensor
+from torch.nn.functional import binary_cross_entropy_with_logits as bce
+from torchvision import models
+from torchvision.models import segmentation
+
+from pneumo_experiments.errors import UserError
+from pneumo_experiments.learning.network import NETWORKS, PneumothoraxNet, build
+
+ARCHITECTURES = ("fcn_resnet50", "deeplabv3_resnet50")  # the 101s differ from these in depth alone
+# A dark, a medium and a bright image of noise.
+PIXELS = torch.rand(3, 1, 32, 40, generator=torch.Generator().manual_seed(0)) * torch.tensor(
+    [0.1, 0.5, 1.0]
+).view(3, 1, 1, 1)
+
+
+@cache
+def fresh(network: str) -> PneumothoraxNet:
+    """A network from random values; tests that change one take a copy."""
+    return build(network, "none", seed=0)
+
+
+def lively(network: str) -> PneumothoraxNet:
+    """A copy without the zeros of the start, whose outputs differ much between pixels and images."""
+    net = copy.deepcopy(fresh(network))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in net.named_parameters():
+            if name.endswith("bn3.weight") or name == "presence_head.weight":
+                parameter.copy_(0.1 + 0.2 * torch.rand(parameter.shape, generator=generator))
+            elif name.endswith("head.4.weight"):
+                parameter.mul_(100)
+    return net
+
+
+@cache
+def torchvision_shapes(name: str, **options: object) -> dict[str, torch.Size]:
+    """Names and shapes of the state dict of torchvision's own network, without its memory."""
+    make = getattr(segmentation, name, None) or getattr(models, name)
+    if make.__module__.startswith("torchvision.models.segmentation"):
+        options = {"weights_backbone": None, **options}
+    with torch.device("meta"):
+        return {key: value.shape for key, value in make(weights=None, **options).state_dict().items()}
+
+
+def constants(shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
+    """A state dict in which every tensor has its own value throughout: a file of it is small."""
+    return {
+        name: torch.tensor(0.5 + n / 1000).expand(shape) for n, (name, shape) in enumerate(shapes.items())
+    }
+
+
+def holds(actual: Tensor, expected: Tensor) -> bool:
+    return torch.equal(actual.float(), expected.to(actual.dtype).float())
+
+
+def in_the_cache(home: Path, url: str, state: object) -> Path:
+    """Puts a state dict where torch keeps what it downloaded from there."""
+    path = home / "hub" / "checkpoints" / url.rpartition("/")[2]
+    path.parent.mkdir(parents=True)
+    torch.save(state, path)
+    return path
+
+
+@pytest.fixture
+def torch_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache of downloads, and no way to fill it."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # nothing listens there
+    return tmp_path / "torch"
+
+
+# The table
+
+
+@pytest.mark.parametrize(
+    ("network", "parameters"),
+    [
+        # What torchvision's pages say of the weights for 21 classes, less 20 classes in both last layers,
+        # and with the presence head.
+        ("fcn_resnet50", 35_322_218 - 20 * (512 + 1) - 20 * (256 + 1) + 4097),
+        ("fcn_resnet101", 54_314_346 - 20 * (512 + 1) - 20 * (256 + 1) + 4097),
+        ("deeplabv3_resnet50", 42_004_074 - 20 * (256 + 1) - 20 * (256 + 1) + 4097),
+        ("deeplabv3_resnet101", 60_996_202 - 20 * (256 + 1) - 20 * (256 + 1) + 4097),
+    ],
+)
+def test_each_network_has_as_many_parameters_as_torchvision_documents(network: str, parameters: int) -> None:
+    with torch.device("meta"):
+        net = PneumothoraxNet(network)
+    assert sum(parameter.numel() for parameter in net.parameters()) == parameters
+
+
+def test_the_table_names_every_network_once() -> None:
+    assert list(NETWORKS) == ["fcn_resnet50", "fcn_resnet101", "deeplabv3_resnet50", "deeplabv3_resnet101"]
+    for name, kind in NETWORKS.items():
+        family, depth = name.split("_")
+        assert kind.make is getattr(segmentation, name)
+        assert f"/{depth}-" in kind.imagenet.url
+        assert f"/{family}_{depth}_coco-" in kind.coco.url
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_each_network_has_a_logit_for_each_pixel_and_each_image(network: str) -> None:
+    with torch.device("meta"):  # shapes alone
+        output = PneumothoraxNet(network)(torch.empty(2, 1, 64, 40))
+    assert output.mask.shape == output.aux.shape == (2, 64, 40)
+    assert output.presence.shape == (2,)
+    assert {logits.dtype for logits in output} == {torch.float32}
+
+
+@pytest.mark.parametrize("network", ARCHITECTURES)
+def test_an_image_has_the_same_output_alone_and_in_a_batch(network: str) -> None:
+    net = lively(network).eval()
+    net.training = True  # for the auxiliary head; all layers stay in evaluation
+    with torch.inference_mode():
+        output, again, alone = net(PIXELS), net(PIXELS), net(PIXELS[1:2])
+    for actual, same, one in zip(output, again, alone, strict=True):
+        assert actual.std() > 0.001
+        assert torch.equal(actual, same)
+        torch.testing.assert_close(actual[1:2], one, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("network", ARCHITECTURES)
+def test_the_loss_of_all_outputs_gives_every_parameter_a_gradient(network: str) -> None:
+    net = lively(network).train()
+    output = net(PIXELS)  # three images: of two, batch normalisation of pooled values keeps only their order
+    generator = torch.Generator().manual_seed(2)
+    targets = [torch.randint(2, logits.shape, generator=generator).float() for logits in output]
+    torch.stack([bce(*pair) for pair in zip(output, targets, strict=True)]).sum().backward()
+    without_gradient = [name for name, p in net.named_parameters() if p.grad is None or not p.grad.any()]
+    assert without_gradient == []
+
+
+def test_the_names_of_saved_weights_stay_what_they_were() -> None:
+    state = fresh("fcn_resnet50").state_dict()
+    heads = [name for name in state if not name.startswith("backbone.")]
+    norm = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+    expected = {f"{head}.1.{value}" for head in ("mask_head", "aux_head") for value in norm}
+    expected |= {f"{head}.{end}" for head in ("mask_head", "aux_head") for end in ("0.weight", "4.weight")}
+    expected |= {"mask_head.4.bias", "aux_head.4.bias", "presence_head.weight", "presence_head.bias"}
+    assert set(heads) == expected | {"mean", "std"}
+    backbone = {name.removeprefix("backbone.") for name in state if name.startswith("backbone.")}
+    assert backbone == {name for name in torchvision_shapes("resnet50") if not name.startswith("fc.")}
+
+
+# The auxiliary head
+
+
+def test_the_auxiliary_head_is_computed_only_where_it_is_trained() -> None:
+    called = list[str]()
+    with torch.device("meta"):  # shapes alone
+        net = PneumothoraxNet("fcn_resnet50")
+        net.aux_head.register_forward_hook(lambda *_: called.append("aux_head"))
+        assert net.eval()(torch.empty(2, 1, 32, 32)).aux is None
+        net.train().aux_head.requires_grad_(False)
+        assert net(torch.empty(2, 1, 32, 32)).aux is None
+        assert not called
+        net.aux_head.requires_grad_(True)
+        assert net(torch.empty(2, 1, 32, 32)).aux is not None
+    assert called == ["aux_head"]
+
+
+# The start from random values
+
+
+@pytest.mark.parametrize("network", ARCHITECTURES)
+def test_random_residual_blocks_start_as_identity_and_pixels_as_healthy(network: str) -> None:
+    net = copy.deepcopy(fresh(network)).eval()
+    assert net.pretrained == frozenset()
+    block = net.backbone["layer3"][2]
+    features = torch.rand(1, 1024, 4, 4)
+    assert torch.equal(block(features), features)
+    with torch.no_grad():
+        for head in (net.mask_head, net.aux_head):
+            head[-1].weight.zero_()
+        output = net.train()(PIXELS)
+    for logits in (output.mask, output.aux):
+        torch.testing.assert_close(torch.sigmoid(logits), torch.full_like(logits, 0.05))
+    assert output.presence.unique().numel() == 1  # it does not depend on the image yet
+
+
+def test_a_seed_gives_the_same_start_weights() -> None:
+    first, second, other = (build("fcn_resnet50", "none", seed).mask_head[0].weight for seed in (0, 0, 1))
+    assert torch.equal(first, second)
+    assert not torch.equal(first, other)
+
+
+# Pretrained weights
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_pixels_are_scaled_as_the_offered_weights_expect(network: str) -> None:
+    ours = fresh("fcn_resnet50")  # the numbers are the same in all
+    for weights in (NETWORKS[network].imagenet, NETWORKS[network].coco):
+        assert ours.mean.flatten().tolist() == pytest.approx(weights.transforms().mean)
+        assert ours.std.flatten().tolist() == pytest.approx(weights.transforms().std)
+
+
+@pytest.mark.parametrize("network", ARCHITECTURES)
+def test_the_output_is_torchvisions_for_the_image_in_three_channels(network: str) -> None:
+    net = lively(network).eval()
+    with torch.device("meta"):
+        theirs = getattr(segmentation, network)(
+            weights=None, weights_backbone=None, num_classes=1, aux_loss=True
+        )
+    parts = {"backbone": net.backbone, "classifier": net.mask_head, "aux_classifier": net.aux_head}
+    state = {f"{part}.{name}": t for part in parts for name, t in parts[part].state_dict().items()}
+    theirs.load_state_dict(state, assign=True)
+    scale = NETWORKS[network].coco.transforms()
+    thrice = torch.stack([(PIXELS[:, 0] - m) / s for m, s in zip(scale.mean, scale.std, strict=True)], dim=1)
+    net.training = True  # for the auxiliary head, as above
+    with torch.inference_mode():
+        expected, actual = theirs.eval()(thrice), net(PIXELS)
+    assert expected["out"].std() > 0.01
+    torch.testing.assert_close(actual.mask, expected["out"][:, 0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(actual.aux, expected["aux"][:, 0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("weights", ["imagenet", "auto"])
+def test_imagenet_weights_replace_only_the_backbone_initialisation(weights: str, torch_home: Path) -> None:
+    state = constants(torchvision_shapes("resnet50"))
+    in_the_cache(torch_home, models.ResNet50_Weights.IMAGENET1K_V2.url, state)
+    net = build("fcn_resnet50", weights, seed=0)
+    ours = net.backbone.state_dict()
+    assert all(holds(ours[name], state[name]) for name in ours)
+    assert ours["layer1.0.bn3.weight"].min() > 0.5  # no longer the identity
+    assert net.pretrained == {f"backbone.{name}" for name, _ in net.backbone.named_parameters()}
+    drawn = fresh("fcn_resnet50").state_dict()
+    heads = [name for name in drawn if not name.startswith("backbone.")]
+    assert all(torch.equal(net.state_dict()[name], drawn[name]) for name in heads)
+    assert net.source == "imagenet resnet50-11ad3fa6.pth"
+
+
+@pytest.mark.parametrize("network", ARCHITECTURES)
+def test_coco_weights_fill_all_but_the_last_layers_and_the_presence_head(
+    network: str, torch_home: Path
+) -> None:
+    state = constants(torchvision_shapes(network, num_classes=21, aux_loss=True))
+    in_the_cache(torch_home, NETWORKS[network].coco.url, state)
+    net = build(network, "coco", seed=0)
+    last = {"mask_head.4.weight", "mask_head.4.bias", "aux_head.4.weight", "aux_head.4.bias"}
+    own = last | {"presence_head.weight", "presence_head.bias"}
+    assert net.pretrained == {name for name, _ in net.named_parameters()} - own
+    drawn = fresh(network).state_dict()
+    assert all(torch.equal(net.state_dict()[name], drawn[name]) for name in own)
+    assert net.aux_head[-1].bias.item() == pytest.approx(math.log(0.05 / 0.95))
+    ours = {"backbone": net.backbone, "classifier": net.mask_head, "aux_classifier": net.aux_head}
+    compared = 0
+    for part, module in ours.items():
+        for name, tensor in module.state_dict().items():
+            if not name.startswith("4.") or part == "backbone":
+                assert holds(tensor, state[f"{part}.{name}"]), (part, name)
+                compared += 1
+    assert compared == len(state) - 4
+
+
+@pytest.mark.parametrize("weights", ["imagenet", "coco"])
+def test_weights_that_cannot_be_downloaded_are_an_error_that_says_what_to_do(
+    weights: str, torch_home: Path
+) -> None:
+    with pytest.raises(UserError, match=rf"^weights={weights}: cannot .*weights=none .*weights=FILE.*$"):
+        build("fcn_resnet50", weights, seed=0)
+    assert [path for path in torch_home.rglob("*") if path.is_file()] == []
+
+
+def test_auto_weights_continue_without_a_connection_and_warn(
+    torch_home: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    net = build("fcn_resnet50", "auto", seed=0)
+    assert "random values, which needs many more epochs" in caplog.text
+    assert (net.source, net.source_sha256) == ("none", "none")
+    assert net.pretrained == frozenset()
+    assert torch.equal(net.mask_head[0].weight, fresh("fcn_resnet50").mask_head[0].weight)
+
+
+def test_a_damaged_download_is_named(torch_home: Path) -> None:
+    path = in_the_cache(torch_home, models.ResNet50_Weights.IMAGENET1K_V2.url, {})
+    path.write_bytes(b"half a down")
+    with pytest.raises(UserError, match=rf"{path.name}: .* delete it"):
+        build("fcn_resnet50", "auto", seed=0)
+
+
+# Weights from a file
+
+
+def test_saved_weights_of_a_network_come_back_whole(tmp_path: Path) -> None:
+    with torch.device("meta"):
+        shapes = {
+            name: value.shape for name, value in PneumothoraxNet("deeplabv3_resnet50").state_dict().items()
+        }
+    state = constants(shapes)
+    torch.save(state, tmp_path / "weights.pt")
+    net = build("deeplabv3_resnet50", str(tmp_path / "weights.pt"), seed=9)
+    assert all(holds(tensor, state[name]) for name, tensor in net.state_dict().items())
+    assert net.pretrained == {name for name, _ in net.named_parameters()}
+    assert copy.deepcopy(net).pretrained == net.pretrained
+    assert net.source == "weights.pt"  # not its folder, which may be called after somebody
+    assert net.source_sha256 == hashlib.sha256((tmp_path / "weights.pt").read_bytes()).hexdigest()
+
+
+def test_a_safetensors_file_is_read_number_by_number(tmp_path: Path) -> None:
+    """As its specification says: 8 bytes of length, a header in JSON, numbers; half precision is widened."""
+    state = constants(torchvision_shapes("resnet50"))
+    state["conv1.weight"] = torch.linspace(-1, 1, state["conv1.weight"].numel()).view(64, 3, 7, 7).half()
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    kinds, content = {torch.float32: "F32", torch.float16: "F16", torch.int64: "I64"}, bytearray()
+    for name, tensor in state.items():
+        numbers = tensor.contiguous().numpy().tobytes()
+        offsets = [len(content), len(content) + len(numbers)]
+        header[name] = {"dtype": kinds[tensor.dtype], "shape": [*tensor.shape], "data_offsets": offsets}
+        content += numbers
+    text = json.dumps(header).encode()
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(len(text).to_bytes(8, "little") + text + content)
+    net = build("fcn_resnet50", str(path), seed=0)
+    assert torch.equal(net.backbone["conv1"].weight, state["conv1.weight"].float())
+    assert holds(net.backbone["layer4"][2].bn3.weight, state["layer4.2.bn3.weight"])
+    assert net.source == "model.safetensors"
+    for damaged in (path.read_bytes()[:-1], b"", b"\xff" * 100, path.read_bytes()[:500]):
+        path.write_bytes(damaged)
+        with (
+            torch.device("meta"),
+            pytest.raises(UserError, match="not a state dict that can be read safely"),
+        ):
+            build("fcn_resnet50", str(path), seed=0)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda state: state | {1: torch.ones(2)}, "holds no state dict"),
+        (lambda state: {n: t.to("meta") for n, t in state.items()}, "holds no state dict"),
+        (lambda state: state | {"bn1.bias": torch.ones(64).to_sparse()}, "(holds no|not a) state dict"),
+        (lambda state: state | {"bn1.bias": torch.ones(64).bool()}, "holds no state dict"),
+        (lambda state: state | {"bn1.bias": torch.ones(64).to(torch.complex64)}, "holds no state dict"),
+        (
+            lambda state: state | {"bn1.bias": torch.full((64,), math.nan)},
+            "bn1.bias has values that are no numb",
+        ),
+    ],
+)
+def test_a_state_dict_of_other_things_than_real_numbers_is_one_line(
+    change: Callable[[dict[Any, torch.Tensor]], dict[Any, torch.Tensor]], reason: str, tmp_path: Path
+) -> None:
+    torch.save(change(constants(torchvision_shapes("resnet50"))), tmp_path / "weights.pt")
+    with torch.device("meta"), pytest.raises(UserError, match=rf"weights\.pt: {reason}"):
+        build("fcn_resnet50", str(tmp_path / "weights.pt"), seed=0)
+
+
+@pytest.mark.parametrize("old", [True, False])
+def test_a_backbone_file_fills_only_the_backbone(old: bool, tmp_path: Path) -> None:
+    shapes = {
+        name: shape
+        for name, shape in torchvision_shapes("resnet50").items()
+        # torch before 0.4.1 counted no batches, and a backbone may come without its classifier.
+        if not (old and (name.endswith("num_batches_tracked") or name.startswith("fc.")))
+    }
+    state = constants(shapes)
+    torch.save(state, tmp_path / "backbone.pt")
+    net = build("fcn_resnet50", str(tmp_path / "backbone.pt"), seed=0)
+    assert holds(net.backbone["conv1"].weight, state["conv1.weight"])
+    assert holds(net.backbone["layer4"][2].bn3.weight, state["layer4.2.bn3.weight"])
+    assert torch.equal(net.mask_head[0].weight, fresh("fcn_resnet50").mask_head[0].weight)
+    assert net.pretrained == {f"backbone.{name}" for name, _ in net.backbone.named_parameters()}
+
+
+@pytest.mark.parametrize(
+    ("prefix", "key"),
+    [
+        ("module.", ""),
+        ("_orig_mod.", "model"),
+        ("encoder.", "state_dict"),
+        ("net.module.encoder.", "model_state_dict"),
+        ("backbone.", "model/state_dict"),
+        ("", "state_dict"),
+    ],
+)
+def test_a_backbone_is_found_in_a_checkpoint_and_below_a_prefix(
+    prefix: str, key: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    state = constants(torchvision_shapes("resnet50"))
+    written = {prefix + name: tensor for name, tensor in state.items()}
+    if prefix:
+        written["decoder.conv1.weight"] = torch.ones(3)
+    for name in reversed(key.split("/") if key else []):
+        written = {name: written, "epoch": 7, "hyper_parameters": {"lr": 1e-3}}
+    torch.save(written, tmp_path / "w.pt")
+    net = build("fcn_resnet50", str(tmp_path / "w.pt"), seed=0)
+    assert holds(net.backbone["conv1"].weight, state["conv1.weight"])
+    assert holds(net.backbone["layer4"][2].conv3.weight, state["layer4.2.conv3.weight"])
+    warning = [f"weights: 1 tensors outside {prefix} are not used"] if prefix else []
+    assert [record.getMessage() for record in caplog.records] == warning
+
+
+def test_a_backbone_without_its_last_stage_is_loaded_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    state = constants(torchvision_shapes("resnet50"))
+    torch.save({n: t for n, t in state.items() if not n.startswith(("layer4.", "fc."))}, tmp_path / "w.pt")
+    net = build("fcn_resnet50", str(tmp_path / "w.pt"), seed=0)
+    assert holds(net.backbone["layer3"][5].conv3.weight, state["layer3.5.conv3.weight"])
+    assert torch.equal(
+        net.backbone["layer4"][2].conv3.weight, fresh("fcn_resnet50").backbone["layer4"][2].conv3.weight
+    )
+    assert not any(name.startswith("backbone.layer4") for name in net.pretrained)
+    (record,) = caplog.records
+    assert record.getMessage() == "weights=w.pt: has no backbone.layer4, which start from random values"
+
+
+def test_a_file_without_auxiliary_head_leaves_that_as_it_was_initialised(tmp_path: Path) -> None:
+    state = constants(torchvision_shapes("fcn_resnet50", num_classes=1, aux_loss=False))
+    torch.save(state, tmp_path / "weights.pt")
+    net = build("fcn_resnet50", str(tmp_path / "weights.pt"), seed=0)
+    assert holds(net.mask_head[4].weight, state["classifier.4.weight"])  # one class, as ours
+    assert torch.equal(net.aux_head[0].weight, fresh("fcn_resnet50").aux_head[0].weight)
+    assert {name.partition(".")[0] for name in net.pretrained} == {"backbone", "mask_head"}
+
+
+def _wrong_file(kind: str, path: Path) -> None:
+    resnet = constants(torchvision_shapes("resnet50"))
+    if kind == "no such file":
+        return
+    if kind == "text":
+        path.write_text("no weights")
+    elif kind == "half":
+        torch.save(resnet, path)
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    else:
+        torch.save(
+            {
+                "class": {
+                    "state_dict": resnet,
+                    "hyper_parameters": Namespace(lr=1),
+                },  # needs unpickling of a class: refused, never run
+                "list": [torch.zeros(2)],
+                "nested": {"best": resnet, "epoch": 3},
+                "foreign": {"fc.weight": torch.zeros(2)},
+                "incomplete": {name: resnet[name] for name in resnet if name != "layer2.1.conv2.weight"},
+                "deeper": constants(torchvision_shapes("resnet101")),
+                "wider": constants(torchvision_shapes("wide_resnet50_2")),
+                "other head": constants(torchvision_shapes("deeplabv3_resnet50", num_classes=21)),
+            }[kind],
+            path,
+        )
+
+
+@pytest.mark.parametrize(
+    ("kind", "complaint"),
+    [
+        ("no such file", "no such file; give auto, imagenet, coco, none, a file"),
+        ("text", "not a state dict that can be read safely"),
+        ("half", "not a state dict that can be read safely"),
+        ("class", "not a state dict that .* safely, for it holds argparse.Namespace, whose code is not run"),
+        ("list", "holds no state dict"),
+        ("nested", "holds no state dict"),
+        ("foreign", r"1 tensors are missing, the first is backbone\.conv1\.weight; choose the network"),
+        ("incomplete", r"1 tensors are missing, the first is backbone\.layer2\.1\.conv2\.weight"),
+        ("deeper", r"tensors are unknown here, the first is backbone\.layer3\.6\.conv1\.weight"),
+        ("wider", r"tensors are of another shape, the first is backbone\.layer1\.0\.conv1\.weight"),
+        ("other head", r"tensors are missing, the first is mask_head\.0\.weight"),
+    ],
+)
+def test_a_wrong_weights_file_is_named_with_what_is_wrong(kind: str, complaint: str, tmp_path: Path) -> None:
+    path = tmp_path / "weights.pt"
+    _wrong_file(kind, path)
+    with (
+        torch.device("meta"),  # to draw start values would take longer than all else
+        pytest.raises(UserError, match=rf"^weights=.*weights\.pt: .*{complaint}") as caught,
+    ):
+        build("fcn_resnet50", str(path), seed=0)
+    assert "\n" not in str(caught.value)
+
+
+def test_networks_are_imported_without_the_compiler_which_works_when_it_is_wanted() -> None:
+    code = """
+import sys
+import pneumo_experiments.learning.network
+from pneumo_experiments.learning.light_import import without_compiler
+assert not [name for name in sys.modules if name.startswith("torch._dynamo")]
+with without_compiler():
+    from torch._dynamo.utils import counters  # what the placeholder lacks
+    assert sys.modules["torch._dynamo.utils"].counters is counters
+assert sys.modules["torch._dynamo"].__file__
+import torch, torchvision
+boxes = [torch.tensor([[0.0, 0.0, 4.0, 4.0]])]
+assert torchvision.ops.roi_align(torch.ones(1, 1, 8, 8), boxes, 2).eq(1).all()
+assert torch.compile(lambda x: x + 1, backend="eager")(torch.ones(1)).item() == 2
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

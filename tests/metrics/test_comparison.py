@@ -1,0 +1,208 @@
+"""Comparisons on the same images: of two models, against a slow bootstrap, and of the trials of a study."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import optuna
+import pytest
+from optuna.trial import create_trial
+
+from pneumo_experiments.metrics.comparison import certainty, compare, required_probability
+from pneumo_experiments.search.storage import AS_GIVEN, CONFIRMS, PATIENT_DICE
+from pneumo_experiments.search.study import best_trials
+from pneumo_experiments.search.winner import SEED_SD, better_than, choose_winner, probability_better
+from pneumo_experiments.settings import Registry
+
+
+def slow_differences(dices: list[float], baseline: list[float], patients: list[str]) -> list[float]:
+    """Differences of the means in 4,000 resamples of the patients, one image at a time."""
+    draw = random.Random(5)
+    names = sorted(set(patients))
+    differences: list[float] = []
+    for _ in range(4000):
+        total, count = 0.0, 0
+        for name in draw.choices(names, k=len(names)):
+            for image, patient in enumerate(patients):
+                if patient == name:
+                    total += dices[image] - baseline[image]
+                    count += 1
+        differences.append(total / count)
+    return sorted(differences)
+
+
+def test_interval_and_probability_are_those_of_a_slow_bootstrap_over_patients() -> None:
+    rng = np.random.default_rng(3)
+    patients = [f"p{number}" for number in rng.integers(15, size=60)]
+    baseline = rng.uniform(0.2, 1, 60)
+    dices = np.clip(baseline + rng.normal(0.02, 0.1, 60), 0, 1)
+    comparison = compare(dices, baseline, patients)
+    slow = slow_differences(dices.tolist(), baseline.tolist(), patients)
+    assert comparison.difference == pytest.approx(float((dices - baseline).mean()))
+    assert comparison.low == pytest.approx(slow[100], abs=0.004)
+    assert comparison.high == pytest.approx(slow[3900], abs=0.004)
+    assert comparison.probability_better == pytest.approx(np.mean(np.array(slow) > 0), abs=0.03)
+
+
+def test_what_is_hard_for_both_models_cancels_out() -> None:
+    rng = np.random.default_rng(0)
+    baseline = rng.uniform(0, 0.9, 40)  # images differ much, the models by a constant
+    comparison = compare(baseline + 0.05, baseline, [str(image) for image in range(40)])
+    assert (comparison.low, comparison.high) == pytest.approx((0.05, 0.05))
+    assert comparison.probability_better == 1
+
+
+def test_equal_models_are_better_with_a_probability_of_one_half() -> None:
+    dices = np.array([0.1, 0.7, 1.0])
+    comparison = compare(dices, dices, ["a", "b", "c"])
+    assert (comparison.difference, comparison.low, comparison.high) == (0, 0, 0)
+    assert comparison.probability_better == 0.5
+
+
+def test_the_reverse_comparison_has_the_opposite_signs() -> None:
+    rng = np.random.default_rng(1)
+    first, second, patients = rng.uniform(size=30), rng.uniform(size=30), [str(i % 11) for i in range(30)]
+    there, back = compare(first, second, patients), compare(second, first, patients)
+    assert there.difference == pytest.approx(-back.difference)
+    assert (there.low, there.high) == pytest.approx((-back.high, -back.low))
+    assert there.probability_better == pytest.approx(1 - back.probability_better)
+
+
+def test_images_of_one_patient_count_as_one_observation() -> None:
+    rng = np.random.default_rng(2)
+    differences = np.repeat(rng.normal(0, 0.1, 12), 10)  # ten equal images of each patient
+    grouped = compare(0.5 + differences, np.full(120, 0.5), [str(i // 10) for i in range(120)])
+    single = compare(0.5 + differences, np.full(120, 0.5), [str(i) for i in range(120)])
+    assert grouped.high - grouped.low > 2 * (single.high - single.low)
+
+
+def test_beyond_what_resamples_tell_the_t_distribution_does() -> None:
+    for patients, t, above in (
+        (11, 2.764, 0.01),
+        (21, 3.552, 0.001),
+        (6, 4.032, 0.005),
+    ):  # of a printed table
+        resamples = np.array([t + 1, t - 1])  # all above 0, with a standard deviation of 1
+        assert 1 - certainty(t, resamples, patients) == pytest.approx(above, rel=0.04)
+        assert certainty(-t, -resamples, patients) == pytest.approx(above, rel=0.04)
+    rng = np.random.default_rng(4)
+    differences = rng.normal(size=400)
+    differences = 0.05 * (4.5 / 20 + (differences - differences.mean()) / differences.std())  # 4.5 errors
+    found = compare(0.5 + differences, np.full(400, 0.5), [str(image) for image in range(400)])
+    assert (found.resamples > 0).all()
+    assert 1 - found.probability_better == pytest.approx(4.5e-6, rel=0.25)  # of t with 399 degrees
+
+
+def test_a_difference_that_six_patients_make_is_less_sure_than_its_resamples_say() -> None:
+    gains, names = (np.arange(100) < 6).astype(float), [str(image) for image in range(100)]
+    found = compare(gains, np.zeros(100), names)
+    assert np.mean(found.resamples > 0) == pytest.approx(1 - 0.94**100, abs=0.001)  # six coins say 0.984
+    assert found.probability_better == pytest.approx(0.9738, abs=0.001)  # t = 6 / (6 * 0.94)**0.5, 5 degrees
+    assert compare(-gains, np.zeros(100), names).probability_better == pytest.approx(0.0262, abs=0.001)
+    assert compare(gains * (np.arange(100) < 1), np.zeros(100), names).probability_better == 0.5
+
+
+def test_all_decisions_together_err_at_most_once_in_twenty() -> None:
+    level = Registry().min_probability
+    assert [required_probability(level, k) for k in (1, 2, 10)] == pytest.approx([0.97, 0.9925, 0.9997])
+    assert required_probability(level, 2, 5) == pytest.approx(1 - 0.03 / 20)
+    assert 0.049 < sum(1 - required_probability(level, k) for k in range(1, 5000)) < 0.05
+
+
+def test_values_of_different_images_are_refused() -> None:
+    with pytest.raises(ValueError, match="2, 1 and 2"):
+        compare(np.zeros(2), np.zeros(1), ["a", "b"])
+
+
+# Settings, by trainings of a study
+
+
+def test_the_probability_that_settings_are_better_is_that_of_a_bootstrap_and_of_two_seeds() -> None:
+    rng = np.random.default_rng(0)
+    reference = rng.uniform(size=400)
+    dices = reference + rng.normal(0.008, 0.1, 400)
+    drawn = compare(dices, reference, [str(patient) for patient in range(400)]).resamples
+    seeds = rng.normal(0, SEED_SD, (2, 1000))
+    both = np.mean(drawn[:, None] + (seeds[0] - seeds[1]) > 0)
+    assert probability_better(dices, reference) == pytest.approx(both, abs=0.02)
+    assert probability_better(dices, reference) < np.mean(drawn > 0) - 0.01
+    assert probability_better(reference, reference) == 0.5
+
+
+def test_the_more_are_compared_the_surer_each_must_be() -> None:
+    reference = np.zeros(2)
+    others = {number: np.full(2, 0.0065) for number in range(1, 4)}  # better with a probability of 0.982
+    assert better_than(reference, {1: others[1]}) == {1: 0.0065}
+    assert better_than(reference, others) == {}
+    assert better_than(reference, others | {4: np.full(2, 0.02)}) == {4: 0.02}
+    assert better_than(reference, {}) == {}
+
+
+def study_of(
+    *dices: float, confirms: bool = False, marked: bool = True, **violations: dict[int, float]
+) -> optuna.Study:
+    """A study, the first of whose trials has the settings as given; each patient adds its Dice.
+
+    A constraint has the value for these trials, and 0 for the others.
+    """
+    study = optuna.create_study(direction="maximize")
+    for number, dice in enumerate(dices):
+        attributes = {PATIENT_DICE: [dice, dice]} if marked else {}
+        attributes |= {CONFIRMS: number} if confirms else {AS_GIVEN: True} if marked and not number else {}
+        constraints = {name: values.get(number, 0.0) for name, values in violations.items()}
+        study.add_trial(create_trial(value=dice, user_attrs=attributes, constraints=constraints))
+    return study
+
+
+def test_without_second_trainings_the_first_ones_must_be_better_beyond_noise() -> None:
+    for second in (None, study_of(confirms=True)):
+        few, clear = (choose_winner(study_of(0.5, *others), second) for others in ([0.505], [0.52, 0.53]))
+        assert few and clear
+        assert (few.trial.number, few.value, clear.trial.number, clear.value) == (0, 0.5, 2, 0.53)
+        assert (few.line, clear.line) == (
+            "0, the settings as given, cross-fitted Dice 0.5000 (not confirmed)",
+            "2, cross-fitted Dice 0.5300 (not confirmed)",
+        )
+
+
+def test_a_study_that_did_not_mark_the_settings_as_given_ends_with_the_best_mean() -> None:
+    old = study_of(0.5, 0.7, 0.6, 0.65, marked=False)
+    assert (winner := choose_winner(old, None)) and (winner.trial.number, winner.value) == (1, 0.7)
+    second = study_of(0.1, 0.3, 0.44, confirms=True, marked=False)
+    assert (winner := choose_winner(old, second)) and winner.trial.number == 2
+    assert winner.value == pytest.approx(0.52)
+    forbidden = study_of(0.1, 0.3, 0.44, confirms=True, marked=False, false_alarms={2: 0.2})
+    assert (winner := choose_winner(old, forbidden)) and winner.trial.number == 1
+
+
+def test_the_value_is_that_of_the_second_training_though_that_of_the_settings_as_given_failed() -> None:
+    second = optuna.create_study(direction="maximize")
+    second.add_trial(create_trial(value=0.4, user_attrs={PATIENT_DICE: [0.4, 0.4], CONFIRMS: 1}))
+    assert (winner := choose_winner(study_of(0.5, 0.6), second)) and winner.trial.number == 1
+    assert winner.line == "1, cross-fitted Dice 0.4000"
+
+
+def test_what_violates_a_constraint_in_either_training_does_not_win() -> None:
+    def winner(first: optuna.Study, second: optuna.Study | None) -> int:
+        chosen = choose_winner(first, second)
+        assert chosen
+        return chosen.trial.number
+
+    dices, again = (0.5, 0.6, 0.7, 0.8), {"confirms": True}
+    clean, confirmed = study_of(*dices), study_of(*dices, confirms=True)
+    assert winner(clean, confirmed) == 3
+    assert winner(study_of(*dices, all_empty={3: 0.1}), confirmed) == 2
+    assert winner(clean, study_of(*dices, **again, all_empty={3: 0.1}, false_alarms={2: 0.01})) == 1
+    every = dict.fromkeys(range(4), 0.9)
+    assert winner(study_of(*dices, all_empty=every), None) == 0
+    # The limit of false alarms holds for the settings as given, too: then another needs no gain.
+    worse = (0.5, 0.4, 0.3)
+    assert winner(study_of(*worse, all_empty={0: 0.9}), None) == 0
+    assert winner(study_of(*worse, false_alarms={0: 0.01, 1: 0.01}), None) == 2
+
+
+def test_trials_rank_by_their_violation_and_then_by_dice() -> None:
+    study = study_of(0.9, 0.5, 0.95, 0.8, all_empty={0: 0.3, 2: 0.2}, false_alarms={2: 0.2, 1: -0.1})
+    assert [trial.number for trial in best_trials(study)] == [3, 1, 0, 2]
+    assert study.best_trial.number == 3  # Optuna ranks those that violate nothing likewise

@@ -1,0 +1,66 @@
+"""A project from a git address, run by `mlflow run` in a folder of the user's."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+from command_server import CommandServer
+from helpers import ROOT, copy_store, environment_of_mlflow
+from mlflow import MlflowClient
+
+ADDRESS = "https://git.invalid/project"
+
+
+def repository(folder: Path) -> dict[str, str]:
+    """Makes a git repository of the project; environment in which ADDRESS leads to it."""
+    shutil.copytree(ROOT / "pneumo_experiments", folder / "pneumo_experiments")
+    shutil.copytree(ROOT / "configs", folder / "configs")
+    for name in ("MLproject", "conda.yaml"):
+        shutil.copy(ROOT / name, folder)
+    author = ("-c", "user.name=somebody", "-c", "user.email=somebody@example.org")
+    for words in (["init", "-q"], ["add", "."], [*author, "commit", "-q", "-m", "all"]):
+        subprocess.run(["git", "-C", folder, *words], check=True)
+    return {
+        "GIT_CONFIG_COUNT": "1",
+        "GIT_CONFIG_KEY_0": f"url.{folder}.insteadOf",
+        "GIT_CONFIG_VALUE_0": ADDRESS,
+    }
+
+
+def test_relative_paths_are_those_of_the_folder_where_mlflow_run_was_called(
+    tmp_path: Path, empty_store: Path, dataset: Path, commands: CommandServer
+) -> None:
+    """Inputs, outputs and the store; but a config file that only the project has is found there."""
+    here, clones, project = (tmp_path / name for name in ("here", "clones", "project"))
+    for folder in (here, clones, project):
+        folder.mkdir()
+    copy_store(empty_store, here)
+    shutil.copytree(dataset.parent / "sample", here / "sample")
+    environment = environment_of_mlflow("sqlite:///mlflow.db") | repository(project) | {"TMPDIR": str(clones)}
+    words = ["run", ADDRESS, "-e", "preprocess", "--env-manager", "local"]
+    given = {"dicom_dir": "sample/dicom-images-train", "rle_csv": "sample/train-rle.csv", "image_size": 32}
+    given |= {"config": "configs/demo.yaml", "workers": 2}
+    words += [f"-P{name}={value}" for name, value in given.items()]
+    code = "import tempfile; tempfile.tempdir = None; from mlflow.cli import cli; cli()"  # reads TMPDIR
+    command = commands.start(*words, folder=here, environment=environment, code=code)
+    ended, said = command.communicate()
+    assert ended == 0, said
+    (clone,) = (path.parent for path in clones.glob("*/MLproject"))
+    lines = [
+        line.removeprefix("preprocess: ") for line in said.splitlines() if line.startswith("preprocess: ")
+    ]
+    assert lines[0] == f"config: {clone}/configs/demo.yaml"
+    assert lines[-2] == f"report: {here}/output/dataset.report.html"
+    assert lines[-1].endswith(f": {here}/output/dataset.h5")
+    assert all(Path(path).is_file() for path in re.findall(r"(?<=: )/\S+", "\n".join(lines)))
+    assert not (clone / "output").exists()
+    assert {path.name for path in here.iterdir()} <= {
+        *("sample", "output", "mlflow.db", "mlflow.db.lock", "mlruns"),
+    }  # fmt: skip
+    (run,) = MlflowClient(f"sqlite:///{here}/mlflow.db").search_runs(["0"])
+    assert run.info.status == "FINISHED"
+    assert run.data.params["dataset_used"] == f"{here}/output/dataset.h5"
+    assert run.data.params["dicom_dir_used"] == f"{here}/sample/dicom-images-train"

@@ -1,0 +1,565 @@
+"""The entry point ``search``: its runs, what it keeps, and how it goes on."""
+
+from __future__ import annotations
+
+import json
+import re
+import sqlite3
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import dataclass, replace
+from math import nan
+from pathlib import Path
+from typing import Any, cast
+
+import mlflow
+import numpy as np
+import optuna
+import pytest
+import torch
+import yaml
+from helpers import changed, ended, make
+from mlflow import MlflowClient
+from mlflow.entities import Run
+from optuna.trial import TrialState
+from tracked import artifact, runs
+
+from pneumo_experiments import tracking
+from pneumo_experiments.dataset.hdf5 import Dataset
+from pneumo_experiments.errors import UserError
+from pneumo_experiments.interrupts import Interrupted
+from pneumo_experiments.learning.network import build
+from pneumo_experiments.metrics.thresholds import ThresholdCounts, Thresholds
+from pneumo_experiments.search import report as study_report
+from pneumo_experiments.search import trial_training
+from pneumo_experiments.search.report import TRIALS_FOR_IMPORTANCE
+from pneumo_experiments.search.storage import open_storage
+from pneumo_experiments.search.trial_training import TrialScores, TrialTraining
+from pneumo_experiments.settings import Recipe, Search, Train, flat
+from pneumo_experiments.stages import search as stage
+from pneumo_experiments.stages.search import SearchResult, run_study, search
+from pneumo_experiments.stages.train import train
+from pneumo_experiments.training.loop import EpochResult
+
+pytestmark = pytest.mark.usefixtures("no_layout", "no_code")
+
+STORAGE = "sqlite:///optuna.db"
+TWO = "dice_weight,focal_weight"  # the fewer are searched, the fewer axes are drawn
+SHORT = {"study": "s", "storage": STORAGE, "search_epochs": 2, "pruner": "none", "confirm": 0, "keep": 0}
+
+PICTURES = ("history", "intermediate_values", "parallel_coordinate", "slice", "importances", "contour")
+
+
+@pytest.fixture(autouse=True)
+def no_run_stays_open(store: Path) -> Iterator[None]:
+    yield
+    assert mlflow.active_run() is None
+
+
+@pytest.fixture(autouse=True)
+def only_wanted_pictures(request: pytest.FixtureRequest) -> None:
+    if "pictures" not in request.keywords:
+        request.getfixturevalue("no_pictures")
+
+
+@pytest.fixture
+def settings(small_dataset: Path, tiny: None) -> Search:
+    shared = {"network": "tiny", "weights": "none", "batch_size": 8, "precision": "fp32", "device": "cpu"}
+    return make(Search, dataset=small_dataset, trials=2, **(SHORT | shared))
+
+
+def first_value(recipe: Recipe) -> float:
+    """From 0 to 0.5, another for every dice_weight."""
+    return recipe.loss.dice_weight / (recipe.loss.dice_weight + 1) / 2
+
+
+@dataclass
+class Quick:
+    """Epochs that take no time."""
+
+    value: Callable[[Recipe], float] = first_value
+    count: int = 2
+    alarms: Callable[[Recipe], float] = lambda recipe: 0.0
+
+    def epochs(self, recipe: Recipe, trials_left: int) -> Iterator[TrialScores]:
+        for epoch in range(1, self.count + 1):
+            value = self.value(recipe) * epoch / self.count
+            yield TrialScores(
+                *(value, value + 0.01, value / 2, self.alarms(recipe), 0.0, Thresholds(), 0.01),
+                np.full(4, value),
+            )
+
+    def save_model(self, folder: Path, recipe: Recipe) -> None:
+        (folder / "weights.pt").write_bytes(bytes(1000))
+
+
+def quick(value: Callable[[Recipe], float] = first_value, **values: Any) -> SearchResult:
+    settings = make(Search, **(SHORT | values))
+    return run_study(settings, "f" * 64, lambda settings: Quick(value), lambda settings: None)
+
+
+def parent() -> Run:
+    (run,) = [run for run in runs() if run.info.run_name == "search"]
+    return run
+
+
+def study(name: str = "s") -> optuna.Study:
+    return optuna.load_study(study_name=name, storage=STORAGE)
+
+
+def finished() -> list[optuna.trial.FrozenTrial]:
+    return study().get_trials(states=(TrialState.COMPLETE, TrialState.PRUNED))
+
+
+# Runs, and what the parent holds
+
+
+def test_every_trial_is_a_child_run_of_one_parent_with_its_own_settings() -> None:
+    quick(trials=2)
+    children = [run for run in runs() if run.info.run_name != "search"]
+    assert {run.data.tags["mlflow.parentRunId"] for run in children} == {parent().info.run_id}
+    for trial, run in zip(study().trials, children, strict=True):
+        assert run.info.run_id == trial.user_attrs["run_id"]
+        assert run.info.run_name.startswith(
+            f"trial {trial.number}: dice_weight {trial.params['dice_weight']:.3g}"
+        )
+        assert float(run.data.params["dice_weight"]) == trial.params["dice_weight"]
+        assert run.data.params["trial_state"] == "complete"
+        assert run.data.metrics["trial_value"] == trial.value == trial.user_attrs["dice"]
+    assert [run.info.status for run in runs()] == ["FINISHED"] * 3
+
+
+@pytest.mark.pictures
+def test_the_parent_holds_the_table_of_trials_the_best_settings_and_pictures() -> None:
+    result = quick(trials=TRIALS_FOR_IMPORTANCE, searched=TWO)
+    table = json.loads(artifact(parent(), "trials.json").read_text())
+    rows = [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
+    assert [row["trial"] for row in rows] == [*range(TRIALS_FOR_IMPORTANCE)]
+    assert [row["value"] for row in rows] == [trial.value for trial in study().trials]
+    assert [row["dice_weight"] for row in rows] == [t.params["dice_weight"] for t in study().trials]
+    best = yaml.safe_load(artifact(parent(), "best.yaml").read_text())
+    assert best["dice_weight"] == result.recipe.loss.dice_weight == study().best_params["dice_weight"]
+    assert parent().data.metrics["best_trial"] == result.trial == study().best_trial.number
+    names = {path.path for path in MlflowClient().list_artifacts(parent().info.run_id, "study")}
+    assert names == {f"study/{name}.png" for name in PICTURES}
+
+
+@pytest.mark.pictures
+def test_importances_of_too_few_trials_are_not_drawn() -> None:
+    few = optuna.create_study(direction="maximize")
+    few.optimize(lambda trial: trial.suggest_float("x", 0, 1) + trial.suggest_float("y", 0, 1), 4)
+    assert set(study_report.pictures(few)) == {"history", "parallel_coordinate", "slice"}
+
+
+def test_a_pruned_trial_is_visible_as_pruned() -> None:
+    # The first trial has the settings as given; those after it are worse, and the median prunes them.
+    values = iter([0.5, 0.5, *[0.1] * 20])
+    quick(lambda recipe: next(values), trials=3, pruner="median")
+    assert [trial.state.name for trial in study().trials] == ["COMPLETE", "PRUNED", "PRUNED"]
+    (run,) = [run for run in runs() if run.info.run_name.startswith("trial 1")]
+    assert run.data.params["trial_state"] == "pruned"
+    assert run.info.run_name.startswith("trial 1 (pruned): ")
+
+
+def test_only_the_models_of_the_best_trials_stay() -> None:
+    quick(trials=4, keep=2)
+    best = sorted(study().trials, key=lambda trial: -trial.values[0])[:2]
+    models = MlflowClient().search_logged_models(["0"])
+    assert {model.source_run_id for model in models} == {trial.user_attrs["run_id"] for trial in best}
+    weights = list(Path("mlruns").rglob("weights.pt"))
+    assert len(weights) == 2  # the others' files are gone
+
+
+@pytest.mark.parametrize("gain", [0.005, 0.03])
+def test_the_second_trainings_of_the_best_and_of_the_settings_as_given_choose_the_winner(
+    gain: float, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On the next fold, with the next seed: there only the second best is better, by the gain."""
+    made, firsts = list[tuple[int, str]](), set[float]()
+
+    def value(recipe: Recipe) -> float:
+        first = first_value(recipe)
+        if recipe.seed == 7:
+            firsts.add(first)
+            return first
+        return {min(firsts): 0.4, sorted(firsts)[-2]: 0.4 + gain}.get(first, 0.3)
+
+    def make_training(settings: Search) -> Quick:
+        made.append((settings.recipe.seed, settings.split.fold))
+        return Quick(value)
+
+    settings = make(Search, **(SHORT | {"trials": 4, "confirm": 2, "seed": 7}))
+    result = run_study(settings, "f" * 64, make_training, lambda settings: None)
+    assert made == [(7, "0"), (8, "1")]
+    best, second, _, given = sorted(study().trials, key=lambda trial: -trial.values[0])
+    assert given.number == 0  # all others are better in the first training
+    confirmed = {t.user_attrs["confirms"]: t.values[0] for t in study("s-confirm").trials}
+    assert confirmed.keys() == {0, best.number, second.number}
+    is_clear = gain > 0.02
+    assert result.trial == (second.number if is_clear else 0)
+    assert parent().data.metrics["val_dice"] == pytest.approx(0.4 + gain * is_clear)
+    note = parent().data.tags["mlflow.note.content"]
+    others = {second.number: f"{0.4 + gain:.4f}", best.number: "0.3000"}
+    listed = ", ".join(f"{number} ({others[number]})" for number in sorted(others))
+    assert f"trials 0 (0.4000), {listed}." in note
+    assert ("trial 0, the settings as given, cross" in capsys.readouterr().out) != is_clear
+
+
+def test_a_trial_with_too_many_false_alarms_is_infeasible_and_never_the_best() -> None:
+    def alarms(recipe: Recipe) -> float:  # the more, the higher the Dice; of the settings as given 0.25
+        return first_value(recipe)
+
+    settings = make(Search, **(SHORT | {"trials": 6, "max_false_alarms": 0.22, "target": 0.24, "keep": 1}))
+    result = run_study(settings, "f" * 64, lambda settings: Quick(alarms=alarms), lambda settings: None)
+    values = [trial.values[0] for trial in study().trials]
+    assert len(values) == 6  # none that reaches the target is feasible
+    feasible = [value for value in values if value <= 0.22]
+    assert values[0] == 0.25 and 0 < len(feasible) < 5
+    assert first_value(result.recipe) == max(feasible) == study().best_value
+    for trial, value in zip(study().trials, values, strict=True):
+        assert trial.constraints == {"all_empty": 0, "false_alarms": pytest.approx(value - 0.22)}
+        assert trial.intermediate_values[2] == pytest.approx(value - max(0, value - 0.22))
+    (model,) = MlflowClient().search_logged_models(["0"])
+    assert model.source_run_id == study().best_trial.user_attrs["run_id"]
+
+
+@pytest.mark.pictures
+def test_several_objectives_give_a_pareto_front_and_no_pruning() -> None:
+    quick(trials=TRIALS_FOR_IMPORTANCE, objectives="dice,seconds", pruner="hyperband", searched=TWO)
+    assert all(len(trial.values) == 2 and not trial.intermediate_values for trial in study().trials)
+    assert artifact(parent(), "study/pareto_front.png").read_bytes()[:4] == b"\x89PNG"
+    assert [direction.name for direction in study().directions] == ["MAXIMIZE", "MINIMIZE"]
+
+
+# Going on
+
+
+def test_trials_is_the_total_of_the_study_and_its_parent_stays() -> None:
+    quick(trials=1)
+    before = parent().info.run_id
+    quick(trials=3)
+    assert len(finished()) == 3
+    assert parent().info.run_id == before
+    quick(trials=3)
+    assert len(finished()) == 3
+    assert len(json.loads(artifact(parent(), "trials.json").read_text())["data"]) == 3
+
+
+def test_a_target_or_the_time_ends_a_study_early(capsys: pytest.CaptureFixture[str]) -> None:
+    quick(trials=9, target=0.2)
+    assert len(finished()) == 1  # the first value is 0.25
+    with pytest.raises(UserError, match="no trial has completed; give it more trials, or more time"):
+        quick(trials=9, study="late", timeout=1e-9)
+    assert not study("late").get_trials(states=(TrialState.COMPLETE,))
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError("no room"), UserError("diverged")]
+)
+def test_a_trial_that_fails_is_one_trial_and_the_study_goes_on(error: Exception) -> None:
+    calls = iter(range(100))
+
+    def value(recipe: Recipe) -> float:
+        if next(calls) == 2:  # the first epoch of the second trial
+            raise error
+        return first_value(recipe)
+
+    quick(value, trials=3)
+    assert [trial.state.name for trial in study().trials] == ["COMPLETE", "FAIL", "COMPLETE"]
+    assert study().trials[1].user_attrs["error"] == str(error)
+    assert sorted(run.info.status for run in runs()) == ["FAILED", *["FINISHED"] * 3]
+
+
+def test_a_value_that_is_nan_fails_one_trial() -> None:
+    calls = iter(range(100))
+    quick(lambda recipe: nan if next(calls) in (2, 3) else first_value(recipe), trials=3)
+    assert [t.state.name for t in study().trials if t.number != 1] == ["COMPLETE"] * (len(study().trials) - 1)
+    assert study().trials[1].state is TrialState.FAIL
+
+
+def test_three_failures_in_a_row_end_the_search_with_one_line() -> None:
+    def value(recipe: Recipe) -> float:
+        raise RuntimeError("no such device\nmore")
+
+    with pytest.raises(UserError, match=r"^search: the last 3 trials failed: no such device$"):
+        quick(value, trials=9)
+    assert len(study().trials) == 3 + sum(trial.state is TrialState.WAITING for trial in study().trials)
+    assert parent().info.status == "FAILED"
+
+
+def test_after_ctrl_c_the_same_command_tries_the_same_trial_again() -> None:
+    calls = iter(range(100))
+
+    def value(recipe: Recipe) -> float:
+        if next(calls) == 3:  # the second epoch of the second trial
+            raise Interrupted
+        return first_value(recipe)
+
+    with pytest.raises(Interrupted):
+        quick(value, trials=3)
+    assert parent().info.status == "KILLED"
+    interrupted = study().trials[1]
+    quick(trials=3)
+    again = [trial for trial in finished() if trial.params == interrupted.params]
+    assert len(again) == 1
+    assert len(finished()) == 3
+    assert parent().info.status == "FINISHED"
+    assert sorted(run.info.status for run in runs()) == [*["FINISHED"] * 4, "KILLED"]
+
+
+def test_ctrl_c_while_the_data_are_read_costs_no_trial() -> None:
+    def make_training(settings: Search) -> Quick:
+        raise Interrupted
+
+    settings = make(Search, **(SHORT | {"trials": 2}))
+    with pytest.raises(Interrupted):
+        run_study(settings, "f" * 64, make_training, lambda settings: None)
+    quick(trials=2)
+    assert finished()[0].params["dice_weight"] == settings.recipe.loss.dice_weight  # still tried first
+
+
+def test_the_same_data_and_settings_have_one_study_and_others_another() -> None:
+    def names() -> set[str]:
+        with closing(sqlite3.connect("optuna.db")) as database:  # to open a storage takes a while
+            found = [name for (name,) in database.execute("SELECT study_name FROM studies")]
+        return {name for name in found if not name.endswith("-confirm")}
+
+    def name(fingerprint: str, **values: Any) -> str:
+        before = names() if Path("optuna.db").exists() else set[str]()
+        settings = make(Search, **(SHORT | {"study": "auto", "trials": 1} | values))
+        run_study(settings, fingerprint, lambda settings: Quick(), lambda settings: None)
+        new = names() - before
+        return new.pop() if new else "none"
+
+    first = name("f" * 64)
+    assert re.fullmatch(r"search-[0-9a-f]{8}", first)
+    assert name("f" * 64) == "none"
+    others = [name("e" * 64), name("f" * 64, learning_rate=1e-2), name("f" * 64, searched="dice_weight")]
+    assert len({first, "none", *others}) == 5
+    assert name("f" * 64, trials=2, sampler="random", keep=1) == "none"  # how, not what
+
+
+def test_a_study_of_other_data_is_refused_and_the_difference_named() -> None:
+    quick(trials=1)
+    with pytest.raises(
+        UserError, match=r"^study=s: was made with learning_rate 0\.\d+, not 0\.01; name another"
+    ):
+        quick(trials=1, learning_rate=0.01)
+    settings = make(Search, **(SHORT | {"trials": 1}))
+    with pytest.raises(UserError, match=r"^study=s: was made with data f{16}, not e{16}; name another"):
+        run_study(settings, "e" * 64, lambda settings: Quick(), lambda settings: None)
+    with pytest.raises(UserError, match=r"range of dice_weight 0\.1 to 10, logarithmic, not not searched"):
+        quick(trials=1, searched="focal_weight,presence_weight")
+    assert len(study().trials) == 1
+
+
+# Real trainings
+
+
+def test_the_best_settings_train_a_network(
+    settings: Search, tiny_default: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = changed(settings, network="fcn_resnet50", trials=2, dice_weight=3.0, presence_weight=1.0)
+    result = search(settings)
+    assert len(finished()) == 2
+    config = str(artifact(parent(), "best.yaml"))
+    short = ["--epochs", "1", "--threshold_trials", "0", "--overlays", "0", "--device", "cpu"]
+    end = ended(["train", "--config", config, *short], monkeypatch, capsys)
+    assert end.code == 0, end.err
+    shared = {
+        name: flat(settings)[name] for name in ("dataset", "weights", "batch_size", "precision", "device")
+    }
+    train(make(Train, **shared, from_study="s", storage=STORAGE, epochs=1, threshold_trials=0, overlays=0))
+    trained = [run for run in runs() if run.info.run_name.startswith("train")]
+    assert len(trained) == 2
+    assert result.recipe.loss.dice_weight != 1.0  # the default
+    for run in trained:
+        assert float(run.data.params["dice_weight"]) == result.recipe.loss.dice_weight
+        assert float(run.data.params["presence_weight"]) == result.recipe.loss.presence_weight
+    with pytest.raises(UserError, match=r"^from_study=t: no such study in the storage; there are s"):
+        train(make(Train, **shared, from_study="t", storage=STORAGE))
+
+
+def test_a_learning_rate_that_diverges_fails_only_its_trials(settings: Search, store: Path) -> None:
+    (store / "space.yaml").write_text("learning_rate: {choices: [1.0e-4, 1.0e+30]}\n")
+    chosen = {"searched": "learning_rate", "space": store / "space.yaml", "sampler": "random", "trials": 5}
+    search(changed(settings, learning_rate=1e-4, **chosen))
+    failed = {trial.params["learning_rate"] for trial in study().trials if trial.state is TrialState.FAIL}
+    assert failed == {1e30}
+    assert {trial.params["learning_rate"] for trial in finished()} == {1e-4}
+
+
+def test_a_trial_on_two_folds_is_worth_their_mean(settings: Search, dataset: Path) -> None:
+    settings = changed(settings, dataset=dataset)
+    with Dataset.open(settings.dataset) as dataset, tracking.run("search", settings):
+        both = changed(settings, folds_per_trial=2)
+        one, two = (
+            list(TrialTraining(dataset, s).epochs(s.recipe)) for s in (settings, changed(settings, fold="1"))
+        )
+        mean = list(TrialTraining(dataset, both).epochs(both.recipe))
+    assert len(mean) == 4
+    assert mean[1].dice == one[-1].dice
+    assert one[-1].dice != two[-1].dice
+    assert mean[-1].dice == pytest.approx((one[-1].dice + two[-1].dice) / 2)
+    for scores in (one[-1], two[-1], mean[-1]):
+        assert scores.patient_dice.mean() == pytest.approx(scores.dice)
+    assert len(mean[-1].patient_dice) == len(one[-1].patient_dice) + len(two[-1].patient_dice)
+
+
+def test_warm_up_epochs_are_trained_once_and_deleted_at_the_end(
+    settings: Search, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings, calls = changed(settings, search_warmup_epochs=1), list[int]()
+    fit = trial_training.fit
+
+    def counted(*arguments: Any, **named: Any) -> Any:
+        calls.append(1)
+        return fit(*arguments, **named)
+
+    monkeypatch.setattr(trial_training, "fit", counted)
+    with monkeypatch.context() as patch:
+        patch.setattr(stage, "log_study", _interrupt)
+        with pytest.raises(Interrupted):
+            search(settings)
+    assert len([*Path("output/checkpoints").glob("warm-up-*")]) == 1
+    with Dataset.open(settings.dataset) as dataset, tracking.run("search", settings):
+        first = TrialTraining(dataset, settings)._initial.state_dict()  # what every trial starts from
+        saved = trial_training.warmup_checkpoint(settings, dataset.fingerprint).last()
+    assert saved is not None
+    untrained = build(settings.recipe.network.network, "none", settings.recipe.seed).state_dict()
+    assert all(torch.equal(first[name], saved["networks"][1][name]) for name in first)
+    assert not torch.equal(first["mask_head.0.weight"], untrained["mask_head.0.weight"])
+    search(changed(settings, trials=3))
+    assert calls == [1]
+    assert not [*Path("output/checkpoints").glob("warm-up-*/*.pt")]
+
+
+def test_second_trainings_have_their_own_fold_seed_and_start(
+    settings: Search, store: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (store / "space.yaml").write_text("weight_decay: {choices: [0.01, 0.0100001]}\n")  # trials nearly alike
+    alike = {"searched": "weight_decay", "weight_decay": 0.01, "space": store / "space.yaml"}
+    not_empty = {"learning_rate": 0.05, "search_epochs": 3, "positive_share": 0.9, "folds": 3}
+    search(
+        changed(settings, **alike, **not_empty, final_positive_share=0.9, search_warmup_epochs=1, confirm=1)
+    )
+    for name, fold, seed in (("trial", "0", "0"), ("confirm", "1", "1")):
+        params = [run.data.params for run in runs(name)]
+        assert [(each["fold"], each["seed"]) for each in params] == [(fold, seed)] * 2
+    assert capsys.readouterr().out.count("every trial starts from one network") == 2
+    assert not [*Path("output/checkpoints").glob("warm-up-*/*.pt")]
+    assert len(parent().inputs.dataset_inputs) == 1
+
+
+def test_a_trial_may_validate_on_a_part_of_the_patients_with_as_many_findings(settings: Search) -> None:
+    with Dataset.open(settings.dataset) as dataset, tracking.run("search", settings):
+        (whole,) = TrialTraining(dataset, changed(settings, folds=2))._folds
+        limit = len(whole.validation) // 2
+        (part,) = TrialTraining(dataset, changed(settings, folds=2, search_validation_images=limit))._folds
+    assert set(part.validation.indices) < set(whole.validation.indices)
+    assert abs(len(part.validation) - limit) <= 2
+    patients = {entry.patient for entry in part.validation.entries}
+    rest = set(whole.validation.indices.tolist()) - set(part.validation.indices.tolist())
+    with Dataset.open(settings.dataset) as dataset:
+        assert patients.isdisjoint(dataset.entries[index].patient for index in rest)
+    positives = [sum(entry.area_px > 0 for entry in fold.validation.entries) for fold in (whole, part)]
+    assert positives[1] == pytest.approx(positives[0] / 2, abs=1)
+    assert set(part.half.tolist()) == {0, 1}
+
+
+def test_a_kept_start_is_the_network_that_the_trials_started_from(settings: Search) -> None:
+    settings = changed(settings, search_warmup_epochs=1, trials=1)
+    start = search(settings, keep_start=True).start
+    assert start is not None
+    first = torch.load(start, weights_only=True)
+    start.unlink()
+    assert search(settings, keep_start=True).start == start  # the study has ended: trained again
+    again = torch.load(start, weights_only=True)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    untrained = build(settings.recipe.network.network, "none", settings.recipe.seed).state_dict()
+    assert not torch.equal(first["mask_head.0.weight"], untrained["mask_head.0.weight"])
+    other = changed(settings, search_warmup_epochs=0, study="other")
+    assert search(other, keep_start=True).start is None
+
+
+def test_the_warm_up_sees_no_image_that_a_fold_of_the_trials_validates_on(
+    settings: Search, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen, fit = list[int](), trial_training.fit
+
+    def counted(network: Any, data: Any, *others: Any) -> Any:
+        seen.append(len(data))
+        return fit(network, data, *others)
+
+    monkeypatch.setattr(trial_training, "fit", counted)
+    settings = changed(settings, search_warmup_epochs=1, folds_per_trial=2)
+    with Dataset.open(settings.dataset) as dataset, tracking.run("search", settings):
+        one, other = trial_training.split_folds(dataset, settings)
+        TrialTraining(dataset, settings)
+    assert seen == [len(set(one.train.tolist()) - set(other.validation.tolist()))]
+    assert seen[0] < len(one.train)
+
+
+@pytest.mark.parametrize("top", [0, 100])
+def test_a_trial_without_any_mask_loses_less_the_better_it_would_outline(top: int, settings: Search) -> None:
+    """A network that marks too much, so that empty masks score best; or one that is right."""
+    with Dataset.open(settings.dataset) as dataset, tracking.run("search", settings):
+        training = TrialTraining(dataset, settings)
+    (fold,), counts = training._folds, ThresholdCounts()
+    areas = np.array([entry.area_px for entry in fold.validation.entries])
+    half = np.argsort(np.argsort(areas)) % 2  # positives in both
+    assert set(half[areas > 0].tolist()) == {0, 1}
+    for entry in fold.validation.entries:
+        pixels = np.zeros((1, 2, 101), np.int32)
+        pixels[0, 0] = 4_000_000  # everywhere marked, at any score: Dice of positives is about their area
+        pixels[0, 1] = entry.area_px
+        if top:
+            pixels[0, :, 1:] = entry.area_px
+        counts.append(pixels, np.full(1, 0.05, np.float32))
+    score = fold.validation.score(counts, Thresholds())
+    result = EpochResult(cast("Any", None), counts, Thresholds(), score, {})
+    scores = trial_training._score_fold(replace(fold, half=half), result)
+    sums, images = dict[str, float](), len(areas)
+    for entry in fold.validation.entries:
+        sums[entry.patient] = sums.get(entry.patient, 0) + (entry.area_px == 0 or top > 0)
+    assert scores.patient_dice.tolist() == pytest.approx(
+        [sums[name] * len(sums) / images for name in sorted(sums)]
+    )
+    if top:
+        assert (scores.empty_loss, scores.dice, scores.false_alarms) == (0, 1, 0)
+    else:
+        outlined = np.mean([2 * area / (4_000_000 + area) for area in areas if area])
+        assert scores.empty_loss == pytest.approx(1 - outlined)
+        assert (scores.dice, scores.false_alarms) == (np.mean(areas == 0), 0)
+
+
+def _interrupt(*arguments: Any) -> None:
+    raise Interrupted
+
+
+# Several workers
+
+
+def test_no_two_workers_on_sqlite_take_the_same_waiting_trial() -> None:
+    first = optuna.create_study(study_name="s", storage=open_storage(STORAGE))
+    for number in range(30):
+        first.enqueue_trial({"x": number})
+    taken, start = list[int](), threading.Barrier(4)
+
+    def note(trial: optuna.Trial) -> float:
+        taken.append(trial.number)
+        return 0.0
+
+    def take() -> None:
+        study = optuna.load_study(study_name="s", storage=open_storage(STORAGE))
+        start.wait()
+        while study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
+            study.optimize(note, n_trials=1)
+
+    workers = [threading.Thread(target=take) for _ in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert sorted(number for number in taken if number < 30) == list(range(30))

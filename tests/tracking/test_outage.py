@@ -1,0 +1,751 @@
+"""A tracking store that becomes unreachable during a run, and system metrics.
+
+The server is a real one, killed with -9 and restarted on the same port.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sqlite3
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pytest
+import requests
+from command_server import Command, CommandServer
+from helpers import copy_store, environment, make
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException, RestException
+from tracking_server import Server, calls_in, free_port, wait_until
+
+from pneumo_experiments import tracking
+from pneumo_experiments.errors import UserError
+from pneumo_experiments.registry import champions, model_scores, versions
+from pneumo_experiments.settings import Preprocess, Register, Sample, Train
+from pneumo_experiments.tracking import buffered_client, context
+from pneumo_experiments.tracking.__main__ import send_buffered
+
+# Logs before, during and after an outage; continues at each line on stdin. Its stderr is the file err.
+TRAINING = """
+import os
+import sys
+from pathlib import Path
+import numpy as np
+from mlflow.exceptions import MlflowException
+from pneumo_experiments import tracking
+from pneumo_experiments.errors import UserError
+from pneumo_experiments.settings import Schedule, Train
+from pneumo_experiments.tracking import buffered_client
+
+os.dup2(os.open("err", os.O_WRONLY | os.O_CREAT), 2)
+
+def wait(word):
+    print(word, flush=True)
+    sys.stdin.readline()
+
+def count_pings(address):
+    pings.append(address)
+    ping(address)
+
+pings, ping, buffered_client.ping = [], buffered_client.ping, count_pings
+buffered_client.RETRY_SECONDS = float(sys.argv[1])
+settings = Train(schedule=Schedule(epochs=9))
+with tracking.run("train", settings, system_metrics=sys.argv[2] == "sampled") as run_id:
+    print(run_id)
+    tracking.log_metrics({"dice": 0.1, "loss": 0.9}, step=1)
+    wait("up")
+    before = len(pings)
+    for step in range(2, 12):
+        tracking.log_metrics({"dice": step / 10, "loss": 1 - step / 10}, step=step)
+    try:
+        tracking.log_metrics({"no: such\\nname": 1.0})
+    except MlflowException as error:
+        print(error.error_code)
+    tracking.log_params({"device_used": "none", "epochs": "77"})
+    tracking.log_dataset(Path("data.h5"), "0123456789abcdef0123", "training")
+    tracking.log_json({"parts": [1, 2]}, "sheets/split.json")
+    tracking.log_image(np.full((4, 5, 3), 200, np.uint8), "sheets/sheet.png")
+    tracking.describe("What came of it.")
+    print(len(pings) - before)
+    try:
+        with tracking.run("child", Train()):
+            print("a child was made")
+    except UserError as error:
+        print(error)
+    wait("down")
+    tracking.log_metrics({"dice": 1.2}, step=12)
+    if sys.argv[2] == "model":
+        folder = Path("weights")
+        folder.mkdir()
+        (folder / "model.json").write_text("{}")
+        print(tracking.log_model(folder))
+print("end")
+"""
+# python -m pneumo_experiments.tracking
+SEND = "import runpy; runpy.run_module('pneumo_experiments.tracking', run_name='__main__', alter_sys=True)"
+
+
+@dataclass
+class Training:
+    """A process of TRAINING, and its lines on stdout."""
+
+    folder: Path
+    process: Command
+    lines: list[str] = field(default_factory=list[str])
+    code: int | None = None
+
+    def read_until(self, word: str) -> None:
+        while not self.lines or self.lines[-1] != word:
+            line = self.process.stdout.readline()
+            assert line, self.err
+            self.lines.append(line.strip())
+
+    def resume(self) -> None:
+        self.process.stdin.write("\n")
+
+    def finish(self) -> None:
+        self.read_until("end")
+        self.code = self.process.wait()
+
+    @property
+    def err(self) -> str:
+        return (self.folder / "err").read_text()
+
+    @property
+    def run_id(self) -> str:
+        return self.lines[0]
+
+    @property
+    def file(self) -> Path:
+        return self.folder / "output" / f"undelivered-{self.run_id}" / "calls.jsonl"
+
+
+def start(server: Server, folder: Path, commands: CommandServer, *words: str) -> Training:
+    folder.mkdir()
+    variables = environment() | {"MLFLOW_TRACKING_URI": server.uri}
+    variables |= {"MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL": "1"}
+    return Training(folder, commands.start(*words, folder=folder, environment=variables, code=TRAINING))
+
+
+@dataclass(frozen=True)
+class Outage:
+    """Two trainings whose server died: one ended after it was restarted, the other before."""
+
+    server: Server
+    reconnected: Training
+    buffered: list[dict[str, Any]]
+    cut_off: Training
+    left: list[dict[str, Any]]  # the calls in the file of the second
+    left_files: list[str]
+    sent: tuple[int, str]
+
+
+@pytest.fixture(scope="module")
+def outage(tmp_path_factory: pytest.TempPathFactory, commands: CommandServer) -> Iterator[Outage]:
+    folder = tmp_path_factory.mktemp("outage")
+    server = Server(folder, free_port(), commands)
+    trainings = list[Training]()
+    try:
+        server.start()
+        reconnected = start(server, folder / "reconnected", commands, "1", "sampled")
+        cut_off = start(server, folder / "cut_off", commands, "3600", "model")
+        trainings = [reconnected, cut_off]
+        for training in trainings:
+            training.read_until("up")
+        server.kill()
+        for training in trainings:
+            training.resume()
+        for training in trainings:
+            training.read_until("down")
+        buffered = calls_in(reconnected.file)
+        cut_off.resume()
+        cut_off.finish()
+        left = calls_in(cut_off.file)
+        left_files = sorted(path.name for path in cut_off.file.parent.rglob("*.*"))
+        variables = environment() | {"MLFLOW_TRACKING_URI": server.uri}
+        server.start()
+        reconnected.resume()
+        reconnected.finish()
+        command = commands.start(cut_off.file, folder=cut_off.folder, environment=variables, code=SEND)
+        sent = command.communicate()
+        yield Outage(server, reconnected, buffered, cut_off, left, left_files, sent)
+    finally:
+        server.kill()
+        for training in trainings:
+            with suppress(ProcessLookupError):
+                training.process.send_signal(signal.SIGKILL)
+            training.process.communicate()
+
+
+def check_complete(server: Server, run_id: str, last_step: int) -> None:
+    dice = server.client.get_metric_history(run_id, "dice")
+    assert [(m.step, m.value) for m in dice] == [(step, step / 10) for step in range(1, last_step + 1)]
+    assert [m.timestamp for m in dice] == sorted(m.timestamp for m in dice)
+    loss = server.client.get_metric_history(run_id, "loss")
+    assert [(m.step, m.value) for m in loss] == [(1, 0.9)] + [(s, 1 - s / 10) for s in range(2, 12)]
+    run = server.client.get_run(run_id)
+    assert run.info.status == "FINISHED"
+    assert (run.data.params["epochs"], run.data.params["device_used"]) == ("9", "none")
+    assert run.data.tags["mlflow.note.content"] == "What came of it."
+    assert {name for name in run.data.metrics if not name.startswith("system/")} == {"dice", "loss"}
+    (used,) = run.inputs.dataset_inputs
+    assert (used.dataset.name, used.dataset.digest) == ("data", "0123456789abcdef")
+    assert {tag.key: tag.value for tag in used.tags} == {"mlflow.data.context": "training"}
+    sheets = server.folder / "artifacts" / "0" / run_id / "artifacts" / "sheets"
+    assert sorted(path.name for path in sheets.iterdir()) == ["sheet.png", "split.json"]
+    assert json.loads((sheets / "split.json").read_text()) == {"parts": [1, 2]}
+
+
+def test_buffered_calls_arrive_once_in_order_and_with_their_timestamps(outage: Outage) -> None:
+    training = outage.reconnected
+    assert training.code == 0
+    check_complete(outage.server, training.run_id, 12)
+    buffered = {call["step"]: call["timestamp"] for call in outage.buffered if call["call"] == "metrics"}
+    assert list(buffered) == list(range(2, 12))
+    arrived = outage.server.client.get_metric_history(training.run_id, "dice")
+    assert {m.step: m.timestamp for m in arrived if m.step in buffered} == buffered
+    assert not training.file.parent.exists()
+
+
+def test_an_outage_and_its_end_are_each_reported_once(outage: Outage) -> None:
+    start, end = (line for line in outage.reconnected.err.splitlines() if "MLFLOW_TRACKING_URI" in line)
+    assert outage.server.uri in start
+    assert "unreachable" in start
+    assert f" {outage.reconnected.file} " in start.replace(",", " ").replace(";", " ") + " "
+    assert outage.server.uri in end
+    assert "reachable again" in end
+    assert len(outage.reconnected.err.splitlines()) == 2
+
+
+def test_system_metrics_continue_after_an_outage(outage: Outage) -> None:
+    samples = outage.server.client.get_metric_history(
+        outage.reconnected.run_id, "system/cpu_utilization_percentage"
+    )
+    last_buffered = max(call["timestamp"] for call in outage.buffered if "timestamp" in call)
+    assert max(m.timestamp for m in samples) > last_buffered
+    assert all(call["call"] != "metrics" or "dice" in call["values"] for call in outage.buffered)
+
+
+def test_an_invalid_name_is_refused_during_an_outage(outage: Outage) -> None:
+    assert outage.reconnected.lines[2] == outage.cut_off.lines[2] == "INVALID_PARAMETER_VALUE"
+
+
+def test_logging_during_an_outage_does_not_wait_for_the_server(outage: Outage) -> None:
+    assert outage.cut_off.lines[3] == "1"  # attempt to reach it, for all calls
+
+
+def test_a_child_run_needs_the_server(outage: Outage) -> None:
+    line = outage.cut_off.lines[4]
+    assert line.startswith(f"MLFLOW_TRACKING_URI={outage.server.uri}: ")
+    assert "no server" in line
+
+
+def test_a_run_whose_server_stays_unreachable_succeeds_and_leaves_the_missing_calls(outage: Outage) -> None:
+    training = outage.cut_off
+    assert training.code == 0
+    names = ["metrics"] * 10 + ["params", "dataset", "artifact", "artifact", "tags"]
+    assert [call["call"] for call in outage.left] == [*names, "metrics", "model", "end"]
+    assert {call["run_id"] for call in outage.left} == {training.run_id}
+    metrics = [(call["step"], call["values"]) for call in outage.left if call["call"] == "metrics"]
+    expected = [(step, {"dice": step / 10, "loss": 1 - step / 10}) for step in range(2, 12)]
+    assert metrics == [*expected, (12, {"dice": 1.2})]
+    assert outage.left[-1]["status"] == "FINISHED"
+    assert outage.left_files == ["calls.jsonl", "sheet.png", "split.json"]
+
+
+def test_the_last_line_names_the_file_and_the_command_that_sends_it(outage: Outage) -> None:
+    file = outage.cut_off.file
+    start, model, last = outage.cut_off.err.splitlines()
+    assert "unreachable" in start
+    assert f"{outage.cut_off.folder}/output/model-{outage.cut_off.run_id}" in model
+    assert "18 calls" in last
+    assert "undelivered" in last
+    assert last.endswith(f"python -m pneumo_experiments.tracking {file}")
+
+
+def test_a_model_that_cannot_be_logged_is_saved_locally(outage: Outage) -> None:
+    saved = outage.cut_off.folder / "output" / f"model-{outage.cut_off.run_id}"
+    assert outage.cut_off.lines[-2] == str(saved)
+    assert {path.name for path in saved.iterdir()} >= {"MLmodel", "code", "data"}
+
+
+def test_the_command_sends_the_missing_calls(outage: Outage) -> None:
+    training = outage.cut_off
+    code, said = outage.sent
+    assert code == 0, said
+    check_complete(outage.server, training.run_id, 12)
+    end = outage.server.client.get_run(training.run_id).info.end_time
+    assert end == outage.left[-1]["end_time"]
+    (model,) = outage.server.client.search_logged_models(["0"])
+    assert (model.source_run_id, str(model.status)) == (training.run_id, "READY")
+    assert model.model_uri in said
+    assert not training.file.parent.exists()
+
+
+# A server that responds, but with errors
+
+
+class Proxy(ThreadingHTTPServer):
+    """A proxy before a server: forwards requests, or answers all but HEAD with a status, or hangs."""
+
+    def __init__(self, server: Server) -> None:
+        super().__init__(("127.0.0.1", 0), ProxyHandler)
+        self.behind, self.behaviour, self.ended, self.hung = server, "forwards", threading.Event(), 0
+        self.refused: dict[str, int] = {}  # status by the end of a path
+        self.uri = f"http://127.0.0.1:{self.server_port}"
+
+
+class ProxyHandler(BaseHTTPRequestHandler):
+    server: Proxy
+
+    def handle_any(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        behaviour = "forwards" if self.command == "HEAD" else self.server.behaviour
+        if self.command == "POST":
+            refused = (status for end, status in self.server.refused.items() if self.path.endswith(end))
+            behaviour = str(next(refused, behaviour))
+        if behaviour == "hangs":
+            self.server.hung += 1
+            self.server.ended.wait()
+        elif behaviour == "forwards":
+            address = self.server.behind.uri + self.path
+            headers = {name: text for name, text in self.headers.items() if name.lower() != "host"}
+            answer = requests.request(self.command, address, data=body, headers=headers, timeout=60)
+            self.answer(answer.status_code, answer.headers.get("Content-Type", ""), answer.content)
+        else:
+            page = b"<html>\n<body>gateway, log in first</body>\n</html>"
+            self.answer(int(behaviour), "text/html", page)
+
+    def answer(self, status: int, kind: str, content: bytes) -> None:
+        with suppress(OSError):  # the program may have given up
+            self.send_response(status)
+            self.send_header("Content-Type", kind)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(content)
+
+    do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = handle_any  # noqa: N815
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def proxy(outage: Outage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
+    monkeypatch.chdir(tmp_path)
+    for name in ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID", "MLFLOW_EXPERIMENT_NAME"):
+        monkeypatch.delenv(name, raising=False)
+    with Proxy(outage.server) as between:
+        threading.Thread(target=between.serve_forever, daemon=True).start()
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", between.uri)
+        monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+        monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+        mlflow.set_tracking_uri(None)
+        yield between
+        between.ended.set()
+        between.shutdown()
+    mlflow.set_tracking_uri(None)
+
+
+BEHAVIOURS = ["500", "403", "404", "200", "hangs"]
+
+
+@pytest.mark.parametrize("behaviour", BEHAVIOURS)
+def test_a_server_that_starts_to_fail_ends_the_next_stage_with_one_line(behaviour: str, proxy: Proxy) -> None:
+    stages: dict[str, Callable[[], object]] = {
+        "start": lambda: tracking.run("sample", Sample()).__enter__(),
+        "best": lambda: model_scores.best_model("lungs"),
+        "data": lambda: tracking.model_data("models:/nobody@champion"),
+        "register": lambda: versions.registering("models:/m-1", "lungs", {}).__enter__(),
+    }
+    if behaviour == "hangs":  # each call takes seconds
+        stages = {"start": stages["start"]}
+    for name, call in stages.items():
+        with pytest.raises(UserError) as error, tracking.run("main", Sample()) as run_id:
+            proxy.behaviour = behaviour
+            call()
+        line = str(error.value)
+        assert len(line.splitlines()) == 1, name
+        assert "<body>" not in line, name
+        assert line.startswith((f"MLFLOW_TRACKING_URI={proxy.uri}: ", "model=models:/")), name
+        proxy.behaviour = "forwards"
+        file = Path("output") / f"undelivered-{run_id}" / "calls.jsonl"
+        send_buffered(file)
+        assert MlflowClient().get_run(run_id).info.status == "FAILED", name
+
+
+@pytest.mark.parametrize("status", [404, 501])
+def test_a_registry_that_knows_no_aliases_is_one_line_and_leaves_the_version_decided(
+    status: int, proxy: Proxy, tmp_path: Path
+) -> None:
+    (tmp_path / "made").mkdir()
+    (tmp_path / "made" / "model.json").write_text("{}")
+    proxy.refused["/registered-models/alias"] = status
+    name = f"without-{status}"
+    with pytest.raises(UserError) as error, tracking.run("register", Register()) as run_id:
+        model = tracking.log_model(tmp_path / "made")
+        with versions.registering(model, name, {}) as number:
+            champions.decide(name, number, "champion", "the first", {})
+    line = str(error.value)
+    assert line.startswith(f"MLFLOW_TRACKING_URI={proxy.uri}: the alias champion cannot be set (")
+    assert f"version 1 of {name} stays registered" in line
+    assert "\n" not in line
+    client = MlflowClient()
+    assert client.get_run(run_id).info.status == "FAILED"
+    tags = client.get_model_version(name, "1").tags
+    assert tags["decision"] == "none"
+    assert "cannot be set" in tags["reason"]
+
+
+@pytest.mark.parametrize("behaviour", BEHAVIOURS)
+def test_a_server_that_fails_from_the_start_is_named(behaviour: str, proxy: Proxy) -> None:
+    proxy.behaviour = behaviour
+    with pytest.raises(UserError, match=f"MLFLOW_TRACKING_URI={proxy.uri}: .*cannot be opened") as error:
+        tracking.open_store()
+    assert "\n" not in str(error.value)
+
+
+def test_a_call_does_not_wait_for_minutes_by_default(commands: CommandServer, tmp_path: Path) -> None:
+    code = "import importlib; from mlflow.environment_variables import *\n"
+    values = "print(MLFLOW_HTTP_REQUEST_TIMEOUT.get(), MLFLOW_HTTP_REQUEST_MAX_RETRIES.get())\n"
+    code += f"{values}from pneumo_experiments import tracking\nimportlib.reload(tracking)\n{values}"
+    variables = environment()
+    for name in ("MLFLOW_HTTP_REQUEST_TIMEOUT", "MLFLOW_HTTP_REQUEST_MAX_RETRIES"):
+        variables.pop(name, None)
+    done = commands.start(folder=tmp_path, environment=variables, code=code).communicate()
+    assert done == (0, "120 7\n30 1\n")  # MLflow's own, and those of the package
+
+
+def test_a_server_that_hangs_does_not_block_a_run_and_gets_everything_later(
+    proxy: Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(buffered_client, "RETRY_SECONDS", 0)  # the duration of an attempt sets the pause
+    (tmp_path / "made").mkdir()
+    (tmp_path / "made" / "model.json").write_text("{}")
+    with tracking.run("train", Train(), system_metrics=True) as run_id:
+        tracking.log_metrics({"dice": 0.1}, step=1)
+        proxy.behaviour = "hangs"
+        for step in range(2, 50):
+            tracking.log_metrics({"dice": step / 100}, step=step)
+        tracking.log_json({"a": 1}, "sheets/a.json")
+        saved = tracking.log_model(tmp_path / "made")
+    assert saved == f"{Path.cwd()}/output/model-{run_id}"
+    assert 1 <= proxy.hung < 10
+    file = tmp_path / "output" / f"undelivered-{run_id}" / "calls.jsonl"
+    names = [call["call"] for call in calls_in(file)]
+    assert names == ["metrics"] * 48 + ["artifact", "model", "end"]
+    proxy.behaviour = "forwards"
+    send_buffered(file)
+    run = MlflowClient().get_run(run_id)
+    assert run.info.status == "FINISHED"
+    assert [m.step for m in MlflowClient().get_metric_history(run_id, "dice")] == list(range(1, 50))
+    models = MlflowClient().search_logged_models(["0"])
+    assert [str(m.status) for m in models if m.source_run_id == run_id] == ["READY"]
+    assert not file.parent.exists()
+
+
+# A database in a file
+
+
+@pytest.fixture
+def client(empty_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MlflowClient:
+    copy_store(empty_store, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    for name in ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID", "MLFLOW_EXPERIMENT_NAME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.4")
+    mlflow.set_tracking_uri(None)
+    return MlflowClient()
+
+
+def history(client: MlflowClient, run_id: str, name: str) -> list[tuple[int, float]]:
+    return [(metric.step, metric.value) for metric in client.get_metric_history(run_id, name)]
+
+
+def test_a_database_that_fails_gets_its_metrics_later(
+    client: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    # A lock raises the same kind of error, but only after the 20 s that MLflow waits for it.
+    def alter(words: str) -> None:
+        with sqlite3.connect(tmp_path / "mlflow.db") as other:
+            other.execute(f"ALTER TABLE {words}")
+
+    with tracking.run("train", Train()) as run_id:
+        tracking.log_metrics({"dice": 0.1}, step=1)
+        alter("metrics RENAME TO away")
+        tracking.log_metrics({"dice": 0.2}, step=2)
+        tracking.log_metrics({"dice": 0.3}, step=3)
+        assert len(calls_in(tmp_path / "output" / f"undelivered-{run_id}" / "calls.jsonl")) == 2
+        alter("away RENAME TO metrics")
+        monkeypatch.setattr(context.active_client(), "_next_attempt", 0.0)
+        tracking.log_metrics({"dice": 0.4}, step=4)
+        assert history(client, run_id, "dice") == [(1, 0.1), (2, 0.2), (3, 0.3), (4, 0.4)]
+    assert list((tmp_path / "output").iterdir()) == []
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_resumed_run_sends_the_calls_that_its_first_process_left(
+    client: MlflowClient, tmp_path: Path
+) -> None:
+    with suppress(KeyboardInterrupt), tracking.run("train", Train()) as run_id:
+        raise KeyboardInterrupt
+    left = buffered_client.BufferedClient(Path("output") / f"undelivered-{run_id}")
+    for step in (1, 2):
+        left.buffer("metrics", run_id=run_id, values={"dice": step}, step=step, timestamp=7, model_id=None)
+    with tracking.run("train", Train(), continues=run_id) as again:
+        assert again == run_id
+        assert history(client, run_id, "dice") == [(1, 1), (2, 2)]
+    assert not left.folder.exists()
+
+
+def test_an_incomplete_last_line_is_dropped_and_the_others_stay(tmp_path: Path) -> None:
+    unsent = buffered_client.BufferedClient(tmp_path / "box")
+    unsent.buffer("tags", run_id="a", values={"x": "y"})
+    with unsent.file.open("a") as file:
+        file.write('{"call": "tags", "run_')
+    again = buffered_client.BufferedClient(tmp_path / "box")
+    again.buffer("tags", run_id="b", values={})
+    assert [call["run_id"] for call in calls_in(again.file)] == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("error", "is_temporary"),
+    [
+        (RestException({"error_code": "TEMPORARILY_UNAVAILABLE"}), True),
+        (RestException({"error_code": "REQUEST_LIMIT_EXCEEDED"}), True),
+        (RestException({"error_code": "PERMISSION_DENIED"}), True),
+        (RestException({"error_code": "INVALID_PARAMETER_VALUE"}), False),
+        (RestException({"error_code": "RESOURCE_DOES_NOT_EXIST"}), False),
+        (requests.ConnectionError(), True),
+        (requests.ReadTimeout(), True),
+        (requests.exceptions.InvalidURL(), False),
+        (FileNotFoundError(), False),
+    ],
+)
+def test_only_a_temporary_error_is_an_outage(error: Exception, is_temporary: bool) -> None:
+    assert buffered_client.is_outage(error) == is_temporary
+
+
+def test_a_refused_call_does_not_block_the_others(client: MlflowClient, tmp_path: Path) -> None:
+    with tracking.run("train", Train()) as run_id:
+        unsent = buffered_client.BufferedClient(tmp_path / "box")
+        for step, run in enumerate([run_id, "0" * 32, run_id]):
+            unsent.buffer("metrics", run_id=run, values={"dice": 0.5}, step=step, timestamp=7, model_id=None)
+        assert not unsent.flush()
+        assert history(client, run_id, "dice") == [(0, 0.5), (2, 0.5)]
+        (missing,) = calls_in(unsent.file)
+        assert (missing["run_id"], missing["step"]) == ("0" * 32, 1)
+
+
+# A damaged or malicious calls.jsonl
+
+
+def artifacts_of(client: MlflowClient, run_id: str) -> Path:
+    return Path(client.get_run(run_id).info.artifact_uri.removeprefix("file://"))
+
+
+def documents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b'{"call": "tags", "run_',  # incomplete
+        b"rubbish",
+        b"rubbish\n\xff\n",
+        b"[]\n7\nnull\n{}\n",
+        b'{"call": "exit"}\n{"call": ["tags"]}\n',
+        b"[" * 100_000 + b"\n",
+        b'{"call": "tags"}\n{"call": "tags", "run_id": 7, "values": 8}\n{"call": "artifact", "path": 9}\n',
+    ],
+)
+def test_invalid_lines_are_reported_and_no_other_file_is_touched(
+    line: bytes, client: MlflowClient, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run_id = client.create_run("0").info.run_id
+    folder = tmp_path / "documents"
+    (folder / "files").mkdir(parents=True)
+    for name in ("letter.txt", "files/picture.png"):
+        (folder / name).write_bytes(b"mine")
+    valid = json.dumps({"call": "tags", "run_id": run_id, "values": {"a": "b"}}) + "\n"
+    (folder / "calls.jsonl").write_bytes(valid.encode() + line)
+    is_incomplete = line.startswith(b'{"call": "tags", "run_')
+    if is_incomplete:
+        send_buffered(folder / "calls.jsonl")
+    else:
+        with pytest.raises(UserError, match=r"calls\.jsonl: \d (invalid lines|calls are still missing)"):
+            send_buffered(folder / "calls.jsonl")
+    assert client.get_run(run_id).data.tags["a"] == "b"
+    left = documents(folder)
+    assert left.pop("letter.txt") == left.pop("files/picture.png") == b"mine"
+    assert set(left) == (set() if is_incomplete else {"calls.jsonl"})
+    if not is_incomplete:
+        assert line.strip(b"\n") in left["calls.jsonl"]
+    assert ("incomplete last line" in caplog.text) == is_incomplete
+
+
+@pytest.mark.parametrize("kind", ["artifact", "model"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/etc/passwd",
+        "../secret",
+        "box/files/../../secret",
+        "box/files",
+        "box/letter.txt",
+        "secret",
+        "box/files/1/link",
+        "box/files/linked/secret",
+        "box/files/2",
+        "model-{run_id}/data/link",
+        "model-{run_id}/MLmodel",
+        "model-../data",
+    ],
+)
+def test_a_file_that_no_run_buffered_is_neither_uploaded_nor_removed(
+    path: str, kind: str, client: MlflowClient, tmp_path: Path
+) -> None:
+    run_id = client.create_run("0").info.run_id
+    above = tmp_path / "a" / "b"
+    box, model = above / "box", above / f"model-{run_id}"
+    for folder in (box / "files" / "1", box / "files" / "2", model / "data"):
+        folder.mkdir(parents=True)
+    for name in (above / "secret", above.parent / "secret", box / "letter.txt", model / "MLmodel"):
+        name.write_text("secret")
+    for link in (box / "files" / "1" / "link", box / "files" / "2" / "link", model / "data" / "link"):
+        link.symlink_to(above / "secret")
+    (box / "files" / "linked").symlink_to(above)
+    call = {"call": kind, "run_id": run_id, "path": path.format(run_id=run_id)}
+    call |= {"folder": ""} if kind == "artifact" else {"requirements": []}
+    (box / "calls.jsonl").write_text(json.dumps(call) + "\n")
+    before = documents(above)
+    with pytest.raises(UserError, match="1 calls are still missing"):
+        send_buffered(box / "calls.jsonl")
+    assert documents(above) == before
+    assert documents(artifacts_of(client, run_id)) == {}
+
+
+def test_buffered_files_are_sent_from_a_moved_folder_and_only_they_are_removed(
+    client: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_id = client.create_run("0").info.run_id
+    unsent = buffered_client.BufferedClient(tmp_path / "output" / "box")
+    (tmp_path / "a.txt").write_text("kept")
+    for folder in ("x", "y"):
+        unsent.buffer("artifact", run_id=run_id, path=unsent.copy(tmp_path / "a.txt"), folder=folder)
+    (tmp_path / "output").rename(tmp_path / "moved")
+    (tmp_path / "moved" / "box" / "letter.txt").write_text("mine")
+    monkeypatch.chdir(tmp_path / "moved" / "box")
+    send_buffered(Path("calls.jsonl"))
+    assert documents(tmp_path / "moved") == {"box/letter.txt": b"mine"}
+    assert list((tmp_path / "moved" / "box").iterdir()) == [tmp_path / "moved" / "box" / "letter.txt"]
+    assert documents(artifacts_of(client, run_id)) == {"x/a.txt": b"kept", "y/a.txt": b"kept"}
+
+
+def test_a_name_that_is_not_utf_8_can_be_sent(client: MlflowClient, tmp_path: Path) -> None:
+    odd = os.fsdecode(b"x\xff")
+    with tracking.run(
+        "preprocess", make(Preprocess, dicom_dir=Path(odd), dataset=Path(f"{odd}.h5"))
+    ) as run_id:
+        tracking.describe(f"File {odd}")
+        tracking.log_params({"place": Path(odd)})
+        tracking.log_dataset(Path(f"{odd}.h5"), "0123456789abcdef0123", "training")
+        (tmp_path / f"{odd}.txt").write_text("here")
+        tracking.log_file(tmp_path / f"{odd}.txt")
+        unsent = buffered_client.BufferedClient(tmp_path / "box")
+        unsent.buffer("tags", run_id=run_id, values={"odd": odd})
+        unsent.buffer("artifact", run_id=run_id, path=unsent.copy(tmp_path / f"{odd}.txt"), folder="kept")
+        unsent.buffer("tags", run_id=run_id, values={"last": "one"})
+        unsent.flush()
+    run = client.get_run(run_id)
+    assert run.data.params["dicom_dir"] == run.data.params["place"] == "x\\udcff"
+    assert run.data.tags["mlflow.note.content"] == "File x\\udcff"
+    assert (run.data.tags["odd"], run.data.tags["last"]) == ("x\\udcff", "one")
+    assert run.inputs.dataset_inputs[0].dataset.name == "x\\udcff"
+    assert (artifacts_of(client, run_id) / "x\\udcff.txt").read_text() == "here"
+
+
+@pytest.mark.parametrize("name", ["a:\nb", "../../a.json"])
+def test_an_invalid_name_is_an_error_at_once_and_not_buffered(
+    name: str, client: MlflowClient, tmp_path: Path
+) -> None:
+    with tracking.run("train", Train()):
+        with pytest.raises(MlflowException):
+            if name.endswith("json"):
+                tracking.log_json({}, name)
+            else:
+                tracking.log_metrics({name: 0.5})
+        assert not (tmp_path / "output").exists()
+
+
+@pytest.mark.parametrize(
+    ("uri", "name", "reason"),
+    [
+        ("http://127.0.0.1:9", "calls.jsonl", "no server responds"),
+        ("sqlite:///mlflow.db", "nothing.jsonl", "nothing.jsonl: no such"),
+    ],
+)
+def test_sending_buffered_calls_needs_the_store_and_the_file(
+    uri: str, name: str, reason: str, client: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    buffered_client.BufferedClient(tmp_path).buffer("tags", run_id="0" * 32, values={"a": "b"})
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    mlflow.set_tracking_uri(None)
+    with pytest.raises(UserError, match=reason):
+        send_buffered(tmp_path / name)
+    assert len(calls_in(tmp_path / "calls.jsonl")) == 1
+
+
+# System metrics
+
+
+def test_system_metrics_continue_in_a_resumed_run(
+    client: MlflowClient, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with suppress(KeyboardInterrupt), tracking.run("train", Train(), system_metrics=True) as run_id:
+        wait_until(lambda: len(history(client, run_id, "system/cpu_utilization_percentage")) >= 3)
+        raise KeyboardInterrupt
+    first = client.get_metric_history(run_id, "system/cpu_utilization_percentage")
+    with tracking.run("train", Train(), continues=run_id, system_metrics=True):
+        pass
+    both = client.get_metric_history(run_id, "system/cpu_utilization_percentage")
+    assert len(both) > len(first)
+    steps = [metric.step for metric in both]
+    assert steps == sorted(steps)
+    assert all(0 <= metric.value <= 100 for metric in both)
+    memory = client.get_run(run_id).data.metrics["system/system_memory_usage_megabytes"]
+    assert 100 < memory < 10_000_000
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("error", [None, ValueError("a bug"), KeyboardInterrupt()])
+def test_system_metrics_end_with_the_run_and_even_a_short_run_has_some(
+    error: BaseException | None, client: MlflowClient
+) -> None:
+    before = set(threading.enumerate())
+    with (
+        suppress(ValueError, KeyboardInterrupt),
+        tracking.run("train", Train(), system_metrics=True) as run_id,
+    ):
+        assert "system-metrics" in {thread.name for thread in threading.enumerate()}
+        if error is not None:
+            raise error
+    assert {thread.name for thread in set(threading.enumerate()) - before} <= {"MLflowAsync"}
+    assert len(client.get_metric_history(run_id, "system/cpu_utilization_percentage")) >= 1
+
+
+def test_a_run_without_system_metrics_has_none(client: MlflowClient) -> None:
+    with tracking.run("train", Train()) as run_id:
+        tracking.log_metrics({"dice": 0.5})
+    assert set(client.get_run(run_id).data.metrics) == {"dice"}

@@ -1,0 +1,476 @@
+"""Runs and model versions in MLflow, also of processes that are interrupted or killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlflow
+import psutil
+import pytest
+import yaml
+from command_server import Command, CommandServer
+from helpers import environment, make
+from mlflow import MlflowClient
+from mlflow.entities import DatasetInput, Run
+from mlflow.exceptions import MlflowException
+from tracking_server import TIMEOUT_SECONDS, wait_until
+
+from pneumo_experiments import interrupts, tracking
+from pneumo_experiments.errors import UserError
+from pneumo_experiments.registry import model_scores
+from pneumo_experiments.settings import Preprocess, Register, Sample, Score, Search, Train, as_config, flat
+from pneumo_experiments.tracking import context
+from pneumo_experiments.tracking.processes import is_dead, process_tags
+
+
+@dataclass(frozen=True)
+class Store:
+    """A store of its own, in a folder of its own."""
+
+    folder: Path
+
+    @property
+    def uri(self) -> str:
+        return f"sqlite:///{self.folder / 'mlflow.db'}"
+
+    @property
+    def client(self) -> MlflowClient:
+        return MlflowClient(self.uri)
+
+    def runs(self) -> dict[str, Run]:
+        return {run.info.run_name: run for run in self.client.search_runs(["0"])}
+
+    def statuses(self) -> dict[str, str]:
+        return {name: run.info.status for name, run in self.runs().items()}
+
+
+@pytest.fixture
+def store(empty_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
+    shutil.copy(empty_store, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    for name in ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID", "MLFLOW_EXPERIMENT_NAME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    mlflow.set_tracking_uri(None)
+    yield Store(tmp_path)
+    assert mlflow.active_run() is None
+
+
+# Runs
+
+
+def test_a_run_holds_its_settings_as_a_config_file_without_passwords(store: Store) -> None:
+    storage = "postgresql://me:hush@127.0.0.1/optuna"
+    settings = make(Search, storage=storage, learning_rate=1e-5, augment=False)
+    with tracking.run("search", settings) as run_id:
+        pass
+    text = Path(store.client.download_artifacts(run_id, "config.yaml", str(store.folder))).read_text()
+    assert "hush" not in text
+    assert yaml.safe_load(text) == as_config(settings) | {"storage": storage.replace("hush", "***")}
+
+
+def test_a_setting_that_differs_from_what_the_run_has_already_is_a_param_of_its_own(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_id = store.client.create_run("0").info.run_id
+    for name, text in {
+        "dataset": "output/dataset.h5",
+        "epochs": "3e0",
+        "augment": "True",
+        "best_k": "3",
+    }.items():
+        store.client.log_param(run_id, name, text)
+    monkeypatch.setenv("MLFLOW_RUN_ID", run_id)
+    with tracking.run("train", make(Train, dataset=Path("mine.h5"), epochs=3)):
+        pass
+    params = store.client.get_run(run_id).data.params
+    assert {name: text for name, text in params.items() if name.endswith("_used")} == {
+        "dataset_used": "mine.h5"
+    }
+    assert (params["dataset"], params["epochs"]) == ("output/dataset.h5", "3e0")
+
+
+@pytest.mark.parametrize("given", ["siim baseline", "fold-three-2", "able-ant", None])
+def test_a_name_that_somebody_gave_to_the_run_stays(
+    given: str | None, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = store.client.create_run("0", run_name=given)  # as `mlflow run` does, with --run-name or without
+    monkeypatch.setenv("MLFLOW_RUN_ID", run.info.run_id)
+    with tracking.run("train", make(Train)), tracking.run("fold 0", make(Train)):
+        pass
+    assert store.client.get_run(run.info.run_id).info.run_name == (given or "train")
+    assert "fold 0" in store.runs()
+
+
+def test_runs_nest_under_their_step_and_hold_every_setting(store: Store) -> None:
+    with tracking.run("search", make(Search, study="mine"), "Two\nlines."):
+        with tracking.run("trial 0", make(Train, epochs=3)):
+            tracking.log_metrics({"dice": 0.25}, step=1)
+            tracking.log_metrics({"dice": 0.5}, step=2)
+        tracking.log_params({"best": 0, "path": None})
+    runs = store.runs()
+    assert store.statuses() == {"search": "FINISHED", "trial 0": "FINISHED"}
+    assert runs["trial 0"].data.tags["mlflow.parentRunId"] == runs["search"].info.run_id
+    assert "mlflow.parentRunId" not in runs["search"].data.tags
+    assert runs["search"].data.tags["mlflow.note.content"] == "Two\nlines."
+    assert set(flat(Search())) <= set(runs["search"].data.params)
+    assert runs["search"].data.params["study"] == "mine"
+    assert runs["search"].data.params["path"] == "none"
+    assert runs["trial 0"].data.params["epochs"] == "3"
+    history = store.client.get_metric_history(runs["trial 0"].info.run_id, "dice")
+    assert [(metric.step, metric.value) for metric in history] == [(1, 0.25), (2, 0.5)]
+
+
+def test_a_password_in_a_setting_is_not_a_param(store: Store) -> None:
+    with tracking.run("search", make(Search, storage="postgresql://me:se:cret@host:5432/study")):
+        pass
+    assert store.runs()["search"].data.params["storage"] == "postgresql://me:***@host:5432/study"
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (UserError("a: is wrong; fix it"), "FAILED"),
+        (RuntimeError("a bug"), "FAILED"),
+        (KeyboardInterrupt(), "KILLED"),
+        (interrupts.Terminated(), "KILLED"),
+        (SystemExit(3), "FAILED"),
+    ],
+)
+def test_a_run_ends_as_its_step_does(store: Store, error: BaseException, status: str) -> None:
+    with pytest.raises(type(error)), tracking.run("main", Sample()), tracking.run("sample", Sample()):
+        raise error
+    assert store.statuses() == {"main": status, "sample": status}
+    mistakes = [run.data.tags.get("error") for run in store.runs().values()]
+    assert mistakes == (["a: is wrong; fix it"] * 2 if isinstance(error, UserError) else [None] * 2)
+
+
+def test_a_child_that_fails_leaves_its_parent_alive(store: Store) -> None:
+    with tracking.run("main", Sample()):
+        with pytest.raises(UserError), tracking.run("sample", Sample()):
+            raise UserError("a: is wrong; fix it")
+        assert store.statuses() == {"main": "RUNNING", "sample": "FAILED"}
+    assert store.statuses()["main"] == "FINISHED"
+
+
+def test_a_disabled_process_logs_nothing(store: Store) -> None:
+    with tracking.disabled(), tracking.run("train", Train()) as run_id:
+        tracking.log_metrics({"dice": 0.5})
+        tracking.log_json({"a": 1}, "a.json")
+        tracking.describe("Nothing.")
+        assert (run_id, tracking.active_run()) == ("", None)
+    assert store.runs() == {}
+    with tracking.run("train", Train()):
+        tracking.log_metrics({"dice": 0.5})
+    assert store.runs()["train"].data.metrics == {"dice": 0.5}
+
+
+def test_a_data_set_that_another_process_logs_at_the_same_time_is_logged(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log_inputs, attempts = MlflowClient.log_inputs, list[str]()
+
+    def lose_the_race(self: MlflowClient, run_id: str, datasets: list[DatasetInput]) -> None:
+        attempts.append(run_id)
+        if len(attempts) == 1:
+            raise MlflowException("(sqlite3.IntegrityError) UNIQUE constraint failed: datasets.digest")
+        log_inputs(self, run_id, datasets)
+
+    monkeypatch.setattr(MlflowClient, "log_inputs", lose_the_race)
+    with tracking.run("train", Train()) as run_id:
+        tracking.log_dataset(Path("siim.h5"), "0123456789abcdef", "training")
+    assert len(attempts) == 2
+    assert len(store.client.get_run(run_id).inputs.dataset_inputs) == 1
+
+
+def test_each_way_to_end_has_its_exit_code() -> None:
+    codes = [UserError.exit_code, interrupts.Interrupted.exit_code, interrupts.Terminated.exit_code]
+    assert codes == [2, 130, 143]  # as shells report a process that SIGINT or SIGTERM ended
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_kills_every_nested_run_and_a_second_signal_is_ignored(
+    store: Store, number: signal.Signals
+) -> None:
+    before = {which: signal.getsignal(which) for which in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        for which in before:
+            signal.signal(which, interrupts.stop)
+        with (
+            pytest.raises(KeyboardInterrupt) as stop,
+            tracking.run("main", Sample()),
+            tracking.run("sample", Sample()),
+        ):
+            try:
+                os.kill(os.getpid(), number)
+                time.sleep(TIMEOUT_SECONDS)
+            finally:
+                os.kill(os.getpid(), signal.SIGTERM)
+        assert isinstance(stop.value, interrupts.Terminated) == (number == signal.SIGTERM)
+    finally:
+        for which, handler in before.items():
+            signal.signal(which, handler)
+    assert store.statuses() == {"main": "KILLED", "sample": "KILLED"}
+
+
+def test_only_orphans_of_this_machine_are_marked_killed(store: Store) -> None:
+    mine, gone = f"{os.getpid()}:{psutil.Process().create_time()}", f"{os.getpid()}:1.0"
+    tags = process_tags()
+    machine, boot, namespace = tags["pneumo.machine"].split("/")
+    tags = {
+        "gone": tags | {"pneumo.process": gone},
+        "alive": tags | {"pneumo.process": mine},
+        "elsewhere": tags | {"pneumo.host": "another machine", "pneumo.process": gone},
+        # Such a process may be alive, whatever process has its pid here.
+        "in a container": tags
+        | {"pneumo.machine": f"{machine}/{boot}/pid:[4026532999]", "pneumo.process": gone},
+        "on a machine of the same name": tags
+        | {"pneumo.machine": f"{machine[:-1]}?/{boot[:-1]}?/{namespace}", "pneumo.process": gone},
+        "another's": {},
+    }
+    for name, its in tags.items():
+        store.client.create_run("0", run_name=name, tags=its)
+    assert tracking.open_store() == tracking.open_store() == "0"
+    assert set(store.statuses().values()) == {"RUNNING"}  # opening the store changes no run
+    with tracking.run("train", Train()):
+        pass
+    assert store.statuses() == {
+        "gone": "KILLED",
+        "alive": "RUNNING",
+        "elsewhere": "RUNNING",
+        "in a container": "RUNNING",
+        "on a machine of the same name": "RUNNING",
+        "another's": "RUNNING",
+        "train": "FINISHED",
+    }
+
+
+@pytest.mark.parametrize(
+    ("machine", "this_machine", "is_certain"),
+    [
+        ("m/boot 1/pid:[4026531836]", "m/boot 2/pid:[4026531836]", True),  # after a power cut
+        ("m/boot 1/pid:[7]", "m/boot 1/pid:[8]", False),  # two containers, or one that was started again
+        ("m/boot 1/pid:[7]", "m/boot 2/pid:[7]", False),  # two machines from one image number alike
+        ("m/boot 1/pid:[4026531836]", "m/boot 1/pid:[7]", False),
+        ("/boot 1/pid:[4026531836]", "/boot 2/pid:[4026531836]", False),  # two machines without an id
+        ("", "m/boot 1/pid:[4026531836]", False),
+        ("//", "//", True),  # a system without /proc: the pid decides
+    ],
+)
+def test_a_process_is_dead_only_if_that_is_certain(machine: str, this_machine: str, is_certain: bool) -> None:
+    assert is_dead(machine, f"{os.getpid()}:1.0", this_machine) == is_certain
+
+
+def test_artifacts_of_a_new_experiment_lie_beside_the_database(
+    store: Store, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    # set_experiment sets both, for the whole process.
+    monkeypatch.setattr("mlflow.tracking.fluent._active_experiment_id", None)
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", "")
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "lungs")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    with tracking.run("sample", Sample()) as run_id:
+        tracking.log_json({"a": 1}, "a.json")
+    experiment = store.client.get_experiment(store.client.get_run(run_id).info.experiment_id)
+    assert experiment.name == "lungs"
+    assert len(list((tmp_path / "mlruns").rglob("a.json"))) == 1
+
+
+# Models and their scores
+
+
+HOLDOUT, EXTERNAL = "a" * 32, "b" * 32
+
+
+def evaluated(model: str, dice: float, identity: str = HOLDOUT, subset: str = "holdout") -> None:
+    """Scores a model as `score` does."""
+    facts = {"subset": subset, "images": 48, "dice_baseline": 0.75}
+    with tracking.run("score", Score(model=model)):
+        tracking.log_scores({"dice": dice}, model, Path("siim.h5"), identity, facts)
+
+
+def logged(store: Store, dice: float | None) -> str:
+    """Address of a model that scored ``dice`` on the hold-out part."""
+    folder = store.folder / "model"
+    folder.mkdir(exist_ok=True)
+    (folder / "model.json").write_text("{}")
+    with tracking.run("train", Train()):
+        model = tracking.log_model(folder)
+    if dice is not None:
+        evaluated(model, dice)
+    return model
+
+
+def test_scores_and_their_table_outlast_an_outage_and_arrive_once_though_they_are_sent_twice(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, rows = logged(store, None), [("a", 0.5), ("b", 1.0)]
+    with tracking.run("score", Score()) as run_id:
+        client = context.active_client()
+        with monkeypatch.context() as patch:
+            patch.setattr(client, "_next_attempt", float("inf"))  # as after a failed attempt
+            facts = {"subset": "holdout", "images": 2, "dice_baseline": 0.5}
+            tracking.log_scores({"dice": 0.75}, model, Path("siim.h5"), HOLDOUT, facts)
+            tracking.log_table(("image_id", "dice"), rows, "scores")
+        assert store.client.get_run(run_id).data.metrics == {}
+        for line in client.file.read_text().splitlines():  # the response to the first attempt was lost
+            client.buffer(**json.loads(line))
+        assert client.flush()
+    found = store.client.get_logged_model(model.removeprefix("models:/"))
+    metrics = [(m.key, m.value, m.dataset_name, m.dataset_digest) for m in found.metrics or []]
+    assert metrics == [("dice", 0.75, "siim holdout", HOLDOUT)]
+    assert json.loads(found.tags[f"score.{HOLDOUT}"])["subset"] == "holdout"
+    assert len(store.client.get_metric_history(run_id, "dice")) == 1
+    table = mlflow.load_table("scores.json", run_ids=[run_id])
+    assert list(table.itertuples(index=False, name=None)) == rows
+
+
+def test_the_best_model_is_the_one_with_the_highest_dice_on_one_set_of_images(store: Store) -> None:
+    def best(identity: str | None = None) -> tuple[str, str, int]:
+        with tracking.run("register", Register()):
+            return model_scores.best_model(identity)
+
+    unscored = logged(store, None)
+    with pytest.raises(UserError, match="model=best: no model"):
+        best()
+    evaluated(unscored, 0.99, HOLDOUT, "train")
+    with pytest.raises(UserError, match="model=best: no model"):
+        best()
+    _, highest, other = logged(store, 0.8), logged(store, 0.9), logged(store, None)
+    images = "48 holdout images (aaaaaaaa)"
+    assert best() == (highest, f"best of 2 models scored on {images}, the images scored last", 2)
+    evaluated(other, 0.95, EXTERNAL, "external")
+    assert best()[0] == highest
+    evaluated(other, 0.95, "c" * 32, "holdout")
+    assert best()[0] == other
+    assert "best of 1 models scored on 48 holdout images (cccccccc)" in best()[1]
+    assert best(HOLDOUT) == (highest, f"best of 2 models scored on {images}, the champion's images", 2)
+    assert best("d" * 32)[0] == other
+
+
+# Real processes
+
+
+@dataclass(frozen=True)
+class Stopped:
+    """A `sample` command that was stopped while it worked, and its leftovers."""
+
+    store: Store
+    code: int
+    output: str
+    workers: list[psutil.Process]
+
+    @property
+    def status(self) -> str:
+        return self.store.statuses()["sample"]
+
+
+STOPS = ("ctrl-c", "sigterm", "kill", "kill the starter")
+
+
+def start(store: Store, by_mlflow_run: bool, commands: CommandServer) -> Command:
+    variables = environment() | {"MLFLOW_TRACKING_URI": store.uri}
+    if by_mlflow_run:
+        run = store.client.create_run("0", run_name="able-ant-7")  # such as it chooses
+        store.client.log_param(run.info.run_id, "images", "2e3")
+        variables["MLFLOW_RUN_ID"] = run.info.run_id
+    return commands.start("sample", "--images", "2000", folder=store.folder, environment=variables)
+
+
+@pytest.fixture(scope="module")
+def stopped(
+    empty_store: Path, tmp_path_factory: pytest.TempPathFactory, commands: CommandServer
+) -> dict[str, Stopped]:
+    stores: dict[str, Store] = {}
+    for how in STOPS:
+        stores[how] = Store(tmp_path_factory.mktemp("stopped"))
+        shutil.copy(empty_store, stores[how].folder)
+    started = {how: start(store, how == "kill the starter", commands) for how, store in stores.items()}
+    processes = {how: psutil.Process(command.pid) for how, command in started.items()}
+    workers: dict[str, list[psutil.Process]] = {}
+
+    def stop(how: str) -> None:
+        workers[how] = processes[how].children(recursive=True)
+        if how == "ctrl-c":
+            os.killpg(started[how].pid, signal.SIGINT)  # as in a terminal: it reaches the whole group
+        elif how == "kill the starter":
+            starter = processes[how].parent()
+            assert starter is not None
+            starter.kill()
+        else:
+            started[how].send_signal(signal.SIGTERM if how == "sigterm" else signal.SIGKILL)
+
+    def all_stopped() -> bool:
+        for how in STOPS:
+            if how not in workers and any(stores[how].folder.rglob("*.dcm")):
+                stop(how)
+        return len(workers) == len(STOPS)
+
+    try:
+        wait_until(all_stopped)
+        ends: dict[str, Stopped] = {}
+        for how, command in started.items():
+            processes[how].wait(TIMEOUT_SECONDS)
+            ends[how] = Stopped(stores[how], *command.communicate(), workers[how])
+        return ends
+    finally:
+        for process in processes.values():
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize(
+    ("how", "code", "line"), [("ctrl-c", 130, "stopped"), ("sigterm", 143, "stopped by SIGTERM")]
+)
+def test_a_stopped_command_says_so_and_leaves_a_killed_run_and_no_files(
+    how: str, code: int, line: str, stopped: dict[str, Stopped]
+) -> None:
+    end = stopped[how]
+    assert (end.code, end.status) == (code, "KILLED")
+    *progress, error = end.output.strip().splitlines()
+    assert error.startswith(f"Error: {line}")
+    assert all(re.fullmatch("sample: about .* left", told) for told in progress)
+    assert list((end.store.folder / "output").iterdir()) == []
+
+
+def test_the_next_command_marks_runs_of_killed_processes(
+    stopped: dict[str, Stopped], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    end = stopped["kill"]
+    assert (end.code, end.status) == (-signal.SIGKILL, "RUNNING")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", end.store.uri)
+    mlflow.set_tracking_uri(None)
+    with tracking.run("preprocess", Preprocess()):
+        pass
+    assert end.store.statuses() == {"sample": "KILLED", "preprocess": "FINISHED"}
+
+
+def test_a_command_ends_with_the_mlflow_run_that_started_it(stopped: dict[str, Stopped]) -> None:
+    end = stopped["kill the starter"]
+    wait_until(lambda: end.status == "KILLED")
+    wait_until(lambda: not list((end.store.folder / "output").iterdir()))
+
+
+def test_the_run_that_mlflow_run_created_is_used_and_its_params_stay(stopped: dict[str, Stopped]) -> None:
+    (run,) = stopped["kill the starter"].store.runs().values()
+    assert run.info.run_name == "sample"
+    expected = {"images": "2e3", "test_images": str(Sample().size.test_images), "seed": "0"}
+    folder = stopped["kill the starter"].store.folder
+    assert run.data.params == expected | {"output_dir": str(folder / Sample().output_dir)}
+
+
+@pytest.mark.parametrize("how", STOPS)
+def test_no_worker_outlives_its_command(how: str, stopped: dict[str, Stopped]) -> None:
+    workers = stopped[how].workers
+    assert workers
+    assert psutil.wait_procs(workers, timeout=TIMEOUT_SECONDS)[1] == []
