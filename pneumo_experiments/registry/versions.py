@@ -96,19 +96,23 @@ def claim(name: str) -> None:
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
-            require_ours(name)
+            if not is_ours(name):  # also one of MLflow's prompts
+                raise UserError(
+                    f"name={name}: is a registered model of another project; choose another name, such as"
+                    f" name={name}-2, or give it the tag {PROJECT_TAG}={PROJECT} if it is yours"
+                ) from error
+
+
+def is_ours(name: str) -> bool:
+    """Whether there is a registered model of this project with the name."""
+    model = if_exists(lambda: _client().get_registered_model(name))
+    return model is not None and model.tags.get(PROJECT_TAG) == PROJECT
 
 
 def require_ours(name: str) -> None:
     """Raises UserError unless there is a registered model of this project with the name."""
-    model = if_exists(lambda: _client().get_registered_model(name))
-    if model is None:
-        raise UserError(f"name={name}: no such registered model; register makes one")
-    if model.tags.get(PROJECT_TAG) != PROJECT:
-        raise UserError(
-            f"name={name}: is a registered model of another project; choose another name, such as"
-            f" name={name}-2, or give it the tag {PROJECT_TAG}={PROJECT} if it is yours"
-        )
+    if not is_ours(name):
+        raise UserError(f"name={name}: no such registered model of this project; register makes one")
 
 
 @contextmanager
@@ -122,13 +126,9 @@ def registering(address: str, name: str, tags: Mapping[str, str]) -> Generator[V
     claim(name)
     # By model id: a runs:/ address would register the run's last model.
     source = f"models:/{model_id}" if model_id else address
-    call: Any = mlflow.register_model
-    # It would print that the registered model, which claim made, exists already.
-    with (
-        refusals(f"name={name}: cannot be registered", "use letters and digits"),
-        redirect_stderr(StringIO()),
-    ):
-        new = call(source, name, tags=dict(tags))
+    silence = redirect_stderr(StringIO())  # it would say that the model exists already, which claim made
+    with refusals(f"name={name}: cannot be registered", "use letters and digits"), silence:
+        new = mlflow.register_model(source, name, tags=dict(tags))  # pyright: ignore[reportUnknownMemberType]
     remedy = "register again, or with promote=never in a store without aliases"
     with refusals(f"name={name}: version {new.version} cannot be decided", remedy):
         yield _version(new, champion=False)
@@ -215,8 +215,9 @@ def history(name: str) -> list[ChampionPeriod]:
     def add(number: str | None, since: str, until: str, reason: str) -> None:
         if number is not None:
             version = version_of(name, number)
-            dice = version.tags.get("dice") if version else "deleted"
-            periods.append(ChampionPeriod(number, since, until, dice or UNKNOWN, reason))
+            dice = version.tags.get("dice") if version else None
+            shown = f"{float(dice):.4f}" if dice else UNKNOWN if version else "deleted"
+            periods.append(ChampionPeriod(number, since, until, shown, reason))
 
     # The champion that the next move, or this call, found.
     ends = [*((move.time, move.replaced) for move in moves), (NOW, champion.number if champion else None)]
