@@ -111,7 +111,7 @@ def _score_text(row: Row, name: str) -> str:
     if value is None:
         return "–"
     interval = "" if None in ends else f" ({ends[0]:.3f} to {ends[1]:.3f})"
-    note = f", {row[f'{name}_note']}" if f"{name}_note" in row else ""
+    note = f", {row[f'{name}_note']}" if row.get(f"{name}_note") else ""
     return f"{value:.3f}{interval}{note}"
 
 
