@@ -120,12 +120,10 @@ def read_json(run_id: str, name: str) -> Any:
     try:
         path = mlflow.artifacts.download_artifacts(run_id=run_id, artifact_path=name)
         return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (MlflowException, OSError) as error:  # an upload server's is an OSError
+    except (MlflowException, OSError, ValueError) as error:
         if is_outage(error):
             raise
-    except ValueError:
-        pass
-    return None
+        return None
 
 
 def _scores_in(model: Any) -> dict[str, UnseenScore]:

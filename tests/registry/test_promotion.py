@@ -7,7 +7,6 @@ import sqlite3
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
-from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -59,27 +58,31 @@ def logged(dices: Dices | None = None) -> str:
     (folder / "model.json").write_text("{}")
     with tracking.run("train", Train()):
         model = tracking.log_model(folder)
-    if dices is not None:
-        scored(model, dices)
+        if dices is not None:
+            log_scores(model, dices)
     return model
 
 
-def scored(
+def scored(model: str, dices: Dices, *images: str, **patients: Any) -> None:
+    with tracking.run("score", Score(model=model)):
+        log_scores(model, dices, *images, **patients)
+
+
+def log_scores(
     model: str,
     dices: Dices,
-    images: tuple[str, str] = (HOLDOUT, "holdout"),
+    identity: str = HOLDOUT,
+    subset: str = "holdout",
     patients: int = IMAGES,
     area: Callable[[int], int] = area_px,
 ) -> None:
-    """Logs what `score` does: metrics of the model, and the table of the images (identity and subset)."""
-    identity, subset = images
+    """Logs what `score` does: metrics of the model, and the table of the images."""
     baseline, mean = np.mean([area(image) == 0 for image in range(len(dices))]), float(np.mean(dices))
     facts = {"subset": subset, "images": len(dices), "dice_baseline": float(baseline)}
     metrics = {"dice": mean, "dice_low": mean - 0.1, "dice_high": mean + 0.1}
     rows = [(f"{identity[0]}{i}", f"p{i % patients}", float(dice), area(i)) for i, dice in enumerate(dices)]
-    with tracking.run("score", Score(model=model)):
-        tracking.log_scores(metrics, model, Path("siim.h5"), identity, facts)
-        tracking.log_table(("image_id", "patient", "dice", "truth_area_px"), rows, "scores")
+    tracking.log_scores(metrics, model, Path("siim.h5"), identity, facts)
+    tracking.log_table(("image_id", "patient", "dice", "truth_area_px"), rows, "scores")
 
 
 def id_of(model: str) -> str:
@@ -115,11 +118,17 @@ def verdict(pair: Pair | None, number: int = 1, models: int = 1, **settings: Any
 def registered(model: str, **settings: Any) -> Decision:
     """Registers a model by the scores that it has, as `register` does where it need not score."""
     chosen = make(Registry, name="lungs", **settings)
-    with tracking.run("register", Register()), versions.registering(model, "lungs", {}) as new:
+    with versions.registering(model, "lungs", {}) as new:
         known = challenge(id_of(model), versions.champion_of("lungs")).counted(chosen, new, 1)
         decision = decide(chosen, known)
         versions.decide(new, decision.alias, decision.tags())
     return decision
+
+
+def decided(model: str, alias: str, tags: dict[str, str]) -> None:
+    """Registers a model, decided in that way."""
+    with versions.registering(model, "lungs", {}) as new:
+        versions.decide(new, alias, tags)
 
 
 def tags_of(number: int) -> dict[str, str]:
@@ -213,15 +222,14 @@ def test_decisions_are_counted_on_each_set_of_images_and_outlast_versions(store:
     def count(number: int, identity: str = HOLDOUT) -> int:
         return versions.count_decision(Version("lungs", str(number), {}), identity)
 
-    def decided(identity: str, decision: str) -> None:  # without a note of the registered model
+    def decide_without_note(identity: str, decision: str) -> None:
         client.create_model_version("lungs", model, tags={"identity": identity, "decision": decision})
 
-    for identity in (HOLDOUT, EXTERNAL):
-        decided(identity, "champion")
-    decided(HOLDOUT, "none")
+    for identity, decision in ((HOLDOUT, "champion"), (EXTERNAL, "champion"), (HOLDOUT, "none")):
+        decide_without_note(identity, decision)
     assert [count(4), count(5), count(4, EXTERNAL), count(6)] == [2, 3, 2, 4]
     assert count(6) == 4  # of a process that was killed, and the same version again
-    decided(HOLDOUT, "challenger")  # version 4 again
+    decide_without_note(HOLDOUT, "challenger")  # version 4 again
     assert count(7) == 5
     for number in ("1", "4"):
         client.delete_model_version("lungs", number)
@@ -240,7 +248,7 @@ def test_a_champion_is_replaced_only_on_images_of_20_patients_with_a_finding(sto
     assert found == ["challenger", "challenger", "champion"]
     assert verdict(pair, promote="always").alias == "champion"
     for model in (first, better):
-        scored(model, HARD, (EXTERNAL, "external"))
+        scored(model, HARD, EXTERNAL, "external")
     enough = pair_of(better, first)  # although the hold-out decided about the champion
     assert enough is not None and enough.new.identity == EXTERNAL
 
@@ -265,11 +273,11 @@ def test_a_first_champion_is_surely_better_than_empty_masks(store: Path) -> None
 
 
 def test_always_overrides_visibly_and_never_leaves_the_aliases(store: Path) -> None:
-    assert registered(logged(HARD), promote="never").alias == "none"
+    model, worse = logged(HARD), logged(HARD - 0.01)
+    assert registered(model, promote="never").alias == "none"
     assert aliases() == {}
     assert (tags_of(1)["decision"], tags_of(1)["reason"]) == ("none", "promote=never")
-    assert registered(logged(HARD)).alias == "champion"
-    worse = logged(HARD - 0.01)
+    assert registered(model).alias == "champion"
     assert registered(worse, promote="never").alias == "none"
     assert aliases() == {"champion": "2"}
     forced = registered(worse, promote="always")
@@ -292,11 +300,11 @@ def test_a_model_at_the_baseline_or_without_a_score_is_no_first_champion(dice: f
 def test_models_compare_on_the_champions_images_else_on_any_that_both_were_scored_on(store: Path) -> None:
     first, second = logged(HARD), logged()
     for subset in ("train", "validation", "all"):  # images that it has seen
-        scored(second, HARD, (HOLDOUT, subset))
+        scored(second, HARD, HOLDOUT, subset)
     assert scores_of(id_of(second)) == {}
-    scored(second, HARD + 0.2, (EXTERNAL, "external"))
+    scored(second, HARD + 0.2, EXTERNAL, "external")
     assert pair_of(second, first) is None
-    scored(first, HARD + 0.1, (EXTERNAL, "external"))
+    scored(first, HARD + 0.1, EXTERNAL, "external")
     pair = pair_of(second, first)
     assert pair is not None
     assert (pair.new.subset, pair.comparison.difference) == ("external", pytest.approx(0.1))
@@ -343,33 +351,34 @@ def test_without_the_images_or_with_others_in_the_table_nothing_is_compared(stor
 
 
 def test_the_history_shows_which_version_was_champion_when_and_why(store: Path) -> None:
-    client = MlflowClient()
-    for more in (0.0, 0.01, -0.1, 0.02):
-        registered(logged(HARD + more))
-    versions.make_champion(existing(2), "moved by hand from version 4")
+    client, model = MlflowClient(), logged()
+    for alias, reason in (
+        ("champion", "first"),
+        ("champion", "better"),
+        ("challenger", "worse"),
+        ("champion", "best"),
+    ):
+        decided(model, alias, {"reason": reason, "dice": "0.56789"})
+    versions.make_champion(existing(2), "by hand")
     periods = versions.history("lungs")
-    assert [each.number for each in periods] == ["1", "2", "4", "2"]
-    assert [each.since for each in periods[1:]] + ["now"] == [each.until for each in periods]
-    times = [datetime.fromisoformat(each.since) for each in periods]
+    rows = [(each.number, each.reason, each.dice) for each in periods]
+    assert rows == [
+        (*row, "0.5679") for row in (("1", "first"), ("2", "better"), ("4", "best"), ("2", "by hand"))
+    ]
+    times = [each.since for each in periods]
+    assert [each.until for each in periods] == [*times[1:], "now"]
     assert times == sorted(times)
-    assert "first champion" in periods[0].reason
-    assert "+0.0100 Dice" in periods[1].reason
-    assert periods[3].reason == "moved by hand from version 4"
-    assert periods[0].dice == f"{HARD.mean():.4f}"
-    tags = {number: tags_of(number) for number in (1, 2, 3, 4)}
-    assert tags[1]["champion_until"] == periods[1].since
-    assert (tags[2]["champion_since"], "champion_until" in tags[2]) == (periods[3].since, False)
-    assert (tags[4]["champion_since"], tags[4]["champion_until"]) == (periods[2].since, periods[3].since)
-    assert "champion_since" not in tags[3]
+    spans = [[tags_of(n).get(f"champion_{end}") for end in ("since", "until")] for n in (1, 2, 3, 4)]
+    assert spans == [[times[0], times[1]], [times[3], None], [None, None], [times[2], times[3]]]
 
     client.set_registered_model_alias("lungs", "champion", "3")  # not by register
     last = versions.history("lungs")[-2:]
     assert [(each.number, each.since, each.until) for each in last] == [
-        ("2", periods[3].since, "unknown"),
+        ("2", times[3], "unknown"),
         ("3", "unknown", "now"),
     ]
     client.set_registered_model_tag("lungs", "champion.of", "the year")  # somebody's own tag
-    registered(logged(HARD + 0.05))
+    decided(model, "champion", {"reason": "best of all"})
     last = versions.history("lungs")[-3:]
     assert [(each.number, each.until) for each in last] == [
         *(("2", "unknown"), ("3", last[-1].since), ("5", "now")),
@@ -401,7 +410,7 @@ def test_only_a_registered_model_with_our_tag_is_ours(store: Path) -> None:
 
 
 def test_a_version_that_is_deleted_meanwhile_is_one_line_and_blocks_nobody(store: Path) -> None:
-    client, model = MlflowClient(), logged(HARD)
+    client, model = MlflowClient(), logged()
     with (
         pytest.raises(UserError, match=r"name=lungs: version 1 cannot be decided \(.*not found\)"),
         versions.registering(model, "lungs", {}) as new,
@@ -409,8 +418,8 @@ def test_a_version_that_is_deleted_meanwhile_is_one_line_and_blocks_nobody(store
         client.delete_model_version("lungs", new.number)
         versions.decide(new, "champion", {"reason": "the first"})
     assert aliases() == {}
-    assert registered(model).alias == "champion"
-    with versions.registering(logged(HARD + 0.1), "lungs", {}) as new:
+    decided(model, "champion", {"reason": "the first"})
+    with versions.registering(model, "lungs", {}) as new:
         client.delete_model_version("lungs", "2")  # the champion, just before it is replaced
         versions.decide(new, "champion", {"reason": "better"})
     assert aliases() == {"champion": "3"}
@@ -428,7 +437,6 @@ def test_a_store_that_takes_no_aliases_is_one_line(store: Path) -> None:
         registered(model)
     assert "\n" not in str(error.value)
     assert "decision" not in tags_of(1)
-    assert {run.info.status for run in MlflowClient().search_runs(["0"])} == {"FINISHED", "FAILED"}
     assert registered(model, promote="never").alias == "none"
 
 
@@ -492,8 +500,7 @@ def test_a_decision_is_made_again_if_the_champion_moved_but_always_does_not_figh
 ) -> None:
     weak, strong, new = (servable(HARD + gain, "tiny") for gain in (0.0, 0.15, 0.05))
     for model in (weak, strong):
-        with versions.registering(model, "lungs", {}):
-            pass
+        decided(model, "none", {})
     versions.make_champion(existing(1), "by hand")
 
     def move_away(*known: Any) -> Any:
@@ -519,8 +526,8 @@ def test_an_alias_that_another_process_sets_at_the_same_moment_is_moved(
     store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """PostgreSQL refuses the second of two first rows of an alias."""
-    for _ in range(2):
-        registered(logged(HARD), promote="never")
+    for model in [logged()] * 2:
+        decided(model, "none", {})
     set_alias = MlflowClient.set_registered_model_alias
 
     def collide(client: MlflowClient, name: str, alias: str, number: str) -> None:
