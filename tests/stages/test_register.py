@@ -272,13 +272,9 @@ def test_a_mistake_is_one_line_and_moves_nothing(
 
 
 def test_the_version_of_another_project_does_not_become_champion(shelf: Shelf, tmp_path: Path) -> None:
-    class Theirs(mlflow.pyfunc.PythonModel):
-        def predict(self, context: Any, model_input: list[str]) -> list[str]:
-            return model_input
-
-    mlflow.pyfunc.save_model(str(tmp_path / "theirs"), python_model=Theirs(), pip_requirements=["mlflow"])
+    (tmp_path / "MLmodel").write_text("flavors: {python_function: {loader_module: theirs, data: data}}")
     versions.claim("mixed")
-    MlflowClient().create_model_version("mixed", str(tmp_path / "theirs"))
+    MlflowClient().create_model_version("mixed", str(tmp_path))
     with pytest.raises(UserError, match="is not a model of this project"):
         called(shelf, name="mixed", version=1)
     assert alias("mixed") == "None"
@@ -391,7 +387,7 @@ def test_a_score_against_a_baseline_shows_the_difference_and_the_images_that_cha
     )
     changes = [float(row["difference"]) for row in table(run, "changed_images.csv")]
     assert changes == sorted(changes, reverse=True)
-    assert len(changes) == min(result.scores.images, len(changes)) > 20
+    assert len(changes) == result.scores.images
     assert artifact(run, "comparison.png").stat().st_size > 1000
     assert f"against {shelf.empty}: +" in capsys.readouterr().out
     page = artifact(run, "report.html").read_text(encoding="utf-8")
@@ -423,19 +419,16 @@ def test_every_score_keeps_the_identity_of_its_images_and_a_row_for_each(shelf: 
     assert len({run.data.params["identity"] for run in runs.values()}) == 3
     assert "dice" not in runs["train"].data.metrics
 
-    rows, whole = (
-        table(runs["holdout"], "scores.csv"),
-        mlflow.load_table("scores.json", run_ids=[runs["holdout"].info.run_id]),
-    )
-    assert list(whole.columns) == [*rows[0]]
-    assert [float(row["dice"]) for row in rows] == pytest.approx(whole["dice"].tolist())
-    assert whole["dice"].mean() == pytest.approx(runs["holdout"].data.metrics["dice"])
+    rows = table(runs["holdout"], "scores.csv")
     with Dataset.open(shelf.dataset) as dataset:
         entries = Subset(dataset, make_split(dataset, shelf.settings.split).holdout).entries
     assert [(row["image_id"], row["patient"]) for row in rows] == [(e.image_id, e.patient) for e in entries]
-    assert whole["truth_area_px"].tolist() == [entry.area_px for entry in entries]
-    assert whole["predicted_area_px"].tolist() == [entry.rows * entry.columns for entry in entries]
-    assert whole["presence"].between(0, 1).all()
+    areas = [(int(row["truth_area_px"]), int(row["predicted_area_px"])) for row in rows]
+    assert areas == [(entry.area_px, entry.rows * entry.columns) for entry in entries]
+    assert np.mean([float(row["dice"]) for row in rows]) == pytest.approx(
+        runs["holdout"].data.metrics["dice"]
+    )
+    assert all(0 <= float(row["presence"]) <= 1 for row in rows)
 
 
 def test_images_and_patients_that_a_model_has_seen_are_not_external(
