@@ -44,20 +44,17 @@ def register(settings: Register) -> Version | None:
 
 def _check_task(settings: Register) -> None:
     """Raises UserError for settings that do not go together, and for an export that cannot be written."""
-    tasks = {"history": settings.history, "version": settings.version is not None}
-    task = " and ".join(name for name, is_given in tasks.items() if is_given)
-    promote = settings.registry.promote
-    if task == "history and version":
+    if settings.history and settings.version is not None:
         raise UserError("version and history: two tasks; give one of them")
-    if task and settings.model != BEST:
-        raise UserError(f"{task} and model={settings.model}: {task} registers nothing; give one of them")
-    if task and settings.export != NONE:
-        raise UserError(f"{task} and export={settings.export}: {task} exports nothing; leave out export")
-    if task == "version" and promote != "auto":
-        raise UserError(
-            f"version and promote={promote}: version moves the alias in any case; leave out promote"
-        )
-    if settings.export == "onnx":
+    if settings.history or settings.version is not None:
+        task = "history" if settings.history else "version"
+        others = {"model": (settings.model, BEST), "export": (settings.export, NONE)}
+        if task == "version":  # moves the alias in any case
+            others["promote"] = (settings.registry.promote, "auto")
+        for name, (value, default) in others.items():
+            if value != default:
+                raise UserError(f"{task} and {name}={value}: {task} registers nothing; leave out {name}")
+    elif settings.export == "onnx":
         check_onnx(settings.onnx_file)
 
 
