@@ -157,14 +157,10 @@ def count_decision(version: Version, identity: str) -> int:
     client.set_registered_model_tag(name, tag + version.number, now)
     noted = {key.removeprefix(tag) for key in client.get_registered_model(name).tags if key.startswith(tag)}
     quote = '"' if "'" in name else "'"
-    return len(
-        noted
-        | {
-            str(each.version)
-            for each in client.search_model_versions(f"name = {quote}{name}{quote}")
-            if each.tags.get("identity") == identity and each.tags.get("decision") in (CHAMPION, CHALLENGER)
-        }
-    )
+    for each in client.search_model_versions(f"name = {quote}{name}{quote}"):
+        if each.tags.get("identity") == identity and each.tags.get("decision") in (CHAMPION, CHALLENGER):
+            noted.add(str(each.version))
+    return len(noted)
 
 
 def decide(version: Version, alias: str, tags: Mapping[str, str]) -> None:

@@ -13,9 +13,9 @@ from pneumo_experiments.evaluation.common_images import common_images
 from pneumo_experiments.evaluation.ensemble import addresses_of, load_models
 from pneumo_experiments.export.onnx_file import check_onnx, export_onnx
 from pneumo_experiments.registry import versions
-from pneumo_experiments.registry.lineage import lineage
+from pneumo_experiments.registry.lineage import Lineage, lineage
 from pneumo_experiments.registry.model_card import model_card
-from pneumo_experiments.registry.promotion import Challenge, challenge, decide
+from pneumo_experiments.registry.promotion import Challenge, Decision, challenge, decide
 from pneumo_experiments.registry.scores import best_model, images_of, scores_of
 from pneumo_experiments.registry.versions import CHAMPION, Version
 from pneumo_experiments.serving import Detector, load, save
@@ -75,25 +75,7 @@ def _register(settings: Register) -> Version:
     tags = {"data_fingerprint": detector.data_fingerprint, "network": detector.networks}
     tags |= {"code_version": origin.code_version} | ({"members": ",".join(members)} if members[1:] else {})
     with versions.registering(address, name, tags) as new:
-        while True:
-            champion = versions.champion_of(name)
-            known = _compare(settings, address, detector, champion).counted(settings.registry, new, models)
-            decision = decide(settings.registry, known)
-            card = model_card(new, detector, decision, origin).text
-            if _number(versions.champion_of(name)) != _number(champion):
-                continue  # decided against one that is no longer champion
-            versions.describe(new, card)
-            versions.decide(new, decision.alias, decision.tags())
-            if decision.alias != CHAMPION:
-                break
-            time.sleep(SETTLE_SECONDS)
-            champion = versions.champion_of(name)
-            if _number(champion) == new.number:
-                versions.describe_champion(new, card)
-                break
-            # With promote=always each would take the alias back from the other: the last one keeps it.
-            if champion is None or settings.registry.promote == "always":
-                break
+        decision = _decide(settings, new, detector, origin, models)
     version = versions.version_of(name, new.number)
     if version is None:
         raise UserError(f"name={name}: version {new.number} was deleted meanwhile; register again")
@@ -102,6 +84,34 @@ def _register(settings: Register) -> Version:
     tracking.describe(f"{line}.\nModel {model}.")
     print(f"register: {line}")
     return version
+
+
+def _decide(settings: Register, new: Version, detector: Detector, origin: Lineage, models: int) -> Decision:
+    """Decides about a new version, the best of so many models, and again if the champion moved meanwhile."""
+    registry = settings.registry
+    while True:
+        champion = versions.champion_of(new.name)
+        known = _compare(settings, new, detector, champion).counted(registry, new, models)
+        decision = decide(registry, known)
+        card = model_card(new, detector, decision, origin).text
+        if _number(versions.champion_of(new.name)) != _number(champion):
+            continue  # decided against one that is no longer champion
+        versions.describe(new, card)
+        versions.decide(new, decision.alias, decision.tags())
+        if decision.alias != CHAMPION:
+            return decision
+        time.sleep(SETTLE_SECONDS)
+        champion = versions.champion_of(new.name)
+        if _number(champion) == new.number:
+            versions.describe_champion(new, card)
+            return decision
+        # With promote=always each would take the alias back from the other: the last one keeps it.
+        if champion is None or registry.promote == "always":
+            return decision
+
+
+def _number(version: Version | None) -> str | None:
+    return None if version is None else version.number
 
 
 def _export(path: Path, detector: Detector) -> None:
@@ -115,10 +125,6 @@ def _export(path: Path, detector: Detector) -> None:
         print(f"register: {own}: {file.from_own_format}")
 
 
-def _number(version: Version | None) -> str | None:
-    return None if version is None else version.number
-
-
 def _log_ensemble(detector: Detector) -> str:
     """Logs an ensemble as a model of the active run; returns its address."""
     with tempfile.TemporaryDirectory() as folder:
@@ -126,29 +132,28 @@ def _log_ensemble(detector: Detector) -> str:
         return tracking.log_model(Path(folder))
 
 
-def _compare(settings: Register, address: str, detector: Detector, champion: Version | None) -> Challenge:
+def _compare(settings: Register, new: Version, detector: Detector, champion: Version | None) -> Challenge:
     """Compares with the champion, or all-empty masks; scores both first, if they have no common score."""
-    model_id = tracking.model_id_of(address)
-    found = challenge(model_id, champion)
-    if found.pair is None and settings.registry.promote != "never":
-        problem = _score(settings.dataset, address, detector, champion)
-        found = replace(challenge(model_id, champion), problem=problem)
-    return found
+    known = challenge(new.model_id, champion)
+    if known.pair is None and settings.registry.promote != "never":
+        problem = _score(settings.dataset, new, detector, champion)
+        known = replace(challenge(new.model_id, champion), problem=problem)
+    return known
 
 
-def _score(dataset: Path, address: str, detector: Detector, champion: Version | None) -> str:
+def _score(dataset: Path, new: Version, detector: Detector, champion: Version | None) -> str:
     """Scores the new version, and the champion if there is one, on common images; returns why it cannot."""
+    models = {"the new version": (new, detector)}
     try:
-        models = {"the new version": (address, detector)}
         if champion is not None:
             loaded = load(tracking.model_data(champion.source))
-            models[f"version {champion.number}"] = (champion.source, loaded)
-        images = common_images(dataset, {name: detector for name, (_, detector) in models.items()})
-        for name, (model, _) in models.items():
-            last = scores_of(tracking.model_id_of(model)).get(images.identity)
+            models[f"version {champion.number}"] = (champion, loaded)
+        images = common_images(dataset, {name: loaded for name, (_, loaded) in models.items()})
+        for name, (version, _) in models.items():
+            last = scores_of(version.model_id).get(images.identity)
             if last is None or images_of(last) is None:
-                print(f"register: scores {name}, {model}, on {dataset}")
-                score(Score(model=model, dataset=dataset, subset=images.subset, overlays=0))
+                print(f"register: scores {name}, {version.source}, on {dataset}")
+                score(Score(model=version.source, dataset=dataset, subset=images.subset, overlays=0))
     except ServerUnreachable:
         raise
     except UserError as error:
