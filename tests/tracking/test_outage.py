@@ -28,7 +28,7 @@ from tracking_server import Server, calls_in, free_port, wait_until
 
 from pneumo_experiments import tracking
 from pneumo_experiments.errors import UserError
-from pneumo_experiments.registry import champions, model_scores, versions
+from pneumo_experiments.registry import scores, versions
 from pneumo_experiments.settings import Preprocess, Register, Sample, Train
 from pneumo_experiments.tracking import buffered_client, context
 from pneumo_experiments.tracking.__main__ import send_buffered
@@ -363,7 +363,7 @@ BEHAVIOURS = ["500", "403", "404", "200", "hangs"]
 def test_a_server_that_starts_to_fail_ends_the_next_stage_with_one_line(behaviour: str, proxy: Proxy) -> None:
     stages: dict[str, Callable[[], object]] = {
         "start": lambda: tracking.run("sample", Sample()).__enter__(),
-        "best": lambda: model_scores.best_model("lungs"),
+        "best": lambda: scores.best_model("lungs"),
         "data": lambda: tracking.model_data("models:/nobody@champion"),
         "register": lambda: versions.registering("models:/m-1", "lungs", {}).__enter__(),
     }
@@ -384,26 +384,17 @@ def test_a_server_that_starts_to_fail_ends_the_next_stage_with_one_line(behaviou
 
 
 @pytest.mark.parametrize("status", [404, 501])
-def test_a_registry_that_knows_no_aliases_is_one_line_and_leaves_the_version_decided(
-    status: int, proxy: Proxy, tmp_path: Path
-) -> None:
+def test_a_registry_that_knows_no_aliases_is_one_line(status: int, proxy: Proxy, tmp_path: Path) -> None:
     (tmp_path / "made").mkdir()
     (tmp_path / "made" / "model.json").write_text("{}")
     proxy.refused["/registered-models/alias"] = status
-    name = f"without-{status}"
     with pytest.raises(UserError) as error, tracking.run("register", Register()) as run_id:
         model = tracking.log_model(tmp_path / "made")
-        with versions.registering(model, name, {}) as number:
-            champions.decide(name, number, "champion", "the first", {})
-    line = str(error.value)
-    assert line.startswith(f"MLFLOW_TRACKING_URI={proxy.uri}: the alias champion cannot be set (")
-    assert f"version 1 of {name} stays registered" in line
-    assert "\n" not in line
-    client = MlflowClient()
-    assert client.get_run(run_id).info.status == "FAILED"
-    tags = client.get_model_version(name, "1").tags
-    assert tags["decision"] == "none"
-    assert "cannot be set" in tags["reason"]
+        with versions.registering(model, f"without-{status}", {}) as new:
+            versions.decide(new, "champion", {"reason": "the first"})
+    assert len(str(error.value).splitlines()) == 1
+    assert "/registered-models/alias" in str(error.value)
+    assert MlflowClient().get_run(run_id).info.status == "FAILED"
 
 
 @pytest.mark.parametrize("behaviour", BEHAVIOURS)
