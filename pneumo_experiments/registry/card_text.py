@@ -11,7 +11,7 @@ from typing import Any, cast
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
-from pneumo_experiments.data_report.summary import plural, printable
+from pneumo_experiments.words import plural, printable
 
 MAX_CHARACTERS = 4800  # of a description; PostgreSQL refuses more than 5000
 MAX_REASON = 700

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Literal
 
 from pneumo_experiments import tracking
-from pneumo_experiments.data_report.summary import plural
 from pneumo_experiments.dataset.hdf5 import Dataset
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.findings.folder import refuse_foreign
@@ -34,6 +33,7 @@ from pneumo_experiments.stages.score import ScoreResult, score, scores_line
 from pneumo_experiments.stages.search import SearchResult, search
 from pneumo_experiments.stages.train import clear_checkpoints, train
 from pneumo_experiments.training.fold import is_model
+from pneumo_experiments.words import plural
 
 
 def main(settings: Main) -> ScoreResult:
