@@ -11,8 +11,8 @@ from typing import Literal
 from pneumo_experiments import tracking
 from pneumo_experiments.dataset.hdf5 import Dataset
 from pneumo_experiments.errors import UserError
-from pneumo_experiments.findings.folder import refuse_foreign
-from pneumo_experiments.findings.submission import refuse_to_replace
+from pneumo_experiments.findings.folder import check_findings_folder
+from pneumo_experiments.findings.submission import check_overwrite
 from pneumo_experiments.registry import versions
 from pneumo_experiments.search.trial_training import split_folds
 from pneumo_experiments.settings import (
@@ -51,8 +51,8 @@ def main(settings: Main) -> ScoreResult:
             )
         submission, findings = settings.output_dir / "submission.csv", settings.output_dir / "findings"
         if settings.test_dir is not None:
-            refuse_to_replace(submission)  # not only when all is trained
-            refuse_foreign(findings)
+            check_overwrite(submission)  # not only when all is trained
+            check_findings_folder(findings)
         next(step)
         dataset = preprocess(
             Preprocess(

@@ -9,16 +9,15 @@ from pathlib import Path
 from pneumo_experiments import tracking
 from pneumo_experiments.data_report.report import DataReport, sheet_of_positives
 from pneumo_experiments.data_report.statistics import Statistics, make_statistics
-from pneumo_experiments.dataset.convert import FileResult
 from pneumo_experiments.dataset.grouping import SOURCES, warn_about_grouping
 from pneumo_experiments.dataset.hdf5 import Dataset
 from pneumo_experiments.dataset.hdf5_writer import DatasetWriter
 from pneumo_experiments.dataset.inputs import FILES, STAMP, Inputs, digest, read_inputs
 from pneumo_experiments.dataset.patients import Grouping, count_sources, describe_sources
-from pneumo_experiments.dataset.shards import ShardSettings, is_finished, make_jobs, results
+from pneumo_experiments.dataset.shards import FileResult, ShardSettings, is_finished, make_jobs, results
 from pneumo_experiments.dicom.workers import available_cores
-from pneumo_experiments.errors import UserError, reason_of
-from pneumo_experiments.files import write_atomically
+from pneumo_experiments.errors import UserError
+from pneumo_experiments.files import write_atomically, writing
 from pneumo_experiments.locks import LOCK, work_folder
 from pneumo_experiments.progress_bar import ProgressBar
 from pneumo_experiments.settings import Preprocess
@@ -74,7 +73,7 @@ def _write(settings: Preprocess, inputs: Inputs, work: Path) -> bool:
     path = settings.dataset
     waiting = f"preprocess: another process writes {path}; waiting until it ends"
     with ExitStack() as stack:
-        try:
+        with writing(str(path)):
             waited = stack.enter_context(work_folder(work, waiting))
             nothing_left = {item.name for item in work.iterdir()} == {LOCK}
             if waited and nothing_left and _is_up_to_date(settings, inputs):
@@ -82,10 +81,6 @@ def _write(settings: Preprocess, inputs: Inputs, work: Path) -> bool:
             for leftover in work.glob("*.part"):
                 leftover.unlink(missing_ok=True)
             statistics = _write_dataset(settings, inputs, work)
-        except OSError as error:
-            raise UserError(
-                f"{path}: cannot be written ({reason_of(error)}); make room or choose another place"
-            ) from error
         with Dataset.open(path) as dataset:
             sheet = sheet_of_positives(dataset) if dataset.labelled else None
         page = _publish(path, DataReport(path.name, statistics, is_written=True, positives=sheet))

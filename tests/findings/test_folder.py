@@ -33,15 +33,17 @@ from pneumo_experiments.dataset.rle import decode
 from pneumo_experiments.dicom.radiograph import read_radiograph
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.findings import folder as folder_findings
-from pneumo_experiments.findings.folder import COLUMNS, write_findings
+from pneumo_experiments.findings.folder import COLUMNS
 from pneumo_experiments.learning.network import Output
 from pneumo_experiments.learning.predict import Predictor, to_native
 from pneumo_experiments.metrics.thresholds import Thresholds, apply_thresholds
 from pneumo_experiments.serving import Detector, Member
 from pneumo_experiments.settings import Score, Train
+from pneumo_experiments.stages.score import _score_folder
 
 SIZE = 32
 SHAPE = (75, 61)  # as a mask not a whole number of bytes
+MODEL = "models:/x@champion"
 NAME = "Mustermann^Erika"
 IDENTITY = {"PatientName": NAME, "PatientID": "4711-x", "PatientBirthDate": "19500101", "PatientSex": "F"}
 
@@ -97,10 +99,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def written(folder: Path, **settings: Any) -> dict[str, dict[str, str]]:
     """The rows of findings.csv by image id."""
-    chosen = make(Score, **({"dicom_dir": folder, "image_id": "stem"} | settings))
-    with tracking.run("score", chosen):
-        write_findings(chosen, DETECTOR, folder, "models:/x@champion")
+    chosen = make(Score, **({"dicom_dir": folder, "image_id": "stem", "model": MODEL} | settings))
+    score_folder(chosen, DETECTOR)
     return rows_of(chosen.findings)
+
+
+def score_folder(settings: Score, detector: Detector) -> None:
+    """What ``score`` does with a folder once its model is loaded."""
+    with tracking.run("score", settings):
+        _score_folder(settings, detector, settings.dicom_dir or Path())
 
 
 def rows_of(findings: Path) -> dict[str, dict[str, str]]:
@@ -305,8 +312,7 @@ def test_absurd_masks_are_warnings_on_the_terminal_and_in_the_description(
     for number, image in enumerate(pixels):
         (tmp_path / "many" / f"{number}.dcm").write_bytes(radiograph(image))
     chosen = make(Score, dicom_dir=tmp_path / "many")
-    with tracking.run("score", chosen):
-        write_findings(chosen, replace(DETECTOR, prevalence=0.22), tmp_path / "many", "a model")
+    score_folder(chosen, replace(DETECTOR, prevalence=0.22))
     warnings = [
         "2 masks cover more than half of their image: look at their overlays",
         "a finding on 60% of the images, 22% in training: check the thresholds, and that the model suits"

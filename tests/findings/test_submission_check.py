@@ -16,15 +16,16 @@ from pneumo_experiments.dataset.annotations import read_annotations, unite
 from pneumo_experiments.dataset.rle import encode
 from pneumo_experiments.dicom.archive import open_archive
 from pneumo_experiments.errors import UserError
-from pneumo_experiments.findings.mask_mistakes import CHALLENGE, usual_masks
 from pneumo_experiments.findings.submission import write_submission
 from pneumo_experiments.findings.submission_check import (
+    CHALLENGE,
     SubmissionCheck,
     are_too_many,
     check_submission,
     expected_images,
     mask_warnings,
     native_shapes,
+    usual_masks,
 )
 from pneumo_experiments.settings import Score
 from pneumo_experiments.stages.score import score

@@ -66,7 +66,7 @@ def test_a_submission_names_its_file_and_keeps_the_one_before(tmp_path: Path) ->
     write_submission(path, [("a", "1 2")])
     with (
         no_file_beyond(4096),
-        pytest.raises(UserError, match=r"/s\.csv: cannot be written \(File too large\); make room, or name"),
+        pytest.raises(UserError, match=r"/s\.csv: cannot be written \(File too large\); make room or choose"),
     ):
         write_submission(path, ((f"image {number}", "1 2") for number in range(10_000)))
     assert path.read_text() == "ImageId,EncodedPixels\na,1 2\n"
