@@ -180,11 +180,8 @@ def _bones(build: Build, pose: Pose, view: str, lungs: list[Lung], rng: np.rando
         girdle += [(blade, 60, 0), (blade, 110, 6), (arm, 190, 62), (arm, 120, 50), (head, 150, 0)]
         girdle += [(collar, 240, 29), (collar, 150, 21)]
     for y in range(-180, 1200, 58):
-        spine += [
-            (oval((0, y), 40, 25), 190, 0),
-            (oval((0, y), 35, 20), 110, 0),
-            (oval((0, y + 14), 5, 15), 230, 0),
-        ]
+        spine += [(oval((0, y), 40, 25), 190, 0), (oval((0, y), 35, 20), 110, 0)]
+        spine += [(oval((0, y + 14), 5, 15), 230, 0)]
         spine += [(oval((side * 25, y - 4), 7, 10), 230, 0) for side in (-1, 1)]
     bones = 0.13 * _layer(pose, back) + 0.09 * _layer(pose, front) + 0.16 * _layer(pose, girdle)
     return bones + _enlarge(0.1 * _layer(pose, spine, 3, 256))
@@ -196,13 +193,9 @@ def _devices(build: Build, pose: Pose, view: str, rng: np.random.Generator) -> G
     if rng.random() < likely:  # electrocardiogram
         for side in (-1, 1):
             x, y = side * build.half_width * rng.uniform(0.35, 0.9), rng.uniform(230, 620)
-            lead = [
-                (x, y),
-                (x + side * 50, y + 80),
-                (x + side * rng.uniform(30, 200), y + 250),
-                (side * 400, 1100),
-            ]
-            shapes += [(spline(lead), 140, 3), (oval((x, y), 9, 9), 255, 0)]
+            bend = (x + side * rng.uniform(30, 200), y + 250)
+            lead = spline([(x, y), (x + side * 50, y + 80), bend, (side * 400, 1100)])
+            shapes += [(lead, 140, 3), (oval((x, y), 9, 9), 255, 0)]
     if rng.random() < likely * 0.8:  # central venous line
         side, top = rng.choice([-1, 1]), build.apex
         line = [
