@@ -264,14 +264,11 @@ def test_a_zip_file_gives_the_same_data_set_as_the_folder(sample: Path, made: Pa
     assert fingerprint(store / "zip.h5") == fingerprint(made / "d.h5")
 
 
-@pytest.mark.parametrize("kind", ["float16", "uint8"])
-def test_pixel_types_differ_in_fingerprint_and_size_only(
-    kind: str, sample: Path, made: Path, store: Path
-) -> None:
-    preprocess(settings_of(sample, pixel_dtype=kind))
+def test_pixel_types_differ_in_fingerprint_and_size_only(sample: Path, made: Path, store: Path) -> None:
+    preprocess(settings_of(sample, pixel_dtype="float16"))
     assert fingerprint(store / "d.h5") != fingerprint(made / "d.h5")
     first, other = content_of(made / "d.h5"), content_of(store / "d.h5")
-    assert (first[2]["pixel_dtype"], other[2]["pixel_dtype"]) == ("float32", kind)
+    assert (first[2]["pixel_dtype"], other[2]["pixel_dtype"]) == ("float32", "float16")
     assert other[4:] == first[4:]  # index, greys, targets and run lengths
 
 
@@ -375,11 +372,3 @@ def test_a_report_that_finds_no_temporary_folder_does_not_blame_the_data_set(
     preprocess(settings_of(sample))
     assert "continuing: 10 of 10 files are read already" in capsys.readouterr().out
     assert (store / "d.report.html").exists()
-
-
-@pytest.mark.parametrize("target", ["/proc/d.h5", "file/d.h5"])
-def test_a_target_that_cannot_be_written_is_named(target: str, sample: Path, store: Path) -> None:
-    (store / "file").touch()
-    with pytest.raises(UserError, match=rf"{target}: cannot be written \(.+\); make room or choose"):
-        preprocess(settings_of(sample, dataset=Path(target)))
-    assert {path.name for path in store.iterdir()} <= {"file", "mlflow.db", "mlflow.db.lock", "mlruns"}
