@@ -62,21 +62,25 @@ class Chart:
 
 def page(statistics: Statistics, title: str, figures: Sequence[tuple[str, str]] = ()) -> str:
     """The report as HTML in UTF-8; ``figures`` are (caption, data URI of an image or relative file name)."""
-    found, annotated, used = statistics, statistics.annotated, statistics.outcome.used
-    numbers = {"files found": found.files, "images used": used, "images left out": found.images - used}
+    annotated, used = statistics.annotated, statistics.outcome.used
+    numbers = {
+        "files found": statistics.files,
+        "images used": used,
+        "images left out": statistics.images - used,
+    }
     if used:
-        numbers["patients"] = found.patients.count
+        numbers["patients"] = statistics.patients.count
         if annotated is not None:
             numbers["with pneumothorax"] = annotated.positives
-    outcomes = [(name, count, OUTCOMES[name]) for name, count in asdict(found.outcome).items() if count]
+    outcomes = [(name, count, OUTCOMES[name]) for name, count in asdict(statistics.outcome).items() if count]
     return template("data_report", "page.html.j2").render(
         title=title,
         used=used,
         numbers=numbers,
         outcomes=outcomes,
-        left_out=_left_out(found),
-        noteworthy=_noteworthy(found),
-        image_charts=_image_charts(found),
+        left_out=_left_out(statistics),
+        noteworthy=_noteworthy(statistics),
+        image_charts=_image_charts(statistics),
         annotated=annotated,
         area_rows=_area_rows(annotated),
         annotations_chart=annotated
@@ -86,60 +90,66 @@ def page(statistics: Statistics, title: str, figures: Sequence[tuple[str, str]] 
     )
 
 
-def _left_out(found: Statistics) -> list[Finding]:
+def _left_out(statistics: Statistics) -> list[Finding]:
     rejected = [
         (
             f"Rejected: {kind.heading}",
             "Each n stands for a number." if kind.varies else "These files cannot be used.",
             [(file.image_id, file.reason if kind.varies else "") for file in kind.files],
         )
-        for kind in found.rejected
+        for kind in statistics.rejected
     ]
     findings = _findings(
         *rejected,
         (
             "Of these, rejected because of their run lengths",
             "Their rows in the annotation table are wrong, or belong to another image.",
-            _ids(found.invalid_run_lengths),
+            _ids(statistics.invalid_run_lengths),
         ),
         (
             "File found, but not in the annotation table",
             "Whether these images show a pneumothorax is unknown, so they are left out.",
-            _ids(found.files_without_annotation),
+            _ids(statistics.files_without_annotation),
         ),
         (
             "Annotated, but no file found",
             "The annotation table names these images, but the folder does not contain them.",
-            _ids(found.annotated_without_file),
+            _ids(statistics.annotated_without_file),
         ),
     )
-    if found.skipped:
-        kinds, total = [(kind, f"{n:,}") for kind, n in found.skipped.items()], sum(found.skipped.values())
+    if statistics.skipped:
+        kinds, total = (
+            [(kind, f"{n:,}") for kind, n in statistics.skipped.items()],
+            sum(statistics.skipped.values()),
+        )
         findings.append(Finding("Skipped files", "None of these was read.", kinds, total))
     return findings
 
 
-def _noteworthy(found: Statistics) -> list[Finding]:
+def _noteworthy(statistics: Statistics) -> list[Finding]:
     return _findings(
         (
             "Several files with the same id",
-            f"The id of an image is {found.identified_by or 'the name of its file'}."
+            f"The id of an image is {statistics.identified_by or 'the name of its file'}."
             " Of several files with one id at most one is used.",
             [
                 (image_id, f"{same.files} files, {'one is used' if same.used else 'none is used'}")
-                for image_id, same in found.duplicates.items()
+                for image_id, same in statistics.duplicates.items()
             ],
         ),
         (
             "The same image under several ids",
             "Their pixels are equal. If they belong to different patients, the same image can be in both"
             " training and test data.",
-            [(" = ".join(s.image_ids), _describe(s, found.annotated)) for s in found.identical_images],
+            [
+                (" = ".join(s.image_ids), _describe(s, statistics.annotated))
+                for s in statistics.identical_images
+            ],
         ),
         (
             "Images whose annotations overlap",
             "The annotations of an image are united, so that each pixel counts once.",
-            _ids(found.annotated.overlapping if found.annotated else []),
+            _ids(statistics.annotated.overlapping if statistics.annotated else []),
         ),
         *(
             (
@@ -148,12 +158,12 @@ def _noteworthy(found: Statistics) -> list[Finding]:
                 " the pixels and the rest of the header decide how they look.",
                 _ids(image_ids),
             )
-            for note, image_ids in found.notes.items()
+            for note, image_ids in statistics.notes.items()
         ),
         (
             f"Ages above {MAX_PLAUSIBLE_AGE} years",
             "The images are used; their ages are not counted below.",
-            [(image_id, plural(age, "year")) for image_id, age in found.ages.implausible.items()],
+            [(image_id, plural(age, "year")) for image_id, age in statistics.ages.implausible.items()],
         ),
     )
 
@@ -171,12 +181,12 @@ def _describe(same: IdenticalImages, annotated: AnnotationStatistics | None) -> 
     return plural(same.patients, "patient") + areas
 
 
-def _image_charts(found: Statistics) -> list[Chart]:
-    patients = found.patients
+def _image_charts(statistics: Statistics) -> list[Chart]:
+    patients = statistics.patients
     return [
-        _chart("View", found.views, "PA: the rays pass from back to front. AP: from front to back."),
-        _chart("Sex", {SEXES.get(sex, sex): count for sex, count in found.sexes.items()}),
-        _chart("Age in years", found.ages.decades, _describe_ages(found.ages)),
+        _chart("View", statistics.views, "PA: the rays pass from back to front. AP: from front to back."),
+        _chart("Sex", {SEXES.get(sex, sex): count for sex, count in statistics.sexes.items()}),
+        _chart("Age in years", statistics.ages.decades, _describe_ages(statistics.ages)),
         _chart(
             "Images per patient",
             patients.images_per_patient,
@@ -184,8 +194,8 @@ def _image_charts(found: Statistics) -> list[Chart]:
             " An image of an unknown patient counts as a separate patient.",
         ),
         _chart("Source of the patients", patients.sources, "The bars count images."),
-        _chart("Size in pixels, rows x columns", found.sizes),
-        _chart("Format of the files", found.formats),
+        _chart("Size in pixels, rows x columns", statistics.sizes),
+        _chart("Format of the files", statistics.formats),
     ]
 
 

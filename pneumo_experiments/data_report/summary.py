@@ -13,33 +13,32 @@ MAX_ID_LENGTH = 24  # of longer ids the end is shown, where DICOM UIDs differ
 
 def summary(statistics: Statistics) -> list[str]:
     """One to 12 lines; what is empty is left out, lists of ids show three."""
-    found = statistics
-    identical = [" = ".join(_shorten(group.image_ids[:2])) for group in found.identical_images]
-    identified = [f"the id of an image is {found.identified_by}"] if found.identified_by else []
+    identical = [" = ".join(_shorten(group.image_ids[:2])) for group in statistics.identical_images]
+    identified = [f"the id of an image is {statistics.identified_by}"] if statistics.identified_by else []
     lines = [
-        *_list("skipped", _counted(found.skipped)),
+        *_list("skipped", _counted(statistics.skipped)),
         *identified,
-        *_count("annotated, but no file found", _shorten(found.annotated_without_file)),
-        *_count("file found, but not in the annotation table", _shorten(found.files_without_annotation)),
-        *_count("several files with the same id", _shorten([*found.duplicates])),
+        *_count("annotated, but no file found", _shorten(statistics.annotated_without_file)),
+        *_count("file found, but not in the annotation table", _shorten(statistics.files_without_annotation)),
+        *_count("several files with the same id", _shorten([*statistics.duplicates])),
         *_count("same image under several ids", identical),
-        *_list("read with notes", _counted({note: len(ids) for note, ids in found.notes.items()})),
-        *(_images(found) if found.outcome.used else []),
+        *_list("read with notes", _counted({note: len(ids) for note, ids in statistics.notes.items()})),
+        *(_images(statistics) if statistics.outcome.used else []),
     ]
-    lines = [_files(found), *_rejected(found.rejected, MAX_LINES - 1 - len(lines)), *lines]
+    lines = [_files(statistics), *_rejected(statistics.rejected, MAX_LINES - 1 - len(lines)), *lines]
     return [printable(line) for line in lines]
 
 
-def _files(found: Statistics) -> str:
-    outcome = found.outcome
+def _files(statistics: Statistics) -> str:
+    outcome = statistics.outcome
     counts = {
         "rejected": outcome.rejected,
         "without annotation": outcome.without_annotation,
         "not read": outcome.not_read,
     }
-    ids = "" if found.images == found.files else f" with {plural(found.images, 'image id')}"
+    ids = "" if statistics.images == statistics.files else f" with {plural(statistics.images, 'image id')}"
     rest = "".join(f", {count:,} {name}" for name, count in counts.items() if count)
-    return f"{plural(found.files, 'file')} found{ids}: {outcome.used:,} used{rest}"
+    return f"{plural(statistics.files, 'file')} found{ids}: {outcome.used:,} used{rest}"
 
 
 def _rejected(kinds: Sequence[Rejection], max_lines: int) -> list[str]:
@@ -56,17 +55,18 @@ def _rejected(kinds: Sequence[Rejection], max_lines: int) -> list[str]:
     return lines
 
 
-def _images(found: Statistics) -> list[str]:
-    patients, ages, annotated = found.patients, found.ages, found.annotated
+def _images(statistics: Statistics) -> list[str]:
+    patients, ages, annotated = statistics.patients, statistics.ages, statistics.annotated
     most = f", at most {patients.most_images:,} per patient" if patients.most_images > 1 else ""
     age = [f"median {ages.quantiles['p50']:.0f} years"] if ages.quantiles else []
     age += [f"{ages.unknown:,} unknown"] if ages.unknown else []
     age += [f"{len(ages.implausible):,} above {MAX_PLAUSIBLE_AGE}"] if ages.implausible else []
     view, sex = (
-        some_of([f"{name} {n:,}" for name, n in each.items()]) for each in (found.views, found.sexes)
+        some_of([f"{name} {n:,}" for name, n in each.items()])
+        for each in (statistics.views, statistics.sexes)
     )
     lines = [
-        f"{plural(found.outcome.used, 'image')} of {plural(patients.count, 'patient')}{most}",
+        f"{plural(statistics.outcome.used, 'image')} of {plural(patients.count, 'patient')}{most}",
         f"view {view}; sex {sex}; age {', '.join(age)}",
     ]
     if annotated is not None:
