@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from pneumo_experiments.dataset.annotations import read_annotations, unite
 from pneumo_experiments.dataset.rle import EMPTY, encode, to_lengths
-from pneumo_experiments.findings.mask_mistakes import CHALLENGE, MaskTraits, likely_mistakes, traits_of
+from pneumo_experiments.findings.submission_check import CHALLENGE, MaskTraits, likely_mistakes, traits_of
 
 SHAPE, IMAGES = (1024, 1024), (10, 30, 100, 1377)
 Mask = NDArray[np.bool_]

@@ -7,6 +7,8 @@ from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from pneumo_experiments.errors import UserError, reason_of
+
 SUFFIX = ".part"  # of temporary files
 
 
@@ -26,3 +28,15 @@ def write_atomically(path: Path, folder: Path | None = None) -> Generator[Path]:
         with suppress(OSError):
             temporary.unlink()
         raise
+
+
+@contextmanager
+def writing(place: str) -> Generator[None]:
+    """Turns an OSError of the block into a UserError that names the place, such as ``findings=folder``."""
+    try:
+        yield
+    except OSError as error:
+        reason = reason_of(error)
+        raise UserError(
+            f"{place}: cannot be written ({reason}); make room or choose another place"
+        ) from error

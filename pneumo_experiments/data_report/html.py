@@ -9,7 +9,7 @@ from urllib.parse import quote
 from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
-from pneumo_experiments.data_report.summary import plural, printable
+from pneumo_experiments.words import plural, printable
 
 
 @cache

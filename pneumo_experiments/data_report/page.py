@@ -12,9 +12,9 @@ from pneumo_experiments.data_report.statistics import (
     Ages,
     AnnotationStatistics,
     IdenticalImages,
-    Report,
+    Statistics,
 )
-from pneumo_experiments.data_report.summary import plural
+from pneumo_experiments.words import plural
 
 MAX_LISTED = 1000  # names in a list
 MAX_BARS = 12  # in a chart; ages have 12 decades
@@ -37,6 +37,8 @@ OUTCOMES = {
 }
 SEXES = {"F": "F (female)", "M": "M (male)", "O": "O (other)"}  # DICOM PS3.3 C.7.1.1
 
+Items = Sequence[tuple[str, str]]  # names and remarks
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -44,18 +46,8 @@ class Finding:
 
     title: str
     note: str
-    items: Sequence[tuple[str, str]]
+    items: Items
     count: int
-
-
-@dataclass(frozen=True)
-class Bar:
-    """One row of a bar chart; ``length`` is a CSS length, empty for no bar."""
-
-    name: str
-    length: str
-    count: int
-    percent: str
 
 
 @dataclass(frozen=True)
@@ -63,27 +55,32 @@ class Chart:
     """A bar chart; ``stacked`` shows the labels above the bars."""
 
     title: str
-    bars: list[Bar]
+    bars: list[tuple[str, str, int, str]]  # name, CSS length (empty for no bar), count, percent
     note: str
     stacked: bool
 
 
-def page(report: Report, title: str, figures: Sequence[tuple[str, str]] = ()) -> str:
+def page(statistics: Statistics, title: str, figures: Sequence[tuple[str, str]] = ()) -> str:
     """The report as HTML in UTF-8; ``figures`` are (caption, data URI of an image or relative file name)."""
-    outcomes = [
-        {"name": name, "count": count, "meaning": OUTCOMES[name]}
-        for name, count in asdict(report.outcome).items()
-        if count
-    ]
-    annotated = report.annotated
+    annotated, used = statistics.annotated, statistics.outcome.used
+    numbers = {
+        "files found": statistics.files,
+        "images used": used,
+        "images left out": statistics.images - used,
+    }
+    if used:
+        numbers["patients"] = statistics.patients.count
+        if annotated is not None:
+            numbers["with pneumothorax"] = annotated.positives
+    outcomes = [(name, count, OUTCOMES[name]) for name, count in asdict(statistics.outcome).items() if count]
     return template("data_report", "page.html.j2").render(
         title=title,
-        used=report.outcome.used,
-        numbers=_numbers(report),
+        used=used,
+        numbers=numbers,
         outcomes=outcomes,
-        left_out=_left_out(report),
-        noteworthy=_noteworthy(report),
-        image_charts=_image_charts(report),
+        left_out=_left_out(statistics),
+        noteworthy=_noteworthy(statistics),
+        image_charts=_image_charts(statistics),
         annotated=annotated,
         area_rows=_area_rows(annotated),
         annotations_chart=annotated
@@ -93,71 +90,66 @@ def page(report: Report, title: str, figures: Sequence[tuple[str, str]] = ()) ->
     )
 
 
-def _numbers(report: Report) -> dict[str, int]:
-    used = report.outcome.used
-    numbers = {"files found": report.files, "images used": used, "images left out": report.images - used}
-    if used:
-        numbers["patients"] = report.patients.count
-        if report.annotated is not None:
-            numbers["with pneumothorax"] = report.annotated.positives
-    return numbers
-
-
-def _left_out(report: Report) -> list[Finding]:
+def _left_out(statistics: Statistics) -> list[Finding]:
     rejected = [
-        Finding(
+        (
             f"Rejected: {kind.heading}",
             "Each n stands for a number." if kind.varies else "These files cannot be used.",
             [(file.image_id, file.reason if kind.varies else "") for file in kind.files],
-            len(kind.files),
         )
-        for kind in report.rejected
+        for kind in statistics.rejected
     ]
-    findings = rejected + _findings(
+    findings = _findings(
+        *rejected,
         (
             "Of these, rejected because of their run lengths",
             "Their rows in the annotation table are wrong, or belong to another image.",
-            _ids(report.invalid_run_lengths),
+            _ids(statistics.invalid_run_lengths),
         ),
         (
             "File found, but not in the annotation table",
             "Whether these images show a pneumothorax is unknown, so they are left out.",
-            _ids(report.files_without_annotation),
+            _ids(statistics.files_without_annotation),
         ),
         (
             "Annotated, but no file found",
             "The annotation table names these images, but the folder does not contain them.",
-            _ids(report.annotated_without_file),
+            _ids(statistics.annotated_without_file),
         ),
     )
-    if report.skipped:
-        kinds = [(kind, f"{count:,}") for kind, count in report.skipped.items()]
-        total = sum(report.skipped.values())
+    if statistics.skipped:
+        kinds, total = (
+            [(kind, f"{n:,}") for kind, n in statistics.skipped.items()],
+            sum(statistics.skipped.values()),
+        )
         findings.append(Finding("Skipped files", "None of these was read.", kinds, total))
     return findings
 
 
-def _noteworthy(report: Report) -> list[Finding]:
+def _noteworthy(statistics: Statistics) -> list[Finding]:
     return _findings(
         (
             "Several files with the same id",
-            f"The id of an image is {report.identified_by or 'the name of its file'}."
+            f"The id of an image is {statistics.identified_by or 'the name of its file'}."
             " Of several files with one id at most one is used.",
             [
                 (image_id, f"{same.files} files, {'one is used' if same.used else 'none is used'}")
-                for image_id, same in report.duplicates.items()
+                for image_id, same in statistics.duplicates.items()
             ],
         ),
         (
             "The same image under several ids",
             "Their pixels are equal. If they belong to different patients, the same image can be in both"
             " training and test data.",
-            [(" = ".join(same.image_ids), _describe(same, report)) for same in report.identical_images],
+            [
+                (" = ".join(s.image_ids), _describe(s, statistics.annotated))
+                for s in statistics.identical_images
+            ],
         ),
         (
             "Images whose annotations overlap",
             "The annotations of an image are united, so that each pixel counts once.",
-            _ids(report.annotated.overlapping if report.annotated else []),
+            _ids(statistics.annotated.overlapping if statistics.annotated else []),
         ),
         *(
             (
@@ -166,35 +158,35 @@ def _noteworthy(report: Report) -> list[Finding]:
                 " the pixels and the rest of the header decide how they look.",
                 _ids(image_ids),
             )
-            for note, image_ids in report.notes.items()
+            for note, image_ids in statistics.notes.items()
         ),
         (
             f"Ages above {MAX_PLAUSIBLE_AGE} years",
             "The images are used; their ages are not counted below.",
-            [(image_id, plural(age, "year")) for image_id, age in report.ages.implausible.items()],
+            [(image_id, plural(age, "year")) for image_id, age in statistics.ages.implausible.items()],
         ),
     )
 
 
-def _findings(*rows: tuple[str, str, Sequence[tuple[str, str]]]) -> list[Finding]:
+def _findings(*rows: tuple[str, str, Items]) -> list[Finding]:
     return [Finding(title, note, items, len(items)) for title, note, items in rows if items]
 
 
-def _ids(image_ids: Iterable[str]) -> list[tuple[str, str]]:
+def _ids(image_ids: Iterable[str]) -> Items:
     return [(image_id, "") for image_id in image_ids]
 
 
-def _describe(same: IdenticalImages, report: Report) -> str:
-    areas = f"; annotated {', '.join(f'{area:,}' for area in same.areas_px)} px" if report.annotated else ""
+def _describe(same: IdenticalImages, annotated: AnnotationStatistics | None) -> str:
+    areas = f"; annotated {', '.join(f'{area:,}' for area in same.areas_px)} px" if annotated else ""
     return plural(same.patients, "patient") + areas
 
 
-def _image_charts(report: Report) -> list[Chart]:
-    patients = report.patients
+def _image_charts(statistics: Statistics) -> list[Chart]:
+    patients = statistics.patients
     return [
-        _chart("View", report.views, "PA: the rays pass from back to front. AP: from front to back."),
-        _chart("Sex", {SEXES.get(sex, sex): count for sex, count in report.sexes.items()}),
-        _chart("Age in years", report.ages.decades, _describe_ages(report.ages)),
+        _chart("View", statistics.views, "PA: the rays pass from back to front. AP: from front to back."),
+        _chart("Sex", {SEXES.get(sex, sex): count for sex, count in statistics.sexes.items()}),
+        _chart("Age in years", statistics.ages.decades, _describe_ages(statistics.ages)),
         _chart(
             "Images per patient",
             patients.images_per_patient,
@@ -202,8 +194,8 @@ def _image_charts(report: Report) -> list[Chart]:
             " An image of an unknown patient counts as a separate patient.",
         ),
         _chart("Source of the patients", patients.sources, "The bars count images."),
-        _chart("Size in pixels, rows x columns", report.sizes),
-        _chart("Format of the files", report.formats),
+        _chart("Size in pixels, rows x columns", statistics.sizes),
+        _chart("Format of the files", statistics.formats),
     ]
 
 
@@ -213,17 +205,12 @@ def _describe_ages(ages: Ages) -> str:
     return half + (f"The age is unknown for {plural(ages.unknown, 'image')}." if ages.unknown else "")
 
 
-def _area_rows(annotated: AnnotationStatistics | None) -> list[dict[str, str]]:
+def _area_rows(annotated: AnnotationStatistics | None) -> list[tuple[str, str, str]]:
+    """Title, pixels and fraction of the image of each quantile."""
     if annotated is None or not annotated.area_px or not annotated.area_share:
         return []
-    return [
-        {
-            "title": title,
-            "pixels": f"{annotated.area_px[name]:,.0f}",
-            "fraction": f"{annotated.area_share[name]:.2%}",
-        }
-        for name, title in QUANTILES.items()
-    ]
+    areas, fractions = annotated.area_px, annotated.area_share
+    return [(title, f"{areas[name]:,.0f}", f"{fractions[name]:.2%}") for name, title in QUANTILES.items()]
 
 
 def _chart(title: str, counts: Mapping[str, int], note: str = "") -> Chart:
@@ -231,12 +218,12 @@ def _chart(title: str, counts: Mapping[str, int], note: str = "") -> Chart:
     total, longest = sum(counts.values()), max(counts.values(), default=0)
     shown = dict(islice(counts.items(), MAX_BARS))
     bars = [
-        Bar(name, f"max(2px, {count / longest:.1%})" if count else "0%", count, _percent(count, total))
+        (name, f"max(2px, {count / longest:.1%})" if count else "0%", count, _percent(count, total))
         for name, count in shown.items()
     ]
     if others := len(counts) - len(shown):
         rest = total - sum(shown.values())
-        bars.append(Bar(plural(others, "other"), "", rest, _percent(rest, total)))
+        bars.append((plural(others, "other"), "", rest, _percent(rest, total)))
     return Chart(title, bars, note, max(map(len, shown), default=0) > MAX_LABEL_LENGTH)
 
 

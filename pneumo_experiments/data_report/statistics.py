@@ -5,15 +5,18 @@ A report holds image ids and counts; patient hashes are counted, but not part of
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 
-from pneumo_experiments.dataset.packed import Entry
+from pneumo_experiments.dataset.packed import Entry, Packed
+from pneumo_experiments.dataset.patients import Grouping, count_sources
+from pneumo_experiments.dataset.shards import FileResult
+from pneumo_experiments.dicom.archive import DIFFERING_FILES, Archive
+from pneumo_experiments.dicom.identity import FILE_NAME
 
 QUANTILES = {"min": 0.0, "p10": 0.1, "p25": 0.25, "p50": 0.5, "p75": 0.75, "p90": 0.9, "max": 1.0}
 MAX_PLAUSIBLE_AGE = 110  # years; the contest's data has ages up to 413
@@ -106,8 +109,8 @@ class AnnotationStatistics:
 
 
 @dataclass(frozen=True)
-class Report:
-    """The whole report; lists of ids are complete and sorted."""
+class Statistics:
+    """The numbers of the report; lists of ids are complete and sorted."""
 
     files: int
     images: int  # distinct ids
@@ -129,66 +132,53 @@ class Report:
     patients: Patients
     annotated: AnnotationStatistics | None  # None for a set without labels
 
-    def as_json(self) -> dict[str, object]:
-        """The fields in their order, of types that JSON has."""
-        return json.loads(json.dumps(asdict(self)))
 
-
-def make_report(
-    *,
-    files: int,
-    identified_by: str,
-    skipped: Mapping[str, int],
-    duplicates: Mapping[str, int],
-    rejected: Sequence[tuple[str, str]],
-    entries: Sequence[Entry],
-    patient_sources: Mapping[str, int],
-    pixel_hashes: Sequence[str],
-    formats: Sequence[str],
-    notes: Sequence[tuple[str, str]],
-    annotated: Collection[str] | None,
-    file_ids: Collection[str],
-    overlapping: Sequence[str],
-    invalid_run_lengths: Sequence[str],
-) -> Report:
-    """The report on n used images (entries, pixel_hashes, formats: length n >= 0) and on all other files.
-
-    ``annotated`` are the ids in the annotation table, None for a set without labels. Raises ValueError if the
-    three lengths differ.
-    """
-    if not len(entries) == len(pixel_hashes) == len(formats):
-        raise ValueError(f"{len(entries)} entries, {len(pixel_hashes)} pixel hashes, {len(formats)} formats")
-    all_ids, used = set(file_ids), {entry.image_id for entry in entries}
-    unusable = {image_id for image_id, _ in rejected} - used
-    unannotated = set[str]() if annotated is None else all_ids - set(annotated) - used - unusable
-    return Report(
-        files=files,
+def make_statistics(
+    archive: Archive, annotated: Collection[str] | None, grouping: Grouping, results: Sequence[FileResult]
+) -> Statistics:
+    """The numbers of an archive's files; ``annotated`` are image ids, None for a set without labels."""
+    images = {result.image_id: result.packed for result in results if result.packed is not None}
+    used = [result for result in results if result.packed is not None]
+    entries = [image.entry for image in images.values()]
+    rejected = [(result.image_id, result.reason) for result in results if result.reason]
+    rejected += [
+        (name, DIFFERING_FILES) for name in archive.differing if annotated is None or name in annotated
+    ]
+    all_ids, unusable = archive.image_ids, {name for name, _ in rejected} - images.keys()
+    unannotated = set[str]() if annotated is None else all_ids - {*annotated} - images.keys() - unusable
+    notes = [(note, result.image_id) for result in used for note in result.notes]
+    return Statistics(
+        files=archive.files,
         images=len(all_ids),
-        identified_by=identified_by,
+        identified_by="" if archive.identified_by == FILE_NAME else archive.identified_by,
         outcome=Outcome(
-            used=len(entries),
+            used=len(images),
             rejected=len(unusable),
             without_annotation=len(unannotated),
-            not_read=len(all_ids - used - unusable - unannotated),
+            not_read=len(all_ids - images.keys() - unusable - unannotated),
         ),
-        skipped={kind: n for kind, n in skipped.items() if n},
+        skipped={kind: count for kind, count in archive.skipped.items() if count},
         rejected=_by_reason(rejected),
-        invalid_run_lengths=sorted(set(invalid_run_lengths)),
-        annotated_without_file=sorted(set(annotated or ()) - all_ids),
+        invalid_run_lengths=sorted(result.image_id for result in results if result.invalid_run_lengths),
+        annotated_without_file=sorted({*(annotated or ())} - all_ids),
         files_without_annotation=sorted(unannotated),
-        duplicates={name: DuplicateFiles(duplicates[name], name in used) for name in sorted(duplicates)},
-        identical_images=_identical_images(entries, pixel_hashes),
+        duplicates={
+            name: DuplicateFiles(count, name in images) for name, count in sorted(archive.duplicates.items())
+        },
+        identical_images=_identical_images(images),
         views=_counts(entry.view for entry in entries),
         sexes=_counts(entry.sex for entry in entries),
         ages=_ages(entries),
         sizes=_counts(f"{entry.rows} x {entry.columns}" for entry in entries),
-        formats=_counts(formats),
+        formats=_counts(result.format for result in used),
         notes={
             note: sorted(image_id for each, image_id in notes if each == note)
             for note in _counts(note for note, _ in notes)
         },
-        patients=_patients(entries, patient_sources),
-        annotated=None if annotated is None else _annotated(entries, overlapping),
+        patients=_patients(entries, grouping),
+        annotated=None
+        if annotated is None
+        else _annotated(entries, sorted(result.image_id for result in used if result.overlapping)),
     )
 
 
@@ -218,10 +208,10 @@ def _by_reason(rejected: Sequence[tuple[str, str]]) -> list[Rejection]:
     return [Rejection(*kind) for kind in sorted(kinds.items(), key=lambda kind: (-len(kind[1]), kind[0]))]
 
 
-def _identical_images(entries: Sequence[Entry], pixel_hashes: Sequence[str]) -> list[IdenticalImages]:
+def _identical_images(images: Mapping[str, Packed]) -> list[IdenticalImages]:
     groups: dict[str, list[Entry]] = {}
-    for entry, digest in sorted(zip(entries, pixel_hashes, strict=True), key=lambda pair: pair[0].image_id):
-        groups.setdefault(digest, []).append(entry)
+    for _, image in sorted(images.items()):
+        groups.setdefault(image.image_sha256, []).append(image.entry)
     return [
         IdenticalImages(
             image_ids=[entry.image_id for entry in group],
@@ -247,18 +237,18 @@ def _ages(entries: Sequence[Entry]) -> Ages:
     )
 
 
-def _patients(entries: Sequence[Entry], sources: Mapping[str, int]) -> Patients:
-    images = Counter(entry.patient for entry in entries).values()
-    return Patients(len(images), max(images, default=0), _number_counts(images), dict(sources))
+def _patients(entries: Sequence[Entry], grouping: Grouping) -> Patients:
+    images, sources = Counter(entry.patient for entry in entries).values(), count_sources(entries, grouping)
+    return Patients(len(images), max(images, default=0), _number_counts(images), sources)
 
 
-def _annotated(entries: Sequence[Entry], overlapping: Sequence[str]) -> AnnotationStatistics:
+def _annotated(entries: Sequence[Entry], overlapping: list[str]) -> AnnotationStatistics:
     positives = [entry for entry in entries if entry.area_px > 0]
     return AnnotationStatistics(
         positives=len(positives),
         annotations_per_positive=_number_counts(entry.annotations for entry in positives),
         area_px=_quantiles([entry.area_px for entry in positives]),
         area_share=_quantiles([entry.area_px / (entry.rows * entry.columns) for entry in positives]),
-        overlapping=sorted(set(overlapping)),
+        overlapping=overlapping,
         dice_all_empty=(len(entries) - len(positives)) / len(entries) if entries else None,
     )

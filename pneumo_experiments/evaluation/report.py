@@ -10,7 +10,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pneumo_experiments import tracking
-from pneumo_experiments.data_report.summary import plural
 from pneumo_experiments.evaluation.model_comparison import ModelComparison
 from pneumo_experiments.evaluation.page import (
     MAX_ID_LENGTH,
@@ -32,6 +31,7 @@ from pneumo_experiments.metrics.thresholds import ThresholdCounts, Thresholds
 from pneumo_experiments.passwords import hide_passwords
 from pneumo_experiments.serving import Detector
 from pneumo_experiments.settings import Score
+from pneumo_experiments.words import plural
 
 PAGE = "report.html"
 MAX_PICTURE_BYTES = 9_500_000  # on the page, for a page below 10 MB; other overlays are artifacts alone

@@ -1,11 +1,10 @@
-"""What ``score`` leaves of a folder: the submission, a table of findings, overlays, DICOM objects."""
+"""What the model finds in a folder: the submission, a table of findings, overlays, DICOM objects."""
 
 from __future__ import annotations
 
 import hashlib
-import heapq
-from collections.abc import Generator, Mapping
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Collection, Generator, Iterator, Mapping
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -13,19 +12,18 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from pneumo_experiments import tracking
 from pneumo_experiments.dataset.decoder_pool import read_files
-from pneumo_experiments.dataset.rle import EMPTY, encode
+from pneumo_experiments.dataset.rle import encode
 from pneumo_experiments.dicom.archive import DIFFERING_FILES, Archive, open_archive
 from pneumo_experiments.dicom.geometry import side_of
 from pneumo_experiments.dicom.identity import FILE_NAME
 from pneumo_experiments.dicom.segmentation import Segment, write_segmentation
 from pneumo_experiments.dicom.workers import available_cores
-from pneumo_experiments.errors import Rejected, UserError, reason_of
+from pneumo_experiments.errors import Rejected, UserError
 from pneumo_experiments.evaluation.report import file_name
 from pneumo_experiments.figures import overlay
-from pneumo_experiments.files import SUFFIX, write_atomically
-from pneumo_experiments.findings.submission import refuse_to_replace, write_submission, write_table
+from pneumo_experiments.files import SUFFIX, write_atomically, writing
+from pneumo_experiments.findings.submission import check_overwrite, write_submission, write_table
 from pneumo_experiments.findings.submission_check import expected_images, mask_warnings
 from pneumo_experiments.learning.loader import prefetch
 from pneumo_experiments.locks import LOCK, work_folder
@@ -53,7 +51,7 @@ class Row:
     cells: tuple[str, ...] = ("",) * 4  # area_px to side
     rle: str = ""
     error: str = ""
-    written: tuple[str, ...] = ()  # files below the table's folder
+    written: tuple[str, ...] = ()  # files below the table's folder, the overlay first
     covered: float = 0.0  # fraction of the image
 
     @property
@@ -67,136 +65,173 @@ class Row:
         return (self.image_id, presence, *self.cells, self.rle, self.error)
 
 
-def write_findings(settings: Score, detector: Detector, folder: Path, model_text: str) -> None:
-    """Writes and logs what the detector finds in a folder or zip file.
+@dataclass(frozen=True)
+class FolderFindings:
+    """What was found in a folder, and written."""
 
-    Raises UserError, with all files written, if more than ``max_rejected`` of the images cannot be read, and
-    without any if none can.
-    """
+    settings: Score
+    folder: Path
+    rows: list[Row]
+    pictures: dict[str, NDArray[np.uint8]]  # by name: overlays of the highest presence, RGB (h, w, 3)
+    notes: list[str]  # about the folder
+    warnings: list[str]  # about the masks
+
+    @property
+    def files(self) -> tuple[Path, Path]:
+        """Submission and table."""
+        return self.settings.submission, self.settings.findings / TABLE
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """The number of images, and of those that could not be read and that have a finding."""
+        positives = sum(bool(row.written) for row in self.rows)
+        return {"images": len(self.rows), "rejected": len(self._rejected), "positives": positives}
+
+    @property
+    def failure(self) -> str:
+        """That more than max_rejected of the images could not be read; else empty."""
+        if len(self._rejected) <= self.settings.max_rejected * len(self.rows):
+            return ""
+        return (
+            f"dicom_dir={self.folder}: {len(self._rejected)} of {len(self.rows)} images could not be read,"
+            f" more than max_rejected={self.settings.max_rejected:g}; all files are written;"
+            f" the first: {self._rejected[0]}"
+        )
+
+    def description(self, model_text: str) -> str:
+        """For the run."""
+        images, rejected, positives = self.counts.values()
+        first = f"{images} images from {self.folder}, by {model_text}: {positives} with a finding."
+        return "\n".join([first, f"{rejected} could not be read.", *(f"{each}." for each in self.warnings)])
+
+    @property
+    def lines(self) -> list[str]:
+        """For the terminal."""
+        images, rejected, positives = self.counts.values()
+        submission, table = self.files
+        no_object = [row.error for row in self.rows if row.error and not row.is_rejected]
+        objects = f" and {positives - len(no_object)} DICOM Segmentations" if self.settings.dicom_seg else ""
+        return [
+            *self.notes,
+            *(f"submitted as empty: {error}" for error in self._rejected[:EXAMPLES]),
+            *no_object[:EXAMPLES],
+            f"{images} images in {submission}, {rejected} could not be read",
+            f"{positives} with a finding: {table}, overlays{objects} beside it",
+            *self.warnings,
+        ]
+
+    @property
+    def _rejected(self) -> list[str]:
+        return [row.error for row in self.rows if row.is_rejected]
+
+
+def write_findings(settings: Score, detector: Detector, folder: Path, model_text: str) -> FolderFindings:
+    """Writes what the detector finds in a folder or zip file; UserError, and no file, if none can be read."""
     wanted = expected_images(settings.sample_submission, None)
     archive = open_archive(folder, settings.image_id, wanted or ())
-    if archive.identified_by != FILE_NAME:
-        print(f"score: the id of an image is {archive.identified_by}")
-    order = _order(settings, archive, folder, wanted)
-    rows, shown = list[Row](), list[tuple[float, str, NDArray[np.uint8]]]()
-
-    def lines() -> Generator[tuple[str, str]]:
-        """The submission's lines, drawn when its file is open; fills ``rows``."""
-        place = {image_id: number for number, image_id in enumerate(order)}
-        for row, picture in _rows(settings, detector, archive, place, model_text):
-            rows.append(row)
-            if picture is not None and settings.overlays:
-                heapq.heappush(shown, (row.presence or 0.0, row.image_id, picture))
-                if len(shown) > settings.overlays:
-                    heapq.heappop(shown)
-        if all(row.is_rejected for row in rows):
-            raise UserError(f"dicom_dir={folder}: no file can be used; the first: {rows[0].error}")
-        rows.sort(key=lambda row: place[row.image_id])
-        yield from ((row.image_id, row.rle or EMPTY) for row in rows)
-
-    with ExitStack() as stack:
-        table = settings.findings / TABLE
-        waiting = f"score: another process writes {settings.findings}; waiting until it ends"
-        refuse_foreign(settings.findings)
-        with _writing(settings.findings):
-            stack.enter_context(work_folder(settings.findings, waiting))
-        with closing(lines()) as drawn:
-            write_submission(settings.submission, drawn)
-        write_table(table, COLUMNS, (row.texts() for row in rows))
-        _remove_others(settings.findings, {name for row in rows for name in row.written})
-        tracking.log_file(settings.submission)
-        tracking.log_file(table)
-    for place, (_, image_id, picture) in enumerate(sorted(shown, reverse=True), start=1):
-        tracking.log_image(picture, f"{OVERLAYS}/{place:02}-{file_name(image_id)}.png")
-    _report(settings, rows, folder, model_text, detector.prevalence)
-
-
-def refuse_foreign(folder: Path) -> None:
-    """Raises UserError when ``folder`` holds anything that ``write_findings`` did not write."""
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"findings={folder}: is a file; name a folder")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / LOCK).exists():
-        raise UserError(f"findings={folder}: exists and was not created by score; name another folder")
-    refuse_to_replace(folder / TABLE)
-
-
-@contextmanager
-def _writing(folder: Path) -> Generator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"findings={folder}: cannot be written ({reason_of(error)}); make room, or name another folder"
-        ) from error
-
-
-def _order(settings: Score, archive: Archive, folder: Path, wanted: list[str] | None) -> list[str]:
-    """The ids of the images to predict, in the order of the submission: those wanted, or all."""
     order = sorted(archive.image_ids) if wanted is None else wanted
     if missing := [image_id for image_id in order if image_id not in archive.image_ids]:
         raise UserError(
             f"dicom_dir={folder}: {len(missing)} of {len(order)} images of {settings.sample_submission} have"
             f" no file, such as {missing[0]}; name the folder with all test images"
         )
+    rows = list[Row]()
+
+    def submitted() -> Iterator[tuple[str, str]]:
+        """The submission's lines, predicted when its file is open; fills ``rows``."""
+        predicted = {row.image_id: row for row in _rows(settings, detector, archive, {*order}, model_text)}
+        rows.extend(predicted[image_id] for image_id in order)
+        if all(row.is_rejected for row in rows):
+            raise UserError(f"dicom_dir={folder}: no file can be used; the first: {rows[0].error}")
+        yield from ((row.image_id, row.rle) for row in rows)
+
+    notes = [] if archive.identified_by == FILE_NAME else [f"the id of an image is {archive.identified_by}"]
     if others := len(archive.image_ids) - len(order):
-        print(f"score: {others} images of {folder} are not in {settings.sample_submission}: left out")
-    return order
+        notes.append(f"{others} images of {folder} are not in {settings.sample_submission}: left out")
+    findings = settings.findings
+    check_findings_folder(findings)
+    with ExitStack() as stack:
+        with writing(f"findings={findings}"):
+            waiting = f"score: another process writes {findings}; waiting until it ends"
+            stack.enter_context(work_folder(findings, waiting))
+        write_submission(settings.submission, submitted())
+        write_table(findings / TABLE, COLUMNS, (row.texts() for row in rows))
+        _remove_others(findings, {name for row in rows for name in row.written})
+        pictures = _pictures(findings, rows, settings.overlays)
+    covered = [row.covered for row in rows if not row.is_rejected]
+    warnings = mask_warnings(covered, {"in training": detector.prevalence})
+    return FolderFindings(settings, folder, rows, pictures, notes, warnings)
+
+
+def check_findings_folder(folder: Path) -> None:
+    """Raises UserError when ``folder`` holds anything that ``write_findings`` did not write."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"findings={folder}: is a file; name a folder")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / LOCK).exists():
+        raise UserError(f"findings={folder}: exists and was not created by score; name another folder")
+    check_overwrite(folder / TABLE)
 
 
 def _rows(
-    settings: Score, detector: Detector, archive: Archive, wanted: Mapping[str, int], model_text: str
-) -> Generator[tuple[Row, NDArray[np.uint8] | None]]:
-    """The row of each image in the order of reading, with its overlay if it has a finding."""
+    settings: Score, detector: Detector, archive: Archive, wanted: Collection[str], model_text: str
+) -> Generator[Row]:
+    """The row of each image in the order of reading; writes overlays and DICOM objects."""
     for image_id in archive.differing:
         if image_id in wanted:
-            yield Row(image_id, error=f"{image_id}: {DIFFERING_FILES}"), None
+            yield Row(image_id, error=f"{image_id}: {DIFFERING_FILES}")
     members = [member for member in archive.members if member.image_id in wanted]
     parameters = {"model": hide_passwords(model_text)}
     parameters |= {name: f"{value:g}" for name, value in asdict(detector.thresholds).items()}
 
-    def describe(finding: Finding) -> tuple[Row, NDArray[np.uint8] | None]:
-        with _writing(settings.findings):
+    def describe(finding: Finding) -> Row:
+        with writing(f"findings={settings.findings}"):
             return _describe(finding, settings.findings, parameters if settings.dicom_seg else None)
 
     files = read_files(archive.root, members)
     bar = ProgressBar("score", len(members), is_kept=True)
     with bar, closing(detector.detect(files, with_source=settings.dicom_seg)) as findings:
-        for described in prefetch(describe, findings, THREADS):
+        for row in prefetch(describe, findings, THREADS):
             bar.update()
-            yield described
+            yield row
 
 
-def _describe(
-    finding: Finding, folder: Path, parameters: Mapping[str, str] | None
-) -> tuple[Row, NDArray[np.uint8] | None]:
-    """The row of an image, and the overlay; writes that and, with ``parameters``, the DICOM object."""
+def _describe(finding: Finding, folder: Path, parameters: Mapping[str, str] | None) -> Row:
+    """The row of an image; writes its overlay and, with ``parameters``, the DICOM object."""
     mask, geometry = finding.mask, finding.geometry
     if mask is None or geometry is None or finding.pixels is None:
-        return Row(finding.image_id, error=finding.error), None
+        return Row(finding.image_id, error=finding.error)
     area_px, rle = int(np.count_nonzero(mask)), encode(mask)
     area_mm2, side = geometry.area_mm2(area_px), side_of(mask, geometry.left_edge)
     cells = (str(area_px), "" if area_mm2 is None else f"{area_mm2:.1f}", geometry.spacing, side)
     if not area_px:
-        return Row(finding.image_id, finding.presence, cells, rle), None
-    words = [SIDES[side], f"presence {finding.presence:.2f}", f"{area_px:,} px"]
+        return Row(finding.image_id, finding.presence, cells, rle)
     # The id last: one too long for the picture is cut, and the file's name has it as well.
-    picture = overlay(finding.pixels, None, mask, f"{', '.join(words)}: {finding.image_id}")
+    caption = f"{SIDES[side]}, presence {finding.presence:.2f}, {area_px:,} px: {finding.image_id}"
+    picture = Image.fromarray(overlay(finding.pixels, None, mask, caption))
     name, error = _disk_name(finding.image_id), ""
     written = [f"{OVERLAYS}/{name}.png"]
-    for subfolder in (OVERLAYS, SEGMENTATIONS)[: 1 if parameters is None else 2]:
-        (folder / subfolder).mkdir(exist_ok=True)
+    (folder / OVERLAYS).mkdir(exist_ok=True)
     with write_atomically(folder / written[0]) as temporary:
-        Image.fromarray(picture).save(temporary, "PNG", compress_level=PNG_LEVEL)
+        picture.save(temporary, "PNG", compress_level=PNG_LEVEL)
     if parameters is not None:
         path = f"{SEGMENTATIONS}/{name}.dcm"
+        (folder / SEGMENTATIONS).mkdir(exist_ok=True)
         try:
             segment = Segment(finding.image_id, mask, finding.source or {})
             write_segmentation(folder / path, segment, parameters)
             written.append(path)
         except Rejected as reason:
             error = str(reason)
-    row = Row(finding.image_id, finding.presence, cells, rle, error, tuple(written), area_px / mask.size)
-    return row, picture
+    covered = area_px / mask.size
+    return Row(finding.image_id, finding.presence, cells, rle, error, tuple(written), covered)
+
+
+def _pictures(folder: Path, rows: list[Row], count: int) -> dict[str, NDArray[np.uint8]]:
+    """The overlays with the highest presence, by name, the highest first."""
+    ranked = sorted((row for row in rows if row.written), key=lambda row: (row.presence, row.image_id))
+    chosen = enumerate(ranked[::-1][:count], start=1)
+    names = {f"{OVERLAYS}/{place:02}-{file_name(row.image_id)}.png": row.written[0] for place, row in chosen}
+    return {name: np.asarray(Image.open(folder / file)) for name, file in names.items()}
 
 
 def _disk_name(image_id: str) -> str:
@@ -213,33 +248,3 @@ def _remove_others(folder: Path, written: set[str]) -> None:
         for path in [*(folder / name).glob(f"*{suffix}"), *(folder / name).glob(f"*{suffix}.*{SUFFIX}")]:
             if f"{name}/{path.name}" not in written:
                 path.unlink(missing_ok=True)
-
-
-def _report(
-    settings: Score, rows: list[Row], folder: Path, model_text: str, prevalence: float | None
-) -> None:
-    """Tells what was written, and raises UserError if too many images could not be read."""
-    rejected = [row.error for row in rows if row.is_rejected]
-    left_out = [row.error for row in rows if row.error and not row.is_rejected]
-    positives = sum(bool(row.written) for row in rows)
-    tracking.log_params({"images": len(rows), "rejected": len(rejected), "positives": positives})
-    covered = [row.covered for row in rows if not row.is_rejected]
-    warnings = mask_warnings(covered, {"in training": prevalence})
-    tracking.describe(
-        f"{len(rows)} images from {folder}, by {model_text}: {positives} with a finding.\n"
-        f"{len(rejected)} could not be read." + "".join(f"\n{each}." for each in warnings)
-    )
-    for error in rejected[:EXAMPLES]:
-        print(f"score: submitted as empty: {error}")
-    for error in left_out[:EXAMPLES]:
-        print(f"score: {error}")
-    print(f"score: {len(rows)} images in {settings.submission}, {len(rejected)} could not be read")
-    objects = f" and {positives - len(left_out)} DICOM Segmentations" if settings.dicom_seg else ""
-    print(f"score: {positives} with a finding: {settings.findings / TABLE}, overlays{objects} beside it")
-    for warning in warnings:
-        print(f"score: {warning}")
-    if len(rejected) > settings.max_rejected * len(rows):
-        raise UserError(
-            f"dicom_dir={folder}: {len(rejected)} of {len(rows)} images could not be read, more than"
-            f" max_rejected={settings.max_rejected:g}; all files are written; the first: {rejected[0]}"
-        )

@@ -12,13 +12,13 @@ from typing import Any, cast
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
-from pneumo_experiments.data_report.summary import plural, printable
 from pneumo_experiments.metrics.scores import notes
 from pneumo_experiments.registry.lineage import Lineage, score_links
 from pneumo_experiments.registry.promotion import Decision
 from pneumo_experiments.registry.scores import read_json, read_table
 from pneumo_experiments.registry.versions import CHALLENGER, CHAMPION, NONE, Version
 from pneumo_experiments.serving import Detector
+from pneumo_experiments.words import plural, printable
 
 MAX_CHARACTERS = 4800  # of a description; PostgreSQL refuses more than 5000
 MAX_REASON = 700

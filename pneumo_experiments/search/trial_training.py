@@ -16,7 +16,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pneumo_experiments import tracking
-from pneumo_experiments.data_report.summary import plural
 from pneumo_experiments.dataset.hdf5 import Dataset
 from pneumo_experiments.dataset.splits import Split, assign_folds
 from pneumo_experiments.errors import UserError
@@ -36,6 +35,7 @@ from pneumo_experiments.settings import Recipe, Search, weight_shaping
 from pneumo_experiments.training.fold import initial_network, make_detector
 from pneumo_experiments.training.loop import EpochResult, train_and_validate
 from pneumo_experiments.training.progress import VERSION
+from pneumo_experiments.words import plural
 
 TIMED_IMAGES = 16
 CHECKPOINTS = Path("output/checkpoints")

@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Literal
 
 from pneumo_experiments import tracking
-from pneumo_experiments.data_report.summary import plural
 from pneumo_experiments.dataset.hdf5 import Dataset
 from pneumo_experiments.errors import UserError
-from pneumo_experiments.findings.folder import refuse_foreign
-from pneumo_experiments.findings.submission import refuse_to_replace
+from pneumo_experiments.findings.folder import check_findings_folder
+from pneumo_experiments.findings.submission import check_overwrite
 from pneumo_experiments.registry import versions
 from pneumo_experiments.search.trial_training import split_folds
 from pneumo_experiments.settings import (
@@ -34,6 +33,7 @@ from pneumo_experiments.stages.score import ScoreResult, score, scores_line
 from pneumo_experiments.stages.search import SearchResult, search
 from pneumo_experiments.stages.train import clear_checkpoints, train
 from pneumo_experiments.training.fold import is_model
+from pneumo_experiments.words import plural
 
 
 def main(settings: Main) -> ScoreResult:
@@ -51,8 +51,8 @@ def main(settings: Main) -> ScoreResult:
             )
         submission, findings = settings.output_dir / "submission.csv", settings.output_dir / "findings"
         if settings.test_dir is not None:
-            refuse_to_replace(submission)  # not only when all is trained
-            refuse_foreign(findings)
+            check_overwrite(submission)  # not only when all is trained
+            check_findings_folder(findings)
         next(step)
         dataset = preprocess(
             Preprocess(

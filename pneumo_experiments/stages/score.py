@@ -21,12 +21,12 @@ from pneumo_experiments.evaluation.report import log_report
 from pneumo_experiments.evaluation.scored_images import describe_seen, identity
 from pneumo_experiments.evaluation.subset import Subset, make_split
 from pneumo_experiments.findings.folder import write_findings
-from pneumo_experiments.findings.mask_mistakes import usual_masks
 from pneumo_experiments.findings.submission_check import (
     check_submission,
     expected_images,
     mask_warnings,
     native_shapes,
+    usual_masks,
 )
 from pneumo_experiments.metrics.scores import Scores, score_images
 from pneumo_experiments.registry.scores import UNSEEN_SUBSETS
@@ -73,8 +73,7 @@ def score(settings: Score) -> ScoreResult:
         used |= asdict(detector.thresholds)
         tracking.log_params({f"{name}_used": value for name, value in used.items()})
         if settings.dicom_dir is not None:
-            write_findings(settings, detector, settings.dicom_dir, _model_text(settings))
-            return ScoreResult(None, "", settings.submission)
+            return _score_folder(settings, detector, settings.dicom_dir)
         addresses = addresses_of(settings.model)
         # The scores are no model's if it was put together or changed for this run alone.
         model = addresses[0] if len(addresses) == 1 and detector == own else None
@@ -130,6 +129,22 @@ def _score_dataset(settings: Score, detector: Detector, model: str | None) -> Sc
         )
         tracking.describe(text)
     return ScoreResult(scores, where, None, prefix)
+
+
+def _score_folder(settings: Score, detector: Detector, folder: Path) -> ScoreResult:
+    model = _model_text(settings)
+    findings = write_findings(settings, detector, folder, model)
+    for file in findings.files:
+        tracking.log_file(file)
+    for name, picture in findings.pictures.items():
+        tracking.log_image(picture, name)
+    tracking.log_params(findings.counts)
+    tracking.describe(findings.description(model))
+    for line in findings.lines:
+        print(f"score: {line}")
+    if findings.failure:
+        raise UserError(findings.failure)
+    return ScoreResult(None, "", settings.submission)
 
 
 def _given(settings: Score) -> dict[str, float]:

@@ -122,24 +122,10 @@ def heart(build: Build, rng: np.random.Generator) -> Points:
     width, top = build.half_width, build.apex
     tall = build.dome + 20 - top
     right, left = rng.uniform(0.19, 0.26), build.heart + rng.normal(0, 0.01)
-    curve = [
-        (0.05, 0.2),
-        (-0.13, 0.3),
-        (-0.16, 0.5),
-        (-right, 0.72),
-        (-right + 0.02, 0.9),
-        (-0.12, 1.06),
-        (0.2, 1.12),
-    ]
-    curve += [
-        (left - 0.06, 1.06),
-        (left, 0.96),
-        (left * 0.92, 0.8),
-        (left * 0.7, 0.62),
-        (0.26, 0.5),
-        (0.19, 0.42),
-    ]
-    curve += [(0.17, 0.36), (0.23, 0.3), (0.22, 0.24), (0.14, 0.2), (0.05, 0.2)]  # aortic knob
+    curve = [(0.05, 0.2), (-0.13, 0.3), (-0.16, 0.5), (-right, 0.72), (-right + 0.02, 0.9), (-0.12, 1.06)]
+    curve += [(0.2, 1.12), (left - 0.06, 1.06), (left, 0.96), (left * 0.92, 0.8), (left * 0.7, 0.62)]
+    curve += [(0.26, 0.5), (0.19, 0.42), (0.17, 0.36)]
+    curve += [(0.23, 0.3), (0.22, 0.24), (0.14, 0.2), (0.05, 0.2)]  # aortic knob
     return spline([(width * u, top + tall * v) for u, v in curve], 5)
 
 
@@ -159,32 +145,17 @@ def half_body(build: Build, view: str) -> Points:
 def belly(build: Build) -> Points:
     """The abdomen below the diaphragm; higher on the patient's right, where the liver is."""
     flank = build.half_width + 25 + 75 * build.fat
-    sides = [
-        (-flank, 1300),
-        (-0.8 * flank, build.dome + 90),
-        (0, build.dome),
-        (0.8 * flank, build.dome + 120),
-    ]
-    return np.array([*sides, (flank, 1300)])
+    liver, spleen = (-0.8 * flank, build.dome + 90), (0.8 * flank, build.dome + 120)
+    return np.array([(-flank, 1300), liver, (0, build.dome), spleen, (flank, 1300)])
 
 
 def girdle(build: Build, view: str, side: int, lift: float) -> tuple[Points, Points, Points, Points]:
     """Shoulder girdle: line of the clavicle, outlines of scapula and humeral head, line of the humerus."""
     width, top, slope = build.half_width, build.apex, build.shoulder
-    collar = [
-        (36, top + 95),
-        (110, top + 85 - lift),
-        (220, slope + 60 - lift),
-        (330, slope + 42),
-        (430, slope + 58),
-    ]
-    blade = [
-        (width + 90, slope + 80),
-        (width + 30, slope + 75),
-        (width - 25, slope + 140),
-        (width + 15, slope + 340),
-    ]
-    blade += [(width + 50, slope + 240), (width + 100, slope + 140), (width + 90, slope + 80)]
+    collar = [(36, top + 95), (110, top + 85 - lift), (220, slope + 60 - lift)]
+    collar += [(330, slope + 42), (430, slope + 58)]
+    edges = ((90, 80), (30, 75), (-25, 140), (15, 340), (50, 240), (100, 140), (90, 80))
+    blade = [(width + x, slope + y) for x, y in edges]
     joint = (width + 125, slope + 125)
     arm = np.array([joint, (joint[0] + (330 if view == "PA" else 70), joint[1] + 420)])
     mirror = (side, 1)
@@ -200,8 +171,7 @@ def collapses(
     """
     if annotations == 0:
         return [], []
-    size = rng.lognormal(log(MEDIAN_AREA_PX), 0.75)
-    size = min(max(size, AREA_PX[0]), AREA_PX[1])
+    size = min(max(rng.lognormal(log(MEDIAN_AREA_PX), 0.75), AREA_PX[0]), AREA_PX[1])
     side = int(rng.integers(2))
     if annotations == 1 or overlap:
         # Small ones are apical: along the whole side they would be too thin to see.

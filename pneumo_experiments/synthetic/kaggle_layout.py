@@ -26,7 +26,8 @@ from pydicom.uid import UID, JPEGBaseline8Bit, SecondaryCaptureImageStorage
 
 from pneumo_experiments.dataset import rle
 from pneumo_experiments.dicom.workers import available_cores, worker_pool
-from pneumo_experiments.errors import UserError, reason_of
+from pneumo_experiments.errors import UserError
+from pneumo_experiments.files import writing
 from pneumo_experiments.locks import LOCK, work_folder
 from pneumo_experiments.synthetic.anatomy import build
 from pneumo_experiments.synthetic.radiographs import draw_radiograph
@@ -34,12 +35,8 @@ from pneumo_experiments.synthetic.radiographs import draw_radiograph
 FORMAT = 1  # increase it when a seed gives different bytes than before
 POSITIVE_FRACTION = 0.3
 IMAGES_PER_PATIENT = (0.55, 0.25, 0.12, 0.08)  # fraction of the patients with 1, 2, 3, 4 images
-MULTIPLE_ANNOTATIONS = (
-    (2, True),
-    (2, False),
-    (3, True),
-    (3, False),
-)  # (annotations, overlapping): every fourth positive takes the next of these
+# (annotations, overlapping): every fourth positive takes the next of these
+MULTIPLE_ANNOTATIONS = ((2, True), (2, False), (3, True), (3, False))
 SERIAL_IMAGES = 20  # up to this number, starting worker processes takes longer than writing
 JPEG_QUALITY = 88
 OUR_UID = UID("2.25.226184077938124406379519113107846412253")  # of the program that wrote the files
@@ -75,49 +72,39 @@ def write_sample(
     another process that writes the folder; returns False if that process has written the same data set.
     Raises UserError if the folder is not empty, is the working directory or above it, or cannot be written.
     """
-    _refuse_to_replace(folder)
-    target = folder.resolve()
+    target, settings = folder.resolve(), _settings(images, test_images, seed)
+    _check_overwrite(folder)
     if Path.cwd().is_relative_to(target):
         raise UserError(f"{folder}: is the working directory or above it; name a new folder")
     part = target.with_name(target.name + ".part")
-    try:
-        with work_folder(part, f"sample: another process writes {folder}; waiting until it ends"):
-            if is_sample(folder, images, test_images, seed):
-                return False
-            _refuse_to_replace(folder)
-            try:
-                _write(part, images, test_images, seed, progress, workers)
-                if target.exists():
-                    target.rmdir()
-                part.rename(target)
-            except BaseException:
-                shutil.rmtree(part, ignore_errors=True)
-                raise
-            (folder / LOCK).unlink()  # last, since a waiting process would take over an unlocked folder
-            return True
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({reason_of(error)}); name another folder") from error
+    waiting = f"sample: another process writes {folder}; waiting until it ends"
+    with writing(str(folder)), work_folder(part, waiting):
+        if is_sample(folder, images, test_images, seed):
+            return False
+        _check_overwrite(folder)
+        try:
+            for name in ("dicom-images-train", "dicom-images-test"):
+                shutil.rmtree(part / name, ignore_errors=True)  # leftovers of a killed process
+                (part / name).mkdir()
+            lines = ["ImageId, EncodedPixels"]
+            for image_id, texts in _write_images(part, plan(images, test_images, seed), seed, workers):
+                lines += [f"{image_id}, {text}" for text in texts]
+                progress()
+            (part / "train-rle.csv").write_bytes(("\n".join(lines) + "\n").encode("ascii"))
+            (part / "sample.json").write_bytes((json.dumps(settings, indent=2) + "\n").encode("ascii"))
+            if target.exists():
+                target.rmdir()
+            part.rename(target)
+        except BaseException:
+            shutil.rmtree(part, ignore_errors=True)
+            raise
+        (folder / LOCK).unlink()  # last, since a waiting process would take over an unlocked folder
+        return True
 
 
-def _refuse_to_replace(folder: Path) -> None:
+def _check_overwrite(folder: Path) -> None:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder}: exists and is not an empty folder; remove it or name another one")
-
-
-def _write(
-    part: Path, images: int, test_images: int, seed: int, progress: Callable[[], None], workers: int | None
-) -> None:
-    """Fills the folder, which may contain leftovers of a killed process."""
-    for name in ("dicom-images-train", "dicom-images-test"):
-        shutil.rmtree(part / name, ignore_errors=True)
-        (part / name).mkdir()
-    lines = ["ImageId, EncodedPixels"]
-    for image_id, texts in _write_images(part, plan(images, test_images, seed), seed, workers):
-        lines += [f"{image_id}, {text}" for text in texts]
-        progress()
-    (part / "train-rle.csv").write_text("\n".join(lines) + "\n", encoding="ascii", newline="\n")
-    settings = json.dumps(_settings(images, test_images, seed), indent=2) + "\n"
-    (part / "sample.json").write_text(settings, encoding="ascii", newline="\n")
 
 
 def is_sample(folder: Path, images: int, test_images: int, seed: int) -> bool:
@@ -178,13 +165,9 @@ def _write_image(folder: Path, seed: int, plan: Plan) -> tuple[str, list[str]]:
     patient_rng = np.random.default_rng([seed, PATIENT, plan.patient])
     patient_id = str(_uuid(patient_rng))
     study, series, uid = (UID(f"2.25.{_uuid(rng).int}") for _ in range(3))
+    person, annotations = build(patient_rng, plan.sex), plan.annotations
     radiograph = draw_radiograph(
-        rng,
-        build(patient_rng, plan.sex),
-        plan.view,
-        plan.sex,
-        annotations=plan.annotations,
-        overlap=plan.overlap,
+        rng, person, plan.view, plan.sex, annotations=annotations, overlap=plan.overlap
     )
     if plan.test:
         image_id = f"ID_{rng.integers(16**9):09x}"

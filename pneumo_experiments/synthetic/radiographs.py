@@ -94,6 +94,11 @@ def _layer(pose: Pose, shapes: Sequence[Shape], blur_px: float = 0, side_px: int
     return np.asarray(image, dtype=np.float32) / 255
 
 
+def _fill(pose: Pose, polygons: Sequence[Points], blur_px: float = 0, side_px: int = GRID_PX) -> Grid:
+    """Filled polygons, as ``_layer`` draws them."""
+    return _layer(pose, [(polygon, 255, 0) for polygon in polygons], blur_px, side_px)
+
+
 def _enlarge(layer: Grid) -> Grid:
     """A coarse layer enlarged to GRID_PX: strongly blurred layers need no fine grid."""
     return np.asarray(Image.fromarray(layer).resize((GRID_PX, GRID_PX), Image.Resampling.BILINEAR))
@@ -118,20 +123,19 @@ def _mask(pose: Pose, polygon: Points, heart: Points) -> NDArray[np.bool_]:
 def _soft_tissue(
     build: Build, pose: Pose, view: str, sex: str, heart: Points, rng: np.random.Generator
 ) -> Grid:
-    silhouette: list[Shape] = [(anatomy.half_body(build, view) * (side, 1), 255, 0) for side in (-1, 1)]
+    silhouette = [anatomy.half_body(build, view) * (side, 1) for side in (-1, 1)]
     midline = np.array([(0.0, -300.0), (0.0, 1300.0)])
-    broad = 0.16 + 0.22 * _layer(pose, silhouette, 40, 128) + 0.34 * _layer(pose, silhouette, 120, 128)
-    broad += 0.2 * _layer(pose, [(anatomy.belly(build), 255, 0)], 70, 128)
+    broad = 0.16 + 0.22 * _fill(pose, silhouette, 40, 128) + 0.34 * _fill(pose, silhouette, 120, 128)
+    broad += 0.2 * _fill(pose, [anatomy.belly(build)], 70, 128)
     broad += 0.16 * _layer(pose, [(midline, 255, 230)], 60, 128)
-    broad += 0.14 * _layer(pose, [(heart, 255, 0)], 50, 128)
+    broad += 0.14 * _fill(pose, [heart], 50, 128)
     fine = 0.02 * _noise(rng, 12)
     if sex == "F":
-        y, size = build.dome - rng.uniform(20, 110), rng.uniform(120, 180)
-        x = 0.55 * build.half_width
-        breasts: list[Shape] = [(oval((side * x, y), size, size * 0.8), 255, 0) for side in (-1, 1)]
+        x, y, size = 0.55 * build.half_width, build.dome - rng.uniform(20, 110), rng.uniform(120, 180)
+        breasts = [oval((side * x, y), size, size * 0.8) for side in (-1, 1)]
         fall = (np.linspace(0, SIDE_PX, GRID_PX, dtype=np.float32) - y + size) / (1.6 * size)
-        fine += rng.uniform(0.07, 0.15) * _layer(pose, breasts) * np.clip(fall, 0, 1)[:, None]
-    return _enlarge(_layer(pose, silhouette, 5, 256)) * (_enlarge(broad) + fine)
+        fine += rng.uniform(0.07, 0.15) * _fill(pose, breasts) * np.clip(fall, 0, 1)[:, None]
+    return _enlarge(_fill(pose, silhouette, 5, 256)) * (_enlarge(broad) + fine)
 
 
 def _gas(build: Build, pose: Pose, rng: np.random.Generator) -> Grid:
@@ -148,20 +152,19 @@ def _lungs(
     pose: Pose, lungs: list[Lung], collapses: list[Collapse], heart: Points, rng: np.random.Generator
 ) -> Grid:
     """Attenuation removed by air: less under the heart and in dense lung, most in a pneumothorax."""
-    cavity: list[Shape] = [(lung.outline, 255, 0) for lung in lungs]
-    air = _layer(pose, cavity) * (1 - 0.85 * _enlarge(_layer(pose, [(heart, 255, 0)], 7, 256)))
-    hila: list[Shape] = [(oval(lung.hilum - (lung.side * 25, 0), 34, 80), 255, 0) for lung in lungs]
-    broad = _enlarge(0.17 * _layer(pose, hila, 40, 128) - 0.3 - 0.2 * _layer(pose, cavity, 60, 128))
+    cavity = [lung.outline for lung in lungs]
+    air = _fill(pose, cavity) * (1 - 0.85 * _enlarge(_fill(pose, [heart], 7, 256)))
+    hila = [oval(lung.hilum - (lung.side * 25, 0), 34, 80) for lung in lungs]
+    broad = _enlarge(0.17 * _fill(pose, hila, 40, 128) - 0.3 - 0.2 * _fill(pose, cavity, 60, 128))
     branches = [branch for lung in lungs for branch in anatomy.vessels(lung, rng)]
     vessels = _layer(pose, [(line, int(80 + 14 * width), width) for line, width in branches])
     tissue = 0.13 * vessels + 0.035 * _noise(rng, 20) + 0.03 * _noise(rng, 130)
     darkness = rng.uniform(0.12, 0.18)
     for collapse in collapses:  # a collapsed lung is denser
         lung = next(lung for lung in lungs if lung.side == collapse.side)
-        density = anatomy.area_px(collapse.crescent()) / 500_000
-        tissue += density * _layer(pose, [(lung.outline, 255, 0)])
+        tissue += anatomy.area_px(collapse.crescent()) / 500_000 * _fill(pose, [lung.outline])
     if collapses:
-        free_air = _layer(pose, [(collapse.crescent(), 255, 0) for collapse in collapses])
+        free_air = _fill(pose, [collapse.crescent() for collapse in collapses])
         pleura = _layer(pose, [(collapse.pleura, 255, 3) for collapse in collapses])
         tissue = (1 - free_air) * tissue - darkness * free_air + 0.1 * pleura
     return air * (broad + tissue)
@@ -180,11 +183,8 @@ def _bones(build: Build, pose: Pose, view: str, lungs: list[Lung], rng: np.rando
         girdle += [(blade, 60, 0), (blade, 110, 6), (arm, 190, 62), (arm, 120, 50), (head, 150, 0)]
         girdle += [(collar, 240, 29), (collar, 150, 21)]
     for y in range(-180, 1200, 58):
-        spine += [
-            (oval((0, y), 40, 25), 190, 0),
-            (oval((0, y), 35, 20), 110, 0),
-            (oval((0, y + 14), 5, 15), 230, 0),
-        ]
+        spine += [(oval((0, y), 40, 25), 190, 0), (oval((0, y), 35, 20), 110, 0)]
+        spine += [(oval((0, y + 14), 5, 15), 230, 0)]
         spine += [(oval((side * 25, y - 4), 7, 10), 230, 0) for side in (-1, 1)]
     bones = 0.13 * _layer(pose, back) + 0.09 * _layer(pose, front) + 0.16 * _layer(pose, girdle)
     return bones + _enlarge(0.1 * _layer(pose, spine, 3, 256))
@@ -196,13 +196,9 @@ def _devices(build: Build, pose: Pose, view: str, rng: np.random.Generator) -> G
     if rng.random() < likely:  # electrocardiogram
         for side in (-1, 1):
             x, y = side * build.half_width * rng.uniform(0.35, 0.9), rng.uniform(230, 620)
-            lead = [
-                (x, y),
-                (x + side * 50, y + 80),
-                (x + side * rng.uniform(30, 200), y + 250),
-                (side * 400, 1100),
-            ]
-            shapes += [(spline(lead), 140, 3), (oval((x, y), 9, 9), 255, 0)]
+            bend = (x + side * rng.uniform(30, 200), y + 250)
+            lead = spline([(x, y), (x + side * 50, y + 80), bend, (side * 400, 1100)])
+            shapes += [(lead, 140, 3), (oval((x, y), 9, 9), 255, 0)]
     if rng.random() < likely * 0.8:  # central venous line
         side, top = rng.choice([-1, 1]), build.apex
         line = [

@@ -39,9 +39,11 @@ from pneumo_experiments.learning.predict import Predictor, to_native
 from pneumo_experiments.metrics.thresholds import Thresholds, apply_thresholds
 from pneumo_experiments.serving import Detector, Member
 from pneumo_experiments.settings import Score, Train
+from pneumo_experiments.stages.score import _score_folder
 
 SIZE = 32
 SHAPE = (75, 61)  # as a mask not a whole number of bytes
+MODEL = "models:/x@champion"
 NAME = "Mustermann^Erika"
 IDENTITY = {"PatientName": NAME, "PatientID": "4711-x", "PatientBirthDate": "19500101", "PatientSex": "F"}
 
@@ -97,10 +99,27 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def written(folder: Path, **settings: Any) -> dict[str, dict[str, str]]:
     """The rows of findings.csv by image id."""
-    chosen = make(Score, **({"dicom_dir": folder, "image_id": "stem"} | settings))
-    with tracking.run("score", chosen):
-        write_findings(chosen, DETECTOR, folder, "models:/x@champion")
+    chosen = settings_of(folder, **settings)
+    write_findings(chosen, DETECTOR, folder, MODEL)
     return rows_of(chosen.findings)
+
+
+def settings_of(folder: Path, **settings: Any) -> Score:
+    return make(Score, **({"dicom_dir": folder, "image_id": "stem", "model": MODEL} | settings))
+
+
+def score_folder(settings: Score, detector: Detector = DETECTOR) -> None:
+    """What ``score`` does with a folder once its model is loaded."""
+    with tracking.run("score", settings):
+        _score_folder(settings, detector, settings.dicom_dir or Path())
+
+
+@pytest.fixture
+def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory: an empty folder; there is no run."""
+    (desk := tmp_path / "desk").mkdir()
+    monkeypatch.chdir(desk)
+    return desk
 
 
 def rows_of(findings: Path) -> dict[str, dict[str, str]]:
@@ -123,7 +142,8 @@ def names(folder: Path) -> set[str]:
 def test_every_file_has_a_row_and_every_finding_a_picture(
     folder: Path, store: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    rows = written(folder, dicom_seg=True, overlays=2)
+    score_folder(settings_of(folder, dicom_seg=True, overlays=2))
+    rows = rows_of(Path("output/findings"))
     assert list(rows) == sorted([*FILES, "twice"])
     pixels = {"left": LEFT, "mirrored": LEFT, "both": picture(slice(20, 41))}
     pixels["large"] = picture(slice(5, 25), (128, 96))
@@ -175,9 +195,9 @@ def test_every_file_has_a_row_and_every_finding_a_picture(
 
 
 def test_png_copies_give_the_findings_of_the_radiographs_without_their_header(
-    folder: Path, store: Path
+    folder: Path, desk: Path
 ) -> None:
-    (copies := store / "png").mkdir()
+    (copies := desk / "png").mkdir()
     expected = written(folder, findings=Path("of-dicom"))
     for name in ("left", "both", "dark"):
         pixels = read_radiograph(FILES[name], name).pixels
@@ -195,7 +215,7 @@ def test_png_copies_give_the_findings_of_the_radiographs_without_their_header(
     assert single["left"]["rle"] == rows["left"]["rle"]
 
 
-def test_an_overlay_shows_the_outline_in_the_proportions_of_the_radiograph(folder: Path, store: Path) -> None:
+def test_an_overlay_shows_the_outline_in_the_proportions_of_the_radiograph(folder: Path, desk: Path) -> None:
     written(folder)
     shown = np.asarray(Image.open("output/findings/overlays/large.png")).astype(int)[40:-40]  # no captions
     plain, outlined = shown[:, : shown.shape[1] // 2], shown[:, shown.shape[1] // 2 :]
@@ -205,14 +225,14 @@ def test_an_overlay_shows_the_outline_in_the_proportions_of_the_radiograph(folde
     assert not (plain[..., 0] - plain[..., 2] > 150).any()
 
 
-def test_a_segmentation_is_read_by_another_library(folder: Path, store: Path) -> None:
+def test_a_segmentation_is_read_by_another_library(folder: Path, desk: Path) -> None:
     rows = written(folder, dicom_seg=True)
     for name in ("left", "mirrored", "both"):
         read = pydicom.dcmread(f"output/findings/segmentations/{name}.dcm")
         source = pydicom.dcmread(folder / f"{name}.dcm")
         assert np.array_equal(read.pixel_array.astype(bool), decode(rows[name]["rle"], SHAPE))
-        assert (read.Rows, read.Columns, read.NumberOfFrames, read.BitsAllocated) == (*SHAPE, 1, 1)
-        assert (read.SegmentationType, read.Modality) == ("BINARY", "SEG")
+        facts = (read.Rows, read.Columns, read.NumberOfFrames, read.SegmentationType, read.Modality)
+        assert facts == (*SHAPE, 1, "BINARY", "SEG")
         for keyword in ("StudyInstanceUID", *IDENTITY):
             assert read[keyword].value == source[keyword].value
         assert read.SeriesInstanceUID != source.SeriesInstanceUID
@@ -256,16 +276,16 @@ EMPTIED = {
 
 
 @pytest.mark.filterwarnings("ignore:Invalid value for VR", "ignore:The value length")
-def test_an_odd_header_costs_its_object_or_its_value_and_never_the_run(
-    store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_odd_header_costs_its_object_or_its_value_and_never_the_run(desk: Path, tmp_path: Path) -> None:
     (tmp_path / "odd").mkdir()
     for name, (header, _) in ODD.items():
         (tmp_path / "odd" / f"{name}.dcm").write_bytes(radiograph(LEFT, **header))
     (tmp_path / "odd" / "emptied.dcm").write_bytes(radiograph(LEFT, **EMPTIED))
     umlaut = {"PatientName": "Müller^Jörg", "SpecificCharacterSet": "ISO_IR 100"}
     (tmp_path / "odd" / "umlaut.dcm").write_bytes(radiograph(LEFT, **umlaut))
-    rows = written(tmp_path / "odd", dicom_seg=True)
+    settings = settings_of(tmp_path / "odd", dicom_seg=True)
+    lines = write_findings(settings, DETECTOR, tmp_path / "odd", MODEL).lines
+    rows = rows_of(settings.findings)
     for name, (_, reason) in ODD.items():
         assert rows[name]["error"] == f"{name}: no DICOM Segmentation: the file's {reason}"
         assert rows[name]["side"] == "left"
@@ -275,11 +295,10 @@ def test_an_odd_header_costs_its_object_or_its_value_and_never_the_run(
     assert {read[keyword].value or "" for keyword in EMPTIED} == {""}
     assert read.PatientName == NAME
     assert str(pydicom.dcmread(objects / "umlaut.dcm").PatientName) == "Müller^Jörg"
-    said = capsys.readouterr()
-    assert "Müller" not in said.out + said.err
+    assert "Müller" not in "".join(lines)
 
 
-def test_objects_without_pictures_and_equal_names_cost_no_image(store: Path, tmp_path: Path) -> None:
+def test_objects_without_pictures_and_equal_names_cost_no_image(desk: Path, tmp_path: Path) -> None:
     report = with_uids(FILES["left"], sop_class="1.2.840.10008.5.1.4.1.1.88.11")
     for place, content in (("a", FILES["left"]), ("b", FILES["both"])):
         (tmp_path / "study" / place).mkdir(parents=True)
@@ -301,12 +320,10 @@ def test_absurd_masks_are_warnings_on_the_terminal_and_in_the_description(
 ) -> None:
     (tmp_path / "many").mkdir()
     bright = (picture() + 210).astype(np.uint8)
-    pixels = [bright] * 2 + [LEFT] * 10 + [picture()] * 8
-    for number, image in enumerate(pixels):
+    for number, image in enumerate([bright] * 2 + [LEFT] * 10 + [picture()] * 8):
         (tmp_path / "many" / f"{number}.dcm").write_bytes(radiograph(image))
     chosen = make(Score, dicom_dir=tmp_path / "many")
-    with tracking.run("score", chosen):
-        write_findings(chosen, replace(DETECTOR, prevalence=0.22), tmp_path / "many", "a model")
+    score_folder(chosen, replace(DETECTOR, prevalence=0.22))
     warnings = [
         "2 masks cover more than half of their image: look at their overlays",
         "a finding on 60% of the images, 22% in training: check the thresholds, and that the model suits"
@@ -317,7 +334,7 @@ def test_absurd_masks_are_warnings_on_the_terminal_and_in_the_description(
     assert run.data.tags["mlflow.note.content"].splitlines()[-2:] == [f"{each}." for each in warnings]
 
 
-def test_a_zip_file_gives_what_its_folder_gives(folder: Path, store: Path) -> None:
+def test_a_zip_file_gives_what_its_folder_gives(folder: Path, desk: Path) -> None:
     expected = written(folder)
     with zipfile.ZipFile("all.zip", "w") as archive:
         for path in folder.rglob("*"):
@@ -326,7 +343,7 @@ def test_a_zip_file_gives_what_its_folder_gives(folder: Path, store: Path) -> No
     assert names(Path("from-zip")) == names(Path("output/findings"))
 
 
-def test_the_same_command_twice_and_fewer_files_later(folder: Path, store: Path, tmp_path: Path) -> None:
+def test_the_same_command_twice_and_fewer_files_later(folder: Path, desk: Path, tmp_path: Path) -> None:
     first = written(folder, dicom_seg=True)
     assert written(folder, dicom_seg=True) == first
     shutil.copytree(folder, tmp_path / "fewer")
@@ -343,7 +360,7 @@ def test_the_same_command_twice_and_fewer_files_later(folder: Path, store: Path,
     }
 
 
-def test_what_is_not_its_own_is_not_touched(folder: Path, store: Path) -> None:
+def test_what_is_not_its_own_is_not_touched(folder: Path, desk: Path) -> None:
     Path("mine").mkdir()
     Path("mine/thesis.txt").write_text("years of work")
     with pytest.raises(UserError, match="findings=mine: exists and was not created by score; name another"):
@@ -357,13 +374,16 @@ def test_what_is_not_its_own_is_not_touched(folder: Path, store: Path) -> None:
     with pytest.raises(UserError, match=r"findings.csv: exists, and is not as score wrote it"):
         written(folder)
     assert "radiologist" in table.read_text()
+    Path("file").write_text("")
+    with pytest.raises(UserError, match=r"findings=file/below: cannot be written \(Not a directory\)"):
+        written(folder, findings=Path("file/below"))
 
 
 def test_max_rejected_decides_about_the_end_and_all_is_written_before(folder: Path, store: Path) -> None:
-    written(folder, max_rejected=2 / 7)
+    assert write_findings(settings_of(folder, max_rejected=2 / 7), DETECTOR, folder, MODEL).failure == ""
     shutil.rmtree("output")
     with pytest.raises(UserError) as error:
-        written(folder, max_rejected=0.28)
+        score_folder(settings_of(folder, max_rejected=0.28))
     assert str(error.value).startswith(
         f"dicom_dir={folder}: 2 of 7 images could not be read, more than max_rejected=0.28; all files are"
         " written; the first: broken: "
@@ -376,7 +396,7 @@ def test_max_rejected_decides_about_the_end_and_all_is_written_before(folder: Pa
 
 
 def test_an_interrupted_run_leaves_whole_files_and_the_next_one_finishes(
-    folder: Path, store: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, desk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
@@ -393,19 +413,13 @@ def test_an_interrupted_run_leaves_whole_files_and_the_next_one_finishes(
     assert len(written(folder, dicom_seg=True)) == len(FILES) + 1
 
 
-def test_a_name_that_is_too_long_with_its_suffix_is_shortened(store: Path, tmp_path: Path) -> None:
+def test_a_name_that_is_too_long_with_its_suffix_is_shortened(desk: Path, tmp_path: Path) -> None:
     (tmp_path / "long").mkdir()
     ids = ["x" * 250 + end for end in "ab"]
     for image_id in ids:
         (tmp_path / "long" / f"{image_id}.dcm").write_bytes(FILES["left"])
     assert list(written(tmp_path / "long")) == ids
     assert len([*Path("output/findings/overlays").iterdir()]) == 2
-
-
-def test_a_place_that_cannot_be_written_is_named(folder: Path, store: Path) -> None:
-    Path("file").write_text("")
-    with pytest.raises(UserError, match=r"findings=file/below: cannot be written \(Not a directory\)"):
-        written(folder, findings=Path("file/below"))
 
 
 @pytest.fixture
@@ -436,19 +450,12 @@ def test_the_command_and_the_mistakes_of_newcomers(
     assert rows_of(Path("output/findings"))["dark"]["area_px"] == str(SHAPE[0] * SHAPE[1])
     shutil.rmtree("output")
 
-    (tmp_path / "empty").mkdir()
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "x.dcm").write_bytes(FILES["broken"])
     monkeypatch.setitem(sys.modules, "highdicom", None)
     lines = {
-        ("--dicom_dir", "missing"): "missing: no such file or folder; name the folder that holds the .dcm",
-        (
-            "--dicom_dir",
-            "empty",
-        ): "empty: contains no .dcm, .png or .jpg files; name the folder that holds them",
         ("--dicom_dir", "broken"): "dicom_dir=broken: no file can be used; the first: x: ",
         ("--dicom_dir", str(folder), "--dicom_seg", "true"): "dicom_seg=true: needs highdicom; pip install",
-        ("--dicom_dir", str(folder), "--max_rejected", "2"): "max_rejected: ",
         ("--dicom_dir", str(folder), "--bottom_score", "0.333"): "bottom_score=0.333: give a whole hundredth",
     }
     for words, line in lines.items():

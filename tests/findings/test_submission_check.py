@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -16,15 +17,16 @@ from pneumo_experiments.dataset.annotations import read_annotations, unite
 from pneumo_experiments.dataset.rle import encode
 from pneumo_experiments.dicom.archive import open_archive
 from pneumo_experiments.errors import UserError
-from pneumo_experiments.findings.mask_mistakes import CHALLENGE, usual_masks
 from pneumo_experiments.findings.submission import write_submission
 from pneumo_experiments.findings.submission_check import (
+    CHALLENGE,
     SubmissionCheck,
     are_too_many,
     check_submission,
     expected_images,
     mask_warnings,
     native_shapes,
+    usual_masks,
 )
 from pneumo_experiments.settings import Score
 from pneumo_experiments.stages.score import score
@@ -212,6 +214,7 @@ def test_a_check_names_masks_of_whole_images_and_calls_them_valid(
     ]
 
 
+@cache
 def lungs(count: int, shape: tuple[int, int] = (1024, 1024)) -> list[np.ndarray]:
     """Masks like the challenge's: crescents at the top of either lung, of various sizes."""
     rows, columns = shape
@@ -234,7 +237,7 @@ def absolute(text: str, first: int) -> str:
 
 
 SIZES = (
-    "the runs repeat every {0} pixels, and columns of the images have 1024: were the masks made at {0} x {0}?"
+    "the runs repeat every {0} pixels, and columns of the images have 1024: were the masks made at {0} x {0}"
 )
 ROW_BY_ROW = "the masks look made row by row: run lengths go down columns, so encode each mask transposed"
 

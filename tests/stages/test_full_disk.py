@@ -55,7 +55,9 @@ def no_file_beyond(max_bytes: int) -> Iterator[None]:
 def test_a_sample_names_its_folder_and_the_systems_reason(tmp_path: Path) -> None:
     with (
         no_file_beyond(4096),
-        pytest.raises(UserError, match=r"/s: cannot be written \(File too large\); name another folder$"),
+        pytest.raises(
+            UserError, match=r"/s: cannot be written \(File too large\); make room or choose another place$"
+        ),
     ):
         write_sample(tmp_path / "s", 1, 0, 0)
     assert not list(tmp_path.iterdir())
@@ -66,7 +68,7 @@ def test_a_submission_names_its_file_and_keeps_the_one_before(tmp_path: Path) ->
     write_submission(path, [("a", "1 2")])
     with (
         no_file_beyond(4096),
-        pytest.raises(UserError, match=r"/s\.csv: cannot be written \(File too large\); make room, or name"),
+        pytest.raises(UserError, match=r"/s\.csv: cannot be written \(File too large\); make room or choose"),
     ):
         write_submission(path, ((f"image {number}", "1 2") for number in range(10_000)))
     assert path.read_text() == "ImageId,EncodedPixels\na,1 2\n"
