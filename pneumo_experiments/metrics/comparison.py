@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pneumo_experiments.metrics.dice import Measure, bootstrap, interval_of, mean, normal_of_t
+from pneumo_experiments.metrics.dice import Measure, Patients, bootstrap, interval_of, mean, normal_of_t
 
 RESAMPLES = 10_000
 
@@ -36,7 +35,7 @@ class Comparison:
         )
 
 
-def compare(dices: NDArray[np.float64], baseline: NDArray[np.float64], patients: Sequence[str]) -> Comparison:
+def compare(dices: NDArray[np.float64], baseline: NDArray[np.float64], patients: Patients) -> Comparison:
     """Compares the Dice of two models on n >= 1 images, all (n,).
 
     Paired: each resample draws patients, with all their images, for both models at once. What is hard for

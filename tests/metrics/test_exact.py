@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference_counts import add_image
+from reference_counts import NO_COUNTS, Image, count_images
 
 from pneumo_experiments.dataset import rle
 from pneumo_experiments.dataset.annotations import read_annotations
@@ -26,7 +26,6 @@ from pneumo_experiments.metrics.thresholds import (
     best_on_grid,
 )
 
-Image = tuple[np.ndarray, float, np.ndarray]  # probabilities, presence, truth
 LEVELS = (0.0, 0.2, 0.5, 0.51, 1.0)  # few, so that images have equal areas
 PRESENCES = (0.0, 0.3, np.nextafter(np.float32(0.3), np.float32(1)).item(), 0.9, 1.0)
 
@@ -43,13 +42,6 @@ few_images = st.lists(  # of 3 x 4 pixels, or of twice or three times as many co
     min_size=1,
     max_size=6,
 )
-
-
-def counts_of(images: list[Image]) -> ThresholdCounts:
-    counts = ThresholdCounts()
-    for image in images:
-        add_image(counts, *image)
-    return counts
 
 
 def area_of(found: np.ndarray, top: float) -> int:
@@ -107,7 +99,7 @@ def test_the_optimum_is_what_trying_every_combination_finds(images: list[Image])
         for presence, bottom in itertools.product(presences, LEVELS)
         if bottom <= top
     )
-    best = best_of_all(counts_of(images))
+    best = best_of_all(count_images(images))
     assert best.dice == pytest.approx(tried, abs=1e-9)
     assert mean_dice(images, best.thresholds) == pytest.approx(tried, abs=1e-9)
     assert best.thresholds.bottom_score <= best.thresholds.top_score
@@ -116,7 +108,7 @@ def test_the_optimum_is_what_trying_every_combination_finds(images: list[Image])
 @pytest.mark.parametrize(("count", "seed"), [(1, 0), (2, 1), (7, 2), (8, 3), (9, 4), (33, 5), (64, 6)])
 def test_the_optimum_over_all_hundredths_is_found_and_beats_the_grid(count: int, seed: int) -> None:
     images = squares(count, seed)
-    counts, expected = counts_of(images), exhaustive_from_pixels(images)
+    counts, expected = count_images(images), exhaustive_from_pixels(images)
     best = best_of_all(counts)
     assert best.dice == pytest.approx(expected, abs=1e-9)
     assert best.dice == pytest.approx(mean_dice(images, best.thresholds), abs=1e-12)
@@ -135,7 +127,7 @@ def test_the_optimum_on_real_annotations_is_the_slow_one_from_pixels(real_data: 
         presence = float(np.clip(0.4 + 0.2 * truth.any() + rng.normal(0, 0.15), 0, 1))
         images.append((np.kron(probability, np.ones((16, 16), np.float32)), presence, truth))
     assert sum(truth.any() for _, _, truth in images) >= 5
-    counts = counts_of(images)
+    counts = count_images(images)
     best = best_of_all(counts)
     assert best.dice == pytest.approx(exhaustive_from_pixels(images), abs=1e-9)
     assert best.dice == pytest.approx(mean_dice(images, best.thresholds), abs=1e-12)
@@ -144,7 +136,7 @@ def test_the_optimum_on_real_annotations_is_the_slow_one_from_pixels(real_data: 
 
 def test_the_surface_holds_the_best_presence_and_area_of_each_pair_of_scores() -> None:
     images = squares(20, seed=1)
-    counts = counts_of(images)
+    counts = count_images(images)
     best = best_of_all(counts)
     for top, bottom in ((90, 60), (60, 60), (100, 0), (31, 30)):
         tried = max(
@@ -159,7 +151,7 @@ def test_the_surface_holds_the_best_presence_and_area_of_each_pair_of_scores() -
 
 def test_the_number_of_combinations_counts_only_those_that_differ() -> None:
     flat, empty = np.full((2, 2), 0.5, np.float32), np.zeros((2, 2), bool)
-    counts = counts_of([(flat, 0.4, empty), (flat, 0.4, empty), (flat, 1.0, empty)])
+    counts = count_images([(flat, 0.4, empty), (flat, 0.4, empty), (flat, 1.0, empty)])
     # Presences up to 0.4 and above, since 1.0 is always present; all areas are equal: reached, or not.
     assert best_of_all(counts).combinations == 101 * 102 // 2 * 2 * 2
 
@@ -169,7 +161,7 @@ def test_of_equal_thresholds_the_middle_is_taken() -> None:
     truth[:, :40] = True  # 4000 px at 0.85
     found = np.where(truth, 0.85, 0.05).astype(np.float32)
     images = [(found, presence, truth & (presence > 0.5)) for presence in (0.05, 0.85)]
-    best = best_of_all(counts_of(images)).thresholds
+    best = best_of_all(count_images(images)).thresholds
     assert mean_dice(images, best) == 1.0
     assert best.presence_threshold == pytest.approx(0.45)  # halfway between the two
     # Half as long as 4000 of 10,000 pixels, each of whose sides is free.
@@ -196,7 +188,7 @@ def room(images: list[Image], best: Thresholds, name: str, values: list[float]) 
 @pytest.mark.parametrize("seed", range(4))
 def test_each_threshold_lies_in_the_middle_of_its_equals(seed: int) -> None:
     images = squares(8, seed)
-    best = best_of_all(counts_of(images)).thresholds
+    best = best_of_all(count_images(images)).thresholds
     low, high = room(images, best, "presence_threshold", [i / 1000 for i in range(1001)])
     assert best.presence_threshold == pytest.approx((low + high) / 2, abs=0.05 * (high - low) + 0.001)
     edges = [k * 1024**2 // 24**2 for k in range(24**2 + 1)]
@@ -213,7 +205,7 @@ def test_equal_presence_and_equal_areas_are_never_separated() -> None:
     truth = np.ones((2, 2), bool)
     found = np.full((2, 2), 0.8, np.float32)
     images = [(found, 0.5, truth), (found, 0.5, ~truth), (found, 0.5, ~truth)]
-    best = best_of_all(counts_of(images))
+    best = best_of_all(count_images(images))
     assert best.dice == pytest.approx(2 / 3)  # all empty; to keep the first would keep all
     assert mean_dice(images, best.thresholds) == pytest.approx(2 / 3)
 
@@ -221,14 +213,14 @@ def test_equal_presence_and_equal_areas_are_never_separated() -> None:
 def test_neighbouring_float32_presences_are_separated() -> None:
     truth, found = np.ones((2, 2), bool), np.full((2, 2), 0.8, np.float32)
     low, high = np.float32(0.3), np.nextafter(np.float32(0.3), np.float32(1))
-    best = best_of_all(counts_of([(found, float(low), ~truth), (found, float(high), truth)]))
+    best = best_of_all(count_images([(found, float(low), ~truth), (found, float(high), truth)]))
     assert best.dice == 1.0
     assert low < np.float32(best.thresholds.presence_threshold) <= high
 
 
 def test_without_positives_everything_is_emptied() -> None:
     images = [(np.full((3, 3), 1.0, np.float32), 1.0, np.zeros((3, 3), bool))] * 3
-    best = best_of_all(counts_of(images))
+    best = best_of_all(count_images(images))
     assert best.dice == mean_dice(images, best.thresholds) == 1.0
 
 
@@ -237,13 +229,13 @@ def test_an_area_of_another_score_is_no_matter() -> None:
     for _ in range(20):  # large cores that shrink with the score, as of large images without a finding
         pixels = np.sort(rng.integers(0, 300_000, (3, 101)), axis=1)[:, ::-1].copy()
         pixels[:, 0] = 2**20
-        part = ThresholdCounts()
-        part.append(np.stack([pixels, 0 * pixels], 1).astype(np.int32), rng.random(3).astype(np.float32))
+        counts = np.stack([pixels, 0 * pixels], 1).astype(np.int32)
+        part = ThresholdCounts.of(counts, rng.random(3).astype(np.float32))
         assert best_of_all(part).dice == 1
         assert not part.predicted_area(best_of_all(part).thresholds).any()
 
 
 def test_without_images_there_is_nothing_to_choose() -> None:
-    best = best_of_all(ThresholdCounts())
+    best = best_of_all(NO_COUNTS)
     assert best.thresholds == Thresholds()
     assert best.combinations == 0

@@ -20,8 +20,7 @@ from tiny_network import CPU, random_network
 from pneumo_experiments import tracking
 from pneumo_experiments.dataset.hdf5 import Dataset
 from pneumo_experiments.errors import UserError
-from pneumo_experiments.evaluation.scored_images import digests
-from pneumo_experiments.evaluation.subset import Subset, make_split
+from pneumo_experiments.evaluation.subset import Subset, hash_image_ids, make_split
 from pneumo_experiments.learning.predict import Predictor
 from pneumo_experiments.metrics.thresholds import Thresholds
 from pneumo_experiments.registry import model_scores, versions
@@ -70,7 +69,7 @@ def detector_of(settings: Train, presence_threshold: float) -> Detector:
             image_size=SIZE,
             thresholds=Thresholds(presence_threshold, 0, 0, 0),
             data_fingerprint=dataset.fingerprint,
-            seen=digests(Subset(dataset, np.append(parts.train, parts.validation))),
+            seen=hash_image_ids(Subset(dataset, np.append(parts.train, parts.validation))),
         )
 
 

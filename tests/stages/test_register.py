@@ -26,8 +26,7 @@ from pneumo_experiments.dataset.hdf5 import Dataset
 from pneumo_experiments.dataset.packed import Entry, ResizedImage, hash_patient, salted
 from pneumo_experiments.dataset.resize import area_resize
 from pneumo_experiments.errors import UserError
-from pneumo_experiments.evaluation.scored_images import digests, identity
-from pneumo_experiments.evaluation.subset import Subset, make_split
+from pneumo_experiments.evaluation.subset import Subset, hash_image_ids, image_set_id, make_split
 from pneumo_experiments.learning.network import PneumothoraxNet
 from pneumo_experiments.learning.predict import Predictor
 from pneumo_experiments.metrics.thresholds import Thresholds
@@ -110,7 +109,9 @@ def logged(network: PneumothoraxNet, settings: Train, threshold: float, is_old: 
             image_size=32,
             thresholds=Thresholds(threshold, 0, 0, 0),
             data_fingerprint=dataset.fingerprint,
-            seen=frozenset(salted(f"image {e.image_id}") for e in seen.entries) if is_old else digests(seen),
+            seen=frozenset(salted(f"image {e.image_id}") for e in seen.entries)
+            if is_old
+            else hash_image_ids(seen),
         )
     with tempfile.TemporaryDirectory() as folder:
         save(Path(folder), detector)
@@ -198,14 +199,14 @@ def test_a_score_names_its_images_whatever_their_stored_size_format_and_order(wa
     with Dataset.open(ward.positives) as small, Dataset.open(larger) as large:
         everyone = np.arange(len(small))
         assert small.fingerprint != large.fingerprint
-        whole = identity(Subset(small, everyone))
-        assert whole == identity(Subset(large, everyone)) == identity(Subset(small, everyone[::-1]))
+        whole = image_set_id(Subset(small, everyone))
+        assert whole == image_set_id(Subset(large, everyone)) == image_set_id(Subset(small, everyone[::-1]))
         assert len(whole) == 32
-        assert whole != identity(Subset(small, everyone[1:]))
+        assert whole != image_set_id(Subset(small, everyone[1:]))
     images = positives_of(radiographs("ours", 32, is_changed=True))  # one pixel more in one true mask
     with Dataset.open(stored(ward.positives.with_name("changed.h5"), images)) as changed:
         assert len(changed) == len(everyone)
-        assert identity(Subset(changed, everyone)) != whole
+        assert image_set_id(Subset(changed, everyone)) != whole
 
 
 def test_a_score_against_a_baseline_shows_the_difference_and_the_images_that_changed(

@@ -1,26 +1,30 @@
-"""Plots of the scores of a set of images; each an RGB picture (h, w, 3)."""
+"""Plots of the scores of a set of images, and overlays of some of them; each an RGB picture (h, w, 3)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pneumo_experiments.figures import pixels_of
-from pneumo_experiments.metrics.comparison import Comparison
+from pneumo_experiments.evaluation.evaluate import Evaluation, ModelComparison
+from pneumo_experiments.evaluation.subset import Subset
+from pneumo_experiments.figures import overlay, pixels_of
+from pneumo_experiments.learning.predict import AnyPredictor, to_native
 from pneumo_experiments.metrics.dice import precision_recall_points, roc_points
-from pneumo_experiments.metrics.scores import ScoredImages
-from pneumo_experiments.metrics.thresholds import Thresholds
+from pneumo_experiments.metrics.exact import Optimum
+from pneumo_experiments.metrics.scores import Row
+from pneumo_experiments.metrics.thresholds import apply_thresholds
+
+Picture = NDArray[np.uint8]
 
 
-def calibration_plot(
-    presence: Sequence[float], positive: Sequence[float], low: Sequence[float], high: Sequence[float]
-) -> NDArray[np.uint8]:
-    """Fraction of positives with its interval over mean presence, one point per bin; RGB (h, w, 3)."""
+def calibration_plot(rows: Sequence[Row]) -> Picture:
+    """Fraction of positives with its interval over mean presence, a point for each row of a calibration."""
     from matplotlib.figure import Figure
 
+    presence, positive, low, high = [*zip(*rows, strict=True)][-4:]
     figure = Figure(figsize=(5, 5), layout="constrained")
     axes: Any = figure.add_subplot()
     axes.plot([0, 1], [0, 1], color="grey", linestyle="--", label="calibrated")
@@ -33,10 +37,11 @@ def calibration_plot(
     return pixels_of(figure)
 
 
-def comparison_plot(differences: NDArray[np.float64], comparison: Comparison) -> NDArray[np.uint8]:
-    """Differences of Dice (n,) of each image in order, and of the mean in resamples; RGB (h, w, 3)."""
+def comparison_plot(models: ModelComparison) -> Picture:
+    """Differences of Dice of each image in order, and of the mean in resamples."""
     from matplotlib.figure import Figure
 
+    differences, comparison = models.differences, models.comparison
     figure = Figure(figsize=(10, 4), layout="constrained")
     left: Any = figure.add_subplot(1, 2, 1)
     ordered = np.sort(differences)[::-1]
@@ -61,13 +66,15 @@ def comparison_plot(differences: NDArray[np.float64], comparison: Comparison) ->
     return pixels_of(figure)
 
 
-def presence_curves(images: ScoredImages, sensitivity: float, specificity: float) -> NDArray[np.uint8]:
+def presence_curves(evaluation: Evaluation) -> Picture:
     """ROC and precision-recall curve of presence, of images with both classes.
 
-    A dot marks the masks: which images have one after all thresholds, with these rates.
+    A dot marks the masks: which images have one after all thresholds.
     """
     from matplotlib.figure import Figure
 
+    images, sensitivity = evaluation.images, evaluation.scores.sensitivity
+    specificity = evaluation.scores.specificity
     figure = Figure(figsize=(10, 4.6), layout="constrained")
     left: Any = figure.add_subplot(1, 2, 1)
     left.plot(*roc_points(images.truth, images.presence), label="presence")
@@ -92,13 +99,14 @@ def presence_curves(images: ScoredImages, sensitivity: float, specificity: float
     return pixels_of(figure)
 
 
-def dice_by_area_plot(
-    area_px: NDArray[np.int64], dices: NDArray[np.float64], predicted: NDArray[np.bool_]
-) -> NDArray[np.uint8]:
-    """Dice of n >= 1 positives (n,) over their annotated area, and whether the prediction has a mask."""
+def dice_by_area_plot(evaluation: Evaluation) -> Picture:
+    """Dice of n >= 1 positives over their annotated area, and whether the prediction has a mask."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
+    positive = evaluation.images.truth
+    area_px, dices = evaluation.counts.truth_area[positive], evaluation.images.dices[positive]
+    predicted = evaluation.images.predicted[positive]
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     axes: Any = figure.add_subplot()
     for chosen, colour, marker, name in (
@@ -125,12 +133,12 @@ def dice_by_area_plot(
     return pixels_of(figure)
 
 
-def threshold_surface(
-    surface: NDArray[np.float64], used: Thresholds, used_dice: float, best: Thresholds
-) -> NDArray[np.uint8]:
-    """Mean Dice of each top_score and bottom_score (101, 101), with those used and the best ones marked."""
+def threshold_surface(evaluation: Evaluation, optimum: Optimum) -> Picture:
+    """Mean Dice of each top_score and bottom_score, with those used and the best ones marked."""
     from matplotlib.figure import Figure
 
+    surface, best = optimum.surface, optimum.thresholds
+    used, used_dice = evaluation.thresholds, evaluation.scores.dice
     figure: Any = Figure(figsize=(7.5, 5.6), layout="constrained")
     axes: Any = figure.add_subplot()
     shown = axes.imshow(surface, origin="lower", extent=(-0.005, 1.005, -0.005, 1.005), cmap="viridis")
@@ -154,3 +162,42 @@ def threshold_surface(
     axes.set(xlabel="bottom_score", ylabel="top_score", xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
     axes.legend(loc="lower right")
     return pixels_of(figure)
+
+
+def draw_overlays(
+    evaluation: Evaluation, predictor: AnyPredictor, captions: Mapping[int, str], size_px: int = 384
+) -> Iterator[Picture]:
+    """Overlays of the images at some positions of the subset, with their captions."""
+    subset, thresholds = evaluation.subset, evaluation.thresholds
+    shown = Subset(subset.dataset, subset.indices[list(captions)])
+    for caption, (index, prediction) in zip(captions.values(), shown.predictions(predictor), strict=True):
+        truth = shown.dataset.mask(index)
+        mask = apply_thresholds(to_native(prediction.mask, truth.shape), prediction.presence, thresholds)
+        yield overlay(shown.dataset.images(np.array([index]))[0], truth, mask, caption, size_px)
+
+
+def ranked_overlays(evaluation: Evaluation, predictor: AnyPredictor, count: int) -> list[Picture]:
+    """Overlays of so many positives from best to worst Dice, with negatives when there are too few.
+
+    Three and more include the best, median and worst, so labelled.
+    """
+    dices, truth = evaluation.images.dices, evaluation.images.truth
+    positives = [i for i in np.argsort(-dices, kind="stable").tolist() if truth[i]]
+    negatives = [i for i in np.argsort(dices, kind="stable").tolist() if not truth[i]]
+    chosen = _evenly_spaced(positives, count) | dict.fromkeys(negatives[: max(0, count - len(positives))], "")
+    texts = evaluation.captions()
+    captions = {position: f"{label} {texts[position]}".strip() for position, label in chosen.items()}
+    return list(draw_overlays(evaluation, predictor, captions)) if count else []
+
+
+def _evenly_spaced(ordered: list[int], count: int) -> dict[int, str]:
+    """At most ``count`` items of a list from best to worst, evenly spaced on both sides of the median.
+
+    Returns their labels: three and more items include the best, median and worst, so labelled; others are "".
+    """
+    middle, last = (len(ordered) - 1) // 2, len(ordered) - 1
+    count = min(count, len(ordered))
+    before = np.linspace(0, middle, (count + 1) // 2)
+    after = np.linspace(middle, last, count // 2 + 1)[1:]
+    names = {0: "best:", middle: "median:", last: "worst:"} if len(ordered) >= 3 else {}
+    return {ordered[i]: names.get(i, "") for i in np.append(before, after).round().astype(int).tolist()}
