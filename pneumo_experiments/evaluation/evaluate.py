@@ -140,7 +140,7 @@ class ModelComparison:
     @cached_property
     def changed(self) -> list[Change]:
         """The images that changed most, in falling order."""
-        most = np.argsort(-np.abs(self.differences), kind="stable")[:MAX_CHANGED].tolist()
+        most: list[int] = np.argsort(-np.abs(self.differences), kind="stable")[:MAX_CHANGED].tolist()
         entries, dices = self.model.subset.entries, self.model.images.dices
         others = self.baseline.images.dices
         return [

@@ -20,13 +20,18 @@ from pneumo_experiments.metrics.thresholds import apply_thresholds
 Picture = NDArray[np.uint8]
 
 
+def _axes(width: float, height: float, columns: int = 1) -> tuple[Any, list[Any]]:
+    """A figure of that size in inches, and its axes; Matplotlib's types have unknown parts."""
+    from matplotlib.figure import Figure  # takes half a second
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, [figure.add_subplot(1, columns, column + 1) for column in range(columns)]
+
+
 def calibration_plot(rows: Sequence[Row]) -> Picture:
     """Fraction of positives with its interval over mean presence, a point for each row of a calibration."""
-    from matplotlib.figure import Figure
-
     presence, positive, low, high = [*zip(*rows, strict=True)][-4:]
-    figure = Figure(figsize=(5, 5), layout="constrained")
-    axes: Any = figure.add_subplot()
+    figure, (axes,) = _axes(5, 5)
     axes.plot([0, 1], [0, 1], color="grey", linestyle="--", label="calibrated")
     axes.vlines(presence, low, high, alpha=0.5, label="95% interval")
     axes.plot(presence, positive, marker="o", label="bins of presence")
@@ -39,11 +44,8 @@ def calibration_plot(rows: Sequence[Row]) -> Picture:
 
 def comparison_plot(models: ModelComparison) -> Picture:
     """Differences of Dice of each image in order, and of the mean in resamples."""
-    from matplotlib.figure import Figure
-
     differences, comparison = models.differences, models.comparison
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    left: Any = figure.add_subplot(1, 2, 1)
+    figure, (left, right) = _axes(10, 4, 2)
     ordered = np.sort(differences)[::-1]
     left.bar(range(len(ordered)), ordered, width=1, color=np.where(ordered > 0, "tab:green", "tab:red"))
     better, worse = int((differences > 0).sum()), int((differences < 0).sum())
@@ -52,7 +54,6 @@ def comparison_plot(models: ModelComparison) -> Picture:
         xlabel="images",
         ylabel="Dice minus baseline's Dice",
     )
-    right: Any = figure.add_subplot(1, 2, 2)
     is_spread = np.ptp(comparison.resamples) > 1e-9  # else the bins would be too narrow for float64
     right.hist(comparison.resamples, bins=40 if is_spread else 1, color="tab:grey")
     right.axvline(0, color="black", linestyle="--", label="no difference")
@@ -71,18 +72,14 @@ def presence_curves(evaluation: Evaluation) -> Picture:
 
     A dot marks the masks: which images have one after all thresholds.
     """
-    from matplotlib.figure import Figure
-
     images, sensitivity = evaluation.images, evaluation.scores.sensitivity
     specificity = evaluation.scores.specificity
-    figure = Figure(figsize=(10, 4.6), layout="constrained")
-    left: Any = figure.add_subplot(1, 2, 1)
+    figure, (left, right) = _axes(10, 4.6, 2)
     left.plot(*roc_points(images.truth, images.presence), label="presence")
     left.plot([0, 1], [0, 1], color="grey", linestyle="--", label="chance")
     left.plot(1 - specificity, sensitivity, "o", color="tab:orange", label="masks, after all thresholds")
     left.set(title="ROC", xlabel="1 - specificity", ylabel="sensitivity")
     left.legend(loc="lower right")
-    right: Any = figure.add_subplot(1, 2, 2)
     recall, precision = precision_recall_points(images.truth, images.presence)
     # Precision holds for the recall that a presence adds: steps, whose area is the average precision.
     right.step(np.append(0, recall), np.append(precision[:1], precision), where="pre", label="presence")
@@ -101,14 +98,12 @@ def presence_curves(evaluation: Evaluation) -> Picture:
 
 def dice_by_area_plot(evaluation: Evaluation) -> Picture:
     """Dice of n >= 1 positives over their annotated area, and whether the prediction has a mask."""
-    from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     positive = evaluation.images.truth
     area_px, dices = evaluation.counts.truth_area[positive], evaluation.images.dices[positive]
     predicted = evaluation.images.predicted[positive]
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
-    axes: Any = figure.add_subplot()
+    figure, (axes,) = _axes(10, 4.2)
     for chosen, colour, marker, name in (
         (predicted, "tab:blue", "o", "with a predicted mask"),
         (~predicted, "tab:red", "x", "missed"),
@@ -135,12 +130,9 @@ def dice_by_area_plot(evaluation: Evaluation) -> Picture:
 
 def threshold_surface(evaluation: Evaluation, optimum: Optimum) -> Picture:
     """Mean Dice of each top_score and bottom_score, with those used and the best ones marked."""
-    from matplotlib.figure import Figure
-
     surface, best = optimum.surface, optimum.thresholds
     used, used_dice = evaluation.thresholds, evaluation.scores.dice
-    figure: Any = Figure(figsize=(7.5, 5.6), layout="constrained")
-    axes: Any = figure.add_subplot()
+    figure, (axes,) = _axes(7.5, 5.6)
     shown = axes.imshow(surface, origin="lower", extent=(-0.005, 1.005, -0.005, 1.005), cmap="viridis")
     figure.colorbar(shown, label="mean Dice, with the best presence threshold and area")
     axes.plot(

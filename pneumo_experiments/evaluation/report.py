@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -16,7 +17,6 @@ from pneumo_experiments.data_report.summary import plural
 from pneumo_experiments.evaluation.evaluate import (
     CHANGE_COLUMNS,
     IMAGE_COLUMNS,
-    Change,
     Evaluation,
     ModelComparison,
 )
@@ -79,52 +79,19 @@ class Report:
     page: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Figure:
-    """A picture with what it shows; ``source`` is a data: URI."""
+    """A chart, and what it shows."""
 
     title: str
-    source: str
+    file_name: str
+    picture: Picture
     note: str
 
-
-@dataclass(frozen=True)
-class Gallery:
-    """Overlays of one kind: id of the image, note, and data: URI of the picture."""
-
-    title: str
-    note: str
-    pictures: Sequence[tuple[str, str, str]]
-
-
-@dataclass(frozen=True)
-class BaselineModel:
-    """Another model on the same images."""
-
-    name: str
-    line: str
-    dice: float
-    changed: Sequence[Change]
-    figure: Figure
-
-
-@dataclass(frozen=True)
-class ScorePage:
-    """What the page shows."""
-
-    title: str
-    facts: Mapping[str, str]
-    """what was scored, and with what"""
-    numbers: Numbers
-    """the scores by name, their ``_low``, ``_high`` and ``_note``, and images, positives, patients"""
-    warning: str
-    groups: Sequence[Numbers]
-    """the rows of the table by_group: group, value, images, positives, patients and scores, as above"""
-    figures: Sequence[Figure]
-    galleries: Sequence[Gallery]
-    omitted: int
-    """overlays that had no room on the page"""
-    baseline: BaselineModel | None
+    @cached_property
+    def source(self) -> str:
+        """The picture as a data: URI."""
+        return jpeg_uri(self.picture)
 
 
 def make_report(
@@ -136,78 +103,76 @@ def make_report(
     warnings: Sequence[str] = (),
 ) -> Report:
     """The report of a model's evaluation on the images called ``name``; ``warnings`` stand on the page."""
-    scores, used = evaluation.scores, evaluation.thresholds
-    figures, pictures = _figures(evaluation)
+    scores, figures = evaluation.scores, _figures(evaluation)
     tables: dict[str, Table] = {
         "by_group": (GROUP_COLUMNS, evaluation.groups),
         "calibration": (CALIBRATION_COLUMNS, evaluation.calibration),
     }
-    baseline = None
+    changes: list[Figure] = []
     if comparison is not None:
         tables["changed_images"] = (CHANGE_COLUMNS, comparison.changed)
-        pictures["comparison.png"] = comparison_plot(comparison)
-        baseline = _baseline_model(comparison, pictures["comparison.png"])
+        note = "Left, of each image; right, of the mean in resamples of the patients."
+        picture = comparison_plot(comparison)
+        changes.append(Figure("Difference of Dice", "comparison.png", picture, note))
     tables["scores"] = (IMAGE_COLUMNS, evaluation.image_rows(detector.seen))
-    on_page = figures if baseline is None else [*figures, baseline.figure]
-    room = MAX_PICTURE_BYTES - sum(len(figure.source) for figure in on_page)
+    room = MAX_PICTURE_BYTES - sum(len(figure.source) for figure in [*figures, *changes])
     overlays, galleries, omitted = _galleries(evaluation, detector, settings.overlays, room)
     few = "" if scores.interval_reliable else (
         f"Intervals are unreliable: the findings are of {plural(scores.positive_patients, 'patient')}."
     )  # fmt: skip
+    images = f"{name} of {settings.dataset.name}"
+    used = {each: f"{value:g}" for each, value in asdict(evaluation.thresholds).items()}
     numbers = asdict(scores) | evaluation.intervals
+    numbers |= notes(numbers)
     rows = [dict(zip(GROUP_COLUMNS, row, strict=True)) for row in evaluation.groups]
-    page = ScorePage(
+    page = template("evaluation", "score_page.html.j2").render(
         title=f"Score: {name} images of {settings.dataset.name}",
-        facts={
-            "model": hide_passwords(settings.model),
-            "images": f"{name} of {settings.dataset.name}",
-        }
-        | {each: f"{value:g}" for each, value in asdict(used).items()},
-        numbers=numbers | notes(numbers),
+        facts={"model": hide_passwords(settings.model), "images": images} | used,
         warning=" ".join([few, *(f"{line[0].upper()}{line[1:]}." for line in warnings)]).strip(),
-        groups=[row | notes(row) for row in rows],
+        counts={each: numbers[each] for each in ("images", "positives", "patients")},
+        headline={each: _number(numbers[each]) for each in ("dice", "dice_baseline", "dice_positive")},
+        scores=[
+            (each.replace("_", " "), _number(numbers[each]), _interval(numbers, each), meaning)
+            for each, meaning in SCORES.items()
+        ],
+        comparison=comparison,
+        changed=comparison.changed[:MAX_CHANGED] if comparison else [],
+        changes=changes,
         figures=figures,
+        by_group=[each.replace("_", " ") for each in BY_GROUP],
+        groups=[(title, _group_rows(rows, group)) for group, title in GROUPS.items()],
         galleries=galleries,
         omitted=omitted,
-        baseline=baseline,
+        address=address,
+        max_id_length=MAX_ID_LENGTH,
     )
-    return Report(tables, pictures | overlays, score_page(page))
+    charts = {figure.file_name: figure.picture for figure in [*figures, *changes]}
+    return Report(tables, charts | overlays, page)
 
 
-def _figures(evaluation: Evaluation) -> tuple[list[Figure], dict[str, Picture]]:
-    """The charts as figures of the page, and by file name."""
-    figures, pictures, scores = list[Figure](), dict[str, Picture](), evaluation.scores
-
-    def add(title: str, file_name: str, picture: Picture, note: str) -> None:
-        figures.append(Figure(title, jpeg_uri(picture), note))
-        pictures[file_name] = picture
-
+def _figures(evaluation: Evaluation) -> list[Figure]:
+    scores, best, figures = evaluation.scores, best_of_all(evaluation.counts), list[Figure]()
     if 0 < scores.positives < scores.images:
-        add(
-            "Presence: ROC, and precision and recall",
-            "presence_curves.png",
-            presence_curves(evaluation),
+        note = (
             "The curves are those of the probability of presence alone. The dot marks the masks, which also"
-            " depend on the scores of the pixels.",
+            " depend on the scores of the pixels."
         )
-    add(
-        "Calibration of presence",
-        "calibration.png",
-        calibration_plot(evaluation.calibration),
-        "The fraction of images with pneumothorax in each tenth of the probability of presence.",
-    )
+        picture = presence_curves(evaluation)
+        figures.append(
+            Figure("Presence: ROC, and precision and recall", "presence_curves.png", picture, note)
+        )
+    note = "The fraction of images with pneumothorax in each tenth of the probability of presence."
+    picture = calibration_plot(evaluation.calibration)
+    figures.append(Figure("Calibration of presence", "calibration.png", picture, note))
     if scores.positives:
-        by_area = dice_by_area_plot(evaluation)
-        add("Dice by area", "dice_by_area.png", by_area, "Each mark is an image with pneumothorax.")
-    best = best_of_all(evaluation.counts)
-    add(
-        "Dice over thresholds",
-        "threshold_surface.png",
-        threshold_surface(evaluation, best),
+        picture, note = dice_by_area_plot(evaluation), "Each mark is an image with pneumothorax."
+        figures.append(Figure("Dice by area", "dice_by_area.png", picture, note))
+    note = (
         f"The highest Dice of all thresholds is {best.dice:.4f} on these images, those used have"
-        f" {scores.dice:.4f}. Thresholds chosen by these images would make their score too high.",
+        f" {scores.dice:.4f}. Thresholds chosen by these images would make their score too high."
     )
-    return figures, pictures
+    picture = threshold_surface(evaluation, best)
+    return [*figures, Figure("Dice over thresholds", "threshold_surface.png", picture, note)]
 
 
 def choose_images(evaluation: Evaluation, number: int) -> dict[int, str]:
@@ -238,8 +203,11 @@ def choose_images(evaluation: Evaluation, number: int) -> dict[int, str]:
 
 def _galleries(
     evaluation: Evaluation, detector: Detector, number: int, room: int
-) -> tuple[dict[str, Picture], list[Gallery], int]:
-    """Overlays by file name, with ids in it; those that fit in ``room`` bytes, and how many do not."""
+) -> tuple[dict[str, Picture], list[tuple[str, str, list[tuple[str, str, str]]]], int]:
+    """Overlays by file name, with ids in it; galleries of those that fit in ``room`` bytes; how many do not.
+
+    A gallery has a title, a note, and for each overlay the image's id, a note and the data: URI.
+    """
     chosen, texts = choose_images(evaluation, number), evaluation.captions()
     ids = {position: evaluation.subset.entries[position].image_id for position in chosen}
     captions = {
@@ -257,41 +225,12 @@ def _galleries(
             omitted += 1
         else:
             shown[kind].append((ids[position], texts[position], source))
-    galleries = [Gallery(*KINDS[kind], pictures) for kind, pictures in shown.items() if pictures]
-    return overlays, galleries, omitted
+    return overlays, [(*KINDS[kind], pictures) for kind, pictures in shown.items() if pictures], omitted
 
 
 def file_name(name: str) -> str:
     """The name as part of a file name on any system, at most 100 characters."""
     return re.sub(r"[^A-Za-z0-9._-]", "_", name)[:100]
-
-
-def _baseline_model(comparison: ModelComparison, picture: Picture) -> BaselineModel:
-    note = "Left, of each image; right, of the mean in resamples of the patients."
-    return BaselineModel(
-        comparison.address,
-        comparison.comparison.line,
-        comparison.baseline_dice,
-        comparison.changed[:MAX_CHANGED],
-        Figure("Difference of Dice", jpeg_uri(picture), note),
-    )
-
-
-def score_page(page: ScorePage) -> str:
-    """The page as HTML in UTF-8; every text is escaped."""
-    return template("evaluation", "score_page.html.j2").render(
-        page=page,
-        counts={name: page.numbers[name] for name in ("images", "positives", "patients")},
-        headline={name: _number(page.numbers[name]) for name in ("dice", "dice_baseline", "dice_positive")},
-        scores=[
-            (name.replace("_", " "), _number(page.numbers[name]), _interval(page.numbers, name), meaning)
-            for name, meaning in SCORES.items()
-        ],
-        by_group=[name.replace("_", " ") for name in BY_GROUP],
-        groups=[(title, _group_rows(page.groups, name)) for name, title in GROUPS.items()],
-        address=address,
-        max_id_length=MAX_ID_LENGTH,
-    )
 
 
 def _group_rows(rows: Sequence[Numbers], group: str) -> list[tuple[list[str], list[tuple[str, str]]]]:

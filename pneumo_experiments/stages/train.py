@@ -236,11 +236,11 @@ def _log_result(source: SettingsSource, fold: Fold, result: FoldResult) -> str:
     evaluation, detector, number = result.evaluation, result.detector, len(result.history)
     scores, settings = evaluation.scores, source.settings
     (predictor,) = detector.predictor.members
-    if (difference := source.weights_difference(predictor.network, settings.split.fold)) is not None:
-        largest = difference.largest
+    if source.model is not None:
+        largest, which = source.compare_weights(predictor.network)
         tracking.log_params({"same_weights": largest == 0, "weights_difference": f"{largest:.3g}"})
         differ = f"differ by up to {largest:.3g} from" if largest else "are"
-        print(f"train: the weights {differ} {difference.of}")
+        print(f"train: the weights {differ} {which}")
     # Next to the curves, not on them: the weights that were kept, at their own thresholds.
     tracking.log_metrics(result.as_metrics(), step=number)
     tracking.log_params(result.as_facts())

@@ -27,16 +27,6 @@ MAX_NAMED = 5  # differences in a message
 
 
 @dataclass(frozen=True)
-class WeightsDifference:
-    """A trained network compared with the one whose training it repeats."""
-
-    largest: float
-    """largest absolute difference of two weights; infinity for NaN or other shapes"""
-    of: str
-    """the other network, in words"""
-
-
-@dataclass(frozen=True)
 class SettingsSource:
     """Complete settings of a training, and where they come from."""
 
@@ -51,14 +41,13 @@ class SettingsSource:
     data_fingerprint: str = ""
     """of the data set that trained that model"""
 
-    def weights_difference(self, network: PneumothoraxNet, fold: str) -> WeightsDifference | None:
-        """How the network trained on a fold differs from that of the model; None without a model."""
-        if self.model is None:
-            return None
-        members = load(tracking.model_data(self.model)).members
+    def compare_weights(self, network: PneumothoraxNet) -> tuple[float, str]:
+        """Largest difference of a trained network's weights from those of the model's; which these are."""
+        assert self.model is not None
+        members, fold = load(tracking.model_data(self.model)).members, self.settings.split.fold
         member = next(each for each in members if len(members) == 1 or each.settings["fold"] == fold)
-        of = f"those of {self.model}" + (f", fold {fold}" if len(members) > 1 else "")
-        return WeightsDifference(largest_difference(member.predictor.network, network), of)
+        which = f"those of {self.model}" + (f", fold {fold}" if len(members) > 1 else "")
+        return largest_difference(member.predictor.network, network), which
 
 
 def settings_source(settings: Train, best: Mapping[str, Any] | None = None) -> SettingsSource:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference_counts import NO_COUNTS, Image, count_images
+from reference_counts import NO_COUNTS, Image, count_images, squares
 
 from pneumo_experiments.dataset import rle
 from pneumo_experiments.dataset.annotations import read_annotations
@@ -52,20 +52,6 @@ def area_of(found: np.ndarray, top: float) -> int:
 def mean_dice(images: list[Image], thresholds: Thresholds) -> float:
     """Mean Dice of the images, from their pixels."""
     return float(np.mean([dice(t, apply_thresholds(p, presence, thresholds)) for p, presence, t in images]))
-
-
-def squares(images: int, seed: int, side: int = 24) -> list[Image]:
-    """Noisy guesses at random squares; presence and pixels are informative but often wrong."""
-    rng, made = np.random.default_rng(seed), list[Image]()
-    for _ in range(images):
-        truth = np.zeros((side, side), bool)
-        if rng.random() < 0.5:
-            top, left, size = rng.integers(2, side // 2, 3)
-            truth[top : top + size, left : left + size] = True
-        noise = rng.normal(0, 0.35, truth.shape)
-        probability = np.clip(0.25 + 0.4 * truth + noise, 0, 1).astype(np.float32)
-        made.append((probability, float(np.clip(0.3 + 0.4 * truth.any() + rng.normal(0, 0.2), 0, 1)), truth))
-    return made
 
 
 def exhaustive_from_pixels(images: list[Image]) -> float:
