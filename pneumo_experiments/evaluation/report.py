@@ -1,4 +1,4 @@
-"""What ``score`` leaves of labelled images: tables, pictures, and one HTML page with all of it.
+"""The report of a model on labelled images: tables, pictures, and one HTML page with all of it.
 
 The page is made from the template ``score_page.html.j2``.
 """

@@ -41,8 +41,6 @@ def compare(dices: NDArray[np.float64], baseline: NDArray[np.float64], patients:
     Paired: each resample draws patients, with all their images, for both models at once. What is hard for
     both cancels out, so small differences show on few images.
     """
-    if not len(dices) == len(baseline) == len(patients):
-        raise ValueError(f"{len(dices)}, {len(baseline)} and {len(patients)} values for the same images")
     differences = dices - baseline
     measures: dict[str, Measure] = {"difference": lambda weights: mean(differences, weights)}
     resamples = bootstrap(measures, patients, np.random.default_rng(0), RESAMPLES)["difference"]

@@ -136,8 +136,8 @@ class ScoredImages:
 
     def counts(self) -> dict[str, int]:
         """COUNTS of the images."""
-        found = self.select(self.truth).patients
-        numbers = (len(self.patients), len(found), len(np.unique(self.patients)), len(np.unique(found)))
+        patients, positive = self.patients, self.patients[self.truth]
+        numbers = (len(patients), len(positive), len(np.unique(patients)), len(np.unique(positive)))
         return dict(zip(COUNTS, numbers, strict=True))
 
     def measures(self) -> dict[str, Measure]:
@@ -180,13 +180,13 @@ def notes(row: Mapping[str, Any]) -> dict[str, str]:
     if "precision" in row:
         predicted = round(positives + images * (row["false_alarms"] - row["misses"]))
         of |= {"precision": predicted, "false_alarms": images, "misses": images}
-    found, names = dict[str, str](), [end.removesuffix("_low") for end in row if end.endswith("_low")]
+    texts, names = dict[str, str](), [end.removesuffix("_low") for end in row if end.endswith("_low")]
     for name in names:
         if row[name] is not None and not isnan(row[name]):
             count = [f"{round(row[name] * of[name])} of {of[name]}"] if name in of else []
             is_few = patients < least if (least := OF_ALL_PATIENTS.get(name)) else with_finding < MIN_PATIENTS
-            found[f"{name}_note"] = ", ".join(count + ["unreliable"] * is_few)
-    return found
+            texts[f"{name}_note"] = ", ".join(count + ["unreliable"] * is_few)
+    return texts
 
 
 def score_images(images: ScoredImages) -> Scores:

@@ -299,7 +299,7 @@ def test_equal_values_have_an_interval_with_a_width() -> None:
     assert few == pytest.approx((1 / (1 + 1.959964**2 * 84 / 144), 1))
 
 
-def test_a_sensitivity_of_1_is_judged_by_the_patients_with_a_finding() -> None:
+def test_the_interval_of_a_sensitivity_of_1_counts_the_patients_with_a_finding() -> None:
     """7 patients with two found images each, and many without a finding."""
     truth = np.arange(114) < 14
     patients = (np.arange(114) // 2).astype(np.str_)

@@ -456,15 +456,15 @@ def test_second_trainings_have_their_own_fold_seed_and_start(
 def test_a_trial_may_validate_on_a_part_of_the_patients_with_as_many_findings(settings: Search) -> None:
     with Dataset.open(settings.dataset) as dataset, tracking.run("search", settings):
         (whole,) = TrialTraining(dataset, changed(settings, folds=2))._folds
-        limit = len(whole.validation) // 2
+        limit = len(whole.images.validation) // 2
         (part,) = TrialTraining(dataset, changed(settings, folds=2, search_validation_images=limit))._folds
-    assert set(part.validation.indices) < set(whole.validation.indices)
-    assert abs(len(part.validation) - limit) <= 2
-    patients = {entry.patient for entry in part.validation.entries}
-    rest = set(whole.validation.indices.tolist()) - set(part.validation.indices.tolist())
+    assert set(part.images.validation.indices) < set(whole.images.validation.indices)
+    assert abs(len(part.images.validation) - limit) <= 2
+    patients = {entry.patient for entry in part.images.validation.entries}
+    rest = set(whole.images.validation.indices.tolist()) - set(part.images.validation.indices.tolist())
     with Dataset.open(settings.dataset) as dataset:
         assert patients.isdisjoint(dataset.entries[index].patient for index in rest)
-    positives = [sum(entry.area_px > 0 for entry in fold.validation.entries) for fold in (whole, part)]
+    positives = [sum(entry.area_px > 0 for entry in fold.images.validation.entries) for fold in (whole, part)]
     assert positives[1] == pytest.approx(positives[0] / 2, abs=1)
     assert set(part.half.tolist()) == {0, 1}
 
