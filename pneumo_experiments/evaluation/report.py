@@ -125,6 +125,7 @@ def make_report(
     numbers = asdict(scores) | evaluation.intervals
     numbers |= notes(numbers)
     rows = [dict(zip(GROUP_COLUMNS, row, strict=True)) for row in evaluation.groups]
+    groups = [row | notes(row) for row in rows]
     page = template("evaluation", "score_page.html.j2").render(
         title=f"Score: {name} images of {settings.dataset.name}",
         facts={"model": hide_passwords(settings.model), "images": images} | used,
@@ -140,7 +141,7 @@ def make_report(
         changes=changes,
         figures=figures,
         by_group=[each.replace("_", " ") for each in BY_GROUP],
-        groups=[(title, _group_rows(rows, group)) for group, title in GROUPS.items()],
+        groups=[(title, _group_rows(groups, group)) for group, title in GROUPS.items()],
         galleries=galleries,
         omitted=omitted,
         address=address,
