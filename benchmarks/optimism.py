@@ -14,9 +14,8 @@ import numpy as np
 from measure import machine
 from score import synthetic_counts
 
-from pneumo_experiments.metrics.cross_fit import cross_fitted
 from pneumo_experiments.metrics.exact import best_of_all
-from pneumo_experiments.metrics.thresholds import ThresholdCounts, Thresholds, best_on_grid
+from pneumo_experiments.metrics.thresholds import ThresholdCounts, Thresholds, best_on_grid, cross_fitted
 
 POPULATION = 20_000
 IMAGES = (40, 200, 2000)  # that choose thresholds

@@ -24,6 +24,7 @@ from PIL import Image
 from torch.nn import functional
 
 from pneumo_experiments.dataset.hdf5 import Dataset
+from pneumo_experiments.evaluation.evaluate import Evaluation
 from pneumo_experiments.evaluation.subset import Subset
 from pneumo_experiments.figures import contact_sheet, overlay
 from pneumo_experiments.learning.device import choose_compute
@@ -148,7 +149,7 @@ def scored(subset: Subset, predictor: Predictor) -> tuple[Scores, Thresholds]:
     """Scores at native size, at the best thresholds of the coarse grid."""
     counts = subset.count(predictor)
     thresholds = best_on_grid(counts)
-    return subset.score(counts, thresholds), thresholds
+    return Evaluation(subset, counts, thresholds).scores, thresholds
 
 
 if __name__ == "__main__":

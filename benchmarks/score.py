@@ -58,9 +58,7 @@ def synthetic_counts(images: int, seed: int) -> ThresholdCounts:
     counts = np.stack([overlap + outside, overlap], axis=1).astype(np.int32)
     counts[:, 0, 0], counts[:, 1, 0] = SIDE * SIDE, area  # every pixel reaches 0
     presence = 1 / (1 + np.exp(-rng.normal(np.where(positive, 1, -1.5), 1.4)))
-    whole = ThresholdCounts()
-    whole.append(counts, presence.astype(np.float32))
-    return whole
+    return ThresholdCounts.of(counts, presence.astype(np.float32))
 
 
 def synthetic_pixels(images: int, seed: int) -> list[tuple[NDArray[np.float32], NDArray[np.bool_]]]:

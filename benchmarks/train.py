@@ -52,7 +52,6 @@ from pneumo_experiments.learning.loader import InMemoryData, StreamedData, choos
 from pneumo_experiments.learning.loss import criterion
 from pneumo_experiments.learning.network import PneumothoraxNet, build
 from pneumo_experiments.learning.predict import Predictor
-from pneumo_experiments.metrics.thresholds import HUNDREDTHS
 from pneumo_experiments.settings import Batches, Device, Recipe
 from pneumo_experiments.synthetic.kaggle_layout import write_sample
 
@@ -328,11 +327,11 @@ def resumed(path: Path, cache: str, recipe: Recipe, compute: ComputeConfig, coun
 def validated(path: Path, network: str, compute: ComputeConfig) -> str:
     """Predictions of all images, and their counts of pixels."""
     with hdf5.Dataset.open(path) as dataset:
-        counter = ThresholdCounter(Predictor(build(network, "none", 0), compute, tta="flip"), HUNDREDTHS)
+        counter = ThresholdCounter(Predictor(build(network, "none", 0), compute, tta="flip"))
         counter.add(dataset.images(range(SAMPLE)), map(dataset.mask, range(SAMPLE)))
-        counts, _ = counter.read()
+        counts = counter.read()
         areas = [entry.area_px for entry in dataset.entries]
-    assert counts[:, 1, 0].tolist() == areas, "the truth's pixels are miscounted"
+    assert counts.truth_area.tolist() == areas, "the truth's pixels are miscounted"
     return f"{len(counts)} images"
 
 

@@ -37,14 +37,13 @@ def overlay(
     The caption above is cut to the width.
     """
     shape = next((mask.shape for mask in (truth, prediction) if mask is not None), image.shape)
-    scale = size_px / max(shape)
-    width, height = (max(1, round(side * scale)) for side in shape[::-1])
-    base = Image.fromarray(image).resize((width, height), Image.Resampling.LANCZOS).convert("RGB")
+    base = _panel(image, shape, size_px)
     panels = [("radiograph", MUTED, base)]
     for name, colour, mask in (("truth", TRUTH, truth), ("prediction", PREDICTION, prediction)):
         if mask is not None:
             panels.append((name if mask.any() else f"{name}: empty", colour, _draw_mask(base, mask, colour)))
 
+    width, height = base.size
     gap = max(4, size_px // 32)
     text_px = max(11, size_px // 20)
     font = ImageFont.load_default(size=text_px)
@@ -65,16 +64,11 @@ def outlined(image: NDArray[np.uint8], mask: NDArray[np.bool_], size_px: int) ->
 
     Its longer side measures ``size_px``.
     """
-    scale = size_px / max(mask.shape)
-    width, height = (max(1, round(side * scale)) for side in mask.shape[::-1])
-    base = Image.fromarray(image).resize((width, height), Image.Resampling.LANCZOS).convert("RGB")
-    return np.asarray(_draw_mask(base, mask, PREDICTION))
+    return np.asarray(_draw_mask(_panel(image, mask.shape, size_px), mask, PREDICTION))
 
 
 def contact_sheet(pictures: Sequence[NDArray[np.uint8]], columns: int) -> NDArray[np.uint8]:
     """One RGB picture of n >= 1 pictures (h, w, 3) of any size, row by row, each centred in its cell."""
-    if not pictures or columns < 1:
-        raise ValueError(f"{len(pictures)} pictures in {columns} columns: at least one of each is needed")
     columns = min(columns, len(pictures))
     rows = [pictures[i : i + columns] for i in range(0, len(pictures), columns)]
     heights = [max(picture.shape[0] for picture in row) for row in rows]
@@ -148,6 +142,12 @@ def pixels_of(figure: Any) -> NDArray[np.uint8]:
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[:, :, :3].copy()
+
+
+def _panel(image: NDArray[np.uint8], shape: tuple[int, ...], size_px: int) -> Image.Image:
+    """The image in the proportions of a shape (rows, columns); its longer side measures ``size_px``."""
+    width, height = (max(1, round(side * (size_px / max(shape)))) for side in shape[::-1])
+    return Image.fromarray(image).resize((width, height), Image.Resampling.LANCZOS).convert("RGB")
 
 
 def _draw_mask(base: Image.Image, mask: NDArray[np.bool_], colour: Colour) -> Image.Image:

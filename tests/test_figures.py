@@ -127,11 +127,6 @@ def test_fewer_pictures_than_columns_make_a_narrow_sheet() -> None:
     assert contact_sheet([picture], columns=4).shape[1] < 40
 
 
-def test_a_sheet_of_nothing_is_refused() -> None:
-    with pytest.raises(ValueError, match="0 pictures"):
-        contact_sheet([], columns=2)
-
-
 def test_a_style_that_a_pyplot_picture_sets_ends_with_it() -> None:
     from matplotlib import pyplot
 

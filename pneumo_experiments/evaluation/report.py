@@ -1,33 +1,36 @@
-"""What ``score`` leaves of labelled images: tables, pictures and a page with all of it, logged."""
+"""The report of a model on labelled images: tables, pictures, and one HTML page with all of it.
+
+The page is made from the template ``score_page.html.j2``.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from functools import cached_property
 
 import numpy as np
-from numpy.typing import NDArray
 
-from pneumo_experiments import tracking
-from pneumo_experiments.evaluation.model_comparison import ModelComparison
-from pneumo_experiments.evaluation.page import (
-    MAX_ID_LENGTH,
-    BaselineModel,
-    Figure,
-    Gallery,
-    Picture,
-    ScorePage,
-    score_page,
+from pneumo_experiments.data_report.html import address, template
+from pneumo_experiments.evaluation.evaluate import (
+    CHANGE_COLUMNS,
+    IMAGE_COLUMNS,
+    Evaluation,
+    ModelComparison,
 )
-from pneumo_experiments.evaluation.plots import dice_by_area_plot, presence_curves, threshold_surface
-from pneumo_experiments.evaluation.scored_images import log_calibration, log_groups, log_per_image
-from pneumo_experiments.evaluation.subset import Subset, describe_images, draw_overlays
+from pneumo_experiments.evaluation.pictures import (
+    Picture,
+    calibration_plot,
+    comparison_plot,
+    dice_by_area_plot,
+    draw_overlays,
+    presence_curves,
+    threshold_surface,
+)
 from pneumo_experiments.figures import jpeg_uri
 from pneumo_experiments.metrics.exact import best_of_all
-from pneumo_experiments.metrics.scores import ScoredImages, Scores, notes
-from pneumo_experiments.metrics.subgroups import GROUP_COLUMNS
-from pneumo_experiments.metrics.thresholds import ThresholdCounts, Thresholds
+from pneumo_experiments.metrics.scores import BY_GROUP, CALIBRATION_COLUMNS, GROUP_COLUMNS, notes
 from pneumo_experiments.passwords import hide_passwords
 from pneumo_experiments.serving import Detector
 from pneumo_experiments.settings import Score
@@ -37,109 +40,146 @@ PAGE = "report.html"
 MAX_PICTURE_BYTES = 9_500_000  # on the page, for a page below 10 MB; other overlays are artifacts alone
 PANEL_PX = 256
 MAX_CHANGED = 20  # images in the page's table
+MAX_ID_LENGTH = 128  # of longer ids the end is cut; a DICOM UID has at most 64 characters
+# Each score with its meaning, in the order of the page.
+SCORES = {
+    "dice": "the challenge's metric: mean over all images, 1 where truth and prediction are empty",
+    "dice_baseline": "the Dice of predicting every image empty; a model has to beat it",
+    "dice_positive": "mean Dice over the images with pneumothorax",
+    "sensitivity": "of the images with pneumothorax, the fraction with a predicted mask",
+    "specificity": "of the images without, the fraction with an empty prediction",
+    "precision": "of the images with a predicted mask, the fraction with pneumothorax",
+    "false_alarms": "of all images, the fraction with a predicted mask but no pneumothorax",
+    "misses": "of all images, the fraction with pneumothorax but no predicted mask",
+    "auroc": "of the probability of presence, before any threshold",
+    "average_precision": "of the probability of presence, before any threshold",
+    "calibration_error": "expected calibration error of the probability of presence, ten bins",
+}
+GROUPS = {"area": "Area of the finding (thirds)", "view": "View", "sex": "Sex", "age": "Age in years"}
+UNDEFINED = "–"
+# Of each kind of overlay its title and what it shows.
 KINDS = {
-    "best": "Findings with the highest Dice.",
-    "median": "Findings in the middle of the order by Dice, missed ones included.",
-    "worst": "Findings whose predicted mask has the lowest Dice.",
-    "false alarm": "A predicted mask, but no pneumothorax; the largest masks first.",
-    "miss": "A pneumothorax, but no predicted mask; the largest findings first.",
-}
-TITLES = {
-    "best": "Best",
-    "median": "Median",
-    "worst": "Worst",
-    "false alarm": "False alarms",
-    "miss": "Misses",
+    "best": ("Best", "Findings with the highest Dice."),
+    "median": ("Median", "Findings in the middle of the order by Dice, missed ones included."),
+    "worst": ("Worst", "Findings whose predicted mask has the lowest Dice."),
+    "false alarm": ("False alarms", "A predicted mask, but no pneumothorax; the largest masks first."),
+    "miss": ("Misses", "A pneumothorax, but no predicted mask; the largest findings first."),
 }
 
+Table = tuple[Sequence[str], Sequence[Sequence[object]]]  # columns and rows
+Numbers = Mapping[str, str | float | None]  # by name; a score that is undefined is None or NaN
 
-def log_report(
+
+@dataclass(frozen=True)
+class Report:
+    """Tables by name, pictures by file name, and the page that shows them."""
+
+    tables: Mapping[str, Table]
+    pictures: Mapping[str, Picture]
+    page: str
+
+
+@dataclass(frozen=True, eq=False)
+class Figure:
+    """A chart, and what it shows."""
+
+    title: str
+    file_name: str
+    picture: Picture
+    note: str
+
+    @cached_property
+    def source(self) -> str:
+        """The picture as a data: URI."""
+        return jpeg_uri(self.picture)
+
+
+def make_report(
     settings: Score,
     name: str,
-    subset: Subset,
-    counts: ThresholdCounts,
+    evaluation: Evaluation,
     detector: Detector,
-    images: ScoredImages,
-    scores: Scores,
-    intervals: Mapping[str, float],
-    comparison: ModelComparison | None,
+    comparison: ModelComparison | None = None,
     warnings: Sequence[str] = (),
-) -> str:
-    """Logs tables, pictures and ``report.html`` of the images called ``name``; returns the page's address."""
-    thresholds = detector.thresholds
-    figures = _log_figures(counts, thresholds, images, scores)
-    baseline = None if comparison is None else _baseline_model(comparison)
-    pictures = figures if baseline is None else [*figures, baseline.figure]
-    room = MAX_PICTURE_BYTES - sum(len(figure.source) for figure in pictures)
-    galleries, omitted = _log_galleries(subset, counts, detector, settings.overlays, room)
+) -> Report:
+    """The report of a model's evaluation on the images called ``name``; ``warnings`` stand on the page."""
+    scores, figures = evaluation.scores, _figures(evaluation)
+    tables: dict[str, Table] = {
+        "by_group": (GROUP_COLUMNS, evaluation.groups),
+        "calibration": (CALIBRATION_COLUMNS, evaluation.calibration),
+    }
+    changes: list[Figure] = []
+    if comparison is not None:
+        tables["changed_images"] = (CHANGE_COLUMNS, comparison.changed)
+        note = "Left, of each image; right, of the mean in resamples of the patients."
+        picture = comparison_plot(comparison)
+        changes.append(Figure("Difference of Dice", "comparison.png", picture, note))
+    tables["scores"] = (IMAGE_COLUMNS, evaluation.image_rows(detector.seen))
+    room = MAX_PICTURE_BYTES - sum(len(figure.source) for figure in [*figures, *changes])
+    overlays, galleries, omitted = _galleries(evaluation, detector, settings.overlays, room)
     few = "" if scores.interval_reliable else (
         f"Intervals are unreliable: the findings are of {plural(scores.positive_patients, 'patient')}."
     )  # fmt: skip
-    numbers = asdict(scores) | dict(intervals)
-    rows = [dict(zip(GROUP_COLUMNS, row, strict=True)) for row in log_groups(subset, counts, images)]
-    page = ScorePage(
+    images = f"{name} of {settings.dataset.name}"
+    used = {each: f"{value:g}" for each, value in asdict(evaluation.thresholds).items()}
+    numbers = asdict(scores) | evaluation.intervals
+    numbers |= notes(numbers)
+    rows = [dict(zip(GROUP_COLUMNS, row, strict=True)) for row in evaluation.groups]
+    groups = [row | notes(row) for row in rows]
+    page = template("evaluation", "score_page.html.j2").render(
         title=f"Score: {name} images of {settings.dataset.name}",
-        facts={
-            "model": hide_passwords(settings.model),
-            "images": f"{name} of {settings.dataset.name}",
-        }
-        | {each: f"{value:g}" for each, value in asdict(thresholds).items()},
-        numbers=numbers | notes(numbers),
+        facts={"model": hide_passwords(settings.model), "images": images} | used,
         warning=" ".join([few, *(f"{line[0].upper()}{line[1:]}." for line in warnings)]).strip(),
-        groups=[row | notes(row) for row in rows],
+        counts={each: numbers[each] for each in ("images", "positives", "patients")},
+        headline={each: _number(numbers[each]) for each in ("dice", "dice_baseline", "dice_positive")},
+        scores=[
+            (each.replace("_", " "), _number(numbers[each]), _interval(numbers, each), meaning)
+            for each, meaning in SCORES.items()
+        ],
+        comparison=comparison,
+        changed=comparison.changed[:MAX_CHANGED] if comparison else [],
+        changes=changes,
         figures=figures,
+        by_group=[each.replace("_", " ") for each in BY_GROUP],
+        groups=[(title, _group_rows(groups, group)) for group, title in GROUPS.items()],
         galleries=galleries,
         omitted=omitted,
-        baseline=baseline,
+        address=address,
+        max_id_length=MAX_ID_LENGTH,
     )
-    tracking.log_page(score_page(page), PAGE)
-    log_per_image(subset, counts, thresholds, detector.seen)  # last: the table that the evaluation view opens
-    return f"{tracking.artifacts_of_active_run()}/{PAGE}"
+    charts = {figure.file_name: figure.picture for figure in [*figures, *changes]}
+    return Report(tables, charts | overlays, page)
 
 
-def _log_figures(
-    counts: ThresholdCounts, thresholds: Thresholds, images: ScoredImages, scores: Scores
-) -> list[Figure]:
-    figures = list[Figure]()
-
-    def add(title: str, picture: NDArray[np.uint8], note: str) -> None:
-        figures.append(Figure(title, jpeg_uri(picture), note))
-
+def _figures(evaluation: Evaluation) -> list[Figure]:
+    scores, best, figures = evaluation.scores, best_of_all(evaluation.counts), list[Figure]()
     if 0 < scores.positives < scores.images:
-        curves = presence_curves(images, scores.sensitivity, scores.specificity)
-        tracking.log_image(curves, "presence_curves.png")
-        add(
-            "Presence: ROC, and precision and recall",
-            curves,
+        note = (
             "The curves are those of the probability of presence alone. The dot marks the masks, which also"
-            " depend on the scores of the pixels.",
+            " depend on the scores of the pixels."
         )
-    add(
-        "Calibration of presence",
-        log_calibration(images),
-        "The fraction of images with pneumothorax in each tenth of the probability of presence.",
-    )
+        picture = presence_curves(evaluation)
+        figures.append(
+            Figure("Presence: ROC, and precision and recall", "presence_curves.png", picture, note)
+        )
+    note = "The fraction of images with pneumothorax in each tenth of the probability of presence."
+    picture = calibration_plot(evaluation.calibration)
+    figures.append(Figure("Calibration of presence", "calibration.png", picture, note))
     if scores.positives:
-        truth = images.truth
-        by_area = dice_by_area_plot(counts.truth_area[truth], images.dices[truth], images.predicted[truth])
-        tracking.log_image(by_area, "dice_by_area.png")
-        add("Dice by area", by_area, "Each mark is an image with pneumothorax.")
-    best = best_of_all(counts)
-    surface = threshold_surface(best.surface, thresholds, scores.dice, best.thresholds)
-    tracking.log_image(surface, "threshold_surface.png")
-    add(
-        "Dice over thresholds",
-        surface,
+        picture, note = dice_by_area_plot(evaluation), "Each mark is an image with pneumothorax."
+        figures.append(Figure("Dice by area", "dice_by_area.png", picture, note))
+    note = (
         f"The highest Dice of all thresholds is {best.dice:.4f} on these images, those used have"
-        f" {scores.dice:.4f}. Thresholds chosen by these images would make their score too high.",
+        f" {scores.dice:.4f}. Thresholds chosen by these images would make their score too high."
     )
-    return figures
+    picture = threshold_surface(evaluation, best)
+    return [*figures, Figure("Dice over thresholds", "threshold_surface.png", picture, note)]
 
 
-def choose_images(counts: ThresholdCounts, thresholds: Thresholds, number: int) -> dict[int, str]:
+def choose_images(evaluation: Evaluation, number: int) -> dict[int, str]:
     """At most ``number`` images by position, and their kind: of each of KINDS in turn one more."""
-    dices, predicted = counts.dice(thresholds), counts.predicted_area(thresholds)
-    truth = counts.truth_area
+    dices, predicted = evaluation.images.dices, evaluation.predicted_area
+    truth = evaluation.counts.truth_area
     ranked = [i for i in np.argsort(-dices, kind="stable").tolist() if truth[i] > 0]
     middle = (len(ranked) - 1) / 2
     by_rank = sorted(range(len(ranked)), key=lambda rank: abs(rank - middle))
@@ -162,30 +202,31 @@ def choose_images(counts: ThresholdCounts, thresholds: Thresholds, number: int) 
     return chosen
 
 
-def _log_galleries(
-    subset: Subset, counts: ThresholdCounts, detector: Detector, number: int, room: int
-) -> tuple[list[Gallery], int]:
-    """Logs overlays with ids in their names; returns those that fit in ``room`` bytes, and how many not."""
-    chosen = choose_images(counts, detector.thresholds, number)
-    texts = describe_images(counts, detector.thresholds)
-    ids = {position: subset.entries[position].image_id for position in chosen}
+def _galleries(
+    evaluation: Evaluation, detector: Detector, number: int, room: int
+) -> tuple[dict[str, Picture], list[tuple[str, str, list[tuple[str, str, str]]]], int]:
+    """Overlays by file name, with ids in it; galleries of those that fit in ``room`` bytes; how many do not.
+
+    A gallery has a title, a note, and for each overlay the image's id, a note and the data: URI.
+    """
+    chosen, texts = choose_images(evaluation, number), evaluation.captions()
+    ids = {position: evaluation.subset.entries[position].image_id for position in chosen}
     captions = {
         position: f"{kind}: {ids[position][:MAX_ID_LENGTH]}, {texts[position]}"
         for position, kind in chosen.items()
     }
-    pictures, omitted = {kind: list[Picture]() for kind in KINDS}, 0
-    drawn = draw_overlays(subset, detector.predictor, detector.thresholds, captions, PANEL_PX)
+    overlays, omitted = dict[str, Picture](), 0
+    shown = {kind: list[tuple[str, str, str]]() for kind in KINDS}
+    drawn = draw_overlays(evaluation, detector.predictor, captions, PANEL_PX)
     for place, (picture, (position, kind)) in enumerate(zip(drawn, chosen.items(), strict=True), start=1):
-        tracking.log_image(picture, f"overlays/{place:02}-{file_name(f'{kind}-{ids[position]}')}.png")
+        overlays[f"overlays/{place:02}-{file_name(f'{kind}-{ids[position]}')}.png"] = picture
         source = jpeg_uri(picture)
         room -= len(source)
         if room < 0:
             omitted += 1
         else:
-            pictures[kind].append(Picture(ids[position], texts[position], source))
-    return [
-        Gallery(TITLES[kind], note, pictures[kind]) for kind, note in KINDS.items() if pictures[kind]
-    ], omitted
+            shown[kind].append((ids[position], texts[position], source))
+    return overlays, [(*KINDS[kind], pictures) for kind, pictures in shown.items() if pictures], omitted
 
 
 def file_name(name: str) -> str:
@@ -193,10 +234,24 @@ def file_name(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]", "_", name)[:100]
 
 
-def _baseline_model(found: ModelComparison) -> BaselineModel:
-    figure = Figure(
-        "Difference of Dice",
-        jpeg_uri(found.picture),
-        "Left, of each image; right, of the mean in resamples of the patients.",
-    )
-    return BaselineModel(found.address, found.line, found.baseline_dice, found.changed[:MAX_CHANGED], figure)
+def _group_rows(rows: Sequence[Numbers], group: str) -> list[tuple[list[str], list[tuple[str, str]]]]:
+    """Value and counts of each row, and its scores with their intervals."""
+    return [
+        (
+            [str(row[name]) for name in ("value", "images", "positives", "patients")],
+            [(_number(row[name], 3), _interval(row, name, 2)) for name in BY_GROUP],
+        )
+        for row in rows
+        if row["group"] == group
+    ]
+
+
+def _number(value: str | float | None, digits: int = 4) -> str:
+    return f"{value:.{digits}f}" if isinstance(value, (float, int)) and value == value else UNDEFINED
+
+
+def _interval(row: Numbers, name: str, digits: int = 3) -> str:
+    """``low to high``, and the note; empty where there is none."""
+    low, high = (_number(row.get(f"{name}_{end}"), digits) for end in ("low", "high"))
+    note = f"; {note}" if (note := row.get(f"{name}_note")) else ""
+    return "" if UNDEFINED in (low, high) else f"{low} to {high}{note}"

@@ -1,19 +1,21 @@
-"""Subsets of a data set's images: splits, predictions and scores."""
+"""Subsets of a data set's images: splits, predictions, and which images a model knows."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import hashlib
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pneumo_experiments import tracking
 from pneumo_experiments.dataset.grouping import warn, warn_about_grouping
 from pneumo_experiments.dataset.hdf5 import Dataset, Entry
+from pneumo_experiments.dataset.packed import salted
 from pneumo_experiments.dataset.splits import Split, audit, split
 from pneumo_experiments.errors import UserError
-from pneumo_experiments.figures import contact_sheet, overlay
 from pneumo_experiments.learning import distributed
 from pneumo_experiments.learning.device import ComputeConfig
 from pneumo_experiments.learning.evaluate import ThresholdCounter
@@ -25,14 +27,8 @@ from pneumo_experiments.learning.loader import (
     load,
     prefetch,
 )
-from pneumo_experiments.learning.predict import AnyPredictor, Prediction, to_native
-from pneumo_experiments.metrics.scores import ScoredImages, Scores, score_images
-from pneumo_experiments.metrics.thresholds import (
-    HUNDREDTHS,
-    ThresholdCounts,
-    Thresholds,
-    apply_thresholds,
-)
+from pneumo_experiments.learning.predict import AnyPredictor, Prediction
+from pneumo_experiments.metrics.thresholds import ThresholdCounts
 from pneumo_experiments.progress_bar import ProgressBar
 from pneumo_experiments.settings import SplitSettings
 
@@ -58,21 +54,30 @@ class Subset:
         """The index row of each image."""
         return [self.dataset.entries[int(i)] for i in self.indices]
 
-    def training_data(self, cache: str, compute: ComputeConfig) -> InMemoryData | StreamedData:
-        """The training data, held as ``cache`` says, for auto where there is room; logs the choice.
+    @property
+    def patients(self) -> NDArray[np.str_]:
+        """The patient of each image."""
+        return np.array([entry.patient for entry in self.entries], np.str_)
 
-        Raises UserError without a positive image.
-        """
+    @property
+    def areas_px(self) -> NDArray[np.int64]:
+        """Annotated pixels of each image at native size."""
+        return np.array([entry.area_px for entry in self.entries], np.int64)
+
+    def choose_cache(self, cache: str, compute: ComputeConfig) -> str:
+        """Where the training data are held: device, host or stream; for auto where there is room."""
+        return choose_cache(cache, 2 * len(self) * self.dataset.image_size**2, compute.device)
+
+    def training_data(self, cache: str, compute: ComputeConfig) -> InMemoryData | StreamedData:
+        """The training data, held as ``choose_cache`` says. Raises UserError without a positive image."""
         require_positives(self)
-        present = np.array([entry.area_px > 0 for entry in self.entries])
-        size = self.dataset.image_size
-        cache = choose_cache(cache, 2 * len(self) * size**2, compute.device)
-        tracking.log_params({"cache_used": cache})
+        cache = self.choose_cache(cache, compute)
+        present, size = self.areas_px > 0, self.dataset.image_size
         if cache == "stream":
             return StreamedData(self.dataset, self.indices, present)
-        device = str(compute.device) if cache == "device" else "cpu"
         with ProgressBar("load", len(self), is_shown=distributed.is_main_process()) as bar:
-            return load(self.dataset, self.indices, present, size, device, bar.update)
+            where = str(compute.device) if cache == "device" else "cpu"
+            return load(self.dataset, self.indices, present, size, where, bar.update)
 
     def in_memory(self, cache: str) -> Subset:
         """The subset with its images in memory, if there is room and ``cache`` is not stream."""
@@ -90,7 +95,7 @@ class Subset:
 
         In a group of processes each predicts some of the images, and all return the counts of all.
         """
-        counter = ThresholdCounter(predictor, HUNDREDTHS)
+        counter = ThresholdCounter(predictor)
         with ProgressBar(desc, len(self._own_indices), is_shown=bool(desc), is_kept=True) as bar:
 
             def truth(index: int) -> NDArray[np.bool_]:
@@ -99,12 +104,13 @@ class Subset:
 
             for chunk, images in self._chunks(self._own_indices, self.pixels):
                 counter.add(images, map(truth, chunk.tolist()))
-        counts = ThresholdCounts()
-        pixels, presence = counter.read()
-        counts.append(
-            distributed.all_gather_rows(pixels, len(self)), distributed.all_gather_rows(presence, len(self))
+        own, images = counter.read(), len(self)
+        return ThresholdCounts(
+            distributed.all_gather_rows(own.pixels, images),
+            distributed.all_gather_rows(own.presence, images),
+            self.patients,
+            np.zeros(images, np.int64),
         )
-        return counts
 
     @property
     def _own_indices(self) -> NDArray[np.int64]:
@@ -122,18 +128,15 @@ class Subset:
         else:
             yield from zip(chunks, prefetch(self.dataset.images, chunks), strict=True)
 
-    def score(self, counts: ThresholdCounts, thresholds: Thresholds) -> Scores:
-        """Scores of the counts of this subset."""
-        return score_images(self.scored(counts, thresholds))
 
-    def scored(self, counts: ThresholdCounts, thresholds: Thresholds) -> ScoredImages:
-        """What the scores of the counts of this subset are made of."""
-        return ScoredImages.of(counts, thresholds, [entry.patient for entry in self.entries])
+def all_images(dataset: Dataset) -> Subset:
+    """The whole data set."""
+    return Subset(dataset, np.arange(len(dataset)))
 
 
 def require_positives(training: Subset) -> None:
     """Raises UserError if no training image has a finding; warns if each one has."""
-    positives = sum(entry.area_px > 0 for entry in training.entries)
+    positives = np.count_nonzero(training.areas_px)
     if positives == 0:
         raise UserError(
             f"dataset: none of the {len(training)} training images has a pneumothorax, so there is nothing to"
@@ -150,13 +153,12 @@ def make_split(dataset: Dataset, settings: SplitSettings) -> Split:
         raise UserError(
             f"fold={settings.fold}: give a number from 0 to {settings.folds - 1}; only train accepts all"
         )
-    entries = dataset.entries
-    areas = np.array([entry.area_px for entry in entries])
+    everyone = all_images(dataset)
     if distributed.is_main_process():
         warn_about_grouping(dataset)
     return split(
-        [entry.patient for entry in entries],
-        areas,
+        everyone.patients.tolist(),
+        everyone.areas_px,
         holdout=settings.holdout,
         folds=settings.folds,
         fold=int(settings.fold),
@@ -164,73 +166,51 @@ def make_split(dataset: Dataset, settings: SplitSettings) -> Split:
     )
 
 
-def log_split(dataset: Dataset, subsets: Split) -> None:
-    """Logs the images, patients, positives and areas of each subset, and that no patient is in two."""
+def describe_split(dataset: Dataset, subsets: Split) -> dict[str, Any]:
+    """Images, patients, positives and areas of each subset, and that no patient is in two."""
     names = [f.name for f in fields(subsets)]
     number_of = np.empty(len(dataset), np.int64)
     for number, name in enumerate(names):
         number_of[getattr(subsets, name)] = number
-    entries = dataset.entries
-    report = audit([entry.patient for entry in entries], np.array([e.area_px for e in entries]), number_of)
-    content = report.as_dict()
-    content["parts"] = {names[part.part]: asdict(part) for part in report.parts}
-    tracking.log_json(content, "split.json")
+    everyone = all_images(dataset)
+    report = audit(everyone.patients.tolist(), everyone.areas_px, number_of)
+    return report.as_dict() | {"parts": {names[part.part]: asdict(part) for part in report.parts}}
 
 
-def _evenly_spaced(ordered: list[int], count: int) -> dict[int, str]:
-    """At most ``count`` items of a list from best to worst, evenly spaced on both sides of the median.
+def image_set_id(subset: Subset) -> str:
+    """Digest, 32 hex digits, of the image ids and the true masks at native size.
 
-    Returns their labels: three and more items include the best, median and worst, so labelled; others are "".
+    Independent of order, stored image size and pixel format: scores with the same one are comparable.
     """
-    middle, last = (len(ordered) - 1) // 2, len(ordered) - 1
-    count = min(count, len(ordered))
-    before = np.linspace(0, middle, (count + 1) // 2)
-    after = np.linspace(middle, last, count // 2 + 1)[1:]
-    names = {0: "best:", middle: "median:", last: "worst:"} if len(ordered) >= 3 else {}
-    return {ordered[i]: names.get(i, "") for i in np.append(before, after).round().astype(int).tolist()}
-
-
-def log_overlays(
-    subset: Subset, counts: ThresholdCounts, predictor: AnyPredictor, thresholds: Thresholds, count: int
-) -> None:
-    """Logs overlays of positives from best to worst Dice, with negatives when there are too few.
-
-    Three and more include the best, median and worst, so labelled.
-    """
-    if count == 0:
-        return
-    dices, truth = counts.dice(thresholds), counts.truth_area
-    positives = [i for i in np.argsort(-dices, kind="stable").tolist() if truth[i] > 0]
-    negatives = [i for i in np.argsort(dices, kind="stable").tolist() if truth[i] == 0]
-    chosen = _evenly_spaced(positives, count) | dict.fromkeys(negatives[: max(0, count - len(positives))], "")
-    texts = describe_images(counts, thresholds)
-    captions = {position: f"{label} {texts[position]}".strip() for position, label in chosen.items()}
-    drawn: list[NDArray[np.uint8]] = []
-    for picture in draw_overlays(subset, predictor, thresholds, captions):
-        drawn.append(picture)
-        tracking.log_image(picture, f"overlays/{len(drawn):02}.png")
-    tracking.log_image(contact_sheet(drawn, columns=2), "overlays.png")
-
-
-def describe_images(counts: ThresholdCounts, thresholds: Thresholds) -> list[str]:
-    """Dice, true and predicted area of each image in words."""
-    columns = (counts.dice(thresholds), counts.truth_area, counts.predicted_area(thresholds))
-    return [
-        f"Dice {dice:.2f}, truth {truth:,} px, predicted {predicted:,} px"
-        for dice, truth, predicted in zip(*columns, strict=True)
+    lines = [
+        f"{entry.image_id} {entry.rows}x{entry.columns} {subset.dataset.rle(index)}\n"
+        for entry, index in zip(subset.entries, subset.indices.tolist(), strict=True)
     ]
+    return hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()[:32]
 
 
-def draw_overlays(
-    subset: Subset,
-    predictor: AnyPredictor,
-    thresholds: Thresholds,
-    captions: Mapping[int, str],
-    size_px: int = 384,
-) -> Iterator[NDArray[np.uint8]]:
-    """Overlays of the images at some positions, with their captions."""
-    shown = Subset(subset.dataset, subset.indices[list(captions)])
-    for caption, (index, prediction) in zip(captions.values(), shown.predictions(predictor), strict=True):
-        truth = shown.dataset.mask(index)
-        mask = apply_thresholds(to_native(prediction.mask, truth.shape), prediction.presence, thresholds)
-        yield overlay(shown.dataset.images(np.array([index]))[0], truth, mask, caption, size_px)
+def hash_image_ids(subset: Subset) -> frozenset[str]:
+    """Keyed digests of images and patients, stored in a model to recognise those that it was trained on."""
+    return frozenset(digest for entry in subset.entries for digest in _hashes(entry).values())
+
+
+def _hashes(entry: Entry) -> dict[str, str]:
+    """The keyed digest of an image and that of its patient; an unknown patient is this image's own."""
+    return {"image": salted(f"image {entry.image_id}"), "patient": salted(f"patient {entry.patient}")}
+
+
+def seen_by(subset: Subset, seen: frozenset[str]) -> list[str]:
+    """What of each image is among these digests: ``image``, else ``patient``, else nothing: empty."""
+    each = map(_hashes, subset.entries)
+    return [next((name for name, digest in own.items() if digest in seen), "") for own in each]
+
+
+def describe_seen(subset: Subset, seen: frozenset[str], model: str) -> str:
+    """How many images the model has seen, and of how many others the patients; empty if none."""
+    by = Counter(seen_by(subset, seen))
+    text = f"{by['image']} of {len(subset)} images trained {model} or chose its thresholds"
+    if by["patient"]:
+        text += (
+            f", the patients of {by['patient']} more did (rename them by patients_csv if others are meant)"
+        )
+    return text if by["image"] or by["patient"] else ""

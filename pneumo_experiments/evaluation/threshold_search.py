@@ -1,19 +1,32 @@
-"""The search for thresholds, on threshold counts: the exact optimum, and a study with Optuna beside it."""
+"""The search for thresholds on threshold counts: the exact optimum and an Optuna study; counts as a file."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import tempfile
+import zipfile
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import optuna
 from numpy.typing import NDArray
 
-from pneumo_experiments import tracking
+from pneumo_experiments.dataset.splits import assign_folds
+from pneumo_experiments.errors import UserError
 from pneumo_experiments.figures import pyplot_picture
 from pneumo_experiments.metrics.exact import Optimum, best_of_all
-from pneumo_experiments.metrics.thresholds import ThresholdCounts, Thresholds, best_on_grid
+from pneumo_experiments.metrics.scores import ScoredImages, Scores, score_images
+from pneumo_experiments.metrics.thresholds import ThresholdCounts, Thresholds, best_on_grid, cross_fitted
 
 TRIAL_COLUMNS = ("trial", *asdict(Thresholds()), "dice")
+FILE = "threshold_counts.npz"
+FOLDS = 5  # of patients in the file: thresholds that a search finds are scored on other patients
+MAX_BYTES = 2**31  # uncompressed: the counts of 2.6 million images
+DTYPES = {"counts": np.int32, "presence": np.float32, "patients": np.int32, "parts": np.int32}
 
 
 @dataclass(frozen=True)
@@ -25,7 +38,7 @@ class ThresholdSearch:
 
     @property
     def thresholds(self) -> Thresholds:
-        """The exact optimum, in the middle of its equals."""
+        """The exact optimum, centred in its plateau."""
         return self.optimum.thresholds
 
     def as_metrics(self) -> dict[str, float]:
@@ -76,12 +89,56 @@ def search_thresholds(counts: ThresholdCounts, trials: int, seed: int) -> Thresh
     return ThresholdSearch(optimum, study)
 
 
-def log_threshold_study(search: ThresholdSearch) -> None:
-    """Logs the study's trials, history and contours in the active run; nothing without a study."""
-    if trials := search.trials():
-        tracking.log_table(TRIAL_COLUMNS, trials, "threshold_trials")
-    for file_name, picture in search.pictures().items():
-        tracking.log_image(picture, file_name)
+@dataclass(frozen=True, eq=False)
+class CountsSearch:
+    """The thresholds that a search found for counted images, and how those given in their place score."""
+
+    counts: ThresholdCounts
+    search: ThresholdSearch
+    cross_fitted_dice: float
+    """each image with thresholds from other patients"""
+    given: Thresholds | None
+
+    @cached_property
+    def scores(self) -> Scores:
+        """The scores of the optimum."""
+        return score_images(ScoredImages.of(self.counts, self.search.thresholds))
+
+    def as_metrics(self) -> dict[str, float]:
+        """The Dice of the optimum, of the study, cross-fitted, and as given."""
+        values = self.search.as_metrics() | {"threshold_dice_cross_fitted": self.cross_fitted_dice}
+        if self.given is not None:
+            values["threshold_dice_given"] = score_images(ScoredImages.of(self.counts, self.given)).dice
+        return values
+
+    def lines(self) -> list[str]:
+        """The result in words."""
+        scores, optimum, values = self.scores, self.search.optimum, self.as_metrics()
+        lines = [
+            f"{scores.images} images of {scores.patients} patients, {scores.positives} with pneumothorax,"
+            f" all-empty baseline {scores.dice_baseline:.4f}",
+            f"best of {optimum.combinations:,} combinations: Dice {optimum.dice:.4f}"
+            f" ({scores.interval}), on positives {scores.on_positives}, with {_text(optimum.thresholds)}",
+            f"cross-fitted, thresholds from other patients: Dice {self.cross_fitted_dice:.4f}",
+        ]
+        if trials := self.search.trials():
+            best, distance = values["threshold_dice_optuna"], values["threshold_dice_distance"]
+            lines.append(f"Optuna, {len(trials)} trials: Dice {best:.4f}, below the best by {distance:.4f}")
+        if self.given is not None:
+            lines.append(f"as given: Dice {values['threshold_dice_given']:.4f} with {_text(self.given)}")
+        return lines
+
+
+def search_counts(counts: ThresholdCounts, trials: int, given: Mapping[str, float]) -> CountsSearch:
+    """Searches thresholds for counted images; where some are ``given``, the others are the optimum's."""
+    search = search_thresholds(counts, trials, seed=0)
+    crossed = cross_fitted(counts, counts.fold, lambda others: best_of_all(others).thresholds)
+    own = replace(search.thresholds, **given) if given else None
+    return CountsSearch(counts, search, crossed.dice, own)
+
+
+def _text(thresholds: Thresholds) -> str:
+    return ", ".join(f"{name} {value}" for name, value in asdict(thresholds).items())
 
 
 def _thresholds(trial: optuna.Trial | optuna.trial.FrozenTrial) -> Thresholds:
@@ -89,3 +146,60 @@ def _thresholds(trial: optuna.Trial | optuna.trial.FrozenTrial) -> Thresholds:
     thresholds = Thresholds(**trial.params)
     bottom = min(thresholds.bottom_score, thresholds.top_score)
     return Thresholds(thresholds.presence_threshold, thresholds.top_score, thresholds.min_area_px, bottom)
+
+
+@contextmanager
+def counts_file(counts: ThresholdCounts) -> Generator[Path]:
+    """The counts as a temporary file, so that thresholds can be searched again without model or images.
+
+    Below 1 kB an image, and no id. Images that are in one fold are divided into 5, stratified by area.
+    """
+    patients, folds = counts.patient.tolist(), counts.fold
+    if len(np.unique(folds)) == 1 and (number := min(FOLDS, len(set(patients)))) > 1:
+        folds = assign_folds(patients, counts.truth_area, number, seed=0)
+    arrays: dict[str, Any] = {
+        "counts": counts.pixels,
+        "presence": counts.presence,
+        "patients": np.unique(counts.patient, return_inverse=True)[1],
+        "parts": folds,
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / FILE
+        np.savez_compressed(path, **{name: arrays[name].astype(dtype) for name, dtype in DTYPES.items()})
+        yield path
+
+
+def load_counts(path: Path) -> ThresholdCounts:
+    """The n >= 1 images of a ``counts_file``, with patients by number; nothing in the file is executed.
+
+    Raises UserError for a file that cannot be read or holds impossible values.
+    """
+    try:
+        if not path.is_file():  # reading a device or pipe would never end
+            raise FileNotFoundError("no such file")
+        with zipfile.ZipFile(path) as archive:
+            if sum(member.file_size for member in archive.infolist()) > MAX_BYTES:
+                raise ValueError(f"more than {MAX_BYTES:,} bytes")
+        with np.load(path, allow_pickle=False) as arrays:
+            pixels, presence, patients, folds = (
+                _array(arrays, name, dtype) for name, dtype in DTYPES.items()
+            )
+        counts = ThresholdCounts(pixels, presence, patients.astype(np.str_), folds.astype(np.int64))
+        if not len(counts):
+            raise ValueError("no images")
+        if len(np.unique(np.stack((patients, folds)), axis=1).T) > len(np.unique(patients)):
+            raise ValueError("a patient in two folds")
+    except Exception as error:  # damaged bytes raise errors of many types
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(
+            f"counts={path}: not threshold counts ({reason}); `train` and `score` log them as"
+            " threshold_counts.npz"
+        ) from error
+    return counts
+
+
+def _array(arrays: Any, name: str, dtype: type) -> NDArray[Any]:
+    array: Any = arrays[name]
+    if not isinstance(array, np.ndarray) or array.dtype != dtype:  # pyright: ignore[reportUnknownMemberType]
+        raise TypeError(f"{name} is not of type {np.dtype(dtype).name}")
+    return array  # pyright: ignore[reportUnknownVariableType]

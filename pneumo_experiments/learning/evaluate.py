@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from pneumo_experiments.learning.device import copy_to_device, from_numpy
 from pneumo_experiments.learning.predict import AnyPredictor, require_finite
+from pneumo_experiments.metrics.thresholds import HUNDREDTHS, ThresholdCounts
 
 MAX_PIXELS_AT_ONCE = 2**23  # native pixels, about 30 bytes each while they are counted
 
@@ -23,11 +24,10 @@ MAX_PIXELS_AT_ONCE = 2**23  # native pixels, about 30 bytes each while they are 
 class ThresholdCounter:
     """Counts predictions against the truth on the predictor's device; the host waits only in ``read``."""
 
-    def __init__(self, predictor: AnyPredictor, hundredths: NDArray[np.float32]) -> None:
-        """``hundredths`` (101,) from 0 to 1 are the thresholds."""
+    def __init__(self, predictor: AnyPredictor) -> None:
         self._predictor = predictor
         device = predictor.device
-        self._hundredths = copy_to_device(from_numpy(hundredths), device)
+        self._hundredths = copy_to_device(from_numpy(HUNDREDTHS), device)
         # A CPU counts one image in its cache; several at once wait for memory: at least twice as slow.
         self._pixels_at_once = 0 if device.type == "cpu" else MAX_PIXELS_AT_ONCE
         self._counts = [self._hundredths.new_empty((0, 2, 101), dtype=torch.int32)]
@@ -45,8 +45,8 @@ class ThresholdCounter:
             self._presence.append(batch.presence)
             self._finite.append(batch.finite)
 
-    def read(self) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
-        """Counts (n, 2, 101) as from ``count_at_thresholds``, and presence (n,), in order.
+    def read(self) -> ThresholdCounts:
+        """The counts of all images, in order, each with a patient of its own.
 
         Raises UserError when the network's output is NaN.
         """
@@ -57,7 +57,7 @@ class ThresholdCounter:
         packed = torch.cat([per_image, torch.cat(self._counts).flatten(1)], dim=1).cpu().numpy()
         require_finite(packed[:, 1])
         presence = np.ascontiguousarray(packed[:, 0]).view(np.float32)
-        return np.ascontiguousarray(packed[:, 2:]).reshape(-1, 2, 101), presence
+        return ThresholdCounts.of(np.ascontiguousarray(packed[:, 2:]).reshape(-1, 2, 101), presence)
 
 
 @torch.inference_mode()

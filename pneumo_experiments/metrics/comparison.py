@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pneumo_experiments.metrics.dice import Measure, bootstrap, interval_of, mean, normal_of_t
+from pneumo_experiments.metrics.dice import Measure, Patients, bootstrap, interval_of, mean, normal_of_t
 
 RESAMPLES = 10_000
 
@@ -36,14 +35,12 @@ class Comparison:
         )
 
 
-def compare(dices: NDArray[np.float64], baseline: NDArray[np.float64], patients: Sequence[str]) -> Comparison:
+def compare(dices: NDArray[np.float64], baseline: NDArray[np.float64], patients: Patients) -> Comparison:
     """Compares the Dice of two models on n >= 1 images, all (n,).
 
     Paired: each resample draws patients, with all their images, for both models at once. What is hard for
     both cancels out, so small differences show on few images.
     """
-    if not len(dices) == len(baseline) == len(patients):
-        raise ValueError(f"{len(dices)}, {len(baseline)} and {len(patients)} values for the same images")
     differences = dices - baseline
     measures: dict[str, Measure] = {"difference": lambda weights: mean(differences, weights)}
     resamples = bootstrap(measures, patients, np.random.default_rng(0), RESAMPLES)["difference"]

@@ -22,6 +22,7 @@ Z = 1.959964  # 97.5% of the normal distribution
 BINS = 10  # of presence, for its calibration
 
 Weights = NDArray[np.float64]  # (r, n)
+Patients = Sequence[str] | NDArray[np.str_]  # (n,): the patient of each image
 Measure = Callable[[Weights], NDArray[np.float64]]  # the score (r,) for each row of weights
 
 
@@ -114,7 +115,7 @@ def bins(presence: NDArray[np.float32]) -> list[NDArray[np.bool_]]:
 
 
 def intervals(
-    measures: Mapping[str, Measure], among: Mapping[str, NDArray[np.bool_]], patients: Sequence[str]
+    measures: Mapping[str, Measure], among: Mapping[str, NDArray[np.bool_]], patients: Patients
 ) -> dict[str, tuple[float, float]]:
     """95% interval of each score, which lies in [0, 1]; NaN if it is undefined.
 
@@ -175,7 +176,7 @@ def wilson(score: float, variance: float, patients: float) -> tuple[float, float
 
 def bootstrap(
     measures: Mapping[str, Measure],
-    patients: Sequence[str],
+    patients: Patients,
     rng: np.random.Generator,
     resamples: int,
 ) -> dict[str, NDArray[np.float64]]:

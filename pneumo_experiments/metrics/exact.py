@@ -49,9 +49,8 @@ class _Images:
 
     @classmethod
     def of(cls, counts: ThresholdCounts) -> _Images:
-        predicted, overlap = counts.pixels()
-        truth = counts.truth_area[:, None]
-        gains = dice_of_areas(overlap, predicted, truth) - (truth == 0)
+        area, truth = counts.pixels.astype(np.int64), counts.truth_area[:, None]
+        gains = dice_of_areas(area[:, 1], area[:, 0], truth) - (truth == 0)
         order = np.argsort(-counts.presence, kind="stable")
         return cls(counts.presence[order], counts.cores()[order], gains[order])
 
@@ -135,7 +134,7 @@ def _any_best(images: _Images, top: int, bottom: int) -> Thresholds:
 
 
 def _centred(images: _Images, best: Thresholds) -> Thresholds:
-    """Equally good thresholds in the middle of those around them.
+    """Equally good thresholds, centred in their plateau.
 
     Each in turn moves to the middle of the interval around it in which Dice does not change, the other three
     fixed, until none moves. Presence is then halfway between that of two images. Areas are halved as lengths,

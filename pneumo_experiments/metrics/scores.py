@@ -1,4 +1,4 @@
-"""Scores of a set of images: the official metric and the numbers always reported with it."""
+"""Scores of a set of images, and of its groups: the official metric and the numbers reported with it."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from numpy.typing import NDArray
 
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.metrics.dice import (
+    BINS,
     Measure,
     auroc,
     average_precision,
+    bins,
     calibration_error,
     effective_patients,
     intervals,
@@ -27,6 +29,20 @@ MIN_PATIENTS = 5  # that bear on a score; with fewer its interval may not hold: 
 OF_ALL_PATIENTS = {"specificity": MIN_PATIENTS, "false_alarms": MIN_PATIENTS, "calibration_error": 250}
 COUNTS = ("images", "positives", "patients", "positive_patients")
 CONSTANTS = (*COUNTS, "dice_baseline")  # properties of the images, whatever is predicted
+
+BY_GROUP = ("dice", "dice_positive", "sensitivity", "specificity")
+GROUP_COLUMNS = (
+    *("group", "value", "images", "positives", "patients", "positive_patients"),
+    *(f"{name}{end}" for name in BY_GROUP for end in ("", "_low", "_high")),
+)
+CALIBRATION_COLUMNS = (
+    *("presence_from", "presence_to", "images", "mean_presence"),
+    *("fraction_positive", "fraction_positive_low", "fraction_positive_high"),
+)
+UNKNOWN = "unknown"
+AGES = ((18, "under 18"), (40, "18 to 39"), (60, "40 to 59"), (80, "60 to 79"), (1000, "80 and over"))
+
+Row = list[str | int | float | None]
 
 
 @dataclass(frozen=True)
@@ -100,27 +116,28 @@ class ScoredImages:
     predicted: NDArray[np.bool_]  # whether the prediction has pixels
     truth: NDArray[np.bool_]  # whether the truth has pixels
     presence: NDArray[np.float32]
-    patients: Sequence[str]
+    patients: NDArray[np.str_]
 
     @classmethod
-    def of(cls, counts: ThresholdCounts, thresholds: Thresholds, patients: Sequence[str]) -> ScoredImages:
-        """Counted images; ``patients`` holds the patient of each."""
-        if len(patients) != len(counts):
-            raise ValueError(f"{len(patients)} patients for {len(counts)} images")
+    def of(cls, counts: ThresholdCounts, thresholds: Thresholds) -> ScoredImages:
+        """Counted images at these thresholds."""
         predicted, truth = counts.predicted_area(thresholds) > 0, counts.truth_area > 0
-        return cls(counts.dice(thresholds), predicted, truth, counts.presence, patients)
+        return cls(counts.dice(thresholds), predicted, truth, counts.presence, counts.patient)
 
     def select(self, chosen: NDArray[np.bool_]) -> ScoredImages:
         """Those of the images (n,) that are chosen."""
-        patients = [patient for patient, here in zip(self.patients, chosen, strict=True) if here]
         return ScoredImages(
-            self.dices[chosen], self.predicted[chosen], self.truth[chosen], self.presence[chosen], patients
+            self.dices[chosen],
+            self.predicted[chosen],
+            self.truth[chosen],
+            self.presence[chosen],
+            self.patients[chosen],
         )
 
     def counts(self) -> dict[str, int]:
         """COUNTS of the images."""
-        found = self.select(self.truth).patients
-        numbers = (len(self.patients), len(found), len({*self.patients}), len({*found}))
+        patients, positive = self.patients, self.patients[self.truth]
+        numbers = (len(patients), len(positive), len(np.unique(patients)), len(np.unique(positive)))
         return dict(zip(COUNTS, numbers, strict=True))
 
     def measures(self) -> dict[str, Measure]:
@@ -142,7 +159,7 @@ class ScoredImages:
     def intervals(self, names: Collection[str] = ()) -> dict[str, float]:
         """95% intervals of these scores, or of all: ``<name>_low`` and ``<name>_high``; NaN if undefined."""
         chosen = {name: measure for name, measure in self.measures().items() if not names or name in names}
-        truth, patient = self.truth, np.asarray(self.patients)
+        truth, patient = self.truth, self.patients
         rarer = min(truth, ~truth, key=lambda side: effective_patients(patient[side]))
         among = dict.fromkeys(("dice_positive", "sensitivity", "average_precision"), truth)
         among |= {"specificity": ~truth, "precision": self.predicted, "auroc": rarer}
@@ -163,13 +180,13 @@ def notes(row: Mapping[str, Any]) -> dict[str, str]:
     if "precision" in row:
         predicted = round(positives + images * (row["false_alarms"] - row["misses"]))
         of |= {"precision": predicted, "false_alarms": images, "misses": images}
-    found, names = dict[str, str](), [end.removesuffix("_low") for end in row if end.endswith("_low")]
+    texts, names = dict[str, str](), [end.removesuffix("_low") for end in row if end.endswith("_low")]
     for name in names:
         if row[name] is not None and not isnan(row[name]):
             count = [f"{round(row[name] * of[name])} of {of[name]}"] if name in of else []
             is_few = patients < least if (least := OF_ALL_PATIENTS.get(name)) else with_finding < MIN_PATIENTS
-            found[f"{name}_note"] = ", ".join(count + ["unreliable"] * is_few)
-    return found
+            texts[f"{name}_note"] = ", ".join(count + ["unreliable"] * is_few)
+    return texts
 
 
 def score_images(images: ScoredImages) -> Scores:
@@ -183,3 +200,76 @@ def score_images(images: ScoredImages) -> Scores:
         dice_baseline=float(np.mean(~images.truth)),
         **images.counts(),
     )
+
+
+def age_band(age: int) -> str:
+    """The band of an age in years; unknown for -1."""
+    return UNKNOWN if age < 0 else next(name for below, name in AGES if age < below)
+
+
+def area_terciles(truth_area: NDArray[np.int64]) -> list[str]:
+    """The third of the findings that each image's area (n,) is in, with its limits; "" without finding."""
+    positive = truth_area[truth_area > 0]
+    if not positive.size:
+        return [""] * len(truth_area)
+    third = np.searchsorted(np.quantile(positive, [1 / 3, 2 / 3]), truth_area)  # equal areas stay together
+    names = dict[int, str]()
+    for number in range(3):
+        areas = truth_area[(truth_area > 0) & (third == number)]
+        if areas.size:
+            names[number] = f"{number + 1}: {areas.min()} to {areas.max()} px"
+    return [names[int(t)] if area > 0 else "" for t, area in zip(third, truth_area, strict=True)]
+
+
+def by_group(images: ScoredImages, groups: Mapping[str, Sequence[str]]) -> list[Row]:
+    """Rows of GROUP_COLUMNS: scores with 95% intervals of all images and of each value of each group.
+
+    ``groups`` has each image's value; "" leaves the image out. An undefined score is None.
+    """
+    rows = [_row("all", "", images)]
+    for group, values in groups.items():
+        of_image = np.array(values)
+        for value in sorted({*values} - {""}, key=lambda value: (value == UNKNOWN, _order(value))):
+            rows.append(_row(group, value, images.select(of_image == value)))
+    return rows
+
+
+def calibration(images: ScoredImages) -> list[Row]:
+    """Rows of CALIBRATION_COLUMNS: mean presence and fraction of positives of each bin that has images."""
+    everything, rows = np.ones((1, len(images.dices))), list[Row]()
+    for number, here in enumerate(bins(images.presence)):
+        if not here.any():
+            continue
+        inside = images.select(here)
+        ends = intervals(
+            {"positive": lambda weights, truth=inside.truth: mean(truth, weights)}, {}, inside.patients
+        )
+        presence, positive = (
+            float(mean(values, everything, here)[0]) for values in (images.presence, images.truth)
+        )
+        rows.append(
+            [number / BINS, (number + 1) / BINS, len(inside.dices), presence, positive, *ends["positive"]]
+        )
+    return rows
+
+
+def _row(group: str, value: str, images: ScoredImages) -> Row:
+    itself = np.ones((1, len(images.dices)))
+    measures, ends = images.measures(), images.intervals(BY_GROUP)
+    numbers = [
+        number
+        for name in BY_GROUP
+        for number in (float(measures[name](itself)[0]), ends[f"{name}_low"], ends[f"{name}_high"])
+    ]
+    return [
+        group,
+        value,
+        *images.counts().values(),
+        *(None if isnan(number) else number for number in numbers),
+    ]
+
+
+def _order(value: str) -> tuple[int, str]:
+    """Age bands by age, other values by name."""
+    names = [name for _, name in AGES]
+    return (names.index(value) if value in names else -1), value

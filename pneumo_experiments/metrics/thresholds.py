@@ -7,7 +7,7 @@ hundredths.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, TypeVar
 
@@ -93,58 +93,57 @@ def apply_thresholds(
     return np.zeros(probability.shape, dtype=np.bool_)
 
 
+@dataclass(frozen=True, eq=False)
 class ThresholdCounts:
-    """Per image: pixels at or above each hundredth, all and within the truth; about 1 kB an image."""
+    """n counted images; about 1 kB an image. Raises ValueError for impossible values."""
 
-    def __init__(self) -> None:
-        self._predicted: list[NDArray[np.int32]] = []  # (101,): pixels at or above each hundredth
-        self._overlap: list[NDArray[np.int32]] = []  # (101,): those of them within the truth
-        self._presence: list[float] = []
+    pixels: NDArray[np.int32]
+    """(n, 2, 101): pixels at or above each hundredth, all and within the truth"""
+    presence: NDArray[np.float32]
+    """(n,): probability of presence"""
+    patient: NDArray[np.str_]
+    """(n,): of one patient are the images with the same text"""
+    fold: NDArray[np.int64]
+    """(n,): the images of a fold are scored with thresholds from the others; each patient is in one"""
 
-    def append(self, counts: NDArray[np.int32], presence: NDArray[np.float32]) -> None:
-        """Adds n images; raises ValueError for impossible values.
-
-        Counts (n, 2, 101) are pixels at or above each hundredth, all and within the truth; presence is (n,).
-        """
-        if counts.shape != (len(presence), 2, 101) or presence.ndim != 1:
-            raise ValueError(f"counts {counts.shape}, presence {presence.shape}: give (n, 2, 101) and (n,)")
+    def __post_init__(self) -> None:
+        pixels, presence = self.pixels, self.presence
+        if pixels.shape != (len(self), 2, 101) or presence.ndim != 1:
+            raise ValueError(f"counts {pixels.shape}, presence {presence.shape}: give (n, 2, 101) and (n,)")
+        if not self.patient.shape == self.fold.shape == presence.shape:
+            raise ValueError("not one patient and one fold for each image")
         if not ((presence >= 0) & (presence <= 1)).all():
             raise ValueError("presence outside [0, 1]")
-        if (np.diff(counts) > 0).any() or (counts[:, 1] > counts[:, 0]).any() or (counts < 0).any():
+        if (np.diff(pixels) > 0).any() or (pixels[:, 1] > pixels[:, 0]).any() or (pixels < 0).any():
             raise ValueError("counts hold more pixels at a higher hundredth, or within the truth than in all")
-        self._predicted += list(counts[:, 0])
-        self._overlap += list(counts[:, 1])
-        self._presence += presence.tolist()
+
+    @classmethod
+    def of(cls, pixels: NDArray[np.int32], presence: NDArray[np.float32]) -> ThresholdCounts:
+        """Images that each have a patient of their own."""
+        images = len(presence)
+        return cls(pixels, presence, np.arange(images).astype(np.str_), np.zeros(images, np.int64))
 
     def __len__(self) -> int:
-        return len(self._presence)
-
-    @property
-    def presence(self) -> NDArray[np.float32]:
-        """Probability of presence of each image (n,)."""
-        return np.array(self._presence, dtype=np.float32)
+        return len(self.presence)
 
     @property
     def truth_area(self) -> NDArray[np.int64]:
         """Annotated pixels of each image (n,)."""
-        return _at_level(self._overlap, 0)
+        return self.at(0)[1]
 
-    def pixels(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Pixels of each image at or above each hundredth, (n, 101): all, and those within the truth."""
-        shape = (len(self), 101)  # also without images
-        return (
-            np.array(self._predicted, np.int64).reshape(shape),
-            np.array(self._overlap, np.int64).reshape(shape),
-        )
+    @property
+    def image_area(self) -> NDArray[np.int64]:
+        """All pixels of each image (n,): every one reaches 0."""
+        return self.at(0)[0]
 
     def cores(self) -> NDArray[np.int64]:
         """Pixels at or above each hundredth as of 1024 x 1024 (n, 101); whole, as ``min_area_px`` is."""
-        predicted, _ = self.pixels()
-        return predicted * 1024**2 // np.maximum(predicted[:, :1], 1)  # every pixel reaches 0
+        return self.pixels[:, 0] * np.int64(1024**2) // np.maximum(self.image_area, 1)[:, None]
 
     def at(self, score: float) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Pixels of each image at or above a probability: all (n,), and those within the truth (n,)."""
-        return _at_level(self._predicted, _level(score)), _at_level(self._overlap, _level(score))
+        reached = self.pixels[:, :, _level(score)].astype(np.int64)
+        return reached[:, 0], reached[:, 1]
 
     def predicted_area(self, thresholds: Thresholds) -> NDArray[np.int64]:
         """Pixels of each image's mask (n,) from ``apply_thresholds``."""
@@ -155,30 +154,27 @@ class ThresholdCounts:
         area, overlap = self._masked(thresholds)
         return dice_of_areas(overlap, area, self.truth_area)
 
-    def rows(self, indices: NDArray[np.int64]) -> ThresholdCounts:
-        """The counts of some images, by index."""
-        chosen = ThresholdCounts()
-        for i in map(int, indices):
-            chosen._predicted.append(self._predicted[i])
-            chosen._overlap.append(self._overlap[i])
-            chosen._presence.append(self._presence[i])
-        return chosen
+    def rows(self, chosen: NDArray[np.int64] | NDArray[np.bool_]) -> ThresholdCounts:
+        """The counts of some images, by index or mask."""
+        return ThresholdCounts(
+            self.pixels[chosen], self.presence[chosen], self.patient[chosen], self.fold[chosen]
+        )
 
     @staticmethod
-    def joined(subsets: Iterable[ThresholdCounts]) -> ThresholdCounts:
-        """The images of several counts, in order."""
-        whole = ThresholdCounts()
-        for counts in subsets:
-            whole._predicted += counts._predicted
-            whole._overlap += counts._overlap
-            whole._presence += counts._presence
-        return whole
+    def joined(several: Sequence[ThresholdCounts]) -> ThresholdCounts:
+        """The images of several counts, in order; those of each are a fold."""
+        return ThresholdCounts(
+            np.concatenate([counts.pixels for counts in several]),
+            np.concatenate([counts.presence for counts in several]),
+            np.concatenate([counts.patient for counts in several]),
+            np.repeat(np.arange(len(several)), [len(counts) for counts in several]),
+        )
 
     def _masked(self, thresholds: Thresholds) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Area of each image's mask (n,), and of its overlap with the truth (n,)."""
         core, _ = self.at(thresholds.top_score)
         present = self.presence >= np.float32(thresholds.presence_threshold)
-        not_empty = present & (core >= thresholds.least_core_px(_at_level(self._predicted, 0)))
+        not_empty = present & (core >= thresholds.least_core_px(self.image_area))
         area, overlap = self.at(thresholds.bottom_score)
         return area * not_empty, overlap * not_empty
 
@@ -216,9 +212,62 @@ def best_on_grid(counts: ThresholdCounts) -> Thresholds:
     )
 
 
+@dataclass(frozen=True)
+class CrossFitted:
+    """Scores of images with thresholds from other patients.
+
+    Thresholds that are chosen and scored on the same images flatter: of several trainings the one with the
+    luckiest thresholds would win.
+    """
+
+    dices: NDArray[np.float64]
+    """of each image (n,)"""
+    dice: float
+    """mean over all images"""
+    dice_positive: float
+    """mean over the images with truth; NaN without any"""
+    false_alarms: float
+    """fraction of all images that have a predicted mask, but no truth"""
+    is_all_empty: bool
+    """whether no image has a predicted mask"""
+
+
+def cross_fitted(
+    counts: ThresholdCounts,
+    folds: NDArray[np.int64],
+    choose: Callable[[ThresholdCounts], Thresholds] = best_on_grid,
+) -> CrossFitted:
+    """Scores of n counted images; ``folds`` (n,) are numbers, with all images of a patient in one fold.
+
+    Each fold is scored with the thresholds chosen for all others; a single one with those for no images.
+    """
+    dices, areas = np.empty(len(counts)), np.empty(len(counts), np.int64)
+    for number in np.unique(folds):
+        here = folds == number
+        thresholds, scored = choose(counts.rows(~here)), counts.rows(here)
+        dices[here], areas[here] = scored.dice(thresholds), scored.predicted_area(thresholds)
+    positive = counts.truth_area > 0
+    return CrossFitted(
+        dices=dices,
+        dice=float(dices.mean()),
+        dice_positive=float(dices[positive].mean()) if positive.any() else float("nan"),
+        false_alarms=float(((areas > 0) & ~positive).mean()),
+        is_all_empty=not areas.any(),
+    )
+
+
+def best_dice_on_positives(counts: ThresholdCounts) -> float:
+    """Mean Dice over the images with truth at the best single score, none taken as empty; 0.0 without truth.
+
+    It grows from the first steps of a training on, long before the masks beat predicting nothing.
+    """
+    positive = counts.rows(counts.truth_area > 0)
+    if len(positive) == 0:
+        return 0.0
+    area, overlap = positive.pixels[:, 0].astype(np.int64), positive.pixels[:, 1].astype(np.int64)
+    dices = dice_of_areas(overlap, area, positive.truth_area[:, None])  # at hundredth 0 all pixels are in it
+    return float(dices.mean(axis=0)[1:].max())
+
+
 def _level(score: float) -> int:
     return round(score * 100)
-
-
-def _at_level(counts: list[NDArray[np.int32]], level: int) -> NDArray[np.int64]:
-    return np.array([count[level] for count in counts], dtype=np.int64)

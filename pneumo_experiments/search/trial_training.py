@@ -23,18 +23,15 @@ from pneumo_experiments.evaluation.subset import Subset, make_split, require_pos
 from pneumo_experiments.learning.checkpoint import Checkpoint
 from pneumo_experiments.learning.device import choose_compute
 from pneumo_experiments.learning.fit import fit
-from pneumo_experiments.learning.loader import InMemoryData, StreamedData
 from pneumo_experiments.learning.network import PneumothoraxNet
 from pneumo_experiments.learning.predict import Predictor
 from pneumo_experiments.locks import work_folder
-from pneumo_experiments.metrics.cross_fit import best_dice_on_positives, cross_fitted
-from pneumo_experiments.metrics.thresholds import Thresholds
+from pneumo_experiments.metrics.thresholds import Thresholds, best_dice_on_positives, cross_fitted
 from pneumo_experiments.progress_bar import ProgressBar
 from pneumo_experiments.serving import save
 from pneumo_experiments.settings import Recipe, Search, weight_shaping
 from pneumo_experiments.training.fold import initial_network, make_detector
-from pneumo_experiments.training.loop import EpochResult, train_and_validate
-from pneumo_experiments.training.progress import VERSION
+from pneumo_experiments.training.loop import VERSION, EpochResult, FoldImages, train_and_validate
 from pneumo_experiments.words import plural
 
 TIMED_IMAGES = 16
@@ -66,8 +63,7 @@ class TrialScores:
 @dataclass(frozen=True)
 class _Fold:
     split: Split
-    training_data: InMemoryData | StreamedData
-    validation: Subset
+    images: FoldImages
     half: NDArray[np.int64]  # of the validation patients
 
 
@@ -91,23 +87,19 @@ class TrialTraining:
         epochs, finished = self._settings.study.search_epochs, list[TrialScores]()
         for number, fold in enumerate(self._folds):
             predictor, first_step, scores = self._predictor(recipe), number * epochs, None
-            for result in train_and_validate(
-                *("trial", predictor, fold.training_data, fold.validation, recipe, epochs),
-                first_step=first_step,
-                lines=False,
-                pieces=trials_left * len(self._folds) - number,
-            ):
-                scores = _score_fold(fold, result)
-                if result.epoch.number == epochs:
-                    last = replace(predictor, network=result.epoch.network)
-                    scores = replace(scores, seconds_per_image=self._seconds_per_image(last))
-                    if number == 0:
-                        self._trained = last, scores.thresholds
-                mean = _mean([*finished, scores])
-                tracking.log_metrics(
-                    {"val_dice_cross_fitted": mean.dice}, step=first_step + result.epoch.number
-                )
-                yield mean
+            images, pieces = fold.images, trials_left * len(self._folds) - number
+            with ProgressBar("trial", epochs * images.work(predictor), pieces=pieces) as bar:
+                for result in train_and_validate(predictor, images, recipe, epochs, advance=bar.update):
+                    scores = _score_fold(fold, result)
+                    if result.epoch.number == epochs:
+                        last = replace(predictor, network=result.epoch.network)
+                        scores = replace(scores, seconds_per_image=self._seconds_per_image(last))
+                        if number == 0:
+                            self._trained = last, scores.thresholds
+                    mean = _mean([*finished, scores])
+                    metrics = result.metrics | {"val_dice_cross_fitted": mean.dice}
+                    tracking.log_metrics(metrics, step=first_step + result.epoch.number)
+                    yield mean
             assert scores is not None
             finished.append(scores)
 
@@ -129,8 +121,10 @@ class TrialTraining:
         if limit and (parts := len(validation) // limit) > 1:
             validation = replace(validation, indices=validation.indices[_parts(validation, parts) == 0])
         validation = validation.in_memory(cache)
-        data = Subset(self._dataset, training).training_data(cache, self._compute)
-        return _Fold(split, data, validation, _halves(validation))
+        subset = Subset(self._dataset, training)
+        tracking.log_params({"cache_used": subset.choose_cache(cache, self._compute)})
+        data = subset.training_data(cache, self._compute)
+        return _Fold(split, FoldImages(data, validation), _halves(validation))
 
     def _predictor(self, recipe: Recipe) -> Predictor:
         own, other = self._settings.recipe, recipe.network
@@ -145,7 +139,7 @@ class TrialTraining:
         """The shorter of two predictions of the same images, per image."""
         if self._settings.study.has_one_objective:
             return np.nan
-        validation = self._folds[0].validation
+        validation = self._folds[0].images.validation
         images = self._dataset.images(validation.indices[:TIMED_IMAGES])
         seconds: list[float] = []
         for _ in range(2):
@@ -236,16 +230,17 @@ def _mean(folds: list[TrialScores]) -> TrialScores:
 
 
 def _score_fold(fold: _Fold, result: EpochResult) -> TrialScores:
-    crossed = cross_fitted(result.counts, fold.half)
-    _, patient = np.unique([entry.patient for entry in fold.validation.entries], return_inverse=True)
+    counts = result.evaluation.counts
+    crossed = cross_fitted(counts, fold.half)
+    _, patient = np.unique(counts.patient, return_inverse=True)
     sums = np.bincount(patient, crossed.dices)
     return TrialScores(
         dice=crossed.dice,
         dice_optimistic=result.scores.dice,
         dice_positive=crossed.dice_positive,
         false_alarms=crossed.false_alarms,
-        empty_loss=1 - best_dice_on_positives(result.counts) if crossed.is_all_empty else 0.0,
-        thresholds=result.thresholds,
+        empty_loss=1 - best_dice_on_positives(counts) if crossed.is_all_empty else 0.0,
+        thresholds=result.evaluation.thresholds,
         seconds_per_image=float("nan"),
         patient_dice=np.asarray(sums * (len(sums) / len(patient)), np.float64),
     )

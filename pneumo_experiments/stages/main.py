@@ -31,17 +31,16 @@ from pneumo_experiments.stages.register import register
 from pneumo_experiments.stages.sample import sample
 from pneumo_experiments.stages.score import ScoreResult, score, scores_line
 from pneumo_experiments.stages.search import SearchResult, search
-from pneumo_experiments.stages.train import clear_checkpoints, train
+from pneumo_experiments.stages.train import training
 from pneumo_experiments.training.fold import is_model
 from pneumo_experiments.words import plural
 
 
 def main(settings: Main) -> ScoreResult:
     """Preprocess, search, train, score, submit and register; returns the final scores."""
+    is_synthetic, step = settings.source.dicom_dir is None, _announced(_steps(settings))
     with tracking.run("main", settings):
-        dicom_dir = settings.source.dicom_dir
-        step = _announced(_steps(settings))
-        if dicom_dir is None:
+        if is_synthetic:
             next(step)
             settings = _with_sample(settings)
         elif settings.source.rle_csv is None and settings.source.masks_dir is None:
@@ -54,58 +53,41 @@ def main(settings: Main) -> ScoreResult:
             check_overwrite(submission)  # not only when all is trained
             check_findings_folder(findings)
         next(step)
-        dataset = preprocess(
-            Preprocess(
-                source=settings.source,
-                dataset=_dataset_path(settings),
-                format=settings.format,
-                reading=settings.reading,
-                overwrite=True,
-            )
-        )
+        dataset = preprocess(_preprocess_settings(settings))
+        searching = _search_settings(settings, dataset)
         with Dataset.open(dataset) as opened:
             tracking.log_dataset(dataset, opened.fingerprint, "main")
-            searching = _search_settings(settings, dataset)
             print(_work_line(settings, len(split_folds(opened, searching)[0].train)))
         next(step)
         best = search(searching, keep_start=True)
-        training = Train(
-            dataset=dataset,
-            schedule=settings.schedule,
-            recipe=_training_recipe(settings, best),
-            split=settings.split,
-            compute=settings.compute,
-            evaluation=settings.evaluation,
-        )
         next(step)
-        model = train(training, keep_checkpoint=True).model  # until all is done: not to train again
-        scoring = Score(
-            model=model,
-            dataset=dataset,
-            subset=_scored_subset(settings),
-            compute=settings.compute,
-            overlays=settings.evaluation.overlays,
-        )
-        next(step)
-        result = score(scoring)
-        assert result.scores is not None  # a labelled data set gives scores
-        tracking.log_metrics(result.scores.as_metrics(result.prefix))
-        constant = {"dice_baseline": result.scores.dice_baseline}
-        tracking.log_params(constant | {"interval_reliable": result.scores.interval_reliable})
-        if settings.test_dir is not None:
+        with training(_train_settings(settings, best, dataset)) as trained:
+            scoring = Score(
+                model=trained.model,
+                dataset=dataset,
+                subset=_scored_subset(settings),
+                compute=settings.compute,
+                overlays=settings.evaluation.overlays,
+            )
             next(step)
-            of_test = replace(scoring, dicom_dir=settings.test_dir, image_id=settings.source.image_id)
-            score(replace(of_test, submission=submission, findings=findings))
-        next(step)
-        version = register(Register(model=model, dataset=dataset, registry=settings.registry))
+            result = score(scoring)
+            assert result.scores is not None  # a labelled data set gives scores
+            tracking.log_metrics(result.scores.as_metrics(result.prefix))
+            constant = {"dice_baseline": result.scores.dice_baseline}
+            tracking.log_params(constant | {"interval_reliable": result.scores.interval_reliable})
+            if settings.test_dir is not None:
+                next(step)
+                of_test = replace(scoring, dicom_dir=settings.test_dir, image_id=settings.source.image_id)
+                score(replace(of_test, submission=submission, findings=findings))
+            next(step)
+            version = register(Register(model=trained.model, dataset=dataset, registry=settings.registry))
         assert version is not None  # None is the answer to history alone
-        source = dicom_dir or "Synthetic sample"
+        source = "Synthetic sample" if is_synthetic else settings.source.dicom_dir
         tracking.describe(
             f"{source}: {settings.recipe.network.network} at {settings.format.image_size} px.\n"
             f"{scores_line(result.scores)}."
         )
-        _print_summary(result, version, settings, is_synthetic=dicom_dir is None)
-    clear_checkpoints(training)
+        _print_summary(result, version, settings, is_synthetic)
     return result
 
 
@@ -136,12 +118,22 @@ def _work_line(settings: Main, images: int) -> str:
     passes = (study.trials + again) * study.folds_per_trial * study.search_epochs * size
     passes += (1 + (again > 0)) * study.search_warmup_epochs * images
     folds = settings.split.folds if settings.split.fold == "all" else 1
-    share = passes / (passes + folds * epochs * images)
+    fraction = passes / (passes + folds * epochs * images)
     return (
         f"main: search {plural(study.trials, 'trial')}{f' and {again} again' if again else ''},"
         f" {plural(study.search_epochs, 'epoch')} of {size:,} images each; then train"
         f" {plural(folds * epochs, 'epoch')} of {images:,} images:"
-        f" {share:.0%} and {1 - share:.0%} of the training work"
+        f" {fraction:.0%} and {1 - fraction:.0%} of the training work"
+    )
+
+
+def _preprocess_settings(settings: Main) -> Preprocess:
+    return Preprocess(
+        source=settings.source,
+        dataset=_dataset_path(settings),
+        format=settings.format,
+        reading=settings.reading,
+        overwrite=True,
     )
 
 
@@ -153,6 +145,17 @@ def _search_settings(settings: Main, dataset: Path) -> Search:
         recipe=settings.recipe,
         split=replace(settings.split, fold=fold),
         compute=settings.compute,
+    )
+
+
+def _train_settings(settings: Main, best: SearchResult, dataset: Path) -> Train:
+    return Train(
+        dataset=dataset,
+        schedule=settings.schedule,
+        recipe=_training_recipe(settings, best),
+        split=settings.split,
+        compute=settings.compute,
+        evaluation=settings.evaluation,
     )
 
 
@@ -189,15 +192,9 @@ def _with_sample(settings: Main) -> Main:
 
 def _dataset_path(settings: Main) -> Path:
     """One file per input and pixel settings, so that one output folder holds them all."""
-    shaping = (
-        settings.source.dicom_dir,
-        settings.source.rle_csv,
-        settings.source.patients_csv,
-        settings.source.image_id,
-        settings.format.image_size,
-        settings.format.pixel_dtype,
-    )
-    source = settings.source
+    source, pixels = settings.source, settings.format
+    shaping = (source.dicom_dir, source.rle_csv, source.patients_csv, source.image_id)
+    shaping = (*shaping, pixels.image_size, pixels.pixel_dtype)
     if source.masks_dir is not None or source.rle_size:
         shaping = (*shaping, source.masks_dir, source.rle_size)
     key = hashlib.sha256(repr([as_text(value) for value in shaping]).encode()).hexdigest()[:8]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from math import isnan
 from pathlib import Path
@@ -14,12 +15,17 @@ from pneumo_experiments.dataset.hdf5 import Dataset
 from pneumo_experiments.dicom.archive import open_archive
 from pneumo_experiments.dicom.segmentation import require_highdicom
 from pneumo_experiments.errors import UserError
-from pneumo_experiments.evaluation.counts_search import log_counts, search_counts
-from pneumo_experiments.evaluation.ensemble import addresses_of, load_models
-from pneumo_experiments.evaluation.model_comparison import log_comparison, refuse_seen
-from pneumo_experiments.evaluation.report import log_report
-from pneumo_experiments.evaluation.scored_images import describe_seen, identity
-from pneumo_experiments.evaluation.subset import Subset, make_split
+from pneumo_experiments.evaluation.evaluate import Evaluation, ModelComparison
+from pneumo_experiments.evaluation.models import addresses_of, check_unseen, load_models
+from pneumo_experiments.evaluation.report import PAGE, make_report
+from pneumo_experiments.evaluation.subset import Subset, all_images, describe_seen, make_split
+from pneumo_experiments.evaluation.threshold_search import (
+    TRIAL_COLUMNS,
+    CountsSearch,
+    counts_file,
+    load_counts,
+    search_counts,
+)
 from pneumo_experiments.findings.folder import write_findings
 from pneumo_experiments.findings.submission_check import (
     check_submission,
@@ -28,7 +34,7 @@ from pneumo_experiments.findings.submission_check import (
     native_shapes,
     usual_masks,
 )
-from pneumo_experiments.metrics.scores import Scores, score_images
+from pneumo_experiments.metrics.scores import Scores
 from pneumo_experiments.registry.scores import UNSEEN_SUBSETS
 from pneumo_experiments.serving import Detector
 from pneumo_experiments.settings import AUTO, Score, flat, is_none
@@ -61,8 +67,9 @@ def score(settings: Score) -> ScoreResult:
         if settings.check is not None:
             return _check(settings, settings.check)
         if settings.counts is not None:
-            scores = search_counts(settings.counts, settings.threshold_trials, _given(settings))
-            return ScoreResult(scores, "", None)
+            search = search_counts(load_counts(settings.counts), settings.threshold_trials, _given(settings))
+            _log_counts_search(settings.counts, search)
+            return ScoreResult(search.scores, "", None)
         if settings.dicom_dir is not None and settings.dicom_seg:
             require_highdicom()
         own = load_models(settings.model, settings.dataset, settings.compute)
@@ -80,6 +87,21 @@ def score(settings: Score) -> ScoreResult:
         return _score_dataset(settings, detector, model)
 
 
+@dataclass(frozen=True)
+class _DatasetScore:
+    """A model's evaluation on a subset, and what is to be said of it."""
+
+    name: str
+    """of the subset: holdout, external, …"""
+    evaluation: Evaluation
+    comparison: ModelComparison | None
+    notes: Sequence[str]
+
+    @property
+    def prefix(self) -> str:
+        return PREFIXES[self.name]
+
+
 def _score_dataset(settings: Score, detector: Detector, model: str | None) -> ScoreResult:
     with Dataset.open(settings.dataset) as dataset:
         if not dataset.labelled:
@@ -92,43 +114,75 @@ def _score_dataset(settings: Score, detector: Detector, model: str | None) -> Sc
                 f" {detector.image_size} px; run preprocess with image_size={detector.image_size}"
             )
         tracking.log_dataset(settings.dataset, dataset.fingerprint, settings.subset)
-        subset = Subset(dataset, _indices(settings, detector, dataset))
-        seen, images = describe_seen(subset, detector.seen, "the model"), identity(subset)
-        name, baseline = _name_subset(settings, detector, dataset, seen), None
-        if not is_none(settings.baseline):
-            baseline = load_models(settings.baseline, settings.dataset, settings.compute)
-            refuse_seen(settings.baseline, baseline, subset)
-        counts = subset.count(detector.predictor, desc="score")
-        scored = subset.scored(counts, detector.thresholds)
-        scores, prefix = score_images(scored), PREFIXES[name]
-        intervals = scored.intervals()
-        facts = {"subset": name, "data_fingerprint": dataset.fingerprint} | scores.as_facts()
-        metrics = {prefix + end: value for end, value in intervals.items() if not isnan(value)}
-        metrics |= scores.as_metrics(prefix)
-        tracking.log_scores(metrics, model, settings.dataset, images, facts)
-        constants = {key: value for key, value in facts.items() if key != "subset"}
-        tracking.log_params(constants | {"identity": images})
-        log_counts(counts, scored.patients)
-        line = scores_line(scores)
-        print(f"score: {name}: {line}")
-        covered = (counts.predicted_area(detector.thresholds) / counts.at(0)[0]).tolist()
-        usual = {"in training": detector.prevalence, "by their labels": scores.positives / scores.images}
-        notes = mask_warnings(covered, usual)
-        if seen and name == "all":
-            notes.append(f"{seen}: no external score; scores.csv marks what to leave out for one")
-        for note in notes:
-            print(f"score: {note}")
-        text = f"{name} images of {settings.dataset}, by {_model_text(settings)}.\n"
-        text += "\n".join(f"{each}." for each in (line, *notes))
-        comparison = None
-        if baseline is not None:
-            comparison = log_comparison(settings.baseline, subset, scored, baseline, prefix)
-            text += f"\nAgainst {settings.baseline}: {comparison.line}."
-        where = log_report(
-            settings, name, subset, counts, detector, scored, scores, intervals, comparison, notes
-        )
-        tracking.describe(text)
-    return ScoreResult(scores, where, None, prefix)
+        return _log_score(settings, detector, model, _evaluate(settings, detector, dataset))
+
+
+def _evaluate(settings: Score, detector: Detector, dataset: Dataset) -> _DatasetScore:
+    subset = _subset(settings, detector, dataset)
+    seen = describe_seen(subset, detector.seen, "the model")
+    name, baseline = _name_subset(settings, detector, dataset, seen), None
+    if not is_none(settings.baseline):
+        baseline = load_models(settings.baseline, settings.dataset, settings.compute)
+        check_unseen(settings.baseline, baseline, subset)
+    counts = subset.count(detector.predictor, desc="score")
+    evaluation, comparison = Evaluation(subset, counts, detector.thresholds), None
+    scores = evaluation.scores
+    usual = {"in training": detector.prevalence, "by their labels": scores.positives / scores.images}
+    notes = mask_warnings((evaluation.predicted_area / counts.image_area).tolist(), usual)
+    if seen and name == "all":
+        notes.append(f"{seen}: no external score; scores.csv marks what to leave out for one")
+    if baseline is not None:
+        others = subset.count(baseline.predictor, desc="baseline")
+        other = Evaluation(subset, others, baseline.thresholds)
+        comparison = ModelComparison(settings.baseline, evaluation, other)
+    return _DatasetScore(name, evaluation, comparison, notes)
+
+
+def _log_score(settings: Score, detector: Detector, model: str | None, result: _DatasetScore) -> ScoreResult:
+    """Logs the scores in the run, and as those of the model at an address if given; and the report."""
+    evaluation, prefix, scores = result.evaluation, result.prefix, result.evaluation.scores
+    data_fingerprint = evaluation.subset.dataset.fingerprint
+    facts = {"subset": result.name, "data_fingerprint": data_fingerprint} | scores.as_facts()
+    metrics = {prefix + end: value for end, value in evaluation.intervals.items() if not isnan(value)}
+    metrics |= scores.as_metrics(prefix)
+    tracking.log_scores(metrics, model, settings.dataset, evaluation.image_set_id, facts)
+    constants = {key: value for key, value in facts.items() if key != "subset"}
+    tracking.log_params(constants | {"identity": evaluation.image_set_id})
+    with counts_file(evaluation.counts) as path:
+        tracking.log_file(path)
+    line = scores_line(scores)
+    print(f"score: {result.name}: {line}")
+    for note in result.notes:
+        print(f"score: {note}")
+    text = f"{result.name} images of {settings.dataset}, by {_model_text(settings)}.\n"
+    text += "\n".join(f"{each}." for each in (line, *result.notes))
+    if (compared := result.comparison) is not None:
+        tracking.log_metrics(compared.as_metrics(prefix))
+        print(f"score: against {compared.address}: {compared.comparison.line}")
+        for image_id, difference, dice, before in compared.changed[:3]:
+            print(f"score:   {image_id}: Dice {dice:.3f} instead of {before:.3f} ({difference:+.3f})")
+        text += f"\nAgainst {compared.address}: {compared.comparison.line}."
+    report = make_report(settings, result.name, evaluation, detector, compared, result.notes)
+    for file_name, picture in report.pictures.items():
+        tracking.log_image(picture, file_name)
+    tracking.log_page(report.page, PAGE)
+    for name, (columns, rows) in report.tables.items():  # the evaluation view opens the last one
+        tracking.log_table(columns, rows, name)
+    tracking.describe(text)
+    return ScoreResult(scores, f"{tracking.artifacts_of_active_run()}/{PAGE}", None, prefix)
+
+
+def _log_counts_search(path: Path, result: CountsSearch) -> None:
+    best, lines = asdict(result.search.thresholds), result.lines()
+    tracking.log_metrics(result.as_metrics())
+    tracking.log_params({f"{name}_best": value for name, value in best.items()} | result.scores.as_facts())
+    if trials := result.search.trials():
+        tracking.log_table(TRIAL_COLUMNS, trials, "threshold_trials")
+    for file_name, picture in result.search.pictures().items():
+        tracking.log_image(picture, file_name)
+    tracking.describe("\n".join([f"Thresholds searched in {path}.", *lines]))
+    for line in lines:
+        print(f"score: {line}")
 
 
 def _score_folder(settings: Score, detector: Detector, folder: Path) -> ScoreResult:
@@ -183,9 +237,9 @@ def scores_line(scores: Scores) -> str:
     )
 
 
-def _indices(settings: Score, detector: Detector, dataset: Dataset) -> NDArray[np.int64]:
+def _subset(settings: Score, detector: Detector, dataset: Dataset) -> Subset:
     if settings.subset == "all":
-        return np.arange(len(dataset.entries))
+        return all_images(dataset)
     if dataset.fingerprint != detector.data_fingerprint:
         raise UserError(
             f"subset={settings.subset}: the model was trained on another data set than {settings.dataset};"
@@ -203,7 +257,7 @@ def _indices(settings: Score, detector: Detector, dataset: Dataset) -> NDArray[n
         raise UserError(
             f"subset={settings.subset}: the model's split has none, holdout={split.holdout}; try validation"
         )
-    return indices
+    return Subset(dataset, indices)
 
 
 def _check(settings: Score, path: Path) -> ScoreResult:

@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
+import csv
 import os
-from collections.abc import Generator
-from contextlib import contextmanager, redirect_stdout, suppress
-from dataclasses import dataclass, replace
+import tempfile
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+
+from tqdm import tqdm
 
 from pneumo_experiments import tracking
 from pneumo_experiments.dataset.hdf5 import Dataset
-from pneumo_experiments.errors import UserError
+from pneumo_experiments.evaluation.pictures import ranked_overlays
+from pneumo_experiments.evaluation.subset import describe_split
+from pneumo_experiments.evaluation.threshold_search import TRIAL_COLUMNS, ThresholdSearch, counts_file
+from pneumo_experiments.figures import contact_sheet, learning_curves
 from pneumo_experiments.learning import distributed
-from pneumo_experiments.learning.checkpoint import Checkpoint, lock_checkpoints
+from pneumo_experiments.learning.checkpoint import lock_checkpoints
 from pneumo_experiments.learning.launch import is_launched, launch
 from pneumo_experiments.metrics.scores import Scores
+from pneumo_experiments.metrics.thresholds import ThresholdCounts
+from pneumo_experiments.progress_bar import ProgressBar
 from pneumo_experiments.search.winner import best_of_study
+from pneumo_experiments.serving import Detector, new_folder, save
 from pneumo_experiments.settings import Train, is_none
-from pneumo_experiments.training.fold import TrainedFold, train_fold
-from pneumo_experiments.training.folds import log_ensemble, log_out_of_fold
-from pneumo_experiments.training.progress import checkpoint_of
-from pneumo_experiments.training.settings_source import Origin, origin_of
+from pneumo_experiments.training.fold import Fold, FoldResult
+from pneumo_experiments.training.folds import COLUMNS, MUCH_DISAGREEMENT, join_folds, predict_out_of_fold
+from pneumo_experiments.training.loop import EpochResult, TrainingState, checkpoint_of
+from pneumo_experiments.training.settings_source import SettingsSource, listed, settings_source
 
 
 @dataclass(frozen=True)
@@ -31,62 +41,62 @@ class TrainResult:
     scores: Scores
 
 
-def train(settings: Train, keep_checkpoint: bool = False) -> TrainResult:
+def train(settings: Train) -> TrainResult:
     """Trains one network, or for ``fold=all`` one per fold, and then returns their ensemble.
 
     With ``processes``, or started by torchrun, several processes do it together. Waits while another training
-    with the same settings runs. With ``keep_checkpoint`` it stays until ``clear_checkpoints`` removes it.
+    with the same settings runs. One that was interrupted goes on.
+    """
+    with training(settings) as result:
+        return result
+
+
+@contextmanager
+def training(settings: Train) -> Generator[TrainResult]:
+    """Trains like ``train``, for a caller with more to do: after an error in the block the checkpoints stay.
+
+    So the same command does not train again.
     """
     if is_launched():
         distributed.init_process_group()
     # Read once: a search that still runs could change its mind.
-    origin: Origin = distributed.broadcast(_read_origin(settings) if distributed.is_main_process() else None)
-    settings = origin.settings
-    with _open_dataset(settings) as dataset:
-        checkpoints = _checkpoints(settings, dataset) if distributed.is_main_process() else []
-        with lock_checkpoints(checkpoints, patience=0 if is_launched() else -1):
+    is_main = distributed.is_main_process()
+    source: SettingsSource = distributed.broadcast(_read_source(settings) if is_main else None)
+    settings = source.settings
+    with Dataset.open(settings.dataset) as dataset:
+        checkpoints = [checkpoint_of(one, dataset.fingerprint) for one in _settings_per_fold(settings)]
+        with lock_checkpoints(checkpoints if is_main else [], patience=0 if is_launched() else -1):
             if settings.schedule.processes > 1 and not is_launched():
                 tracking.open_store()  # a store that does not open is reported once, not by every process
                 tracking.end_with_mlflow_run()  # the processes of the training end with this one
-                result = launch(settings.schedule.processes, _train_in_group, origin, tracking.active_run())
+                result = launch(settings.schedule.processes, _train_in_group, source, tracking.active_run())
             else:
                 with _only_main_process_speaks():
-                    result = _train_folds(origin, dataset, None)
+                    result = _train(source, dataset, None)
+            yield result
             # Only now: if a later fold is interrupted, those that have ended are not trained again.
-            if not keep_checkpoint:
-                for checkpoint in checkpoints:
-                    checkpoint.clear()
-    return result
-
-
-def _read_origin(settings: Train) -> Origin:
-    is_searched = not is_none(settings.from_study) and is_none(settings.reproduce)
-    best = best_of_study(settings.storage, settings.from_study) if is_searched else None
-    return origin_of(settings, best)
-
-
-def _open_dataset(settings: Train) -> Dataset:
-    """Opens the data set; one that cannot be opened leaves a failed run."""
-    try:
-        return Dataset.open(settings.dataset)
-    except UserError:
-        with tracking.run("train", settings):
-            raise
-
-
-def clear_checkpoints(settings: Train) -> None:
-    """Removes the checkpoints of ``train``, unless another training with the same settings uses them."""
-    with suppress(UserError), Dataset.open(settings.dataset) as dataset:
-        checkpoints = _checkpoints(settings, dataset)
-        with lock_checkpoints(checkpoints, patience=0):
-            for checkpoint in checkpoints:
+            for checkpoint in checkpoints if is_main else []:
                 checkpoint.clear()
 
 
-def _train_in_group(origin: Origin, parent: str | None) -> TrainResult:
+def _read_source(settings: Train) -> SettingsSource:
+    is_searched = not is_none(settings.from_study) and is_none(settings.reproduce)
+    best = best_of_study(settings.storage, settings.from_study) if is_searched else None
+    source = settings_source(settings, best)
+    if source.study:
+        line = ", ".join(f"{name} {value}" for name, value in source.best.items())
+        print(f"train: best settings of study {source.study}: {line}")
+    if source.model is not None:
+        code = f"another one: {listed(source.changed_code)}" if source.changed_code else "the same"
+        print(f"train: repeats the training of {source.model}, dataset={source.settings.dataset}")
+        print(f"train: the code is {code}")
+    return source
+
+
+def _train_in_group(source: SettingsSource, parent: str | None) -> TrainResult:
     """What each process of a group runs."""
-    with Dataset.open(origin.settings.dataset) as dataset, _only_main_process_speaks():
-        return _train_folds(origin, dataset, parent)
+    with Dataset.open(source.settings.dataset) as dataset, _only_main_process_speaks():
+        return _train(source, dataset, parent)
 
 
 @contextmanager
@@ -98,39 +108,6 @@ def _only_main_process_speaks() -> Generator[None]:
         yield
 
 
-def _train_folds(origin: Origin, dataset: Dataset, parent: str | None) -> TrainResult:
-    settings = origin.settings
-    if settings.split.fold != "all":
-        fold = train_fold("train", origin, dataset, parent)
-        return TrainResult(fold.model, fold.scores)
-    with tracking.run("train", settings, parent=parent):
-        tracking.log_dataset(settings.dataset, dataset.fingerprint, "training")
-        folds = [
-            train_fold(
-                f"fold {number}", replace(origin, settings=one), dataset, None, settings.split.folds - number
-            )
-            for number, one in enumerate(_settings_per_fold(settings))
-        ]
-        if not distributed.is_main_process():
-            return TrainResult("", folds[0].scores)
-        return _finish_folds(settings, folds)
-
-
-def _finish_folds(settings: Train, folds: list[TrainedFold]) -> TrainResult:
-    """Logs the out-of-fold scores, and the networks of all folds as one model."""
-    scores = log_out_of_fold(folds)
-    model = log_ensemble(folds, settings.evaluation.threshold_trials, settings.recipe.seed)
-    dataset = folds[0].validation.dataset
-    tracking.describe(
-        f"{settings.recipe.network.network} at {dataset.image_size} px, one for each of"
-        f" {len(folds)} folds; together {model}.\n"
-        f"Out-of-fold Dice {scores.dice:.3f} (all-empty {scores.dice_baseline:.3f}),"
-        f" on positives {scores.on_positives}."
-    )
-    print(f"train: {len(folds)} folds, out-of-fold Dice {scores.dice:.4f}, together logged as {model}")
-    return TrainResult(model, scores)
-
-
 def _settings_per_fold(settings: Train) -> list[Train]:
     """The settings of each network to train."""
     if settings.split.fold != "all":
@@ -139,5 +116,194 @@ def _settings_per_fold(settings: Train) -> list[Train]:
     return [replace(settings, split=replace(settings.split, fold=str(fold))) for fold in folds]
 
 
-def _checkpoints(settings: Train, dataset: Dataset) -> list[Checkpoint]:
-    return [checkpoint_of(one, dataset.fingerprint) for one in _settings_per_fold(settings)]
+def _train(source: SettingsSource, dataset: Dataset, parent: str | None) -> TrainResult:
+    settings = source.settings
+    if settings.split.fold != "all":
+        result, model = _train_fold("train", source, dataset, parent)
+        return TrainResult(model, result.evaluation.scores)
+    with tracking.run("train", settings, parent=parent):
+        tracking.log_dataset(settings.dataset, dataset.fingerprint, "training")
+        folds = list[FoldResult]()
+        for number, one in enumerate(_settings_per_fold(settings)):
+            left = settings.split.folds - number
+            folds.append(
+                _train_fold(f"fold {number}", replace(source, settings=one), dataset, folds_left=left)[0]
+            )
+        if not distributed.is_main_process():
+            return TrainResult("", folds[0].evaluation.scores)
+        return _finish_folds(settings, folds)
+
+
+def _train_fold(
+    name: str, source: SettingsSource, dataset: Dataset, parent: str | None = None, folds_left: int = 1
+) -> tuple[FoldResult, str]:
+    """Trains one fold in a run of its own; returns also the address of the model, which the main process has.
+
+    An interrupted training with the same settings continues after its last whole epoch, in the same run.
+    With this one, ``folds_left`` are to be trained.
+    """
+    settings, is_main = source.settings, distributed.is_main_process()
+    checkpoint, epochs = checkpoint_of(settings, dataset.fingerprint), settings.schedule.epochs
+    can_resume = is_main and settings.schedule.resume
+    state = distributed.broadcast(TrainingState.load(checkpoint) if can_resume else None)
+    is_new, state = state is None, state or TrainingState()
+    earlier = state.run_id or None
+    with tracking.run(name, settings, continues=earlier, parent=parent, system_metrics=True) as run_id:
+        _log_source(source, dataset)
+        fold = Fold.prepare(settings, dataset)
+        _log_fold(fold, dataset)
+        if is_new:
+            tracking.log_image(fold.first_batch(), "first_batch.png")
+            if is_main:
+                checkpoint.clear()
+        else:
+            _log_resumed(state, run_id, epochs)
+        state.run_id = run_id
+        work = fold.images.work(fold.predictor)
+        with ProgressBar(
+            *(name, epochs * work),
+            finished=len(state.history) * work,
+            pieces=folds_left,
+            is_shown=is_main,
+        ) as bar:
+            for result in fold.epochs(state, bar.update):
+                _log_epoch(result, epochs)
+                if is_main:
+                    state.save(checkpoint)
+        _print_end(state, settings)
+        result = fold.finish(state)
+        return result, _log_result(source, fold, result) if is_main else ""
+
+
+def _log_source(source: SettingsSource, dataset: Dataset) -> None:
+    """The data set, and where the settings come from."""
+    tracking.log_dataset(source.settings.dataset, dataset.fingerprint, "training")
+    if source.study:
+        tracking.log_params({"study_used": source.study})
+    if source.model is not None:
+        same_data = dataset.fingerprint == source.data_fingerprint
+        tracking.log_params({"same_code": not source.changed_code, "same_data": same_data})
+        print(f"train: the data set is {'the same' if same_data else 'another one'}")
+
+
+def _log_fold(fold: Fold, dataset: Dataset) -> None:
+    """What is trained, on what, and where."""
+    predictor, images = fold.predictor, fold.images
+    network, compute = predictor.network, predictor.compute
+    tracking.log_json(describe_split(dataset, fold.split), "split.json")
+    used = {"cache": fold.cache, "device": str(compute.device), "precision": compute.precision}
+    tracking.log_params({f"{name}_used": value for name, value in used.items()})
+    tracking.log_params({"weights_source": network.source, "weights_sha256": network.source_sha256})
+    if compute.device.type == "cuda":
+        tracking.warn_without_gpu_metrics()
+    print(
+        f"train: {fold.settings.recipe.network.network} at {dataset.image_size} px, {compute.device},"
+        f" {compute.precision}; {len(images.training)} images, {images.training.present.sum()} positive;"
+        f" {len(images.validation)} to validate"
+    )
+
+
+def _log_resumed(state: TrainingState, run_id: str, epochs: int) -> None:
+    """The metrics of an interrupted training, if this is another run."""
+    if state.run_id != run_id:
+        for epoch, metrics in enumerate(state.history, start=1):
+            tracking.log_metrics(metrics, step=epoch)
+    print(f"train: continues after epoch {len(state.history)} of {epochs}")
+
+
+def _log_epoch(result: EpochResult, epochs: int) -> None:
+    epoch, scores = result.epoch, result.scores
+    tracking.log_metrics(result.metrics, step=epoch.number)
+    tqdm.write(
+        f"  epoch {epoch.number}/{epochs}  loss {epoch.losses['loss']:.4f}  validation Dice"
+        f" {scores.dice:.4f}  on positives {scores.on_positives}"
+        f"  {epoch.images_per_second:.1f} images/s  {tqdm.format_interval(result.seconds_left)} left"
+    )
+
+
+def _print_end(state: TrainingState, settings: Train) -> None:
+    if len(state.history) < settings.schedule.epochs:
+        print(f"train: no better Dice in {settings.schedule.patience} epochs: stopped early")
+    if not state.learned:
+        print(
+            "train: every epoch's best answer was an empty mask for every image: try more epochs, another"
+            " learning_rate, or pretrained weights"
+        )
+
+
+def _log_result(source: SettingsSource, fold: Fold, result: FoldResult) -> str:
+    """Scores, counts, pictures and the model; returns its address."""
+    evaluation, detector, number = result.evaluation, result.detector, len(result.history)
+    scores, settings = evaluation.scores, source.settings
+    (predictor,) = detector.predictor.members
+    if source.model is not None:
+        largest, which = source.compare_weights(predictor.network)
+        tracking.log_params({"same_weights": largest == 0, "weights_difference": f"{largest:.3g}"})
+        differ = f"differ by up to {largest:.3g} from" if largest else "are"
+        print(f"train: the weights {differ} {which}")
+    # Next to the curves, not on them: the weights that were kept, at their own thresholds.
+    tracking.log_metrics(result.as_metrics(), step=number)
+    tracking.log_params(result.as_facts())
+    _log_thresholds(result.search, evaluation.counts)
+    tracking.log_image(learning_curves(result.history, scores.dice_baseline), "learning_curves.png")
+    overlays = ranked_overlays(evaluation, predictor, settings.evaluation.overlays)
+    for place, picture in enumerate(overlays, start=1):
+        tracking.log_image(picture, f"overlays/{place:02}.png")
+    if overlays:
+        tracking.log_image(contact_sheet(overlays, columns=2), "overlays.png")
+    model, averaged = _log_model(detector), result.averaged_epochs
+    kept = f"kept epoch{'s' * (len(averaged) > 1)} {', '.join(map(str, averaged))} of {number}"
+    print(f"train: {kept}, logged as {model}")
+    tracking.describe(
+        f"{settings.recipe.network.network} at {detector.image_size} px, {len(fold.images.training)} images;"
+        f" {kept}.\n"
+        f"Validation Dice {scores.dice:.3f} (all-empty {scores.dice_baseline:.3f}),"
+        f" on positives {scores.on_positives}."
+    )
+    return model
+
+
+def _finish_folds(settings: Train, folds: Sequence[FoldResult]) -> TrainResult:
+    """Logs the out-of-fold scores, and the networks of all folds as one model."""
+    predicted = predict_out_of_fold(folds)
+    joined = join_folds(folds, settings.evaluation.threshold_trials, settings.recipe.seed)
+    scores, image_size = predicted.scores, joined.detector.image_size
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "out_of_fold.csv"
+        with path.open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([COLUMNS, *predicted.rows])
+        tracking.log_file(path)
+    tracking.log_metrics(scores.as_metrics("oof_") | joined.as_metrics())
+    tracking.log_params(scores.as_facts("oof_") | asdict(joined.detector.thresholds))
+    _log_thresholds(joined.search, joined.counts)
+    if joined.disagreement > MUCH_DISAGREEMENT:
+        print(
+            f"train: warning: the networks' probabilities of presence differ by {joined.disagreement:.2f}"
+            " (standard deviation): their mean, and common thresholds, suit none of them; look at the folds'"
+            " own scores"
+        )
+    model = _log_model(joined.detector)
+    tracking.describe(
+        f"{settings.recipe.network.network} at {image_size} px, one for each of"
+        f" {len(folds)} folds; together {model}.\n"
+        f"Out-of-fold Dice {scores.dice:.3f} (all-empty {scores.dice_baseline:.3f}),"
+        f" on positives {scores.on_positives}."
+    )
+    print(f"train: {len(folds)} folds, out-of-fold Dice {scores.dice:.4f}, together logged as {model}")
+    return TrainResult(model, scores)
+
+
+def _log_thresholds(search: ThresholdSearch, counts: ThresholdCounts) -> None:
+    """The counts, and the study on them."""
+    with counts_file(counts) as path:
+        tracking.log_file(path)
+    if trials := search.trials():
+        tracking.log_table(TRIAL_COLUMNS, trials, "threshold_trials")
+    for file_name, picture in search.pictures().items():
+        tracking.log_image(picture, file_name)
+
+
+def _log_model(detector: Detector) -> str:
+    with new_folder() as folder:
+        save(folder, detector)
+        return tracking.log_model(folder)

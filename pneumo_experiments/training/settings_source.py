@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -27,66 +27,52 @@ MAX_NAMED = 5  # differences in a message
 
 
 @dataclass(frozen=True)
-class Origin:
-    """Complete settings of a training; ``notes`` say in its run where they come from.
-
-    ``model`` is the address of the model whose training is repeated.
-    """
+class SettingsSource:
+    """Complete settings of a training, and where they come from."""
 
     settings: Train
-    notes: Mapping[str, object] = field(default_factory=dict[str, object])
+    study: str = ""
+    best: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """the study's best values, by name"""
     model: str | None = None
+    """the address of the model whose training is repeated"""
+    changed_code: Sequence[str] = ()
+    """what of the code differs from that model's"""
     data_fingerprint: str = ""
     """of the data set that trained that model"""
 
-    def log_notes(self, data_fingerprint: str) -> None:
-        """Logs to the active run where the settings come from, and whether the data set is the same."""
-        notes = dict(self.notes)
-        if self.model is not None:
-            notes["same_data"] = data_fingerprint == self.data_fingerprint
-            print(f"train: the data set is {'the same' if notes['same_data'] else 'another one'}")
-        tracking.log_params(notes)
-
-    def log_weights(self, network: PneumothoraxNet, fold: str) -> None:
-        """Logs to the active run whether a trained network has the weights of the repeated training."""
-        if self.model is None:
-            return
-        members = load(tracking.model_data(self.model)).members
+    def compare_weights(self, network: PneumothoraxNet) -> tuple[float, str]:
+        """Largest difference of a trained network's weights from those of the model's; which these are."""
+        assert self.model is not None
+        members, fold = load(tracking.model_data(self.model)).members, self.settings.split.fold
         member = next(each for each in members if len(members) == 1 or each.settings["fold"] == fold)
-        difference = largest_difference(member.predictor.network, network)
-        tracking.log_params({"same_weights": difference == 0, "weights_difference": f"{difference:.3g}"})
         which = f"those of {self.model}" + (f", fold {fold}" if len(members) > 1 else "")
-        differ = f"differ by up to {difference:.3g} from" if difference else "are"
-        print(f"train: the weights {differ} {which}")
+        return largest_difference(member.predictor.network, network), which
 
 
-def origin_of(settings: Train, best: Mapping[str, Any] | None = None) -> Origin:
+def settings_source(settings: Train, best: Mapping[str, Any] | None = None) -> SettingsSource:
     """The settings with the best ones of the study that they name, or those of the model that they name.
 
-    Raises UserError if they name both, or a model beside settings of their own.
+    Raises UserError if they name both, or a model and settings of their own.
     """
     if is_none(settings.reproduce):
-        return Origin(settings) if best is None else _from_study(settings, best)
+        if best is None:
+            return SettingsSource(settings)
+        # The run's config.yaml repeats this training, also when the study has found something better.
+        complete = from_flat(Train, flat(settings) | dict(best) | {"from_study": NONE})
+        return SettingsSource(complete, settings.from_study, best)
     if not is_none(settings.from_study):
         raise UserError("reproduce and from_study both name settings; give one of them")
     own, default = weight_shaping(settings), weight_shaping(Train())
     if given := sorted(name for name in own if own[name] != default[name]):
         raise UserError(
-            f"reproduce={settings.reproduce}: takes its settings from the model; leave out {_listed(given)},"
+            f"reproduce={settings.reproduce}: takes its settings from the model; leave out {listed(given)},"
             " or train with a changed copy of the config.yaml in the model's run"
         )
     return _from_model(settings)
 
 
-def _from_study(settings: Train, best: Mapping[str, Any]) -> Origin:
-    line = ", ".join(f"{name} {value}" for name, value in best.items())
-    print(f"train: best settings of study {settings.from_study}: {line}")
-    # The run's config.yaml repeats this training, also when the study has found something better.
-    complete = from_flat(Train, flat(settings) | dict(best) | {"from_study": NONE})
-    return Origin(complete, {"study_used": settings.from_study})
-
-
-def _from_model(settings: Train) -> Origin:
+def _from_model(settings: Train) -> SettingsSource:
     address = settings.reproduce
     tracking.open_store()
     detector = load(tracking.model_data(address))
@@ -94,14 +80,11 @@ def _from_model(settings: Train) -> Origin:
     dataset = settings.dataset
     if dataset.absolute() == Train().dataset.absolute():
         dataset = Path(str(detector.members[0].settings.get("dataset", dataset)))
-    differing = tracking.code_differences(address)
-    print(f"train: repeats the training of {address}, dataset={dataset}")
-    print(f"train: the code is {'the same' if not differing else f'another one: {_listed(differing)}'}")
-    return Origin(
+    return SettingsSource(
         replace(from_flat(Train, flat(settings) | shaping), dataset=dataset),
-        {"same_code": not differing},
-        address,
-        detector.data_fingerprint,
+        model=address,
+        changed_code=tracking.code_differences(address),
+        data_fingerprint=detector.data_fingerprint,
     )
 
 
@@ -123,7 +106,7 @@ def _checked_settings(address: str, member: Member) -> dict[str, Any]:
     if missing := sorted(shaping.keys() - recorded.keys()):
         raise UserError(
             f"reproduce={address}: not a model of train, or one of another version: it does not say"
-            f" {_listed(missing)}; name a model that train has logged"
+            f" {listed(missing)}; name a model that train has logged"
         )
     by_name = {leaf.name: leaf for leaf in leaves(Train)}
     try:
@@ -132,6 +115,7 @@ def _checked_settings(address: str, member: Member) -> dict[str, Any]:
         raise UserError(f"reproduce={address}: its settings are damaged ({error}); train again") from None
 
 
-def _listed(names: list[str]) -> str:
+def listed(names: Sequence[str]) -> str:
+    """The first of the names, and how many more there are."""
     more = len(names) - MAX_NAMED
     return ", ".join(names[:MAX_NAMED]) + (f" and {more} more" if more > 0 else "")

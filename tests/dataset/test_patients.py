@@ -36,8 +36,7 @@ from pneumo_experiments.dataset.patients import (
 )
 from pneumo_experiments.dataset.splits import Split, split
 from pneumo_experiments.errors import UserError
-from pneumo_experiments.evaluation.scored_images import describe_seen, digests, seen_by
-from pneumo_experiments.evaluation.subset import Subset, make_split
+from pneumo_experiments.evaluation.subset import Subset, describe_seen, hash_image_ids, make_split, seen_by
 from pneumo_experiments.settings import Preprocess, SplitSettings, Train, as_config, from_flat
 from pneumo_experiments.stages.preprocess import preprocess
 
@@ -311,16 +310,19 @@ def test_most_of_a_random_half_is_of_patients_of_the_other_half_and_none_of_the_
     ]
     mixed = np.random.default_rng(0).permutation(len(numbers))
     half, other = Subset(dataset, mixed[:6000]), Subset(dataset, mixed[6000:])
-    by = Counter(seen_by(other, digests(half)))
-    assert digests(Subset(dataset, np.array([7]))) == {salted("image i7"), salted(f"patient {hashes[7]}")}
+    by = Counter(seen_by(other, hash_image_ids(half)))
+    assert hash_image_ids(Subset(dataset, np.array([7]))) == {
+        salted("image i7"),
+        salted(f"patient {hashes[7]}"),
+    }
     known = {numbers[place] for place in mixed[:6000].tolist()}
     assert by == Counter("patient" * (numbers[place] in known) for place in mixed[6000:].tolist())
     assert by == {"patient": 3275, "": 2772}
-    assert describe_seen(other, digests(half), "it").startswith(
+    assert describe_seen(other, hash_image_ids(half), "it").startswith(
         "0 of 6047 images trained it or chose its thresholds, the patients of 3275 more did"
     )
     parts = split(hashes, areas, holdout=0.2, folds=5, fold=0, seed=0)
-    trained = digests(Subset(dataset, np.append(parts.train, parts.validation)))
+    trained = hash_image_ids(Subset(dataset, np.append(parts.train, parts.validation)))
     assert describe_seen(Subset(dataset, parts.holdout), trained, "it") == ""
     assert {*seen_by(Subset(dataset, parts.validation), trained)} == {"image"}
 
@@ -332,7 +334,7 @@ def test_unknown_patients_are_never_those_of_other_images_and_equal_names_always
         ids = [entry.image_id for entry in dataset.entries]
         first = Subset(dataset, np.array([ids.index(name) for name in "abcde"]))
         second = Subset(dataset, np.array([ids.index(name) for name in "fghai"]))
-        assert seen_by(second, digests(first)) == ["", "", "patient", "image", ""]
+        assert seen_by(second, hash_image_ids(first)) == ["", "", "patient", "image", ""]
 
 
 # The seed of the split.

@@ -122,28 +122,6 @@ def test_another_prevalence_is_scored_logged_and_not_the_models(model: str, smal
     assert metrics
 
 
-@pytest.mark.parametrize(
-    ("words", "line"),
-    [
-        (["--presence_threshold", "1.5"], "presence_threshold: 1.5 is not in the range 0<=x<=1"),
-        (["--top_score", "0.345"], "top_score=0.345: give a whole hundredth from 0 to 1"),
-        (["--min_area_px", "-1"], "min_area_px: -1 is not in the range"),
-        (["--bottom_score", "low"], "bottom_score: 'low' is not a valid number"),
-    ],
-)
-def test_a_threshold_out_of_range_is_one_line(
-    words: list[str],
-    line: str,
-    model: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    end = ended(["score", "--model", model, *words], monkeypatch, capsys)
-    assert end.code == 2
-    assert line in end.err
-    assert len(end.err.splitlines()) == 1
-
-
 @pytest.mark.usefixtures("tiny", "store")
 def test_a_request_may_bring_its_thresholds(dataset: Path) -> None:
     model = logged(dataset, prevalence=0.5)

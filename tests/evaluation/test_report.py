@@ -2,39 +2,34 @@
 
 from __future__ import annotations
 
-import csv
-import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
-import mlflow
 import numpy as np
 import pytest
 import torch
-from helpers import make, store_in
+from helpers import make
 from html_reader import HOSTILE, Reader
-from mlflow import MlflowClient
-from reference_counts import add_image
+from reference_counts import Image, count_images
 from samples import packed, write_dataset
 
-from pneumo_experiments import tracking
 from pneumo_experiments.dataset import rle
 from pneumo_experiments.dataset.hdf5 import Dataset
 from pneumo_experiments.dataset.packed import Entry, ResizedImage
 from pneumo_experiments.dataset.resize import area_resize
-from pneumo_experiments.evaluation import report as score_report
-from pneumo_experiments.evaluation.model_comparison import log_comparison
-from pneumo_experiments.evaluation.page import SCORES
-from pneumo_experiments.evaluation.report import PAGE, choose_images, log_report
-from pneumo_experiments.evaluation.subset import Subset
+from pneumo_experiments.evaluation import report as report_module
+from pneumo_experiments.evaluation.evaluate import Evaluation, ModelComparison
+from pneumo_experiments.evaluation.report import SCORES, Report, choose_images, make_report
+from pneumo_experiments.evaluation.subset import all_images
 from pneumo_experiments.learning.device import ComputeConfig
 from pneumo_experiments.learning.network import Output, PneumothoraxNet
 from pneumo_experiments.learning.predict import Predictor
 from pneumo_experiments.metrics.exact import best_of_all
-from pneumo_experiments.metrics.scores import Scores, score_images
-from pneumo_experiments.metrics.thresholds import ThresholdCounts, Thresholds
+from pneumo_experiments.metrics.scores import Scores
+from pneumo_experiments.metrics.thresholds import Thresholds
 from pneumo_experiments.serving import Detector, Member
 from pneumo_experiments.settings import Score
 
@@ -78,28 +73,35 @@ def radiographs(
 
 
 @dataclass(frozen=True)
-class Report:
-    """What a run left."""
+class Made:
+    """A report, and of what."""
 
-    run_id: str
-    address: str
-    html: str
-    scores: Scores
-    intervals: dict[str, float]
-    counts: ThresholdCounts
+    report: Report
+    evaluation: Evaluation
+    comparison: ModelComparison | None
+
+    @property
+    def html(self) -> str:
+        return self.report.page
+
+    @property
+    def scores(self) -> Scores:
+        return self.evaluation.scores
 
     @property
     def pictures(self) -> list[str]:
         """Names of the overlays."""
-        return [Path(item.path).name for item in MlflowClient().list_artifacts(self.run_id, "overlays")]
+        return [name.removeprefix("overlays/") for name in self.report.pictures if "/" in name]
 
     @property
     def kinds(self) -> dict[str, str]:
         """Kind of each overlay by image id, as far as a file name has it."""
         return {name.split("-", 2)[2].removesuffix(".png"): name.split("-")[1] for name in self.pictures}
 
-    def artifact(self, name: str) -> Path:
-        return Path(mlflow.artifacts.download_artifacts(run_id=self.run_id, artifact_path=name))
+    def rows(self, name: str) -> list[dict[str, Any]]:
+        """The rows of a table."""
+        columns, rows = self.report.tables[name]
+        return [dict(zip(columns, row, strict=True)) for row in rows]
 
 
 @pytest.fixture(scope="module")
@@ -107,53 +109,44 @@ def network(tiny: None) -> PneumothoraxNet:
     return Brightness("tiny")
 
 
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> Iterator[Path]:
-    with store_in(tmp_path_factory.mktemp("store"), empty_store) as folder:
-        yield folder
-
-
 def report_of(
-    folder: Path,
+    path: Path,
     network: PneumothoraxNet,
     findings: Sequence[tuple[int, int]],
     ids: Sequence[str] = (),
     overlays: int = 8,
     baseline: Thresholds | None = None,
-) -> Report:
-    """The report of a data set of these images, in a run of its own."""
-    path = folder / f"<i>{len(list(folder.glob('*.h5')))}.h5"
+) -> Made:
+    """The report of a data set of these images, which is written."""
     write_dataset(path, packed(radiographs(findings, ids), "uint8"), image_size=SIZE, pixel_dtype="uint8")
     settings = make(Score, dataset=path, model="models:/m-<b>&", subset="all", overlays=overlays)
     predictor = Predictor(network, ComputeConfig(torch.device("cpu"), "fp32"))
     detector = Detector((Member(predictor, {}),), SIZE, THRESHOLDS, "")
-    with Dataset.open(path) as dataset, tracking.run("score", settings) as run_id:
-        subset = Subset(dataset, np.arange(len(dataset)))
-        counts = subset.count(predictor)
-        images = subset.scored(counts, THRESHOLDS)
-        scores, intervals = score_images(images), images.intervals()
-        comparison = None
+    with Dataset.open(path) as dataset:
+        subset = all_images(dataset)
+        evaluation, comparison = Evaluation(subset, subset.count(predictor), THRESHOLDS), None
         if baseline is not None:
-            other = Detector((Member(predictor, {}),), SIZE, baseline, "")
-            comparison = log_comparison("models:/m-<other>", subset, images, other, "")
-        address = log_report(settings, "all", subset, counts, detector, images, scores, intervals, comparison)
-    html = Path(mlflow.artifacts.download_artifacts(address)).read_text(encoding="utf-8")
-    return Report(run_id, address, html, scores, intervals, counts)
+            other = Evaluation(subset, subset.count(predictor), baseline)
+            comparison = ModelComparison("models:/m-<other>", evaluation, other)
+        report = make_report(settings, "all", evaluation, detector, comparison)
+        assert len(evaluation.image_set_id) == 32
+        return Made(report, evaluation, comparison)
 
 
 MIXED = [(0, 0)] * 9 + [(0, 12), (0, 20), (6, 0), (12, 0), (8, 8), (16, 16), (24, 20), (30, 12), (9, 18)] * 2
 
 
 @pytest.fixture(scope="module")
-def mixed(store: Path, network: PneumothoraxNet) -> Report:
-    return report_of(store, network, MIXED, overlays=12, baseline=Thresholds(0.1, 0.1, 0, 0.1))
+def mixed(network: PneumothoraxNet, tmp_path_factory: pytest.TempPathFactory) -> Made:
+    path = tmp_path_factory.mktemp("mixed") / "d.h5"
+    return report_of(path, network, MIXED, overlays=12, baseline=Thresholds(0.1, 0.1, 0, 0.1))
 
 
 def texts(html: str, tag: str) -> list[str]:
     return re.findall(rf"<{tag}[^>]*>(.*?)</{tag}>", html, re.DOTALL)
 
 
-def test_the_page_has_every_score_with_its_interval(mixed: Report) -> None:
+def test_the_page_has_every_score_with_its_interval(mixed: Made) -> None:
     rows = {
         cells[0]: cells[1:]
         for cells in (
@@ -175,17 +168,16 @@ def test_the_page_has_every_score_with_its_interval(mixed: Report) -> None:
         if name == "dice_baseline":
             assert interval == ""
         else:
-            low, high = mixed.intervals[f"{name}_low"], mixed.intervals[f"{name}_high"]
+            low, high = mixed.evaluation.intervals[f"{name}_low"], mixed.evaluation.intervals[f"{name}_high"]
             count = rf"; \d+ of {of[name]}" if name in of else "; unreliable" * (name == "calibration_error")
             assert re.fullmatch(f"{low:.3f} to {high:.3f}{count}", interval), name
     assert 0 < mixed.scores.dice_positive < mixed.scores.dice < 1
     # As in the table of the run.
-    with mixed.artifact("by_group.csv").open(newline="") as file:
-        groups = [row for row in csv.DictReader(file) if row["group"] != "all"]
+    groups = [row for row in mixed.rows("by_group") if row["group"] != "all"]
     assert {row["group"] for row in groups} == {"area", "view", "sex", "age"}
     for row in groups:
         images, positives, patients, dice, *_ = rows[row["value"]]
-        assert [images, positives, patients] == [row["images"], row["positives"], row["patients"]]
+        assert [images, positives, patients] == [str(row[n]) for n in ("images", "positives", "patients")]
         interval = f"{float(row['dice_low']):.2f} to {float(row['dice_high']):.2f}"
         note = "; unreliable" if int(row["positive_patients"]) < 5 else ""
         assert dice == f"{float(row['dice']):.3f}{interval}{note}"
@@ -195,8 +187,7 @@ def test_the_page_has_every_score_with_its_interval(mixed: Report) -> None:
     assert "the findings are of" not in seen  # those of 7 patients are not few
 
 
-def test_the_page_is_one_file_without_outside_resources(mixed: Report) -> None:
-    assert mixed.address.endswith(f"/{PAGE}")
+def test_the_page_is_one_file_without_outside_resources(mixed: Made) -> None:
     assert "http" not in mixed.html
     page = Reader(mixed.html)
     assert not page.open
@@ -208,45 +199,45 @@ def test_the_page_is_one_file_without_outside_resources(mixed: Report) -> None:
     assert len(mixed.html) < 10e6
 
 
-def test_the_page_compares_with_the_baseline_model(mixed: Report) -> None:
-    seen, metrics = Reader(mixed.html).text, mlflow.get_run(mixed.run_id).data.metrics
-    assert f"models:/m-<other> has a Dice of {metrics['baseline_model_dice']:.4f} on the same images" in seen
+def test_the_page_compares_with_the_baseline_model(mixed: Made) -> None:
+    assert mixed.comparison is not None
+    seen, metrics = Reader(mixed.html).text, mixed.comparison.as_metrics("")
+    dices, others = mixed.evaluation.images.dices, mixed.comparison.baseline.images.dices
+    assert metrics["dice_difference"] == pytest.approx((dices - others).mean())
+    assert metrics["baseline_model_dice"] == others.mean()
+    assert f"models:/m-<other> has a Dice of {others.mean():.4f} on the same images" in seen
     difference, low, high = (metrics[f"dice_difference{end}"] for end in ("", "_low", "_high"))
     assert f"{difference:+.4f} Dice (95% {low:+.4f} to {high:+.4f})" in seen
-    changed = json.loads(mixed.artifact("changed_images.json").read_text())["data"]
-    assert len(changed) > 2
-    for image_id, change, dice, other in changed[:20]:
-        assert f"{image_id} {change:+.4f} {dice:.4f} {other:.4f}" in seen
+    changed = mixed.rows("changed_images")
+    assert len(changed) == np.count_nonzero(dices != others) > 2
+    for row in changed[:20]:
+        values = f"{row['difference']:+.4f} {row['dice']:.4f} {row['baseline_dice']:.4f}"
+        assert f"{row['image_id']} {values}" in seen
 
 
-def test_the_evaluation_view_opens_the_table_of_images(mixed: Report) -> None:
-    tags = mlflow.get_run(mixed.run_id).data.tags
-    assert json.loads(tags["mlflow.loggedArtifacts"]) == [{"path": "scores.json", "type": "table"}]
-    table = mlflow.load_table("scores.json", run_ids=[mixed.run_id])
-    assert table["dice"].mean() == pytest.approx(mixed.scores.dice)
-
-
-def test_each_picture_on_the_page_is_an_artifact_with_its_id_in_the_name(mixed: Report) -> None:
+def test_each_overlay_on_the_page_is_a_picture_with_its_id_in_the_name(mixed: Made) -> None:
     on_page = re.findall(r"prediction of (.*?)\"><figcaption><b>(.*?)</b>", mixed.html)
     assert len(on_page) == len(mixed.pictures) == 12
     assert all(alt == caption for alt, caption in on_page)
     assert mixed.kinds.keys() == {image_id for _, image_id in on_page}
-    with mixed.artifact("scores.csv").open(newline="") as file:
-        for row in csv.DictReader(file):
-            note = (
-                f"<b>{row['image_id']}</b><br>Dice {float(row['dice']):.2f}, truth"
-                f" {int(row['truth_area_px']):,} px, predicted {int(row['predicted_area_px']):,} px"
-            )
-            assert (note in mixed.html) == (row["image_id"] in mixed.kinds)
+    for row in mixed.rows("scores"):
+        note = (
+            f"<b>{row['image_id']}</b><br>Dice {row['dice']:.2f}, truth"
+            f" {row['truth_area_px']:,} px, predicted {row['predicted_area_px']:,} px"
+        )
+        assert (note in mixed.html) == (row["image_id"] in mixed.kinds)
     assert {*mixed.kinds.values()} == {"best", "median", "worst", "false_alarm", "miss"}
     for title in ("Best", "Median", "Worst", "False alarms", "Misses"):
         assert title in texts(mixed.html, "h2")
-    for name in ("presence_curves", "calibration", "dice_by_area", "threshold_surface", "comparison"):
-        assert mixed.artifact(f"{name}.png").stat().st_size > 5000, name
+    charts = {name for name in mixed.report.pictures if "/" not in name}
+    names = ("presence_curves", "calibration", "dice_by_area", "threshold_surface", "comparison")
+    assert charts == {f"{name}.png" for name in names}
+    for name, picture in mixed.report.pictures.items():
+        assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 20, name
 
 
-def test_the_page_names_the_best_thresholds_dice_beside_the_models_own(mixed: Report) -> None:
-    best = best_of_all(mixed.counts)
+def test_the_page_names_the_best_thresholds_dice_beside_the_models_own(mixed: Made) -> None:
+    best = best_of_all(mixed.evaluation.counts)
     assert best.dice == pytest.approx(np.nanmax(best.surface), abs=1e-12)
     assert best.dice > mixed.scores.dice
     assert (
@@ -254,9 +245,11 @@ def test_the_page_names_the_best_thresholds_dice_beside_the_models_own(mixed: Re
     ) in Reader(mixed.html).text
 
 
-def test_hostile_names_are_escaped_and_stay_in_the_folder(store: Path, network: PneumothoraxNet) -> None:
+def test_hostile_names_are_escaped_and_stay_in_the_folder(tmp_path: Path, network: PneumothoraxNet) -> None:
     ids = [HOSTILE, '"><img src=x onerror=alert(1)>', "../../up", "a\nb\x1b[0m", "{{ 7 * 7 }}", "x" * 5000]
-    report = report_of(store, network, [(8, 8), (0, 20), (20, 0), (30, 20), (16, 30), (9, 9)], ids)
+    report = report_of(
+        tmp_path / "<i>.h5", network, [(8, 8), (0, 20), (20, 0), (30, 20), (16, 30), (9, 9)], ids
+    )
     page = Reader(report.html)
     assert {tag for tag, _ in page.tags}.isdisjoint({"script", "i", "b>"})
     assert all("onerror" not in attributes for _, attributes in page.tags)
@@ -271,8 +264,8 @@ def test_hostile_names_are_escaped_and_stay_in_the_folder(store: Path, network: 
     assert all(re.fullmatch(r"[A-Za-z0-9._-]{1,110}", name) for name in report.pictures)
 
 
-def test_a_page_without_pictures_has_no_gallery(store: Path, network: PneumothoraxNet) -> None:
-    report = report_of(store, network, MIXED[:14], overlays=0)
+def test_a_page_without_pictures_has_no_gallery(tmp_path: Path, network: PneumothoraxNet) -> None:
+    report = report_of(tmp_path / "d.h5", network, MIXED[:14], overlays=0)
     assert "Best" not in texts(report.html, "h2")
     assert report.pictures == []
     assert "Intervals are unreliable: the findings are of 2 patients." in Reader(report.html).text
@@ -292,13 +285,13 @@ def test_a_page_without_pictures_has_no_gallery(store: Path, network: Pneumothor
     ids=["no positives", "no negatives", "one positive", "one negative"],
 )
 def test_sets_that_leave_scores_undefined_have_a_page(
-    store: Path,
+    tmp_path: Path,
     network: PneumothoraxNet,
     findings: list[tuple[int, int]],
     absent: set[str],
     kinds: list[str],
 ) -> None:
-    report = report_of(store, network, findings)
+    report = report_of(tmp_path / "d.h5", network, findings)
     for name in SCORES:
         row = re.search(rf"<th scope=row>{name.replace('_', ' ')}</th><td><b>(.*?)</b>", report.html)
         assert row is not None
@@ -311,18 +304,18 @@ def test_sets_that_leave_scores_undefined_have_a_page(
 
 
 def test_overlays_without_room_are_only_artifacts(
-    store: Path, network: PneumothoraxNet, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, network: PneumothoraxNet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(score_report, "MAX_PICTURE_BYTES", 0)
-        report = report_of(store, network, MIXED[:16], overlays=5)
+        patch.setattr(report_module, "MAX_PICTURE_BYTES", 0)
+        report = report_of(tmp_path / "d.h5", network, MIXED[:16], overlays=5)
     assert len(report.pictures) == 5
     assert "5 more overlays had no room here" in Reader(report.html).text
 
 
 def test_galleries_take_turns_and_show_each_image_once() -> None:
     """Dice of the positives: 2/3 for twice their area, and so on; the last four are negatives."""
-    counts = ThresholdCounts()
+    images = list[Image]()
     truth_px, predicted_px = (
         [100, 100, 100, 100, 100, 50, 90, 0, 0, 0, 0],
         [100, 110, 150, 200, 400, 0, 0, 0, 7, 90, 30],
@@ -331,8 +324,9 @@ def test_galleries_take_turns_and_show_each_image_once() -> None:
         truth, probability = np.zeros((20, 20), bool), np.zeros((20, 20), np.float32)
         truth.flat[:truth_area] = True
         probability.flat[:predicted_area] = 1
-        add_image(counts, probability, 1.0, truth)
-    whole = choose_images(counts, Thresholds(), 100)
+        images.append((probability, 1.0, truth))
+    evaluation = Evaluation(cast("Any", None), count_images(images), Thresholds())
+    whole = choose_images(evaluation, 100)
     assert list(whole.items())[:5] == [
         *((0, "best"), (3, "median"), (4, "worst"), (9, "false alarm"), (6, "miss"))
     ]
@@ -340,4 +334,4 @@ def test_galleries_take_turns_and_show_each_image_once() -> None:
     assert whole[5] == "miss"
     assert [position for position, kind in whole.items() if kind == "false alarm"] == [9, 10, 8]
     for number in range(12):
-        assert list(choose_images(counts, Thresholds(), number).items()) == list(whole.items())[:number]
+        assert list(choose_images(evaluation, number).items()) == list(whole.items())[:number]

@@ -6,28 +6,24 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import mlflow
 import numpy as np
 import pytest
 import torch
-from helpers import store_in
 from hypothesis import given
 from hypothesis import strategies as st
-from mlflow import MlflowClient
-from PIL import Image
-from reference_counts import add_image
+from reference_counts import Image, count_images
 
-from pneumo_experiments import tracking
 from pneumo_experiments.dataset.hdf5 import Dataset
 from pneumo_experiments.errors import UserError
-from pneumo_experiments.evaluation.subset import Subset, log_overlays
+from pneumo_experiments.evaluation.evaluate import Evaluation
+from pneumo_experiments.evaluation.pictures import ranked_overlays
+from pneumo_experiments.evaluation.subset import Subset
 from pneumo_experiments.figures import overlay
 from pneumo_experiments.learning.device import ComputeConfig
 from pneumo_experiments.learning.evaluate import ThresholdCounter, count_at_thresholds
 from pneumo_experiments.learning.network import Output, PneumothoraxNet, build
 from pneumo_experiments.learning.predict import Predictor, to_native
 from pneumo_experiments.metrics.thresholds import HUNDREDTHS, ThresholdCounts, Thresholds
-from pneumo_experiments.settings import Score
 
 CPU = ComputeConfig(torch.device("cpu"), "fp32")
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
@@ -40,10 +36,8 @@ def counts_of(counts: ThresholdCounts) -> np.ndarray:
 
 def one_by_one(masks: np.ndarray, truths: list[np.ndarray]) -> np.ndarray:
     """Counts (n, 2, 101) by numpy, on the host."""
-    counts = ThresholdCounts()
-    for mask, truth in zip(masks, truths, strict=True):
-        add_image(counts, to_native(mask, truth.shape), 0.5, truth)
-    return counts_of(counts)
+    pairs = zip(masks, truths, strict=True)
+    return counts_of(count_images([(to_native(mask, truth.shape), 0.5, truth) for mask, truth in pairs]))
 
 
 def counted(masks: np.ndarray, truths: list[np.ndarray], device: str = "cpu", at_once: int = 0) -> np.ndarray:
@@ -141,10 +135,8 @@ def test_a_missing_truth_is_refused() -> None:
 def test_counts_from_the_device_equal_the_reference() -> None:
     masks, truths = next_to_hundredths(3, 8), [np.eye(8, dtype=bool)] * 3
     presence = np.array([0, 0.3, 1], np.float32)
-    slow, fast = ThresholdCounts(), ThresholdCounts()
-    for mask, present, truth in zip(masks, presence, truths, strict=True):
-        add_image(slow, mask, float(present), truth)
-    fast.append(counted(masks, truths), presence)
+    slow = count_images(list(zip(masks, presence.tolist(), truths, strict=True)))
+    fast = ThresholdCounts.of(counted(masks, truths), presence)
     assert np.array_equal(counts_of(fast), counts_of(slow))
     assert fast.presence.tolist() == slow.presence.tolist() == presence.tolist()
 
@@ -160,10 +152,8 @@ def test_impossible_counts_are_refused() -> None:
         (good[:, :, ::-1], present, "more pixels"),
         (good[:, ::-1], present, "more pixels"),
     ]:
-        counts = ThresholdCounts()
         with pytest.raises(ValueError, match=reason):
-            counts.append(wrong, presence)
-        assert len(counts) == 0
+            ThresholdCounts.of(wrong, presence)
 
 
 # A subset of a data set
@@ -194,11 +184,11 @@ def test_the_counts_of_a_subset_are_those_of_its_predictions_one_by_one(
     subset = Subset(opened, np.array([20, 3, 4, 0, 11, 9, 8, 17, 2, 1, 5, 6, 7, 10, 12, 13, 14, 15]))
     with with_native_sizes(opened, [(1024, 1100), (1200, 1024), (1024, 1100), (1200, 1024)]) as larger:
         for part in (subset, Subset(larger, subset.indices)):
-            slow = ThresholdCounts()
+            images = list[Image]()
             for index, prediction in part.predictions(predictor):
                 truth = part.dataset.mask(index)
-                add_image(slow, to_native(prediction.mask, truth.shape), prediction.presence, truth)
-            fast = part.count(predictor)
+                images.append((to_native(prediction.mask, truth.shape), prediction.presence, truth))
+            slow, fast = count_images(images), part.count(predictor)
             assert np.array_equal(counts_of(fast), counts_of(slow))
             assert fast.presence.tolist() == slow.presence.tolist()
             assert fast.truth_area.tolist() == [entry.area_px for entry in part.entries]
@@ -239,14 +229,14 @@ def test_one_nan_pixel_marks_only_its_image(opened: Dataset) -> None:
 
 
 def test_a_counter_reads_chunks_in_their_order(opened: Dataset, predictor: Predictor) -> None:
-    whole, parts = (ThresholdCounter(predictor, HUNDREDTHS) for _ in range(2))
+    whole, parts = (ThresholdCounter(predictor) for _ in range(2))
     for counter, chunks in ((whole, [range(5)]), (parts, [range(2), range(2, 5)])):
         for chunk in chunks:
             counter.add(opened.images(chunk), map(opened.mask, chunk))
-    (one, presence), (two, presences) = whole.read(), parts.read()
-    assert one.shape == (5, 2, 101)
-    assert np.abs(one - two).max() < 1024**2 / 100  # batches of other sizes round otherwise
-    np.testing.assert_allclose(presence, presences, atol=1e-5)
+    one, two = whole.read(), parts.read()
+    assert len(one) == 5
+    assert np.abs(one.pixels - two.pixels).max() < 1024**2 / 100  # batches of other sizes round otherwise
+    np.testing.assert_allclose(one.presence, two.presence, atol=1e-5)
 
 
 # Overlays
@@ -255,20 +245,13 @@ def test_a_counter_reads_chunks_in_their_order(opened: Dataset, predictor: Predi
 EVERYTHING = Thresholds(presence_threshold=0, top_score=0, bottom_score=0)  # each pixel is predicted
 
 
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> Iterator[None]:
-    with store_in(tmp_path_factory.mktemp("store"), empty_store):
-        yield
-
-
-def some_of(opened: Dataset, positives: int, negatives: int) -> tuple[Subset, ThresholdCounts]:
-    """The first negatives and positives, and their counts."""
+def some_of(opened: Dataset, positives: int, negatives: int) -> Evaluation:
+    """The first negatives and positives, counted as if each pixel had the probability 0."""
     areas = np.array([entry.area_px for entry in opened.entries])
     chosen = np.concatenate([np.flatnonzero(areas == 0)[:negatives], np.flatnonzero(areas)[:positives]])
-    counts = ThresholdCounts()
-    for index in chosen.tolist():
-        add_image(counts, np.zeros((1024, 1024), np.float32), 0.5, opened.mask(index))
-    return Subset(opened, chosen), counts
+    nothing = np.zeros((1024, 1024), np.float32)
+    counts = count_images([(nothing, 0.5, opened.mask(index)) for index in chosen.tolist()])
+    return Evaluation(Subset(opened, chosen), counts, EVERYTHING)
 
 
 def caption_of(picture: np.ndarray) -> bytes:
@@ -282,29 +265,14 @@ def written(caption: str) -> bytes:
     return caption_of(overlay(np.zeros((64, 64), np.uint8), empty, empty, caption))
 
 
-def pictures_of(run_id: str) -> list[np.ndarray]:
-    """The single overlays (h, w, 3) of a run, in order."""
-    paths = sorted(item.path for item in MlflowClient().list_artifacts(run_id, "overlays"))
-    files = [mlflow.artifacts.download_artifacts(run_id=run_id, artifact_path=path) for path in paths]
-    return [np.asarray(Image.open(file)) for file in files]
-
-
-def logged_captions(subset: Subset, counts: ThresholdCounts, predictor: Predictor, count: int) -> list[bytes]:
-    """Those of the overlays that a run of its own logs."""
-    with tracking.run("score", Score()) as run_id:
-        log_overlays(subset, counts, predictor, EVERYTHING, count)
-    return [caption_of(picture) for picture in pictures_of(run_id)]
-
-
 @pytest.mark.parametrize(("positives", "shown"), [(4, 3), (6, 4), (7, 6), (5, 9)])
-@pytest.mark.usefixtures("store")
 def test_overlays_show_and_label_best_median_and_worst(
     opened: Dataset, predictor: Predictor, positives: int, shown: int
 ) -> None:
-    subset, counts = some_of(opened, positives, negatives=4)
-    captions = logged_captions(subset, counts, predictor, shown)
+    evaluation = some_of(opened, positives, negatives=4)
+    captions = [caption_of(picture) for picture in ranked_overlays(evaluation, predictor, shown)]
     assert len(captions) == shown
-    areas = sorted((entry.area_px for entry in subset.entries if entry.area_px), reverse=True)
+    areas = sorted((entry.area_px for entry in evaluation.subset.entries if entry.area_px), reverse=True)
     middle = (positives - 1) // 2
     for name, area in (("best", areas[0]), ("median", areas[middle]), ("worst", areas[-1])):
         dice = 2 * area / (area + 1024**2)
@@ -312,12 +280,11 @@ def test_overlays_show_and_label_best_median_and_worst(
         assert captions.count(written(text)) == 1, text
 
 
-@pytest.mark.usefixtures("store")
 def test_two_positives_have_no_labels(opened: Dataset, predictor: Predictor) -> None:
-    subset, counts = some_of(opened, positives=2, negatives=1)
-    captions = logged_captions(subset, counts, predictor, 8)
+    evaluation = some_of(opened, positives=2, negatives=1)
+    captions = [caption_of(picture) for picture in ranked_overlays(evaluation, predictor, 8)]
     assert len(captions) == 3
-    for entry in subset.entries:
+    for entry in evaluation.subset.entries:
         dice = 2 * entry.area_px / (entry.area_px + 1024**2)
         text = f"Dice {dice:.2f}, truth {entry.area_px:,} px, predicted 1,048,576 px"
         assert captions.count(written(text)) == 1, text

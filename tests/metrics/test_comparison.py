@@ -110,11 +110,6 @@ def test_all_decisions_together_err_at_most_once_in_twenty() -> None:
     assert 0.049 < sum(1 - required_probability(level, k) for k in range(1, 5000)) < 0.05
 
 
-def test_values_of_different_images_are_refused() -> None:
-    with pytest.raises(ValueError, match="2, 1 and 2"):
-        compare(np.zeros(2), np.zeros(1), ["a", "b"])
-
-
 # Settings, by trainings of a study
 
 

@@ -1,4 +1,4 @@
-"""The exact search for thresholds: against all combinations tried one by one, and in the middle of equals."""
+"""The exact search for thresholds: against all combinations tried one by one, and in its plateau."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference_counts import add_image
+from reference_counts import NO_COUNTS, Image, count_images, squares
 
 from pneumo_experiments.dataset import rle
 from pneumo_experiments.dataset.annotations import read_annotations
@@ -26,7 +26,6 @@ from pneumo_experiments.metrics.thresholds import (
     best_on_grid,
 )
 
-Image = tuple[np.ndarray, float, np.ndarray]  # probabilities, presence, truth
 LEVELS = (0.0, 0.2, 0.5, 0.51, 1.0)  # few, so that images have equal areas
 PRESENCES = (0.0, 0.3, np.nextafter(np.float32(0.3), np.float32(1)).item(), 0.9, 1.0)
 
@@ -45,13 +44,6 @@ few_images = st.lists(  # of 3 x 4 pixels, or of twice or three times as many co
 )
 
 
-def counts_of(images: list[Image]) -> ThresholdCounts:
-    counts = ThresholdCounts()
-    for image in images:
-        add_image(counts, *image)
-    return counts
-
-
 def area_of(found: np.ndarray, top: float) -> int:
     """The largest min_area_px that a core reaches: its pixels as of 1024 x 1024."""
     return floor(Fraction(int(np.count_nonzero(found >= np.float32(top))) * 1024**2, found.size))
@@ -60,20 +52,6 @@ def area_of(found: np.ndarray, top: float) -> int:
 def mean_dice(images: list[Image], thresholds: Thresholds) -> float:
     """Mean Dice of the images, from their pixels."""
     return float(np.mean([dice(t, apply_thresholds(p, presence, thresholds)) for p, presence, t in images]))
-
-
-def squares(images: int, seed: int, side: int = 24) -> list[Image]:
-    """Noisy guesses at random squares; presence and pixels are informative but often wrong."""
-    rng, made = np.random.default_rng(seed), list[Image]()
-    for _ in range(images):
-        truth = np.zeros((side, side), bool)
-        if rng.random() < 0.5:
-            top, left, size = rng.integers(2, side // 2, 3)
-            truth[top : top + size, left : left + size] = True
-        noise = rng.normal(0, 0.35, truth.shape)
-        probability = np.clip(0.25 + 0.4 * truth + noise, 0, 1).astype(np.float32)
-        made.append((probability, float(np.clip(0.3 + 0.4 * truth.any() + rng.normal(0, 0.2), 0, 1)), truth))
-    return made
 
 
 def exhaustive_from_pixels(images: list[Image]) -> float:
@@ -107,7 +85,7 @@ def test_the_optimum_is_what_trying_every_combination_finds(images: list[Image])
         for presence, bottom in itertools.product(presences, LEVELS)
         if bottom <= top
     )
-    best = best_of_all(counts_of(images))
+    best = best_of_all(count_images(images))
     assert best.dice == pytest.approx(tried, abs=1e-9)
     assert mean_dice(images, best.thresholds) == pytest.approx(tried, abs=1e-9)
     assert best.thresholds.bottom_score <= best.thresholds.top_score
@@ -116,7 +94,7 @@ def test_the_optimum_is_what_trying_every_combination_finds(images: list[Image])
 @pytest.mark.parametrize(("count", "seed"), [(1, 0), (2, 1), (7, 2), (8, 3), (9, 4), (33, 5), (64, 6)])
 def test_the_optimum_over_all_hundredths_is_found_and_beats_the_grid(count: int, seed: int) -> None:
     images = squares(count, seed)
-    counts, expected = counts_of(images), exhaustive_from_pixels(images)
+    counts, expected = count_images(images), exhaustive_from_pixels(images)
     best = best_of_all(counts)
     assert best.dice == pytest.approx(expected, abs=1e-9)
     assert best.dice == pytest.approx(mean_dice(images, best.thresholds), abs=1e-12)
@@ -135,7 +113,7 @@ def test_the_optimum_on_real_annotations_is_the_slow_one_from_pixels(real_data: 
         presence = float(np.clip(0.4 + 0.2 * truth.any() + rng.normal(0, 0.15), 0, 1))
         images.append((np.kron(probability, np.ones((16, 16), np.float32)), presence, truth))
     assert sum(truth.any() for _, _, truth in images) >= 5
-    counts = counts_of(images)
+    counts = count_images(images)
     best = best_of_all(counts)
     assert best.dice == pytest.approx(exhaustive_from_pixels(images), abs=1e-9)
     assert best.dice == pytest.approx(mean_dice(images, best.thresholds), abs=1e-12)
@@ -144,7 +122,7 @@ def test_the_optimum_on_real_annotations_is_the_slow_one_from_pixels(real_data: 
 
 def test_the_surface_holds_the_best_presence_and_area_of_each_pair_of_scores() -> None:
     images = squares(20, seed=1)
-    counts = counts_of(images)
+    counts = count_images(images)
     best = best_of_all(counts)
     for top, bottom in ((90, 60), (60, 60), (100, 0), (31, 30)):
         tried = max(
@@ -159,24 +137,9 @@ def test_the_surface_holds_the_best_presence_and_area_of_each_pair_of_scores() -
 
 def test_the_number_of_combinations_counts_only_those_that_differ() -> None:
     flat, empty = np.full((2, 2), 0.5, np.float32), np.zeros((2, 2), bool)
-    counts = counts_of([(flat, 0.4, empty), (flat, 0.4, empty), (flat, 1.0, empty)])
+    counts = count_images([(flat, 0.4, empty), (flat, 0.4, empty), (flat, 1.0, empty)])
     # Presences up to 0.4 and above, since 1.0 is always present; all areas are equal: reached, or not.
     assert best_of_all(counts).combinations == 101 * 102 // 2 * 2 * 2
-
-
-def test_of_equal_thresholds_the_middle_is_taken() -> None:
-    truth = np.zeros((100, 100), bool)
-    truth[:, :40] = True  # 4000 px at 0.85
-    found = np.where(truth, 0.85, 0.05).astype(np.float32)
-    images = [(found, presence, truth & (presence > 0.5)) for presence in (0.05, 0.85)]
-    best = best_of_all(counts_of(images)).thresholds
-    assert mean_dice(images, best) == 1.0
-    assert best.presence_threshold == pytest.approx(0.45)  # halfway between the two
-    # Half as long as 4000 of 10,000 pixels, each of whose sides is free.
-    assert best.min_area_px == round(0.4 * 1024**2 / 4)
-    # Each is halfway between the other and the end of the free ones, 0.06 to 0.85.
-    assert best.top_score == pytest.approx((best.bottom_score + 0.85) / 2, abs=0.0051)
-    assert best.bottom_score == pytest.approx((0.06 + best.top_score) / 2, abs=0.0051)
 
 
 def room(images: list[Image], best: Thresholds, name: str, values: list[float]) -> tuple[float, float]:
@@ -194,9 +157,9 @@ def room(images: list[Image], best: Thresholds, name: str, values: list[float]) 
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_each_threshold_lies_in_the_middle_of_its_equals(seed: int) -> None:
+def test_each_threshold_is_centred_in_its_plateau(seed: int) -> None:
     images = squares(8, seed)
-    best = best_of_all(counts_of(images)).thresholds
+    best = best_of_all(count_images(images)).thresholds
     low, high = room(images, best, "presence_threshold", [i / 1000 for i in range(1001)])
     assert best.presence_threshold == pytest.approx((low + high) / 2, abs=0.05 * (high - low) + 0.001)
     edges = [k * 1024**2 // 24**2 for k in range(24**2 + 1)]
@@ -209,41 +172,18 @@ def test_each_threshold_lies_in_the_middle_of_its_equals(seed: int) -> None:
     assert best.bottom_score == pytest.approx((low + high) / 2, abs=0.0051)
 
 
-def test_equal_presence_and_equal_areas_are_never_separated() -> None:
-    truth = np.ones((2, 2), bool)
-    found = np.full((2, 2), 0.8, np.float32)
-    images = [(found, 0.5, truth), (found, 0.5, ~truth), (found, 0.5, ~truth)]
-    best = best_of_all(counts_of(images))
-    assert best.dice == pytest.approx(2 / 3)  # all empty; to keep the first would keep all
-    assert mean_dice(images, best.thresholds) == pytest.approx(2 / 3)
-
-
-def test_neighbouring_float32_presences_are_separated() -> None:
-    truth, found = np.ones((2, 2), bool), np.full((2, 2), 0.8, np.float32)
-    low, high = np.float32(0.3), np.nextafter(np.float32(0.3), np.float32(1))
-    best = best_of_all(counts_of([(found, float(low), ~truth), (found, float(high), truth)]))
-    assert best.dice == 1.0
-    assert low < np.float32(best.thresholds.presence_threshold) <= high
-
-
-def test_without_positives_everything_is_emptied() -> None:
-    images = [(np.full((3, 3), 1.0, np.float32), 1.0, np.zeros((3, 3), bool))] * 3
-    best = best_of_all(counts_of(images))
-    assert best.dice == mean_dice(images, best.thresholds) == 1.0
-
-
 def test_an_area_of_another_score_is_no_matter() -> None:
     rng = np.random.default_rng(0)
     for _ in range(20):  # large cores that shrink with the score, as of large images without a finding
         pixels = np.sort(rng.integers(0, 300_000, (3, 101)), axis=1)[:, ::-1].copy()
         pixels[:, 0] = 2**20
-        part = ThresholdCounts()
-        part.append(np.stack([pixels, 0 * pixels], 1).astype(np.int32), rng.random(3).astype(np.float32))
+        counts = np.stack([pixels, 0 * pixels], 1).astype(np.int32)
+        part = ThresholdCounts.of(counts, rng.random(3).astype(np.float32))
         assert best_of_all(part).dice == 1
         assert not part.predicted_area(best_of_all(part).thresholds).any()
 
 
 def test_without_images_there_is_nothing_to_choose() -> None:
-    best = best_of_all(ThresholdCounts())
+    best = best_of_all(NO_COUNTS)
     assert best.thresholds == Thresholds()
     assert best.combinations == 0

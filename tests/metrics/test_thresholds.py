@@ -1,16 +1,21 @@
+"""Masks, counts and thresholds, against pixels."""
+
 from __future__ import annotations
 
 import itertools
-import tracemalloc
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from reference_counts import add_image
+from reference_counts import NO_COUNTS, Image, count_images, squares
+from samples import write
 
+from pneumo_experiments.dataset.hdf5 import Dataset
 from pneumo_experiments.errors import UserError
+from pneumo_experiments.evaluation.subset import Subset
 from pneumo_experiments.metrics.dice import dice
 from pneumo_experiments.metrics.exact import best_of_all
 from pneumo_experiments.metrics.thresholds import (
@@ -19,11 +24,13 @@ from pneumo_experiments.metrics.thresholds import (
     PRESENCE_GRID,
     TOP_GRID,
     NativeThresholds,
-    ThresholdCounts,
     Thresholds,
     apply_thresholds,
+    best_dice_on_positives,
     best_on_grid,
+    cross_fitted,
 )
+from pneumo_experiments.search.trial_training import _halves
 
 hundredths = st.integers(0, 100).map(lambda k: k / 100)
 areas = st.one_of(  # of a 1024 x 1024 radiograph; the second is what k of n pixels come to
@@ -69,23 +76,6 @@ def slow_mask(probability: np.ndarray, presence: float, thresholds: Thresholds) 
     return np.array(mask, bool).reshape(probability.shape)
 
 
-def random_counts(images: int, seed: int = 0, size: int = 24) -> ThresholdCounts:
-    """Blurred guesses at random squares; presence and pixels are informative but often wrong."""
-    rng = np.random.default_rng(seed)
-    counts = ThresholdCounts()
-    for _ in range(images):
-        truth = np.zeros((size, size), bool)
-        if rng.random() < 0.5:
-            top, left, side = rng.integers(2, size // 2, 3)
-            truth[top : top + side, left : left + side] = True
-        noise = rng.normal(0, 0.35, truth.shape)
-        probability = np.clip(0.25 + 0.4 * truth + noise, 0, 1).astype(np.float32)
-        add_image(
-            counts, probability, float(np.clip(0.3 + 0.4 * truth.any() + rng.normal(0, 0.2), 0, 1)), truth
-        )
-    return counts
-
-
 @given(images_with_truth, thresholds_on_grid)
 def test_a_mask_follows_the_rules_pixel_by_pixel(
     image: tuple[np.ndarray, np.float32, np.ndarray], thresholds: Thresholds
@@ -99,9 +89,7 @@ def test_a_mask_follows_the_rules_pixel_by_pixel(
 def test_counts_give_exactly_the_dice_of_the_masks(
     images: list[tuple[np.ndarray, np.float32, np.ndarray]], thresholds: Thresholds
 ) -> None:
-    counts = ThresholdCounts()
-    for probability, presence, truth in images:
-        add_image(counts, probability, float(presence), truth)
+    counts = count_images([(probability, float(presence), truth) for probability, presence, truth in images])
     masks = [slow_mask(probability, float(presence), thresholds) for probability, presence, _ in images]
     truths = [truth for _, _, truth in images]
     assert counts.dice(thresholds).tolist() == [dice(t, m) for t, m in zip(truths, masks, strict=True)]
@@ -110,24 +98,14 @@ def test_counts_give_exactly_the_dice_of_the_masks(
     assert counts.presence.tolist() == [float(presence) for _, presence, _ in images]
 
 
-def test_presence_and_core_area_empty_a_mask_only_from_below() -> None:
-    probability = np.array([[0.9, 0.9, 0.4, 0.1]], np.float32)
-    half = 1024 * 1024 // 2
-    rules = Thresholds(presence_threshold=0.7, top_score=0.9, min_area_px=half, bottom_score=0.4)
-    assert apply_thresholds(probability, 0.7, rules).tolist() == [[True, True, True, False]]
-    assert not apply_thresholds(probability, 0.69, rules).any()
-    assert not apply_thresholds(np.array([[0.9, 0.89, 0.4, 0.1]], np.float32), 0.7, rules).any()
-
-
 @pytest.mark.parametrize("kind", [Thresholds, NativeThresholds])
 def test_a_finding_passes_at_every_resolution_or_at_none(kind: type[Thresholds]) -> None:
     small = np.zeros((32, 32), np.float32)
     small[3:8, 10:13] = 0.8  # 15 of 1024 cells: 15,360 px of 1024 x 1024
-    counts, kept = ThresholdCounts(), list[list[bool]]()
+    kept = list[list[bool]]()
     shapes = [(512, 512), (1024, 1024), (2048, 2048), (512, 2048), (96, 32), (32, 32)]
     maps = [np.kron(small, np.ones((rows // 32, columns // 32), np.float32)) for rows, columns in shapes]
-    for probability in maps:
-        add_image(counts, probability, 0.9, probability > 0)
+    counts = count_images([(probability, 0.9, probability > 0) for probability in maps])
     for area in (0, 15_359, 15_360, 15_361):
         rules = kind(0.5, 0.7, area, 0.3)
         kept.append([bool(apply_thresholds(probability, 0.9, rules).any()) for probability in maps])
@@ -141,11 +119,6 @@ def test_a_finding_passes_at_every_resolution_or_at_none(kind: type[Thresholds])
     best = best_of_all(counts).thresholds
     assert isinstance(best, Thresholds) and best.min_area_of == 1024
     assert counts.cores()[:, 70].tolist() == [15_360] * 6
-
-
-def test_a_least_area_of_0_never_empties_a_mask() -> None:
-    rules = Thresholds(top_score=0.9, min_area_px=0, bottom_score=0.3)
-    assert apply_thresholds(np.full((2, 2), 0.3, np.float32), 1.0, rules).all()
 
 
 @pytest.mark.parametrize(
@@ -171,30 +144,15 @@ def test_a_hundredth_that_arithmetic_left_a_little_off_is_still_that_hundredth()
 
 
 def test_empty_counts_give_empty_arrays_and_the_default_thresholds() -> None:
-    counts = ThresholdCounts()
+    counts = NO_COUNTS
     assert len(counts) == 0
     assert counts.dice(Thresholds()).shape == counts.predicted_area(Thresholds()).shape == (0,)
     assert counts.presence.shape == counts.truth_area.shape == (0,)
     assert best_on_grid(counts) == Thresholds()
 
 
-def test_counts_need_less_than_2_kb_for_a_large_image() -> None:
-    probability = np.random.default_rng(0).random((1024, 1024), dtype=np.float32)
-    truth = probability > 0.8
-    counts = ThresholdCounts()
-    add_image(counts, probability, 0.5, truth)
-    tracemalloc.start()
-    try:
-        for _ in range(10):
-            add_image(counts, probability, 0.5, truth)
-        allocated, _ = tracemalloc.get_traced_memory()
-    finally:
-        tracemalloc.stop()
-    assert allocated / 10 < 2000
-
-
 def test_the_best_on_the_grid_is_what_trying_all_of_it_finds() -> None:
-    counts = random_counts(40, size=80)
+    counts = count_images(squares(40, seed=0, side=80))
     tried: dict[Thresholds, float] = {}
     for presence, top, area, bottom in itertools.product(PRESENCE_GRID, TOP_GRID, AREA_GRID, BOTTOM_GRID):
         if bottom <= top:
@@ -206,12 +164,12 @@ def test_the_best_on_the_grid_is_what_trying_all_of_it_finds() -> None:
 
 
 def test_of_equal_thresholds_the_middle_is_taken() -> None:
-    counts = ThresholdCounts()
-    truth = np.zeros((100, 100), bool)
+    truth, images = np.zeros((100, 100), bool), list[Image]()
     truth[:, :40] = True  # 4000 px at 0.85, so each top up to 0.8, each area and each bottom is right
     for present in (0.05, 0.85):
         is_positive = present > 0.5
-        add_image(counts, np.where(truth, 0.85, 0.05).astype(np.float32), present, truth & is_positive)
+        images.append((np.where(truth, 0.85, 0.05).astype(np.float32), present, truth & is_positive))
+    counts = count_images(images)
     best = best_on_grid(counts)
     assert counts.dice(best).tolist() == [1.0, 1.0]
     assert best.presence_threshold in (0.4, 0.5)
@@ -221,13 +179,107 @@ def test_of_equal_thresholds_the_middle_is_taken() -> None:
 
 
 def test_where_everything_is_equal_the_defaults_decide_between_two_middles() -> None:
-    counts = ThresholdCounts()
-    add_image(counts, np.zeros((8, 8), np.float32), 0.0, np.zeros((8, 8), bool))
-    best = best_on_grid(counts)
+    best = best_on_grid(count_images([(np.zeros((8, 8), np.float32), 0.0, np.zeros((8, 8), bool))]))
     assert (best.presence_threshold, best.min_area_px) == (0.5, 1000)  # of 0.4 and 0.5, of 1000 and 2000
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_the_bottom_never_exceeds_the_top(seed: int) -> None:
-    best = best_on_grid(random_counts(12, seed))
-    assert best.bottom_score <= best.top_score
+# Thresholds that were chosen on other patients
+
+
+def random_images(count: int, seed: int, side: int = 20) -> list[Image]:
+    """Every other one with a square of truth, where the probability tends to be higher."""
+    rng, images = np.random.default_rng(seed), list[Image]()
+    for number in range(count):
+        truth = np.zeros((side, side), bool)
+        truth[4:12, 4 : 8 + number % 5] = number % 2 == 0
+        probability = np.clip(rng.normal(0.3, 0.2, truth.shape) + 0.3 * truth, 0, 1).astype(np.float32)
+        images.append((probability, float(np.clip(rng.normal(0.3 + 0.3 * truth.any(), 0.2), 0, 1)), truth))
+    return images
+
+
+def slow(images: list[Image], half: np.ndarray) -> list[float]:
+    """Dice of each image from the pixels of its mask, with the thresholds of the other half."""
+    dices = list[float]()
+    for (probability, presence, truth), own in zip(images, half, strict=True):
+        others = [image for image, other in zip(images, half, strict=True) if other != own]
+        mask = apply_thresholds(probability, presence, best_on_grid(count_images(others)))
+        dices.append(float(dice(mask, truth)))
+    return dices
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_each_half_is_scored_with_the_thresholds_of_the_other(seed: int) -> None:
+    images = random_images(14, seed)
+    half = np.random.default_rng(seed).integers(0, 2, 14)
+    scores, dices = cross_fitted(count_images(images), half), slow(images, half)
+    positive = [d for d, (_, _, truth) in zip(dices, images, strict=True) if truth.any()]
+    assert scores.dice == pytest.approx(np.mean(dices), abs=1e-12)
+    assert scores.dice_positive == pytest.approx(np.mean(positive), abs=1e-12)
+    assert not scores.is_all_empty
+    alarms = [d == 0 for d, (_, _, truth) in zip(dices, images, strict=True) if not truth.any()]
+    assert scores.false_alarms == sum(alarms) / 14
+
+
+def test_a_lucky_threshold_does_not_win() -> None:
+    """What is a finding in one half of the patients is background in the other: no thresholds suit both."""
+    truth = np.zeros((10, 10), bool)
+    truth[2:6, 2:6] = True
+    lucky, steady = list[Image](), list[Image]()
+    for number in range(8):
+        score, background = (0.95, 0.4) if number % 2 else (0.3, 0.05)
+        lucky.append((np.where(truth, score, background).astype(np.float32), 0.95, truth))
+        steady.append((np.where(truth | (np.arange(10) == 9), 0.9, 0.1).astype(np.float32), 0.95, truth))
+    half = np.arange(8) % 2
+    optimistic = [
+        np.mean(
+            [
+                count_images(part).dice(best_on_grid(count_images(part))).mean()
+                for part in (images[::2], images[1::2])
+            ]
+        )
+        for images in (lucky, steady)
+    ]
+    assert optimistic[0] == 1 > optimistic[1]  # with its own thresholds each half of the first is perfect
+    assert cross_fitted(count_images(lucky), half).dice < 0.5 < cross_fitted(count_images(steady), half).dice
+
+
+def test_masks_that_are_all_empty_are_recognised() -> None:
+    empty = np.zeros((10, 10), bool)
+    truth = empty.copy()
+    truth[0, 0] = True
+    flat = np.full((10, 10), 0.3, np.float32)
+    images: list[Image] = [(flat, 0.3, truth if number % 4 == 0 else empty) for number in range(12)]
+    half = np.arange(12) % 2
+    scores = cross_fitted(count_images(images), half)
+    assert scores.is_all_empty
+    assert (scores.dice, scores.dice_positive) == (0.75, 0.0)
+    none = cross_fitted(count_images([(flat, 0.3, empty)] * 4), np.array([0, 0, 1, 1]))
+    assert none.dice == 1
+    assert np.isnan(none.dice_positive)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_best_dice_on_positives_is_that_of_brute_force(seed: int) -> None:
+    images = random_images(9, seed)
+    means = [
+        np.mean([dice(p >= np.float32(k / 100), truth) for p, _, truth in images if truth.any()])
+        for k in range(1, 101)
+    ]
+    assert best_dice_on_positives(count_images(images)) == pytest.approx(max(means), abs=1e-12)
+    assert best_dice_on_positives(count_images([i for i in images if not i[2].any()])) == 0
+
+
+def test_no_patient_is_in_both_halves_and_each_has_positives(tmp_path: Path) -> None:
+    write(tmp_path / "d.h5", count=24)  # two images a patient
+    with Dataset.open(tmp_path / "d.h5") as dataset:
+        subset = Subset(dataset, np.arange(24))
+        half = _halves(subset)
+        halves: dict[str, set[int]] = {}
+        for entry, number in zip(subset.entries, half, strict=True):
+            halves.setdefault(entry.patient, set()).add(int(number))
+        assert all(len(numbers) == 1 for numbers in halves.values())
+        assert sorted(np.bincount(half)) == [12, 12]
+        areas = np.array([entry.area_px for entry in subset.entries])
+        assert (areas[half == 0] > 0).any() and (areas[half == 1] > 0).any()
+        with pytest.raises(UserError, match=r"^folds: 1 patients to validate, but a search needs 2"):
+            _halves(Subset(dataset, np.arange(2)))

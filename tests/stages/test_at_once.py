@@ -24,7 +24,7 @@ from pneumo_experiments.locks import work_folder
 from pneumo_experiments.settings import Main, Preprocess, Train, as_params, flat
 from pneumo_experiments.stages import main
 from pneumo_experiments.stages.preprocess import preprocess
-from pneumo_experiments.stages.train import train
+from pneumo_experiments.stages.train import train, training
 from pneumo_experiments.synthetic.kaggle_layout import is_sample, write_sample
 
 pytestmark = pytest.mark.usefixtures("no_layout", "no_code", "tiny_default")
@@ -257,7 +257,8 @@ def test_a_training_goes_on_in_no_run_that_has_finished(
     small_dataset: Path, store: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     settings = settings_of(small_dataset)
-    train(settings, keep_checkpoint=True)
+    with pytest.raises(KeyboardInterrupt), training(settings):
+        raise KeyboardInterrupt
     train(settings)
     assert "continues after epoch 1 of 1" in capsys.readouterr().out
     one, two = runs("train")

@@ -149,14 +149,6 @@ def test_a_setting_is_one_param_of_every_run_that_uses_it(chain: Chain) -> None:
     ]
 
 
-def test_loss_and_dice_are_curves_over_the_epochs(chain: Chain) -> None:
-    run_id, client = chain.only("train").info.run_id, MlflowClient(chain.uri)
-    assert [point.step for point in client.get_metric_history(run_id, "loss")] == [1, 2]
-    assert [point.step for point in client.get_metric_history(run_id, "val_dice")] == [1, 2]
-    for name in ("loss_bce", "val_dice_positive", "seconds_per_epoch", "images_per_second"):
-        assert client.get_metric_history(run_id, name)
-
-
 def test_dice_is_what_score_measured_and_val_dice_what_training_did(chain: Chain) -> None:
     for name in ("search", "trial 0", "trial 1", "train"):
         (run,) = chain.runs[name]

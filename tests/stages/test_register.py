@@ -21,8 +21,7 @@ from pneumo_experiments import tracking
 from pneumo_experiments.dataset.hdf5 import Dataset
 from pneumo_experiments.dataset.packed import ResizedImage, salted
 from pneumo_experiments.errors import UserError
-from pneumo_experiments.evaluation.scored_images import digests, identity
-from pneumo_experiments.evaluation.subset import Subset, make_split
+from pneumo_experiments.evaluation.subset import Subset, image_set_id, make_split
 from pneumo_experiments.learning.predict import Predictor
 from pneumo_experiments.metrics.thresholds import Thresholds
 from pneumo_experiments.registry import scores, versions
@@ -82,7 +81,7 @@ def detector_of(settings: Train, presence_threshold: float) -> Detector:
             image_size=SIZE,
             thresholds=Thresholds(presence_threshold, 0, 0, 0),
             data_fingerprint=dataset.fingerprint,
-            seen=digests(Subset(dataset, np.append(parts.train, parts.validation))),
+            seen=hash_image_ids(Subset(dataset, np.append(parts.train, parts.validation))),
         )
 
 
@@ -327,12 +326,12 @@ def test_a_score_names_its_images_whatever_their_stored_size_and_order(shelf: Sh
     everyone = np.arange(len(images))
     with Dataset.open(shelf.dataset) as small, Dataset.open(shelf.folder / "larger.h5") as large:
         assert small.fingerprint != large.fingerprint
-        whole = identity(Subset(small, everyone))
-        assert whole == identity(Subset(large, everyone)) == identity(Subset(small, everyone[::-1]))
+        whole = image_set_id(Subset(small, everyone))
+        assert whole == image_set_id(Subset(large, everyone)) == image_set_id(Subset(small, everyone[::-1]))
         assert len(whole) == 32
-        assert whole != identity(Subset(small, everyone[1:]))
+        assert whole != image_set_id(Subset(small, everyone[1:]))
     with Dataset.open(stored(shelf.folder / "changed.h5", other)) as different:
-        assert identity(Subset(different, everyone)) != whole
+        assert image_set_id(Subset(different, everyone)) != whole
 
 
 def test_a_score_against_a_baseline_shows_the_difference_and_the_images_that_changed(

@@ -28,6 +28,7 @@ from tracked import artifact, runs
 from pneumo_experiments import tracking
 from pneumo_experiments.dataset.hdf5 import Dataset
 from pneumo_experiments.errors import UserError
+from pneumo_experiments.evaluation.evaluate import Evaluation
 from pneumo_experiments.interrupts import Interrupted
 from pneumo_experiments.learning.network import build
 from pneumo_experiments.metrics.thresholds import ThresholdCounts, Thresholds
@@ -455,15 +456,15 @@ def test_second_trainings_have_their_own_fold_seed_and_start(
 def test_a_trial_may_validate_on_a_part_of_the_patients_with_as_many_findings(settings: Search) -> None:
     with Dataset.open(settings.dataset) as dataset, tracking.run("search", settings):
         (whole,) = TrialTraining(dataset, changed(settings, folds=2))._folds
-        limit = len(whole.validation) // 2
+        limit = len(whole.images.validation) // 2
         (part,) = TrialTraining(dataset, changed(settings, folds=2, search_validation_images=limit))._folds
-    assert set(part.validation.indices) < set(whole.validation.indices)
-    assert abs(len(part.validation) - limit) <= 2
-    patients = {entry.patient for entry in part.validation.entries}
-    rest = set(whole.validation.indices.tolist()) - set(part.validation.indices.tolist())
+    assert set(part.images.validation.indices) < set(whole.images.validation.indices)
+    assert abs(len(part.images.validation) - limit) <= 2
+    patients = {entry.patient for entry in part.images.validation.entries}
+    rest = set(whole.images.validation.indices.tolist()) - set(part.images.validation.indices.tolist())
     with Dataset.open(settings.dataset) as dataset:
         assert patients.isdisjoint(dataset.entries[index].patient for index in rest)
-    positives = [sum(entry.area_px > 0 for entry in fold.validation.entries) for fold in (whole, part)]
+    positives = [sum(entry.area_px > 0 for entry in fold.images.validation.entries) for fold in (whole, part)]
     assert positives[1] == pytest.approx(positives[0] / 2, abs=1)
     assert set(part.half.tolist()) == {0, 1}
 
@@ -506,22 +507,22 @@ def test_a_trial_without_any_mask_loses_less_the_better_it_would_outline(top: in
     """A network that marks too much, so that empty masks score best; or one that is right."""
     with Dataset.open(settings.dataset) as dataset, tracking.run("search", settings):
         training = TrialTraining(dataset, settings)
-    (fold,), counts = training._folds, ThresholdCounts()
-    areas = np.array([entry.area_px for entry in fold.validation.entries])
+    (fold,) = training._folds
+    validation, areas = fold.images.validation, fold.images.validation.areas_px
     half = np.argsort(np.argsort(areas)) % 2  # positives in both
     assert set(half[areas > 0].tolist()) == {0, 1}
-    for entry in fold.validation.entries:
-        pixels = np.zeros((1, 2, 101), np.int32)
-        pixels[0, 0] = 4_000_000  # everywhere marked, at any score: Dice of positives is about their area
-        pixels[0, 1] = entry.area_px
-        if top:
-            pixels[0, :, 1:] = entry.area_px
-        counts.append(pixels, np.full(1, 0.05, np.float32))
-    score = fold.validation.score(counts, Thresholds())
-    result = EpochResult(cast("Any", None), counts, Thresholds(), score, {})
+    pixels = np.zeros((len(areas), 2, 101), np.int32)
+    pixels[:, 0] = 4_000_000  # everywhere marked, at any score: Dice of positives is about their area
+    pixels[:, 1] = areas[:, None]
+    if top:
+        pixels[:, :, 1:] = areas[:, None, None]
+    counts = replace(
+        ThresholdCounts.of(pixels, np.full(len(areas), 0.05, np.float32)), patient=validation.patients
+    )
+    result = EpochResult(cast("Any", None), Evaluation(validation, counts, Thresholds()), 0)
     scores = trial_training._score_fold(replace(fold, half=half), result)
     sums, images = dict[str, float](), len(areas)
-    for entry in fold.validation.entries:
+    for entry in validation.entries:
         sums[entry.patient] = sums.get(entry.patient, 0) + (entry.area_px == 0 or top > 0)
     assert scores.patient_dice.tolist() == pytest.approx(
         [sums[name] * len(sums) / images for name in sorted(sums)]

@@ -37,8 +37,7 @@ from pneumo_experiments.stages.score import score
 from pneumo_experiments.stages.search import SearchResult
 from pneumo_experiments.stages.train import train
 from pneumo_experiments.training.fold import initial_network
-from pneumo_experiments.training.loop import EpochResult
-from pneumo_experiments.training.progress import Progress
+from pneumo_experiments.training.loop import EpochResult, TrainingState
 
 pytestmark = pytest.mark.usefixtures("no_layout", "no_code")
 
@@ -192,9 +191,9 @@ def test_patience_counts_from_the_first_epoch_that_finds_something(
 def test_averaged_weights_whose_batch_statistics_are_wrong_get_their_own(
     learning: Train, values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    add = Progress.add
+    add = TrainingState.add
 
-    def add_wrong_statistics(self: Progress, result: EpochResult, best_k: int) -> None:
+    def add_wrong_statistics(self: TrainingState, result: EpochResult, best_k: int) -> None:
         add(self, result, best_k)
         self.counts.clear()
         for state in self.networks.values():
@@ -202,7 +201,7 @@ def test_averaged_weights_whose_batch_statistics_are_wrong_get_their_own(
                 if name.endswith("running_mean"):
                     state[name] = torch.full_like(state[name], 100.0)
 
-    monkeypatch.setattr(Progress, "add", add_wrong_statistics)
+    monkeypatch.setattr(TrainingState, "add", add_wrong_statistics)
     trained = train(changed(learning, epochs=4, **values))
     (run,) = runs()
     assert run.data.params["own_batch_statistics"] == "true"

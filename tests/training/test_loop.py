@@ -3,39 +3,26 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from pneumo_experiments.learning.checkpoint import Checkpoint
-from pneumo_experiments.learning.trainer import State
-from pneumo_experiments.training.progress import VERSION, Progress, read_checkpoint
+from pneumo_experiments.training.loop import VERSION, TrainingState
 
 
 def test_a_checkpoint_of_another_version_is_not_used_and_gives_a_warning(tmp_path: Path) -> None:
-    state = dict.fromkeys(State.__annotations__, 0)
-    saved: dict[str, Any] = {"version": VERSION, "run_id": "a", "history": [], "dices": {}, "state": state}
-    checkpoint = Checkpoint(tmp_path / "one")
-    checkpoint.save(saved, {})
-    assert read_checkpoint(checkpoint) == saved | {"networks": {}}
-    others: list[dict[str, Any]] = [
-        {name: value for name, value in saved.items() if name != "run_id"},
-        {name: value for name, value in saved.items() if name != "state"},
-        saved | {"unknown": 1},
-        saved | {"version": VERSION - 1},
-        {name: value for name, value in saved.items() if name != "version"},
-        saved | {"state": state | {"unknown": 1}},
-        saved | {"state": {name: value for name, value in state.items() if name != "scaler"}},
-        saved | {"state": [1]},
-    ]
-    for other in others:
-        checkpoint.save(other, {})
+    checkpoint, state = Checkpoint(tmp_path / "one"), TrainingState("a", [{"loss": 1.0}], {1: 0.5})
+    state.save(checkpoint)
+    assert TrainingState.load(checkpoint) == state
+    saved = torch.load(checkpoint.folder / "last.pt", weights_only=True)
+    for other in ({**saved, "version": VERSION - 1}, {name: saved[name] for name in ("run_id", "kept")}):
+        torch.save(other, checkpoint.folder / "last.pt")
         with pytest.warns(UserWarning, match="another version; training starts over"):
-            assert read_checkpoint(checkpoint) is None
+            assert TrainingState.load(checkpoint) is None
     torch.save([1, 2], checkpoint.folder / "last.pt")
     with pytest.warns(UserWarning, match=r"last\.pt: cannot be read"):
-        assert read_checkpoint(checkpoint) is None
+        assert TrainingState.load(checkpoint) is None
 
 
 def test_patience_does_not_count_the_epochs_before_something_is_found() -> None:
@@ -44,7 +31,7 @@ def test_patience_does_not_count_the_epochs_before_something_is_found() -> None:
         history = [
             {"val_dice": dice} | ({} if on is None else {"val_dice_positive": on}) for dice, on in epochs
         ]
-        return Progress("a", history).is_stuck(patience)
+        return TrainingState("a", history).is_stuck(patience)
 
     empty = (0.78, 0.0)
     assert not is_stuck(1, *[empty] * 9)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import numpy as np
 import pytest
+from reference_counts import count_images
 
-from pneumo_experiments.evaluation.plots import dice_by_area_plot, presence_curves, threshold_surface
-from pneumo_experiments.metrics.scores import ScoredImages
+from pneumo_experiments.evaluation.evaluate import Evaluation
+from pneumo_experiments.evaluation.pictures import dice_by_area_plot, presence_curves, threshold_surface
+from pneumo_experiments.metrics.exact import Optimum
 from pneumo_experiments.metrics.thresholds import Thresholds
 
 ORANGE, RED, BLUE = (255, 127, 14), (255, 0, 0), (31, 119, 180)  # orange and blue are matplotlib's "tab"
@@ -19,12 +23,23 @@ def where(picture: np.ndarray, colour: tuple[int, int, int]) -> tuple[float, flo
     return float(rows.mean() / picture.shape[0]), float(columns.mean() / picture.shape[1])
 
 
+def evaluation_of(truth_px: list[int], predicted_px: list[int], presence: list[float]) -> Evaluation:
+    """Of images of 200 x 200 pixels, whose smaller area lies in the larger one; all at presence 0.3."""
+    images = list[tuple[np.ndarray, float, np.ndarray]]()
+    for truth_area, predicted_area, present in zip(truth_px, predicted_px, presence, strict=True):
+        truth, probability = np.zeros((200, 200), bool), np.zeros((200, 200), np.float32)
+        truth.flat[:truth_area], probability.flat[:predicted_area] = True, 1
+        images.append((probability, present, truth))
+    return Evaluation(cast("Any", None), count_images(images), Thresholds(presence_threshold=0.3))
+
+
 @pytest.mark.parametrize(("top", "bottom"), [(0.9, 0.1), (0.5, 0.2), (0.9, 0.7)])
 def test_the_surface_is_brightest_where_the_dice_is_highest(top: float, bottom: float) -> None:
     tops, bottoms = (np.arange(101) / 100)[:, None], np.arange(101) / 100
     surface = 0.8 - np.hypot(tops - top, bottoms - bottom)
     surface[bottoms > tops] = np.nan
-    picture = threshold_surface(surface, Thresholds(), 0.5, Thresholds(0, 1.0, 0, 0.0))
+    optimum = Optimum(Thresholds(0, 1.0, 0, 0.0), 0.8, 1, surface)
+    picture = threshold_surface(evaluation_of([9], [9], [1]), optimum)
     plain = picture[:, : picture.shape[1] * 3 // 4].astype(int)  # without the colour bar
     yellow = (plain[..., 0] > 200) & (plain[..., 1] > 200) & (plain[..., 2] < 80)
     rows, columns = np.nonzero(yellow)
@@ -37,14 +52,12 @@ def test_the_surface_is_brightest_where_the_dice_is_highest(top: float, bottom: 
 
 
 def test_the_curves_and_the_dot_move_with_the_images() -> None:
-    presence = np.linspace(0, 1, 20).astype(np.float32)
-    patients = [str(number) for number in range(20)]
+    presence = np.linspace(0, 1, 20)
 
-    def drawn(truth: np.ndarray, sensitivity: float) -> np.ndarray:
-        images = ScoredImages(np.ones(20), presence > 0.3, truth, presence, patients)
-        return presence_curves(images, sensitivity, 0.8)
+    def drawn(truth: np.ndarray) -> np.ndarray:
+        return presence_curves(evaluation_of((9 * truth).tolist(), [9] * 20, presence.tolist()))
 
-    good, bad = drawn(presence > 0.5, 0.9), drawn(presence < 0.5, 0.2)
+    good, bad = drawn(presence > 0.5), drawn(presence < 0.5)
     assert good.shape == bad.shape
     half = good.shape[1] // 2
     for side in (slice(None, half), slice(half, None)):
@@ -53,8 +66,8 @@ def test_the_curves_and_the_dot_move_with_the_images() -> None:
 
 
 def test_a_missed_image_has_a_mark_of_its_own() -> None:
-    area, dices = np.array([100, 1000, 10000]), np.array([0.0, 0.5, 0.9])
-    some = dice_by_area_plot(area, dices, np.array([False, True, True]))
-    none = dice_by_area_plot(area, dices, np.array([True, True, True]))
+    area = [100, 1000, 10000]
+    some = dice_by_area_plot(evaluation_of(area, [0, 300, 8000], [1] * 3))
+    none = dice_by_area_plot(evaluation_of(area, [20, 300, 8000], [1] * 3))
     red = np.array([(p.astype(int)[..., 0] - p.astype(int)[..., 2] > 100).sum() for p in (some, none)])
     assert red[0] > red[1] + 20

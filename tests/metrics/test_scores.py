@@ -5,15 +5,16 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pneumo_experiments.evaluation.plots import calibration_plot
-from pneumo_experiments.metrics.scores import ScoredImages, score_images
-from pneumo_experiments.metrics.subgroups import (
+from pneumo_experiments.evaluation.pictures import calibration_plot
+from pneumo_experiments.metrics.scores import (
     CALIBRATION_COLUMNS,
     GROUP_COLUMNS,
+    ScoredImages,
     age_band,
     area_terciles,
     by_group,
     calibration,
+    score_images,
 )
 
 
@@ -23,7 +24,7 @@ def scored(count: int, seed: int = 0) -> ScoredImages:
     presence = np.clip(0.3 + 0.3 * truth + rng.normal(0, 0.25, count), 0, 1).astype(np.float32)
     predicted = presence > 0.45
     dices = np.where(truth & predicted, rng.random(count), truth == predicted)
-    return ScoredImages(dices, predicted, truth, presence, [str(n // 2) for n in range(count)])
+    return ScoredImages(dices, predicted, truth, presence, (np.arange(count) // 2).astype(np.str_))
 
 
 def test_each_row_has_the_scores_of_its_images_counted_by_hand() -> None:
@@ -88,7 +89,7 @@ def test_terciles_hold_a_third_of_the_findings_each() -> None:
 def test_the_calibration_curve_has_a_point_for_each_tenth_with_images() -> None:
     presence = np.array([0.05, 0.08, 0.35, 0.31, 0.39, 0.36, 1.0, 0.95], np.float32)
     truth = np.array([False, False, True, False, False, False, True, True])
-    images = ScoredImages(np.ones(8), truth, truth, presence, list("abcdefgh"))
+    images = ScoredImages(np.ones(8), truth, truth, presence, np.array(list("abcdefgh")))
     rows = [dict(zip(CALIBRATION_COLUMNS, row, strict=True)) for row in calibration(images)]
     assert [(row["presence_from"], row["presence_to"], row["images"]) for row in rows] == [
         (0.0, 0.1, 2),
@@ -108,8 +109,9 @@ def test_the_calibration_curve_has_a_point_for_each_tenth_with_images() -> None:
 
 
 def test_the_calibration_plot_draws_its_points_where_they_are() -> None:
-    picture = calibration_plot([0.1, 0.9], [0.0, 1.0], [0.0, 0.8], [0.1, 1.0])
+    low, high, other = [0.1, 0.0, 0.0, 0.1], [0.9, 1.0, 0.8, 1.0], [0.1, 0.5, 0.0, 0.1]
+    picture = calibration_plot([low, high])
     assert picture.dtype == np.uint8
     assert picture.shape == (500, 500, 3)
     assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 20
-    assert not np.array_equal(picture, calibration_plot([0.1, 0.9], [0.5, 1.0], [0.0, 0.8], [0.1, 1.0]))
+    assert not np.array_equal(picture, calibration_plot([other, high]))

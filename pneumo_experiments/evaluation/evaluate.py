@@ -1,0 +1,150 @@
+"""A model on labelled images: its scores, the tables of them, and the comparison with another model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pneumo_experiments.evaluation.subset import Subset, image_set_id, seen_by
+from pneumo_experiments.metrics.comparison import Comparison, compare
+from pneumo_experiments.metrics.scores import (
+    UNKNOWN,
+    Row,
+    ScoredImages,
+    Scores,
+    age_band,
+    area_terciles,
+    by_group,
+    calibration,
+    score_images,
+)
+from pneumo_experiments.metrics.thresholds import ThresholdCounts, Thresholds
+
+IMAGE_COLUMNS = ("image_id", "patient", "truth_area_px", "predicted_area_px", "dice", "presence", "seen")
+CHANGE_COLUMNS = ("image_id", "difference", "dice", "baseline_dice")
+MAX_CHANGED = 100  # images in the table
+
+Change = tuple[str, float, float, float]  # CHANGE_COLUMNS
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """Predictions of a subset, counted, with thresholds; what follows from them is computed once."""
+
+    subset: Subset
+    counts: ThresholdCounts
+    thresholds: Thresholds
+
+    @cached_property
+    def images(self) -> ScoredImages:
+        """What the scores are made of."""
+        return ScoredImages.of(self.counts, self.thresholds)
+
+    @cached_property
+    def predicted_area(self) -> NDArray[np.int64]:
+        """Pixels of each image's mask (n,) at native size."""
+        return self.counts.predicted_area(self.thresholds)
+
+    @cached_property
+    def scores(self) -> Scores:
+        """The scores of all images; raises UserError without any."""
+        return score_images(self.images)
+
+    @cached_property
+    def intervals(self) -> dict[str, float]:
+        """95% intervals of all scores: ``<name>_low`` and ``<name>_high``."""
+        return self.images.intervals()
+
+    @cached_property
+    def image_set_id(self) -> str:
+        """See ``image_set_id``."""
+        return image_set_id(self.subset)
+
+    @cached_property
+    def groups(self) -> list[Row]:
+        """Rows of GROUP_COLUMNS: scores by area, view, sex and age."""
+        entries = self.subset.entries
+        groups = {
+            "area": area_terciles(self.counts.truth_area),
+            "view": [entry.view or UNKNOWN for entry in entries],
+            "sex": [entry.sex or UNKNOWN for entry in entries],
+            "age": [age_band(entry.age) for entry in entries],
+        }
+        return by_group(self.images, groups)
+
+    @cached_property
+    def calibration(self) -> list[Row]:
+        """Rows of CALIBRATION_COLUMNS."""
+        return calibration(self.images)
+
+    def image_rows(self, seen: frozenset[str]) -> list[tuple[object, ...]]:
+        """Rows of IMAGE_COLUMNS; ``seen`` are the hashed ids of what the model knows."""
+        columns = (
+            [entry.image_id for entry in self.subset.entries],
+            self.counts.patient.tolist(),
+            self.counts.truth_area.tolist(),
+            self.predicted_area.tolist(),
+            self.images.dices.tolist(),
+            self.counts.presence.tolist(),
+            seen_by(self.subset, seen),
+        )
+        return [*zip(*columns, strict=True)]
+
+    def captions(self) -> list[str]:
+        """Dice, true and predicted area of each image in words."""
+        columns = (self.images.dices, self.counts.truth_area, self.predicted_area)
+        return [
+            f"Dice {dice:.2f}, truth {truth:,} px, predicted {predicted:,} px"
+            for dice, truth, predicted in zip(*columns, strict=True)
+        ]
+
+
+@dataclass(frozen=True, eq=False)
+class ModelComparison:
+    """A model and the baseline model at an address on the same images."""
+
+    address: str
+    model: Evaluation
+    baseline: Evaluation
+
+    @cached_property
+    def comparison(self) -> Comparison:
+        """How the mean Dice differs, and how sure that is."""
+        images = self.model.images
+        return compare(images.dices, self.baseline.images.dices, images.patients)
+
+    @cached_property
+    def differences(self) -> NDArray[np.float64]:
+        """Dice minus the baseline's of each image (n,)."""
+        return self.model.images.dices - self.baseline.images.dices
+
+    @property
+    def baseline_dice(self) -> float:
+        """The baseline model's mean Dice."""
+        return float(self.baseline.images.dices.mean())
+
+    def as_metrics(self, prefix: str) -> dict[str, float]:
+        """Difference, its interval and certainty, and the baseline's Dice."""
+        values = {
+            "dice_difference": self.comparison.difference,
+            "dice_difference_low": self.comparison.low,
+            "dice_difference_high": self.comparison.high,
+            "probability_better": self.comparison.probability_better,
+            "baseline_model_dice": self.baseline_dice,
+        }
+        return {prefix + name: value for name, value in values.items()}
+
+    @cached_property
+    def changed(self) -> list[Change]:
+        """The images that changed most, in falling order."""
+        most: list[int] = np.argsort(-np.abs(self.differences), kind="stable")[:MAX_CHANGED].tolist()
+        entries, dices = self.model.subset.entries, self.model.images.dices
+        others = self.baseline.images.dices
+        return [
+            (entries[i].image_id, float(self.differences[i]), float(dices[i]), float(others[i]))
+            for i in most
+            if self.differences[i] != 0
+        ]
