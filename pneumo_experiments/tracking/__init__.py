@@ -11,16 +11,19 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")  # seconds, also for 
 os.environ.setdefault("PGCONNECT_TIMEOUT", "10")  # seconds; libpq would wait forever
 os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")  # no warning on a machine without git
 
-from pneumo_experiments.tracking.addresses import database_file, with_driver
-from pneumo_experiments.tracking.code_version import code_version
-from pneumo_experiments.tracking.context import disabled
+from pneumo_experiments.tracking.code_version import code_differences, code_version
 from pneumo_experiments.tracking.log import (
+    active_run,
+    artifacts_of_active_run,
     describe,
+    disabled,
+    experiment_of_active_run,
     log_dataset,
     log_file,
     log_image,
     log_json,
     log_metrics,
+    log_model,
     log_page,
     log_params,
     log_scores,
@@ -28,17 +31,10 @@ from pneumo_experiments.tracking.log import (
     log_yaml,
     rename,
 )
-from pneumo_experiments.tracking.model_code import code_differences
-from pneumo_experiments.tracking.models import delete_model, log_model, model_data, model_id_of
+from pneumo_experiments.tracking.models import delete_model, model_data, model_id_of
 from pneumo_experiments.tracking.processes import end_with_mlflow_run, has_ended, process_tags
-from pneumo_experiments.tracking.runs import (
-    active_run,
-    artifacts_of_active_run,
-    end_if_running,
-    keep_running,
-    run,
-)
-from pneumo_experiments.tracking.servers import check_server
+from pneumo_experiments.tracking.runs import end_if_running, keep_running, run
+from pneumo_experiments.tracking.servers import check_server, database_file, with_driver
 from pneumo_experiments.tracking.store import open_store, tracking_uri, wait_for_store
 from pneumo_experiments.tracking.system_metrics import warn_without_gpu_metrics
 
@@ -54,6 +50,7 @@ __all__ = [
     "disabled",
     "end_if_running",
     "end_with_mlflow_run",
+    "experiment_of_active_run",
     "has_ended",
     "keep_running",
     "log_dataset",

@@ -19,7 +19,7 @@ from pneumo_experiments.errors import UserError
 from pneumo_experiments.passwords import hide_passwords
 from pneumo_experiments.search.storage import open_storage
 from pneumo_experiments.settings import Search
-from pneumo_experiments.tracking.addresses import check_address, with_driver
+from pneumo_experiments.tracking.servers import check_address, with_driver
 
 UNKNOWN = "postgresql://***"  # where the login cannot be told from a query
 passwords = st.text(st.characters(exclude_categories=["Cs"]), min_size=1) | st.from_regex(
