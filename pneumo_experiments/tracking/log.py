@@ -25,8 +25,7 @@ from mlflow.utils.mlflow_tags import MLFLOW_LOGGED_ARTIFACTS
 from numpy.typing import NDArray
 from PIL import Image
 
-from pneumo_experiments.passwords import hide_passwords
-from pneumo_experiments.settings import as_config, as_text
+from pneumo_experiments.settings import as_text
 from pneumo_experiments.tracking.buffered_client import BufferedClient, StoreUnreachable
 from pneumo_experiments.tracking.calls import SCORE_TAG, escape
 from pneumo_experiments.tracking.models import model_id_of, save_model
@@ -133,41 +132,24 @@ def log_params(values: Mapping[str, object]) -> None:
 
 def log_image(pixels: NDArray[np.uint8], name: str) -> None:
     """Logs RGB pixels (H, W, 3) as an image file, artifact ``name`` of the active run."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, PurePosixPath(name).name)
+    with _new_artifact(name) as path:
         Image.fromarray(pixels).save(path)
-        _log_artifact(path, name)
 
 
 def log_json(value: Mapping[str, Any], name: str) -> None:
     """Logs a JSON file as artifact ``name`` of the active run."""
-    _log_text(json.dumps(value, indent=2), name)
-
-
-def log_config(settings: object) -> None:
-    """Logs all settings as ``config.yaml``, which repeats the step: ``-P config=…``. Passwords are hidden."""
-    values = {
-        name: hide_passwords(value) if isinstance(value, str) else value
-        for name, value in as_config(settings).items()
-    }
-    log_yaml(values, "config.yaml")
+    log_page(json.dumps(value, indent=2), name)
 
 
 def log_yaml(values: Mapping[str, Any], name: str) -> None:
     """Logs a YAML file as artifact ``name`` of the active run."""
-    _log_text(yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True), name)
+    log_page(yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True), name)
 
 
-def log_page(html: str, name: str) -> None:
-    """Logs an HTML page as artifact ``name`` of the active run."""
-    _log_text(html, name)
-
-
-def _log_text(text: str, name: str) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, PurePosixPath(name).name)
+def log_page(text: str, name: str) -> None:
+    """Logs an HTML page, or any other text, as artifact ``name`` of the active run."""
+    with _new_artifact(name) as path:
         path.write_text(text, encoding="utf-8")
-        _log_artifact(path, name)
 
 
 def log_table(columns: Sequence[str], rows: Sequence[Sequence[object]], name: str) -> None:
@@ -175,26 +157,29 @@ def log_table(columns: Sequence[str], rows: Sequence[Sequence[object]], name: st
 
     mlflow.log_table itself would append the rows a second time when it is retried after a lost response.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        as_csv = Path(folder, f"{name}.csv")
-        with as_csv.open("w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows([columns, *rows])
-        log_file(as_csv)
-    _log_text(json.dumps({"columns": [*columns], "data": [*rows]}), f"{name}.json")
+    with _new_artifact(f"{name}.csv") as path, path.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([columns, *rows])
+    log_page(json.dumps({"columns": [*columns], "data": [*rows]}), f"{name}.json")
     send("tags", values={MLFLOW_LOGGED_ARTIFACTS: json.dumps([{"path": f"{name}.json", "type": "table"}])})
 
 
 def log_file(path: Path) -> None:
     """Logs a file as artifact of the active run."""
-    _log_artifact(path, path.name)
+    if path.name == escape(path.name):
+        send("artifact", path=str(path.absolute()), folder="")
+        return
+    with _new_artifact(path.name) as copy:  # no store accepts its name
+        shutil.copy(path, copy)
 
 
-def _log_artifact(path: Path, name: str) -> None:
-    folder = str(PurePosixPath(escape(name)).parent).removeprefix(".")
-    with tempfile.TemporaryDirectory() as temporary:
-        if path.name != escape(path.name):  # no store accepts it
-            path = Path(shutil.copy(path, Path(temporary, escape(path.name))))
-        send("artifact", path=str(path.absolute()), folder=folder)
+@contextmanager
+def _new_artifact(name: str) -> Generator[Path]:
+    """Yields the path of a file for the block to write; it is then logged as artifact ``name``."""
+    target = PurePosixPath(escape(name))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, target.name)
+        yield path
+        send("artifact", path=str(path), folder=str(target.parent).removeprefix("."))
 
 
 def log_dataset(path: Path, fingerprint: str, context: str) -> None:

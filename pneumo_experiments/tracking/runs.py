@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shlex
-from collections.abc import Callable, Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
@@ -23,15 +23,15 @@ from mlflow.utils.name_utils import (
 
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.passwords import hide_passwords
-from pneumo_experiments.settings import NONE, as_params
+from pneumo_experiments.settings import NONE, as_config, as_params
 from pneumo_experiments.tracking.buffered_client import FOLDER, BufferedClient, outages_as_user_errors
 from pneumo_experiments.tracking.code_version import CODE_VERSION_TAG, code_version
 from pneumo_experiments.tracking.log import (
     ActiveRun,
     active_runs,
     is_enabled,
-    log_config,
     log_params,
+    log_yaml,
     now_ms,
     send,
 )
@@ -50,17 +50,16 @@ def run(
     continues: str | None = None,
     parent: str | None = None,
     system_metrics: bool = False,
-    is_shared: Callable[[], bool] | None = None,
+    even_finished: bool = False,
 ) -> Generator[str]:
     """Starts a run with every setting as a param; yields its id.
 
     Inside another run it is a child run. In a process started by `mlflow run`, the first run is the one that
     `mlflow run` created. It ends FINISHED, KILLED after Ctrl-C or SIGTERM, else FAILED.
-    ``continues`` is the run to resume, if it still exists and this is no child run.
+    ``continues`` is the run to resume, if it still exists and this is no child run; if it is finished, only
+    with ``even_finished``.
     ``parent`` is the parent run, if another process has it.
     ``system_metrics`` logs CPU, memory and GPU use every few seconds.
-    ``is_shared`` tells at the end whether other processes still write this run, too, which then goes on. Such
-    a run may be resumed although it is finished.
     If the store becomes unreachable, the run continues: see BufferedClient. Raises UserError if it is
     unreachable at the start.
     """
@@ -68,17 +67,17 @@ def run(
         yield ""
         return
     with outages_as_user_errors():
-        started = _start(name, continues, parent, is_shared is not None)
+        started = _start(name, continues, parent, even_finished)
     status = "FAILED"
-    with _active(started) as active:
+    with _active(started, started.info.run_id) as active:
         try:
             samples = system_metrics or MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING.get()
             with outages_as_user_errors(), log_system_metrics(active) if samples else nullcontext():
-                texts = {name: hide_passwords(text) for name, text in as_params(settings).items()}
+                texts = _hide(as_params(settings))
                 if active.id != continues:
                     texts |= _differing(texts, started.data.params)
                 log_params(texts)
-                log_config(settings)
+                log_yaml(_hide(as_config(settings)), "config.yaml")  # repeats the step: -P config=…
                 yield active.id
             status = "FINISHED"
         except KeyboardInterrupt:
@@ -88,18 +87,28 @@ def run(
             send("tags", values={"error": hide_passwords(str(error))[:5000]})
             raise
         finally:
-            if not (is_shared and is_shared()):
-                send("end", status=status, end_time=now_ms())
+            send("end", status=status, end_time=now_ms())
 
 
 @contextmanager
-def _active(started: Run) -> Generator[ActiveRun]:
+def joined_run(run_id: str) -> Generator[None]:
+    """Within it, the runs of this process are child runs of another process's run, which stays as it is."""
+    with outages_as_user_errors():
+        _, given = _open()
+        _end_unused(given, run_id)
+        joined = MlflowClient().get_run(run_id)
+    with _active(joined, f"{run_id}-{os.getpid()}"):
+        yield
+
+
+@contextmanager
+def _active(started: Run, buffer: str) -> Generator[ActiveRun]:
     """Makes a run the active one; at the end of the outermost run, warns of unsent calls.
 
-    A resumed run also sends the calls that its earlier process left.
+    A resumed run also sends the calls that an earlier process left in the ``buffer`` of this name.
     """
     info, is_outermost = started.info, not active_runs
-    folder = (FOLDER / f"undelivered-{info.run_id}").absolute()
+    folder = (FOLDER / f"undelivered-{buffer}").absolute()
     client = BufferedClient(folder) if is_outermost else active_runs[-1].client
     active = ActiveRun(info.run_id, info.experiment_id, info.artifact_uri or "", info.start_time or 0, client)
     active_runs.append(active)
@@ -117,24 +126,16 @@ def _active(started: Run) -> Generator[ActiveRun]:
 
 def _start(name: str, continues: str | None, parent: str | None, even_finished: bool) -> Run:
     """Creates a run, or takes the one to resume or that `mlflow run` created for this process."""
-    given = None
     if active_runs:
         check_server(SETTING, mlflow.get_tracking_uri())  # since the outer run started
-        experiment, parent = active_runs[-1].experiment_id, active_runs[-1].id
+        experiment, given, parent = active_runs[-1].experiment_id, None, active_runs[-1].id
     else:
-        experiment = open_store()
-        end_orphaned_runs(experiment)
-        end_with_mlflow_run()
-        given = os.environ.pop("MLFLOW_RUN_ID", None)
-    client: Any = MlflowClient()  # which opens the store
+        experiment, given = _open()
+    client: Any = MlflowClient()  # not earlier: it would create a store
     # Tags at once: end_orphaned_runs needs them, whenever the process is killed.
     tags = process_tags() | {CODE_VERSION_TAG: code_version()}
     if parent is None and continues is not None and _is_resumable(continues, even_finished):
-        if given is not None:
-            # It cannot be deleted: `mlflow run` ends it once more.
-            client.set_tag(given, MLFLOW_RUN_NAME, "continued in an earlier run")
-            client.set_tag(given, MLFLOW_RUN_NOTE, f"This process continued run {continues}.")
-            client.set_terminated(given, "FINISHED")
+        _end_unused(given, continues)
         given = continues
     elif given is None:
         tags |= {MLFLOW_PARENT_RUN_ID: parent} if parent else {}
@@ -144,6 +145,23 @@ def _start(name: str, continues: str | None, parent: str | None, even_finished: 
     client.update_run(given, status="RUNNING")
     client.log_batch(given, tags=[RunTag(*tag) for tag in tags.items()])
     return client.get_run(given)
+
+
+def _open() -> tuple[str, str | None]:
+    """Opens the store for a process's first run; the experiment, and the run that `mlflow run` created."""
+    experiment = open_store()
+    end_orphaned_runs(experiment)
+    end_with_mlflow_run()
+    return experiment, os.environ.pop("MLFLOW_RUN_ID", None)
+
+
+def _end_unused(given: str | None, continued: str) -> None:
+    """Ends the run that `mlflow run` created, with a note that says where the work continued."""
+    if given is not None:
+        client = MlflowClient()  # it cannot be deleted: `mlflow run` ends it once more
+        client.set_tag(given, MLFLOW_RUN_NAME, "continued in an earlier run")
+        client.set_tag(given, MLFLOW_RUN_NOTE, f"This process continued run {continued}.")
+        client.set_terminated(given, "FINISHED")
 
 
 def _is_resumable(run_id: str, even_finished: bool) -> bool:
@@ -163,6 +181,10 @@ def _is_random(name: str) -> bool:
     return not name or is_usual
 
 
+def _hide(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: hide_passwords(x) if isinstance(x, str) else x for name, x in values.items()}
+
+
 def _differing(texts: dict[str, str], logged: dict[str, str]) -> dict[str, str]:
     """Settings that differ from what `mlflow run` logged, such as a default that the config file beats."""
 
@@ -177,11 +199,6 @@ def _differing(texts: dict[str, str], logged: dict[str, str]) -> dict[str, str]:
         for name, text in texts.items()
         if name in logged and not is_same(text, logged[name])
     }
-
-
-def keep_running() -> None:
-    """Marks the active run as RUNNING in this process: another one, which shared it, may have ended."""
-    send("resume", tags=process_tags())
 
 
 def end_if_running(run_id: str, status: str) -> None:

@@ -109,51 +109,44 @@ def _remedy(error: Exception) -> str:
 
 def _experiment() -> Experiment:
     """The experiment that the environment names; raises UserError if that, or the run, is gone."""
-    if run_id := os.environ.get("MLFLOW_RUN_ID"):  # `mlflow run` has created the run
-        with _must_exist("MLFLOW_RUN_ID", run_id, "run; unset that variable for a new one"):
+    run_id, name = os.environ.get("MLFLOW_RUN_ID"), os.environ.get("MLFLOW_EXPERIMENT_NAME")
+    id, info, setting = os.environ.get("MLFLOW_EXPERIMENT_ID") or "0", None, f"MLFLOW_EXPERIMENT_NAME={name}"
+    try:
+        if run_id:  # `mlflow run` has created the run
+            setting = f"MLFLOW_RUN_ID={run_id}"
             info = mlflow.get_run(run_id).info
-        experiment = _active(mlflow.get_experiment(info.experiment_id), "MLFLOW_RUN_ID", run_id)
-        if info.lifecycle_stage != LifecycleStage.ACTIVE:
-            raise UserError(
-                f"MLFLOW_RUN_ID={run_id}: the run is deleted; restore it with: mlflow runs restore --run-id"
-                f" {run_id}, or unset that variable for a new one"
-            )
-        return experiment
-    name = os.environ.get("MLFLOW_EXPERIMENT_NAME")
-    if name is None:
-        id = os.environ.get("MLFLOW_EXPERIMENT_ID") or "0"
-        remedy = "experiment; name one in MLFLOW_EXPERIMENT_NAME, which is created if it does not exist"
-        with _must_exist("MLFLOW_EXPERIMENT_ID", id, remedy):
-            return _active(mlflow.get_experiment(id), "MLFLOW_EXPERIMENT_ID", id)
-    if (existing := mlflow.get_experiment_by_name(name)) is not None:
-        return _active(existing, "MLFLOW_EXPERIMENT_NAME", name)
+            experiment = mlflow.get_experiment(info.experiment_id)
+        elif name is None:
+            setting = f"MLFLOW_EXPERIMENT_ID={id}"
+            experiment = mlflow.get_experiment(id)
+        else:
+            experiment = mlflow.get_experiment_by_name(name) or _create_experiment(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        what = "experiment; name one in MLFLOW_EXPERIMENT_NAME, which is created if it does not exist"
+        if run_id:
+            what = "run; unset that variable for a new one"
+        raise UserError(f"{setting}: {tracking_uri()} has no such {what}") from error
+    if experiment.lifecycle_stage != LifecycleStage.ACTIVE:  # MLflow keeps it until `mlflow gc`
+        raise UserError(
+            f"{setting}: the experiment {experiment.name} is deleted; restore it with: mlflow experiments"
+            f" restore --experiment-id {experiment.experiment_id}, or name another in MLFLOW_EXPERIMENT_NAME"
+        )
+    if info and info.lifecycle_stage != LifecycleStage.ACTIVE:
+        raise UserError(
+            f"{setting}: the run is deleted; restore it with: mlflow runs restore --run-id {run_id}, or unset"
+            " that variable for a new one"
+        )
+    return experiment
+
+
+def _create_experiment(name: str) -> Experiment:
     if file := database_file(mlflow.get_tracking_uri()):
         # By default the artifacts would be stored in the working directory of the first process.
         location = (file.parent / "mlruns").as_uri()
         mlflow.create_experiment(name, artifact_location=location)  # pyright: ignore[reportUnknownMemberType]
     return mlflow.set_experiment(name)  # pyright: ignore[reportUnknownMemberType]
-
-
-@contextmanager
-def _must_exist(variable: str, value: str, what: str) -> Generator[None]:
-    """Raises UserError if MLflow does not find what a variable names."""
-    try:
-        yield
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-            raise
-        raise UserError(f"{variable}={value}: {tracking_uri()} has no such {what}") from error
-
-
-def _active(experiment: Experiment, variable: str, value: str) -> Experiment:
-    """The experiment; raises UserError if it is deleted, which MLflow keeps until `mlflow gc`."""
-    if experiment.lifecycle_stage != LifecycleStage.ACTIVE:
-        raise UserError(
-            f"{variable}={value}: the experiment {experiment.name} is deleted; restore it with: mlflow"
-            f" experiments restore --experiment-id {experiment.experiment_id}, or name another in"
-            " MLFLOW_EXPERIMENT_NAME"
-        )
-    return experiment
 
 
 @contextmanager
