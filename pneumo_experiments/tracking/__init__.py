@@ -35,7 +35,7 @@ from pneumo_experiments.tracking.runs import (
     active_run,
     artifacts_of_active_run,
     end_if_running,
-    keep_running,
+    joined_run,
     run,
 )
 from pneumo_experiments.tracking.servers import check_server
@@ -55,7 +55,7 @@ __all__ = [
     "end_if_running",
     "end_with_mlflow_run",
     "has_ended",
-    "keep_running",
+    "joined_run",
     "log_dataset",
     "log_file",
     "log_image",

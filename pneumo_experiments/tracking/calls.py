@@ -180,14 +180,6 @@ def end(run_id: str, status: str, end_time: int) -> None:
     MlflowClient().set_terminated(run_id, status, end_time)
 
 
-def resume(run_id: str, tags: Mapping[str, str]) -> None:
-    """Marks a run as RUNNING, if it is not, by the process with these tags."""
-    client = MlflowClient()
-    if client.get_run(run_id).info.status != "RUNNING":
-        client.update_run(run_id, status="RUNNING")
-    client.log_batch(run_id, tags=[RunTag(name, text) for name, text in tags.items()])
-
-
 CALLS: dict[str, Callable[..., str | None]] = {
     "metrics": metrics,
     "scores": scores,
@@ -197,5 +189,4 @@ CALLS: dict[str, Callable[..., str | None]] = {
     "artifact": artifact,
     "model": model,
     "end": end,
-    "resume": resume,
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from contextlib import contextmanager, nullcontext, suppress
 
 import mlflow
@@ -22,7 +22,7 @@ from pneumo_experiments.settings import as_params
 from pneumo_experiments.tracking.addresses import local_path
 from pneumo_experiments.tracking.buffered_client import BufferedClient, outages_as_user_errors
 from pneumo_experiments.tracking.code_version import CODE_VERSION_TAG, code_version
-from pneumo_experiments.tracking.context import active_client, client_of, is_enabled
+from pneumo_experiments.tracking.context import client_of, is_enabled
 from pneumo_experiments.tracking.log import describe, log_config, now_ms
 from pneumo_experiments.tracking.processes import end_orphaned_runs, end_with_mlflow_run, process_tags
 from pneumo_experiments.tracking.servers import check_server
@@ -38,17 +38,16 @@ def run(
     continues: str | None = None,
     parent: str | None = None,
     system_metrics: bool = False,
-    is_shared: Callable[[], bool] | None = None,
+    even_finished: bool = False,
 ) -> Generator[str]:
     """Starts a run named after its step, with every setting as a param; yields its id.
 
     Inside another run it is a child run. In a process started by `mlflow run`, the first run is the one that
     `mlflow run` created. It ends FINISHED, KILLED after Ctrl-C or SIGTERM, else FAILED.
-    ``continues`` is the run to resume, if it still exists and this is no child run.
+    ``continues`` is the run to resume, if it still exists and this is no child run; if it is finished, only
+    with ``even_finished``.
     ``parent`` is the parent run, if another process has it.
     ``system_metrics`` logs CPU, memory and GPU use every few seconds.
-    ``is_shared`` tells at the end whether other processes still write this run, too, which then goes on. Such
-    a run may be resumed although it is finished.
     If the store becomes unreachable, the run continues: see BufferedClient. Raises UserError if it is
     unreachable at the start.
     """
@@ -62,7 +61,7 @@ def run(
             end_with_mlflow_run()
         else:
             check_server(SETTING, mlflow.get_tracking_uri())  # since the outer run started
-        resumed = None if nested or continues is None else _resumable(continues, is_shared is not None)
+        resumed = None if nested or continues is None else _resumable(continues, even_finished)
         is_new = nested or not (resumed or os.environ.get("MLFLOW_RUN_ID"))
         # Tags at once: end_orphaned_runs needs them, whenever the process is killed.
         started = mlflow.start_run(
@@ -104,7 +103,7 @@ def run(
             client.send_or_buffer("tags", run_id=run_id, values={"error": message})
             raise
         finally:
-            _end(client, run_id, None if is_shared and is_shared() else status)
+            _end(client, run_id, status)
 
 
 def _is_random(name: str) -> bool:
@@ -115,12 +114,18 @@ def _is_random(name: str) -> bool:
     return not name or is_usual
 
 
-def keep_running() -> None:
-    """Marks the active run as RUNNING in this process: another one, which shared it, may have ended."""
-    if is_enabled():
-        active = mlflow.active_run()
-        assert active is not None
-        active_client().send_or_buffer("resume", run_id=active.info.run_id, tags=process_tags())
+@contextmanager
+def joined_run(run_id: str) -> Generator[None]:
+    """Within it, this process starts child runs of another process's run, ``run(…, parent=run_id)``.
+
+    The run itself stays as it is.
+    """
+    with outages_as_user_errors():
+        end_orphaned_runs(open_store())
+        end_with_mlflow_run()
+        _end_unused_run(run_id)
+    with client_of(f"{run_id}-{os.getpid()}"):  # one for all child runs: calls of one may be sent in the next
+        yield
 
 
 def end_if_running(run_id: str, status: str) -> None:
@@ -131,11 +136,10 @@ def end_if_running(run_id: str, status: str) -> None:
             client.set_terminated(run_id, status)
 
 
-def _end(client: BufferedClient, run_id: str, status: str | None) -> None:
+def _end(client: BufferedClient, run_id: str, status: str) -> None:
     client.skip_pause()
     try:
-        if status is not None:
-            client.send_or_buffer("end", run_id=run_id, status=status, end_time=now_ms())
+        client.send_or_buffer("end", run_id=run_id, status=status, end_time=now_ms())
     finally:
         # The rest of mlflow.end_run, which would also wait minutes for an unreachable store.
         _active_run_stack.get().pop()  # pyright: ignore[reportUnknownMemberType]
@@ -143,25 +147,26 @@ def _end(client: BufferedClient, run_id: str, status: str | None) -> None:
 
 
 def _resumable(run_id: str, even_finished: bool) -> str | None:
-    """The run to resume; None if it is deleted, or finished unless ``even_finished``.
-
-    Ends the run that `mlflow run` created for this process, with a note that says where the work continued.
-    """
-    client = MlflowClient()
+    """The run to resume; None if it is deleted, or finished unless ``even_finished``."""
     try:
-        info = client.get_run(run_id).info
+        info = MlflowClient().get_run(run_id).info
         # A finished training is complete: resumed, it would have its last results twice.
         if info.lifecycle_stage != "active" or (info.status == "FINISHED" and not even_finished):
             return None
     except MlflowException:
         return None
-    unused = os.environ.pop("MLFLOW_RUN_ID", None)
-    if unused is not None:
+    _end_unused_run(run_id)
+    return run_id
+
+
+def _end_unused_run(run_id: str) -> None:
+    """Ends the run that `mlflow run` created for this process, with a note where the work continued."""
+    if (unused := os.environ.pop("MLFLOW_RUN_ID", None)) is not None:
         # It cannot be deleted: `mlflow run` ends it once more.
+        client = MlflowClient()
         client.set_tag(unused, "mlflow.runName", "continued in an earlier run")
         client.set_tag(unused, "mlflow.note.content", f"This process continued run {run_id}.")
         client.set_terminated(unused, "FINISHED")
-    return run_id
 
 
 def active_run() -> str | None:
