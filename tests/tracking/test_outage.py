@@ -1,4 +1,4 @@
-"""A tracking store that becomes unreachable during a run, and system metrics.
+"""A tracking store that becomes unreachable during a run.
 
 The server is a real one, killed with -9 and restarted on the same port.
 """
@@ -24,7 +24,7 @@ from helpers import environment, make, working_in
 from mlflow import MlflowClient
 from mlflow.exceptions import RestException
 from tracked import artifact
-from tracking_server import Server, calls_in, free_port, wait_until
+from tracking_server import Server, calls_in, free_port
 
 from pneumo_experiments import tracking
 from pneumo_experiments.errors import UserError
@@ -402,8 +402,7 @@ def test_a_server_that_hangs_does_not_block_a_run_and_gets_everything_later(
 
 
 @pytest.fixture
-def client(store: Path, monkeypatch: pytest.MonkeyPatch) -> MlflowClient:
-    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.4")
+def client(store: Path) -> MlflowClient:
     return MlflowClient()
 
 
@@ -550,47 +549,3 @@ def test_sending_buffered_calls_needs_the_store_and_the_file(
     with working_in(tmp_path, uri), pytest.raises(UserError, match=reason):
         send_buffered(tmp_path / name)
     assert len(calls_in(tmp_path / "calls.jsonl")) == 1
-
-
-# System metrics
-
-
-def test_system_metrics_continue_in_a_resumed_run(
-    client: MlflowClient, capfd: pytest.CaptureFixture[str]
-) -> None:
-    with suppress(KeyboardInterrupt), tracking.run("train", Train(), system_metrics=True) as run_id:
-        wait_until(lambda: len(history(client, run_id, "system/cpu_utilization_percentage")) >= 3)
-        raise KeyboardInterrupt
-    first = client.get_metric_history(run_id, "system/cpu_utilization_percentage")
-    with tracking.run("train", Train(), continues=run_id, system_metrics=True):
-        pass
-    both = client.get_metric_history(run_id, "system/cpu_utilization_percentage")
-    assert len(both) > len(first)
-    steps = [metric.step for metric in both]
-    assert steps == sorted(steps)
-    assert all(0 <= metric.value <= 100 for metric in both)
-    memory = client.get_run(run_id).data.metrics["system/system_memory_usage_megabytes"]
-    assert 100 < memory < 10_000_000
-    assert capfd.readouterr().err == ""
-
-
-@pytest.mark.parametrize("error", [None, ValueError("a bug"), KeyboardInterrupt()])
-def test_system_metrics_end_with_the_run_and_even_a_short_run_has_some(
-    error: BaseException | None, client: MlflowClient
-) -> None:
-    before = set(threading.enumerate())
-    with (
-        suppress(ValueError, KeyboardInterrupt),
-        tracking.run("train", Train(), system_metrics=True) as run_id,
-    ):
-        assert "system-metrics" in {thread.name for thread in threading.enumerate()}
-        if error is not None:
-            raise error
-    assert {thread.name for thread in set(threading.enumerate()) - before} <= {"MLflowAsync"}
-    assert len(client.get_metric_history(run_id, "system/cpu_utilization_percentage")) >= 1
-
-
-def test_a_run_without_system_metrics_has_none(client: MlflowClient) -> None:
-    with tracking.run("train", Train()) as run_id:
-        tracking.log_metrics({"dice": 0.5})
-    assert set(client.get_run(run_id).data.metrics) == {"dice"}
