@@ -180,6 +180,7 @@ def _create(path: Path) -> None:
     """
     url = make_url(mlflow.get_tracking_uri())
     with write_atomically(path) as temporary:
+        temporary.touch()  # MLflow would try for minutes to open what cannot be written
         file = Path(url.database or "").with_name(temporary.name)  # an absolute path may need quotes
         SqlAlchemyStore(str(url.set(database=str(file))), (path.parent / "mlruns").as_uri()).engine.dispose()
 
