@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from pneumo_experiments.learning.device import choose_compute
 from pneumo_experiments.learning.network import PneumothoraxNet
-from pneumo_experiments.learning.onnx_export import OnnxModel, difference, write_onnx
+from pneumo_experiments.learning.onnx_export import difference, open_session, write_onnx
 from pneumo_experiments.learning.predict import VIEWS, Ensemble, Predictor
 from pneumo_experiments.settings import Device
 
@@ -70,12 +70,13 @@ def main() -> None:
         write_onnx(path, Ensemble((reference,)), options.image_size, {})
         written_s, size_mb = time.perf_counter() - start, path.stat().st_size / 1e6
         gap = difference(path, reference, [rng.integers(0, 256, (2, *shape), np.uint8)])
+        session = open_session(path, options.threads)
         ways: dict[str, Way] = {
             "torch fp32": lambda pixels: list(reference.predict(pixels, len(pixels))),
             f"torch, precision=auto: {chosen.compute.precision}": lambda pixels: list(
                 chosen.predict(pixels, len(pixels))
             ),
-            "onnxruntime fp32": OnnxModel(path, options.threads),
+            "onnxruntime fp32": lambda pixels: session.run(None, {"pixels": pixels}),
         }
         times = {}
         for count in options.batches:

@@ -1,25 +1,27 @@
-"""A model as an ONNX file: written, compared with the model, logged."""
+"""A model as an ONNX file: written, and compared with the model."""
 
 from __future__ import annotations
 
 from collections.abc import Generator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pneumo_experiments import __version__, tracking
+from pneumo_experiments import __version__
 from pneumo_experiments.dataset.resize import resize_image
 from pneumo_experiments.errors import UserError, reason_of
 from pneumo_experiments.files import write_atomically
 from pneumo_experiments.learning.onnx_export import (
     MEANINGS,
     PRODUCER,
+    Difference,
     difference,
     in_fp32,
     is_own_file,
+    require_onnx,
     write_onnx,
 )
 from pneumo_experiments.serving import Detector
@@ -29,39 +31,43 @@ from pneumo_experiments.synthetic.radiographs import draw_radiograph
 LIMIT = 1e-3  # largest difference of a probability between the file and the model in fp32
 
 
-def refuse_to_replace(path: Path) -> None:
-    """Raises UserError when ``path`` holds anything but an ONNX file of this package."""
+@dataclass(frozen=True)
+class OnnxFile:
+    """A written file, and how far its probabilities are from the model's."""
+
+    size_mb: float
+    from_fp32: Difference
+    from_own_format: Difference | None
+    """of a model that was not trained in fp32: its thresholds were chosen on predictions in its own format"""
+
+
+def check_onnx(path: Path) -> None:
+    """Raises UserError if a library is missing, or ``path`` holds anything but an earlier export."""
+    require_onnx()
     with _as_user_errors(path):
         if path.exists() and not (path.is_file() and is_own_file(path)):
             raise UserError(f"onnx_file={path}: exists, and export did not write it; name another file")
 
 
-def export_onnx(path: Path, detector: Detector) -> None:
-    """Writes the detector's networks to an ONNX file, compares both, and logs the file.
+def export_onnx(path: Path, detector: Detector) -> OnnxFile:
+    """Writes the detector's networks to an ONNX file, and compares both.
 
-    Raises UserError, and leaves no file, when a probability differs by more than ``LIMIT``.
+    Raises UserError, and leaves ``path`` as it was, when a probability differs by more than ``LIMIT``.
     """
-    refuse_to_replace(path)
     ensemble, batches = detector.predictor, check_batches(detector.image_size)
     with _as_user_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with write_atomically(path) as temporary:
             write_onnx(temporary, ensemble, detector.image_size, _facts(detector))
-            found = difference(temporary, in_fp32(ensemble), batches)
-            if not found.is_within(LIMIT):
+            from_fp32, own = difference(temporary, in_fp32(ensemble), batches), None
+            if not from_fp32.is_within(LIMIT):
                 raise UserError(
                     f"onnx_file={path}: not written: its probabilities differ from the model's by up to"
-                    f" {found}, more than {LIMIT}; use other versions of the packages of the extra onnx"
+                    f" {from_fp32}, more than {LIMIT}; use other versions of the packages of the extra onnx"
                 )
-            # The thresholds were chosen on predictions in the model's own format.
-            own = None if detector.precisions == "fp32" else difference(temporary, ensemble, batches)
-            size_mb = temporary.stat().st_size / 1e6
-            refuse_to_replace(path)  # another process may have written it meanwhile
-    tracking.log_file(path)
-    tracking.log_params({f"onnx_{name}_difference": value for name, value in found._asdict().items()})
-    print(f"register: {path}, {size_mb:.0f} MB; differences from the model in fp32: {found}")
-    if own is not None:
-        print(f"register: differences from the model in its own format, {detector.precisions}: {own}")
+            if detector.precisions != "fp32":
+                own = difference(temporary, ensemble, batches)
+        return OnnxFile(path.stat().st_size / 1e6, from_fp32, own)
 
 
 def check_batches(image_size: int) -> list[NDArray[np.uint8]]:

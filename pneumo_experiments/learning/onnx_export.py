@@ -10,7 +10,7 @@ from dataclasses import replace
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -84,20 +84,24 @@ def write_onnx(path: Path, ensemble: Ensemble, image_size: int, facts: Mapping[s
     Moves the networks to the CPU. Raises UserError for networks that are too large for one file, OSError when
     it cannot be written.
     """
-    reference = in_fp32(ensemble)
-    networks = [member.network for member in reference.members]
-    _require_room(networks)
-    for network in networks:
-        network.to(device="cpu", memory_format=torch.contiguous_format)  # pyright: ignore[reportCallIssue]
-        network.eval()
-    # Two images: torch.export takes the number 1 for a constant.
-    example = torch.zeros(2, image_size, image_size, dtype=torch.uint8)
+    graph = _Graph(in_fp32(ensemble)).eval()
+    graph.to(device="cpu", memory_format=torch.contiguous_format)  # pyright: ignore[reportCallIssue]
+    tensors = graph.networks.state_dict().items()
+    # The auxiliary head is for training alone, and not in the file.
+    size = sum(tensor.nbytes for name, tensor in tensors if ".aux_head." not in name)
+    if size > MAX_BYTES:
+        count = len(ensemble.members)
+        raise UserError(
+            f"export=onnx: {count} networks of {size / 1e9:.1f} GB are more than the 2 GB that an ONNX file"
+            f" holds; export at most {MAX_BYTES * count // size} of them"
+        )
     exporter: Any = torch.onnx  # whose types are incomplete
     try:
         with _quiet():
-            program = exporter.export(
-                _Graph(reference).eval(),
-                (example,),
+            model = exporter.export(
+                graph,
+                # Two images: torch.export takes the number 1 for a constant.
+                (torch.zeros(2, image_size, image_size, dtype=torch.uint8),),
                 dynamo=True,
                 opset_version=OPSET,
                 input_names=[INPUT],
@@ -105,8 +109,7 @@ def write_onnx(path: Path, ensemble: Ensemble, image_size: int, facts: Mapping[s
                 dynamic_shapes={INPUT: {0: torch.export.Dim("n")}},
                 external_data=False,
                 verbose=False,
-            )
-            model = program.model_proto
+            ).model_proto
     except exporter.OnnxExporterError as error:
         versions = ", ".join(f"{name} {version(name)}" for name in ("torch", *LIBRARIES))
         raise UserError(f"export=onnx: failed with {versions}; install other versions of these") from error
@@ -120,21 +123,14 @@ def is_own_file(path: Path) -> bool:
         return PRODUCER.encode() in file.read(64)
 
 
-class OnnxModel:
-    """An ONNX file of ``write_onnx`` in onnxruntime, on the CPU."""
-
-    def __init__(self, path: Path, threads: int = 0) -> None:
-        """``threads`` of onnxruntime; 0 leaves the number to it."""
-        runtime: Any = import_module("onnxruntime")
-        runtime.disable_telemetry_events()  # hospital networks must see no unexpected requests
-        options = runtime.SessionOptions()
-        options.log_severity_level = ERRORS_ONLY
-        options.intra_op_num_threads = threads
-        self._session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-
-    def __call__(self, pixels: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Probabilities of pixels (n, S, S) and of presence (n,) of 8-bit images (n, S, S)."""
-        return tuple(self._session.run(list(OUTPUTS), {INPUT: pixels}))
+def open_session(path: Path, threads: int = 0) -> Any:
+    """An ONNX file in onnxruntime, on the CPU, with so many threads; 0 leaves their number to it."""
+    runtime: Any = import_module("onnxruntime")
+    runtime.disable_telemetry_events()  # hospital networks must see no unexpected requests
+    options = runtime.SessionOptions()
+    options.log_severity_level = ERRORS_ONLY
+    options.intra_op_num_threads = threads
+    return runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
 def difference(path: Path, predictor: AnyPredictor, batches: Iterable[NDArray[np.uint8]]) -> Difference:
@@ -142,30 +138,14 @@ def difference(path: Path, predictor: AnyPredictor, batches: Iterable[NDArray[np
 
     Raises UserError when an output of the predictor is NaN.
     """
-    model, worst = OnnxModel(path), np.zeros(2)
+    session, worst = open_session(path), np.zeros(2)
     for pixels in batches:
         predictions = list(predictor.predict(pixels, len(pixels)))
-        expected = (
-            np.stack([one.mask for one in predictions]),
-            np.array([one.presence for one in predictions]),
-        )
-        gaps = [np.abs(mine - theirs).max() for mine, theirs in zip(model(pixels), expected, strict=True)]
+        expected = [one.mask for one in predictions], [one.presence for one in predictions]
+        found = session.run(list(OUTPUTS), {INPUT: pixels})
+        gaps = [np.abs(mine - theirs).max() for mine, theirs in zip(found, expected, strict=True)]
         worst = np.maximum(worst, gaps)  # which keeps NaN
     return Difference(float(worst[0]), float(worst[1]))
-
-
-def _require_room(networks: list[Any]) -> None:
-    size = sum(
-        tensor.nbytes
-        for network in networks
-        for name, tensor in cast("nn.Module", network).state_dict().items()
-        if not name.startswith("aux_head.")  # for training alone: not in the file
-    )
-    if size > MAX_BYTES:
-        raise UserError(
-            f"export=onnx: {len(networks)} networks of {size / 1e9:.1f} GB are more than the 2 GB that an"
-            f" ONNX file holds; export at most {MAX_BYTES * len(networks) // size} of them"
-        )
 
 
 def _describe(model: Any, facts: Mapping[str, str]) -> None:

@@ -1,99 +1,141 @@
-"""The model card of a version: gathers what runs, scores and the model itself know."""
+"""The model card of a version, as Markdown: what runs, scores and the model itself know of it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
+from markupsafe import Markup
+
+from pneumo_experiments.data_report.summary import plural, printable
 from pneumo_experiments.metrics.scores import notes
-from pneumo_experiments.registry import model_scores
-from pneumo_experiments.registry.card_text import CardScore, ModelCard, SizeRow, card_text
-from pneumo_experiments.registry.lineage import Lineage
-from pneumo_experiments.registry.model_scores import UnseenScore
-from pneumo_experiments.registry.promotion import CHALLENGER, CHAMPION, Decision
+from pneumo_experiments.registry.lineage import Lineage, score_links
+from pneumo_experiments.registry.promotion import Decision
+from pneumo_experiments.registry.scores import read_json, read_table
+from pneumo_experiments.registry.versions import CHALLENGER, CHAMPION, NONE, Version
 from pneumo_experiments.serving import Detector
 
-DECISIONS = {CHAMPION: "made the champion", CHALLENGER: "a challenger", "none": "no alias"}
+MAX_CHARACTERS = 4800  # of a description; PostgreSQL refuses more than 5000
+MAX_REASON = 700
 MAX_FOLDS = 5  # that are named
+DECISIONS = {CHAMPION: "made the champion", CHALLENGER: "a challenger", NONE: "no alias"}
+
+Row = Mapping[str, Any]
 
 
-def model_card(name: str, number: str, detector: Detector, decision: Decision, lineage: Lineage) -> str:
-    """The card as Markdown; what is not known is left out."""
-    score = decision.score
-    rows = [] if score is None else _groups(score)
-    everyone = next((row for row in rows if row.get("group") == "all"), None)
-    return card_text(
-        ModelCard(
-            name=name,
-            number=number,
-            network=detector.networks,
-            dice=None if score is None else _dice(score, (everyone or {}).get("dice_note")),
-            dice_baseline=0.0 if score is None else score.dice_baseline,
-            scored_images="" if score is None else f"{score.images} {score.subset} images",
-            scored_patients=None if everyone is None else int(everyone["patients"]),
-            decision=DECISIONS[decision.alias],
-            reason=decision.reason,
-            sizes=_sizes(rows),
-            thresholds=asdict(detector.thresholds),
-            data=_data(detector),
-            parts=_parts(lineage.training_runs),
-            code_version=lineage.code_version,
-            links=[(link.text, link.address) for link in lineage.links],
-        )
+@dataclass(frozen=True)
+class ModelCard:
+    """What a card tells; what is not known is left out."""
+
+    version: Version
+    detector: Detector
+    decision: Decision
+    code_version: str
+    links: Mapping[str, str]
+    """address by text"""
+    groups: Sequence[Row]
+    """rows of the table by_group of the run that scored the model, with notes; none if they are lost"""
+    parts: Mapping[str, Mapping[str, int]]
+    """images, patients and positives of each part of the split, where one training has one split"""
+
+    @property
+    def text(self) -> str:
+        """At most MAX_CHARACTERS; links at the end are left out where there is no room."""
+        text = _template().render(card=self, thresholds=asdict(self.detector.thresholds))
+        if len(text) > MAX_CHARACTERS and self.links:
+            return replace(self, links=dict([*self.links.items()][:-1])).text
+        return text[:MAX_CHARACTERS]
+
+    @property
+    def outcome(self) -> str:
+        """The decision and its reason."""
+        return f"{DECISIONS[self.decision.alias]}; {self.decision.reason[:MAX_REASON]}"
+
+    @property
+    def everyone(self) -> Row:
+        """The row of all images; empty if it is lost."""
+        return next((row for row in self.groups if row["group"] == "all"), dict[str, Any]())
+
+    @property
+    def dice(self) -> str:
+        """Dice with its interval, of a model that has a score."""
+        assert self.decision.challenge.score is not None
+        return _score_text({**self.everyone, **self.decision.challenge.score.metrics}, "dice")
+
+    @property
+    def sizes(self) -> list[tuple[str, Row]]:
+        """Name and row of all images, and of each third of the findings by area."""
+        thirds = [(row["value"], row) for row in self.groups if row["group"] == "area"]
+        return [("all images", self.everyone), *thirds] if self.everyone else []
+
+    @property
+    def data(self) -> dict[str, str]:
+        """Name and value of what is known of data set and split."""
+        settings = [member.settings for member in self.detector.members]
+        first, folds = settings[0], [str(each["fold"]) for each in settings]
+        fold = ",".join(folds[:MAX_FOLDS]) + (",…" if len(folds) > MAX_FOLDS else "")
+        seed = first["split_seed"]
+        return {
+            "data set": Path(str(first.get("dataset", "unknown"))).name,
+            "fingerprint": self.detector.data_fingerprint[:16],
+            "image size": f"{self.detector.image_size} px",
+            "split": f"holdout={first['holdout']} folds={first['folds']} fold={fold} split_seed={seed}",
+            **({"networks": str(len(settings))} if len(settings) > 1 else {}),
+        }
+
+
+def model_card(version: Version, detector: Detector, decision: Decision, lineage: Lineage) -> ModelCard:
+    """Gathers what a card tells."""
+    score, runs = decision.challenge.score, lineage.training_runs
+    groups = read_table(score.run_id, "by_group") if score else []
+    split: Any = read_json(runs[0], "split.json") if len(runs) == 1 else None
+    return ModelCard(
+        version,
+        detector,
+        decision,
+        lineage.code_version,
+        {**lineage.links, **(score_links(score.run_id) if score else {})},
+        [row | notes(row) for row in groups],
+        split["parts"] if split else {},
     )
 
 
-def _dice(score: UnseenScore, note: str | None) -> CardScore:
-    return CardScore(score.dice, score.metrics.get("dice_low"), score.metrics.get("dice_high"), note)
+def _score_text(row: Row, name: str) -> str:
+    """``0.912 (0.858 to 0.956), 31 of 34``, without what is undefined."""
+    value, *ends = (row.get(f"{name}{end}") for end in ("", "_low", "_high"))
+    if value is None:
+        return "–"
+    interval = "" if None in ends else f" ({ends[0]:.3f} to {ends[1]:.3f})"
+    note = f", {row[f'{name}_note']}" if row.get(f"{name}_note") else ""
+    return f"{value:.3f}{interval}{note}"
 
 
-def _groups(score: UnseenScore) -> list[dict[str, Any]]:
-    """Rows of the table by_group of the run that scored the model, with notes; none if they are lost."""
-    return [row | notes(row) for row in model_scores.read_table(score.run_id, "by_group") or []]
+@cache
+def _template() -> Template:
+    environment = Environment(
+        loader=PackageLoader("pneumo_experiments.registry", "."),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=_finalize,
+    )
+    filters = cast("dict[str, Any]", environment.filters)  # pyright: ignore[reportUnknownMemberType]
+    filters.update(code=_code, plural=plural, score=_score_text)
+    return environment.get_template("model_card.md.j2")
 
 
-def _sizes(rows: Sequence[dict[str, Any]]) -> list[SizeRow]:
-    """All images and each third of the findings by area."""
-
-    def row(name: str, row: dict[str, Any]) -> SizeRow:
-        def score(key: str) -> CardScore:
-            return CardScore(
-                row.get(key), row.get(f"{key}_low"), row.get(f"{key}_high"), row.get(f"{key}_note")
-            )
-
-        return SizeRow(name, int(row["images"]), score("sensitivity"), score("specificity"), score("dice"))
-
-    everyone = [row("all images", each) for each in rows if each.get("group") == "all"]
-    names = ("small", "medium", "large")  # thirds are numbered from 1
-    thirds = [each for each in rows if each.get("group") == "area"]
-    return everyone + [
-        row(f"{names[int(str(each['value'])[0]) - 1]} ({str(each['value'])[3:]})", each) for each in thirds
-    ]
+def _finalize(value: Any) -> Any:
+    """Texts on one line, without what Markdown or HTML would read as markup."""
+    if not isinstance(value, str) or isinstance(value, Markup):
+        return value
+    return re.sub(r"([\\`*_\[\]<>|#])", r"\\\1", printable(value))
 
 
-def _data(detector: Detector) -> dict[str, str]:
-    settings = [member.settings for member in detector.members]
-    first, folds = settings[0], [str(each["fold"]) for each in settings]
-    named = ",".join(folds[:MAX_FOLDS]) + (",…" if len(folds) > MAX_FOLDS else "")
-    split = f"holdout={first['holdout']} folds={first['folds']} fold={named} split_seed={first['split_seed']}"
-    return {
-        "data set": Path(str(first.get("dataset", "unknown"))).name,
-        "fingerprint": detector.data_fingerprint[:16],
-        "image size": f"{detector.image_size} px",
-        "split": split,
-        **({"networks": str(len(settings))} if len(settings) > 1 else {}),
-    }
-
-
-def _parts(training_runs: Sequence[str]) -> dict[str, dict[str, int]]:
-    """Images, patients and positives of each part of the split, where one training has one split."""
-    content: Any = model_scores.read_json(training_runs[0], "split.json") if len(training_runs) == 1 else {}
-    parts = dict[str, dict[str, int]]()
-    try:
-        for name, part in cast("dict[str, Any]", content["parts"]).items():
-            parts[name] = {key: int(part[key]) for key in ("images", "patients", "positives")}
-    except (TypeError, LookupError, ValueError, AttributeError):
-        return {}
-    return parts
+def _code(text: str) -> Markup:
+    """Text in code style, where no character is markup."""
+    return Markup(f"`{re.sub('[`|<>]', '?', printable(text))}`")

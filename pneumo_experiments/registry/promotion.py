@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from pneumo_experiments.metrics.comparison import Comparison, compare, required_probability
-from pneumo_experiments.registry import champions, model_scores, versions
-from pneumo_experiments.registry.model_scores import UnseenScore
-from pneumo_experiments.registry.versions import Version
+from pneumo_experiments.registry.scores import UnseenScore, images_of, latest, scores_of
+from pneumo_experiments.registry.versions import CHALLENGER, CHAMPION, NONE, Version, count_decision
 from pneumo_experiments.settings import Registry
 
-CHAMPION, CHALLENGER, NONE = versions.CHAMPION, versions.CHALLENGER, "none"
 # Patients with a finding, for a first champion and for one that replaces another: with fewer the bootstrap of
 # the difference covers too rarely.
 MIN_FIRST, MIN_REPLACING = 10, 20
-ImageRow = tuple[str, float, bool]  # patient, Dice, whether the truth has pixels
 
 
 @dataclass(frozen=True)
@@ -46,84 +42,84 @@ class Pair:
 
 
 @dataclass(frozen=True)
+class Challenge:
+    """What is known of a new version: its score, and its comparison with the champion or all-empty masks."""
+
+    champion: Version | None
+    score: UnseenScore | None
+    pair: Pair | None
+    problem: str = ""
+    """why there is no pair"""
+
+    def counted(self, registry: Registry, version: Version, models: int) -> Challenge:
+        """Counts the decision about the version, unless it is none, and sets what it requires."""
+        if self.pair is None or registry.promote == "never":
+            return self
+        decision = count_decision(version, self.pair.new.identity)
+        required = required_probability(registry.min_probability, decision, models)
+        return replace(self, pair=replace(self.pair, decision=decision, models=models, required=required))
+
+
+@dataclass(frozen=True)
 class Decision:
-    """The alias that a version gets (``none`` moves none), why, and the score that is told of it."""
+    """The alias that a version gets (``none`` moves none), why, and what was known."""
 
     alias: str
     reason: str
-    score: UnseenScore | None
-    pair: Pair | None
+    challenge: Challenge
 
-    def tags(self, champion: Version | None) -> dict[str, str]:
-        """Tags of the version about its score and the comparison."""
-        score, tags = self.score, dict[str, Any]()
+    def tags(self) -> dict[str, str]:
+        """Tags of the version: the reason, its score and the comparison."""
+        score, pair, champion = self.challenge.score, self.challenge.pair, self.challenge.champion
+        tags: dict[str, Any] = {"reason": self.reason}
         if score is not None:
             ends = {f"dice_{end}": score.metrics.get(f"dice_{end}") for end in ("low", "high")}
-            tags = {"dice": score.dice, **ends, "dice_baseline": score.dice_baseline, "images": score.images}
+            tags |= {"dice": score.dice, **ends, "dice_baseline": score.dice_baseline, "images": score.images}
             tags |= {"identity": score.identity, "subset": score.subset}
-        if self.pair is not None:
-            found = self.pair.comparison
-            tags |= {"compared_with": champion.number if champion else "baseline", "gain": found.difference}
-            tags |= {"probability_better": found.probability_better}
-            if self.pair.decision:
-                tags |= {"decision_number": self.pair.decision}
-                tags |= {"required_probability": round(self.pair.required, 9)}
+        if pair is not None:
+            tags |= {"compared_with": champion.number if champion else "baseline"}
+            tags |= {"gain": pair.comparison.difference}
+            tags |= {"probability_better": pair.comparison.probability_better}
+        if pair is not None and pair.decision:
+            tags |= {"decision_number": pair.decision, "required_probability": round(pair.required, 9)}
         return {name: str(value) for name, value in tags.items() if value is not None}
 
 
-def compared(
-    scores: Mapping[str, UnseenScore], champion: Version | None, champions: Mapping[str, UnseenScore]
-) -> Pair | None:
-    """The comparison on unseen images of a model and the champion, by their scores; None without common ones.
+def challenge(model_id: str | None, champion: Version | None) -> Challenge:
+    """Compares a model with the champion, or without one with all-empty masks, by their scores.
 
-    Without a champion it is with all-empty masks. Images of enough patients with a finding come first, then
-    those that decided the champion, then the hold-outs and external data sets scored last.
+    Images of enough patients with a finding come first, then those that decided about the champion, then the
+    hold-outs and external data sets scored last.
     """
-    deciding = (champion.tags or {}).get("identity") if champion else None
-    common = [new for new in scores.values() if champion is None or new.identity in champions]
+    scores, others = scores_of(model_id), scores_of(champion.model_id) if champion else {}
+    deciding = champion.tags.get("identity") if champion else None
+    common = [new for new in scores.values() if champion is None or new.identity in others]
     common.sort(key=lambda s: (s.identity == deciding, s.subset == "holdout", s.timestamp), reverse=True)
     first: Pair | None = None
     for new in common:
-        if (pair := _pair(new, champions.get(new.identity))) is not None:
-            if pair.positives >= _least_positives(champion):
-                return pair
-            first = first or pair
-    return first
+        pair = _pair(new, others.get(new.identity))
+        first = first or pair
+        if pair is not None and pair.positives >= _least_positives(champion):
+            return Challenge(champion, new, pair)
+    score = first.new if first else latest(scores.values()) if scores else None
+    return Challenge(champion, score, first)
 
 
-def _least_positives(champion: Version | None) -> int:
-    return MIN_REPLACING if champion else MIN_FIRST
-
-
-def counted(pair: Pair, registry: Registry, number: str, models: int) -> Pair:
-    """Counts the decision about a version by this pair, and sets what it requires."""
-    decision = champions.count_decision(registry.name, number, pair.new.identity)
-    required = required_probability(registry.min_probability, decision, models)
-    return replace(pair, decision=decision, models=models, required=required)
-
-
-def decide(
-    registry: Registry,
-    scores: Mapping[str, UnseenScore],
-    champion: Version | None,
-    pair: Pair | None,
-    why: str,
-) -> Decision:
-    """The decision about a new version with these scores; ``why`` tells why there is no pair."""
-    score = pair.new if pair else model_scores.latest([*scores.values()]) if scores else None
+def decide(registry: Registry, challenge: Challenge) -> Decision:
+    """The decision about a new version."""
     if registry.promote == "never":
-        return Decision(NONE, "promote=never", score, pair)
-    favoured, reason = _verdict(registry, score, champion, pair, why)
+        return Decision(NONE, "promote=never", challenge)
+    favoured, reason = _verdict(registry, challenge)
     if registry.promote == "always":
         reason = f"promote=always: {reason}" if favoured else f"promote=always, although: {reason}"
-        return Decision(CHAMPION, reason, score, pair)
-    return Decision(CHAMPION if favoured else CHALLENGER, reason, score, pair)
+        return Decision(CHAMPION, reason, challenge)
+    return Decision(CHAMPION if favoured else CHALLENGER, reason, challenge)
 
 
-def _verdict(
-    registry: Registry, score: UnseenScore | None, champion: Version | None, pair: Pair | None, why: str
-) -> tuple[bool, str]:
-    because = f" ({why})" if why else ""
+def _verdict(registry: Registry, challenge: Challenge) -> tuple[bool, str]:
+    """Whether the rules favour the new version, and why."""
+    champion, score, pair = challenge.champion, challenge.score, challenge.pair
+    because = f" ({challenge.problem})" if challenge.problem else ""
     if score is None:
         return False, (
             "no score on unseen images (train and validation do not count); run score with subset=holdout,"
@@ -134,12 +130,11 @@ def _verdict(
         return False, f"{dice} is not above the all-empty baseline {score.dice_baseline:.4f}"
     who = f"the champion, version {champion.number}" if champion else "the all-empty baseline"
     if pair is None:
-        problem = "they have no scores of the same images", "score both on the same images"
+        lack = "they have no scores of the same images", "score both on the same images"
         if champion is None:
-            problem = "the table of its images is lost", "score it again"
+            lack = "the table of its images is lost", "score it again"
         return False, (
-            f"{dice} cannot be compared with {who}: {problem[0]}{because}; {problem[1]}, or use"
-            " promote=always"
+            f"{dice} cannot be compared with {who}: {lack[0]}{because}; {lack[1]}, or use promote=always"
         )
     found, least = pair.comparison, _least_positives(champion)
     line = f"{dice} against {pair.other_dice:.4f} of {who}: {pair.line}"
@@ -157,32 +152,19 @@ def _verdict(
     return True, line if champion else f"the first champion: {line}"
 
 
+def _least_positives(champion: Version | None) -> int:
+    return MIN_REPLACING if champion else MIN_FIRST
+
+
 def _pair(new: UnseenScore, current: UnseenScore | None) -> Pair | None:
     """The comparison of two scores, or of one with all-empty masks; None if tables are lost or differ."""
-    mine, others = rows_by_image(new), rows_by_image(current) if current else None
+    mine, others = images_of(new), images_of(current) if current else None
     if mine is None or (current and (others is None or mine.keys() != others.keys())):
         return None
     ids = sorted(mine)  # whatever the order of the data sets: the same resamples
-    patients, dices, has_finding = zip(*(mine[image_id] for image_id in ids), strict=True)
-    before = [others[image_id][1] if others else float(not mine[image_id][2]) for image_id in ids]
-    positives = {patient for patient, here in zip(patients, has_finding, strict=True) if here}
-    comparison = compare(np.array(dices), np.array(before), patients)
+    images = [mine[image_id] for image_id in ids]
+    before = [others[image_id].dice if others else float(not mine[image_id].positive) for image_id in ids]
+    dices, patients = np.array([image.dice for image in images]), [image.patient for image in images]
+    positives = {image.patient for image in images if image.positive}
+    comparison = compare(dices, np.array(before), patients)
     return Pair(new, current.dice if current else new.dice_baseline, comparison, len(positives))
-
-
-def rows_by_image(score: UnseenScore) -> dict[str, ImageRow] | None:
-    """Patient, Dice and truth of each image by id; None without a table that has the score's images."""
-    rows: list[dict[str, Any]] | None = model_scores.read_table(score.run_id, "scores")
-    try:
-        found = {
-            str(r["image_id"]): (str(r["patient"]), float(r["dice"]), float(r["truth_area_px"]) > 0)
-            for r in rows or []
-        }
-    except (LookupError, TypeError, ValueError):
-        return None
-    # A damaged table could otherwise decide.
-    means = [(dice, not has_finding) for _, dice, has_finding in found.values()]
-    is_whole = len(found) == score.images and np.allclose(
-        np.mean(means, axis=0), [score.dice, score.dice_baseline], rtol=0, atol=1e-6
-    )
-    return found if is_whole else None

@@ -1,10 +1,15 @@
-"""The model registry: registers versions, and moves their aliases."""
+"""The registered model: its versions, who of them is the champion, who was it when, and why.
+
+Aliases say who is; tags and descriptions say the rest, and outlast what they tell of.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+import json
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager, redirect_stderr, suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from io import StringIO
 from typing import Any
 
@@ -13,182 +18,252 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from pneumo_experiments.errors import UserError
+from pneumo_experiments.tracking import model_id_of
 from pneumo_experiments.tracking.buffered_client import is_outage
-from pneumo_experiments.tracking.models import model_id_of
-from pneumo_experiments.tracking.store import SETTING, tracking_uri
 
-CHAMPION, CHALLENGER = "champion", "challenger"  # aliases
+CHAMPION, CHALLENGER, NONE = "champion", "challenger", "none"  # aliases, and neither
 PROJECT_TAG, PROJECT = "project", "pneumo_experiments"  # of our registered models
-NO_SUCH, EXISTS = "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS"  # MLflow's error codes
-NO_ALIASES = (400, 404, 405, 501)  # statuses of a store that does not know aliases
+# Tags of the registered model: one for each move of the alias champion, named by its time, and one for each
+# decision, named by the identity of its images and the version.
+MOVE_TAG, DECISION_TAG = "champion.", "decision."
+SINCE_TAG, UNTIL_TAG = "champion_since", "champion_until"  # of a version: its last time as the champion
+MAX_DESCRIPTION = 5000  # characters: PostgreSQL refuses more
+MAX_REASON = 1000
+UNKNOWN, NOW = "unknown", "now"
+BY_OTHERS = "unknown: register has no note of this move"
 
 
 @dataclass(frozen=True)
 class Version:
-    """A registered version, and whether it holds the alias champion; a deleted model has no id."""
+    """A registered version, and whether it holds the alias champion."""
 
     name: str
     number: str
-    champion: bool
-    reason: str
-    model_id: str | None = None
+    tags: Mapping[str, str]
+    champion: bool = False
     source: str = ""
-    tags: Mapping[str, str] | None = None
     description: str = ""
+
+    @property
+    def reason(self) -> str:
+        """Why it was made the champion, or not."""
+        return self.tags.get("reason", "")
+
+    @property
+    def model_id(self) -> str | None:
+        """Id of its logged model; None for the version of a folder."""
+        return self.source.removeprefix("models:/") if self.source.startswith("models:/m-") else None
+
+
+@dataclass(frozen=True)
+class ChampionPeriod:
+    """A time in which a version was the champion; times are UTC, ``unknown`` or ``now``."""
+
+    number: str
+    since: str
+    until: str
+    dice: str
+    reason: str
+
+
+def if_exists(call: Callable[[], Any]) -> Any:
+    """What a call of MLflow answers; None if what it is about does not exist. An outage is raised."""
+    try:
+        return call()
+    except MlflowException as error:
+        if is_outage(error):
+            raise
+        return None
+
+
+@contextmanager
+def refusals(setting: str, remedy: str) -> Generator[None]:
+    """Raises UserError for what the store refuses; an outage stays MLflow's error."""
+    try:
+        yield
+    except MlflowException as error:
+        if is_outage(error):
+            raise
+        reason = str(error).split("\n")[0][:300]
+        raise UserError(f"{setting} ({reason}); {remedy}") from error
 
 
 def claim(name: str) -> None:
     """Creates the registered model unless it exists; raises UserError for a name that is taken or refused."""
-    client: Any = MlflowClient()
-    try:
-        client.create_registered_model(name, tags={PROJECT_TAG: PROJECT})
-    except MlflowException as error:
-        if is_outage(error):
-            raise
-        if error.error_code != EXISTS:
-            raise _refused(name, error) from error
-        _adopt(client, name)
+    with refusals(f"name={name}: cannot be registered", "use letters and digits"):
+        try:
+            _client().create_registered_model(name, tags={PROJECT_TAG: PROJECT})
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+            if not is_ours(name):  # also one of MLflow's prompts
+                raise UserError(
+                    f"name={name}: is a registered model of another project; choose another name, such as"
+                    f" name={name}-2, or give it the tag {PROJECT_TAG}={PROJECT} if it is yours"
+                ) from error
+
+
+def is_ours(name: str) -> bool:
+    """Whether there is a registered model of this project with the name."""
+    model = if_exists(lambda: _client().get_registered_model(name))
+    return model is not None and model.tags.get(PROJECT_TAG) == PROJECT
 
 
 def require_ours(name: str) -> None:
-    """Raises UserError if there is no registered model of this project with the name."""
-    try:
-        model: Any = MlflowClient().get_registered_model(name)
-    except MlflowException as error:
-        if is_outage(error):
-            raise
-        raise UserError(f"name={name}: no such registered model; register makes one") from error
-    if model.tags.get(PROJECT_TAG) != PROJECT:
-        raise _taken(name)
-
-
-def _adopt(client: Any, name: str) -> None:
-    """Takes an existing registered model that nobody has used yet; one of another project is refused."""
-    try:
-        model = client.get_registered_model(name)
-        if model.tags.get(PROJECT_TAG) == PROJECT:
-            return
-        if versions(client, name) or any(tag.startswith("mlflow.prompt") for tag in model.tags):
-            raise _taken(name)
-        client.set_registered_model_tag(name, PROJECT_TAG, PROJECT)
-    except MlflowException as error:
-        if is_outage(error):
-            raise
-        raise _refused(name, error) from error
+    """Raises UserError unless there is a registered model of this project with the name."""
+    if not is_ours(name):
+        raise UserError(f"name={name}: no such registered model of this project; register makes one")
 
 
 @contextmanager
-def registering(address: str, name: str, tags: Mapping[str, str]) -> Generator[str]:
-    """Registers a new version with these tags, and yields its number for the block to decide about it.
+def registering(address: str, name: str, tags: Mapping[str, str]) -> Generator[Version]:
+    """Registers a new version with these tags, and yields it for the block to decide about it.
 
-    Raises UserError if the name is refused, or if the version is deleted in the block.
+    Raises UserError for what the store refuses, here and in the block: the name, an alias, a change of a
+    version that was deleted meanwhile.
     """
     model_id = model_id_of(address)
     claim(name)
     # By model id: a runs:/ address would register the run's last model.
     source = f"models:/{model_id}" if model_id else address
-    try:
-        with redirect_stderr(StringIO()):  # it would say that the model exists already, which claim made
-            new = mlflow.register_model(source, name, tags=dict(tags))  # pyright: ignore[reportUnknownMemberType]
-        number = str(new.version)
-    except MlflowException as error:
-        if is_outage(error):
-            raise
-        raise _refused(name, error) from error
-    try:
-        yield number
-    except MlflowException as error:
-        if is_outage(error) or version_of(name, number) is not None:
-            raise
-        raise UserError(
-            f"name={name}: version {number} was deleted before it was decided; no alias moved, register again"
-        ) from error
+    silence = redirect_stderr(StringIO())  # it would say that the model exists already, which claim made
+    with refusals(f"name={name}: cannot be registered", "use letters and digits"), silence:
+        new = mlflow.register_model(source, name, tags=dict(tags))  # pyright: ignore[reportUnknownMemberType]
+    remedy = "register again, or with promote=never in a store without aliases"
+    with refusals(f"name={name}: version {new.version} cannot be decided", remedy):
+        yield _version(new, champion=False)
 
 
 def champion_of(name: str) -> Version | None:
     """The version with the alias champion; None if there is no such alias or registered model."""
-    try:
-        found = MlflowClient().get_model_version_by_alias(name, CHAMPION)
-    except MlflowException as error:
-        if is_outage(error):
-            raise
-        return None
-    return _as_version(found, is_champion=True)
+    found = if_exists(lambda: _client().get_model_version_by_alias(name, CHAMPION))
+    return None if found is None else _version(found, champion=True)
 
 
 def version_of(name: str, number: str) -> Version | None:
     """A version by number; None if it does not exist or was deleted."""
-    try:
-        found: Any = MlflowClient().get_model_version(name, number)
-    except MlflowException as error:
-        if is_outage(error):
-            raise
-        return None
-    return _as_version(found, is_champion=CHAMPION in (found.aliases or []))
+    found = if_exists(lambda: _client().get_model_version(name, number))
+    return None if found is None else _version(found, CHAMPION in found.aliases)
 
 
-def set_alias(name: str, alias: str, number: str) -> None:
-    """Moves an alias to a version; raises UserError if the store has no aliases.
+def count_decision(version: Version, identity: str) -> int:
+    """Notes that a version is decided on these images; returns which decision on them it is, from 1.
 
-    The version keeps a reason that says so.
+    Called before the decision: of a process that is killed the note stays. A tag for each version, so that
+    nothing is lost however many write. Versions decided without such a tag tell it by their own.
     """
-    client: Any = MlflowClient()
-    try:
-        try:
-            client.set_registered_model_alias(name, alias, number)
-        except MlflowException:
-            # Another process set it for the first time at the same moment: now it can be moved.
-            if alias not in client.get_registered_model(name).aliases:
-                raise
-            client.set_registered_model_alias(name, alias, number)
-    except MlflowException as error:
-        refused = f"{error.get_http_status_code()} {error}"
-        is_unknown = error.get_http_status_code() in NO_ALIASES or any(
-            f"failed with error code {status} " in refused for status in NO_ALIASES
-        )
-        if not is_unknown or version_of(name, number) is None:
-            raise
-        reason = f"the alias {alias} cannot be set ({_first_line(error)})"
-        with suppress(MlflowException):
-            client.set_model_version_tag(name, number, "decision", "none")
-            client.set_model_version_tag(name, number, "reason", reason[:1000])
-        raise UserError(
-            f"{SETTING}={tracking_uri()}: {reason}; version {number} of {name} stays registered without it;"
-            " use a store with aliases, or promote=never"
-        ) from error
-
-
-def delete_alias(name: str, alias: str) -> None:
-    """Removes an alias; does nothing if there is none."""
-    with suppress(MlflowException):
-        MlflowClient().delete_registered_model_alias(name, alias)
-
-
-def _as_version(found: Any, is_champion: bool) -> Version:
-    source, tags = str(found.source or ""), dict(found.tags)
-    model_id = source.removeprefix("models:/") if source.startswith("models:/m-") else None
-    reason = tags.get("reason", "")
-    description = str(found.description or "")
-    return Version(
-        str(found.name), str(found.version), is_champion, reason, model_id, source, tags, description
-    )
-
-
-def versions(client: Any, name: str) -> list[Any]:
-    """All versions of a registered model, as MLflow has them."""
+    client, name, tag = _client(), version.name, f"{DECISION_TAG}{identity}."
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    client.set_registered_model_tag(name, tag + version.number, now)
+    noted = {key.removeprefix(tag) for key in client.get_registered_model(name).tags if key.startswith(tag)}
     quote = '"' if "'" in name else "'"
-    return [*client.search_model_versions(f"name = {quote}{name}{quote}")]
-
-
-def _taken(name: str) -> UserError:
-    return UserError(
-        f"name={name}: is a registered model of another project; choose another name, such as name={name}-2"
+    return len(
+        noted
+        | {
+            str(each.version)
+            for each in client.search_model_versions(f"name = {quote}{name}{quote}")
+            if each.tags.get("identity") == identity and each.tags.get("decision") in (CHAMPION, CHALLENGER)
+        }
     )
 
 
-def _refused(name: str, error: MlflowException) -> UserError:
-    return UserError(f"name={name}: cannot be registered ({_first_line(error)}); use letters and digits")
+def decide(version: Version, alias: str, tags: Mapping[str, str]) -> None:
+    """Writes a decision: moves the alias, unless it is none, and sets tags, among them ``reason``."""
+    if alias == CHAMPION:
+        make_champion(version, tags["reason"])
+    elif alias != NONE:
+        _set_alias(version, alias)
+    for key, text in {"decision": alias, **tags}.items():
+        _client().set_model_version_tag(version.name, version.number, key, text[:MAX_REASON])
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).split("\n")[0][:300]
+def make_champion(version: Version, reason: str) -> None:
+    """Moves the alias champion to a version, and notes that in tags of model, version and former champion."""
+    client, name, number = _client(), version.name, version.number
+    before = champion_of(name)
+    _set_alias(version, CHAMPION)
+    since, replaced = datetime.now(UTC), before.number if before else None
+    if moves := _moves(name):  # after all of these, whatever the clocks of other machines say
+        since = max(since, datetime.fromisoformat(moves[-1].time) + timedelta(milliseconds=1))
+    time = since.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    move = {"version": number, "replaced": replaced, "reason": reason[:MAX_REASON]}
+    client.set_registered_model_tag(name, MOVE_TAG + time, json.dumps(move))
+    client.set_model_version_tag(name, number, SINCE_TAG, time)
+    if_exists(lambda: client.delete_model_version_tag(name, number, UNTIL_TAG))
+    if replaced not in (None, number):
+        if_exists(lambda: client.set_model_version_tag(name, replaced, UNTIL_TAG, time))
+    if str(client.get_registered_model(name).aliases.get(CHALLENGER)) == number:
+        if_exists(lambda: client.delete_registered_model_alias(name, CHALLENGER))
+
+
+def describe(version: Version, card: str) -> None:
+    """Sets the Markdown description of a version."""
+    _client().update_model_version(version.name, version.number, description=card[:MAX_DESCRIPTION])
+
+
+def describe_champion(version: Version, card: str) -> None:
+    """Sets the Markdown description of the registered model: that of its champion."""
+    page = f"#/models/{version.name}/versions/{version.number}"
+    text = f"The champion is [version {version.number}]({page}).\n\n{card}"
+    _client().update_registered_model(version.name, description=text[:MAX_DESCRIPTION])
+
+
+def history(name: str) -> list[ChampionPeriod]:
+    """All champions in order; what was done by other means than register is said to be unknown."""
+    moves, champion, periods = _moves(name), champion_of(name), list[ChampionPeriod]()
+
+    def add(number: str | None, since: str, until: str, reason: str) -> None:
+        if number is not None:
+            version = version_of(name, number)
+            dice = version.tags.get("dice") if version else None
+            shown = f"{float(dice):.4f}" if dice else UNKNOWN if version else "deleted"
+            periods.append(ChampionPeriod(number, since, until, shown, reason))
+
+    # The champion that the next move, or this call, found.
+    ends = [*((move.time, move.replaced) for move in moves), (NOW, champion.number if champion else None)]
+    for move, (until, last) in zip([_Move(UNKNOWN, None, None, BY_OTHERS), *moves], ends, strict=True):
+        add(move.version, move.time, until if move.version == last else UNKNOWN, move.reason)
+        if move.version != last:  # the alias was moved or removed by others
+            add(last, UNKNOWN, until, BY_OTHERS)
+    return periods
+
+
+@dataclass(frozen=True)
+class _Move:
+    """A move of the alias champion: its time, to which version, and from which."""
+
+    time: str
+    version: str | None
+    replaced: str | None
+    reason: str
+
+
+def _moves(name: str) -> list[_Move]:
+    """The moves that ``make_champion`` noted, in order."""
+    moves = list[_Move]()
+    for key, text in sorted(_client().get_registered_model(name).tags.items()):
+        if key.startswith(MOVE_TAG):
+            with suppress(ValueError, TypeError):  # somebody else's tag
+                time = key.removeprefix(MOVE_TAG)
+                datetime.fromisoformat(time)
+                moves.append(_Move(time, **json.loads(text)))
+    return moves
+
+
+def _set_alias(version: Version, alias: str) -> None:
+    try:
+        _client().set_registered_model_alias(version.name, alias, version.number)
+    except MlflowException:
+        # Another process set it for the first time at the same moment: now it can be moved.
+        if alias not in _client().get_registered_model(version.name).aliases:
+            raise
+        _client().set_registered_model_alias(version.name, alias, version.number)
+
+
+def _version(found: Any, champion: bool) -> Version:
+    source, description = str(found.source or ""), str(found.description or "")
+    return Version(str(found.name), str(found.version), dict(found.tags), champion, source, description)
+
+
+def _client() -> Any:  # parts of it have no types
+    return MlflowClient()

@@ -29,13 +29,13 @@ from pneumo_experiments.findings.submission_check import (
     native_shapes,
 )
 from pneumo_experiments.metrics.scores import Scores, score_images
-from pneumo_experiments.registry import model_scores
+from pneumo_experiments.registry.scores import UNSEEN_SUBSETS
 from pneumo_experiments.serving import Detector
 from pneumo_experiments.settings import AUTO, Score, flat, is_none
 
 # How names of metrics begin. Without a prefix they tell of images that neither trained the model nor chose
 # its epoch or thresholds; "external" is subset=all of another data set than that of the training.
-PREFIXES = dict.fromkeys(model_scores.UNSEEN_SUBSETS, "") | {
+PREFIXES = dict.fromkeys(UNSEEN_SUBSETS, "") | {
     "validation": "val_",
     "train": "train_",
     "all": "all_",

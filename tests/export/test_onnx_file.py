@@ -11,7 +11,6 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-import mlflow
 import numpy as np
 import onnx
 import onnxruntime
@@ -21,8 +20,9 @@ from helpers import ROOT, make, soak, store_in
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from tiny_network import CPU, random_network
+from tracked import artifact, last_run, log_model
 
-from pneumo_experiments import __version__, tracking
+from pneumo_experiments import __version__
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.export import onnx_file
 from pneumo_experiments.export.onnx_file import LIMIT, check_batches
@@ -33,7 +33,7 @@ from pneumo_experiments.learning.network import NETWORKS, PneumothoraxNet
 from pneumo_experiments.learning.onnx_export import Difference, difference, in_fp32, write_onnx
 from pneumo_experiments.learning.predict import Ensemble, Predictor
 from pneumo_experiments.metrics.thresholds import Thresholds
-from pneumo_experiments.serving import Detector, Member, save
+from pneumo_experiments.serving import Detector, Member
 from pneumo_experiments.settings import Register, Train, as_config
 from pneumo_experiments.stages.register import register
 from pneumo_experiments.synthetic.kaggle_layout import write_sample
@@ -44,17 +44,12 @@ MEMBERS = ((0, "none", "fp32"), (1, "flip+scale", "bf16"))
 
 def detector_of(*members: tuple[int, str, str]) -> Detector:
     """Of members by seed, test-time augmentation and number format."""
-    settings = as_config(make(Train, network="tiny"))
-    built = [
-        Member(
-            Predictor(
-                *(random_network(seed), ComputeConfig(torch.device("cpu"), precision), tta),
-                Calibration(1.7, -5.0) if seed else Calibration(),
-            ),
-            {**settings, "tta": tta},
-        )
-        for seed, tta, precision in members
-    ]
+    built = list[Member]()
+    for seed, tta, precision in members:
+        compute = ComputeConfig(torch.device("cpu"), precision)
+        calibration = Calibration(1.7, -5.0) if seed else Calibration()
+        settings = as_config(make(Train, network="tiny", tta=tta))
+        built.append(Member(Predictor(random_network(seed), compute, tta, calibration), settings))
     return Detector(tuple(built), SIDE, Thresholds(0.1, 0.6, 9000, 0.45), "a fingerprint")
 
 
@@ -81,24 +76,12 @@ class Exported:
 def exported(tmp_path_factory: pytest.TempPathFactory, tiny: None, empty_store: Path) -> Iterator[Exported]:
     folder, detector = tmp_path_factory.mktemp("onnx"), detector_of(*MEMBERS)
     with store_in(folder, empty_store):
-        model = logged(detector, folder / "weights")
-        path = folder / "new folder" / "model.onnx"
+        model, path = log_model(detector, Train()), folder / "new folder" / "model.onnx"
         out, err = StringIO(), StringIO()
         with redirect_stdout(out), redirect_stderr(err):
             version = register(make(Register, model=model, export="onnx", onnx_file=path))
-        assert not version.champion
-        yield Exported(model, path, detector, last_run(), out.getvalue(), err.getvalue())
-
-
-def logged(detector: Detector, folder: Path) -> str:
-    folder.mkdir()
-    save(folder, detector)
-    with tracking.run("train", make(Train, network="tiny")):
-        return tracking.log_model(folder)
-
-
-def last_run() -> Run:
-    return MlflowClient().search_runs(["0"], order_by=["attributes.start_time DESC"])[0]
+        assert version is not None and not version.champion
+        yield Exported(model, path, detector, last_run("register"), out.getvalue(), err.getvalue())
 
 
 def test_the_file_predicts_what_the_ensemble_predicts_for_any_number_of_images(exported: Exported) -> None:
@@ -152,14 +135,12 @@ def test_the_file_can_be_used_alone_and_holds_nothing_of_this_machine(exported: 
 
 
 def test_the_run_has_the_file_and_how_far_it_is_from_the_model(exported: Exported) -> None:
-    run_id = exported.run.info.run_id
-    logged = Path(mlflow.artifacts.download_artifacts(run_id=run_id, artifact_path="model.onnx"))
-    assert logged.read_bytes() == exported.path.read_bytes()
+    assert artifact(exported.run, "model.onnx").read_bytes() == exported.path.read_bytes()
     assert [path.name for path in exported.path.parent.iterdir()] == ["model.onnx"]
     found = difference(exported.path, in_fp32(exported.detector.predictor), check_batches(SIDE))
     assert 0 < found.mask < 1e-5
-    assert float(exported.run.data.params["onnx_mask_difference"]) == found.mask
-    assert float(exported.run.data.params["onnx_presence_difference"]) == found.presence
+    params = exported.run.data.params
+    assert [float(params[f"onnx_{name}_difference"]) for name in ("mask", "presence")] == [*found]
     assert f"model.onnx, 0 MB; differences from the model in fp32: {found}" in exported.out
     own = difference(exported.path, exported.detector.predictor, check_batches(SIDE))
     assert own.mask > 1e-4  # so far is bf16 from fp32
@@ -195,8 +176,7 @@ def test_a_file_that_differs_from_the_model_is_not_written(
 ) -> None:
     before = exported.path.read_bytes()
     monkeypatch.setattr(onnx_file, "write_onnx", lambda path, *_: path.write_bytes(before))  # a wrong graph
-    model = logged(detector_of((0, "none", "fp32")), tmp_path / "weights")
-    path = tmp_path / "model.onnx"
+    model, path = log_model(detector_of((0, "none", "fp32")), Train()), tmp_path / "model.onnx"
     for earlier in (None, b"earlier " + onnx_export.PRODUCER.encode()):
         if earlier is not None:
             path.write_bytes(earlier)
@@ -204,33 +184,29 @@ def test_a_file_that_differs_from_the_model_is_not_written(
             UserError, match=r"not written: its probabilities differ .* \d\.\de-0[123] \(mask"
         ):
             register(make(Register, model=model, name="other", export="onnx", onnx_file=path))
-        assert (path.read_bytes() if path.exists() else None) == earlier
-        assert {file.name for file in tmp_path.iterdir()} <= {"weights", "model.onnx"}
+        assert [file.read_bytes() for file in tmp_path.iterdir()] == ([earlier] if earlier else [])
     assert last_run().info.status == "FAILED"
     assert not MlflowClient().search_registered_models("name = 'other'")
     assert not Difference(float("nan"), 0).is_within(LIMIT)
 
 
-def test_a_missing_library_is_named_before_anything_else(
+def test_an_export_that_cannot_be_written_is_one_line_and_replaces_no_other_file(
     exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    settings = make(Register, model="models:/absent", export="onnx", onnx_file=tmp_path / "a" / "model.onnx")
-    with pytest.raises(UserError, match=r"needs onnxruntime; pip install 'pneumo-experiments\[onnx\]'"):
-        register(settings)
-    assert not list(tmp_path.iterdir())
-
-
-def test_no_other_file_is_replaced(exported: Exported, tmp_path: Path) -> None:
-    mine = tmp_path / "thesis.txt"
+    mine, runs = tmp_path / "thesis.txt", len(MlflowClient().search_runs(["0"]))
     mine.write_text("mine")
+    settings = make(Register, model="models:/absent", export="onnx")
     for path in (mine, tmp_path):
-        settings = make(Register, model="models:/absent", export="onnx", onnx_file=path)
         with pytest.raises(UserError, match=f"onnx_file={path}: exists"):
+            register(replace(settings, onnx_file=path))
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "onnxruntime", None)
+        with pytest.raises(UserError, match=r"needs onnxruntime; pip install 'pneumo-experiments\[onnx\]'"):
             register(settings)
-    assert mine.read_text() == "mine"
+    assert len(MlflowClient().search_runs(["0"])) == runs
     with pytest.raises(UserError, match=r"thesis.txt/model.onnx: cannot be written \(.+\)"):
         register(replace(settings, model=exported.model, onnx_file=mine / "model.onnx"))
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
 
 
 def test_too_many_networks_for_one_file_are_refused(

@@ -1,326 +1,449 @@
-"""The entry points ``score`` and ``register``: which scores make a champion."""
+"""The entry points ``register`` and ``score``: which scores make a champion, and what both leave."""
 
 from __future__ import annotations
 
-import csv
-import json
 import re
-import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import mlflow
 import numpy as np
 import pytest
-from helpers import changed, make, store_in
+from helpers import changed, ended, make, store_in
 from mlflow import MlflowClient
-from mlflow.entities import Run
-from mlflow.entities.model_registry import ModelVersion
-from samples import packed, write_dataset
-from tiny_network import CPU
+from samples import SIZE, examples, packed, write_dataset
+from tiny_network import CPU, random_network
+from tracked import artifact, last_run, log_model, table
 
 from pneumo_experiments import tracking
-from pneumo_experiments.dataset import rle
 from pneumo_experiments.dataset.hdf5 import Dataset
-from pneumo_experiments.dataset.packed import Entry, ResizedImage, hash_patient, salted
-from pneumo_experiments.dataset.resize import area_resize
+from pneumo_experiments.dataset.packed import ResizedImage, salted
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.evaluation.scored_images import digests, identity
 from pneumo_experiments.evaluation.subset import Subset, make_split
-from pneumo_experiments.learning.network import PneumothoraxNet
 from pneumo_experiments.learning.predict import Predictor
 from pneumo_experiments.metrics.thresholds import Thresholds
-from pneumo_experiments.serving import Detector, Member, save
-from pneumo_experiments.settings import Register, Score, Train, as_config
+from pneumo_experiments.registry import scores, versions
+from pneumo_experiments.registry.model_card import MAX_CHARACTERS, ModelCard
+from pneumo_experiments.registry.promotion import Challenge, Decision
+from pneumo_experiments.registry.versions import Version
+from pneumo_experiments.serving import Detector, Member, load
+from pneumo_experiments.settings import Register, Score, Search, Train, as_config
 from pneumo_experiments.stages.register import register
-from pneumo_experiments.stages.score import score
+from pneumo_experiments.stages.score import ScoreResult, score
 
 pytestmark = pytest.mark.usefixtures("no_layout", "no_code")
 
-EVERYTHING, NOTHING = 0.0, 1.0  # what a presence_threshold lets through, where the others are 0
-SIDE = 64  # of the radiographs
-
-
-def radiographs(name: str, image_size: int, is_changed: bool = False) -> Iterator[ResizedImage]:
-    """Those of a sample of that name; every other one has a finding, a large one if they are "theirs"."""
-    rng = np.random.default_rng(len(name))
-    for number in range(80):
-        truth = np.zeros((SIDE, SIDE), bool)
-        rows = 40 if name == "theirs" else 4 + 7 * number % 30
-        truth[10 : 10 + rows, 8:40] = number % 2
-        truth[5, 5] = is_changed and number == 1
-        entry = Entry(
-            image_id=f"{name}-{number}",
-            patient=hash_patient(f"{name}-{number}"),
-            view="PA",
-            sex="F",
-            age=20 + number,
-            rows=SIDE,
-            columns=SIDE,
-            annotations=number % 2,
-            area_px=int(truth.sum()),
-        )
-        image = rng.integers(0, 256, (image_size, image_size), np.uint8)
-        yield ResizedImage(entry, image, area_resize(truth, image_size), rle.encode(truth))
-
-
-def stored(path: Path, images: Iterable[ResizedImage]) -> Path:
-    images = list(images)
-    size = len(images[0].image)
-    write_dataset(path, packed(images, "uint8"), image_size=size, pixel_dtype="uint8")
-    return path
-
-
-def positives_of(images: Iterable[ResizedImage]) -> list[ResizedImage]:
-    return [image for image in images if image.entry.area_px]
-
-
-def dice_of_all(dataset: Dataset, indices: np.ndarray) -> float:
-    """Mean Dice of outlining every pixel."""
-    truths = [dataset.mask(int(index)) for index in indices]
-    return float(np.mean([2 * truth.sum() / (truth.sum() + truth.size) for truth in truths]))
+MARKED = 12  # images of the hold-out that the weak model gives a mask
 
 
 @dataclass(frozen=True)
-class Ward:
-    """Data sets of positives alone, of both kinds, and of another sample's positives; models in a store.
+class Shelf:
+    """Models of one data set of positives, and other images that are new to them.
 
-    The first is the champion of the positives' hold-out part, the second its twin without a score. To outline
-    everything, as both do, scores higher on their training images. The last outlines nothing.
+    The strong one marks all images, the weak one a few, the empty one none.
     """
 
-    positives: Path
-    mixed: Path
-    foreign: Path
+    folder: Path
     settings: Train
-    first: str
-    second: str
+    foreign: Path
+    weak: str
+    strong: str
     empty: str
-    holdout: Run  # in which the first was scored
+    other_split: str
+
+    @property
+    def dataset(self) -> Path:
+        return self.settings.dataset
+
+    def detector(self, model: str) -> Detector:
+        return load(tracking.model_data(model))
+
+    def twin(self) -> str:
+        """Of the strong one, without a score."""
+        return log_model(self.detector(self.strong), self.settings)
 
 
-def logged(network: PneumothoraxNet, settings: Train, threshold: float, is_old: bool = False) -> str:
-    """A model as `train` logs it, but for the training; ``is_old`` as before models knew their patients."""
+def stored(path: Path, images: Iterable[ResizedImage]) -> Path:
+    write_dataset(path, packed(images, "uint8"), image_size=SIZE, pixel_dtype="uint8")
+    return path
+
+
+def positives(count: int) -> list[ResizedImage]:
+    return [each for each in examples(2 * count) if each.entry.area_px]
+
+
+def of_others(images: Iterable[ResizedImage]) -> list[ResizedImage]:
+    """The same radiographs as other images of other patients."""
+    entries = [(each, replace(each.entry, image_id=f"3-{each.entry.image_id}")) for each in images]
+    return [replace(each, entry=replace(entry, patient=str(n))) for n, (each, entry) in enumerate(entries)]
+
+
+def detector_of(settings: Train, presence_threshold: float) -> Detector:
     with Dataset.open(settings.dataset) as dataset:
         parts = make_split(dataset, settings.split)
-        seen = Subset(dataset, np.append(parts.train, parts.validation))
-        detector = Detector(
-            members=(Member(Predictor(network, CPU), as_config(settings)),),
-            image_size=32,
-            thresholds=Thresholds(threshold, 0, 0, 0),
+        return Detector(
+            members=(Member(Predictor(random_network(0), CPU), as_config(settings)),),
+            image_size=SIZE,
+            thresholds=Thresholds(presence_threshold, 0, 0, 0),
             data_fingerprint=dataset.fingerprint,
-            seen=frozenset(salted(f"image {e.image_id}") for e in seen.entries) if is_old else digests(seen),
+            seen=digests(Subset(dataset, np.append(parts.train, parts.validation))),
         )
-    with tempfile.TemporaryDirectory() as folder:
-        save(Path(folder), detector)
-        with tracking.run("train", settings):
-            return tracking.log_model(Path(folder))
 
 
 @pytest.fixture(scope="module")
-def ward(tmp_path_factory: pytest.TempPathFactory, empty_store: Path, tiny: None) -> Iterator[Ward]:
-    folder = tmp_path_factory.mktemp("ward")
-    positives = stored(folder / "positives.h5", positives_of(radiographs("ours", 32)))
-    mixed = stored(folder / "mixed.h5", radiographs("ours", 32))
-    foreign = stored(folder / "foreign.h5", positives_of(radiographs("theirs", 32)))
-    settings = make(Train, network="tiny", dataset=positives, holdout=0.3, folds=2)
-    with Dataset.open(positives) as dataset:
-        for seed in range(100):
-            parts = make_split(dataset, settings.split)
-            if dice_of_all(dataset, parts.train) > dice_of_all(dataset, parts.holdout):
-                break
-            settings = changed(settings, split_seed=seed)
-    with store_in(folder, empty_store):
-        network = PneumothoraxNet("tiny")
-        first, second = (logged(network, settings, EVERYTHING) for _ in range(2))
-        empty = logged(network, changed(settings, dataset=mixed), NOTHING)
-        scored(first, positives)
-        holdout = last_run()
-        assert register(Register(model=first)).champion
-        yield Ward(positives, mixed, foreign, settings, first, second, empty, holdout)
-
-
-def scored(model: str, dataset: Path, subset: str = "holdout", precision: str = "auto") -> float:
+def shelf(tmp_path_factory: pytest.TempPathFactory, empty_store: Path, tiny: None) -> Iterator[Shelf]:
+    folder = tmp_path_factory.mktemp("shelf")
     settings = make(
-        Score, model=model, dataset=dataset, subset=subset, precision=precision, device="cpu", overlays=0
+        Train, network="tiny", dataset=stored(folder / "d.h5", positives(80)), holdout=0.3, folds=2
     )
-    judged = score(settings)
-    assert judged.scores is not None
-    return judged.scores.dice
+    foreign = stored(folder / "foreign.h5", of_others(positives(80)))
+    with store_in(folder, empty_store):
+        strong = detector_of(settings, 0)
+        with Dataset.open(settings.dataset) as dataset:
+            holdout = Subset(dataset, make_split(dataset, settings.split).holdout)
+            presences = sorted(found.presence for _, found in holdout.predictions(strong.predictor))
+        between = float(np.mean(presences[-MARKED - 1 : -MARKED + 1]))
+        models = (replace(strong, thresholds=Thresholds(least, 0, 0, 0)) for least in (between, 0, 1))
+        weak, everything, empty = (log_model(model, settings) for model in models)
+        other = changed(settings, split_seed=7)
+        other_split = log_model(detector_of(other, 0), other)
+        yield Shelf(folder, settings, foreign, weak, everything, empty, other_split)
 
 
-def champion() -> ModelVersion:
-    return MlflowClient().get_model_version_by_alias("pneumothorax", "champion")
+def called(shelf: Shelf, **values: Any) -> Version:
+    version = register(make(Register, **({"dataset": shelf.dataset} | values)))
+    assert version is not None
+    return version
 
 
-def last_run() -> Run:
-    return MlflowClient().search_runs(["0"], order_by=["attributes.start_time DESC"])[0]
+def scored(model: str, dataset: Path, subset: str = "holdout", **values: Any) -> ScoreResult:
+    options: dict[str, Any] = {"device": "cpu", "overlays": 0, **values}
+    return score(make(Score, model=model, dataset=dataset, subset=subset, **options))
 
 
-# The three cases that made a wrong champion
+def alias(name: str, which: str = "champion") -> str:
+    return str(MlflowClient().get_registered_model(name).aliases.get(which))
 
 
-def test_a_score_on_training_images_makes_no_champion(ward: Ward, capsys: pytest.CaptureFixture[str]) -> None:
-    assert scored(ward.second, ward.positives, "train") > float(champion().tags["dice"])
-    version = register(Register(model=ward.second))
-    assert not version.champion
-    assert champion().source == ward.first
-    assert "no score on unseen images" in version.reason
-    assert "not champion: no score on unseen images" in capsys.readouterr().out
+# The champion
 
 
-def test_a_score_on_other_images_than_the_champions_makes_no_champion(
-    ward: Ward, capsys: pytest.CaptureFixture[str]
+def test_a_walk_from_a_weak_champion_to_a_better_one_and_back(
+    shelf: Shelf, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert scored(ward.second, ward.foreign, "all") > float(champion().tags["dice"])
-    version = register(Register(model=ward.second))
-    assert not version.champion
-    assert champion().source == ward.first
-    assert "the champion, version 1: they have no scores of the same images" in version.reason
-    assert "cannot be compared" in capsys.readouterr().out
+    first = called(shelf, model=shelf.weak, name="walk")
+    assert (first.number, first.champion) == ("1", True)
+    assert f"scores the new version, {shelf.weak}, on {shelf.dataset}" in capsys.readouterr().out
+    second = called(shelf, model=shelf.strong, name="walk")
+    out = capsys.readouterr().out
+    assert (second.champion, alias("walk"), alias("walk", "challenger")) == (True, "2", "None")
+    assert f"scores the new version, {shelf.strong}" in out
+    assert "scores version 1" not in out  # it has that score already
+    for text in (
+        *("walk version 2 is champion: Dice ", "of the champion, version 1: +"),
+        "; decision 2 on these images requires 0.9925\n",
+    ):
+        assert text in out
+    third = called(shelf, model=shelf.weak, name="walk")
+    assert (third.champion, alias("walk"), alias("walk", "challenger")) == (False, "2", "3")
+    assert third.reason.endswith("decision 3 on these images requires 0.996667; not better")
+    best = called(shelf, name="walk")
+    told = re.search(
+        r"decision 4 on these images, of the best of (\d) models, requires ([\d.]+)", best.reason
+    )
+    assert told and float(told[2]) == pytest.approx(1 - 0.03 / (16 * int(told[1])), abs=1e-6)
+    with Dataset.open(shelf.dataset) as dataset:
+        holdout = make_split(dataset, shelf.settings.split).holdout
+        facts = {"images": str(len(holdout)), "subset": "holdout", "data_fingerprint": dataset.fingerprint}
+    assert (
+        facts | {"code_version": tracking.code_version(), "network": "tiny"}
+    ).items() <= second.tags.items()
+
+    capsys.readouterr()
+    back = ended(["register", "--name", "walk", "--version", "1"], monkeypatch, capsys)
+    assert back.out == "register: walk version 1 is champion: moved by hand from version 2\n"
+    assert alias("walk") == "1"
+    description = MlflowClient().get_registered_model("walk").description
+    assert description.startswith("The champion is [version 1](#/models/walk/versions/1).\n\nFinds and")
+    assert called(shelf, name="walk", version=2).champion
+    assert called(shelf, name="walk", version=2).champion  # is it already
+    capsys.readouterr()
+    shown = ended(["register", "--name", "walk", "--history", "true"], monkeypatch, capsys)
+    rows = [row.split() for row in shown.out.splitlines()]
+    assert rows[0] == ["version", "from", "until", "Dice", "why"]
+    assert [row[0] for row in rows[1:]] == ["1", "2", "1", "2"]
+    assert [row[2] for row in rows[1:]] == [row[1] for row in rows[2:]] + ["now"]
+    assert (back.code, shown.code) == (0, 0)
 
 
-def test_a_model_at_the_baseline_is_no_first_champion(ward: Ward, capsys: pytest.CaptureFixture[str]) -> None:
-    dice = scored(ward.empty, ward.mixed)
-    version = register(make(Register, model=ward.empty, name="another"))
-    assert not version.champion
-    assert f"is not above the all-empty baseline {dice:.4f}" in version.reason
-    assert MlflowClient().get_registered_model("another").aliases == {"challenger": 1}
-    assert "is not above the all-empty baseline" in capsys.readouterr().out
+def test_models_without_common_images_are_scored_on_a_data_set_that_neither_has_seen(
+    shelf: Shelf, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = "external"
+    assert called(shelf, model=shelf.strong, name=name).champion
+    (shelf.folder / "shelf.txt").touch()
+    for dataset, reason in {
+        shelf.dataset: "holdout=0.3 split_seed=7 and holdout=0.3 split_seed=0",
+        Path("nowhere.h5"): "nowhere.h5: no such data set",
+        shelf.folder / "shelf.txt": "shelf.txt",
+    }.items():
+        version = called(shelf, model=shelf.other_split, name=name, dataset=dataset)
+        assert (version.champion, reason in version.reason) == (False, True)
+        assert alias(name, "challenger") == version.number
+    capsys.readouterr()
+    version = called(shelf, model=shelf.other_split, name=name, dataset=shelf.foreign)
+    out = capsys.readouterr().out
+    assert "scores the new version" in out
+    assert "scores version 1" in out
+    assert "on 80 external images" in version.reason
+    assert version.tags["probability_better"] == "0.5"
+    assert {run.info.status for run in MlflowClient().search_runs(["0"])} == {"FINISHED"}
+
+
+def test_scores_on_training_images_or_on_others_than_the_champions_make_no_champion(
+    shelf: Shelf, capsys: pytest.CaptureFixture[str]
+) -> None:
+    champion, twin = called(shelf, model=shelf.weak, name="wrong"), shelf.twin()
+    for dataset, subset, reason in (
+        (shelf.dataset, "train", "no score on unseen images"),
+        (shelf.foreign, "all", "the champion, version 1: they have no scores of the same images"),
+    ):
+        found = scored(twin, dataset, subset).scores
+        assert found is not None and found.dice > float(champion.tags["dice"])
+        version = called(shelf, model=twin, name="wrong", dataset=Path("nowhere.h5"))
+        assert (version.champion, reason in version.reason, alias("wrong")) == (False, True, "1")
+        assert f"is not champion: {version.reason}" in capsys.readouterr().out
+
+
+def test_a_model_at_the_baseline_is_no_first_champion(shelf: Shelf) -> None:
+    mixed = stored(shelf.folder / "mixed.h5", of_others(examples(20)))
+    found = scored(shelf.empty, mixed, "all").scores
+    assert found is not None
+    version = called(shelf, model=shelf.empty, name="another")
+    assert (found.dice, version.champion, alias("another", "challenger")) == (0.5, False, "1")
+    assert "on 20 external images" in version.reason
+    assert "is not above the all-empty baseline 0.5000" in version.reason
+
+
+def test_several_models_are_registered_as_one(shelf: Shelf) -> None:
+    scored(shelf.strong, shelf.dataset)
+    version = called(shelf, model=f"{shelf.strong},{shelf.weak}", name="several")
+    assert version.champion
+    assert len(shelf.detector("models:/several/1").members) == 2
+    ids = sorted(address.removeprefix("models:/") for address in (shelf.strong, shelf.weak))
+    assert version.tags["members"] == ",".join(ids)
+    links = dict(re.findall(r"\[(.*?)\]\(#/experiments/0/runs/(\w+)[)/]", version.description))
+    trainings = [MlflowClient().get_logged_model(one).source_run_id for one in ids]
+    assert [links["training 1"], links["training 2"]] == trainings
+
+
+@pytest.mark.parametrize(
+    ("words", "message", "has_run"),
+    [
+        (["--version", "2", "--history", "true"], "version and history: two tasks", False),
+        (["--version", "2", "--model", "models:/m-1"], "version and model=models:/m-1: ", False),
+        (["--history", "true", "--export", "onnx"], "history and export=onnx: ", False),
+        (["--version", "2", "--promote", "never"], "version and promote=never: ", False),
+        (["--version", "99"], "version=99: mistakes has no such version", True),
+        (["--version", "1", "--name", "nobody"], "name=nobody: no such registered model", True),
+        (["--history", "true", "--name", "nobody"], "name=nobody: no such registered model", True),
+    ],
+)
+def test_a_mistake_is_one_line_and_moves_nothing(
+    words: list[str], message: str, has_run: bool, shelf: Shelf, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    versions.claim("mistakes")
+    before = last_run().info.run_id
+    end = ended(["register", "--name", "mistakes", *words], monkeypatch, capsys)
+    assert (end.code, len(end.err.splitlines())) == (2, 1)
+    assert end.err.startswith(f"Error: {message}")
+    run = last_run()
+    assert (run.info.run_id != before) == has_run
+    if has_run:
+        error = end.err.removeprefix("Error: ").rstrip()
+        assert (run.info.status, run.data.tags["error"]) == ("FAILED", error)
+    assert MlflowClient().get_registered_model("mistakes").aliases == {}
+
+
+def test_the_version_of_another_project_does_not_become_champion(shelf: Shelf, tmp_path: Path) -> None:
+    (tmp_path / "MLmodel").write_text("flavors: {python_function: {loader_module: theirs, data: data}}")
+    versions.claim("mixed")
+    MlflowClient().create_model_version("mixed", str(tmp_path))
+    with pytest.raises(UserError, match="is not a model of this project"):
+        called(shelf, name="mixed", version=1)
+    assert alias("mixed") == "None"
+
+
+# The model card
+
+
+def test_the_card_agrees_with_tags_and_tables(shelf: Shelf) -> None:
+    with tracking.run("preprocess", Score()) as prepared:
+        tracking.log_dataset(shelf.dataset, shelf.detector(shelf.strong).data_fingerprint, "preprocessed")
+        tracking.log_page("<h1>Data</h1>", "d.report.html")
+    training = str(mlflow.get_logged_model(shelf.strong.removeprefix("models:/")).source_run_id)
+    searches = dict[str, str]()
+    for study in ("mine", "another"):
+        with tracking.run("search", Search()) as searches[study]:
+            tracking.log_params({"study_used": study})
+    MlflowClient().log_param(training, "study_used", "mine")  # as `train -P from_study=` does
+    called(shelf, model=shelf.weak, name="card")
+    version = called(shelf, model=shelf.strong, name="card")
+    tags, card = version.tags, version.description
+    head = f"{float(tags['dice']):.3f} ({float(tags['dice_low']):.3f} to {float(tags['dice_high']):.3f})"
+    assert card.splitlines()[0] == (
+        f"Finds and outlines pneumothorax on chest radiographs: Dice {head} on {tags['images']} holdout"
+        " images."
+    )
+    run_id = scores.scores_of(version.model_id)[tags["identity"]].run_id
+    rows = scores.read_table(run_id, "by_group")
+    large = next(row for row in rows if row["group"] == "area" and row["value"].startswith("3: "))
+    images, patients = large["images"], large["patients"]
+    low = patients / (patients + 1.959964**2)  # Wilson's, of so many patients
+    note = "" if patients >= 5 else ", unreliable"
+    for text in (
+        *("Not a medical device", "mlflow models serve -m models:/card/2 ", "- presence\\_threshold: 0\n"),
+        *(f"code: `{tags['code_version']}`", "made the champion; Dice ", "requires 0.9925."),
+        *("Each decision about a champion uses these images up", "masks, the baseline: 0.0000"),
+        *(f"fingerprint: `{tags['data_fingerprint'][:16]}", "split_seed=0", "\n| all images | "),
+        f"| {large['value']} | &emsp;{images}"
+        f" | &emsp;1.000 ({low:.3f} to 1.000), {images} of {images}{note} | &emsp;– |",
+    ):
+        assert text in card, text
+    links = dict(re.findall(r"\[(.*?)\]\((#/experiments/0/runs/.*?)\)", card))
+    assert links == {
+        "training": f"#/experiments/0/runs/{training}",
+        "config": f"#/experiments/0/runs/{training}/artifacts/config.yaml",
+        "search": f"#/experiments/0/runs/{searches['mine']}",
+        "scores": f"#/experiments/0/runs/{run_id}",
+        "report of the scores": f"#/experiments/0/runs/{run_id}/artifacts/report.html",
+        "data report": f"#/experiments/0/runs/{prepared}/artifacts/d.report.html",
+    }
+
+
+def test_a_card_fits_whatever_its_texts_and_shows_no_markup_of_others(tiny: None) -> None:
+    member = Member(
+        Predictor(random_network(0), CPU), as_config(make(Train, dataset="a`|<script>", network="tiny"))
+    )
+    member.settings["network"] = "fcn`x"  # pyright: ignore[reportIndexIssue]
+    score = scores.UnseenScore(
+        *("a" * 32, "holdout", 3, 0.5, 0.25, 0, "", {"dice": 0.5, "dice_low": 0.1, "dice_high": 0.9})
+    )
+    text = ModelCard(
+        Version("lungs", "1", {}),
+        Detector((member,), SIZE, Thresholds(), "f" * 64),
+        Decision("challenger", "<b>*why*</b> [x](y) " * 100, Challenge(None, score, None)),
+        "1",
+        {f"training {number}": f"#/experiments/0/runs/{number:032}" for number in range(100)},
+        [{"group": "all", "images": 3, "patients": 2, "dice": 0.5, "dice_note": "unreliable"}],
+        {},
+    ).text
+    assert MAX_CHARACTERS - 100 < len(text) <= MAX_CHARACTERS
+    assert "Dice 0.500 (0.100 to 0.900), unreliable on 3 holdout images." in text
+    assert "\\<b\\>\\*why\\*" in text
+    assert not re.search(r"(?<!\\)<(b|script)", text)
+    assert "[training 0](#/experiments/0/runs/00" in text
+    assert text.rstrip().endswith(")")
 
 
 # What a score leaves
 
 
-def test_a_score_names_its_images_whatever_their_stored_size_format_and_order(ward: Ward) -> None:
-    larger = stored(ward.positives.with_name("larger.h5"), positives_of(radiographs("ours", 40)))
-    with Dataset.open(ward.positives) as small, Dataset.open(larger) as large:
-        everyone = np.arange(len(small))
+def test_a_score_names_its_images_whatever_their_stored_size_and_order(shelf: Shelf) -> None:
+    images = positives(80)
+    pixels = np.zeros((2 * SIZE, 2 * SIZE), np.uint8)
+    larger = packed((replace(each, image=pixels, target=pixels / 255) for each in images), "float32")
+    write_dataset(shelf.folder / "larger.h5", larger, image_size=2 * SIZE, pixel_dtype="float32")
+    moved = list(examples(161))[-1]  # whose mask has one row less
+    other = [*images[:-1], replace(images[-1], rle=moved.rle)]
+    everyone = np.arange(len(images))
+    with Dataset.open(shelf.dataset) as small, Dataset.open(shelf.folder / "larger.h5") as large:
         assert small.fingerprint != large.fingerprint
         whole = identity(Subset(small, everyone))
         assert whole == identity(Subset(large, everyone)) == identity(Subset(small, everyone[::-1]))
         assert len(whole) == 32
         assert whole != identity(Subset(small, everyone[1:]))
-    images = positives_of(radiographs("ours", 32, is_changed=True))  # one pixel more in one true mask
-    with Dataset.open(stored(ward.positives.with_name("changed.h5"), images)) as changed:
-        assert len(changed) == len(everyone)
-        assert identity(Subset(changed, everyone)) != whole
+    with Dataset.open(stored(shelf.folder / "changed.h5", other)) as different:
+        assert identity(Subset(different, everyone)) != whole
 
 
 def test_a_score_against_a_baseline_shows_the_difference_and_the_images_that_changed(
-    ward: Ward, capsys: pytest.CaptureFixture[str]
+    shelf: Shelf, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    settings = make(
-        *(Score, ), model=ward.first, dataset=ward.foreign, subset="all", device="cpu", overlays=0,
-        baseline=ward.empty,
-    )  # fmt: skip
-    result = score(settings)
+    result = scored(shelf.strong, shelf.foreign, "all", baseline=shelf.empty)
+    run = last_run("score")
+    metrics = run.data.metrics
+    # All images have a finding: the baseline, which marks nothing, has Dice 0 on each.
     assert result.scores is not None
-    metrics, run_id = last_run().data.metrics, last_run().info.run_id
-    # All images have a finding: the baseline, which marks nothing, has Dice 0 on each. The findings are
-    # of the same size, so that all differences are equal, but for rounding.
-    assert metrics["baseline_model_dice"] == 0
-    assert metrics["dice_difference"] == pytest.approx(result.scores.dice)
-    assert (metrics["dice_difference_low"], metrics["dice_difference_high"]) == pytest.approx(
-        (result.scores.dice, result.scores.dice), abs=0.01
+    assert (metrics["baseline_model_dice"], metrics["probability_better"]) == (0, 1)
+    assert [metrics[f"dice_difference{end}"] for end in ("", "_low", "_high")] == pytest.approx(
+        [result.scores.dice, result.scores.dice_low, result.scores.dice_high], abs=0.01
     )
-    assert metrics["probability_better"] == 1
-    table = json.loads(
-        Path(mlflow.artifacts.download_artifacts(f"runs:/{run_id}/changed_images.json")).read_text()
-    )
-    changes = [row[1] for row in table["data"]]
-    assert len(changes) == result.scores.images
+    changes = [float(row["difference"]) for row in table(run, "changed_images.csv")]
     assert changes == sorted(changes, reverse=True)
-    assert Path(mlflow.artifacts.download_artifacts(f"runs:/{run_id}/comparison.png")).stat().st_size > 1000
-    assert f"against {ward.empty}: +" in capsys.readouterr().out
-    page = Path(mlflow.artifacts.download_artifacts(result.report)).read_text(encoding="utf-8")
-    assert f"{ward.empty} has a Dice of <b>0.0000</b>" in page
-    tags = json.loads(last_run().data.tags["mlflow.loggedArtifacts"])
-    assert tags == [{"path": "scores.json", "type": "table"}]  # what the evaluation view opens
-
-
-def test_a_baseline_that_was_trained_on_the_images_is_refused(ward: Ward) -> None:
-    settings = make(Score, model=ward.first, dataset=ward.positives, subset="train", baseline=ward.second)
+    assert len(changes) == result.scores.images
+    assert f"against {shelf.empty}: +" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"baseline=.* images trained it"):
-        score(settings)
+        scored(shelf.strong, shelf.dataset, "train", baseline=shelf.weak)
 
 
-def test_every_score_of_a_model_keeps_the_identity_of_its_images(ward: Ward) -> None:
-    scored(ward.first, ward.positives, "train")
-    train = last_run()
-    scored(ward.first, ward.foreign, "all", precision="bf16")
-    foreign = last_run()
-    logged = mlflow.get_logged_model(ward.first.removeprefix("models:/"))
+def test_every_score_keeps_the_identity_of_its_images_and_a_row_for_each(shelf: Shelf) -> None:
+    model, runs = shelf.twin(), dict[str, Any]()
+    for subset, dataset, which, precision in (
+        ("holdout", shelf.dataset, "holdout", "auto"),
+        ("train", shelf.dataset, "train", "auto"),
+        ("external", shelf.foreign, "all", "bf16"),
+    ):
+        scored(model, dataset, which, precision=precision)
+        runs[subset] = last_run("score")
+    logged = mlflow.get_logged_model(model.removeprefix("models:/"))
     found = {(metric.key, metric.dataset_digest): metric.value for metric in logged.metrics or []}
-    runs = {"holdout": (ward.holdout, "dice"), "train": (train, "train_dice"), "external": (foreign, "dice")}
-    for subset, (run, name) in runs.items():
+    for subset, run in runs.items():
         params, metrics = run.data.params, run.data.metrics
+        name = "train_dice" if subset == "train" else "dice"
         assert found[name, params["identity"]] == metrics[name]
-        assert json.loads(logged.tags[f"score.{params['identity']}"])["subset"] == subset
+        assert f'"subset": "{subset}"' in logged.tags[f"score.{params['identity']}"]
         assert {"images", "positives", "patients", "dice_baseline"} <= params.keys()
         assert not {"images", "positives", "dice_baseline"} & metrics.keys()
-        assert float(params["presence_threshold_used"]) == EVERYTHING
-        assert params["presence_threshold"] == "none"
+        assert (float(params["presence_threshold_used"]), params["presence_threshold"]) == (0, "none")
         assert params["precision_used"] == ("bf16" if subset == "external" else "fp32")
-    assert len({run.data.params["identity"] for run, _ in runs.values()}) == 3
-    assert "dice" not in train.data.metrics
-    tags = champion().tags
-    assert tags["identity"] == ward.holdout.data.params["identity"]
-    assert tags["subset"] == "holdout"
-    assert float(tags["dice"]) == ward.holdout.data.metrics["dice"]
-    assert float(tags["dice_baseline"]) == 0.0
+    assert len({run.data.params["identity"] for run in runs.values()}) == 3
+    assert "dice" not in runs["train"].data.metrics
 
-
-def test_a_score_leaves_a_row_for_each_image(ward: Ward) -> None:
-    table = mlflow.load_table("scores.json", run_ids=[ward.holdout.info.run_id])
-    with Path(
-        mlflow.artifacts.download_artifacts(f"{ward.holdout.info.artifact_uri}/scores.csv")
-    ).open() as file:
-        rows = list(csv.DictReader(file))
-    assert list(table.columns) == [*rows[0]]
-    assert [float(row["dice"]) for row in rows] == pytest.approx(table["dice"].tolist())
-    assert table["dice"].mean() == pytest.approx(ward.holdout.data.metrics["dice"])
-    with Dataset.open(ward.positives) as dataset:
-        entries = Subset(dataset, make_split(dataset, ward.settings.split).holdout).entries
+    rows = table(runs["holdout"], "scores.csv")
+    with Dataset.open(shelf.dataset) as dataset:
+        entries = Subset(dataset, make_split(dataset, shelf.settings.split).holdout).entries
     assert [(row["image_id"], row["patient"]) for row in rows] == [(e.image_id, e.patient) for e in entries]
-    assert table["truth_area_px"].tolist() == [entry.area_px for entry in entries]
-    assert table["predicted_area_px"].tolist() == [entry.rows * entry.columns for entry in entries]
-    assert table["presence"].between(0, 1).all()
+    areas = [(int(row["truth_area_px"]), int(row["predicted_area_px"])) for row in rows]
+    assert areas == [(entry.area_px, entry.rows * entry.columns) for entry in entries]
+    assert np.mean([float(row["dice"]) for row in rows]) == pytest.approx(
+        runs["holdout"].data.metrics["dice"]
+    )
+    assert all(0 <= float(row["presence"]) <= 1 for row in rows)
 
 
-def test_images_that_a_model_has_seen_are_not_external(
-    ward: Ward, capsys: pytest.CaptureFixture[str]
+def test_images_and_patients_that_a_model_has_seen_are_not_external(
+    shelf: Shelf, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    scored(ward.second, ward.mixed, "all")  # another file, with the images of the training among others
-    assert "trained the model or chose its thresholds" in capsys.readouterr().out
-    assert "all_dice" in last_run().data.metrics
-    assert "dice" not in last_run().data.metrics
-
-
-def grouped(numbers: Iterable[int]) -> list[ResizedImage]:
-    """Positives of one sample, of patients with two images each: 1 and 3, 5 and 7, ...; from 25 on of one."""
-    images = list(radiographs("grouped", 32))
-    patients = {number: hash_patient(str(number // 4 if number < 25 else number)) for number in numbers}
-    return [
-        replace(images[number], entry=replace(images[number].entry, patient=patient))
-        for number, patient in patients.items()
+    # Patients of two images, one in each data set; the second has an image of the first as well.
+    pairs = [
+        (each, replace(each, entry=replace(each.entry, image_id=f"other {n}")))
+        for n, each in enumerate(positives(10))
     ]
-
-
-def test_patients_that_a_model_has_seen_are_not_external(
-    ward: Ward, capsys: pytest.CaptureFixture[str]
-) -> None:
-    first = stored(ward.mixed.with_name("first.h5"), grouped(range(1, 40, 4)))
-    settings = changed(ward.settings, dataset=first)
-    network = PneumothoraxNet("tiny")
-    model, old = (logged(network, settings, EVERYTHING, is_old) for is_old in (False, True))
-    with Dataset.open(first) as dataset:
+    settings = changed(shelf.settings, dataset=stored(shelf.folder / "first.h5", [one for one, _ in pairs]))
+    detector = detector_of(settings, 0)
+    with Dataset.open(settings.dataset) as dataset:
         seen = np.setdiff1d(np.arange(len(dataset)), make_split(dataset, settings.split).holdout)
         known = {dataset.entries[i].patient for i in seen}
-        image = int(dataset.entries[seen[0]].image_id.split("-")[1])  # one that is in both data sets
-    others = grouped([image, *range(3, 40, 4)])
-    second = stored(first.with_name("second.h5"), others)
+        ids = frozenset(salted(f"image {dataset.entries[i].image_id}") for i in seen)
+    model = log_model(detector, settings)
+    old = log_model(replace(detector, seen=ids), settings)  # as before models knew their patients
+    others = [pairs[seen[0]][0], *(other for _, other in pairs)]
+    second = stored(shelf.folder / "second.h5", others)
     expected = ["image"] + ["patient" * (one.entry.patient in known) for one in others[1:]]
     shared = expected.count("patient")
     assert 2 < shared < 9  # some of them are new to the model
@@ -329,33 +452,28 @@ def test_patients_that_a_model_has_seen_are_not_external(
     told = f"1 of 11 images trained the model or chose its thresholds, the patients of {shared} more did"
     remedy = " (rename them by patients_csv if others are meant): no external score"
     assert f"score: {told}{remedy}" in capsys.readouterr().out
-    run = last_run()
+    run = last_run("score")
     assert told in run.data.tags["mlflow.note.content"]
-    assert "all_dice" in run.data.metrics
-    assert "dice" not in run.data.metrics
-    table = mlflow.load_table("scores.json", run_ids=[run.info.run_id])
-    assert table["seen"].tolist() == expected
-    page = Path(mlflow.artifacts.download_artifacts(f"runs:/{run.info.run_id}/report.html")).read_text()
+    assert ("all_dice" in run.data.metrics, "dice" in run.data.metrics) == (True, False)
+    assert [row["seen"] for row in table(run, "scores.csv")] == expected
+    page = artifact(run, "report.html").read_text(encoding="utf-8")
     assert told in page
     assert "11 masks cover more than half of their image: look at their overlays." in page
-    version = register(make(Register, model=model, name="halves", dataset=second))
-    assert version is not None
+    version = called(shelf, model=model, name="halves", dataset=second)
     assert not version.champion
     assert told.replace("the model", "the new version") in version.reason
 
     # So they are to a baseline, but for one that knows images alone.
     endings = {model: f", the patients of {shared} more did (rename", old: "; compare models"}
     for baseline, ending in endings.items():
-        settings = make(Score, model=model, dataset=second, subset="all", device="cpu", baseline=baseline)
         words = f"baseline={baseline}: 1 of 11 images trained it or chose its thresholds{ending}"
         with pytest.raises(UserError, match=re.escape(words)):
-            score(settings)
+            scored(model, second, "all", baseline=baseline)
 
     # Without these patients the images are new.
     new = [one for one, by in zip(others, expected, strict=True) if not by]
-    third = stored(first.with_name("third.h5"), new)
-    version = register(make(Register, model=model, name="halves", dataset=third))
-    assert version is not None
+    capsys.readouterr()
+    version = called(shelf, model=model, name="halves", dataset=stored(shelf.folder / "third.h5", new))
     assert f"on {len(new)} external images" in version.reason
     out = capsys.readouterr().out
     assert "trained the model" not in out
@@ -363,13 +481,14 @@ def test_patients_that_a_model_has_seen_are_not_external(
     assert "a finding on" not in out  # of all images, as their labels say
 
 
-def test_an_interval_from_few_patients_is_marked(ward: Ward, tmp_path: Path) -> None:
-    few = stored(tmp_path / "few.h5", positives_of(radiographs("few", 32))[:4])
-    scored(ward.first, few, "all")
-    params, description = last_run().data.params, last_run().data.tags["mlflow.note.content"]
-    assert (params["positive_patients"], params["interval_reliable"]) == ("4", "false")
-    assert ", unreliable with 4 patients with a finding)" in description
-    assert "4 with pneumothorax, masks on 4 of 4" in description
-    assert int(ward.holdout.data.params["positive_patients"]) >= 5
-    assert ward.holdout.data.params["interval_reliable"] == "true"
-    assert "unreliable" not in ward.holdout.data.tags["mlflow.note.content"]
+def test_an_interval_from_few_patients_is_marked(shelf: Shelf) -> None:
+    few, enough = of_others(positives(4)), of_others(positives(8))
+    for images, reliable in ((few, "false"), (enough, "true")):
+        scored(shelf.strong, stored(shelf.folder / f"{reliable}.h5", images), "all")
+        params, description = (
+            last_run("score").data.params,
+            last_run("score").data.tags["mlflow.note.content"],
+        )
+        assert (params["positive_patients"], params["interval_reliable"]) == (str(len(images)), reliable)
+        assert (", unreliable with 4 patients with a finding)" in description) == (images is few)
+        assert f"{len(images)} with pneumothorax, masks on {len(images)} of {len(images)}" in description

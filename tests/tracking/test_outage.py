@@ -28,8 +28,8 @@ from tracking_server import Server, calls_in, free_port
 
 from pneumo_experiments import tracking
 from pneumo_experiments.errors import UserError
-from pneumo_experiments.registry import model_scores, versions
-from pneumo_experiments.settings import Preprocess, Sample, Train
+from pneumo_experiments.registry import scores, versions
+from pneumo_experiments.settings import Preprocess, Register, Sample, Train
 from pneumo_experiments.tracking import buffered_client
 from pneumo_experiments.tracking.__main__ import send_buffered
 from pneumo_experiments.tracking.buffered_client import BufferedClient
@@ -281,6 +281,7 @@ class Proxy(ThreadingHTTPServer):
     def __init__(self, server: Server) -> None:
         super().__init__(("127.0.0.1", 0), ProxyHandler)
         self.behind, self.behaviour, self.ended, self.hung = server, "forwards", threading.Event(), 0
+        self.refused = " "  # the end of a path that it does not know
         self.uri = f"http://127.0.0.1:{self.server_port}"
 
 
@@ -290,6 +291,8 @@ class ProxyHandler(BaseHTTPRequestHandler):
     def handle_any(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         behaviour = "forwards" if self.command == "HEAD" else self.server.behaviour
+        if self.command == "POST" and self.path.endswith(self.server.refused):
+            behaviour = "404"
         if behaviour == "hangs":
             self.server.hung += 1
             self.server.ended.wait()
@@ -332,7 +335,7 @@ def proxy(outage: Outage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> It
 def test_a_server_that_starts_to_fail_ends_the_next_stage_with_one_line(behaviour: str, proxy: Proxy) -> None:
     stages: dict[str, Callable[[], object]] = {
         "start": lambda: tracking.run("sample", Sample()).__enter__(),
-        "best": lambda: model_scores.best_model("lungs"),
+        "best": lambda: scores.best_model("lungs"),
         "data": lambda: tracking.model_data("models:/nobody@champion"),
         "register": lambda: versions.registering("models:/m-1", "lungs", {}).__enter__(),
     }
@@ -349,6 +352,20 @@ def test_a_server_that_starts_to_fail_ends_the_next_stage_with_one_line(behaviou
         proxy.behaviour = "forwards"
         send_buffered(Path("output") / f"undelivered-{run_id}" / "calls.jsonl")
         assert MlflowClient().get_run(run_id).info.status == "FAILED", name
+
+
+@pytest.mark.usefixtures("no_code")
+def test_a_registry_that_knows_no_aliases_is_one_line(proxy: Proxy, tmp_path: Path) -> None:
+    (tmp_path / "made").mkdir()
+    (tmp_path / "made" / "model.json").write_text("{}")
+    proxy.refused = "/registered-models/alias"
+    with pytest.raises(UserError) as error, tracking.run("register", Register()) as run_id:
+        model = tracking.log_model(tmp_path / "made")
+        with versions.registering(model, "without", {}) as new:
+            versions.decide(new, "champion", {"reason": "the first"})
+    assert len(str(error.value).splitlines()) == 1
+    assert "/registered-models/alias" in str(error.value)
+    assert MlflowClient().get_run(run_id).info.status == "FAILED"
 
 
 @pytest.mark.parametrize("behaviour", ["403", "200", "hangs"])

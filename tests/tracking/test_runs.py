@@ -25,7 +25,7 @@ from tracking_server import TIMEOUT_SECONDS, wait_until
 
 from pneumo_experiments import interrupts, tracking
 from pneumo_experiments.errors import UserError
-from pneumo_experiments.registry import model_scores
+from pneumo_experiments.registry.scores import best_model
 from pneumo_experiments.settings import Preprocess, Register, Sample, Score, Search, Train, as_config, flat
 from pneumo_experiments.tracking.log import active_runs
 from pneumo_experiments.tracking.processes import is_dead, process_tags
@@ -288,7 +288,7 @@ def test_scores_and_their_table_outlast_an_outage_and_arrive_once_though_they_ar
 def test_the_best_model_is_the_one_with_the_highest_dice_on_one_set_of_images(store: Path) -> None:
     def best(identity: str | None = None) -> tuple[str, str, int]:
         with tracking.run("register", Register()):
-            return model_scores.best_model(identity)
+            return best_model(identity)
 
     unscored = logged(store, None)
     with pytest.raises(UserError, match="model=best: no model"):

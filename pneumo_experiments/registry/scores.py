@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import mlflow
 import mlflow.artifacts
-import requests
+import numpy as np
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from pneumo_experiments import tracking
 from pneumo_experiments.errors import UserError
+from pneumo_experiments.registry.versions import if_exists
 from pneumo_experiments.tracking.buffered_client import is_outage
 from pneumo_experiments.tracking.calls import SCORE_TAG
 
@@ -44,21 +45,30 @@ class UnseenScore:
         return f"{self.images} {self.subset} images ({self.identity[:8]})"
 
 
+class ScoredImage(NamedTuple):
+    """An image of a score: its patient, its Dice, and whether the truth has pixels."""
+
+    patient: str
+    dice: float
+    positive: bool
+
+
+class BestModel(NamedTuple):
+    """The address of a model, why it is the best, and of how many models it is."""
+
+    address: str
+    line: str
+    models: int
+
+
 def scores_of(model_id: str | None) -> dict[str, UnseenScore]:
     """A logged model's scores on unseen images by identity; none for one that is deleted or not logged."""
-    if model_id is None:
-        return {}
-    try:
-        model = MlflowClient().get_logged_model(model_id)
-    except MlflowException as error:
-        if is_outage(error):
-            raise
-        return {}
-    return _scores_in(model)
+    model = if_exists(lambda: MlflowClient().get_logged_model(model_id)) if model_id else None
+    return _scores_in(model) if model else {}
 
 
-def best_model(identity: str | None) -> tuple[str, str, int]:
-    """Address of the experiment's model with the highest Dice on unseen images, why, and of how many models.
+def best_model(identity: str | None) -> BestModel:
+    """The model of the active run's experiment with the highest Dice on unseen images.
 
     Models are compared on one set of images: the champion's (``identity``), if models of this experiment were
     scored on it, else the hold-out split that was scored last, or without one the external data set.
@@ -72,41 +82,47 @@ def best_model(identity: str | None) -> tuple[str, str, int]:
             "model=best: no model of this experiment was scored on its hold-out split or on an external data"
             " set; run score first, or give models:/<id>"
         )
-    if identity and any(score.identity == identity for score, _ in scores):
-        why = "the champion's images"
-    else:
-        identity, why = latest([score for score, _ in scores]).identity, "the images scored last"
+    why = "the champion's images"
+    if identity not in {score.identity for score, _ in scores}:
+        identity, why = latest(score for score, _ in scores).identity, "the images scored last"
     compared = [(score, model_id) for score, model_id in scores if score.identity == identity]
     best, model_id = max(compared, key=lambda scored: (scored[0].dice, scored[0].timestamp))
-    count = len(compared)
-    return f"models:/{model_id}", f"best of {count} models scored on {best.images_text}, {why}", count
+    line = f"best of {len(compared)} models scored on {best.images_text}, {why}"
+    return BestModel(f"models:/{model_id}", line, len(compared))
 
 
-def latest(scores: Sequence[UnseenScore]) -> UnseenScore:
+def latest(scores: Iterable[UnseenScore]) -> UnseenScore:
     """The latest score on a hold-out split; without one the latest on an external data set."""
     return max(scores, key=lambda score: (score.subset == "holdout", score.timestamp))
 
 
-def read_table(run_id: str, name: str) -> list[dict[str, Any]] | None:
-    """The rows of a table that ``log_table`` logged in a run; None if it has none, or a damaged one."""
-    content = read_json(run_id, f"{name}.json")
-    try:
-        columns, data = content["columns"], content["data"]
-        return [dict(zip(columns, row, strict=True)) for row in data]
-    except (TypeError, LookupError, ValueError):
-        return None
+def images_of(score: UnseenScore) -> dict[str, ScoredImage] | None:
+    """The images of a score by id; None if their table is lost or damaged: it could otherwise decide."""
+    images = {
+        row["image_id"]: ScoredImage(row["patient"], float(row["dice"]), row["truth_area_px"] > 0)
+        for row in read_table(score.run_id, "scores")
+    }
+    means = [(image.dice, not image.positive) for image in images.values()]
+    is_whole = len(images) == score.images and np.allclose(
+        np.mean(means, axis=0), [score.dice, score.dice_baseline], rtol=0, atol=1e-6
+    )
+    return images if is_whole else None
+
+
+def read_table(run_id: str, name: str) -> list[dict[str, Any]]:
+    """The rows of a table that ``log_table`` logged in a run; none if it is lost or damaged."""
+    table = read_json(run_id, f"{name}.json")
+    return [dict(zip(table["columns"], row, strict=True)) for row in table["data"]] if table else []
 
 
 def read_json(run_id: str, name: str) -> Any:
-    """What a JSON artifact of a run holds; None if there is none, or a damaged one."""
+    """What a JSON artifact of a run holds; None if it is lost or damaged."""
     try:
         path = mlflow.artifacts.download_artifacts(run_id=run_id, artifact_path=name)
         return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (MlflowException, requests.RequestException, OSError) as error:
-        if isinstance(error, MlflowException | requests.RequestException) and is_outage(error):
+    except (MlflowException, OSError, ValueError) as error:
+        if is_outage(error):
             raise
-        return None
-    except (ValueError, RecursionError):
         return None
 
 
