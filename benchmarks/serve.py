@@ -40,7 +40,7 @@ from pneumo_experiments.metrics.thresholds import Thresholds
 from pneumo_experiments.serving import Detector, Member, new_folder, save
 from pneumo_experiments.settings import Device, Train, as_config
 from pneumo_experiments.synthetic.kaggle_layout import write_sample
-from pneumo_experiments.tracking.calls import save_model
+from pneumo_experiments.tracking.models import save_model
 
 SIZE_PX, BATCH, CLIENTS, WARM_REQUESTS = 384, 20, 4, 100
 LOADING = """
@@ -186,7 +186,7 @@ def main() -> None:
         folder = Path(name)
         with new_folder() as data:
             save(data, detector)
-            save_model(folder / "model", str(data), ["mlflow"])
+            save_model(folder / "model", data)
         write_sample(folder / "sample", images=BATCH, test_images=1, seed=0)
         files = sorted((folder / "sample" / "dicom-images-train").rglob("*.dcm"))[:BATCH]
         (folder / "empty").mkdir()

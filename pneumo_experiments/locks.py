@@ -25,26 +25,24 @@ def work_folder(folder: Path, wait_message: str, *, timeout_seconds: float = -1)
     path = folder / LOCK
     lock, waited, created = FileLock(path), False, list[Path]()
     while not lock.is_locked:
-        if not path.exists() and folder.is_dir() and any(folder.iterdir()) and not path.exists():
+        if folder.is_dir() and (files := [*folder.iterdir()]) and path not in files:
             raise UserError(f"{folder}: exists and was not created by this program; move or rename it")
         created = [folder, *(parent for parent in folder.parents if not parent.exists())]
         folder.mkdir(parents=True, exist_ok=True)
-        with suppress(FileNotFoundError):  # the other process has finished and removed the folder
-            try:
-                lock.acquire(timeout=0)
-            except Timeout:
-                if timeout_seconds == 0:
-                    raise
-                if not waited:
-                    print(wait_message)
-                waited = True
-                lock.acquire(timeout=timeout_seconds)
-    inode = path.stat().st_ino  # no other file gets this number while the lock is open
+        try:
+            lock.acquire(timeout=timeout_seconds if waited else 0)
+        except Timeout:
+            if waited or timeout_seconds == 0:
+                raise
+            print(wait_message)
+            waited = True
+        except FileNotFoundError:
+            pass  # the other process has finished and removed the folder
     try:
         yield waited
     finally:
-        with suppress(OSError):
-            if path.stat().st_ino == inode and [*folder.iterdir()] == [path]:
+        with suppress(OSError):  # the block has removed the folder, or others use its parents
+            if [*folder.iterdir()] == [path]:
                 path.unlink()
                 for empty in created:
                     empty.rmdir()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from types import TracebackType
+from dataclasses import KW_ONLY, dataclass
 
 from tqdm import tqdm
 
@@ -12,6 +12,7 @@ WORTH_SAYING_SECONDS = 30.0  # shorter work needs no estimate
 WITHOUT_COUNTS = "{l_bar}{bar}| {elapsed}<{remaining}"
 
 
+@dataclass
 class ProgressBar:
     """Shows how far the work called ``name`` is, and about how long it still takes, from the rate so far.
 
@@ -20,64 +21,58 @@ class ProgressBar:
     come, this one included: what they take together is said once, on a terminal, too.
     """
 
-    def __init__(
-        self,
-        name: str,
-        total: float,
-        unit: str = "image",
-        *,
-        finished: float = 0,
-        pieces: int = 1,
-        is_shown: bool = True,
-        is_kept: bool = False,
-    ) -> None:
-        """``finished`` of ``total`` are done already; a bar that ``is_kept`` stays on the terminal."""
+    name: str
+    total: float
+    unit: str = "image"
+    _: KW_ONLY
+    finished: float = 0  # of the total
+    pieces: int = 1
+    is_shown: bool = True
+    is_kept: bool = False  # the bar stays on the terminal
+
+    def __post_init__(self) -> None:
         # None: tqdm shows nothing unless on a terminal. Counts that are not whole would only confuse.
         self._bar = tqdm(
-            total=total,
-            initial=finished,
-            desc=name,
-            unit=unit,
-            leave=is_kept,
-            disable=None if is_shown else True,
-            bar_format=None if isinstance(total, int) else WITHOUT_COUNTS,
+            total=self.total,
+            initial=self.finished,
+            desc=self.name,
+            unit=self.unit,
+            leave=self.is_kept,
+            disable=None if self.is_shown else True,
+            bar_format=None if isinstance(self.total, int) else WITHOUT_COUNTS,
         )
-        self._name, self._total, self._pieces, self._is_shown = name, total, pieces, is_shown
-        self._done = finished
         # From the first update on: what comes before, such as the start of processes, happens once.
-        self._rate_from: tuple[float, float] | None = None  # time, and what was done
+        self._rate_from: tuple[float, float] | None = None  # time, and what was finished
         self._next_line = time.monotonic() + FIRST_SECONDS
 
     def __enter__(self) -> ProgressBar:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._bar.close()
 
     def update(self, count: float = 1) -> None:
         """So much more is done."""
         self._bar.update(count)
-        self._done += count
+        self.finished += count
         now = time.monotonic()
         if self._rate_from is None:
-            self._rate_from = now, self._done
-        elif self._is_shown and now >= self._next_line and self._done > self._rate_from[1]:
+            self._rate_from = now, self.finished
+        elif self.is_shown and now >= self._next_line and self.finished > self._rate_from[1]:
             self._say(now, *self._rate_from)
 
-    def _say(self, now: float, since: float, done_before: float) -> None:
-        seconds_each = (now - since) / (self._done - done_before)
-        left = seconds_each * (self._total - self._done)
-        together = left + (self._pieces - 1) * seconds_each * self._total
+    def _say(self, now: float, since: float, finished_before: float) -> None:
+        seconds_each = (now - since) / (self.finished - finished_before)
+        left = seconds_each * (self.total - self.finished)
+        together = left + (self.pieces - 1) * seconds_each * self.total
         self._next_line = now + max(WORTH_SAYING_SECONDS, (now - since + left) / 4)
-        if self._pieces > 1:
+        line = f"{self.name}: {duration(left)} left"
+        if self.pieces > 1:
             if together >= WORTH_SAYING_SECONDS:
-                more = f"with {self._pieces - 1} more {duration(together)}"
-                tqdm.write(f"{self._name}: {duration(left)} left, {more}")
-            self._pieces = 1
+                tqdm.write(f"{line}, with {self.pieces - 1} more {duration(together)}")
+            self.pieces = 1
         elif self._bar.disable and left >= WORTH_SAYING_SECONDS:
-            tqdm.write(f"{self._name}: {duration(left)} left")
+            tqdm.write(line)
 
 
 def duration(seconds: float) -> str:

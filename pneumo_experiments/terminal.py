@@ -45,14 +45,9 @@ def make_streams_unfailing() -> None:
             os.open(os.devnull, os.O_RDWR)
     for number, name in ((1, "stdout"), (2, "stderr")):
         stream = getattr(sys, name)
-        if (
-            stream is not None and type(stream) is not TextIOWrapper
-        ):  # replaced by someone else, for example by a test
-            if isinstance(stream, TextIOWrapper):
-                stream.reconfigure(errors="backslashreplace")  # pyright: ignore[reportUnknownMemberType]
+        if stream is not None and type(stream) is not TextIOWrapper:  # replaced, such as by a test
             continue
-        buffer = os.fdopen(number, "wb", closefd=False) if stream is None else stream.buffer
-        # backslashreplace: for names that the terminal cannot show; lines: to show progress in a pipe, too.
-        encoding = "utf-8" if stream is None else stream.encoding
-        stream = _UnfailingStream(buffer, encoding=encoding, errors="backslashreplace", line_buffering=True)
-        setattr(sys, name, stream)
+        buffer = stream.buffer if stream else os.fdopen(number, "wb", closefd=False)
+        # Names that the terminal cannot show are escaped; each line is shown at once, in a pipe, too.
+        encoding, errors = stream.encoding if stream else "utf-8", "backslashreplace"
+        setattr(sys, name, _UnfailingStream(buffer, encoding, errors, line_buffering=True))

@@ -92,10 +92,10 @@ def no_layout() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def no_code(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Models are logged without this package, whose many files take a while to copy."""
-    from pneumo_experiments.tracking import calls
+    from pneumo_experiments.tracking import models
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(calls, "PACKAGE", tmp_path_factory.mktemp("code"))
+        patch.setattr(models, "PACKAGE", tmp_path_factory.mktemp("code"))
         yield
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
+from pneumo_experiments import tracking
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.registry.versions import if_exists
 from pneumo_experiments.tracking.buffered_client import is_outage
@@ -73,9 +74,8 @@ def best_model(identity: str | None) -> BestModel:
     scored on it, else the hold-out split that was scored last, or without one the external data set.
     Raises UserError if no model was scored on unseen images.
     """
-    active = mlflow.active_run()
-    assert active is not None
-    models = mlflow.search_logged_models(experiment_ids=[active.info.experiment_id], output_format="list")
+    experiment = tracking.experiment_of_active_run()
+    models = mlflow.search_logged_models(experiment_ids=[experiment], output_format="list")
     scores = [(score, model.model_id) for model in models for score in _scores_in(model).values()]
     if not scores:
         raise UserError(

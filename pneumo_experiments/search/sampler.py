@@ -24,15 +24,11 @@ MAX_STARTUP_TRIALS = 10  # Optuna's default
 def make_sampler(settings: StudySettings, seed: int) -> BaseSampler:
     """The sampler that the settings name; each trial has a seed of its own."""
     # A third of the trials at random, so that a short study does more than draw at random.
-    startup = max(1, min(MAX_STARTUP_TRIALS, settings.trials // 3))
+    n = max(1, min(MAX_STARTUP_TRIALS, settings.trials // 3))
     samplers: dict[str, Callable[[int], BaseSampler]] = {
-        "tpe": lambda seed: TPESampler(
-            seed=seed, multivariate=True, constant_liar=True, n_startup_trials=startup
-        ),
-        "gp": lambda seed: GPSampler(seed=seed, n_startup_trials=startup),
-        "cmaes": lambda seed: CmaEsSampler(
-            seed=seed, n_startup_trials=startup, warn_independent_sampling=False
-        ),
+        "tpe": lambda seed: TPESampler(seed=seed, multivariate=True, constant_liar=True, n_startup_trials=n),
+        "gp": lambda seed: GPSampler(seed=seed, n_startup_trials=n),
+        "cmaes": lambda seed: CmaEsSampler(seed=seed, n_startup_trials=n, warn_independent_sampling=False),
         "random": lambda seed: RandomSampler(seed=seed),
     }
     if settings.sampler == "cmaes" and not settings.has_one_objective:
@@ -42,16 +38,12 @@ def make_sampler(settings: StudySettings, seed: int) -> BaseSampler:
 
 def make_pruner(settings: StudySettings) -> BasePruner:
     """The pruner that the settings name; none for several objectives, which Optuna cannot prune."""
-    if not settings.has_one_objective:
+    if not settings.has_one_objective or settings.pruner == "none":
         return NopPruner()
+    if settings.pruner == "median":
+        return _MedianOfLast(n_startup_trials=max(1, min(5, settings.trials // 3)))
     epochs = settings.search_epochs * settings.folds_per_trial
-    match settings.pruner:
-        case "hyperband":
-            return HyperbandPruner(min_resource=1, max_resource=epochs, reduction_factor=3)
-        case "median":
-            return _MedianOfLast(n_startup_trials=max(1, min(5, settings.trials // 3)))
-        case _:
-            return NopPruner()
+    return HyperbandPruner(min_resource=1, max_resource=epochs, reduction_factor=3)
 
 
 class _MedianOfLast(MedianPruner):
@@ -85,18 +77,14 @@ class _SeededPerTrial(BaseSampler):
             self._sampler = self._make(seed)
         self._sampler.before_trial(study, trial)
 
-    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        return self._sampler.infer_relative_search_space(study, trial)
+    def infer_relative_search_space(self, *args: Any, **kwargs: Any) -> dict[str, BaseDistribution]:
+        return self._sampler.infer_relative_search_space(*args, **kwargs)
 
-    def sample_relative(
-        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
-    ) -> dict[str, Any]:
-        return self._sampler.sample_relative(study, trial, search_space)
+    def sample_relative(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        return self._sampler.sample_relative(*args, **kwargs)
 
-    def sample_independent(
-        self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
-    ) -> Any:
-        return self._sampler.sample_independent(study, trial, param_name, param_distribution)
+    def sample_independent(self, *args: Any, **kwargs: Any) -> Any:
+        return self._sampler.sample_independent(*args, **kwargs)
 
     def after_trial(self, study: Study, trial: FrozenTrial, state: TrialState, values: Any) -> None:
         with warnings.catch_warnings():  # see docs/search.md

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, cast
@@ -53,8 +54,7 @@ def search_space(settings: StudySettings, recipe: Recipe) -> Space:
     Raises UserError for a name without a range, for a file of ranges that cannot be used, and for a setting
     without effect.
     """
-    ranges = SPACE | (_read_ranges(settings.space) if settings.space else {})
-    names = list(dict.fromkeys(name.strip() for name in settings.searched.split(",") if name.strip()))
+    ranges, names = SPACE | _read_ranges(settings.space), _searched(settings)
     if not names:
         raise UserError(f"searched: no setting is named; name some of {', '.join(ranges)}")
     for name in names:
@@ -67,22 +67,19 @@ def search_space(settings: StudySettings, recipe: Recipe) -> Space:
 
 def unsearched_ranges(settings: StudySettings) -> list[str]:
     """Names in the file of ranges that are not searched."""
-    searched = {name.strip() for name in settings.searched.split(",")}
-    return [name for name in (_read_ranges(settings.space) if settings.space else {}) if name not in searched]
+    return [name for name in _read_ranges(settings.space) if name not in _searched(settings)]
 
 
 def suggest(trial: optuna.Trial, space: Space) -> dict[str, Any]:
     """The trial's value of each searched setting."""
     values: dict[str, Any] = {}
     for name, range_ in space.items():
-        match range_:
-            case FloatDistribution():
-                values[name] = trial.suggest_float(name, range_.low, range_.high, log=range_.log)
-            case IntDistribution():
-                values[name] = trial.suggest_int(name, range_.low, range_.high, log=range_.log)
-            case _:
-                choices = cast("CategoricalDistribution", range_).choices
-                values[name] = trial.suggest_categorical(name, choices)
+        if isinstance(range_, CategoricalDistribution):
+            values[name] = trial.suggest_categorical(name, range_.choices)
+        else:
+            numeric = cast("FloatDistribution | IntDistribution", range_)
+            draw = trial.suggest_int if isinstance(numeric, IntDistribution) else trial.suggest_float
+            values[name] = draw(name, numeric.low, numeric.high, log=numeric.log)  # type: ignore[arg-type]
     return values
 
 
@@ -117,14 +114,28 @@ def as_range_text(range_: BaseDistribution) -> str:
     return f"{numeric.low:g} to {numeric.high:g}{', logarithmic' if numeric.log else ''}"
 
 
-def _read_ranges(path: Path) -> Space:
-    known = {leaf.name: leaf for leaf in leaves(Recipe)}
-    ranges: Space = {}
-    for name, content in read_yaml("space", path, "dice_weight: {low: 0.1, high: 3, log: true}").items():
+def in_words(values: Mapping[str, Any]) -> str:
+    """Settings as text: ``dice_weight 0.31, ema 0.9``."""
+    return ", ".join(f"{name} {short(value)}" for name, value in values.items())
+
+
+def short(value: Any) -> str:
+    """A setting's value in three digits."""
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def _searched(settings: StudySettings) -> list[str]:
+    return list(dict.fromkeys(name.strip() for name in settings.searched.split(",") if name.strip()))
+
+
+def _read_ranges(path: Path | None) -> Space:
+    known, ranges = {leaf.name: leaf for leaf in leaves(Recipe)}, Space()
+    content = {} if path is None else read_yaml("space", path, "dice_weight: {low: 0.1, high: 3, log: true}")
+    for name, range_ in content.items():
         if name not in known:
             raise UserError(f"space={path}: {_unknown(str(name), known)}")
         try:
-            ranges[str(name)] = _range_of(known[str(name)], content)
+            ranges[str(name)] = _range_of(known[str(name)], range_)
         except (TypeError, ValueError) as error:
             raise UserError(f"space={path}: {name}: {error}") from None
     return ranges

@@ -7,6 +7,7 @@ import time
 import warnings
 from collections.abc import Generator
 from contextlib import ExitStack, contextmanager, suppress
+from datetime import datetime, timedelta
 from typing import Any
 
 import optuna
@@ -24,10 +25,7 @@ from pneumo_experiments.settings import is_none
 
 # Attributes of a trial
 RUN_ID, PROCESS, ERROR = "run_id", "process", "error"
-CONFIRMS = "confirms"  # the number of the trial that is trained again
 AS_GIVEN = "as_given"  # the trial with the settings as given
-PATIENT_DICE = "patient_dice"  # see TrialScores
-FALSE_ALARMS = "false_alarms"  # one of Optuna's constraints, violated above 0
 HEARTBEAT_SECONDS, GRACE_SECONDS = 10, 60  # a worker that is silent for so long is taken for dead
 RECONNECT_SECONDS = 120  # a database may be restarted
 SQLITE_TIMEOUT_SECONDS = 60
@@ -67,15 +65,12 @@ def open_storage(address: str) -> BaseStorage:
     file = tracking.database_file(address)
     if file and not file.parent.is_dir():
         raise UserError(f"storage={hide_passwords(address)}: no folder {file.parent}; create it")
-    engine: dict[str, Any] = {"pool_pre_ping": True}  # the database may have been restarted
-    if file:
-        engine["connect_args"] = {"timeout": SQLITE_TIMEOUT_SECONDS}
     with ExitStack() as stack:
         if file:  # workers that create the tables at the same time would fail
             stack.enter_context(FileLock(file.with_name(file.name + ".lock")))
         for attempt in range(ATTEMPTS):
             try:
-                return _open(address, engine)
+                return _open(address, {"timeout": SQLITE_TIMEOUT_SECONDS} if file else {})
             except Exception as error:  # SQLAlchemy and its drivers raise errors of many kinds
                 if file or attempt == ATTEMPTS - 1:
                     raise cannot_be_opened(address, error) from error
@@ -83,11 +78,12 @@ def open_storage(address: str) -> BaseStorage:
     raise AssertionError
 
 
-def _open(address: str, engine: dict[str, Any]) -> _Storage:
+def _open(address: str, connect: dict[str, Any]) -> _Storage:
     with allow_experimental():
         storage = _Storage(
             tracking.with_driver(address),
-            engine_kwargs=engine,
+            # The database may have been restarted.
+            engine_kwargs={"pool_pre_ping": True, "connect_args": connect},
             heartbeat_interval=HEARTBEAT_SECONDS,
             grace_period=GRACE_SECONDS,
             heartbeat_stale_trial_callback=retry,
@@ -137,39 +133,27 @@ def load_study(setting: str, storage: BaseStorage, name: str) -> Study:
 def retry(study: Study, trial: FrozenTrial) -> None:
     """Queues a trial whose worker died, with the same settings, and ends its run as KILLED."""
     again = copy.copy(trial)
-    run_id = trial.user_attrs.get(RUN_ID)
     # A constraint of the trial that died could not be set again.
     again.system_attrs = {k: v for k, v in trial.system_attrs.items() if not k.startswith("constraints")}
-    again.user_attrs = {
-        name: value for name, value in trial.user_attrs.items() if name in (CONFIRMS, AS_GIVEN)
-    }
+    again.user_attrs = {name: value for name, value in trial.user_attrs.items() if name == AS_GIVEN}
     with allow_experimental():
         RetryHeartbeatStaleTrialCallback()(study, again)
-    if run_id:
+    if run_id := trial.user_attrs.get(RUN_ID):
         tracking.end_if_running(run_id, "KILLED")
 
 
-def fail_stale_trials(study: Study) -> None:
-    """Fails and queues again the trials of any machine whose heartbeat has stopped."""
+def retry_dead_trials(study: Study) -> None:
+    """Fails the trials whose worker has died, and queues them again.
+
+    Those of this machine at once, others when their heartbeat has stopped. A worker that died before its
+    trial's first line has left neither its name nor a heartbeat.
+    """
     with allow_experimental():
         optuna.storages.fail_stale_trials(study)
-
-
-def retry_dead_trials(study: Study, storage: BaseStorage, first_seen: dict[int, float]) -> None:
-    """Fails and queues again the trials whose process on this machine has died, without waiting.
-
-    A process that died before its trial's first line has left neither its name nor a heartbeat: such a trial
-    is dead when it is still like this after the grace period. ``first_seen`` keeps, by number, when this
-    process saw a trial first (time.monotonic).
-    """
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        waited = time.monotonic() - first_seen.setdefault(trial.number, time.monotonic())
-        process = trial.user_attrs.get(PROCESS)
-        if tracking.has_ended(process) if process else waited > GRACE_SECONDS:
-            try:
-                trial_id = trial._trial_id  # pyright: ignore[reportPrivateUsage] # no public way leads to it
-                if not storage.set_trial_state_values(trial_id, TrialState.FAIL):
-                    continue
-            except UpdateFinishedTrialError:
-                continue  # another worker was faster
-            retry(study, trial)
+        process, now = trial.user_attrs.get(PROCESS), datetime.now()
+        is_old = now - (trial.datetime_start or now) > timedelta(seconds=GRACE_SECONDS)
+        if tracking.has_ended(process) if process else is_old:
+            with suppress(UpdateFinishedTrialError, ValueError):  # another worker was faster
+                study.tell(trial.number, state=TrialState.FAIL)
+                retry(study, trial)

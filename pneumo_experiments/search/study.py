@@ -6,11 +6,12 @@ import hashlib
 import json
 import time
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import optuna
-from optuna.distributions import CategoricalDistribution, IntDistribution
+import yaml
 from optuna.exceptions import DuplicatedStudyError
 from optuna.storages import BaseStorage
 from optuna.study import Study, StudyDirection
@@ -26,21 +27,36 @@ from pneumo_experiments.search.storage import (
     cannot_be_opened,
     load_study,
 )
-from pneumo_experiments.settings import AUTO, Search, as_text, flat, is_none, read_config, weight_shaping
+from pneumo_experiments.settings import (
+    AUTO,
+    Recipe,
+    Search,
+    checked,
+    flat,
+    is_none,
+    leaves,
+    read_config,
+    weight_shaping,
+)
 
 # Attributes of a study
 METRIC_NAMES = {"dice": "cross-fitted Dice", "seconds": "seconds per image"}
 MADE_WITH = "made_with"  # data, fixed settings and space, as text by name
 PARENT = "parent_run"  # id of the run above those of the trials
-# How long a worker waits until the one that created the study has made it ready, and started its run
+REPORTED = "reported"  # the number of trials in the report
+CONFIRM = "confirm."  # and a trial's number: its second training's TrainingResult, or an error
+# Attributes of a trial
+PATIENT_DICE = "patient_dice"  # see TrialScores
+# Constraints, violated above 0
+FALSE_ALARMS = "false_alarms"
+# How long a worker waits until the one that created the study has made it ready
 CREATION_SECONDS = 30
 WARM_STARTS = 3  # best trials of another study to try first
 
 
-def open_study(storage: BaseStorage, settings: Search, fingerprint: str, space: Space) -> tuple[Study, bool]:
-    """The study that the settings name, and whether this process created it.
+def open_study(storage: BaseStorage, settings: Search, fingerprint: str, space: Space) -> Study:
+    """The study that the settings name, created if it is new; its first trial has the settings' values.
 
-    The first trial of a new study has the settings' values.
     Raises UserError if it was made with other data, settings or ranges: its values could not be compared.
     """
     made_with = _made_with(settings, fingerprint, space)
@@ -57,106 +73,28 @@ def open_study(storage: BaseStorage, settings: Search, fingerprint: str, space: 
     first = [within(flat(settings.recipe), space), *_warm_start(storage, settings, space)]  # may raise
     try:
         study = optuna.create_study(study_name=name, storage=storage, directions=directions, **chosen)
-        is_new = True
+        is_ready = False
     except DuplicatedStudyError:
         study = optuna.load_study(study_name=name, storage=storage, **chosen)
-        if study.directions != directions:
-            _refuse_foreign(study, made_with)
-        is_new = not _is_ready(study)
+        is_ready = study.directions != directions or _is_ready(study)
     except Exception as error:
         raise cannot_be_opened(settings.study.storage, error) from error
-    if is_new:
-        _set_metric_names(study, metric_names)
+    if not is_ready:
+        with allow_experimental():
+            study.set_metric_names(metric_names)
         for number, values in enumerate(first):
             marks = {} if number else {AS_GIVEN: True}
             study.enqueue_trial(values, user_attrs=marks, skip_if_exists=True)
         study.set_user_attr(MADE_WITH, made_with)  # last: the others wait for it
-    _refuse_foreign(study, made_with)
-    return study, is_new
-
-
-def open_confirmations(study: Study, storage: BaseStorage) -> Study:
-    """The study of trainings that confirm trials of another one: see ``second_settings``."""
-    confirmations = optuna.create_study(
-        study_name=confirm_name(study.study_name),
-        storage=storage,
-        directions=study.directions,
-        load_if_exists=True,
-    )
-    if study.metric_names and not confirmations.metric_names:
-        _set_metric_names(confirmations, study.metric_names)
-    return confirmations
-
-
-def _set_metric_names(study: Study, names: list[str]) -> None:
-    with allow_experimental():
-        study.set_metric_names(names)
-
-
-def confirm_name(name: str) -> str:
-    """The name of the study that confirms trials of another one."""
-    return f"{name}-confirm"
-
-
-def is_counted(trial: FrozenTrial) -> bool:
-    """Whether a trial is one of the study's ``trials``: not a killed one, which another one repeats."""
-    finished = trial.state in (TrialState.COMPLETE, TrialState.PRUNED)
-    return finished or (trial.state is TrialState.FAIL and ERROR in trial.user_attrs)
-
-
-def parent_run(study: Study, is_new: bool) -> str | None:
-    """Id of the run above those of the trials; None if this process is to start it."""
-    if not is_new:
-        _wait_for(study, PARENT)
-    return study.user_attrs.get(PARENT)
-
-
-def best_trials(study: Study) -> list[FrozenTrial]:
-    """The completed trials, the best first; of equal ones the earlier."""
-    completed = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    return sorted(completed, key=lambda trial: (*rank(trial, first_value(trial)), trial.number))
-
-
-def rank(trial: FrozenTrial | optuna.Trial, dice: float) -> tuple[float, float]:
-    """Sorts trials, the best first: those that violate no constraint by Dice, then those that do so least."""
-    return violation(trial), -dice
-
-
-def violation(trial: FrozenTrial | optuna.Trial) -> float:
-    """By how much a trial violates its constraints, as Optuna's samplers add it up; 0 if it is feasible."""
-    return excess(trial.constraints)
-
-
-def excess(constraints: Mapping[str, float]) -> float:
-    """The sum of what constraints are above 0."""
-    return sum(max(0.0, value) for value in constraints.values())
-
-
-def loss(trial: FrozenTrial) -> float:
-    """What a completed trial violates less its Dice: low is good."""
-    return violation(trial) - first_value(trial)
-
-
-def first_value(trial: FrozenTrial) -> float:
-    """The Dice of a completed trial: its only objective, or the first of several."""
-    return cast("list[float]", trial.values)[0]
-
-
-def count_trials(study: Study) -> int:
-    """The trials that count towards the study's total."""
-    return sum(map(is_counted, study.get_trials(deepcopy=False)))
+    _check_same_study(study, made_with)
+    return study
 
 
 def _is_ready(study: Study) -> bool:
     """Waits until the worker that created the study has made it ready; False if that one must have died."""
-    has_ended = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
-    return bool(has_ended) or _wait_for(study, MADE_WITH)  # if it has ended trials, of another program
-
-
-def _wait_for(study: Study, attribute: str) -> bool:
-    """Waits until another worker has set an attribute of the study; False if that one must have died."""
+    ended = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
     start = time.monotonic()
-    while attribute not in study.user_attrs:
+    while not ended and MADE_WITH not in study.user_attrs:  # if it has ended trials, of another program
         if time.monotonic() - start > CREATION_SECONDS:
             return False
         time.sleep(0.2)
@@ -171,17 +109,16 @@ def _made_with(settings: Search, fingerprint: str, space: Space) -> dict[str, st
     return {"data": fingerprint[:16]} | fixed | ranges
 
 
-def _refuse_foreign(study: Study, made_with: Mapping[str, str]) -> None:
-    stored: object = study.user_attrs.get(MADE_WITH)
-    if isinstance(stored, dict):
-        recorded = cast("dict[str, str]", stored)
-        names = [name for name in {**made_with, **recorded} if made_with.get(name) != recorded.get(name)]
+def _check_same_study(study: Study, made_with: Mapping[str, str]) -> None:
+    recorded = cast("dict[str, str] | None", study.user_attrs.get(MADE_WITH))
+    if recorded is None:
+        differences = ["another program"]
+    else:
         differences = [
             f"{name} {recorded.get(name, 'not searched')}, not {made_with.get(name, 'not searched')}"
-            for name in names
+            for name in {**made_with, **recorded}
+            if made_with.get(name) != recorded.get(name)
         ]
-    else:
-        differences = ["another program"]
     if differences:
         raise UserError(
             f"study={study.study_name}: was made with {'; '.join(differences)}; name another study, or auto,"
@@ -200,15 +137,82 @@ def _warm_start(storage: BaseStorage, settings: Search, space: Space) -> list[di
 
 
 def _parsed(texts: Mapping[str, str], space: Space) -> dict[str, Any]:
-    """The texts of searched settings as values; UserError for one that is no number where one is needed."""
+    """The texts of searched settings as values; UserError for one that its setting does not accept."""
     values: dict[str, Any] = {}
-    for name in texts.keys() & space.keys():
-        range_, text = space[name], texts[name]
-        if isinstance(range_, CategoricalDistribution):
-            values |= {name: c for c in range_.choices if as_text(c) == text}  # noqa: B035 # one at most
-            continue
-        try:
-            values[name] = int(text) if isinstance(range_, IntDistribution) else float(text)
-        except ValueError:
-            raise UserError(f"warm_start: {name}: {text[:60]!r} is not a number") from None
+    for leaf in leaves(Recipe):
+        if leaf.name in texts.keys() & space.keys():
+            try:
+                values[leaf.name] = checked(leaf, yaml.safe_load(texts[leaf.name]))
+            except (ValueError, yaml.YAMLError) as error:
+                raise UserError(f"warm_start: {leaf.name}: {error}") from None
     return values
+
+
+# The trials of a study
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """What the first or the second training of a trial's settings is compared by."""
+
+    dice: float
+    patient_dice: list[float]
+    constraints: dict[str, float]
+
+
+def set_confirmation(study: Study, number: int, result: TrainingResult | str) -> None:
+    """Keeps the second training of a trial with the study, or the error that it ended with."""
+    attribute = {ERROR: result} if isinstance(result, str) else asdict(result)
+    study.set_user_attr(f"{CONFIRM}{number}", attribute)
+
+
+def confirmations(study: Study) -> dict[int, TrainingResult]:
+    """The second trainings that have a result, by the trial's number."""
+    return {
+        int(name.removeprefix(CONFIRM)): TrainingResult(**attribute)
+        for name, attribute in study.user_attrs.items()
+        if name.startswith(CONFIRM) and ERROR not in attribute
+    }
+
+
+def trials_to_confirm(study: Study, confirm: int) -> list[int]:
+    """The numbers of the trial with the settings as given and of the best others without a second training.
+
+    None if no other trial could win.
+    """
+    best, attributes = best_trials(study), study.user_attrs
+    given = [trial.number for trial in best if AS_GIVEN in trial.user_attrs]
+    others = [trial.number for trial in best if trial.number not in given and not violation(trial)][:confirm]
+    return [number for number in given + others if others and f"{CONFIRM}{number}" not in attributes]
+
+
+def counts_toward_total(trial: FrozenTrial) -> bool:
+    """Whether a trial is one of the study's ``trials``: not a killed one, which another one repeats."""
+    finished = trial.state in (TrialState.COMPLETE, TrialState.PRUNED)
+    return finished or (trial.state is TrialState.FAIL and ERROR in trial.user_attrs)
+
+
+def count_trials(study: Study) -> int:
+    """The trials that count towards the study's total."""
+    return sum(map(counts_toward_total, study.get_trials(deepcopy=False)))
+
+
+def best_trials(study: Study) -> list[FrozenTrial]:
+    """The completed trials, the best first; of equal ones the earlier."""
+    completed = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    return sorted(completed, key=lambda trial: (violation(trial), -first_value(trial), trial.number))
+
+
+def violation(trial: FrozenTrial | optuna.Trial | TrainingResult) -> float:
+    """By how much a trial violates its constraints, as Optuna's samplers add it up; 0 if it is feasible."""
+    return excess(trial.constraints)
+
+
+def excess(constraints: Mapping[str, float]) -> float:
+    """The sum of what constraints are above 0."""
+    return sum(max(0.0, value) for value in constraints.values())
+
+
+def first_value(trial: FrozenTrial) -> float:
+    """The Dice of a completed trial: its only objective, or the first of several."""
+    return cast("list[float]", trial.values)[0]

@@ -1,148 +1,192 @@
-"""One trial of a study: a short training in a child run."""
+"""The trials of a study that one process runs: short trainings, each in a child run."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
-from math import inf
-from pathlib import Path
-from typing import Protocol
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
 
 import optuna
 from optuna.exceptions import TrialPruned
+from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 from tqdm import tqdm
 
 from pneumo_experiments import tracking
+from pneumo_experiments.dataset.hdf5 import Dataset
 from pneumo_experiments.errors import ServerUnreachable, UserError
 from pneumo_experiments.passwords import hide_passwords
-from pneumo_experiments.search.space import Space, suggest, with_values
-from pneumo_experiments.search.storage import (
-    AS_GIVEN,
-    CONFIRMS,
-    ERROR,
+from pneumo_experiments.search.space import Space, in_words, short, suggest, with_values
+from pneumo_experiments.search.storage import AS_GIVEN, ERROR, PROCESS, RUN_ID, retry
+from pneumo_experiments.search.study import (
     FALSE_ALARMS,
     PATIENT_DICE,
-    PROCESS,
-    RUN_ID,
-    retry,
+    TrainingResult,
+    best_trials,
+    count_trials,
+    counts_toward_total,
+    excess,
+    first_value,
+    set_confirmation,
+    violation,
 )
-from pneumo_experiments.search.study import best_trials, excess, first_value, is_counted, rank
-from pneumo_experiments.search.table import in_words, print_row
-from pneumo_experiments.search.trial_training import TrialScores
+from pneumo_experiments.search.trial_training import TrialScores, TrialTraining, second_settings
 from pneumo_experiments.serving import new_folder
 from pneumo_experiments.settings import Recipe, Search
 
 # What ends one trial, not the search: a training that diverged, or that did not fit in the memory.
 TRIAL_ERRORS = (UserError, RuntimeError, MemoryError)
-PARENT_SECONDS = 30  # between looks at the parent run, which another worker may have ended
-
-
-class Training(Protocol):
-    """What a trial does: see TrialTraining."""
-
-    def epochs(self, recipe: Recipe, trials_left: int) -> Iterator[TrialScores]:
-        """Scores after each epoch; with this one so many trials are left."""
-        ...
-
-    def save_model(self, folder: Path, recipe: Recipe) -> None:
-        """Saves what was trained last."""
-        ...
 
 
 class TrialFailed(Exception):
-    """A trial ended with an error of its own, which is the cause."""
+    """A trial ended with an error of its own, which is the message."""
 
 
-class Surplus(Exception):
-    """Several workers started the last trial at once, and this one is too many."""
+class StudyComplete(Exception):
+    """Other workers have started the last trials."""
+
+
+@dataclass(frozen=True)
+class TrialResult:
+    """A trial's training that has ended; whether it was pruned, and how long it took."""
+
+    scores: TrialScores
+    state: Literal["complete", "pruned"]
+    seconds: float
 
 
 @dataclass
-class Objective:
-    """One trial: a short training in a child run.
+class Trials:
+    """The trials of a study that this process runs."""
 
-    With ``confirms`` it trains a trial of another study again, without pruning.
-    """
-
+    study: Study
+    dataset: Dataset
     settings: Search
     space: Space
-    training: Callable[[], Training]  # made by the first trial that this worker runs
-    total: int
-    confirms: bool = False
-    _parent_checked: float = -inf
+    parent: str | None = None  # the run above those of the trials
+    started: float = field(default_factory=time.monotonic)
+    _training: TrialTraining | None = None
 
-    def __call__(self, trial: optuna.Trial) -> tuple[float, ...]:
-        """The trial's values. Raises TrialPruned, TrialFailed and Surplus."""
-        trial.set_user_attr(PROCESS, tracking.process_tags())  # first: without it a dead trial is a riddle
-        _refuse_surplus(trial, self.total, self.confirms)
+    def run_next(self) -> str | None:
+        """Runs the next trial of the study; returns its error, if it failed."""
+        ended: list[FrozenTrial] = []
+        self.study.optimize(
+            self._objective,
+            n_trials=1,
+            catch=(TrialFailed, StudyComplete),
+            callbacks=[lambda _, trial: ended.append(trial)],
+        )
+        return ended[0].user_attrs.get(ERROR)
+
+    def confirm(self, number: int, left: int) -> str | None:
+        """Trains a trial's settings again; returns the error, if that failed.
+
+        With this one ``left`` trials are to be confirmed.
+        """
+        trial = self.study.get_trials(deepcopy=False)[number]
         try:
-            return self._run(trial)
-        except (TrialPruned, TrialFailed):
+            result = self._train(f"confirm {number}", second_settings(self.settings), trial.params, left)
+        except TrialFailed as failure:
+            set_confirmation(self.study, number, str(failure))
+            return str(failure)
+        scores = result.scores
+        patient_dice = scores.patient_dice.round(5).tolist()
+        set_confirmation(
+            self.study, number, TrainingResult(scores.dice, patient_dice, self._constraints(scores))
+        )
+        return None
+
+    def _objective(self, trial: optuna.Trial) -> tuple[float, ...]:
+        """The trial's values. Raises TrialPruned, TrialFailed and StudyComplete."""
+        trial.set_user_attr(PROCESS, tracking.process_tags())  # first: without it a dead trial is a riddle
+        earlier = trial.study.get_trials(deepcopy=False)[: trial.number]
+        active = [each for each in earlier if counts_toward_total(each) or each.state is TrialState.RUNNING]
+        if len(active) >= self.settings.study.trials:
+            raise StudyComplete
+        try:
+            values = suggest(trial, self.space)
+            result = self._train(f"trial {trial.number}", self.settings, values, self._trials_left(), trial)
+        except TrialFailed as failure:
+            trial.set_user_attr(ERROR, str(failure))
             raise
         except BaseException:
             # Not a failure of its settings: they are tried again, by the next command at the latest.
             retry(trial.study, trial.study.get_trials(deepcopy=False)[trial.number])
             raise
+        if result.state == "pruned":
+            raise TrialPruned
+        scores = result.scores
+        is_single = self.settings.study.has_one_objective
+        return (scores.dice,) if is_single else (scores.dice, scores.seconds_per_image)
 
-    def _run(self, trial: optuna.Trial) -> tuple[float, ...]:
-        number = trial.user_attrs[CONFIRMS] if self.confirms else trial.number
-        training = self.training()
-        start = time.perf_counter()
+    def _train(
+        self,
+        title: str,
+        settings: Search,
+        values: dict[str, Any],
+        trials_left: int,
+        trial: optuna.Trial | None = None,
+    ) -> TrialResult:
+        """Trains in a child run; only a ``trial`` may be pruned, and keeps its model. Raises TrialFailed."""
+        training = self._training_with(settings)
+        recipe, line = with_values(settings.recipe, values), in_words(values)
+        tried, start = replace(settings, recipe=recipe), time.perf_counter()
+        epochs = settings.study.search_epochs * settings.study.folds_per_trial
         try:
-            values = suggest(trial, self.space)
-            recipe = with_values(self.settings.recipe, values)
-            line = in_words(values)
-            title = f"{'confirm' if self.confirms else 'trial'} {number}"
-            self._keep_parent_running()
-            with tracking.run(f"{title}: {line}", replace(self.settings, recipe=recipe)) as run_id:
-                trial.set_user_attr(RUN_ID, run_id)
-                scores, epochs = self._train(trial, training, recipe)
-                seconds = time.perf_counter() - start
-                is_pruned = epochs < self._epochs
-                self._record(trial, scores, seconds, is_pruned)
-                if not is_pruned and not self.confirms:
-                    self._keep_model(trial, scores.dice, recipe)
-                if is_pruned:
+            with tracking.run(f"{title}: {line}", tried, parent=self.parent) as run_id:
+                if trial is not None:
+                    trial.set_user_attr(RUN_ID, run_id)
+                epoch, scores = self._run_epochs(training, recipe, trials_left, trial)
+                state = "pruned" if epoch < epochs else "complete"
+                result = TrialResult(scores, state, time.perf_counter() - start)
+                self._log(result, trial)
+                if trial is not None and state == "complete":
+                    self._keep_model(trial, training, recipe, scores.dice)
+                in_full = state
+                if state == "pruned":
                     tracking.rename(f"{title} (pruned): {line}")
-                state = f"pruned after epoch {epochs} of {self._epochs}" if is_pruned else "complete"
-                tracking.describe(f"{title}, {state}: {line}.\nCross-fitted Dice {scores.dice:.4f}.")
+                    in_full = f"pruned after epoch {epoch} of {epochs}"
+                tracking.describe(f"{title}, {in_full}: {line}.\nCross-fitted Dice {scores.dice:.4f}.")
         except ServerUnreachable:
             raise
         except TRIAL_ERRORS as error:
             reason = hide_passwords(str(error).split("\n")[0])[:500]
-            trial.set_user_attr(ERROR, reason)
-            tqdm.write(f"search: trial {number} failed: {reason}")
-            raise TrialFailed from error
-        print_row(self.space, title, values, scores, seconds, state)
-        if is_pruned:
-            raise TrialPruned
-        is_single = self.settings.study.has_one_objective
-        return (scores.dice,) if is_single else (scores.dice, scores.seconds_per_image)
+            tqdm.write(f"search: {title} failed: {reason}")
+            raise TrialFailed(reason) from error
+        cells = "  ".join(f"{short(values[name]):>{max(len(name), 8)}}" for name in self.space)
+        empty = "  all empty" if scores.empty_loss else ""
+        tqdm.write(
+            f"  {title:<11}{scores.dice:>8.4f}{scores.dice_positive:>14.4f}  {cells}"
+            f"  {result.seconds:>7.1f} s  {in_full}{empty}"
+        )
+        return result
 
-    def _keep_parent_running(self) -> None:
-        if time.monotonic() > self._parent_checked + PARENT_SECONDS:
-            tracking.keep_running()
-            self._parent_checked = time.monotonic()
+    def _training_with(self, settings: Search) -> TrialTraining:
+        """What trains with these settings, made when a trial first needs it."""
+        if self._training is None or self._training.settings != settings:
+            self._training = None  # its images leave the memory first
+            self._training = TrialTraining(self.dataset, settings)
+            names = "  ".join(f"{name:>8}" for name in self.space)
+            print(f"  {'':<11}{'Dice':>8}{'on positives':>14}  {names}  {'time':>9}")
+        return self._training
 
-    @property
-    def _epochs(self) -> int:
-        return self.settings.study.search_epochs * self.settings.study.folds_per_trial
-
-    def _train(self, trial: optuna.Trial, training: Training, recipe: Recipe) -> tuple[TrialScores, int]:
-        """Scores after the last epoch that ran, and its number."""
-        scores, epoch = None, 0
-        reports = not self.confirms and self.settings.study.has_one_objective
-        is_given = AS_GIVEN in trial.user_attrs  # never pruned: the others are compared with it
-        for epoch, scores in enumerate(training.epochs(recipe, self._trials_left(trial)), start=1):
-            if reports:
-                # A pruner knows no constraints.
-                trial.report(scores.dice - excess(self._constraints(scores)), epoch)
-                if epoch < self._epochs and not is_given and trial.should_prune():
-                    break
+    def _run_epochs(
+        self, training: TrialTraining, recipe: Recipe, trials_left: int, trial: optuna.Trial | None
+    ) -> tuple[int, TrialScores]:
+        """The number of the last epoch that ran, over all folds, and the scores after it."""
+        study, epoch, scores = self.settings.study, 0, None
+        for epoch, (scores, metrics) in enumerate(training.epochs(recipe, trials_left), start=1):
+            tracking.log_metrics(metrics, step=epoch)
+            if trial is None or not study.has_one_objective:
+                continue
+            # A pruner knows no constraints.
+            trial.report(scores.dice - excess(self._constraints(scores)), epoch)
+            # The settings as given are never pruned: the others are compared with them.
+            is_last = epoch == study.search_epochs * study.folds_per_trial
+            if not is_last and AS_GIVEN not in trial.user_attrs and trial.should_prune():
+                break
         assert scores is not None  # a trial has one epoch at least
-        return scores, epoch
+        return epoch, scores
 
     def _constraints(self, scores: TrialScores) -> dict[str, float]:
         """Optuna's constraints, each violated above 0."""
@@ -150,37 +194,37 @@ class Objective:
         empty = {"all_empty": scores.empty_loss}
         return empty if limit is None else empty | {FALSE_ALARMS: scores.false_alarms - limit}
 
-    def _trials_left(self, trial: optuna.Trial) -> int:
+    def _trials_left(self) -> int:
         """Trials that this worker has still to run, this one included, if the others run as many."""
-        others = trial.study.get_trials(deepcopy=False)
-        left = self.total - sum(is_counted(other) for other in others)
-        if not self.confirms:
-            left += self.settings.study.trained_again
-        return -(-left // max(1, sum(other.state is TrialState.RUNNING for other in others)))
+        study = self.settings.study
+        running = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        return -(-(study.trials - count_trials(self.study) + study.trained_again) // max(1, len(running)))
 
-    def _record(self, trial: optuna.Trial, scores: TrialScores, seconds: float, is_pruned: bool) -> None:
-        names = ("dice", "dice_optimistic", "dice_positive", "false_alarms")
-        measured = {name: getattr(scores, name) for name in names}
-        state = "pruned" if is_pruned else "complete"
-        facts = {"trial_state": state, "is_all_empty": scores.empty_loss > 0}
-        tracking.log_metrics({"trial_value": scores.dice, "trial_seconds": seconds})
+    def _log(self, result: TrialResult, trial: optuna.Trial | None) -> None:
+        """Logs the scores in the run, and keeps them with the trial."""
+        scores, thresholds = result.scores, asdict(result.scores.thresholds)
+        facts = {"trial_state": result.state, "is_all_empty": scores.empty_loss > 0}
+        tracking.log_metrics({"trial_value": scores.dice, "trial_seconds": result.seconds})
+        tracking.log_params(facts | thresholds)
+        if trial is None:
+            return
         for name, value in self._constraints(scores).items():
             trial.set_constraint(name, value)
-        tracking.log_params(facts | asdict(scores.thresholds))
-        for name, value in (measured | facts | {"seconds": round(seconds, 3)}).items():
+        names = ("dice", "dice_optimistic", "dice_positive", "false_alarms")
+        measured: dict[str, Any] = {name: getattr(scores, name) for name in names}
+        measured |= facts | {"seconds": round(result.seconds, 3), "thresholds": thresholds}
+        if result.state == "complete":
+            measured[PATIENT_DICE] = scores.patient_dice.round(5).tolist()
+        for name, value in measured.items():
             trial.set_user_attr(name, value)
-        trial.set_user_attr("thresholds", asdict(scores.thresholds))
-        if not is_pruned:
-            trial.set_user_attr(PATIENT_DICE, scores.patient_dice.round(5).tolist())
 
-    def _keep_model(self, trial: optuna.Trial, dice: float, recipe: Recipe) -> None:
+    def _keep_model(self, trial: optuna.Trial, training: TrialTraining, recipe: Recipe, dice: float) -> None:
         """Logs the model if the trial is among the best so far, and deletes the one that it displaces."""
-        keep, best = self.settings.study.keep, best_trials(trial.study)
-        better = sum(rank(other, first_value(other)) <= rank(trial, dice) for other in best)
-        if better >= keep:
+        keep, best, rank = self.settings.study.keep, best_trials(trial.study), (violation(trial), -dice)
+        if sum((violation(other), -first_value(other)) <= rank for other in best) >= keep:
             return
         with new_folder() as folder:
-            self.training().save_model(folder, recipe)
+            training.save_model(folder, recipe)
             trial.set_user_attr("model", tracking.log_model(folder))
         delete_models(best[keep - 1 : keep])
 
@@ -191,19 +235,3 @@ def delete_models(trials: list[FrozenTrial]) -> None:
         address = str(trial.user_attrs.get("model", ""))
         if address.startswith("models:/"):
             tracking.delete_model(address)
-
-
-def _refuse_surplus(trial: optuna.Trial, total: int, confirms: bool) -> None:
-    """Raises Surplus if earlier trials fill the study, or if an earlier one confirms the same trial."""
-    earlier = [
-        other
-        for other in trial.study.get_trials(deepcopy=False)
-        if other.number < trial.number and (is_counted(other) or other.state is TrialState.RUNNING)
-    ]
-    if confirms:
-        number = trial.user_attrs.get(CONFIRMS)  # None: another worker took the queued one
-        if number is None:
-            raise Surplus
-        earlier = [other for other in earlier if other.user_attrs.get(CONFIRMS) == number]
-    if len(earlier) >= (1 if confirms else total):
-        raise Surplus

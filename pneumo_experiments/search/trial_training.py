@@ -1,4 +1,4 @@
-"""The short training of a trial, and what each of its epochs is worth."""
+"""The short training of a trial, and the scores of each of its epochs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pneumo_experiments import tracking
 from pneumo_experiments.dataset.hdf5 import Dataset
 from pneumo_experiments.dataset.splits import Split, assign_folds
 from pneumo_experiments.errors import UserError
@@ -40,12 +39,12 @@ CHECKPOINTS = Path("output/checkpoints")
 
 @dataclass(frozen=True)
 class TrialScores:
-    """What a trial is worth after an epoch; means over its folds so far."""
+    """Scores of a trial after an epoch; means over its folds so far."""
 
     dice: float
-    """cross-fitted: each half of the validation patients judged with the thresholds of the other"""
+    """cross-fitted: each half of the validation patients scored with the thresholds of the other"""
     dice_optimistic: float
-    """thresholds chosen and judged on the same images"""
+    """thresholds chosen and scored on the same images"""
     dice_positive: float
     """cross-fitted, over the images with truth; NaN without any"""
     false_alarms: float
@@ -72,21 +71,21 @@ class TrialTraining:
 
     def __init__(self, dataset: Dataset, settings: Search) -> None:
         """Reads the images of all folds, and trains the network that the trials start from."""
-        self._dataset, self._settings = dataset, settings
+        self._dataset, self.settings = dataset, settings
         self._compute = choose_compute(settings.compute)
         self._folds = [self._fold(split) for split in split_folds(dataset, settings)]
         self._trained: tuple[Predictor, Thresholds] | None = None  # on the first fold, in the latest trial
         self._initial = self._initial_network()
 
-    def epochs(self, recipe: Recipe, trials_left: int = 1) -> Iterator[TrialScores]:
-        """Trains with a recipe on each fold in turn; one item for each epoch of each fold.
+    def epochs(self, recipe: Recipe, trials_left: int = 1) -> Iterator[tuple[TrialScores, dict[str, float]]]:
+        """Trains with a recipe on each fold in turn; scores and metrics after each epoch of each fold.
 
-        Logs in the active run. The caller may stop at any time. ``trials_left``, with this one, are told on
-        the terminal: how long they take together.
+        The caller may stop at any time. ``trials_left``, with this one, are announced on the terminal: how
+        long they take together.
         """
-        epochs, finished = self._settings.study.search_epochs, list[TrialScores]()
+        epochs, finished = self.settings.study.search_epochs, list[TrialScores]()
         for number, fold in enumerate(self._folds):
-            predictor, first_step, scores = self._predictor(recipe), number * epochs, None
+            predictor, scores = self._predictor(recipe), None
             images, pieces = fold.images, trials_left * len(self._folds) - number
             with ProgressBar("trial", epochs * images.work(predictor), pieces=pieces) as bar:
                 for result in train_and_validate(predictor, images, recipe, epochs, advance=bar.update):
@@ -97,9 +96,7 @@ class TrialTraining:
                         if number == 0:
                             self._trained = last, scores.thresholds
                     mean = _mean([*finished, scores])
-                    metrics = result.metrics | {"val_dice_cross_fitted": mean.dice}
-                    tracking.log_metrics(metrics, step=first_step + result.epoch.number)
-                    yield mean
+                    yield mean, result.metrics | {"val_dice_cross_fitted": mean.dice}
             assert scores is not None
             finished.append(scores)
 
@@ -107,11 +104,11 @@ class TrialTraining:
         """Saves what ``epochs`` has trained on the first fold as a model, with its thresholds."""
         assert self._trained is not None
         predictor, thresholds = self._trained
-        settings = replace(self._settings, recipe=recipe)
+        settings = replace(self.settings, recipe=recipe)
         save(folder, make_detector(predictor, settings, thresholds, self._dataset, self._folds[0].split))
 
     def _fold(self, split: Split) -> _Fold:
-        settings, training = self._settings, split.train
+        settings, training = self.settings, split.train
         if limit := settings.study.search_images:
             shuffled = np.random.default_rng(settings.recipe.seed).permutation(training)
             training = np.sort(shuffled[:limit])
@@ -121,15 +118,13 @@ class TrialTraining:
         if limit and (parts := len(validation) // limit) > 1:
             validation = replace(validation, indices=validation.indices[_parts(validation, parts) == 0])
         validation = validation.in_memory(cache)
-        subset = Subset(self._dataset, training)
-        tracking.log_params({"cache_used": subset.choose_cache(cache, self._compute)})
-        data = subset.training_data(cache, self._compute)
+        data = Subset(self._dataset, training).training_data(cache, self._compute)
         return _Fold(split, FoldImages(data, validation), _halves(validation))
 
     def _predictor(self, recipe: Recipe) -> Predictor:
-        own, other = self._settings.recipe, recipe.network
+        own, other = self.settings.recipe, recipe.network
         is_same = (other.network, other.weights) == (own.network.network, own.network.weights)
-        if is_same and (recipe.seed == own.seed or self._settings.study.search_warmup_epochs):
+        if is_same and (recipe.seed == own.seed or self.settings.study.search_warmup_epochs):
             network = copy.deepcopy(self._initial)
         else:
             network = initial_network(other, recipe.seed)
@@ -137,7 +132,7 @@ class TrialTraining:
 
     def _seconds_per_image(self, predictor: Predictor) -> float:
         """The shorter of two predictions of the same images, per image."""
-        if self._settings.study.has_one_objective:
+        if self.settings.study.has_one_objective:
             return np.nan
         validation = self._folds[0].images.validation
         images = self._dataset.images(validation.indices[:TIMED_IMAGES])
@@ -153,11 +148,11 @@ class TrialTraining:
 
         Its weights are saved for other workers and for the next command.
         """
-        recipe, epochs = self._settings.recipe, self._settings.study.search_warmup_epochs
+        recipe, epochs = self.settings.recipe, self.settings.study.search_warmup_epochs
         network = initial_network(recipe.network, recipe.seed)
         if epochs == 0:
             return network
-        checkpoint = warmup_checkpoint(self._settings, self._dataset.fingerprint)
+        checkpoint = warmup_checkpoint(self.settings, self._dataset.fingerprint)
         with work_folder(checkpoint.folder, "search: another worker trains the first network; waiting"):
             saved = checkpoint.last()
             if saved is None:
@@ -169,7 +164,7 @@ class TrialTraining:
         return network
 
     def _warm_up(self, network: PneumothoraxNet, epochs: int) -> dict[str, Any]:
-        recipe = self._settings.recipe
+        recipe = self.settings.recipe
         # Only images that train in every fold: the network must not know what a fold validates on.
         training = reduce(np.intersect1d, [fold.split.train for fold in self._folds])
         data = Subset(self._dataset, training).training_data(recipe.batches.cache, self._compute)

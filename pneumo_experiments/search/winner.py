@@ -8,22 +8,22 @@ from statistics import NormalDist
 from typing import Any
 
 import numpy as np
-import optuna
 from numpy.typing import NDArray
 from optuna.study import Study
 from optuna.trial import FrozenTrial
 
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.metrics.comparison import required_probability
-from pneumo_experiments.search.storage import (
-    AS_GIVEN,
-    CONFIRMS,
+from pneumo_experiments.search.storage import AS_GIVEN, load_study, open_storage
+from pneumo_experiments.search.study import (
     FALSE_ALARMS,
     PATIENT_DICE,
-    load_study,
-    open_storage,
+    TrainingResult,
+    best_trials,
+    confirmations,
+    first_value,
+    violation,
 )
-from pneumo_experiments.search.study import best_trials, confirm_name, first_value, violation
 
 CONFIDENCE = 0.97  # that no trial of a study that is no better than the settings as given takes their place
 # Standard deviation of what a seed adds to the Dice of all images alike, which paired images do not show.
@@ -75,50 +75,47 @@ class Winner:
         return f"{self.trial.number}{given}, cross-fitted Dice {self.value:.4f}{unconfirmed}"
 
 
-def choose_winner(study: Study, confirmations: Study | None) -> Winner | None:
+def choose_winner(study: Study) -> Winner | None:
     """The winner; None if no trial has completed.
 
     The second trainings decide; without that of the settings as given, the first ones. A trial that violates
     a constraint in either does not win. Where the settings as given exceed the limit of false alarms, the
     best of those that keep it wins.
     """
-    best = best_trials(study)
+    best = {trial.number: trial for trial in best_trials(study)}
     if not best:
         return None
-    first = {trial.number: trial for trial in best}
-    again = best_trials(confirmations) if confirmations else []
-    second = {int(trial.user_attrs[CONFIRMS]): trial for trial in again}
-    confirmed = {number: first_value(trial) for number, trial in second.items()}
-    given = next((trial.number for trial in best if AS_GIVEN in trial.user_attrs), None)
+    second = confirmations(study)
+    confirmed = {number: each.dice for number, each in second.items()}
+    given = next((number for number, trial in best.items() if AS_GIVEN in trial.user_attrs), None)
     if given is None:  # they failed, or a version that did not mark them made the study: the best mean wins
-        means = {
-            number: (first_value(first[number]) + value) / 2
-            for number, value in confirmed.items()
-            if not violation(second[number])
-        }
-        number = max(means, key=means.__getitem__, default=best[0].number)
-        return Winner(first[number], means.get(number, first_value(first[number])), confirmed)
-    compared = second if given in second else first
-    dices = {
-        number: np.array(trial.user_attrs[PATIENT_DICE])
-        for number, trial in compared.items()
-        if number != given and not violation(trial) and not violation(first[number])
-    }
-    if compared[given].constraints.get(FALSE_ALARMS, 0) > 0:
-        better = {number: float(each.mean()) for number, each in dices.items()}
+        allowed = {number: each for number, each in second.items() if not violation(each)}
+        values = {number: (first_value(best[number]) + each.dice) / 2 for number, each in allowed.items()}
+        number = max(values, key=values.__getitem__, default=next(iter(best)))
     else:
-        better = better_than(np.array(compared[given].user_attrs[PATIENT_DICE]), dices)
-    number = max(better, key=better.__getitem__, default=given)
-    return Winner(first[number], first_value(second.get(number, first[number])), confirmed)
+        values = confirmed
+        compared = second if given in second else {number: _first(trial) for number, trial in best.items()}
+        dices = {
+            number: np.array(each.patient_dice)
+            for number, each in compared.items()
+            if number != given and not violation(each) and not violation(best[number])
+        }
+        if compared[given].constraints.get(FALSE_ALARMS, 0) > 0:
+            better = {number: float(each.mean()) for number, each in dices.items()}
+        else:
+            better = better_than(np.array(compared[given].patient_dice), dices)
+        number = max(better, key=better.__getitem__, default=given)
+    return Winner(best[number], values.get(number, first_value(best[number])), confirmed)
+
+
+def _first(trial: FrozenTrial) -> TrainingResult:
+    """The first training of a trial, to compare it as a second one."""
+    return TrainingResult(first_value(trial), trial.user_attrs[PATIENT_DICE], trial.constraints)
 
 
 def best_of_study(address: str, name: str) -> dict[str, Any]:
     """The best settings of a study in a storage, by name; UserError if there is none."""
-    storage = open_storage(address)
-    study = load_study("from_study", storage, name)
-    names = optuna.get_all_study_names(storage)
-    second = load_study("from_study", storage, confirm_name(name)) if confirm_name(name) in names else None
-    winner = choose_winner(study, second)
+    winner = choose_winner(load_study("from_study", open_storage(address), name))
     if winner is None:
         raise UserError(f"from_study={name}: no trial of it has completed; search some")
     return winner.trial.params

@@ -1,23 +1,129 @@
-"""Several workers of one study on one machine, each a process of its own."""
+"""The work of a search: trials and second trainings, shared with other processes on any machine."""
 
 from __future__ import annotations
 
 import os
 import signal
 import sys
-from collections.abc import Callable, Generator
+import time
+from collections.abc import Generator
 from contextlib import contextmanager
+from dataclasses import replace
+from math import inf
 from multiprocessing import get_context
 from multiprocessing.process import BaseProcess
-from typing import TypeVar
+from typing import Literal
 
-from pneumo_experiments.errors import UserError
+import optuna
+from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
+from optuna.trial import TrialState
+
+from pneumo_experiments import tracking
+from pneumo_experiments.dataset.hdf5 import Dataset
+from pneumo_experiments.errors import ServerUnreachable, UserError
 from pneumo_experiments.interrupts import Terminated, handle_signals
 from pneumo_experiments.learning.device import count_gpus
+from pneumo_experiments.search.claims import claim, heartbeat
+from pneumo_experiments.search.space import search_space
+from pneumo_experiments.search.storage import open_storage, retry_dead_trials
+from pneumo_experiments.search.study import (
+    best_trials,
+    count_trials,
+    first_value,
+    open_study,
+    trials_to_confirm,
+    violation,
+)
+from pneumo_experiments.search.trial import Trials
+from pneumo_experiments.search.trial_training import second_settings, split_folds
+from pneumo_experiments.settings import Search, is_none
 from pneumo_experiments.terminal import make_streams_unfailing
 
-Settings = TypeVar("Settings")
+MAX_OUTAGES = 5  # of the database in a row
+MAX_FAILURES = 3  # of trials in a row: then the cause is not a trial's settings
+POLL_SECONDS = 2.0  # between looks at the trials of other workers
 GPUS, THREADS = "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS"
+
+
+@contextmanager
+def open_search(settings: Search) -> Generator[Trials]:
+    """Opens data set and study, as one of the processes that work for it.
+
+    Raises UserError for an unsuitable data set, before there is a study, and for a study of other data or
+    settings.
+    """
+    optuna.logging.set_verbosity(optuna.logging.CRITICAL)  # a failed trial is printed as one line
+    if count_workers(settings.workers) > 1 and is_none(settings.study.storage):
+        raise UserError(f"workers={settings.workers}: they need a storage, such as sqlite:///optuna.db")
+    with Dataset.open(settings.dataset) as dataset:
+        split_folds(dataset, settings)
+        if settings.study.confirm:
+            split_folds(dataset, second_settings(settings))
+        tracking.open_store()
+        space = search_space(settings.study, settings.recipe)
+        study = open_study(open_storage(settings.study.storage), settings, dataset.fingerprint, space)
+        with heartbeat(study):
+            yield Trials(study, dataset, settings, space)
+
+
+def work(trials: Trials) -> None:
+    """Runs trials until the study has its total, then second trainings, and waits for those of others.
+
+    Starts no trial after the time limit, or once a Dice reaches the target. The trial of a worker that dies
+    is repeated. Raises UserError when several in a row have failed.
+    """
+    failures, outages, is_waiting = 0, 0, False
+    while True:
+        try:
+            task = _next_task(trials)
+            if task == "end":
+                return
+            if task == "wait":
+                if not is_waiting:
+                    print("search: waiting for other workers")
+                is_waiting = True
+                time.sleep(POLL_SECONDS)
+                continue
+            left = len(trials_to_confirm(trials.study, trials.settings.study.confirm))
+            error = trials.run_next() if task == "trial" else trials.confirm(task, left)
+        except StorageInternalError:
+            outages += 1
+            if outages >= MAX_OUTAGES:
+                raise UserError("storage: the database does not respond; the same command goes on") from None
+            print("search: storage: the database does not respond; trying again")
+            time.sleep(POLL_SECONDS)
+        except UpdateFinishedTrialError:
+            print("search: this process was silent for so long that its trial is repeated")
+        except ServerUnreachable:
+            tracking.wait_for_store()
+        else:
+            outages = 0
+            failures = failures + 1 if error else 0
+            if failures >= MAX_FAILURES:
+                raise UserError(f"search: the last {failures} trials failed: {error}")
+
+
+def _next_task(trials: Trials) -> Literal["trial", "wait", "end"] | int:
+    """A trial, or the number of one to confirm, which this process has claimed."""
+    study, wanted = trials.study, trials.settings.study
+    retry_dead_trials(study)
+    count, best = count_trials(study), best_trials(study)
+    running = len(study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)))
+    is_late = time.monotonic() >= trials.started + (wanted.timeout or inf)
+    highest = first_value(best[0]) if best and not violation(best[0]) else -inf
+    reached = wanted.target > 0 and highest >= wanted.target
+    if count + running < wanted.trials and not is_late and not reached:
+        return "trial"
+    if count < wanted.trials and running:
+        return "wait"
+    missing = trials_to_confirm(study, wanted.confirm)
+    for number in missing:
+        if claim(study, f"confirm.{number}"):
+            return number
+    return "wait" if missing else "end"
+
+
+# Several processes on this machine
 
 
 def count_workers(requested: int) -> int:
@@ -25,18 +131,19 @@ def count_workers(requested: int) -> int:
     return requested or max(1, count_gpus())
 
 
-def run_workers(count: int, work: Callable[[Settings], object], settings: Settings) -> None:
-    """Runs ``work(settings)`` in so many new processes, each with a GPU or a part of the cores.
+def run_workers(trials: Trials) -> None:
+    """Works in as many new processes as the settings say, each with a GPU or a part of the cores.
 
     A process that dies leaves its trial to the others; it is reported, not an error. When this process is
     interrupted, so are they.
     """
-    context = get_context("spawn")
+    count, context = count_workers(trials.settings.workers), get_context("spawn")
     processes: list[BaseProcess] = []
     try:
         for number in range(count):
-            with _environment(_share(number, count)):
-                process = context.Process(target=_work, args=(work, settings), name=f"search worker {number}")
+            with _environment(_fraction(number, count)):
+                arguments = (replace(trials.settings, workers=1), trials.parent)
+                process = context.Process(target=_work, args=arguments, name=f"search worker {number}")
                 process.start()
             processes.append(process)
         for process in processes:
@@ -51,7 +158,7 @@ def run_workers(count: int, work: Callable[[Settings], object], settings: Settin
             process.join()
 
 
-def _share(number: int, count: int) -> dict[str, str]:
+def _fraction(number: int, count: int) -> dict[str, str]:
     """Environment of a worker: its GPU, or its part of the cores."""
     gpus = count_gpus()
     if gpus:
@@ -62,26 +169,25 @@ def _share(number: int, count: int) -> dict[str, str]:
 
 @contextmanager
 def _environment(values: dict[str, str]) -> Generator[None]:
-    before = {name: os.environ.get(name) for name in values}
+    before = dict(os.environ)
     os.environ.update(values)
     try:
         yield
     finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+        for name in values.keys() - before.keys():
+            del os.environ[name]
+        os.environ.update(before)
 
 
-def _work(work: Callable[[Settings], object], settings: Settings) -> None:
+def _work(settings: Search, parent: str) -> None:
     handle_signals()
     make_streams_unfailing()
     # Ctrl-C reaches the whole process group; the main process ends the workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ.pop("MLFLOW_RUN_ID", None)  # the run of the main process
     try:
-        work(settings)
+        with open_search(settings) as trials, tracking.joined_run(parent):
+            work(replace(trials, parent=parent))
     except UserError as error:
         print(f"search: a worker stopped: {error}", file=sys.stderr)
         sys.exit(error.exit_code)

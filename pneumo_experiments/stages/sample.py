@@ -14,7 +14,8 @@ def sample(settings: Sample) -> Path:
     """Writes the sample unless the folder has one with the same settings; returns the folder."""
     folder, size = settings.output_dir, settings.size
     total, written = size.images + size.test_images, False
-    with tracking.run("sample", settings, f"{size.images} labelled synthetic radiographs in {folder}."):
+    with tracking.run("sample", settings):
+        tracking.describe(f"{size.images} labelled synthetic radiographs in {folder}.")
         if not is_sample(folder, size.images, size.test_images, settings.seed):
             with ProgressBar("sample", total, is_kept=True) as bar:
                 written = write_sample(folder, size.images, size.test_images, settings.seed, bar.update)

@@ -3,45 +3,28 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
-from functools import cache
-from math import inf
 from pathlib import Path
 
-import optuna
-from optuna.study import Study
-from optuna.trial import TrialState
-
 from pneumo_experiments import tracking
-from pneumo_experiments.dataset.hdf5 import Dataset
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.passwords import hide_passwords
-from pneumo_experiments.search.loop import confirm_trials, run_trials
-from pneumo_experiments.search.report import is_reporter, log_study
-from pneumo_experiments.search.space import search_space, unsearched_ranges, with_values
-from pneumo_experiments.search.storage import open_storage
-from pneumo_experiments.search.study import (
-    PARENT,
-    best_trials,
-    count_trials,
-    open_confirmations,
-    open_study,
-    parent_run,
-)
-from pneumo_experiments.search.table import in_words, print_header
-from pneumo_experiments.search.trial import Objective, Training, delete_models
+from pneumo_experiments.search.claims import claim
+from pneumo_experiments.search.report import make_report
+from pneumo_experiments.search.space import in_words, unsearched_ranges, with_values
+from pneumo_experiments.search.study import PARENT, REPORTED, best_trials, count_trials
+from pneumo_experiments.search.trial import Trials, delete_models
 from pneumo_experiments.search.trial_training import (
     TrialTraining,
     second_settings,
-    split_folds,
     warmup_checkpoint,
     warmup_weights,
 )
 from pneumo_experiments.search.winner import choose_winner
-from pneumo_experiments.search.workers import count_workers, run_workers
-from pneumo_experiments.settings import Recipe, Search, is_none
+from pneumo_experiments.search.workers import count_workers, open_search, run_workers, work
+from pneumo_experiments.settings import Recipe, Search
+
+OWNER = "owner"  # the task of the process whose run is the parent of the trials, and which reports
 
 
 @dataclass(frozen=True)
@@ -57,102 +40,80 @@ class SearchResult:
 def search(settings: Search, keep_start: bool = False) -> SearchResult:
     """Runs the study's trials, together with other workers: each a short training in a child run.
 
-    With ``keep_start`` the file of the network after the warm-up epochs stays, for the training that follows.
+    The process that creates the study owns it: the trials of all are child runs of its run, and it writes the
+    report. With ``keep_start`` the file of the network after the warm-up epochs stays, for the training that
+    follows. Raises UserError if the study belongs to other data or settings, and if no trial completes.
     """
-    with ExitStack() as stack:
-        try:
-            dataset = stack.enter_context(Dataset.open(settings.dataset))
-            split_folds(dataset, settings)  # an unsuitable data set is an error before there is a study
-            if settings.study.confirm:
-                split_folds(dataset, second_settings(settings))
-        except UserError:
-            with tracking.run("search", settings):
-                raise
-
-        def make_training(settings: Search) -> Training:
-            tracking.log_dataset(settings.dataset, dataset.fingerprint, "search")
-            return TrialTraining(dataset, settings)
-
-        result = run_study(settings, dataset.fingerprint, make_training, search)
-        warmup_checkpoint(second_settings(settings), dataset.fingerprint).clear()
-        start = warmup_weights(settings, dataset.fingerprint)
+    with open_search(settings) as trials:
+        print(f"search: study {trials.study.study_name} in {hide_passwords(settings.study.storage)}")
+        if (count := count_trials(trials.study)) >= settings.study.trials:
+            print(f"search: the study has {count} trials already; increase trials to continue")
+        if others := unsearched_ranges(settings.study):
+            print(f"search: space has ranges of {', '.join(others)}, too; searched names what is searched")
+        owners_run = _run_of_owner(trials)
+        if owners_run is None or tracking.active_run():  # a search in a chain has a run of its own
+            result = _search_in_run(trials, is_owner=owners_run is None)
+        else:
+            with tracking.joined_run(owners_run):
+                _work(replace(trials, parent=owners_run))
+            is_reported = trials.study.user_attrs.get(REPORTED) == count_trials(trials.study)
+            has_died = not is_reported and claim(trials.study, OWNER)
+            result = _search_in_run(trials) if has_died else _result(trials)
+        fingerprint = trials.dataset.fingerprint
+        warmup_checkpoint(second_settings(settings), fingerprint).clear()
+        start = warmup_weights(settings, fingerprint)
         if not keep_start:
-            warmup_checkpoint(settings, dataset.fingerprint).clear()
+            warmup_checkpoint(settings, fingerprint).clear()
         elif settings.study.search_warmup_epochs > 0:
             if not start.is_file():  # the study had ended before this command
-                with tracking.run("search", settings):
-                    TrialTraining(dataset, settings)
+                TrialTraining(trials.dataset, settings)
             if start.is_file():
                 return replace(result, start=start)
     return result
 
 
-def run_study(
-    settings: Search,
-    fingerprint: str,
-    make_training: Callable[[Search], Training],
-    worker: Callable[[Search], object],
-) -> SearchResult:
-    """The search on data with this fingerprint; what a trial does is up to ``make_training``.
+def _run_of_owner(trials: Trials) -> str | None:
+    """The run of the process that owns the study; None if this process does, from now on."""
+    while not claim(trials.study, OWNER):
+        if run_id := trials.study.user_attrs.get(PARENT):
+            return run_id
+        time.sleep(0.5)  # it is starting its run
+    return None
 
-    Each process of several calls ``worker`` with settings of its own. Raises UserError if the study belongs
-    to other data or settings, and if no trial completes.
-    """
-    optuna.logging.set_verbosity(optuna.logging.CRITICAL)  # a failed trial is printed as one line
-    study_settings, start = settings.study, time.monotonic()
-    workers = count_workers(settings.workers)
-    try:
-        if workers > 1 and is_none(study_settings.storage):
-            raise UserError(f"workers={workers}: they need a storage, such as sqlite:///optuna.db")
-        tracking.open_store()
-        space = search_space(study_settings, settings.recipe)
-        storage = open_storage(study_settings.storage)
-        study, is_new = open_study(storage, settings, fingerprint, space)
-        confirmations = open_confirmations(study, storage)
-    except UserError:
-        with tracking.run("search", settings):
-            raise
 
-    @cache
-    def training(settings: Search) -> Training:
-        made = make_training(settings)
-        print_header(space)
-        return made
-
-    def is_shared() -> bool:
-        return _others_work(study) or _others_work(confirmations)
-
-    parent = parent_run(study, is_new)
-    with tracking.run("search", settings, continues=parent, is_shared=is_shared) as run_id:
-        if run_id != parent:
+def _search_in_run(trials: Trials, is_owner: bool = True) -> SearchResult:
+    """Works in a run of its own, and reports."""
+    study, settings = trials.study, trials.settings
+    earlier = study.user_attrs.get(PARENT)
+    with tracking.run("search", settings, continues=earlier, even_finished=True) as run_id:
+        if is_owner:
             study.set_user_attr(PARENT, run_id)
         tracking.log_params({"study_used": study.study_name})
-        print("search: study", hide_passwords(study.study_name), "in", hide_passwords(study_settings.storage))
-        if (count := count_trials(study)) >= study_settings.trials:
-            print(f"search: the study has {count} trials already; a higher trials asks for more")
-        if others := unsearched_ranges(study_settings):
-            print(f"search: space has ranges of {', '.join(others)}, too; searched names what is searched")
-        if workers > 1:
-            run_workers(workers, worker, replace(settings, workers=1))
-        deadline = start + study_settings.timeout if study_settings.timeout else inf
-        objective = Objective(settings, space, lambda: training(settings), study_settings.trials)
-        run_trials(study, storage, objective, deadline, study_settings.target)
-        training.cache_clear()  # its images leave the memory
-        again = second_settings(settings)
-        objective = replace(objective, settings=again, training=lambda: training(again), confirms=True)
-        confirm_trials(study, confirmations, storage, objective)
-        winner = choose_winner(study, confirmations)
-        if is_reporter(study, confirmations):
-            log_study(study, winner, settings, space)
-            delete_models(best_trials(study)[study_settings.keep :])
-        if winner is None:
-            raise UserError("search: no trial has completed; give it more trials, or more time")
-        print(f"search: best is trial {winner.line}: {in_words(winner.trial.params)}")
-    return SearchResult(with_values(settings.recipe, winner.trial.params), winner.trial.number)
+        tracking.log_dataset(settings.dataset, trials.dataset.fingerprint, "search")
+        _work(replace(trials, parent=run_id))
+        winner = choose_winner(study)
+        report = make_report(trials, winner)
+        tracking.log_table(report.columns, report.rows, "trials")
+        if winner is not None:
+            tracking.log_yaml(report.best, "best.yaml")
+            tracking.log_metrics({"val_dice": winner.value, "best_trial": float(winner.trial.number)})
+            tracking.describe(report.description)
+            for name, picture in report.pictures.items():
+                tracking.log_image(picture, f"study/{name}.png")
+        delete_models(best_trials(study)[settings.study.keep :])
+        study.set_user_attr(REPORTED, count_trials(study))
+        return _result(trials)
 
 
-def _others_work(study: Study) -> bool:
-    """Whether another worker has a trial; False if the database does not respond."""
-    with suppress(Exception):  # of many kinds; the run must end in any case
-        return bool(study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)))
-    return False
+def _work(trials: Trials) -> None:
+    if count_workers(trials.settings.workers) > 1:
+        run_workers(trials)
+    work(trials)
+
+
+def _result(trials: Trials) -> SearchResult:
+    winner = choose_winner(trials.study)
+    if winner is None:
+        raise UserError("search: no trial has completed; give it more trials, or more time")
+    print(f"search: best is trial {winner.line}: {in_words(winner.trial.params)}")
+    return SearchResult(with_values(trials.settings.recipe, winner.trial.params), winner.trial.number)

@@ -1,4 +1,8 @@
-"""Everything that talks to MLflow: runs and what they log, models and the registry."""
+"""Everything that talks to MLflow: runs and what they log, models, the store, its outages."""
+
+# The names below are what other rooms use.
+# ruff: noqa: F401
+# pyright: reportUnusedImport=false
 
 import os
 
@@ -11,16 +15,19 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")  # seconds, also for 
 os.environ.setdefault("PGCONNECT_TIMEOUT", "10")  # seconds; libpq would wait forever
 os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")  # no warning on a machine without git
 
-from pneumo_experiments.tracking.addresses import database_file, with_driver
-from pneumo_experiments.tracking.code_version import code_version
-from pneumo_experiments.tracking.context import disabled
+from pneumo_experiments.tracking.code_version import code_differences, code_version
 from pneumo_experiments.tracking.log import (
+    active_run,
+    artifacts_of_active_run,
     describe,
+    disabled,
+    experiment_of_active_run,
     log_dataset,
     log_file,
     log_image,
     log_json,
     log_metrics,
+    log_model,
     log_page,
     log_params,
     log_scores,
@@ -28,53 +35,9 @@ from pneumo_experiments.tracking.log import (
     log_yaml,
     rename,
 )
-from pneumo_experiments.tracking.model_code import code_differences
-from pneumo_experiments.tracking.models import delete_model, log_model, model_data, model_id_of
+from pneumo_experiments.tracking.models import delete_model, model_data, model_id_of
 from pneumo_experiments.tracking.processes import end_with_mlflow_run, has_ended, process_tags
-from pneumo_experiments.tracking.runs import (
-    active_run,
-    artifacts_of_active_run,
-    end_if_running,
-    keep_running,
-    run,
-)
-from pneumo_experiments.tracking.servers import check_server
+from pneumo_experiments.tracking.runs import end_if_running, joined_run, run
+from pneumo_experiments.tracking.servers import check_server, database_file, with_driver
 from pneumo_experiments.tracking.store import open_store, tracking_uri, wait_for_store
 from pneumo_experiments.tracking.system_metrics import warn_without_gpu_metrics
-
-__all__ = [
-    "active_run",
-    "artifacts_of_active_run",
-    "check_server",
-    "code_differences",
-    "code_version",
-    "database_file",
-    "delete_model",
-    "describe",
-    "disabled",
-    "end_if_running",
-    "end_with_mlflow_run",
-    "has_ended",
-    "keep_running",
-    "log_dataset",
-    "log_file",
-    "log_image",
-    "log_json",
-    "log_metrics",
-    "log_model",
-    "log_page",
-    "log_params",
-    "log_scores",
-    "log_table",
-    "log_yaml",
-    "model_data",
-    "model_id_of",
-    "open_store",
-    "process_tags",
-    "rename",
-    "run",
-    "tracking_uri",
-    "wait_for_store",
-    "warn_without_gpu_metrics",
-    "with_driver",
-]

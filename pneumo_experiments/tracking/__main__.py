@@ -6,15 +6,14 @@ import sys
 from pathlib import Path
 
 from pneumo_experiments.errors import UserError
-from pneumo_experiments.tracking.buffer_file import FILE
-from pneumo_experiments.tracking.buffered_client import BufferedClient
+from pneumo_experiments.tracking.buffered_client import FILE, BufferedClient
 from pneumo_experiments.tracking.store import open_store
 
 
 def send_buffered(path: Path) -> None:
     """Sends the calls of a ``calls.jsonl`` to the store, and removes the file.
 
-    Raises UserError if the store refuses some of them, or if the file contains invalid lines.
+    Raises UserError if some of them cannot be sent: these stay in the file.
     """
     if not path.is_file() or path.name != FILE:
         raise UserError(f"{path}: no such {FILE}; the last line of a run with undelivered calls names it")
@@ -22,10 +21,6 @@ def send_buffered(path: Path) -> None:
     client = BufferedClient(path.absolute().parent)
     if not client.flush():
         raise UserError(f"{path}: {len(client)} calls are still missing in {client.store}; try again later")
-    if client.invalid_lines:
-        raise UserError(
-            f"{path}: {len(client.invalid_lines)} invalid lines; check them: all other calls were sent"
-        )
 
 
 if __name__ == "__main__":

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import shutil
 import time
 from collections.abc import Generator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import RLock
 from typing import Any
@@ -15,9 +17,8 @@ import requests
 from mlflow.exceptions import MlflowException
 
 from pneumo_experiments.errors import ServerUnreachable
+from pneumo_experiments.files import write_atomically
 from pneumo_experiments.passwords import hide_passwords
-from pneumo_experiments.tracking import buffer_file
-from pneumo_experiments.tracking.addresses import escape_surrogates
 from pneumo_experiments.tracking.calls import CALLS
 from pneumo_experiments.tracking.servers import ping
 from pneumo_experiments.tracking.store import SETTING, tracking_uri
@@ -25,7 +26,8 @@ from pneumo_experiments.tracking.store import SETTING, tracking_uri
 # Pause before the next attempt: at least so many seconds, and so many times as long as the failed attempt
 # took. A store that hangs costs a training a tenth of its time.
 RETRY_SECONDS, RETRY_FACTOR = 30, 10
-FOLDER = Path("output")
+FOLDER, FILE, COPIES = Path("output"), "calls.jsonl", "files"
+WORTH_AN_ATTEMPT = ("model", "end")  # even right after a failed one
 # Unauthorized, forbidden, timeout, too many requests; from 500 on it is a server error.
 TEMPORARY_STATUSES = (401, 403, 408, 429)
 
@@ -67,30 +69,35 @@ def outages_as_user_errors() -> Generator[None]:
 
 
 class BufferedClient:
-    """Sends calls to the store; unsent ones are buffered in ``calls.jsonl`` of the folder, one per line.
+    """Sends calls of tracking.calls to the store; ``calls.jsonl`` of the folder has the unsent ones, by line.
 
-    The file exists only while calls are buffered. Files that calls name are copied into the folder; their
-    paths are relative to its parent, so that both may be moved.
+    The file exists only while calls are buffered. The files that they name are copied to a folder beside it;
+    their paths are relative to the file, so that all may be moved together.
     """
 
     def __init__(self, folder: Path) -> None:
-        """Reads the calls that an earlier process left in the folder."""
-        self.folder = folder
-        self.file = folder / buffer_file.FILE
-        self._buffered, self.invalid_lines, is_incomplete = buffer_file.read(folder, CALLS)
-        self._refused: list[buffer_file.Call] = []  # buffered calls that the store rejected: sent no more
+        """Reads the calls that an earlier process left."""
+        self.folder, self.file = folder, folder / FILE
+        self._waiting = list[str]()  # lines of the file
+        self._refused = list[str]()  # lines that the store rejected, or that are damaged: sent no more
         self._next_attempt = 0.0
         self._is_outage_logged = False
         self._lock = RLock()  # system metrics come from their own thread
-        if is_incomplete:
-            log.warning("%s: dropped its incomplete last line, left by a killed process", self.file)
-            self._write()
-        if self.invalid_lines:
-            log.warning("%s: %d invalid lines: left unchanged", self.file, len(self.invalid_lines))
+        if self.file.is_file():
+            text = self.file.read_text(encoding="utf-8", errors="surrogateescape")
+            *self._waiting, incomplete = text.split("\n")
+            if incomplete:
+                log.warning("%s: dropped its incomplete last line, left by a killed process", self.file)
+                self._write()
 
     def __len__(self) -> int:
         """Number of calls that the store does not have."""
-        return len(self._refused) + len(self._buffered)
+        return len(self._refused) + len(self._waiting)
+
+    @property
+    def store(self) -> str:
+        """The store's address for messages."""
+        return f"{SETTING}={tracking_uri()}"
 
     def send(self, call: str, **arguments: Any) -> str | None:
         """Sends a call of CALLS, after the buffered ones; returns its result.
@@ -98,95 +105,85 @@ class BufferedClient:
         Raises StoreUnreachable if it may succeed later, else the store's own error.
         """
         with self._lock:
-            self._flush()
+            if call in WORTH_AN_ATTEMPT:
+                self._next_attempt = 0.0
+            self._send_waiting()
             return self._attempt(call, arguments)
+
+    def send_or_buffer(self, call: str, **arguments: Any) -> None:
+        """Sends a call now, or buffers it, with a copy of its file, if the store is unreachable."""
+        try:
+            self.send(call, **arguments)
+        except StoreUnreachable:
+            if "path" in arguments:
+                path = Path(arguments["path"])
+                copy = self.folder / COPIES / str(time.time_ns()) / path.name
+                copy.parent.mkdir(parents=True)
+                shutil.copy(path, copy)
+                arguments["path"] = str(copy.relative_to(self.folder))
+            self.buffer(call, **arguments)
 
     def try_send(self, call: str, **arguments: Any) -> None:
         """Sends a call that may be lost; does nothing while calls are buffered or another thread sends."""
-        if not self._buffered and self._lock.acquire(blocking=False):
+        if not self._waiting and self._lock.acquire(blocking=False):
             try:
-                self._attempt(call, arguments)
-            except StoreUnreachable:
-                pass
+                with suppress(StoreUnreachable):
+                    self._attempt(call, arguments)
             finally:
                 self._lock.release()
 
     def buffer(self, call: str, **arguments: Any) -> None:
-        """Appends a call to the file, to be sent later."""
+        """Appends a call to the file, to be sent later; a path in it is relative to the folder."""
+        line = json.dumps({"call": call} | arguments)
         with self._lock:
-            self._buffered.append({"call": call} | arguments)
-            buffer_file.append(self.folder, self._buffered[-1])
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with self.file.open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
+            self._waiting.append(line)
             if not self._is_outage_logged:
                 self._is_outage_logged = True
                 log.warning("%s: tracking server unreachable: buffering to %s", self.store, self.file)
 
-    def send_or_buffer(self, call: str, **arguments: Any) -> None:
-        """Sends a call now, or buffers it if the store is unreachable."""
-        try:
-            self.send(call, **arguments)
-        except StoreUnreachable:
-            self.buffer(call, **arguments)
-
-    def copy(self, path: Path) -> str:
-        """Copies a file that a buffered call names; returns the path for that call."""
-        return buffer_file.copy(self.folder, path)
-
-    def skip_pause(self) -> None:
-        """Makes the next call an attempt, even right after a failed one."""
-        self._next_attempt = 0.0
-
     def flush(self) -> bool:
         """Sends the buffered calls in order; returns whether the store has them all."""
-        with self._lock:
-            try:
-                self._flush()
-            except StoreUnreachable:
-                return False
-            return not self._refused
+        with self._lock, suppress(StoreUnreachable):
+            self._send_waiting()
+        return not len(self)
 
-    @property
-    def store(self) -> str:
-        """The store's address for messages."""
-        return f"{SETTING}={tracking_uri()}"
-
-    def _flush(self) -> None:
-        if not self._buffered:
+    def _send_waiting(self) -> None:
+        if not (before := len(self._waiting)):
             return
-        before, sent = len(self._buffered), list[buffer_file.Call]()
         try:
-            while self._buffered:
-                entry = self._buffered[0]
-                name = entry["call"]
+            while self._waiting:
                 try:
-                    result = self._attempt(name, buffer_file.arguments_of(self.folder, entry))
-                    sent.append(entry)
-                    if result is not None:
+                    call = json.loads(self._waiting[0])
+                    name = call.pop("call")
+                    if (result := self._attempt(name, call)) is not None:
                         log.warning("%s: the buffered %s is now logged as %s", self.store, name, result)
                 except StoreUnreachable:
                     raise
                 except Exception as error:  # must neither end the training nor stop the other calls
-                    self._refused.append(entry)
-                    log.warning("%s: refused buffered %s (%s)", self.store, name, _reason(error))
-                del self._buffered[0]
+                    line = self._waiting[0]
+                    self._refused.append(line)
+                    log.warning("%s: refused (%s), buffered: %.200s", self.store, _reason(error), line)
+                del self._waiting[0]
         finally:
-            if len(self._buffered) < before:
+            if len(self._waiting) < before:  # a process that is killed before sends these calls again
                 self._write()
-            for entry in sent:  # not earlier: after an interruption the calls are sent again
-                buffer_file.remove_copy(self.folder, entry)
         log.warning("%s: reachable again: sent the buffered calls", self.store)
         self._is_outage_logged = False
 
     def _attempt(self, call: str, arguments: Mapping[str, Any]) -> str | None:
-        if time.monotonic() < self._next_attempt:
-            raise StoreUnreachable
         start = time.monotonic()
+        if start < self._next_attempt:
+            raise StoreUnreachable
+        path = {"path": str(self.folder / arguments["path"])} if "path" in arguments else {}
         try:
             ping(mlflow.get_tracking_uri())  # MLflow itself would wait for minutes
         except OSError as error:
             raise self._unreachable(start) from error
         try:
-            path = {name: value for name, value in arguments.items() if name == "path"}  # must stay as it is
-            return CALLS[call](**escape_surrogates(arguments) | path)
+            return CALLS[call](**{**arguments, **path})
         except (MlflowException, requests.RequestException) as error:
             if not is_outage(error):
                 raise
@@ -198,7 +195,15 @@ class BufferedClient:
         return StoreUnreachable()
 
     def _write(self) -> None:
-        buffer_file.write(self.folder, [*self._refused, *self._buffered], self.invalid_lines)
+        if lines := [*self._refused, *self._waiting]:
+            with write_atomically(self.file) as temporary:
+                text = "".join(f"{line}\n" for line in lines)
+                temporary.write_text(text, encoding="utf-8", errors="surrogateescape")
+            return
+        self.file.unlink()
+        shutil.rmtree(self.folder / COPIES, ignore_errors=True)
+        with suppress(OSError):  # somebody's files are there as well
+            self.folder.rmdir()
 
 
 def _reason(error: Exception) -> str:

@@ -1,12 +1,16 @@
-"""The version of the code that runs: the package's, and the commit of its git checkout."""
+"""The code that runs: its version, and how it differs from the code that a logged model was trained with."""
 
 from __future__ import annotations
 
 import subprocess
 from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from mlflow.models.model import MLMODEL_FILE_NAME
+
 from pneumo_experiments import __version__
+from pneumo_experiments.tracking.models import PACKAGE, model_data
 
 CODE_VERSION_TAG = "code_version"  # of runs and of versions
 TIMEOUT_SECONDS = 10
@@ -41,3 +45,28 @@ def _git(folder: Path, *words: str) -> str | None:
     except (OSError, ValueError, subprocess.SubprocessError):
         return None
     return done.stdout.strip() if done.returncode == 0 else None
+
+
+def code_differences(address: str) -> list[str]:
+    """Files of this package that differ from those in a model, and libraries of another version.
+
+    Empty if both are the same. Raises UserError as ``model_data``.
+    """
+    root = next(each for each in model_data(address).parents if (each / MLMODEL_FILE_NAME).is_file())
+    logged, current = _files(root / "code" / PACKAGE.name), _files(PACKAGE)
+    differing = sorted(name for name in logged | current if logged.get(name) != current.get(name))
+    requirements = root / "requirements.txt"
+    for line in requirements.read_text(encoding="utf-8").splitlines() if requirements.is_file() else []:
+        name, _, wanted = line.partition("==")
+        try:
+            installed = version(name).split("+")[0]  # as in save_model
+        except (PackageNotFoundError, ValueError):
+            installed = "none"
+        if wanted != installed:
+            differing.append(f"{name} {wanted} (now {installed})")
+    return differing
+
+
+def _files(package: Path) -> dict[str, bytes]:
+    """The contents of the package's Python files by their path in it."""
+    return {path.relative_to(package).as_posix(): path.read_bytes() for path in package.rglob("*.py")}

@@ -1,9 +1,8 @@
-"""Logged models: how train logs one, and how score and register read one."""
+"""Logged models: their form in MLflow, how a run logs one, and how score and register read one."""
 
 from __future__ import annotations
 
-import logging
-import shutil
+from base64 import b64encode
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -11,58 +10,100 @@ from typing import Any
 
 import mlflow
 import mlflow.artifacts
+import mlflow.pyfunc
 import requests
 import yaml
 from mlflow import MlflowClient
+from mlflow.entities import LoggedModelOutput, Metric
 from mlflow.exceptions import MlflowException
-from mlflow.models import get_model_info
+from mlflow.models import Model, ModelSignature, get_model_info
 from mlflow.models.model import MLMODEL_FILE_NAME
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.passwords import hide_passwords
-from pneumo_experiments.tracking.buffer_file import model_folder
-from pneumo_experiments.tracking.buffered_client import StoreUnreachable
-from pneumo_experiments.tracking.calls import LOADER, save_model
-from pneumo_experiments.tracking.context import active_client
 
-log = logging.getLogger(__name__)
-
-MODEL_REQUIREMENTS = (
-    "mlflow",
-    "torch",
-    "torchvision",
-    "numpy",
-    "pydicom",
-    "pillow",
-    "psutil",
-    "pandas",
-    "imagecodecs",
+LOADER = "pneumo_experiments.serving"
+PACKAGE = Path(__file__).parents[1]
+EXAMPLE = PACKAGE / "serving" / "example.dcm"  # a synthetic radiograph
+REQUIREMENTS = (
+    *("mlflow", "torch", "torchvision", "numpy", "pydicom", "pillow", "psutil", "pandas", "imagecodecs"),
+)
+SIGNATURE = ModelSignature(
+    # The dicom column is text (base64), since MLflow answers a null or an undecodable text in a binary column
+    # with an error for the whole batch; bytes pass as well. Both columns are optional for MLflow: the model
+    # answers what is missing in each row.
+    inputs=Schema(
+        [
+            ColSpec(DataType.string, "image_id", required=False),
+            ColSpec(DataType.string, "dicom", required=False),
+        ]
+    ),
+    outputs=Schema(
+        [
+            ColSpec(DataType.string, "image_id"),
+            ColSpec(DataType.double, "presence", required=False),  # null where a file cannot be used
+            ColSpec(DataType.long, "area_px"),
+            ColSpec(DataType.string, "rle"),
+            ColSpec(DataType.string, "error"),
+        ]
+    ),
+    params=ParamSchema(  # thresholds and prevalence instead of the model's own, and pictures as columns
+        [
+            ParamSpec("presence_threshold", DataType.double, None),
+            ParamSpec("top_score", DataType.double, None),
+            ParamSpec("min_area_px", DataType.long, None),
+            ParamSpec("bottom_score", DataType.double, None),
+            ParamSpec("prevalence", DataType.double, None),
+            ParamSpec("overlay", DataType.boolean, False),
+            ParamSpec("mask", DataType.boolean, False),
+        ]
+    ),
 )
 
 
-def log_model(folder: Path) -> str:
-    """Logs the folder that serving.save wrote as a model of the active run; returns ``models:/<id>``.
+def save_model(folder: Path, data: Path) -> None:
+    """Saves what serving.save wrote in ``data`` as a new folder in MLflow's form, with the package's code."""
+    # Without torch's local version (+cu126), which the package index may not have. MLflow would infer the
+    # requirements by loading the model in a new process, which takes seconds.
+    requirements = [f"{name}=={version(name).split('+')[0]}" for name in REQUIREMENTS]
+    mlflow.pyfunc.save_model(  # pyright: ignore[reportUnknownMemberType]
+        str(folder),
+        loader_module=LOADER,
+        data_path=str(data),
+        code_paths=[str(PACKAGE)],
+        signature=SIGNATURE,
+        input_example=[{"image_id": "example", "dicom": b64encode(EXAMPLE.read_bytes()).decode()}],
+        pip_requirements=requirements,
+    )
 
-    If the store is unreachable, the model is buffered, to be logged later: returns its local folder.
+
+def upload(run_id: str, path: str) -> str:
+    """Logs a folder that ``save_model`` wrote as a model of a run; returns ``models:/<id>``.
+
+    mlflow.pyfunc.log_model would load it to try its example, which takes seconds, and put the model's copy of
+    this package on the path.
     """
-    active = mlflow.active_run()
-    assert active is not None
-    run_id = active.info.run_id
-    # Without torch's local version (+cu126), which the package index may not have.
-    requirements = [f"{name}=={version(name).split('+')[0]}" for name in MODEL_REQUIREMENTS]
-    client = active_client()
-    client.skip_pause()
-    try:
-        return str(client.send("model", run_id=run_id, path=str(folder), requirements=requirements))
-    except StoreUnreachable:
-        saved = model_folder(client.folder, run_id)
-        shutil.rmtree(saved, ignore_errors=True)  # of an earlier process of this run
-        save_model(saved, str(folder), requirements)
-        path = str((saved / "data" / folder.name).relative_to(saved.parent))
-        client.buffer("model", run_id=run_id, path=path, requirements=requirements)
-        log.warning("%s: tracking server unreachable: model saved to %s", client.store, saved)
-        return str(saved)
+    client: Any = MlflowClient()
+    run = client.get_run(run_id)
+    model_id = client.create_logged_model(
+        run.info.experiment_id, "pneumothorax", run_id, params=run.data.params
+    ).model_id
+    client.log_outputs(run_id, [LoggedModelOutput(model_id, step=0)])
+    history = [each for name in run.data.metrics for each in client.get_metric_history(run_id, name)]
+    own = [
+        Metric(each.key, each.value, each.timestamp, each.step, model_id=model_id, run_id=run_id)
+        for each in history
+        if each.step == 0 and each.model_id is None
+    ]
+    client.log_batch(run_id, metrics=own)
+    form: Any = Model.load(path)  # pyright: ignore[reportUnknownMemberType]
+    form.run_id, form.model_id, form.model_uuid = run_id, model_id, model_id
+    form.save(str(Path(path, MLMODEL_FILE_NAME)))
+    client.log_model_artifacts(model_id, path)
+    client.finalize_logged_model(model_id, "READY")
+    return f"models:/{model_id}"
 
 
 def model_data(address: str, setting: str = "model") -> Path:

@@ -9,6 +9,7 @@ import socket
 import threading
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -36,18 +37,14 @@ def process_tags() -> dict[str, str]:
 @cache
 def _machine_id() -> str:
     """Linux's machine id, boot id and pid namespace; each is empty if the system has none."""
-
-    def content(path: str) -> str:
-        try:
-            return Path(path).read_text(encoding="ascii").strip()
-        except (OSError, ValueError):
-            return ""
-
-    try:
-        namespace = str(Path("/proc/self/ns/pid").readlink())
-    except OSError:
-        namespace = ""
-    return "/".join([content("/etc/machine-id"), content("/proc/sys/kernel/random/boot_id"), namespace])
+    parts = ["", "", ""]
+    with suppress(OSError):
+        parts[0] = Path("/etc/machine-id").read_text(encoding="ascii").strip()
+    with suppress(OSError):
+        parts[1] = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    with suppress(OSError):
+        parts[2] = str(Path("/proc/self/ns/pid").readlink())
+    return "/".join(parts)
 
 
 def end_with_mlflow_run() -> None:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Callable, Generator
+import shlex
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
+from typing import Any
 
 import mlflow
 from mlflow import MlflowClient
+from mlflow.entities import Run, RunTag
 from mlflow.environment_variables import MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING
 from mlflow.exceptions import MlflowException
-from mlflow.tracking.fluent import _active_run_stack  # pyright: ignore[reportPrivateUsage]
+from mlflow.tracking.context.registry import resolve_tags  # pyright: ignore[reportUnknownVariableType]
+from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME, MLFLOW_RUN_NOTE
 from mlflow.utils.name_utils import (
     _GENERATOR_NOUNS,  # pyright: ignore[reportPrivateUsage]
     _GENERATOR_PREDICATES,  # pyright: ignore[reportPrivateUsage]
@@ -18,93 +23,154 @@ from mlflow.utils.name_utils import (
 
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.passwords import hide_passwords
-from pneumo_experiments.settings import as_params
-from pneumo_experiments.tracking.addresses import local_path
-from pneumo_experiments.tracking.buffered_client import BufferedClient, outages_as_user_errors
+from pneumo_experiments.settings import NONE, as_config, as_params
+from pneumo_experiments.tracking.buffered_client import FOLDER, BufferedClient, outages_as_user_errors
 from pneumo_experiments.tracking.code_version import CODE_VERSION_TAG, code_version
-from pneumo_experiments.tracking.context import active_client, client_of, is_enabled
-from pneumo_experiments.tracking.log import describe, log_config, now_ms
+from pneumo_experiments.tracking.log import (
+    ActiveRun,
+    active_runs,
+    is_enabled,
+    log_params,
+    log_yaml,
+    now_ms,
+    send,
+)
 from pneumo_experiments.tracking.processes import end_orphaned_runs, end_with_mlflow_run, process_tags
 from pneumo_experiments.tracking.servers import check_server
 from pneumo_experiments.tracking.store import SETTING, open_store
 from pneumo_experiments.tracking.system_metrics import log_system_metrics
 
+log = logging.getLogger(__name__)
+
 
 @contextmanager
 def run(
-    step: str,
+    name: str,
     settings: object,
-    description: str = "",
     continues: str | None = None,
     parent: str | None = None,
     system_metrics: bool = False,
-    is_shared: Callable[[], bool] | None = None,
+    even_finished: bool = False,
 ) -> Generator[str]:
-    """Starts a run named after its step, with every setting as a param; yields its id.
+    """Starts a run with every setting as a param; yields its id.
 
     Inside another run it is a child run. In a process started by `mlflow run`, the first run is the one that
     `mlflow run` created. It ends FINISHED, KILLED after Ctrl-C or SIGTERM, else FAILED.
-    ``continues`` is the run to resume, if it still exists and this is no child run.
+    ``continues`` is the run to resume, if it still exists and this is no child run; if it is finished, only
+    with ``even_finished``.
     ``parent`` is the parent run, if another process has it.
     ``system_metrics`` logs CPU, memory and GPU use every few seconds.
-    ``is_shared`` tells at the end whether other processes still write this run, too, which then goes on. Such
-    a run may be resumed although it is finished.
     If the store becomes unreachable, the run continues: see BufferedClient. Raises UserError if it is
     unreachable at the start.
     """
     if not is_enabled():
         yield ""
         return
-    nested = mlflow.active_run() is not None or parent is not None
     with outages_as_user_errors():
-        if mlflow.active_run() is None:
-            end_orphaned_runs(open_store())
-            end_with_mlflow_run()
-        else:
-            check_server(SETTING, mlflow.get_tracking_uri())  # since the outer run started
-        resumed = None if nested or continues is None else _resumable(continues, is_shared is not None)
-        is_new = nested or not (resumed or os.environ.get("MLFLOW_RUN_ID"))
-        # Tags at once: end_orphaned_runs needs them, whenever the process is killed.
-        started = mlflow.start_run(
-            resumed,
-            run_name=step if is_new else None,  # start_run would rename it
-            nested=nested,
-            parent_run_id=parent,
-            tags=process_tags(),
-            log_system_metrics=False,
-        )
-    system_metrics = system_metrics or bool(MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING.get())
-    run_id, status = started.info.run_id, "FAILED"
-    with client_of(run_id) as client:
+        started = _start(name, continues, parent, even_finished)
+    status = "FAILED"
+    with _active(started, started.info.run_id) as active:
         try:
-            monitor = (
-                log_system_metrics(client, run_id, started.info.start_time)
-                if system_metrics
-                else nullcontext()
-            )
-            with outages_as_user_errors(), monitor:
-                # start_run sets tags of new runs only, and `mlflow run` has created this one.
-                first = process_tags() | {CODE_VERSION_TAG: code_version()}
-                if _is_random(started.info.run_name or ""):
-                    first |= {"mlflow.runName": step}
-                client.send_or_buffer("tags", run_id=run_id, values=first)
-                describe(description)
-                # `mlflow run` may have logged some: those stay, also where the config file beats a default.
-                params = {name: hide_passwords(text) for name, text in as_params(settings).items()}
-                suffix = "" if resumed else "_used"
-                client.send_or_buffer("params", run_id=run_id, values=params, suffix=suffix)
-                log_config(settings)
-                yield run_id
+            samples = system_metrics or MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING.get()
+            with outages_as_user_errors(), log_system_metrics(active) if samples else nullcontext():
+                texts = _hide(as_params(settings))
+                if active.id != continues:
+                    texts |= _differing(texts, started.data.params)
+                log_params(texts)
+                log_yaml(_hide(as_config(settings)), "config.yaml")  # repeats the step: -P config=…
+                yield active.id
             status = "FINISHED"
         except KeyboardInterrupt:
             status = "KILLED"
             raise
         except UserError as error:
-            message = hide_passwords(str(error))[:5000]
-            client.send_or_buffer("tags", run_id=run_id, values={"error": message})
+            send("tags", values={"error": hide_passwords(str(error))[:5000]})
             raise
         finally:
-            _end(client, run_id, None if is_shared and is_shared() else status)
+            send("end", status=status, end_time=now_ms())
+
+
+@contextmanager
+def joined_run(run_id: str) -> Generator[None]:
+    """Within it, the runs of this process are child runs of another process's run, which stays as it is."""
+    with outages_as_user_errors():
+        _, given = _open()
+        _end_unused(given, run_id)
+        joined = MlflowClient().get_run(run_id)
+    with _active(joined, f"{run_id}-{os.getpid()}"):
+        yield
+
+
+@contextmanager
+def _active(started: Run, buffer: str) -> Generator[ActiveRun]:
+    """Makes a run the active one; at the end of the outermost run, warns of unsent calls.
+
+    A resumed run also sends the calls that an earlier process left in the ``buffer`` of this name.
+    """
+    info, is_outermost = started.info, not active_runs
+    folder = (FOLDER / f"undelivered-{buffer}").absolute()
+    client = BufferedClient(folder) if is_outermost else active_runs[-1].client
+    active = ActiveRun(info.run_id, info.experiment_id, info.artifact_uri or "", info.start_time or 0, client)
+    active_runs.append(active)
+    try:
+        yield active
+    finally:
+        active_runs.pop()
+        if is_outermost and len(client):
+            log.warning(
+                "%s: %d calls of this run are undelivered, buffered in %s; when the server is reachable,"
+                " send them with: python -m pneumo_experiments.tracking %s",
+                *(client.store, len(client), client.file, shlex.quote(str(client.file))),
+            )
+
+
+def _start(name: str, continues: str | None, parent: str | None, even_finished: bool) -> Run:
+    """Creates a run, or takes the one to resume or that `mlflow run` created for this process."""
+    if active_runs:
+        check_server(SETTING, mlflow.get_tracking_uri())  # since the outer run started
+        experiment, given, parent = active_runs[-1].experiment_id, None, active_runs[-1].id
+    else:
+        experiment, given = _open()
+    client: Any = MlflowClient()  # not earlier: it would create a store
+    # Tags at once: end_orphaned_runs needs them, whenever the process is killed.
+    tags = process_tags() | {CODE_VERSION_TAG: code_version()}
+    if parent is None and continues is not None and _is_resumable(continues, even_finished):
+        _end_unused(given, continues)
+        given = continues
+    elif given is None:
+        tags |= {MLFLOW_PARENT_RUN_ID: parent} if parent else {}
+        return client.create_run(experiment, tags=resolve_tags(tags), run_name=name)
+    elif _is_random(client.get_run(given).info.run_name or ""):
+        tags[MLFLOW_RUN_NAME] = name
+    client.update_run(given, status="RUNNING")
+    client.log_batch(given, tags=[RunTag(*tag) for tag in tags.items()])
+    return client.get_run(given)
+
+
+def _open() -> tuple[str, str | None]:
+    """Opens the store for a process's first run; the experiment, and the run that `mlflow run` created."""
+    experiment = open_store()
+    end_orphaned_runs(experiment)
+    end_with_mlflow_run()
+    return experiment, os.environ.pop("MLFLOW_RUN_ID", None)
+
+
+def _end_unused(given: str | None, continued: str) -> None:
+    """Ends the run that `mlflow run` created, with a note that says where the work continued."""
+    if given is not None:
+        client = MlflowClient()  # it cannot be deleted: `mlflow run` ends it once more
+        client.set_tag(given, MLFLOW_RUN_NAME, "continued in an earlier run")
+        client.set_tag(given, MLFLOW_RUN_NOTE, f"This process continued run {continued}.")
+        client.set_terminated(given, "FINISHED")
+
+
+def _is_resumable(run_id: str, even_finished: bool) -> bool:
+    try:
+        info = MlflowClient().get_run(run_id).info
+    except MlflowException:
+        return False
+    # A finished training is complete: resumed, it would have its last results twice.
+    return info.lifecycle_stage == "active" and (even_finished or info.status != "FINISHED")
 
 
 def _is_random(name: str) -> bool:
@@ -115,12 +181,24 @@ def _is_random(name: str) -> bool:
     return not name or is_usual
 
 
-def keep_running() -> None:
-    """Marks the active run as RUNNING in this process: another one, which shared it, may have ended."""
-    if is_enabled():
-        active = mlflow.active_run()
-        assert active is not None
-        active_client().send_or_buffer("resume", run_id=active.info.run_id, tags=process_tags())
+def _hide(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: hide_passwords(x) if isinstance(x, str) else x for name, x in values.items()}
+
+
+def _differing(texts: dict[str, str], logged: dict[str, str]) -> dict[str, str]:
+    """Settings that differ from what `mlflow run` logged, such as a default that the config file beats."""
+
+    def is_same(text: str, other: str) -> bool:
+        try:
+            return float(text) == float(other)  # 1e-3 is 0.001
+        except ValueError:
+            return text.lower() == (other.lower() or NONE)
+
+    return {
+        f"{name}_used": text
+        for name, text in texts.items()
+        if name in logged and not is_same(text, logged[name])
+    }
 
 
 def end_if_running(run_id: str, status: str) -> None:
@@ -129,51 +207,3 @@ def end_if_running(run_id: str, status: str) -> None:
     with suppress(MlflowException):
         if client.get_run(run_id).info.status == "RUNNING":
             client.set_terminated(run_id, status)
-
-
-def _end(client: BufferedClient, run_id: str, status: str | None) -> None:
-    client.skip_pause()
-    try:
-        if status is not None:
-            client.send_or_buffer("end", run_id=run_id, status=status, end_time=now_ms())
-    finally:
-        # The rest of mlflow.end_run, which would also wait minutes for an unreachable store.
-        _active_run_stack.get().pop()  # pyright: ignore[reportUnknownMemberType]
-        os.environ.pop("MLFLOW_RUN_ID", None)
-
-
-def _resumable(run_id: str, even_finished: bool) -> str | None:
-    """The run to resume; None if it is deleted, or finished unless ``even_finished``.
-
-    Ends the run that `mlflow run` created for this process, with a note that says where the work continued.
-    """
-    client = MlflowClient()
-    try:
-        info = client.get_run(run_id).info
-        # A finished training is complete: resumed, it would have its last results twice.
-        if info.lifecycle_stage != "active" or (info.status == "FINISHED" and not even_finished):
-            return None
-    except MlflowException:
-        return None
-    unused = os.environ.pop("MLFLOW_RUN_ID", None)
-    if unused is not None:
-        # It cannot be deleted: `mlflow run` ends it once more.
-        client.set_tag(unused, "mlflow.runName", "continued in an earlier run")
-        client.set_tag(unused, "mlflow.note.content", f"This process continued run {run_id}.")
-        client.set_terminated(unused, "FINISHED")
-    return run_id
-
-
-def active_run() -> str | None:
-    """Id of the active run; None without one."""
-    active = mlflow.active_run()
-    return active.info.run_id if active else None
-
-
-def artifacts_of_active_run() -> str:
-    """Location of the active run's artifacts: a folder if they are local, else an address."""
-    active = mlflow.active_run()
-    assert active is not None
-    uri = active.info.artifact_uri or ""
-    path = local_path(uri)
-    return str(path) if path else uri

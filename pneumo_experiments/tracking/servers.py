@@ -1,23 +1,22 @@
-"""Checks within seconds whether the server at an address responds; MLflow itself would retry for minutes."""
+"""Addresses of stores and artifacts: the files and servers that they name, and whether a server responds."""
 
 from __future__ import annotations
 
 import socket
-import time
+from pathlib import Path
 from threading import Thread
+from urllib.parse import unquote, urlsplit
 
 import requests
-from sqlalchemy import NullPool, create_engine
+from mlflow.utils.file_utils import local_file_uri_to_path  # pyright: ignore[reportUnknownVariableType]
+from mlflow.utils.uri import is_local_uri  # pyright: ignore[reportUnknownVariableType]
+from sqlalchemy import NullPool, create_engine, make_url
+from sqlalchemy.exc import ArgumentError
 
 from pneumo_experiments.errors import ServerUnreachable, UserError
 from pneumo_experiments.passwords import hide_passwords
-from pneumo_experiments.tracking.addresses import (
-    check_address,
-    database_server,
-    scheme_of,
-    with_driver,
-)
 
+DATABASE_PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
 PING_SECONDS = 5
 CONNECT_SECONDS = 15
 # What to install for the database drivers whose package has another name than their module.
@@ -28,8 +27,73 @@ DRIVER_PACKAGES = {
 }
 
 
+def scheme_of(address: str) -> str:
+    """``http``, ``sqlite``, ``postgresql`` … without the driver; "" for a path."""
+    scheme = address.partition("://")[0].partition("+")[0].lower() if "://" in address else ""
+    return "postgresql" if scheme == "postgres" else scheme  # as libpq reads it
+
+
+def with_driver(address: str) -> str:
+    """The address as every SQLAlchemy opens it, with the driver psycopg for a PostgreSQL that names none.
+
+    SQLAlchemy 2.0 would take psycopg2, and 2.1 takes psycopg.
+    """
+    scheme, _, rest = address.partition("://")
+    is_incomplete = scheme_of(address) == "postgresql" and "+" not in scheme
+    return f"postgresql+psycopg://{rest}" if is_incomplete else address
+
+
+def database_file(address: str) -> Path | None:
+    """The file of an SQLite database; None for any other address."""
+    name = make_url(address).database if scheme_of(address) == "sqlite" else None
+    return Path(name).resolve() if name and name != ":memory:" else None
+
+
+def database_server(address: str) -> tuple[str, int] | None:
+    """Host and port of a database server; None for any other address."""
+    scheme = scheme_of(address)
+    if scheme not in DATABASE_PORTS or not (url := make_url(address)).host:
+        return None
+    return url.host, url.port or DATABASE_PORTS[scheme]
+
+
+def local_path(address: str) -> Path | None:
+    """The local path that MLflow uses, reading ``%20`` as a space even in a path; None if not local."""
+    return Path(local_file_uri_to_path(address)) if is_local_uri(address) else None
+
+
+def is_misread_by_mlflow(address: str) -> bool:
+    """Whether MLflow would keep the files of a local address in another folder."""
+    decoded = unquote(address)
+    changes = decoded != address and not urlsplit(address).scheme
+    return is_local_uri(address) and ("\ufffd" in decoded or changes)
+
+
+def check_address(setting: str, address: str) -> None:
+    """Raises UserError if unquoted characters of a password make the address ambiguous.
+
+    Part of the password would be taken for the host, and every message would show it.
+    """
+    try:
+        host = make_url(address).host or ""
+        if scheme_of(address) in ("http", "https"):
+            # Unlike SQLAlchemy, HTTP clients end the host at the first / or ?, also in a password.
+            is_ambiguous = "@" in urlsplit(address)._replace(netloc="").geturl()
+        else:
+            is_ambiguous = scheme_of(address) in DATABASE_PORTS and "@" in host
+    except ArgumentError:  # not the address of a server
+        return
+    except ValueError:  # the port is not a number
+        is_ambiguous = True
+    if is_ambiguous:
+        raise UserError(
+            f"{setting}={hide_passwords(address)}: ambiguous; write @ / : ? # of a password as"
+            " %40 %2F %3A %3F %23"
+        )
+
+
 def ping(address: str) -> None:
-    """Raises OSError if no HTTP or database server responds at the address."""
+    """Raises OSError within seconds if no server responds there; MLflow itself would retry for minutes."""
     if scheme_of(address) in ("http", "https"):
         requests.head(address, timeout=PING_SECONDS)  # any response will do
     elif server := database_server(address):
@@ -57,22 +121,6 @@ def connect(address: str) -> None:
         raise errors[0]
     if thread.is_alive():
         raise TimeoutError(f"the database server does not respond within {CONNECT_SECONDS} s")
-
-
-def wait_for_server(setting: str, address: str, seconds: float = 300) -> None:
-    """Waits until the server at an address responds; raises ServerUnreachable after so many seconds."""
-    start, is_waiting = time.monotonic(), False
-    while True:
-        try:
-            check_server(setting, address)
-            return
-        except ServerUnreachable as error:
-            if time.monotonic() - start > seconds:
-                raise
-            if not is_waiting:
-                print(f"{error}; waiting for it")
-            is_waiting = True
-            time.sleep(2)
 
 
 def check_server(setting: str, address: str) -> None:

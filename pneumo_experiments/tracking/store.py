@@ -4,45 +4,52 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Generator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import mlflow
+from alembic.migration import MigrationContext
 from filelock import FileLock
 from mlflow import MlflowClient
 from mlflow.entities import Experiment, LifecycleStage
 from mlflow.exceptions import MlflowException
-from mlflow.store.db.utils import (
-    _all_tables_exist,  # pyright: ignore[reportPrivateUsage, reportUnknownVariableType]
-    _get_schema_version,  # pyright: ignore[reportPrivateUsage, reportUnknownVariableType]
-    _initialize_tables,  # pyright: ignore[reportPrivateUsage, reportUnknownVariableType]
-    _verify_schema,  # pyright: ignore[reportPrivateUsage, reportUnknownVariableType]
-)
-from mlflow.tracking._tracking_service.utils import (
-    _get_store,  # pyright: ignore[reportPrivateUsage, reportUnknownVariableType]
-)
-from sqlalchemy import Engine, NullPool, create_engine, make_url, text
+from mlflow.store.db.base_sql_model import Base
+from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+from sqlalchemy import Engine, NullPool, create_engine, inspect, make_url, text
 
-from pneumo_experiments.errors import UserError
+from pneumo_experiments.errors import ServerUnreachable, UserError
 from pneumo_experiments.files import write_atomically
 from pneumo_experiments.passwords import hide_passwords
-from pneumo_experiments.tracking.addresses import (
+from pneumo_experiments.tracking.servers import (
     DATABASE_PORTS,
+    check_server,
+    connect,
     database_file,
     is_misread_by_mlflow,
     local_path,
     scheme_of,
     with_driver,
 )
-from pneumo_experiments.tracking.servers import check_server, connect, wait_for_server
 
 SETTING = "MLFLOW_TRACKING_URI"
 LOCK_TIMEOUT_SECONDS = 60
-POSTGRESQL_LOCK = (
-    7_368_662_513  # any number that other programs do not take; the connection's end releases it
-)
+# Any number that other programs do not take; the connection's end releases it.
+POSTGRESQL_LOCK = 7_368_662_513
+OUTDATED = "out-of-date database schema"  # MLflow's words
 KIND_TAG = "mlflow.experimentKind"
+QUIET = {
+    "mlflow.store.db.utils": logging.CRITICAL,  # a traceback for each lock
+    "mlflow.pyfunc": logging.WARNING,  # a line for the example of each model
+    "alembic": logging.WARNING,
+    "urllib3.connectionpool": logging.ERROR,  # a line for each retry
+}
+
+
+def tracking_uri() -> str:
+    """Address of the store, without passwords."""
+    return hide_passwords(mlflow.get_tracking_uri())
 
 
 def open_store() -> str:
@@ -50,68 +57,92 @@ def open_store() -> str:
 
     Raises UserError if the store cannot be opened.
     """
-    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # a traceback for each lock
-    logging.getLogger("mlflow.pyfunc").setLevel(logging.WARNING)  # a line for the example of each model
-    logging.getLogger("alembic").setLevel(logging.WARNING)
-    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # a line for each retry
+    for name, level in QUIET.items():
+        logging.getLogger(name).setLevel(level)
     try:
         check_server(SETTING, mlflow.get_tracking_uri())
         if (uri := with_driver(mlflow.get_tracking_uri())) != mlflow.get_tracking_uri():
             mlflow.set_tracking_uri(uri)  # also for the processes that this one starts
-        with _creation_lock():
+        with _lock(uri):
             experiment = _experiment()
-            _check_artifact_location(experiment)
-            _set_kind(experiment)
+            if is_misread_by_mlflow(location := experiment.artifact_location):
+                raise UserError(
+                    f"{location}: MLflow would store artifacts in {local_path(location)};"
+                    " rename the folder: UTF-8, and no % before two digits"
+                )
+            # Else the UI opens its pages for language models, without curves or registered models.
+            if KIND_TAG not in experiment.tags:
+                with suppress(MlflowException):  # another process has just set it
+                    id, kind = experiment.experiment_id, "custom_model_development"
+                    MlflowClient().set_experiment_tag(id, KIND_TAG, kind)
     except UserError:
         raise
     except Exception as error:  # MLflow, SQLAlchemy, its drivers and the file system: errors of many kinds
-        reason = str(error).split("\n")[0].split(". ")[0]
-        if "out-of-date database schema" in reason:
-            raise UserError(
-                f"{SETTING}={tracking_uri()}: another program, or another version of MLflow than"
-                f" {mlflow.__version__}, made this database; use that version, or name another store;"
-                " one of an earlier version can be upgraded: back it up, then run:"
-                f" mlflow db upgrade {tracking_uri()}"
-            ) from error
-        if "MLFLOW_ALLOW_FILE_STORE" in str(error):
-            raise UserError(
-                f"{SETTING}={tracking_uri()}: a folder of files, which MLflow {mlflow.__version__} opens only"
-                " with MLFLOW_ALLOW_FILE_STORE=true; copy its runs into a database with: mlflow"
-                " migrate-filestore --source FOLDER --target sqlite:///mlflow.db"
-            ) from error
-        room = "make room there, or " if "is full" in reason else ""
-        # MLflow's own commands create an SQLite store in place.
-        if "already exists" in reason and database_file(mlflow.get_tracking_uri()):
-            room = "its creation was interrupted: delete it, or "
-        raise UserError(
-            f"{SETTING}={tracking_uri()}: the store cannot be opened ({hide_passwords(reason)});"
-            f" {room}name another in that variable, such as sqlite:///runs.db"
-        ) from error
+        raise UserError(f"{SETTING}={tracking_uri()}: {_remedy(error)}") from error
     return experiment.experiment_id
+
+
+def _remedy(error: Exception) -> str:
+    """What an error of the store means, and what to do."""
+    reason = str(error).split("\n")[0].split(". ")[0]
+    if OUTDATED in reason:
+        return (
+            f"another program, or another version of MLflow than {mlflow.__version__}, made this database;"
+            " use that version, or name another store; one of an earlier version can be upgraded: back it up,"
+            f" then run: mlflow db upgrade {tracking_uri()}"
+        )
+    if "MLFLOW_ALLOW_FILE_STORE" in str(error):
+        return (
+            f"a folder of files, which MLflow {mlflow.__version__} opens only with"
+            " MLFLOW_ALLOW_FILE_STORE=true; copy its runs into a database with: mlflow migrate-filestore"
+            " --source FOLDER --target sqlite:///mlflow.db"
+        )
+    remedy = "make room there, or " if "is full" in reason else ""
+    # MLflow's own commands create an SQLite store in place.
+    if "already exists" in reason and database_file(mlflow.get_tracking_uri()):
+        remedy = "its creation was interrupted: delete it, or "
+    return (
+        f"the store cannot be opened ({hide_passwords(reason)}); {remedy}name another in that variable, such"
+        " as sqlite:///runs.db"
+    )
 
 
 def _experiment() -> Experiment:
     """The experiment that the environment names; raises UserError if that, or the run, is gone."""
-    if run_id := os.environ.get("MLFLOW_RUN_ID"):  # `mlflow run` has created the run
-        with _must_exist("MLFLOW_RUN_ID", run_id, "run; unset that variable for a new one"):
+    run_id, name = os.environ.get("MLFLOW_RUN_ID"), os.environ.get("MLFLOW_EXPERIMENT_NAME")
+    id, info, setting = os.environ.get("MLFLOW_EXPERIMENT_ID") or "0", None, f"MLFLOW_EXPERIMENT_NAME={name}"
+    try:
+        if run_id:  # `mlflow run` has created the run
+            setting = f"MLFLOW_RUN_ID={run_id}"
             info = mlflow.get_run(run_id).info
-        experiment = _active(mlflow.get_experiment(info.experiment_id), "MLFLOW_RUN_ID", run_id)
-        if info.lifecycle_stage != LifecycleStage.ACTIVE:
-            raise UserError(
-                f"MLFLOW_RUN_ID={run_id}: the run is deleted; restore it with: mlflow runs restore --run-id"
-                f" {run_id}, or unset that variable for a new one"
-            )
-        return experiment
-    name = os.environ.get("MLFLOW_EXPERIMENT_NAME")
-    if name is None:
-        id = os.environ.get("MLFLOW_EXPERIMENT_ID") or "0"
-        remedy = "experiment; name one in MLFLOW_EXPERIMENT_NAME, which is created if it does not exist"
-        with _must_exist("MLFLOW_EXPERIMENT_ID", id, remedy):
-            return _active(mlflow.get_experiment(id), "MLFLOW_EXPERIMENT_ID", id)
-    file = database_file(mlflow.get_tracking_uri())
-    if (existing := mlflow.get_experiment_by_name(name)) is not None:
-        _active(existing, "MLFLOW_EXPERIMENT_NAME", name)
-    elif file:
+            experiment = mlflow.get_experiment(info.experiment_id)
+        elif name is None:
+            setting = f"MLFLOW_EXPERIMENT_ID={id}"
+            experiment = mlflow.get_experiment(id)
+        else:
+            experiment = mlflow.get_experiment_by_name(name) or _create_experiment(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        what = "experiment; name one in MLFLOW_EXPERIMENT_NAME, which is created if it does not exist"
+        if run_id:
+            what = "run; unset that variable for a new one"
+        raise UserError(f"{setting}: {tracking_uri()} has no such {what}") from error
+    if experiment.lifecycle_stage != LifecycleStage.ACTIVE:  # MLflow keeps it until `mlflow gc`
+        raise UserError(
+            f"{setting}: the experiment {experiment.name} is deleted; restore it with: mlflow experiments"
+            f" restore --experiment-id {experiment.experiment_id}, or name another in MLFLOW_EXPERIMENT_NAME"
+        )
+    if info and info.lifecycle_stage != LifecycleStage.ACTIVE:
+        raise UserError(
+            f"{setting}: the run is deleted; restore it with: mlflow runs restore --run-id {run_id}, or unset"
+            " that variable for a new one"
+        )
+    return experiment
+
+
+def _create_experiment(name: str) -> Experiment:
+    if file := database_file(mlflow.get_tracking_uri()):
         # By default the artifacts would be stored in the working directory of the first process.
         location = (file.parent / "mlruns").as_uri()
         mlflow.create_experiment(name, artifact_location=location)  # pyright: ignore[reportUnknownMemberType]
@@ -119,92 +150,62 @@ def _experiment() -> Experiment:
 
 
 @contextmanager
-def _must_exist(variable: str, value: str, what: str) -> Generator[None]:
-    """Raises UserError if MLflow does not find what a variable names."""
-    try:
-        yield
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-            raise
-        raise UserError(f"{variable}={value}: {tracking_uri()} has no such {what}") from error
-
-
-def _active(experiment: Experiment, variable: str, value: str) -> Experiment:
-    """The experiment; raises UserError if it is deleted, which MLflow keeps until `mlflow gc`."""
-    if experiment.lifecycle_stage != LifecycleStage.ACTIVE:
-        raise UserError(
-            f"{variable}={value}: the experiment {experiment.name} is deleted; restore it with: mlflow"
-            f" experiments restore --experiment-id {experiment.experiment_id}, or name another in"
-            " MLFLOW_EXPERIMENT_NAME"
-        )
-    return experiment
-
-
-def _set_kind(experiment: Experiment) -> None:
-    # Else the UI opens its pages for language models, without curves or registered models.
-    if KIND_TAG not in experiment.tags:
-        with suppress(MlflowException):  # another process has just set it
-            MlflowClient().set_experiment_tag(experiment.experiment_id, KIND_TAG, "custom_model_development")
-
-
-def _check_artifact_location(experiment: Experiment) -> None:
-    location = experiment.artifact_location
-    if is_misread_by_mlflow(location):
-        raise UserError(
-            f"{location}: MLflow would store artifacts in {local_path(location)};"
-            " rename the folder: UTF-8, and no % before two digits"
-        )
-
-
-@contextmanager
-def _creation_lock() -> Generator[None]:
-    # Two processes that create the tables of a new database at the same time break it.
-    uri = mlflow.get_tracking_uri()
-    with ExitStack() as stack:
-        if path := database_file(uri):
-            if not path.parent.is_dir():
-                raise UserError(f"{SETTING}={tracking_uri()}: no folder {path.parent}; create it")
-            stack.enter_context(FileLock(path.with_name(path.name + ".lock"), LOCK_TIMEOUT_SECONDS))
+def _lock(uri: str) -> Generator[None]:
+    """Lets one process at a time open a database: two that create its tables at the same time break it."""
+    if path := database_file(uri):
+        if not path.parent.is_dir():
+            raise UserError(f"{SETTING}={tracking_uri()}: no folder {path.parent}; create it")
+        with FileLock(path.with_name(path.name + ".lock"), LOCK_TIMEOUT_SECONDS):
             if not path.exists() or not path.stat().st_size:
-                _create_tables(path)
+                _create(path)
             connect(uri)  # MLflow itself would retry for minutes
             _refuse_migration(create_engine(uri, poolclass=NullPool))
-            # Creates the default experiment with an artifact location: see local_path.
-            _get_store(artifact_uri=(path.parent / "mlruns").as_uri())
-        elif scheme_of(uri) in DATABASE_PORTS:
-            engine = create_engine(uri, poolclass=NullPool)
+            yield
+    elif scheme_of(uri) in DATABASE_PORTS:
+        engine = create_engine(uri, poolclass=NullPool)
+        with engine.connect() as connection:
             if scheme_of(uri) == "postgresql":
-                connection = stack.enter_context(engine.connect())
                 connection.execute(text(f"SET lock_timeout = {1000 * LOCK_TIMEOUT_SECONDS}"))
                 connection.execute(text("SELECT pg_advisory_lock(:key)"), {"key": POSTGRESQL_LOCK})
             _refuse_migration(engine)
+            yield
+    else:
         yield
 
 
-def _refuse_migration(engine: Engine) -> None:
-    """Raises MLflow's error for a store of another schema, also where MLflow would migrate it unasked.
-
-    It does so when a table is missing. The MLflow that made the store could not open it any more.
-    """
-    if _get_schema_version(engine) and not _all_tables_exist(engine):
-        _verify_schema(engine)
-
-
-def _create_tables(path: Path) -> None:
-    """Creates MLflow's tables in a file that appears when it is complete.
+def _create(path: Path) -> None:
+    """Creates a store in a file that appears when it is complete, with artifacts in ``mlruns`` beside it.
 
     MLflow can neither use nor complete a database whose creation was killed or ran out of room.
     """
     url = make_url(mlflow.get_tracking_uri())
     with write_atomically(path) as temporary:
-        _initialize_tables(create_engine(url.set(database=str(temporary)), poolclass=NullPool))
+        temporary.touch()  # MLflow would try for minutes to open what cannot be written
+        file = Path(url.database or "").with_name(temporary.name)  # an absolute path may need quotes
+        SqlAlchemyStore(str(url.set(database=str(file))), (path.parent / "mlruns").as_uri()).engine.dispose()
 
 
-def wait_for_store() -> None:
-    """Waits until the store's server responds; raises ServerUnreachable after five minutes."""
-    wait_for_server(SETTING, mlflow.get_tracking_uri())
+def _refuse_migration(engine: Engine) -> None:
+    """Raises for a store that lacks tables, which MLflow would migrate unasked.
+
+    The version of MLflow that made the store could not open it any more.
+    """
+    with engine.connect() as connection:
+        version = MigrationContext.configure(connection).get_current_revision()
+    if version and not Base.metadata.tables.keys() <= set(inspect(engine).get_table_names()):
+        raise MlflowException(OUTDATED)
 
 
-def tracking_uri() -> str:
-    """Address of the store, without passwords."""
-    return hide_passwords(mlflow.get_tracking_uri())
+def wait_for_store(seconds: float = 300) -> None:
+    """Waits until the store's server responds; raises ServerUnreachable after so many seconds."""
+    end, is_waiting = time.monotonic() + seconds, False
+    while True:
+        try:
+            return check_server(SETTING, mlflow.get_tracking_uri())
+        except ServerUnreachable as error:
+            if time.monotonic() > end:
+                raise
+            if not is_waiting:
+                print(f"{error}; waiting for it")
+            is_waiting = True
+            time.sleep(2)

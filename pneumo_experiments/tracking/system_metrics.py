@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -14,8 +13,7 @@ from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
 from mlflow.system_metrics.metrics.rocm_monitor import ROCMMonitor
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
-from pneumo_experiments.tracking.buffered_client import BufferedClient
-from pneumo_experiments.tracking.context import is_enabled
+from pneumo_experiments.tracking.log import ActiveRun, is_enabled, now_ms
 
 INTERVAL_SECONDS = 5  # MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL sets another
 JOIN_SECONDS = 10  # the thread may be waiting for a server that does not respond
@@ -24,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 @contextmanager
-def log_system_metrics(client: BufferedClient, run_id: str, started_ms: int) -> Generator[None]:
+def log_system_metrics(run: ActiveRun) -> Generator[None]:
     """Logs ``system/...`` metrics of the run every few seconds, and once at the end.
 
     Their step is the number of seconds since the start of the run, also in a resumed run. Names and values
@@ -32,24 +30,22 @@ def log_system_metrics(client: BufferedClient, run_id: str, started_ms: int) -> 
     sent.
     """
     logging.getLogger("mlflow.system_metrics").setLevel(logging.CRITICAL)  # it warns of each missing value
-    monitor: Any = SystemMetricsMonitor(run_id, sampling_interval=INTERVAL_SECONDS)
+    monitor: Any = SystemMetricsMonitor(run.id, sampling_interval=INTERVAL_SECONDS)
     stop = Event()
-
-    def sample() -> None:
-        monitor.collect_metrics()
-        values = {f"system/{name}": float(value) for name, value in monitor.aggregate_metrics().items()}
-        for each in monitor.monitors:
-            each.clear_metrics()
-        now = time.time_ns() // 1_000_000
-        step = (now - started_ms) // 1000
-        client.try_send("metrics", run_id=run_id, values=values, step=step, timestamp=now, model_id=None)
 
     def watch() -> None:
         try:
             monitor.collect_metrics()  # CPU use is measured between two calls
-            while not stop.wait(monitor.sampling_interval):
-                sample()
-            sample()
+            is_last = False
+            while not is_last:
+                is_last = stop.wait(monitor.sampling_interval)
+                monitor.collect_metrics()
+                values = {f"system/{name}": float(x) for name, x in monitor.aggregate_metrics().items()}
+                for each in monitor.monitors:
+                    each.clear_metrics()
+                now = now_ms()
+                step = (now - run.start_ms) // 1000
+                run.client.try_send("metrics", run_id=run.id, values=values, timestamp=now, step=step)
         except Exception as error:  # a lost GPU or a refused value must not end the run
             log.warning("system metrics stopped: %s", str(error).split("\n")[0])
 

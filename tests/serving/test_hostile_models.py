@@ -23,7 +23,7 @@ from pneumo_experiments.errors import UserError
 from pneumo_experiments.metrics.thresholds import Thresholds
 from pneumo_experiments.serving import load
 from pneumo_experiments.settings import Train, as_config
-from pneumo_experiments.tracking.calls import save_model
+from pneumo_experiments.tracking.models import save_model
 
 DESCRIPTION: dict[str, Any] = {
     "image_size": 32,
@@ -70,7 +70,7 @@ def our_model(folder: Path, text: str, weights: bytes | None = b"") -> Path:
     (data / "model.json").write_text(text, encoding="utf-8")
     if weights is not None:
         (data / "weights.pt").write_bytes(weights)
-    save_model(folder / "model", str(data), ["mlflow"])
+    save_model(folder / "model", data)
     return folder / "model"
 
 

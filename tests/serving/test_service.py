@@ -44,7 +44,7 @@ from pneumo_experiments.learning.predict import Predictor
 from pneumo_experiments.metrics.thresholds import Thresholds
 from pneumo_experiments.serving import Detector, Member, ServedModel, load, new_folder, save
 from pneumo_experiments.settings import Train, as_config, from_flat
-from pneumo_experiments.tracking.calls import save_model
+from pneumo_experiments.tracking.models import save_model
 
 GOOD = {"light": jpeg_file(GREYS), "dark": jpeg_file(GREYS // 3), "wide": jpeg_file(GREYS[:9])}
 NAMES = ["image_id", "presence", "area_px", "rle", "error"]
@@ -146,7 +146,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     detector = detector_of(network, "fcn_resnet50", presence_threshold=0, top_score=0.05, bottom_score=0.05)
     with new_folder() as data:
         save(data, detector)
-        save_model(folder / "model", str(data), ["mlflow"])
+        save_model(folder / "model", data)
     expected = ServedModel(detector).predict(pd.DataFrame({"image_id": GOOD.keys(), "dicom": GOOD.values()}))
     port, work = free_port(), folder / "work"
     work.mkdir()

@@ -21,7 +21,7 @@ from pneumo_experiments import tracking
 from pneumo_experiments.dataset.hdf5 import Dataset
 from pneumo_experiments.dataset.packed import ResizedImage, salted
 from pneumo_experiments.errors import UserError
-from pneumo_experiments.evaluation.subset import Subset, image_set_id, make_split
+from pneumo_experiments.evaluation.subset import Subset, hash_image_ids, image_set_id, make_split
 from pneumo_experiments.learning.predict import Predictor
 from pneumo_experiments.metrics.thresholds import Thresholds
 from pneumo_experiments.registry import scores, versions

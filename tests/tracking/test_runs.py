@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import signal
 import time
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,122 +16,92 @@ import psutil
 import pytest
 import yaml
 from command_server import Command, CommandServer
-from helpers import environment, make
+from helpers import copy_store, environment, make, store_address, working_in
 from mlflow import MlflowClient
 from mlflow.entities import DatasetInput, Run
 from mlflow.exceptions import MlflowException
+from tracked import artifact, last_run
 from tracking_server import TIMEOUT_SECONDS, wait_until
 
 from pneumo_experiments import interrupts, tracking
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.registry.scores import best_model
 from pneumo_experiments.settings import Preprocess, Register, Sample, Score, Search, Train, as_config, flat
-from pneumo_experiments.tracking import context
+from pneumo_experiments.tracking.log import active_runs
 from pneumo_experiments.tracking.processes import is_dead, process_tags
 
 
-@dataclass(frozen=True)
-class Store:
-    """A store of its own, in a folder of its own."""
-
-    folder: Path
-
-    @property
-    def uri(self) -> str:
-        return f"sqlite:///{self.folder / 'mlflow.db'}"
-
-    @property
-    def client(self) -> MlflowClient:
-        return MlflowClient(self.uri)
-
-    def runs(self) -> dict[str, Run]:
-        return {run.info.run_name: run for run in self.client.search_runs(["0"])}
-
-    def statuses(self) -> dict[str, str]:
-        return {name: run.info.status for name, run in self.runs().items()}
+def runs(store: Path) -> dict[str, Run]:
+    """The runs of the store in a folder, by name."""
+    return {run.info.run_name: run for run in MlflowClient(store_address(store)).search_runs(["0"])}
 
 
-@pytest.fixture
-def store(empty_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
-    shutil.copy(empty_store, tmp_path)
-    monkeypatch.chdir(tmp_path)
-    for name in ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID", "MLFLOW_EXPERIMENT_NAME"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
-    mlflow.set_tracking_uri(None)
-    yield Store(tmp_path)
-    assert mlflow.active_run() is None
+def statuses(store: Path) -> dict[str, str]:
+    return {name: run.info.status for name, run in runs(store).items()}
 
 
 # Runs
 
 
-def test_a_run_holds_its_settings_as_a_config_file_without_passwords(store: Store) -> None:
-    storage = "postgresql://me:hush@127.0.0.1/optuna"
-    settings = make(Search, storage=storage, learning_rate=1e-5, augment=False)
-    with tracking.run("search", settings) as run_id:
-        pass
-    text = Path(store.client.download_artifacts(run_id, "config.yaml", str(store.folder))).read_text()
-    assert "hush" not in text
-    assert yaml.safe_load(text) == as_config(settings) | {"storage": storage.replace("hush", "***")}
+def test_a_run_hides_passwords_in_its_params_its_config_file_and_its_error(store: Path) -> None:
+    address = "postgresql://u:Se/cr3t@h/db?user=u&password=cr3t"
+    hidden = "postgresql://u:***@h/db?user=u&password=***"
+    settings = make(Search, storage=address, learning_rate=1e-5, augment=False)
+    with pytest.raises(UserError), tracking.run("search", settings):
+        raise UserError(f"storage: {address} does not open")
+    run = last_run("search")
+    config = artifact(run, "config.yaml").read_text()
+    assert yaml.safe_load(config) == as_config(settings) | {"storage": hidden}
+    assert run.data.params["storage"] == hidden
+    assert run.data.tags["error"] == f"storage: {hidden} does not open"
+    assert "cr3t" not in f"{run.to_dictionary()}{config}"
 
 
-def test_a_setting_that_differs_from_what_the_run_has_already_is_a_param_of_its_own(
-    store: Store, monkeypatch: pytest.MonkeyPatch
+def test_a_setting_that_differs_from_what_mlflow_run_logged_is_a_param_of_its_own(
+    store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run_id = store.client.create_run("0").info.run_id
-    for name, text in {
-        "dataset": "output/dataset.h5",
-        "epochs": "3e0",
-        "augment": "True",
-        "best_k": "3",
-    }.items():
-        store.client.log_param(run_id, name, text)
+    client = MlflowClient()
+    run_id = client.create_run("0").info.run_id
+    logged = {"dataset": "output/dataset.h5", "epochs": "3e0", "augment": "True", "best_k": "3"}
+    for name, text in logged.items():
+        client.log_param(run_id, name, text)
     monkeypatch.setenv("MLFLOW_RUN_ID", run_id)
     with tracking.run("train", make(Train, dataset=Path("mine.h5"), epochs=3)):
         pass
-    params = store.client.get_run(run_id).data.params
-    assert {name: text for name, text in params.items() if name.endswith("_used")} == {
-        "dataset_used": "mine.h5"
-    }
-    assert (params["dataset"], params["epochs"]) == ("output/dataset.h5", "3e0")
+    params = client.get_run(run_id).data.params
+    used = {name: text for name, text in params.items() if name.endswith("_used")}
+    assert used == {"dataset_used": "mine.h5"}
+    assert params | logged == params
 
 
 @pytest.mark.parametrize("given", ["siim baseline", "fold-three-2", "able-ant", None])
 def test_a_name_that_somebody_gave_to_the_run_stays(
-    given: str | None, store: Store, monkeypatch: pytest.MonkeyPatch
+    given: str | None, store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = store.client.create_run("0", run_name=given)  # as `mlflow run` does, with --run-name or without
+    run = MlflowClient().create_run("0", run_name=given)  # as `mlflow run` does, with --run-name or without
     monkeypatch.setenv("MLFLOW_RUN_ID", run.info.run_id)
     with tracking.run("train", make(Train)), tracking.run("fold 0", make(Train)):
         pass
-    assert store.client.get_run(run.info.run_id).info.run_name == (given or "train")
-    assert "fold 0" in store.runs()
+    assert set(runs(store)) == {given or "train", "fold 0"}
 
 
-def test_runs_nest_under_their_step_and_hold_every_setting(store: Store) -> None:
-    with tracking.run("search", make(Search, study="mine"), "Two\nlines."):
+def test_runs_nest_under_their_step_and_hold_every_setting(store: Path) -> None:
+    with tracking.run("search", make(Search, study="mine")):
+        tracking.describe("Two\nlines.")
         with tracking.run("trial 0", make(Train, epochs=3)):
             tracking.log_metrics({"dice": 0.25}, step=1)
             tracking.log_metrics({"dice": 0.5}, step=2)
         tracking.log_params({"best": 0, "path": None})
-    runs = store.runs()
-    assert store.statuses() == {"search": "FINISHED", "trial 0": "FINISHED"}
-    assert runs["trial 0"].data.tags["mlflow.parentRunId"] == runs["search"].info.run_id
-    assert "mlflow.parentRunId" not in runs["search"].data.tags
-    assert runs["search"].data.tags["mlflow.note.content"] == "Two\nlines."
-    assert set(flat(Search())) <= set(runs["search"].data.params)
-    assert runs["search"].data.params["study"] == "mine"
-    assert runs["search"].data.params["path"] == "none"
-    assert runs["trial 0"].data.params["epochs"] == "3"
-    history = store.client.get_metric_history(runs["trial 0"].info.run_id, "dice")
+    search, trial = runs(store)["search"], runs(store)["trial 0"]
+    assert statuses(store) == {"search": "FINISHED", "trial 0": "FINISHED"}
+    assert trial.data.tags["mlflow.parentRunId"] == search.info.run_id
+    assert "mlflow.parentRunId" not in search.data.tags
+    assert search.data.tags["mlflow.note.content"] == "Two\nlines."
+    assert set(flat(Search())) <= set(search.data.params)
+    assert (search.data.params["study"], search.data.params["path"]) == ("mine", "none")
+    assert trial.data.params["epochs"] == "3"
+    history = MlflowClient().get_metric_history(trial.info.run_id, "dice")
     assert [(metric.step, metric.value) for metric in history] == [(1, 0.25), (2, 0.5)]
-
-
-def test_a_password_in_a_setting_is_not_a_param(store: Store) -> None:
-    with tracking.run("search", make(Search, storage="postgresql://me:se:cret@host:5432/study")):
-        pass
-    assert store.runs()["search"].data.params["storage"] == "postgresql://me:***@host:5432/study"
 
 
 @pytest.mark.parametrize(
@@ -146,36 +114,33 @@ def test_a_password_in_a_setting_is_not_a_param(store: Store) -> None:
         (SystemExit(3), "FAILED"),
     ],
 )
-def test_a_run_ends_as_its_step_does(store: Store, error: BaseException, status: str) -> None:
-    with pytest.raises(type(error)), tracking.run("main", Sample()), tracking.run("sample", Sample()):
-        raise error
-    assert store.statuses() == {"main": status, "sample": status}
-    mistakes = [run.data.tags.get("error") for run in store.runs().values()]
+def test_a_run_ends_as_its_step_does_and_its_parent_may_live_on(
+    store: Path, error: BaseException, status: str
+) -> None:
+    with tracking.run("parent", Sample()):
+        with pytest.raises(type(error)), tracking.run("main", Sample()), tracking.run("sample", Sample()):
+            raise error
+        assert statuses(store) == {"parent": "RUNNING", "main": status, "sample": status}
+    assert statuses(store)["parent"] == "FINISHED"
+    mistakes = [run.data.tags.get("error") for name, run in runs(store).items() if name != "parent"]
     assert mistakes == (["a: is wrong; fix it"] * 2 if isinstance(error, UserError) else [None] * 2)
+    assert active_runs == []
 
 
-def test_a_child_that_fails_leaves_its_parent_alive(store: Store) -> None:
-    with tracking.run("main", Sample()):
-        with pytest.raises(UserError), tracking.run("sample", Sample()):
-            raise UserError("a: is wrong; fix it")
-        assert store.statuses() == {"main": "RUNNING", "sample": "FAILED"}
-    assert store.statuses()["main"] == "FINISHED"
-
-
-def test_a_disabled_process_logs_nothing(store: Store) -> None:
+def test_a_disabled_process_logs_nothing(store: Path) -> None:
     with tracking.disabled(), tracking.run("train", Train()) as run_id:
         tracking.log_metrics({"dice": 0.5})
         tracking.log_json({"a": 1}, "a.json")
         tracking.describe("Nothing.")
         assert (run_id, tracking.active_run()) == ("", None)
-    assert store.runs() == {}
+    assert runs(store) == {}
     with tracking.run("train", Train()):
         tracking.log_metrics({"dice": 0.5})
-    assert store.runs()["train"].data.metrics == {"dice": 0.5}
+    assert runs(store)["train"].data.metrics == {"dice": 0.5}
 
 
 def test_a_data_set_that_another_process_logs_at_the_same_time_is_logged(
-    store: Store, monkeypatch: pytest.MonkeyPatch
+    store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     log_inputs, attempts = MlflowClient.log_inputs, list[str]()
 
@@ -186,25 +151,19 @@ def test_a_data_set_that_another_process_logs_at_the_same_time_is_logged(
         log_inputs(self, run_id, datasets)
 
     monkeypatch.setattr(MlflowClient, "log_inputs", lose_the_race)
-    with tracking.run("train", Train()) as run_id:
+    with tracking.run("train", Train()):
         tracking.log_dataset(Path("siim.h5"), "0123456789abcdef", "training")
     assert len(attempts) == 2
-    assert len(store.client.get_run(run_id).inputs.dataset_inputs) == 1
-
-
-def test_each_way_to_end_has_its_exit_code() -> None:
-    codes = [UserError.exit_code, interrupts.Interrupted.exit_code, interrupts.Terminated.exit_code]
-    assert codes == [2, 130, 143]  # as shells report a process that SIGINT or SIGTERM ended
+    assert len(last_run("train").inputs.dataset_inputs) == 1
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_kills_every_nested_run_and_a_second_signal_is_ignored(
-    store: Store, number: signal.Signals
+    store: Path, number: signal.Signals
 ) -> None:
     before = {which: signal.getsignal(which) for which in (signal.SIGINT, signal.SIGTERM)}
     try:
-        for which in before:
-            signal.signal(which, interrupts.stop)
+        interrupts.handle_signals()
         with (
             pytest.raises(KeyboardInterrupt) as stop,
             tracking.run("main", Sample()),
@@ -219,39 +178,30 @@ def test_a_signal_kills_every_nested_run_and_a_second_signal_is_ignored(
     finally:
         for which, handler in before.items():
             signal.signal(which, handler)
-    assert store.statuses() == {"main": "KILLED", "sample": "KILLED"}
+    assert statuses(store) == {"main": "KILLED", "sample": "KILLED"}
 
 
-def test_only_orphans_of_this_machine_are_marked_killed(store: Store) -> None:
-    mine, gone = f"{os.getpid()}:{psutil.Process().create_time()}", f"{os.getpid()}:1.0"
-    tags = process_tags()
+def test_only_orphans_of_this_machine_are_marked_killed(store: Path) -> None:
+    client, tags = MlflowClient(), process_tags()
+    gone = tags | {"pneumo.process": f"{os.getpid()}:1.0"}
     machine, boot, namespace = tags["pneumo.machine"].split("/")
-    tags = {
-        "gone": tags | {"pneumo.process": gone},
-        "alive": tags | {"pneumo.process": mine},
-        "elsewhere": tags | {"pneumo.host": "another machine", "pneumo.process": gone},
+    left = {
+        "gone": gone,
+        "alive": tags,
+        "elsewhere": gone | {"pneumo.host": "another machine"},
         # Such a process may be alive, whatever process has its pid here.
-        "in a container": tags
-        | {"pneumo.machine": f"{machine}/{boot}/pid:[4026532999]", "pneumo.process": gone},
-        "on a machine of the same name": tags
-        | {"pneumo.machine": f"{machine[:-1]}?/{boot[:-1]}?/{namespace}", "pneumo.process": gone},
+        "in a container": gone | {"pneumo.machine": f"{machine}/{boot}/pid:[4026532999]"},
+        "of the same name": gone | {"pneumo.machine": f"{machine[:-1]}?/{boot[:-1]}?/{namespace}"},
         "another's": {},
     }
-    for name, its in tags.items():
-        store.client.create_run("0", run_name=name, tags=its)
+    for name, its in left.items():
+        client.create_run("0", run_name=name, tags=its)
     assert tracking.open_store() == tracking.open_store() == "0"
-    assert set(store.statuses().values()) == {"RUNNING"}  # opening the store changes no run
+    assert set(statuses(store).values()) == {"RUNNING"}  # opening the store changes no run
     with tracking.run("train", Train()):
         pass
-    assert store.statuses() == {
-        "gone": "KILLED",
-        "alive": "RUNNING",
-        "elsewhere": "RUNNING",
-        "in a container": "RUNNING",
-        "on a machine of the same name": "RUNNING",
-        "another's": "RUNNING",
-        "train": "FINISHED",
-    }
+    others = dict.fromkeys(left, "RUNNING")
+    assert statuses(store) == others | {"gone": "KILLED", "train": "FINISHED"}
 
 
 @pytest.mark.parametrize(
@@ -271,19 +221,19 @@ def test_a_process_is_dead_only_if_that_is_certain(machine: str, this_machine: s
 
 
 def test_artifacts_of_a_new_experiment_lie_beside_the_database(
-    store: Store, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # set_experiment sets both, for the whole process.
     monkeypatch.setattr("mlflow.tracking.fluent._active_experiment_id", None)
     monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", "")
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "lungs")
-    (tmp_path / "elsewhere").mkdir()
-    monkeypatch.chdir(tmp_path / "elsewhere")
+    (store / "elsewhere").mkdir()
+    monkeypatch.chdir(store / "elsewhere")
     with tracking.run("sample", Sample()) as run_id:
         tracking.log_json({"a": 1}, "a.json")
-    experiment = store.client.get_experiment(store.client.get_run(run_id).info.experiment_id)
-    assert experiment.name == "lungs"
-    assert len(list((tmp_path / "mlruns").rglob("a.json"))) == 1
+    client = MlflowClient()
+    assert client.get_experiment(client.get_run(run_id).info.experiment_id).name == "lungs"
+    assert len(list((store / "mlruns").rglob("a.json"))) == 1
 
 
 # Models and their scores
@@ -299,9 +249,9 @@ def evaluated(model: str, dice: float, identity: str = HOLDOUT, subset: str = "h
         tracking.log_scores({"dice": dice}, model, Path("siim.h5"), identity, facts)
 
 
-def logged(store: Store, dice: float | None) -> str:
+def logged(store: Path, dice: float | None) -> str:
     """Address of a model that scored ``dice`` on the hold-out part."""
-    folder = store.folder / "model"
+    folder = store / "model"
     folder.mkdir(exist_ok=True)
     (folder / "model.json").write_text("{}")
     with tracking.run("train", Train()):
@@ -312,30 +262,30 @@ def logged(store: Store, dice: float | None) -> str:
 
 
 def test_scores_and_their_table_outlast_an_outage_and_arrive_once_though_they_are_sent_twice(
-    store: Store, monkeypatch: pytest.MonkeyPatch
+    store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, rows = logged(store, None), [("a", 0.5), ("b", 1.0)]
     with tracking.run("score", Score()) as run_id:
-        client = context.active_client()
+        client = active_runs[-1].client
         with monkeypatch.context() as patch:
             patch.setattr(client, "_next_attempt", float("inf"))  # as after a failed attempt
             facts = {"subset": "holdout", "images": 2, "dice_baseline": 0.5}
             tracking.log_scores({"dice": 0.75}, model, Path("siim.h5"), HOLDOUT, facts)
             tracking.log_table(("image_id", "dice"), rows, "scores")
-        assert store.client.get_run(run_id).data.metrics == {}
+        assert MlflowClient().get_run(run_id).data.metrics == {}
         for line in client.file.read_text().splitlines():  # the response to the first attempt was lost
             client.buffer(**json.loads(line))
         assert client.flush()
-    found = store.client.get_logged_model(model.removeprefix("models:/"))
+    found = MlflowClient().get_logged_model(model.removeprefix("models:/"))
     metrics = [(m.key, m.value, m.dataset_name, m.dataset_digest) for m in found.metrics or []]
     assert metrics == [("dice", 0.75, "siim holdout", HOLDOUT)]
     assert json.loads(found.tags[f"score.{HOLDOUT}"])["subset"] == "holdout"
-    assert len(store.client.get_metric_history(run_id, "dice")) == 1
+    assert len(MlflowClient().get_metric_history(run_id, "dice")) == 1
     table = mlflow.load_table("scores.json", run_ids=[run_id])
     assert list(table.itertuples(index=False, name=None)) == rows
 
 
-def test_the_best_model_is_the_one_with_the_highest_dice_on_one_set_of_images(store: Store) -> None:
+def test_the_best_model_is_the_one_with_the_highest_dice_on_one_set_of_images(store: Path) -> None:
     def best(identity: str | None = None) -> tuple[str, str, int]:
         with tracking.run("register", Register()):
             return best_model(identity)
@@ -365,36 +315,36 @@ def test_the_best_model_is_the_one_with_the_highest_dice_on_one_set_of_images(st
 class Stopped:
     """A `sample` command that was stopped while it worked, and its leftovers."""
 
-    store: Store
+    store: Path
     code: int
     output: str
     workers: list[psutil.Process]
 
     @property
     def status(self) -> str:
-        return self.store.statuses()["sample"]
+        return statuses(self.store)["sample"]
 
 
 STOPS = ("ctrl-c", "sigterm", "kill", "kill the starter")
 
 
-def start(store: Store, by_mlflow_run: bool, commands: CommandServer) -> Command:
-    variables = environment() | {"MLFLOW_TRACKING_URI": store.uri}
+def start(store: Path, by_mlflow_run: bool, commands: CommandServer) -> Command:
+    variables = environment() | {"MLFLOW_TRACKING_URI": store_address(store)}
     if by_mlflow_run:
-        run = store.client.create_run("0", run_name="able-ant-7")  # such as it chooses
-        store.client.log_param(run.info.run_id, "images", "2e3")
+        client = MlflowClient(store_address(store))
+        run = client.create_run("0", run_name="able-ant-7")  # such as it chooses
+        client.log_param(run.info.run_id, "images", "2e3")
         variables["MLFLOW_RUN_ID"] = run.info.run_id
-    return commands.start("sample", "--images", "2000", folder=store.folder, environment=variables)
+    return commands.start("sample", "--images", "2000", folder=store, environment=variables)
 
 
 @pytest.fixture(scope="module")
 def stopped(
     empty_store: Path, tmp_path_factory: pytest.TempPathFactory, commands: CommandServer
 ) -> dict[str, Stopped]:
-    stores: dict[str, Store] = {}
-    for how in STOPS:
-        stores[how] = Store(tmp_path_factory.mktemp("stopped"))
-        shutil.copy(empty_store, stores[how].folder)
+    stores = {how: tmp_path_factory.mktemp("stopped") for how in STOPS}
+    for folder in stores.values():
+        copy_store(empty_store, folder)
     started = {how: start(store, how == "kill the starter", commands) for how, store in stores.items()}
     processes = {how: psutil.Process(command.pid) for how, command in started.items()}
     workers: dict[str, list[psutil.Process]] = {}
@@ -412,7 +362,7 @@ def stopped(
 
     def all_stopped() -> bool:
         for how in STOPS:
-            if how not in workers and any(stores[how].folder.rglob("*.dcm")):
+            if how not in workers and any(stores[how].rglob("*.dcm")):
                 stop(how)
         return len(workers) == len(STOPS)
 
@@ -440,33 +390,27 @@ def test_a_stopped_command_says_so_and_leaves_a_killed_run_and_no_files(
     *progress, error = end.output.strip().splitlines()
     assert error.startswith(f"Error: {line}")
     assert all(re.fullmatch("sample: about .* left", told) for told in progress)
-    assert list((end.store.folder / "output").iterdir()) == []
+    assert list((end.store / "output").iterdir()) == []
 
 
-def test_the_next_command_marks_runs_of_killed_processes(
-    stopped: dict[str, Stopped], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_next_command_marks_runs_of_killed_processes(stopped: dict[str, Stopped]) -> None:
     end = stopped["kill"]
     assert (end.code, end.status) == (-signal.SIGKILL, "RUNNING")
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", end.store.uri)
-    mlflow.set_tracking_uri(None)
-    with tracking.run("preprocess", Preprocess()):
+    with working_in(end.store, store_address(end.store)), tracking.run("preprocess", Preprocess()):
         pass
-    assert end.store.statuses() == {"sample": "KILLED", "preprocess": "FINISHED"}
+    assert statuses(end.store) == {"sample": "KILLED", "preprocess": "FINISHED"}
 
 
-def test_a_command_ends_with_the_mlflow_run_that_started_it(stopped: dict[str, Stopped]) -> None:
+def test_a_command_uses_the_run_that_mlflow_run_created_and_ends_with_it(
+    stopped: dict[str, Stopped],
+) -> None:
     end = stopped["kill the starter"]
     wait_until(lambda: end.status == "KILLED")
-    wait_until(lambda: not list((end.store.folder / "output").iterdir()))
-
-
-def test_the_run_that_mlflow_run_created_is_used_and_its_params_stay(stopped: dict[str, Stopped]) -> None:
-    (run,) = stopped["kill the starter"].store.runs().values()
-    assert run.info.run_name == "sample"
+    wait_until(lambda: not list((end.store / "output").iterdir()))
+    ((name, run),) = runs(end.store).items()
+    assert name == "sample"
     expected = {"images": "2e3", "test_images": str(Sample().size.test_images), "seed": "0"}
-    folder = stopped["kill the starter"].store.folder
-    assert run.data.params == expected | {"output_dir": str(folder / Sample().output_dir)}
+    assert run.data.params == expected | {"output_dir": str(end.store / Sample().output_dir)}
 
 
 @pytest.mark.parametrize("how", STOPS)

@@ -1,19 +1,23 @@
-"""GPU use among the system metrics, with a stand-in for NVIDIA's library."""
+"""System metrics of a run; GPU use among them with a stand-in for NVIDIA's library."""
 
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from mlflow import MlflowClient
 from mlflow.system_metrics.metrics import gpu_monitor
+from tracking_server import wait_until
 
 from pneumo_experiments import tracking
 from pneumo_experiments.settings import Train
 
+CPU = "system/cpu_utilization_percentage"
 MISSING = "NVML Shared Library Not Found"
 
 
@@ -72,3 +76,43 @@ def test_a_run_has_the_use_of_its_gpu_or_one_line_says_why_not(
         assert line.startswith("no GPU use among the system metrics: ")
         assert reason in line
         assert use is None
+
+
+@pytest.mark.parametrize("error", [None, ValueError("a bug"), KeyboardInterrupt()])
+def test_even_a_short_run_has_system_metrics_which_end_with_it(
+    error: BaseException | None, store: Path
+) -> None:
+    before = set(threading.enumerate())
+    with (
+        suppress(ValueError, KeyboardInterrupt),
+        tracking.run("train", Train(), system_metrics=True) as run_id,
+    ):
+        assert "system-metrics" in {thread.name for thread in threading.enumerate()}
+        with tracking.run("child", Train()) as child:
+            tracking.log_metrics({"dice": 0.5})
+        if error is not None:
+            raise error
+    assert {thread.name for thread in set(threading.enumerate()) - before} <= {"MLflowAsync"}
+    assert len(MlflowClient().get_metric_history(run_id, CPU)) >= 1
+    assert set(MlflowClient().get_run(child).data.metrics) == {"dice"}
+
+
+def test_system_metrics_continue_in_a_resumed_run(
+    store: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.4")
+    client = MlflowClient()
+    with suppress(KeyboardInterrupt), tracking.run("train", Train(), system_metrics=True) as run_id:
+        wait_until(lambda: len(client.get_metric_history(run_id, CPU)) >= 3)
+        raise KeyboardInterrupt
+    first = client.get_metric_history(run_id, CPU)
+    with tracking.run("train", Train(), continues=run_id, system_metrics=True):
+        pass
+    both = client.get_metric_history(run_id, CPU)
+    assert len(both) > len(first)
+    steps = [metric.step for metric in both]
+    assert steps == sorted(steps)
+    assert all(0 <= metric.value <= 100 for metric in both)
+    memory = client.get_run(run_id).data.metrics["system/system_memory_usage_megabytes"]
+    assert 100 < memory < 10_000_000
+    assert capfd.readouterr().err == ""
