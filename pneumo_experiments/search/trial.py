@@ -165,7 +165,8 @@ class Trials:
         """What trains with these settings, made when a trial first needs it."""
         if self._training is None or self._training.settings != settings:
             self._training = None  # its images leave the memory first
-            self._training = TrialTraining(self.dataset, settings)
+            with tracking.disabled():  # it belongs to no trial's run
+                self._training = TrialTraining(self.dataset, settings)
             names = "  ".join(f"{name:>8}" for name in self.space)
             print(f"  {'':<11}{'Dice':>8}{'on positives':>14}  {names}  {'time':>9}")
         return self._training

@@ -52,7 +52,7 @@ def search(settings: Search, keep_start: bool = False) -> SearchResult:
             print(f"search: space has ranges of {', '.join(others)}, too; searched names what is searched")
         owners_run = _run_of_owner(trials)
         if owners_run is None or tracking.active_run():  # a search in a chain has a run of its own
-            result = _search_in_run(trials, is_owner=owners_run is None)
+            result = _search_in_run(trials, owners_run is None, keep_start)
         else:
             with tracking.joined_run(owners_run):
                 _work(replace(trials, parent=owners_run))
@@ -62,13 +62,9 @@ def search(settings: Search, keep_start: bool = False) -> SearchResult:
         fingerprint = trials.dataset.fingerprint
         warmup_checkpoint(second_settings(settings), fingerprint).clear()
         start = warmup_weights(settings, fingerprint)
-        if not keep_start:
-            warmup_checkpoint(settings, fingerprint).clear()
-        elif settings.study.search_warmup_epochs > 0:
-            if not start.is_file():  # the study had ended before this command
-                TrialTraining(trials.dataset, settings)
-            if start.is_file():
-                return replace(result, start=start)
+        if keep_start and start.is_file():
+            return replace(result, start=start)
+        warmup_checkpoint(settings, fingerprint).clear()
     return result
 
 
@@ -81,7 +77,7 @@ def _run_of_owner(trials: Trials) -> str | None:
     return None
 
 
-def _search_in_run(trials: Trials, is_owner: bool = True) -> SearchResult:
+def _search_in_run(trials: Trials, is_owner: bool = True, keep_start: bool = False) -> SearchResult:
     """Works in a run of its own, and reports."""
     study, settings = trials.study, trials.settings
     earlier = study.user_attrs.get(PARENT)
@@ -91,6 +87,9 @@ def _search_in_run(trials: Trials, is_owner: bool = True) -> SearchResult:
         tracking.log_params({"study_used": study.study_name})
         tracking.log_dataset(settings.dataset, trials.dataset.fingerprint, "search")
         _work(replace(trials, parent=run_id))
+        has_start = warmup_weights(settings, trials.dataset.fingerprint).is_file()
+        if keep_start and settings.study.search_warmup_epochs > 0 and not has_start:
+            TrialTraining(trials.dataset, settings)  # the study had ended before this command
         winner = choose_winner(study)
         report = make_report(trials, winner)
         tracking.log_table(report.columns, report.rows, "trials")

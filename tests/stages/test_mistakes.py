@@ -409,7 +409,6 @@ def test_a_study_whose_database_does_not_open_is_named_without_its_password(
     address = "postgresql://me:secret@127.0.0.1:9/study"
     line = error_of("search", "--dataset", desk.labelled, *TWO_FOLDS, "--storage", address)
     assert line.startswith("storage=postgresql://me:***@127.0.0.1:9/study: ")
-    assert "secret" not in str(desk.runs()[0].to_dictionary())
     for address, reason in {
         "sqlite:///no/such/x.db": "no folder ",
         "journal.log": "not the address of a database. Optuna's journals and gRPC proxies have no heartbeat",
