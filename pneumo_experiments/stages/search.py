@@ -21,7 +21,7 @@ from pneumo_experiments.search.trial_training import (
     warmup_weights,
 )
 from pneumo_experiments.search.winner import choose_winner
-from pneumo_experiments.search.workers import count_workers, open_search, run_workers, work
+from pneumo_experiments.search.workers import open_search, work
 from pneumo_experiments.settings import Recipe, Search
 
 OWNER = "owner"  # the task of the process whose run is the parent of the trials, and which reports
@@ -55,7 +55,7 @@ def search(settings: Search, keep_start: bool = False) -> SearchResult:
             result = _search_in_run(trials, owners_run is None, keep_start)
         else:
             with tracking.joined_run(owners_run):
-                _work(replace(trials, parent=owners_run))
+                work(replace(trials, parent=owners_run))
             is_reported = trials.study.user_attrs.get(REPORTED) == count_trials(trials.study)
             has_died = not is_reported and claim(trials.study, OWNER)
             result = _search_in_run(trials) if has_died else _result(trials)
@@ -86,7 +86,7 @@ def _search_in_run(trials: Trials, is_owner: bool = True, keep_start: bool = Fal
             study.set_user_attr(PARENT, run_id)
         tracking.log_params({"study_used": study.study_name})
         tracking.log_dataset(settings.dataset, trials.dataset.fingerprint, "search")
-        _work(replace(trials, parent=run_id))
+        work(replace(trials, parent=run_id))
         has_start = warmup_weights(settings, trials.dataset.fingerprint).is_file()
         if keep_start and settings.study.search_warmup_epochs > 0 and not has_start:
             TrialTraining(trials.dataset, settings)  # the study had ended before this command
@@ -102,12 +102,6 @@ def _search_in_run(trials: Trials, is_owner: bool = True, keep_start: bool = Fal
         delete_models(best_trials(study)[settings.study.keep :])
         study.set_user_attr(REPORTED, count_trials(study))
         return _result(trials)
-
-
-def _work(trials: Trials) -> None:
-    if count_workers(trials.settings.workers) > 1:
-        run_workers(trials)
-    work(trials)
 
 
 def _result(trials: Trials) -> SearchResult:
