@@ -70,7 +70,7 @@ def work(trials: Trials) -> None:
     """Runs trials until the study has its total, then second trainings, and waits for those of others.
 
     In several processes, if the settings say so. Starts no trial after the time limit, or once a Dice reaches
-    the target. The trial of a worker that dies is repeated. Raises UserError when several in a row have failed.
+    the target. The trial of a worker that dies is repeated. Raises UserError when several in a row fail.
     """
     if count_workers(trials.settings.workers) > 1:
         _run_workers(trials)  # what they leave, after an error, is for this process
