@@ -45,7 +45,7 @@ def search(settings: Search, keep_start: bool = False) -> SearchResult:
     follows. Raises UserError if the study belongs to other data or settings, and if no trial completes.
     """
     with open_search(settings) as trials:
-        print(f"search: study {trials.study.study_name} in {hide_passwords(settings.study.storage)}")
+        print(hide_passwords(f"search: study {trials.study.study_name} in {settings.study.storage}"))
         if (count := count_trials(trials.study)) >= settings.study.trials:
             print(f"search: the study has {count} trials already; increase trials to continue")
         if others := unsearched_ranges(settings.study):
