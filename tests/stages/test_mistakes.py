@@ -121,7 +121,7 @@ def command(
 
 @pytest.fixture
 def error_of(command: Command, desk: Desk, tmp_path: Path) -> Callable[..., str]:
-    """The error line of a command with exit code 2, a FAILED run and no new files but ``leaves``."""
+    """The error line of a command with exit code 2, FAILED runs, if any, and no new files but ``leaves``."""
 
     def fail(*words: object, leaves: frozenset[str] = frozenset()) -> str:
         files, runs = set(tmp_path.rglob("*")), len(desk.runs())
@@ -130,9 +130,7 @@ def error_of(command: Command, desk: Desk, tmp_path: Path) -> Callable[..., str]
         (line,) = end.err.splitlines()
         written = set(tmp_path.rglob("*")) - files
         assert {path.relative_to(tmp_path).parts[0] for path in written} == leaves
-        new = desk.runs()[: len(desk.runs()) - runs]
-        assert new
-        for run in new:
+        for run in desk.runs()[: len(desk.runs()) - runs]:
             assert run.info.status == "FAILED"
             assert " ".join(from_here(run.data.tags["error"]).split()) in from_here(line)
         return line.removeprefix("Error: ")
