@@ -19,7 +19,7 @@ import psutil
 import pytest
 from command_server import Command, CommandServer
 from database_server import DatabaseServer
-from helpers import IS_SOAK, ROOT, children, copy_store, environment, soak
+from helpers import IS_SOAK, children, copy_store, environment, soak
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from optuna.trial import FrozenTrial, TrialState
@@ -46,14 +46,14 @@ class Desk:
 
     def __init__(self, commands: CommandServer, folder: Path, dataset: Path, address: str) -> None:
         self.commands, self.folder, self.address = commands, folder, address
-        self.uri = f"sqlite:///{folder}/mlflow.db"
+        self.uri, self.variables = f"sqlite:///{folder}/mlflow.db", environment()
         self.words = {"dataset": dataset, "storage": address} | LIVELY
         (folder / "space.yaml").write_text("weight_decay: {low: 0.01, high: 0.0101}\n")
 
     def start(self, **settings: object) -> Command:
         """Starts a worker with the tiny network."""
         words = [word for name, value in (self.words | settings).items() for word in (f"--{name}", value)]
-        variables = environment() | {"MLFLOW_TRACKING_URI": self.uri}
+        variables = self.variables | {"MLFLOW_TRACKING_URI": self.uri}
         return self.commands.start("search", *words, folder=self.folder, environment=variables, tiny=True)
 
     def study(self) -> optuna.Study:
@@ -179,7 +179,7 @@ def test_a_database_that_restarts_costs_no_trial(
 ) -> None:
     copy_store(empty_store, tmp_path)
     desk = Desk(commands, tmp_path, small_dataset, database.create("restarted"))
-    worker = desk.start(trials=2, search_epochs=60)
+    worker = desk.start(trials=2, search_epochs=20)
     wait_until(desk.has_begun)
     database.stop()
     time.sleep(20)
@@ -203,10 +203,8 @@ def test_two_workers_never_exceed_the_trials_and_no_password_appears(
     (tmp_path / "site" / "sitecustomize.py").write_text(
         "import tiny_network as t; t.replace_default_network()"
     )
-    patched = os.pathsep.join([str(tmp_path / "site"), str(ROOT), str(ROOT / "tests")])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(globals(), "environment", lambda: environment() | {"PYTHONPATH": patched})
-        worker = desk.start(trials=3, workers=2, search_epochs=60, confirm=0)
+    desk.variables["PYTHONPATH"] = os.pathsep.join([str(tmp_path / "site"), desk.variables["PYTHONPATH"]])
+    worker = desk.start(trials=3, workers=2, search_epochs=20, confirm=0)
     lines = set[str]()
     while worker.poll() is None:
         for process in below(worker.pid):
