@@ -36,6 +36,7 @@ from pneumo_experiments.search import report as study_report
 from pneumo_experiments.search import trial as trial_module
 from pneumo_experiments.search import trial_training
 from pneumo_experiments.search.report import TRIALS_FOR_IMPORTANCE
+from pneumo_experiments.search.space import SPACE, suggest
 from pneumo_experiments.search.storage import open_storage
 from pneumo_experiments.search.study import confirmations
 from pneumo_experiments.search.trial_training import TrialScores, TrialTraining
@@ -609,9 +610,8 @@ def test_a_trial_whose_worker_has_died_is_run_again(quick: Quick, named: bool) -
     """It died in its first epoch, or before its first line: then its age tells."""
     quick(trials=1)
     dead = study().ask()
-    values = {"dice_weight": 3.0, "focal_weight": 1.0, "presence_weight": 0.1}
-    for name, value in values.items():
-        dead.suggest_float(name, value, value)
+    names = ("dice_weight", "focal_weight", "presence_weight")
+    values = suggest(dead, {name: SPACE[name] for name in names})
     if named:
         ended = tracking.process_tags() | {"pneumo.process": "1:1.0"}
         dead.set_user_attr("process", ended)
