@@ -17,15 +17,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from measure import ROOT, machine
+from measure import machine
 
-SLEEPING = ROOT / "benchmarks/sleeping_search.py"
 DEMO_TRIAL_SECONDS = 8.0  # of the demo's trials of two epochs, on two cores
 MODEL_MB = 142  # an FCN-ResNet50
 SEEDS = (0, 1, 2)
@@ -72,13 +71,60 @@ def mlflow_server(store: str, folder: str) -> Generator[str]:
         process.wait()
 
 
-def sleep_search(folder: str, uri: str | None, **settings: Any) -> subprocess.Popen[bytes]:
-    """Starts a search whose trials sleep."""
+def sleep_search(
+    folder: str, uri: str | None, sleep: float, model_mb: float = 0, **settings: Any
+) -> subprocess.Popen[bytes]:
+    """Starts a search of the folder's data set whose trials sleep, for so many seconds an epoch.
+
+    A kept model is a file of ``model_mb`` megabytes.
+    """
     environment = os.environ | ({"MLFLOW_TRACKING_URI": uri} if uri else {}) | {"OMP_NUM_THREADS": "1"}
-    words = [f"{name}={value}" for name, value in settings.items()]
-    return subprocess.Popen(
-        [sys.executable, str(SLEEPING), *words], cwd=folder, env=environment, stdout=subprocess.DEVNULL
-    )
+    fixed = {"dataset": "d.h5", "pruner": "none", "confirm": 0}
+    words = [f"--{name}={value}" for name, value in (fixed | settings).items()]
+    command = [sys.executable, __file__, "sleep", str(sleep), str(model_mb), *words]
+    return subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.DEVNULL)
+
+
+def sleep(seconds: float, model_mb: float, words: list[str]) -> None:
+    """The command line's search with these words, whose trials sleep."""
+    from pneumo_experiments import cli
+    from pneumo_experiments.metrics.thresholds import Thresholds
+    from pneumo_experiments.search import trial
+    from pneumo_experiments.search.trial_training import TrialScores
+
+    weights = np.random.default_rng(0).bytes(int(model_mb * 1e6))
+
+    class Sleeping:
+        def __init__(self, dataset: Any, settings: Any) -> None:
+            self.settings = settings
+
+        def epochs(self, recipe: Any, trials_left: int) -> Iterator[TrialScores]:
+            for epoch in range(1, self.settings.study.search_epochs + 1):
+                time.sleep(seconds)
+                value = 0.8 - 0.01 * abs(np.log(recipe.loss.dice_weight)) + 0.001 * epoch
+                scores = (value, value, value / 2, 0.0, 0.0, Thresholds(), 0.01)
+                yield TrialScores(*scores, np.full(2, value))
+
+        def save_model(self, folder: Path, recipe: Any) -> None:
+            (folder / "weights.pt").write_bytes(weights)
+
+    trial.TrialTraining = Sleeping
+    sys.argv = ["pneumo_experiments", "search", *words]
+    cli.main()
+
+
+def write_dataset(folder: str, images: int, image_size: int) -> None:
+    """Writes synthetic radiographs as ``d.h5`` into the folder."""
+    from pneumo_experiments.settings import Preprocess, Sample, from_flat
+    from pneumo_experiments.stages.preprocess import preprocess
+    from pneumo_experiments.stages.sample import sample
+
+    before = Path.cwd()
+    os.chdir(folder)
+    sample(from_flat(Sample, {"output_dir": Path("s"), "images": images, "test_images": 0}))
+    source = {"dicom_dir": Path("s/dicom-images-train"), "rle_csv": Path("s/train-rle.csv")}
+    preprocess(from_flat(Preprocess, source | {"dataset": Path("d.h5"), "image_size": image_size}))
+    os.chdir(before)
 
 
 def times_of(storage: str, name: str) -> tuple[list[Any], float]:
@@ -95,6 +141,7 @@ def overhead() -> None:
     count, epochs, sleep = 16, 2, 0.25
     print(f"{count} trials of {epochs} epochs that sleep {sleep} s each; keep=3 models of {MODEL_MB} MB")
     with tempfile.TemporaryDirectory() as folder, postgresql() as address:
+        write_dataset(folder, 48, 32)
         places = {
             "SQLite": (f"sqlite:///{folder}/optuna.db", f"sqlite:///{folder}/mlflow.db"),
             "mlflow server, PostgreSQL": (address("study"), None),
@@ -104,7 +151,7 @@ def overhead() -> None:
                 start = time.perf_counter()
                 sleep_search(
                     *(folder, uri or server),
-                    study="overhead", storage=storage, trials=count, confirm=0, pruner="none",
+                    study="overhead", storage=storage, trials=count,
                     sleep=sleep, search_epochs=epochs, model_mb=MODEL_MB,
                 ).wait()  # fmt: skip
                 wall = time.perf_counter() - start
@@ -126,11 +173,12 @@ def workers() -> None:
         postgresql() as address,
         mlflow_server(address("mlflow"), folder) as server,
     ):
+        write_dataset(folder, 48, 32)
         for count, total in ((1, 12), (4, 48)):
             name = f"workers{count}"
             shared: dict[str, Any] = {
-                "study": name, "storage": address("study"), "trials": total, "confirm": 0, "keep": 0,
-                "pruner": "none", "sleep": sleep, "search_epochs": epochs,
+                "study": name, "storage": address("study"), "trials": total, "keep": 0,
+                "sleep": sleep, "search_epochs": epochs,
             }  # fmt: skip
             processes = [sleep_search(folder, server, **shared) for _ in range(count)]
             assert [process.wait() for process in processes] == [0] * count
@@ -147,16 +195,10 @@ def workers() -> None:
 
 def quality() -> None:
     """Dice on the hold-out of trainings with the settings that each search finds at equal epochs."""
-    from pneumo_experiments.settings import Preprocess, Sample, from_flat
-    from pneumo_experiments.stages.preprocess import preprocess
-    from pneumo_experiments.stages.sample import sample
-
     dices: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as folder:
+        write_dataset(folder, 240, 96)
         os.chdir(folder)
-        sample(from_flat(Sample, {"output_dir": Path("s"), "images": 240, "test_images": 0}))
-        source = {"dicom_dir": Path("s/dicom-images-train"), "rle_csv": Path("s/train-rle.csv")}
-        preprocess(from_flat(Preprocess, source | {"dataset": Path("d.h5"), "image_size": 96}))
         for seed in SEEDS:
             found = {"defaults": {}} | {
                 name: best_of_search(seed, settings)
@@ -222,6 +264,8 @@ def holdout_dice(seed: int, best: dict[str, Any]) -> float:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["sleep"]:  # a process that the others start
+        sleep(float(sys.argv[2]), float(sys.argv[3]), sys.argv[4:])
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

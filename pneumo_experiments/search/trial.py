@@ -28,6 +28,7 @@ from pneumo_experiments.search.study import (
     excess,
     first_value,
     set_confirmation,
+    trials_to_confirm,
     violation,
 )
 from pneumo_experiments.search.trial_training import TrialScores, TrialTraining, second_settings
@@ -66,34 +67,25 @@ class Trials:
     parent: str | None = None  # the run above those of the trials
     started: float = field(default_factory=time.monotonic)
     _training: TrialTraining | None = None
+    _error: str | None = None
 
     def run_next(self) -> str | None:
         """Runs the next trial of the study; returns its error, if it failed."""
-        ended: list[FrozenTrial] = []
-        self.study.optimize(
-            self._objective,
-            n_trials=1,
-            catch=(TrialFailed, StudyComplete),
-            callbacks=[lambda _, trial: ended.append(trial)],
-        )
-        return ended[0].user_attrs.get(ERROR)
+        self._error = None
+        self.study.optimize(self._objective, n_trials=1, catch=(TrialFailed, StudyComplete))
+        return self._error
 
-    def confirm(self, number: int, left: int) -> str | None:
-        """Trains a trial's settings again; returns the error, if that failed.
-
-        With this one ``left`` trials are to be confirmed.
-        """
-        trial = self.study.get_trials(deepcopy=False)[number]
+    def confirm(self, number: int) -> str | None:
+        """Trains a trial's settings again; returns the error, if that failed."""
+        values = self.study.get_trials(deepcopy=False)[number].params
+        left = len(trials_to_confirm(self.study, self.settings.study.confirm))
         try:
-            result = self._train(f"confirm {number}", second_settings(self.settings), trial.params, left)
+            scores = self._train(f"confirm {number}", second_settings(self.settings), values, left).scores
         except TrialFailed as failure:
             set_confirmation(self.study, number, str(failure))
             return str(failure)
-        scores = result.scores
-        patient_dice = scores.patient_dice.round(5).tolist()
-        set_confirmation(
-            self.study, number, TrainingResult(scores.dice, patient_dice, self._constraints(scores))
-        )
+        patients = scores.patient_dice.round(5).tolist()
+        set_confirmation(self.study, number, TrainingResult(scores.dice, patients, self._constraints(scores)))
         return None
 
     def _objective(self, trial: optuna.Trial) -> tuple[float, ...]:
@@ -107,7 +99,8 @@ class Trials:
             values = suggest(trial, self.space)
             result = self._train(f"trial {trial.number}", self.settings, values, self._trials_left(), trial)
         except TrialFailed as failure:
-            trial.set_user_attr(ERROR, str(failure))
+            self._error = str(failure)
+            trial.set_user_attr(ERROR, self._error)
             raise
         except BaseException:
             # Not a failure of its settings: they are tried again, by the next command at the latest.
@@ -165,7 +158,8 @@ class Trials:
         """What trains with these settings, made when a trial first needs it."""
         if self._training is None or self._training.settings != settings:
             self._training = None  # its images leave the memory first
-            self._training = TrialTraining(self.dataset, settings)
+            with tracking.disabled():  # it belongs to no trial's run
+                self._training = TrialTraining(self.dataset, settings)
             names = "  ".join(f"{name:>8}" for name in self.space)
             print(f"  {'':<11}{'Dice':>8}{'on positives':>14}  {names}  {'time':>9}")
         return self._training

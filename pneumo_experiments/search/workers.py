@@ -69,9 +69,11 @@ def open_search(settings: Search) -> Generator[Trials]:
 def work(trials: Trials) -> None:
     """Runs trials until the study has its total, then second trainings, and waits for those of others.
 
-    Starts no trial after the time limit, or once a Dice reaches the target. The trial of a worker that dies
-    is repeated. Raises UserError when several in a row have failed.
+    In several processes, if the settings say so. Starts no trial after the time limit, or once a Dice reaches
+    the target. The trial of a worker that dies is repeated. Raises UserError when several in a row fail.
     """
+    if count_workers(trials.settings.workers) > 1:
+        _run_workers(trials)  # what they leave, after an error, is for this process
     failures, outages, is_waiting = 0, 0, False
     while True:
         try:
@@ -84,8 +86,7 @@ def work(trials: Trials) -> None:
                 is_waiting = True
                 time.sleep(POLL_SECONDS)
                 continue
-            left = len(trials_to_confirm(trials.study, trials.settings.study.confirm))
-            error = trials.run_next() if task == "trial" else trials.confirm(task, left)
+            error = trials.run_next() if task == "trial" else trials.confirm(task)
         except StorageInternalError:
             outages += 1
             if outages >= MAX_OUTAGES:
@@ -131,7 +132,7 @@ def count_workers(requested: int) -> int:
     return requested or max(1, count_gpus())
 
 
-def run_workers(trials: Trials) -> None:
+def _run_workers(trials: Trials) -> None:
     """Works in as many new processes as the settings say, each with a GPU or a part of the cores.
 
     A process that dies leaves its trial to the others; it is reported, not an error. When this process is

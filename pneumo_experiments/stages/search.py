@@ -21,7 +21,7 @@ from pneumo_experiments.search.trial_training import (
     warmup_weights,
 )
 from pneumo_experiments.search.winner import choose_winner
-from pneumo_experiments.search.workers import count_workers, open_search, run_workers, work
+from pneumo_experiments.search.workers import open_search, work
 from pneumo_experiments.settings import Recipe, Search
 
 OWNER = "owner"  # the task of the process whose run is the parent of the trials, and which reports
@@ -45,30 +45,26 @@ def search(settings: Search, keep_start: bool = False) -> SearchResult:
     follows. Raises UserError if the study belongs to other data or settings, and if no trial completes.
     """
     with open_search(settings) as trials:
-        print(f"search: study {trials.study.study_name} in {hide_passwords(settings.study.storage)}")
+        print(hide_passwords(f"search: study {trials.study.study_name} in {settings.study.storage}"))
         if (count := count_trials(trials.study)) >= settings.study.trials:
             print(f"search: the study has {count} trials already; increase trials to continue")
         if others := unsearched_ranges(settings.study):
             print(f"search: space has ranges of {', '.join(others)}, too; searched names what is searched")
         owners_run = _run_of_owner(trials)
         if owners_run is None or tracking.active_run():  # a search in a chain has a run of its own
-            result = _search_in_run(trials, is_owner=owners_run is None)
+            result = _search_in_run(trials, owners_run is None, keep_start)
         else:
             with tracking.joined_run(owners_run):
-                _work(replace(trials, parent=owners_run))
+                work(replace(trials, parent=owners_run))
             is_reported = trials.study.user_attrs.get(REPORTED) == count_trials(trials.study)
             has_died = not is_reported and claim(trials.study, OWNER)
             result = _search_in_run(trials) if has_died else _result(trials)
         fingerprint = trials.dataset.fingerprint
         warmup_checkpoint(second_settings(settings), fingerprint).clear()
         start = warmup_weights(settings, fingerprint)
-        if not keep_start:
-            warmup_checkpoint(settings, fingerprint).clear()
-        elif settings.study.search_warmup_epochs > 0:
-            if not start.is_file():  # the study had ended before this command
-                TrialTraining(trials.dataset, settings)
-            if start.is_file():
-                return replace(result, start=start)
+        if keep_start and start.is_file():
+            return replace(result, start=start)
+        warmup_checkpoint(settings, fingerprint).clear()
     return result
 
 
@@ -81,7 +77,7 @@ def _run_of_owner(trials: Trials) -> str | None:
     return None
 
 
-def _search_in_run(trials: Trials, is_owner: bool = True) -> SearchResult:
+def _search_in_run(trials: Trials, is_owner: bool = True, keep_start: bool = False) -> SearchResult:
     """Works in a run of its own, and reports."""
     study, settings = trials.study, trials.settings
     earlier = study.user_attrs.get(PARENT)
@@ -90,7 +86,10 @@ def _search_in_run(trials: Trials, is_owner: bool = True) -> SearchResult:
             study.set_user_attr(PARENT, run_id)
         tracking.log_params({"study_used": study.study_name})
         tracking.log_dataset(settings.dataset, trials.dataset.fingerprint, "search")
-        _work(replace(trials, parent=run_id))
+        work(replace(trials, parent=run_id))
+        has_start = warmup_weights(settings, trials.dataset.fingerprint).is_file()
+        if keep_start and settings.study.search_warmup_epochs > 0 and not has_start:
+            TrialTraining(trials.dataset, settings)  # the study had ended before this command
         winner = choose_winner(study)
         report = make_report(trials, winner)
         tracking.log_table(report.columns, report.rows, "trials")
@@ -103,12 +102,6 @@ def _search_in_run(trials: Trials, is_owner: bool = True) -> SearchResult:
         delete_models(best_trials(study)[settings.study.keep :])
         study.set_user_attr(REPORTED, count_trials(study))
         return _result(trials)
-
-
-def _work(trials: Trials) -> None:
-    if count_workers(trials.settings.workers) > 1:
-        run_workers(trials)
-    work(trials)
 
 
 def _result(trials: Trials) -> SearchResult:

@@ -10,8 +10,8 @@ import pytest
 from optuna.trial import create_trial
 
 from pneumo_experiments.metrics.comparison import certainty, compare, required_probability
-from pneumo_experiments.search.storage import AS_GIVEN, CONFIRMS, PATIENT_DICE
-from pneumo_experiments.search.study import best_trials
+from pneumo_experiments.search.storage import AS_GIVEN
+from pneumo_experiments.search.study import PATIENT_DICE, TrainingResult, best_trials, set_confirmation
 from pneumo_experiments.search.winner import SEED_SD, better_than, choose_winner, probability_better
 from pneumo_experiments.settings import Registry
 
@@ -134,67 +134,62 @@ def test_the_more_are_compared_the_surer_each_must_be() -> None:
     assert better_than(reference, {}) == {}
 
 
-def study_of(
-    *dices: float, confirms: bool = False, marked: bool = True, **violations: dict[int, float]
-) -> optuna.Study:
-    """A study, the first of whose trials has the settings as given; each patient adds its Dice.
-
-    A constraint has the value for these trials, and 0 for the others.
-    """
+def study_of(*dices: float, marked: bool = True, **violations: dict[int, float]) -> optuna.Study:
+    """A study, the first of whose trials has the settings as given; each patient adds its Dice."""
     study = optuna.create_study(direction="maximize")
     for number, dice in enumerate(dices):
         attributes = {PATIENT_DICE: [dice, dice]} if marked else {}
-        attributes |= {CONFIRMS: number} if confirms else {AS_GIVEN: True} if marked and not number else {}
+        attributes |= {AS_GIVEN: True} if marked and not number else {}
         constraints = {name: values.get(number, 0.0) for name, values in violations.items()}
         study.add_trial(create_trial(value=dice, user_attrs=attributes, constraints=constraints))
     return study
 
 
+def winner_of(
+    study: optuna.Study, *dices: float | None, **violations: dict[int, float]
+) -> tuple[int, float, str]:
+    """The number of the winner, its value and its line; the Dice are those of second trainings."""
+    for number, dice in enumerate(dices):
+        if dice is not None:
+            constraints = {name: values.get(number, 0.0) for name, values in violations.items()}
+            set_confirmation(study, number, TrainingResult(dice, [dice, dice], constraints))
+    winner = choose_winner(study)
+    assert winner
+    return winner.trial.number, winner.value, winner.line
+
+
 def test_without_second_trainings_the_first_ones_must_be_better_beyond_noise() -> None:
-    for second in (None, study_of(confirms=True)):
-        few, clear = (choose_winner(study_of(0.5, *others), second) for others in ([0.505], [0.52, 0.53]))
-        assert few and clear
-        assert (few.trial.number, few.value, clear.trial.number, clear.value) == (0, 0.5, 2, 0.53)
-        assert (few.line, clear.line) == (
-            "0, the settings as given, cross-fitted Dice 0.5000 (not confirmed)",
-            "2, cross-fitted Dice 0.5300 (not confirmed)",
-        )
+    given = "0, the settings as given, cross-fitted Dice 0.5000 (not confirmed)"
+    assert winner_of(study_of(0.5, 0.505)) == (0, 0.5, given)
+    assert winner_of(study_of(0.5, 0.52, 0.53)) == (2, 0.53, "2, cross-fitted Dice 0.5300 (not confirmed)")
+    assert choose_winner(study_of()) is None
 
 
 def test_a_study_that_did_not_mark_the_settings_as_given_ends_with_the_best_mean() -> None:
-    old = study_of(0.5, 0.7, 0.6, 0.65, marked=False)
-    assert (winner := choose_winner(old, None)) and (winner.trial.number, winner.value) == (1, 0.7)
-    second = study_of(0.1, 0.3, 0.44, confirms=True, marked=False)
-    assert (winner := choose_winner(old, second)) and winner.trial.number == 2
-    assert winner.value == pytest.approx(0.52)
-    forbidden = study_of(0.1, 0.3, 0.44, confirms=True, marked=False, false_alarms={2: 0.2})
-    assert (winner := choose_winner(old, forbidden)) and winner.trial.number == 1
+    def old() -> optuna.Study:
+        return study_of(0.5, 0.7, 0.6, 0.65, marked=False)
+
+    assert winner_of(old())[:2] == (1, 0.7)
+    assert winner_of(old(), 0.1, 0.3, 0.44)[:2] == (2, pytest.approx(0.52))
+    assert winner_of(old(), 0.1, 0.3, 0.44, false_alarms={2: 0.2})[0] == 1
 
 
 def test_the_value_is_that_of_the_second_training_though_that_of_the_settings_as_given_failed() -> None:
-    second = optuna.create_study(direction="maximize")
-    second.add_trial(create_trial(value=0.4, user_attrs={PATIENT_DICE: [0.4, 0.4], CONFIRMS: 1}))
-    assert (winner := choose_winner(study_of(0.5, 0.6), second)) and winner.trial.number == 1
-    assert winner.line == "1, cross-fitted Dice 0.4000"
+    study = study_of(0.5, 0.6)
+    set_confirmation(study, 0, "diverged")
+    assert winner_of(study, None, 0.4) == (1, 0.4, "1, cross-fitted Dice 0.4000")
 
 
 def test_what_violates_a_constraint_in_either_training_does_not_win() -> None:
-    def winner(first: optuna.Study, second: optuna.Study | None) -> int:
-        chosen = choose_winner(first, second)
-        assert chosen
-        return chosen.trial.number
-
-    dices, again = (0.5, 0.6, 0.7, 0.8), {"confirms": True}
-    clean, confirmed = study_of(*dices), study_of(*dices, confirms=True)
-    assert winner(clean, confirmed) == 3
-    assert winner(study_of(*dices, all_empty={3: 0.1}), confirmed) == 2
-    assert winner(clean, study_of(*dices, **again, all_empty={3: 0.1}, false_alarms={2: 0.01})) == 1
-    every = dict.fromkeys(range(4), 0.9)
-    assert winner(study_of(*dices, all_empty=every), None) == 0
+    dices = (0.5, 0.6, 0.7, 0.8)
+    assert winner_of(study_of(*dices), *dices)[0] == 3
+    assert winner_of(study_of(*dices, all_empty={3: 0.1}), *dices)[0] == 2
+    assert winner_of(study_of(*dices), *dices, all_empty={3: 0.1}, false_alarms={2: 0.01})[0] == 1
+    assert winner_of(study_of(*dices, all_empty=dict.fromkeys(range(4), 0.9)))[0] == 0
     # The limit of false alarms holds for the settings as given, too: then another needs no gain.
     worse = (0.5, 0.4, 0.3)
-    assert winner(study_of(*worse, all_empty={0: 0.9}), None) == 0
-    assert winner(study_of(*worse, false_alarms={0: 0.01, 1: 0.01}), None) == 2
+    assert winner_of(study_of(*worse, all_empty={0: 0.9}))[0] == 0
+    assert winner_of(study_of(*worse, false_alarms={0: 0.01, 1: 0.01}))[0] == 2
 
 
 def test_trials_rank_by_their_violation_and_then_by_dice() -> None:

@@ -13,184 +13,179 @@ import time
 from collections import Counter
 from contextlib import suppress
 from pathlib import Path
-from statistics import NormalDist
 
 import optuna
 import psutil
 import pytest
 from command_server import Command, CommandServer
 from database_server import DatabaseServer
-from helpers import IS_SOAK, children, copy_store, soak
+from helpers import IS_SOAK, children, copy_store, environment, soak
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from optuna.trial import FrozenTrial, TrialState
-from sleeping_workers import ended, start_worker
 from tracking_server import Server, free_port, wait_until
 
+from pneumo_experiments.search.study import confirmations, trials_to_confirm
+from pneumo_experiments.search.winner import choose_winner
+
 KILLS = int(os.environ.get("PNEUMO_KILLS") or 3)
-TRIALS, WORKERS, EPOCH_SECONDS = (40, 3, 0.3) if IS_SOAK else (6, 2, 0.15)
-CONFIRMED = 2  # and the settings as given
+TRIALS, WORKERS, EPOCHS = (40, 3, 3) if IS_SOAK else (6, 2, 3)
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
+CONFIRM = 2
+# Short trainings that find something, of settings nearly alike, so that second trainings follow.
+LIVELY = {
+    **{"weights": "none", "batch_size": 8, "precision": "fp32", "device": "cpu", "learning_rate": 0.05},
+    **{"positive_share": 0.9, "final_positive_share": 0.9, "folds": 3, "confirm": CONFIRM, "keep": 1},
+    "search_warmup_epochs": 1,
+    **{"searched": "weight_decay", "weight_decay": 0.01, "space": "space.yaml", "study": "study"},
+}
 
 
-def study_of(address: str, name: str = "study") -> optuna.Study:
-    return optuna.load_study(study_name=name, storage=address)
+class Desk:
+    """A folder with a store, where workers of one study start."""
+
+    def __init__(self, commands: CommandServer, folder: Path, dataset: Path, address: str) -> None:
+        self.commands, self.folder, self.address = commands, folder, address
+        self.uri, self.variables = f"sqlite:///{folder}/mlflow.db", environment()
+        self.words = {"dataset": dataset, "storage": address} | LIVELY
+        (folder / "space.yaml").write_text("weight_decay: {low: 0.01, high: 0.0101}\n")
+
+    def start(self, **settings: object) -> Command:
+        """Starts a worker with the tiny network."""
+        words = [word for name, value in (self.words | settings).items() for word in (f"--{name}", value)]
+        variables = self.variables | {"MLFLOW_TRACKING_URI": self.uri}
+        return self.commands.start("search", *words, folder=self.folder, environment=variables, tiny=True)
+
+    def study(self) -> optuna.Study:
+        return optuna.load_study(study_name="study", storage=self.address)
+
+    def has_begun(self) -> bool:
+        """Whether a trial of the study runs."""
+        try:
+            return bool(self.study().get_trials(deepcopy=False, states=(TrialState.RUNNING, *FINISHED)))
+        except Exception:  # not yet created
+            return False
+
+    def runs(self) -> list[Run]:
+        return list(MlflowClient(self.uri).search_runs(["0"], max_results=1000))
+
+    def check(self, trials: int) -> optuna.Study:
+        """Asserts what holds for a study that has ended, whatever happened to it."""
+        study = self.study()
+        states = Counter(trial.state for trial in study.trials)
+        assert sum(states[state] for state in FINISHED) == trials, states
+        assert states[TrialState.RUNNING] == states[TrialState.WAITING] == 0, states
+        firsts = [t for t in study.trials if t.params and "retry_history" not in t.system_attrs]
+        assert len(set(map(settings_of, firsts))) == len(firsts)  # no two workers drew the same
+        finished = [trial for trial in study.trials if trial.state in FINISHED]
+        assert len(set(map(settings_of, finished))) == trials
+        assert trials_to_confirm(study, CONFIRM) == []
+        self.check_runs(finished, len(confirmations(study)))
+        winner = choose_winner(study)
+        (parent,) = [run for run in self.runs() if run.info.run_name == "search"]
+        assert winner and parent.data.metrics["best_trial"] == winner.trial.number
+        return study
+
+    def check_runs(self, finished: list[FrozenTrial], confirmed: int) -> None:
+        """Asserts one finished run for each finished trial, all under one parent, and none RUNNING."""
+        runs = self.runs()
+        (parent,) = [run for run in runs if run.info.run_name == "search"]
+        assert parent.info.status == "FINISHED"
+        below = {run.info.run_id: run for run in runs if run is not parent}
+        assert {run.data.tags.get("mlflow.parentRunId") for run in below.values()} == {parent.info.run_id}
+        # A worker that was killed between the end of its run and that of its trial leaves one run more.
+        ended = {run_id for run_id, run in below.items() if run.info.status == "FINISHED"}
+        assert {trial.user_attrs["run_id"] for trial in finished} <= ended
+        again = {str(run.info.run_name).partition(":")[0] for run in runs} - {"search"}
+        assert len([name for name in again if name.startswith("confirm")]) >= confirmed
+        assert {run.info.status for run in below.values()} <= {"FINISHED", "KILLED"}
 
 
-def runs_of(uri: str) -> list[Run]:
-    return list(MlflowClient(uri).search_runs(["0"], max_results=1000))
+def settings_of(trial: FrozenTrial) -> str:
+    return json.dumps(trial.params, sort_keys=True)
 
 
-def name_of(run: Run) -> str:
-    return str(run.info.run_name).partition(":")[0]
-
-
-def parent_of(run: Run) -> str | None:
-    return run.data.tags.get("mlflow.parentRunId")
-
-
-def best_in_database(study: optuna.Study, confirmations: optuna.Study) -> int:
-    """The number of the best trial in the second trainings, from what the database holds.
-
-    Another takes the place of the settings as given if it is better beyond the noise of two seeds: in a
-    sleeping trial all patients have the same Dice.
-    """
-    second = {t.user_attrs["confirms"]: t.values[0] for t in confirmations.trials if t.values}
-    (given,) = [t.number for t in study.trials if t.values and "as_given" in t.user_attrs]
-    needed = NormalDist(0, 0.0022 * 2**0.5).inv_cdf(1 - 0.03 / (len(second) - 1))
-    return max(second, key=lambda number: second[number] - (needed if number != given else 0))
-
-
-def is_in_training(trial: FrozenTrial) -> bool:
-    return trial.state is TrialState.RUNNING and bool(trial.intermediate_values)
-
-
-def without_retries(trials: list[FrozenTrial]) -> list[FrozenTrial]:
-    """The trials but those that repeat one whose worker died."""
-    return [trial for trial in trials if "retry_history" not in trial.system_attrs]
-
-
-def check_study(uri: str, address: str, trials: int) -> optuna.Study:
-    """Asserts what holds for a study that has ended, whatever happened to it."""
-    study, confirmations = study_of(address), study_of(address, "study-confirm")
-    states = Counter(trial.state for trial in study.trials)
-    assert sum(states[state] for state in FINISHED) == trials, states
-    assert states[TrialState.RUNNING] == states[TrialState.WAITING] == 0, states
-    tried = [
-        json.dumps(trial.params, sort_keys=True) for trial in without_retries(study.trials) if trial.params
-    ]
-    assert len(set(tried)) == len(tried)  # no two workers drew the same
-    finished = [trial for trial in study.trials if trial.state in FINISHED]
-    assert len({json.dumps(trial.params, sort_keys=True) for trial in finished}) == trials
-    confirmed = [t.user_attrs["confirms"] for t in confirmations.trials if t.state is TrialState.COMPLETE]
-    assert len(set(confirmed)) == len(confirmed) >= CONFIRMED
-    check_runs(uri, [*study.trials, *confirmations.trials])
-    parent = next(run for run in runs_of(uri) if name_of(run) == "search")
-    assert parent.data.metrics["best_trial"] == best_in_database(study, confirmations)
-    return study
-
-
-def check_runs(uri: str, trials: list[FrozenTrial]) -> None:
-    """Asserts one finished run for each finished trial, all under one parent, and none RUNNING."""
-    runs = runs_of(uri)
-    assert Counter(run.info.status for run in runs)["RUNNING"] == 0
-    (parent,) = [run for run in runs if name_of(run) == "search"]
-    assert parent.info.status == "FINISHED"
-    children = {run.info.run_id: run for run in runs if run is not parent}
-    assert {parent_of(run) for run in children.values()} == {parent.info.run_id}
-    finished = {trial.user_attrs["run_id"] for trial in trials if trial.state in FINISHED}
-    # A worker that was killed between the end of its run and that of its trial leaves one run more.
-    ended_runs = {run_id for run_id, run in children.items() if run.info.status == "FINISHED"}
-    assert finished <= ended_runs
-    assert {children[run_id].info.status for run_id in children.keys() - ended_runs} <= {"KILLED"}
+def ended(worker: Command) -> None:
+    """Waits for a worker, and asserts that it ended well."""
+    code, said = worker.communicate()
+    assert code == 0, said
 
 
 def test_killed_workers_lose_no_trial_and_repeat_none(
-    tmp_path: Path, empty_store: Path, database: DatabaseServer, commands: CommandServer
+    tmp_path: Path, small_dataset: Path, empty_store: Path, database: DatabaseServer, commands: CommandServer
 ) -> None:
+    """The one that owns the study among them: another takes over."""
     copy_store(empty_store, tmp_path)
-    uri, address = f"sqlite:///{tmp_path}/mlflow.db", database.create("kills")
-    words = [f"trials={TRIALS}", "search_epochs=3", f"sleep={EPOCH_SECONDS}", f"confirm={CONFIRMED}"]
-    words += ["study=study", f"storage={address}"]
+    desk = Desk(commands, tmp_path, small_dataset, database.create("kills"))
+    words = {"trials": TRIALS, "search_epochs": EPOCHS}
     chance, struck = random.Random(0), Counter[str]()
-    workers = [start_worker(commands, tmp_path, uri, *words) for _ in range(WORKERS)]
-    start = time.monotonic()
-    wait_until(lambda: has_begun(tmp_path))
-    studies = {"trial": study_of(address), "confirmation": study_of(address, "study-confirm")}
+    workers = [desk.start(**words) for _ in range(WORKERS)]
+    begin = time.monotonic()
+    wait_until(desk.has_begun)
+    study = desk.study()
     for kill in range(KILLS):
         number = chance.randrange(WORKERS)
         if kill % 3 or not IS_SOAK:  # at work; else at any moment, also while it starts
-            wait_until(lambda n=number: place(studies, workers[n]) in ("trial", "confirmation", "ended"))
-        time.sleep(chance.uniform(0, 2 * EPOCH_SECONDS))
-        struck[place(studies, workers[number])] += 1
+            wait_until(lambda n=number: place(study, workers[n]) != "between trials")
+        time.sleep(chance.uniform(0, 0.5))
+        struck[place(study, workers[number])] += 1
         workers[number].send_signal(signal.SIGKILL)
         workers[number].communicate()
-        workers[number] = start_worker(commands, tmp_path, uri, *words)
-    assert [ended(worker) for worker in workers] == [0] * WORKERS, (tmp_path / "log").read_text()
-    last = start_worker(commands, tmp_path, uri, *words)
-    assert ended(last) == 0
-    study = check_study(uri, address, TRIALS)
-    table(struck, study, uri, time.monotonic() - start)
+        workers[number] = desk.start(**words)
+    for worker in workers:
+        ended(worker)
+    ended(desk.start(**words))
+    assert len(confirmations(desk.check(TRIALS))) >= 1 + CONFIRM
+    states = Counter(trial.state.name.lower() for trial in study.trials)
+    print(f"\n{KILLS} kills of {WORKERS} workers, {TRIALS} trials, {time.monotonic() - begin:.0f} s")
+    print(f"  killed in {dict(struck)}; trials {dict(states)}")
+    print(f"  runs {dict(Counter(run.info.status for run in desk.runs()))}")
     assert sum(struck.values()) - struck["ended"] >= KILLS // 2
 
 
-def has_begun(folder: Path) -> bool:
-    """Whether a worker has said which studies it works for, after it made them."""
-    log = folder / "log"
-    return log.exists() and "search: study study in " in log.read_text()
-
-
-def place(studies: dict[str, optuna.Study], worker: Command) -> str:
-    """What a worker is at, by the trials that name it."""
+def place(study: optuna.Study, worker: Command) -> str:
+    """What a worker is at, by the trials and claims that name it."""
     if worker.poll() is not None:
         return "ended"
-    for name, study in studies.items():
-        for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-            if trial.user_attrs.get("process", {}).get("pneumo.process", "").startswith(f"{worker.pid}:"):
-                return name
+    running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+    attributes = study.user_attrs
+    claims = [value for name, value in attributes.items() if name.startswith("claim.confirm")]
+    for name, processes in (
+        ("trial", [t.user_attrs.get("process", {}) for t in running]),
+        ("confirm", claims),
+    ):
+        if any(each.get("pneumo.process", "").startswith(f"{worker.pid}:") for each in processes):
+            return name
     return "between trials"
 
 
-def table(struck: Counter[str], study: optuna.Study, uri: str, seconds: float) -> None:
-    states = Counter(trial.state.name.lower() for trial in study.trials)
-    retried = sum("retry_history" in trial.system_attrs for trial in study.trials)
-    statuses = Counter(run.info.status for run in runs_of(uri))
-    print(f"\n{sum(struck.values())} kills of {WORKERS} workers, {TRIALS} trials, {seconds:.0f} s")
-    for title, counts in (("killed in", struck), ("trials", states), ("runs", statuses)):
-        print(f"  {title:<12}" + ", ".join(f"{name} {count}" for name, count in sorted(counts.items())))
-    print(f"  {'retried':<12}{retried}")
-
-
-@pytest.mark.parametrize("kind", ["sqlite", pytest.param("postgresql", marks=soak)])
+@soak
+@pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
 def test_two_workers_that_start_at_once_on_empty_stores_share_one_study_and_one_parent(
-    kind: str, tmp_path: Path, database: DatabaseServer, commands: CommandServer
+    kind: str, tmp_path: Path, small_dataset: Path, database: DatabaseServer, commands: CommandServer
 ) -> None:
-    uri, address = f"sqlite:///{tmp_path}/mlflow.db", f"sqlite:///{tmp_path}/optuna.db"
+    desk = Desk(commands, tmp_path, small_dataset, f"sqlite:///{tmp_path}/optuna.db")
     if kind == "postgresql":
-        uri, address = database.create("empty_store"), database.create("empty_study")
-    words = ["trials=3", "search_epochs=1", "sleep=0.2", "confirm=2", "study=study", f"storage={address}"]
-    words += ["pruner=none"]
-    workers = [start_worker(commands, tmp_path, uri, *words) for _ in range(2)]
-    assert [ended(worker) for worker in workers] == [0, 0], (tmp_path / "log").read_text()
-    check_study(uri, address, trials=3)
+        desk = Desk(commands, tmp_path, small_dataset, database.create("empty_study"))
+        desk.uri = database.create("empty_store")
+    for worker in [desk.start(trials=3, search_epochs=EPOCHS, pruner="none") for _ in range(2)]:
+        ended(worker)
+    desk.check(trials=3)
 
 
+@soak
 def test_a_database_that_restarts_costs_no_trial(
-    tmp_path: Path, empty_store: Path, database: DatabaseServer, commands: CommandServer
+    tmp_path: Path, small_dataset: Path, empty_store: Path, database: DatabaseServer, commands: CommandServer
 ) -> None:
     copy_store(empty_store, tmp_path)
-    uri, address = f"sqlite:///{tmp_path}/mlflow.db", database.create("restarted")
-    words = ["trials=2", "search_epochs=2", "sleep=1.5", "confirm=2", "study=study", f"storage={address}"]
-    worker = start_worker(commands, tmp_path, uri, *words)
-    # Between two epochs: what is lost in the midst of a statement fails its trial.
-    wait_until(lambda: has_begun(tmp_path))
-    study = study_of(address)
-    wait_until(lambda: any(map(is_in_training, study.get_trials(deepcopy=False))))
+    desk = Desk(commands, tmp_path, small_dataset, database.create("restarted"))
+    worker = desk.start(trials=2, search_epochs=20)
+    wait_until(desk.has_begun)
     database.stop()
-    time.sleep(20 if IS_SOAK else 1)
+    time.sleep(20)
     database.start()
-    assert ended(worker) == 0, (tmp_path / "log").read_text()
-    check_study(uri, address, trials=2)
+    ended(worker)
+    desk.check(trials=2)
 
 
 def below(parent: int) -> list[psutil.Process]:
@@ -200,51 +195,54 @@ def below(parent: int) -> list[psutil.Process]:
 
 
 def test_two_workers_never_exceed_the_trials_and_no_password_appears(
-    tmp_path: Path, empty_store: Path, database: DatabaseServer, commands: CommandServer
+    tmp_path: Path, small_dataset: Path, empty_store: Path, database: DatabaseServer, commands: CommandServer
 ) -> None:
     copy_store(empty_store, tmp_path)
-    address = database.create("workers", password="hush123")
-    words = ["trials=3", "workers=2", "search_epochs=1", "sleep=2", "confirm=1", "study=study"]
-    worker = start_worker(commands, tmp_path, f"sqlite:///{tmp_path}/mlflow.db", *words, f"storage={address}")
-    commands = set[str]()
+    desk = Desk(commands, tmp_path, small_dataset, database.create("workers", password="hush123"))
+    (tmp_path / "site").mkdir()  # the workers that the command starts shall have the tiny network as well
+    (tmp_path / "site" / "sitecustomize.py").write_text(
+        "import tiny_network as t; t.replace_default_network()"
+    )
+    desk.variables["PYTHONPATH"] = os.pathsep.join([str(tmp_path / "site"), desk.variables["PYTHONPATH"]])
+    worker = desk.start(trials=3, workers=2, search_epochs=20, confirm=0)
+    lines = set[str]()
     while worker.poll() is None:
         for process in below(worker.pid):
             with suppress(psutil.NoSuchProcess):
-                commands.add(" ".join(process.cmdline()))
+                lines.add(" ".join(process.cmdline()))
         time.sleep(0.2)
-    output = (tmp_path / "log").read_text()
-    assert ended(worker) == 0, output
-    trials = study_of(address).trials
+    code, said = worker.communicate()
+    assert code == 0, said
+    trials = desk.study().trials
     assert sum(trial.state in FINISHED for trial in trials) == 3
-    workers = {
-        trial.user_attrs["process"]["pneumo.process"] for trial in trials if "run_id" in trial.user_attrs
-    }
-    assert len(workers) == 2
-    assert len([command for command in commands if "spawn_main" in command]) >= 2
-    assert not [command for command in commands if "hush123" in command]
-    assert "hush123" not in output and "***" in output
+    processes = [trial.user_attrs["process"] for trial in trials if "run_id" in trial.user_attrs]
+    assert len({process["pneumo.process"] for process in processes}) == 2
+    assert len([line for line in lines if "spawn_main" in line]) >= 2
+    assert not [line for line in lines if "hush123" in line]
+    assert "hush123" not in said and "***" in said
     for path in [tmp_path / "mlflow.db", *(tmp_path / "mlruns").rglob("*")]:
         assert path.is_dir() or b"hush123" not in path.read_bytes(), path
 
 
 @soak
 def test_a_tracking_server_that_is_down_for_a_while_costs_no_trial(
-    tmp_path: Path, empty_store: Path, commands: CommandServer
+    tmp_path: Path, small_dataset: Path, empty_store: Path, commands: CommandServer
 ) -> None:
     copy_store(empty_store, tmp_path)
     (tmp_path / "mlflow.db").rename(tmp_path / "server.db")
-    server, address = Server(tmp_path, free_port(), commands), f"sqlite:///{tmp_path}/optuna.db"
+    server = Server(tmp_path, free_port(), commands)
+    desk = Desk(commands, tmp_path, small_dataset, f"sqlite:///{tmp_path}/optuna.db")
+    desk.uri = server.uri
     server.start()
     try:
-        words = ["trials=3", "search_epochs=3", "sleep=0.3", "confirm=2", "study=study", f"storage={address}"]
-        worker = start_worker(commands, tmp_path, server.uri, *words)
-        wait_until(lambda: has_begun(tmp_path))
-        study = study_of(address)
+        worker = desk.start(trials=3, search_epochs=30)
+        wait_until(desk.has_begun)
+        study = desk.study()
         wait_until(lambda: bool(study.get_trials(deepcopy=False, states=FINISHED)))
         server.kill()
         time.sleep(20)
         server.start()
-        assert ended(worker) == 0, (tmp_path / "log").read_text()
-        check_study(server.uri, address, trials=3)
+        ended(worker)
+        desk.check(trials=3)
     finally:
         server.kill()

@@ -169,8 +169,7 @@ def queued(storage: InMemoryStorage, **values: Any) -> list[dict[str, Any]]:
     """What a new study of dice_weight and ema tries first."""
     settings = make(Search, searched="dice_weight,ema", storage="none", **({"study": "new"} | values))
     space = search_space(settings.study, settings.recipe)
-    study, is_new = open_study(storage, settings, "f" * 64, space)
-    assert is_new
+    study = open_study(storage, settings, "f" * 64, space)
     return [trial.system_attrs["fixed_params"] for trial in study.trials]
 
 
@@ -181,7 +180,7 @@ def test_the_settings_as_given_are_tried_first() -> None:
 
 def test_a_trial_that_repeats_a_dead_one_keeps_its_mark_but_not_its_constraints() -> None:
     settings, storage = make(Search, searched="ema", ema=0.9, storage="none", study="s"), InMemoryStorage()
-    study, _ = open_study(storage, settings, "f" * 64, search_space(settings.study, settings.recipe))
+    study = open_study(storage, settings, "f" * 64, search_space(settings.study, settings.recipe))
     trial = study.ask()
     trial.set_user_attr("dice", 0.5)
     trial.set_constraint("all_empty", 0.5)

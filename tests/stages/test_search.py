@@ -6,9 +6,10 @@ import json
 import re
 import sqlite3
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import nan
 from pathlib import Path
 from typing import Any, cast
@@ -33,13 +34,16 @@ from pneumo_experiments.interrupts import Interrupted
 from pneumo_experiments.learning.network import build
 from pneumo_experiments.metrics.thresholds import ThresholdCounts, Thresholds
 from pneumo_experiments.search import report as study_report
+from pneumo_experiments.search import trial as trial_module
 from pneumo_experiments.search import trial_training
 from pneumo_experiments.search.report import TRIALS_FOR_IMPORTANCE
+from pneumo_experiments.search.space import SPACE, suggest
 from pneumo_experiments.search.storage import open_storage
+from pneumo_experiments.search.study import confirmations
 from pneumo_experiments.search.trial_training import TrialScores, TrialTraining
 from pneumo_experiments.settings import Recipe, Search, Train, flat
 from pneumo_experiments.stages import search as stage
-from pneumo_experiments.stages.search import SearchResult, run_study, search
+from pneumo_experiments.stages.search import SearchResult, search
 from pneumo_experiments.stages.train import train
 from pneumo_experiments.training.loop import EpochResult
 
@@ -77,27 +81,42 @@ def first_value(recipe: Recipe) -> float:
 
 @dataclass
 class Quick:
-    """Epochs that take no time."""
+    """Searches with trainings that take no time, and have the Dice that a function gives them."""
 
-    value: Callable[[Recipe], float] = first_value
-    count: int = 2
-    alarms: Callable[[Recipe], float] = lambda recipe: 0.0
+    dataset: Path
+    made: list[tuple[int, str]] = field(default_factory=list[tuple[int, str]])
+    """seed and fold of what has trained"""
 
-    def epochs(self, recipe: Recipe, trials_left: int) -> Iterator[TrialScores]:
-        for epoch in range(1, self.count + 1):
-            value = self.value(recipe) * epoch / self.count
-            yield TrialScores(
-                *(value, value + 0.01, value / 2, self.alarms(recipe), 0.0, Thresholds(), 0.01),
-                np.full(4, value),
-            )
+    def __call__(
+        self,
+        value: Callable[[Recipe], float] = first_value,
+        alarms: Callable[[Recipe], float] = lambda recipe: 0.0,
+        **values: Any,
+    ) -> SearchResult:
+        made = self.made
 
-    def save_model(self, folder: Path, recipe: Recipe) -> None:
-        (folder / "weights.pt").write_bytes(bytes(1000))
+        class Training:
+            def __init__(self, dataset: Dataset, settings: Search) -> None:
+                made.append((settings.recipe.seed, settings.split.fold))
+                self.settings = settings
+
+            def epochs(self, recipe: Recipe, trials_left: int = 1) -> Iterator[TrialScores]:
+                for part in (0.5, 1):
+                    dice = value(recipe) * part
+                    scores = (dice, dice + 0.01, dice / 2, alarms(recipe), 0.0, Thresholds(), 0.01)
+                    yield TrialScores(*scores, np.full(4, dice))
+
+            def save_model(self, folder: Path, recipe: Recipe) -> None:
+                (folder / "weights.pt").write_bytes(bytes(1000))
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(trial_module, "TrialTraining", Training)
+            return search(make(Search, **({"dataset": self.dataset} | SHORT | values)))
 
 
-def quick(value: Callable[[Recipe], float] = first_value, **values: Any) -> SearchResult:
-    settings = make(Search, **(SHORT | values))
-    return run_study(settings, "f" * 64, lambda settings: Quick(value), lambda settings: None)
+@pytest.fixture
+def quick(small_dataset: Path) -> Quick:
+    return Quick(small_dataset)
 
 
 def parent() -> Run:
@@ -116,7 +135,7 @@ def finished() -> list[optuna.trial.FrozenTrial]:
 # Runs, and what the parent holds
 
 
-def test_every_trial_is_a_child_run_of_one_parent_with_its_own_settings() -> None:
+def test_every_trial_is_a_child_run_of_one_parent_with_its_own_settings(quick: Quick) -> None:
     quick(trials=2)
     children = [run for run in runs() if run.info.run_name != "search"]
     assert {run.data.tags["mlflow.parentRunId"] for run in children} == {parent().info.run_id}
@@ -132,7 +151,7 @@ def test_every_trial_is_a_child_run_of_one_parent_with_its_own_settings() -> Non
 
 
 @pytest.mark.pictures
-def test_the_parent_holds_the_table_of_trials_the_best_settings_and_pictures() -> None:
+def test_the_parent_holds_the_table_of_trials_the_best_settings_and_pictures(quick: Quick) -> None:
     result = quick(trials=TRIALS_FOR_IMPORTANCE, searched=TWO)
     table = json.loads(artifact(parent(), "trials.json").read_text())
     rows = [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
@@ -153,7 +172,7 @@ def test_importances_of_too_few_trials_are_not_drawn() -> None:
     assert set(study_report.pictures(few)) == {"history", "parallel_coordinate", "slice"}
 
 
-def test_a_pruned_trial_is_visible_as_pruned() -> None:
+def test_a_pruned_trial_is_visible_as_pruned(quick: Quick) -> None:
     # The first trial has the settings as given; those after it are worse, and the median prunes them.
     values = iter([0.5, 0.5, *[0.1] * 20])
     quick(lambda recipe: next(values), trials=3, pruner="median")
@@ -163,7 +182,7 @@ def test_a_pruned_trial_is_visible_as_pruned() -> None:
     assert run.info.run_name.startswith("trial 1 (pruned): ")
 
 
-def test_only_the_models_of_the_best_trials_stay() -> None:
+def test_only_the_models_of_the_best_trials_stay(quick: Quick) -> None:
     quick(trials=4, keep=2)
     best = sorted(study().trials, key=lambda trial: -trial.values[0])[:2]
     models = MlflowClient().search_logged_models(["0"])
@@ -174,10 +193,10 @@ def test_only_the_models_of_the_best_trials_stay() -> None:
 
 @pytest.mark.parametrize("gain", [0.005, 0.03])
 def test_the_second_trainings_of_the_best_and_of_the_settings_as_given_choose_the_winner(
-    gain: float, capsys: pytest.CaptureFixture[str]
+    quick: Quick, gain: float, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """On the next fold, with the next seed: there only the second best is better, by the gain."""
-    made, firsts = list[tuple[int, str]](), set[float]()
+    firsts = set[float]()
 
     def value(recipe: Recipe) -> float:
         first = first_value(recipe)
@@ -186,17 +205,11 @@ def test_the_second_trainings_of_the_best_and_of_the_settings_as_given_choose_th
             return first
         return {min(firsts): 0.4, sorted(firsts)[-2]: 0.4 + gain}.get(first, 0.3)
 
-    def make_training(settings: Search) -> Quick:
-        made.append((settings.recipe.seed, settings.split.fold))
-        return Quick(value)
-
-    settings = make(Search, **(SHORT | {"trials": 4, "confirm": 2, "seed": 7}))
-    result = run_study(settings, "f" * 64, make_training, lambda settings: None)
-    assert made == [(7, "0"), (8, "1")]
+    result = quick(value, trials=4, confirm=2, seed=7)
+    assert quick.made == [(7, "0"), (8, "1")]
     best, second, _, given = sorted(study().trials, key=lambda trial: -trial.values[0])
     assert given.number == 0  # all others are better in the first training
-    confirmed = {t.user_attrs["confirms"]: t.values[0] for t in study("s-confirm").trials}
-    assert confirmed.keys() == {0, best.number, second.number}
+    assert confirmations(study()).keys() == {0, best.number, second.number}
     is_clear = gain > 0.02
     assert result.trial == (second.number if is_clear else 0)
     assert parent().data.metrics["val_dice"] == pytest.approx(0.4 + gain * is_clear)
@@ -205,14 +218,24 @@ def test_the_second_trainings_of_the_best_and_of_the_settings_as_given_choose_th
     listed = ", ".join(f"{number} ({others[number]})" for number in sorted(others))
     assert f"trials 0 (0.4000), {listed}." in note
     assert ("trial 0, the settings as given, cross" in capsys.readouterr().out) != is_clear
+    assert {run.data.tags["mlflow.parentRunId"] for run in runs("confirm")} == {parent().info.run_id}
 
 
-def test_a_trial_with_too_many_false_alarms_is_infeasible_and_never_the_best() -> None:
-    def alarms(recipe: Recipe) -> float:  # the more, the higher the Dice; of the settings as given 0.25
+def test_a_second_training_that_fails_is_not_repeated(quick: Quick) -> None:
+    def value(recipe: Recipe) -> float:
+        if recipe.seed == 1 and recipe.loss.dice_weight == 1:  # of the settings as given
+            raise UserError("diverged")
         return first_value(recipe)
 
-    settings = make(Search, **(SHORT | {"trials": 6, "max_false_alarms": 0.22, "target": 0.24, "keep": 1}))
-    result = run_study(settings, "f" * 64, lambda settings: Quick(alarms=alarms), lambda settings: None)
+    for _ in range(2):
+        quick(value, trials=3, confirm=1)
+    assert sorted(run.info.status for run in runs("confirm")) == ["FAILED", "FINISHED"]
+    assert len(confirmations(study())) == 1
+
+
+def test_a_trial_with_too_many_false_alarms_is_infeasible_and_never_the_best(quick: Quick) -> None:
+    # The more, the higher the Dice; of the settings as given 0.25.
+    result = quick(alarms=first_value, trials=6, max_false_alarms=0.22, target=0.24, keep=1)
     values = [trial.values[0] for trial in study().trials]
     assert len(values) == 6  # none that reaches the target is feasible
     feasible = [value for value in values if value <= 0.22]
@@ -226,7 +249,7 @@ def test_a_trial_with_too_many_false_alarms_is_infeasible_and_never_the_best() -
 
 
 @pytest.mark.pictures
-def test_several_objectives_give_a_pareto_front_and_no_pruning() -> None:
+def test_several_objectives_give_a_pareto_front_and_no_pruning(quick: Quick) -> None:
     quick(trials=TRIALS_FOR_IMPORTANCE, objectives="dice,seconds", pruner="hyperband", searched=TWO)
     assert all(len(trial.values) == 2 and not trial.intermediate_values for trial in study().trials)
     assert artifact(parent(), "study/pareto_front.png").read_bytes()[:4] == b"\x89PNG"
@@ -236,7 +259,7 @@ def test_several_objectives_give_a_pareto_front_and_no_pruning() -> None:
 # Going on
 
 
-def test_trials_is_the_total_of_the_study_and_its_parent_stays() -> None:
+def test_trials_is_the_total_of_the_study_and_its_parent_stays(quick: Quick) -> None:
     quick(trials=1)
     before = parent().info.run_id
     quick(trials=3)
@@ -247,7 +270,7 @@ def test_trials_is_the_total_of_the_study_and_its_parent_stays() -> None:
     assert len(json.loads(artifact(parent(), "trials.json").read_text())["data"]) == 3
 
 
-def test_a_target_or_the_time_ends_a_study_early(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_target_or_the_time_ends_a_study_early(quick: Quick, capsys: pytest.CaptureFixture[str]) -> None:
     quick(trials=9, target=0.2)
     assert len(finished()) == 1  # the first value is 0.25
     with pytest.raises(UserError, match="no trial has completed; give it more trials, or more time"):
@@ -258,7 +281,7 @@ def test_a_target_or_the_time_ends_a_study_early(capsys: pytest.CaptureFixture[s
 @pytest.mark.parametrize(
     "error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError("no room"), UserError("diverged")]
 )
-def test_a_trial_that_fails_is_one_trial_and_the_study_goes_on(error: Exception) -> None:
+def test_a_trial_that_fails_is_one_trial_and_the_study_goes_on(quick: Quick, error: Exception) -> None:
     calls = iter(range(100))
 
     def value(recipe: Recipe) -> float:
@@ -272,14 +295,13 @@ def test_a_trial_that_fails_is_one_trial_and_the_study_goes_on(error: Exception)
     assert sorted(run.info.status for run in runs()) == ["FAILED", *["FINISHED"] * 3]
 
 
-def test_a_value_that_is_nan_fails_one_trial() -> None:
+def test_a_value_that_is_nan_fails_one_trial(quick: Quick) -> None:
     calls = iter(range(100))
     quick(lambda recipe: nan if next(calls) in (2, 3) else first_value(recipe), trials=3)
-    assert [t.state.name for t in study().trials if t.number != 1] == ["COMPLETE"] * (len(study().trials) - 1)
-    assert study().trials[1].state is TrialState.FAIL
+    assert [trial.state.name for trial in study().trials] == ["COMPLETE", "FAIL", "COMPLETE", "COMPLETE"]
 
 
-def test_three_failures_in_a_row_end_the_search_with_one_line() -> None:
+def test_three_failures_in_a_row_end_the_search_with_one_line(quick: Quick) -> None:
     def value(recipe: Recipe) -> float:
         raise RuntimeError("no such device\nmore")
 
@@ -289,7 +311,7 @@ def test_three_failures_in_a_row_end_the_search_with_one_line() -> None:
     assert parent().info.status == "FAILED"
 
 
-def test_after_ctrl_c_the_same_command_tries_the_same_trial_again() -> None:
+def test_after_ctrl_c_the_same_command_tries_the_same_trial_again(quick: Quick) -> None:
     calls = iter(range(100))
 
     def value(recipe: Recipe) -> float:
@@ -309,50 +331,51 @@ def test_after_ctrl_c_the_same_command_tries_the_same_trial_again() -> None:
     assert sorted(run.info.status for run in runs()) == [*["FINISHED"] * 4, "KILLED"]
 
 
-def test_ctrl_c_while_the_data_are_read_costs_no_trial() -> None:
-    def make_training(settings: Search) -> Quick:
-        raise Interrupted
-
-    settings = make(Search, **(SHORT | {"trials": 2}))
-    with pytest.raises(Interrupted):
-        run_study(settings, "f" * 64, make_training, lambda settings: None)
-    quick(trials=2)
+def test_ctrl_c_while_the_data_are_read_costs_no_trial(
+    quick: Quick, settings: Search, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(TrialTraining, "__init__", _interrupt)
+        with pytest.raises(Interrupted):
+            search(settings)
+    search(settings)
     assert finished()[0].params["dice_weight"] == settings.recipe.loss.dice_weight  # still tried first
 
 
-def test_the_same_data_and_settings_have_one_study_and_others_another() -> None:
+def test_the_same_data_and_settings_have_one_study_and_others_another(quick: Quick, dataset: Path) -> None:
     def names() -> set[str]:
+        if not Path("optuna.db").exists():
+            return set()
         with closing(sqlite3.connect("optuna.db")) as database:  # to open a storage takes a while
-            found = [name for (name,) in database.execute("SELECT study_name FROM studies")]
-        return {name for name in found if not name.endswith("-confirm")}
+            return {name for (name,) in database.execute("SELECT study_name FROM studies")}
 
-    def name(fingerprint: str, **values: Any) -> str:
-        before = names() if Path("optuna.db").exists() else set[str]()
-        settings = make(Search, **(SHORT | {"study": "auto", "trials": 1} | values))
-        run_study(settings, fingerprint, lambda settings: Quick(), lambda settings: None)
-        new = names() - before
-        return new.pop() if new else "none"
+    def name(**values: Any) -> str:
+        before = names()
+        quick(**({"study": "auto", "trials": 1} | values))
+        (new,) = names() - before or {"none"}
+        return new
 
-    first = name("f" * 64)
+    first = name()
     assert re.fullmatch(r"search-[0-9a-f]{8}", first)
-    assert name("f" * 64) == "none"
-    others = [name("e" * 64), name("f" * 64, learning_rate=1e-2), name("f" * 64, searched="dice_weight")]
+    assert name(trials=2, sampler="random", keep=1) == "none"  # how, not what
+    others = [name(dataset=dataset), name(learning_rate=1e-2), name(searched="dice_weight")]
     assert len({first, "none", *others}) == 5
-    assert name("f" * 64, trials=2, sampler="random", keep=1) == "none"  # how, not what
 
 
-def test_a_study_of_other_data_is_refused_and_the_difference_named() -> None:
+def test_a_study_of_other_data_is_refused_and_the_difference_named(quick: Quick, dataset: Path) -> None:
     quick(trials=1)
-    with pytest.raises(
-        UserError, match=r"^study=s: was made with learning_rate 0\.\d+, not 0\.01; name another"
+    for values, difference in (
+        ({"learning_rate": 0.01}, r"learning_rate 0\.\d+, not 0\.01"),
+        ({"dataset": dataset}, r"data [0-9a-f]{16}, not [0-9a-f]{16}"),
+        (
+            {"searched": "focal_weight,presence_weight"},
+            r".*range of dice_weight 0\.1 to 10, logarithmic, not not searched",
+        ),
     ):
-        quick(trials=1, learning_rate=0.01)
-    settings = make(Search, **(SHORT | {"trials": 1}))
-    with pytest.raises(UserError, match=r"^study=s: was made with data f{16}, not e{16}; name another"):
-        run_study(settings, "e" * 64, lambda settings: Quick(), lambda settings: None)
-    with pytest.raises(UserError, match=r"range of dice_weight 0\.1 to 10, logarithmic, not not searched"):
-        quick(trials=1, searched="focal_weight,presence_weight")
+        with pytest.raises(UserError, match=rf"^study=s: was made with {difference}; name another"):
+            quick(trials=1, **values)
     assert len(study().trials) == 1
+    assert [run.info.status for run in runs("search")] == ["FINISHED"]  # no run is opened only to fail
 
 
 # Real trainings
@@ -420,7 +443,7 @@ def test_warm_up_epochs_are_trained_once_and_deleted_at_the_end(
 
     monkeypatch.setattr(trial_training, "fit", counted)
     with monkeypatch.context() as patch:
-        patch.setattr(stage, "log_study", _interrupt)
+        patch.setattr(stage, "make_report", _interrupt)
         with pytest.raises(Interrupted):
             search(settings)
     assert len([*Path("output/checkpoints").glob("warm-up-*")]) == 1
@@ -540,6 +563,66 @@ def _interrupt(*arguments: Any) -> None:
 
 
 # Several workers
+
+
+def owner_elsewhere(last_seen: float) -> None:
+    """A process of another machine owns the study, and was seen then."""
+    tags = {"pneumo.host": "another", "pneumo.machine": "", "pneumo.process": "1:1"}
+    study().set_user_attr("claim.owner", tags)
+    study().set_user_attr("alive.another//1:1", last_seen)
+
+
+def reported() -> int:
+    """The number of trials in the report."""
+    return len(json.loads(artifact(parent(), "trials.json").read_text())["data"])
+
+
+def test_a_worker_that_joins_runs_trials_for_the_owner_and_takes_over_when_that_one_has_died(
+    quick: Quick, capsys: pytest.CaptureFixture[str]
+) -> None:
+    quick(trials=1)
+    before = parent()
+    owner_elsewhere(time.time())
+    result = quick(trials=3)
+    assert f"search: best is trial {result.trial}," in capsys.readouterr().out
+    assert len(finished()) == 3
+    assert {run.data.tags["mlflow.parentRunId"] for run in runs("trial")} == {before.info.run_id}
+    assert parent().data.tags == before.data.tags and reported() == 1  # all of it is the owner's
+    assert parent().info.end_time == before.info.end_time
+    owner_elsewhere(time.time() - 61)
+    quick(trials=3)
+    assert parent().info.run_id == before.info.run_id and reported() == 3
+
+
+def test_a_worker_reports_when_the_owner_has_died_meanwhile(quick: Quick) -> None:
+    quick(trials=1)
+    owner_elsewhere(time.time())
+
+    def value(recipe: Recipe) -> float:
+        owner_elsewhere(0)
+        return first_value(recipe)
+
+    quick(value, trials=2)
+    assert reported() == 2
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_trial_whose_worker_has_died_is_run_again(quick: Quick, named: bool) -> None:
+    """It died in its first epoch, or before its first line: then its age tells."""
+    quick(trials=1)
+    dead = study().ask()
+    names = ("dice_weight", "focal_weight", "presence_weight")
+    values = suggest(dead, {name: SPACE[name] for name in names})
+    if named:
+        ended = tracking.process_tags() | {"pneumo.process": "1:1.0"}
+        dead.set_user_attr("process", ended)
+    else:
+        with closing(sqlite3.connect("optuna.db")) as database, database:
+            database.execute("UPDATE trials SET datetime_start = datetime(datetime_start, '-61 seconds')")
+    quick(trials=2)
+    states = [trial.state.name for trial in study().trials]
+    assert states == ["COMPLETE", "FAIL", "COMPLETE"]
+    assert study().trials[2].params == values
 
 
 def test_no_two_workers_on_sqlite_take_the_same_waiting_trial() -> None:
