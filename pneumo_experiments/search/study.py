@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import optuna
-from optuna.distributions import CategoricalDistribution, IntDistribution
 from optuna.exceptions import DuplicatedStudyError
 from optuna.storages import BaseStorage
 from optuna.study import Study, StudyDirection
@@ -26,7 +25,7 @@ from pneumo_experiments.search.storage import (
     cannot_be_opened,
     load_study,
 )
-from pneumo_experiments.settings import AUTO, Search, as_text, flat, is_none, read_config, weight_shaping
+from pneumo_experiments.settings import AUTO, Search, flat, is_none, read_config, weight_shaping
 
 # Attributes of a study
 METRIC_NAMES = {"dice": "cross-fitted Dice", "seconds": "seconds per image"}
@@ -194,21 +193,6 @@ def _warm_start(storage: BaseStorage, settings: Search, space: Space) -> list[di
     if is_none(source):
         return []
     if Path(source).is_file():
-        return [within(_parsed(read_config(Path(source), Search), space), space)]
+        return [within(read_config(Path(source), Search), space)]
     other = load_study("warm_start", storage, source)
     return [within(trial.params, space) for trial in best_trials(other)[:WARM_STARTS]]
-
-
-def _parsed(texts: Mapping[str, str], space: Space) -> dict[str, Any]:
-    """The texts of searched settings as values; UserError for one that is no number where one is needed."""
-    values: dict[str, Any] = {}
-    for name in texts.keys() & space.keys():
-        range_, text = space[name], texts[name]
-        if isinstance(range_, CategoricalDistribution):
-            values |= {name: c for c in range_.choices if as_text(c) == text}  # noqa: B035 # one at most
-            continue
-        try:
-            values[name] = int(text) if isinstance(range_, IntDistribution) else float(text)
-        except ValueError:
-            raise UserError(f"warm_start: {name}: {text[:60]!r} is not a number") from None
-    return values
