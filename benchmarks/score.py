@@ -81,7 +81,7 @@ def free_detector() -> Any:
     from pneumo_experiments.learning.device import ComputeConfig
     from pneumo_experiments.learning.network import Output
     from pneumo_experiments.learning.predict import Predictor
-    from pneumo_experiments.serving import Detector, Member
+    from pneumo_experiments.serving import Detector, TrainedNetwork
 
     class Free(torch.nn.Module):
         def __init__(self) -> None:
@@ -98,7 +98,7 @@ def free_detector() -> Any:
             return Output(mask, mask, torch.where(is_positive, 9.0, -9.0))
 
     network: Any = Free()
-    member = Member(Predictor(network, ComputeConfig(torch.device("cpu"), "fp32")), {})
+    member = TrainedNetwork(Predictor(network, ComputeConfig(torch.device("cpu"), "fp32")), {})
     return Detector((member,), NETWORK_SIDE, Thresholds(), "")
 
 

@@ -47,7 +47,7 @@ from pneumo_experiments.learning.network import PneumothoraxNet, build  # noqa: 
 from pneumo_experiments.learning.predict import Predictor  # noqa: E402
 from pneumo_experiments.learning.trainer import Trainer  # noqa: E402
 from pneumo_experiments.metrics.thresholds import Thresholds  # noqa: E402
-from pneumo_experiments.serving import Detector, Finding, Member  # noqa: E402
+from pneumo_experiments.serving import Detector, Finding, TrainedNetwork  # noqa: E402
 from pneumo_experiments.settings import Device, Recipe, Score, Search, Train, flat  # noqa: E402
 from pneumo_experiments.stages.score import score  # noqa: E402
 from pneumo_experiments.stages.search import search  # noqa: E402
@@ -181,7 +181,7 @@ def test_masks_of_a_folder_are_those_of_the_host_to_the_last_pixel(min_area_px: 
     for name in ("cpu", "cuda"):
         compute = choose_compute(make(Device, device=name, precision="fp32"))
         predictor = Predictor(network, compute, "flip", Calibration(0.6, -1))
-        detector = Detector((Member(predictor, {}),), 64, thresholds, "")
+        detector = Detector((TrainedNetwork(predictor, {}),), 64, thresholds, "")
         presences = [finding.presence for finding in detector.detect(files) if finding.presence is not None]
         # Half of the images are empty by presence alone.
         middle = float(np.median(presences))
@@ -214,7 +214,7 @@ def test_the_host_waits_for_nothing_in_a_step(network: str, precision: str) -> N
         focal_weight=1.0,
         micro_batch=2,  # DeepLab cannot train on one image
     )
-    trainer = Trainer(net, recipe, 10, ComputeConfig(device, precision))
+    trainer = Trainer(Predictor(net, ComputeConfig(device, precision)), recipe, 10)
     drawn = torch.Generator().manual_seed(0)
     images, targets = (torch.rand(4, 32, 32, generator=drawn) for _ in range(2))
     batch = Batch(images[:, None].cuda(), (targets > 0.9).float().cuda(), torch.ones(4).cuda(), 4)
@@ -235,7 +235,7 @@ def test_in_an_epoch_the_host_waits_only_for_its_sums(dataset: Path, cache: str)
             data = StreamedData(opened, rows, present)
         else:
             data = load(opened, rows, present, 32, str(compute.device) if cache == "device" else "cpu")
-        epochs = fit(build("tiny", "none", 0), data, recipe, 2, compute)
+        epochs = fit(Predictor(build("tiny", "none", 0), compute), data, recipe, 2)
         next(epochs)
         with count_syncs() as waits:
             epoch = next(epochs)

@@ -47,7 +47,7 @@ def common_images(path: Path, detectors: Mapping[str, Detector]) -> CommonImages
             )
         subset = _holdout(path, dataset, trained) if trained else Subset(dataset, np.arange(len(dataset)))
         for name, detector in detectors.items():
-            if seen := describe_seen(subset, detector.seen, name):
+            if seen := describe_seen(subset, detector.training_images, name):
                 raise UserError(
                     f"dataset={path}: {seen}; name a data set that neither has seen, or leave out what"
                     " scores.csv of score with subset=all marks as seen"

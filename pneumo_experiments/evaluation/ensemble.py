@@ -13,7 +13,7 @@ from pneumo_experiments.evaluation.subset import Subset, make_split
 from pneumo_experiments.learning.predict import Ensemble
 from pneumo_experiments.metrics.exact import best_of_all
 from pneumo_experiments.metrics.thresholds import ThresholdCounts
-from pneumo_experiments.serving import Detector, join, load
+from pneumo_experiments.serving import Detector, load, make_ensemble
 from pneumo_experiments.settings import Device
 
 
@@ -38,7 +38,7 @@ def load_models(model: str, dataset: Path, compute: Device) -> Detector:
     detectors = [load(tracking.model_data(address)).on(compute) for address in addresses_of(model)]
     if len(detectors) == 1:
         return detectors[0]
-    joined = join(detectors)
+    joined = make_ensemble(detectors)
     with ExitStack() as stack:
         try:
             opened = stack.enter_context(Dataset.open(dataset))

@@ -48,7 +48,7 @@ def refuse_seen(address: str, baseline: Detector, subset: Subset) -> None:
             f"baseline={address}: was trained on {baseline.image_size} px, the data set has {size} px; score"
             " both models on data sets of their own and compare their dice"
         )
-    if seen := describe_seen(subset, baseline.seen, "it"):
+    if seen := describe_seen(subset, baseline.training_images, "it"):
         raise UserError(
             f"baseline={address}: {seen}; compare models whose split has the same hold-out (holdout and"
             " split_seed), or on external images"

@@ -93,7 +93,8 @@ def log_report(
         baseline=baseline,
     )
     tracking.log_page(score_page(page), PAGE)
-    log_per_image(subset, counts, thresholds, detector.seen)  # last: the table that the evaluation view opens
+    # Last: the table that the evaluation view opens.
+    log_per_image(subset, counts, thresholds, detector.training_images)
     return f"{tracking.artifacts_of_active_run()}/{PAGE}"
 
 

@@ -94,7 +94,7 @@ def _score_dataset(settings: Score, detector: Detector, model: str | None) -> Sc
             )
         tracking.log_dataset(settings.dataset, dataset.fingerprint, settings.subset)
         subset = Subset(dataset, _indices(settings, detector, dataset))
-        seen, images = describe_seen(subset, detector.seen, "the model"), identity(subset)
+        seen, images = describe_seen(subset, detector.training_images, "the model"), identity(subset)
         name, baseline = _name_subset(settings, detector, dataset, seen), None
         if not is_none(settings.baseline):
             baseline = load_models(settings.baseline, settings.dataset, settings.compute)

@@ -21,7 +21,7 @@ from pneumo_experiments.metrics.exact import best_of_all
 from pneumo_experiments.metrics.scores import ScoredImages, Scores, score_images
 from pneumo_experiments.metrics.thresholds import ThresholdCounts, apply_thresholds
 from pneumo_experiments.progress_bar import ProgressBar
-from pneumo_experiments.serving import Detector, join, new_folder, save
+from pneumo_experiments.serving import Detector, make_ensemble, new_folder, save
 from pneumo_experiments.training.fold import TrainedFold
 
 COMPARED_IMAGES = 64  # enough for a mean over images
@@ -84,7 +84,7 @@ def log_ensemble(folds: Sequence[TrainedFold], threshold_trials: int, seed: int)
     tracking.log_metrics(search.as_metrics() | {"val_dice_optimistic": search.optimum.dice})
     tracking.log_params(asdict(search.thresholds))
     log_threshold_study(search)
-    detector = replace(join([fold.detector for fold in folds]), thresholds=search.thresholds)
+    detector = replace(make_ensemble([fold.detector for fold in folds]), thresholds=search.thresholds)
     log_disagreement(detector, folds[0].validation)
     with new_folder() as folder:
         save(folder, detector)

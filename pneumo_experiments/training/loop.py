@@ -78,7 +78,7 @@ def train_and_validate(
         pieces=pieces,
         is_shown=distributed.is_main_process(),
     ) as bar:
-        trained_epochs = fit(predictor.network, data, recipe, epochs, predictor.compute, bar.update, state)
+        trained_epochs = fit(predictor, data, recipe, epochs, bar.update, state)
         start = time.perf_counter()
         for done, epoch in enumerate(trained_epochs, start=1):
             counts = validation.count(replace(predictor, network=epoch.network))

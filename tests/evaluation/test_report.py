@@ -35,7 +35,7 @@ from pneumo_experiments.learning.predict import Predictor
 from pneumo_experiments.metrics.exact import best_of_all
 from pneumo_experiments.metrics.scores import Scores, score_images
 from pneumo_experiments.metrics.thresholds import ThresholdCounts, Thresholds
-from pneumo_experiments.serving import Detector, Member
+from pneumo_experiments.serving import Detector, TrainedNetwork
 from pneumo_experiments.settings import Score
 
 SIZE, NATIVE = 32, 64
@@ -126,7 +126,7 @@ def report_of(
     write_dataset(path, packed(radiographs(findings, ids), "uint8"), image_size=SIZE, pixel_dtype="uint8")
     settings = make(Score, dataset=path, model="models:/m-<b>&", subset="all", overlays=overlays)
     predictor = Predictor(network, ComputeConfig(torch.device("cpu"), "fp32"))
-    detector = Detector((Member(predictor, {}),), SIZE, THRESHOLDS, "")
+    detector = Detector((TrainedNetwork(predictor, {}),), SIZE, THRESHOLDS, "")
     with Dataset.open(path) as dataset, tracking.run("score", settings) as run_id:
         subset = Subset(dataset, np.arange(len(dataset)))
         counts = subset.count(predictor)
@@ -134,7 +134,7 @@ def report_of(
         scores, intervals = score_images(images), images.intervals()
         comparison = None
         if baseline is not None:
-            other = Detector((Member(predictor, {}),), SIZE, baseline, "")
+            other = Detector((TrainedNetwork(predictor, {}),), SIZE, baseline, "")
             comparison = log_comparison("models:/m-<other>", subset, images, other, "")
         address = log_report(settings, "all", subset, counts, detector, images, scores, intervals, comparison)
     html = Path(mlflow.artifacts.download_artifacts(address)).read_text(encoding="utf-8")

@@ -33,7 +33,7 @@ from pneumo_experiments.learning.network import NETWORKS, PneumothoraxNet
 from pneumo_experiments.learning.onnx_export import Difference, difference, in_fp32, write_onnx
 from pneumo_experiments.learning.predict import Ensemble, Predictor
 from pneumo_experiments.metrics.thresholds import Thresholds
-from pneumo_experiments.serving import Detector, Member, save
+from pneumo_experiments.serving import Detector, TrainedNetwork, save
 from pneumo_experiments.settings import Register, Train, as_config
 from pneumo_experiments.stages.register import register
 from pneumo_experiments.synthetic.kaggle_layout import write_sample
@@ -46,7 +46,7 @@ def detector_of(*members: tuple[int, str, str]) -> Detector:
     """Of members by seed, test-time augmentation and number format."""
     settings = as_config(make(Train, network="tiny"))
     built = [
-        Member(
+        TrainedNetwork(
             Predictor(
                 *(random_network(seed), ComputeConfig(torch.device("cpu"), precision), tta),
                 Calibration(1.7, -5.0) if seed else Calibration(),

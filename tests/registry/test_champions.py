@@ -26,7 +26,7 @@ from pneumo_experiments.learning.predict import Predictor
 from pneumo_experiments.metrics.thresholds import Thresholds
 from pneumo_experiments.registry import model_scores, versions
 from pneumo_experiments.registry.card_text import MAX_CHARACTERS, CardScore, ModelCard, card_text
-from pneumo_experiments.serving import Detector, Member, load, save
+from pneumo_experiments.serving import Detector, TrainedNetwork, load, save
 from pneumo_experiments.settings import Register, Score, Search, Train, as_config
 from pneumo_experiments.stages.register import register
 from pneumo_experiments.stages.score import score
@@ -66,11 +66,11 @@ def detector_of(settings: Train, presence_threshold: float) -> Detector:
     with Dataset.open(settings.dataset) as dataset:
         parts = make_split(dataset, settings.split)
         return Detector(
-            members=(Member(Predictor(random_network(0), CPU), as_config(settings)),),
+            members=(TrainedNetwork(Predictor(random_network(0), CPU), as_config(settings)),),
             image_size=SIZE,
             thresholds=Thresholds(presence_threshold, 0, 0, 0),
             data_fingerprint=dataset.fingerprint,
-            seen=digests(Subset(dataset, np.append(parts.train, parts.validation))),
+            training_images=digests(Subset(dataset, np.append(parts.train, parts.validation))),
         )
 
 

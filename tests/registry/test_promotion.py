@@ -34,7 +34,7 @@ from pneumo_experiments.metrics.thresholds import Thresholds
 from pneumo_experiments.registry import champions, model_scores, versions
 from pneumo_experiments.registry.model_scores import UnseenScore
 from pneumo_experiments.registry.promotion import Decision, Pair, compared, counted, decide
-from pneumo_experiments.serving import Detector, Member, save
+from pneumo_experiments.serving import Detector, TrainedNetwork, save
 from pneumo_experiments.settings import Register, Registry, Score, Train, as_config
 from pneumo_experiments.stages import register as register_stage
 from pneumo_experiments.tracking.code_version import version_in
@@ -470,7 +470,7 @@ def test_a_database_that_takes_no_aliases_leaves_a_decided_version(store: Store)
 
 def servable(dices: Dices, network: str = "fcn_resnet50") -> str:
     """A model that can be loaded, where that network is the tiny one, and scored so."""
-    member = Member(tiny_predictor(), as_config(make(Train, network=network)))
+    member = TrainedNetwork(tiny_predictor(), as_config(make(Train, network=network)))
     detector = Detector((member,), 32, Thresholds(), "f" * 64)
     folder = Path("servable")
     shutil.rmtree(folder, ignore_errors=True)

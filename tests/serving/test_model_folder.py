@@ -16,12 +16,12 @@ from pneumo_experiments.errors import UserError
 from pneumo_experiments.learning.calibration import Calibration
 from pneumo_experiments.learning.device import ComputeConfig
 from pneumo_experiments.metrics.thresholds import NativeThresholds, Thresholds
-from pneumo_experiments.serving import Detector, Member, load, save
+from pneumo_experiments.serving import Detector, TrainedNetwork, load, save
 
 pytestmark = pytest.mark.usefixtures("tiny")
 
 
-def detector(*members: Member) -> Detector:
+def detector(*members: TrainedNetwork) -> Detector:
     return Detector(members, 32, Thresholds(0.2, 0.6, 100, 0.3), "a", frozenset({"one", "two"}), 0.22)
 
 
@@ -37,7 +37,11 @@ def test_a_model_folder_keeps_every_member(tmp_path: Path) -> None:
         *(f"weights-{n}.pt" for n in range(3)),
     }
     again = load(tmp_path)
-    assert (again.image_size, again.thresholds, again.seen) == (32, saved.thresholds, saved.seen)
+    assert (again.image_size, again.thresholds, again.training_images) == (
+        32,
+        saved.thresholds,
+        saved.training_images,
+    )
     assert again.prevalence == 0.22
     assert [member.settings["fold"] for member in again.members] == ["0", "1", "2"]
     assert [member.predictor.tta for member in again.members] == augmentations

@@ -42,7 +42,7 @@ from pneumo_experiments.errors import UserError
 from pneumo_experiments.learning.network import PneumothoraxNet
 from pneumo_experiments.learning.predict import Predictor
 from pneumo_experiments.metrics.thresholds import Thresholds
-from pneumo_experiments.serving import Detector, Member, ServedModel, load, new_folder, save
+from pneumo_experiments.serving import Detector, ServedModel, TrainedNetwork, load, new_folder, save
 from pneumo_experiments.settings import Train, as_config, from_flat
 from pneumo_experiments.tracking.calls import save_model
 
@@ -90,7 +90,7 @@ def faults(folder: Path) -> dict[str, tuple[str | None, str]]:
 
 def detector_of(network: PneumothoraxNet, name: str, **thresholds: float) -> Detector:
     settings = as_config(from_flat(Train, {"network": name, "tta": "none"}))
-    member = Member(Predictor(network, CPU, "none"), settings)
+    member = TrainedNetwork(Predictor(network, CPU, "none"), settings)
     return Detector((member,), 32, Thresholds(**thresholds), "")  # pyright: ignore[reportArgumentType]
 
 

@@ -31,7 +31,7 @@ from pneumo_experiments.evaluation.subset import Subset, make_split
 from pneumo_experiments.learning.network import PneumothoraxNet
 from pneumo_experiments.learning.predict import Predictor
 from pneumo_experiments.metrics.thresholds import Thresholds
-from pneumo_experiments.serving import Detector, Member, save
+from pneumo_experiments.serving import Detector, TrainedNetwork, save
 from pneumo_experiments.settings import Register, Score, Train, as_config
 from pneumo_experiments.stages.register import register
 from pneumo_experiments.stages.score import score
@@ -106,11 +106,13 @@ def logged(network: PneumothoraxNet, settings: Train, threshold: float, is_old: 
         parts = make_split(dataset, settings.split)
         seen = Subset(dataset, np.append(parts.train, parts.validation))
         detector = Detector(
-            members=(Member(Predictor(network, CPU), as_config(settings)),),
+            members=(TrainedNetwork(Predictor(network, CPU), as_config(settings)),),
             image_size=32,
             thresholds=Thresholds(threshold, 0, 0, 0),
             data_fingerprint=dataset.fingerprint,
-            seen=frozenset(salted(f"image {e.image_id}") for e in seen.entries) if is_old else digests(seen),
+            training_images=frozenset(salted(f"image {e.image_id}") for e in seen.entries)
+            if is_old
+            else digests(seen),
         )
     with tempfile.TemporaryDirectory() as folder:
         save(Path(folder), detector)
