@@ -104,6 +104,7 @@ def test_a_training_ends_in_a_model_that_is_logged(
     assert "no GPU use among the system metrics: `nvidia-ml-py` is not installed" in caplog.text
 
 
+@soak  # on a CPU it is tested always
 def test_an_interrupted_training_continues_and_averages_its_best_epochs(
     settings: Train, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -123,6 +124,7 @@ def test_an_interrupted_training_continues_and_averages_its_best_epochs(
     assert "continues after epoch 1 of 2" in capsys.readouterr().out
 
 
+@soak  # on a CPU it is tested always
 def test_when_memory_runs_out_fewer_images_pass_at_once(
     settings: Train, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -138,6 +140,7 @@ def test_when_memory_runs_out_fewer_images_pass_at_once(
         train(settings)
 
 
+@soak  # on a CPU it is tested always
 def test_a_search_runs_its_trials(settings: Train, no_pictures: None) -> None:
     names = ("dataset", "network", "weights", "batch_size")
     shared = {name: flat(settings)[name] for name in names}

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from threading import Lock
-from typing import Any, NotRequired, TypedDict
+from typing import Any
 
 import numpy as np
 import pandas as pd  # pyright: ignore[reportMissingTypeStubs]
@@ -43,14 +43,14 @@ class ServedModel:
         _use_in_turns(self.detector)
 
     def predict(self, frame: pd.DataFrame, params: Mapping[str, Any] | None = None) -> pd.DataFrame:
-        """Called by MLflow: columns ``image_id`` and ``dicom`` (bytes or base64) in, those of Row out.
+        """Called by MLflow: columns ``image_id`` and ``dicom`` (bytes or base64) in, those of ``row_of`` out.
 
         ``params`` are thresholds and prevalence for this request, and which pictures to draw. Raises nothing,
         since MLflow would send the traceback to the client: each row that has no finding says why.
         """
         given = dict(params or {})
         pictures = [name for name in PICTURES if given.pop(name, None)]
-        files, rows = list(files_of(frame)), list[Row]()
+        files, rows = list(files_of(frame)), list[dict[str, Any]]()
         reason = ""
         try:
             detector = self.detector.at_prevalence(given.pop("prevalence", None))
@@ -135,45 +135,24 @@ def _is_missing(cell: object) -> bool:
     return bool(pd.api.types.is_scalar(cell) and pd.isna(cell))  # pyright: ignore[reportUnknownMemberType, reportUnknownArgumentType]
 
 
-class Row(TypedDict):
-    """The answer for one radiograph; ``error`` is empty on success.
+def row_of(finding: Finding, pictures: Sequence[str] = ()) -> dict[str, Any]:
+    """The answer for one radiograph, with the pictures that are named; ``error`` is empty on success.
 
     Pictures are PNG in base64: ``overlay`` the radiograph with the outlined mask, ``mask`` black and white at
     native size. All but id and error are None where the file could not be used: that is no healthy answer.
     """
-
-    image_id: str
-    presence: float | None
-    area_px: int | None
-    rle: str | None
-    error: str
-    overlay: NotRequired[str | None]
-    mask: NotRequired[str | None]
-
-
-def row_of(finding: Finding, pictures: Sequence[str] = ()) -> Row:
-    """The answer for a finding, with the pictures that are named."""
-    area_px, rle = None, None
-    drawn: dict[str, str | None] = dict.fromkeys(pictures)
-    if finding.mask is not None:
-        area_px, rle = int(np.count_nonzero(finding.mask)), encode(finding.mask)
+    row: dict[str, Any] = dict.fromkeys((*COLUMNS, *pictures))
+    row |= {"image_id": finding.image_id, "presence": finding.presence, "error": finding.error}
     if finding.mask is not None and finding.pixels is not None:
-        if OVERLAY in drawn:
-            drawn[OVERLAY] = _png(outlined(finding.pixels, finding.mask, OVERLAY_PX))
-        if MASK in drawn:
-            drawn[MASK] = _png(finding.mask)
-    row = Row(
-        image_id=finding.image_id,
-        presence=finding.presence,
-        area_px=area_px,
-        rle=rle,
-        error=finding.error,
-    )
-    row.update(drawn)  # pyright: ignore[reportCallIssue, reportArgumentType]
+        row |= {"area_px": int(np.count_nonzero(finding.mask)), "rle": encode(finding.mask)}
+        if OVERLAY in row:
+            row[OVERLAY] = _png(outlined(finding.pixels, finding.mask, OVERLAY_PX))
+        if MASK in row:
+            row[MASK] = _png(finding.mask)
     return row
 
 
-def table_of(rows: Sequence[Row], pictures: Sequence[str] = ()) -> pd.DataFrame:
+def table_of(rows: Sequence[dict[str, Any]], pictures: Sequence[str] = ()) -> pd.DataFrame:
     """The rows as a table with one column for each of their names.
 
     What is absent is None, never NaN, which JSON does not have. So a column that lacks something holds
@@ -181,7 +160,7 @@ def table_of(rows: Sequence[Row], pictures: Sequence[str] = ()) -> pd.DataFrame:
     """
     columns: dict[str, Any] = {}
     for name in (*COLUMNS, *pictures):
-        values: list[object] = [row.get(name) for row in rows]
+        values = [row[name] for row in rows]
         numeric = {"area_px": np.int64, "presence": np.float64} if None not in values else {}
         columns[name] = pd.Series(values, dtype=numeric.get(name, object))  # pyright: ignore[reportUnknownMemberType]
     return pd.DataFrame(columns)
