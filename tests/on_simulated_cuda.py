@@ -38,7 +38,6 @@ from pneumo_experiments.evaluation.subset import Subset  # noqa: E402
 from pneumo_experiments.learning import distributed  # noqa: E402
 from pneumo_experiments.learning.averaging import update_batch_norm  # noqa: E402
 from pneumo_experiments.learning.calibration import Calibration  # noqa: E402
-from pneumo_experiments.learning.checkpoint import Checkpoint  # noqa: E402
 from pneumo_experiments.learning.device import ComputeConfig, choose_compute  # noqa: E402
 from pneumo_experiments.learning.fit import fit  # noqa: E402
 from pneumo_experiments.learning.loader import Batch, InMemoryData, StreamedData, batches, load  # noqa: E402
@@ -80,64 +79,23 @@ def settings(dataset: Path, store: Path) -> Train:
     )
 
 
-# Of the caches, the tests of epochs below try all.
-OTHER_CACHES = [pytest.param(cache, marks=soak) for cache in ("host", "stream")]
-
-
-@pytest.mark.parametrize("cache", ["auto", *OTHER_CACHES])
 def test_a_training_ends_in_a_model_that_is_logged(
-    settings: Train, cache: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    settings: Train, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     torch.backends.cudnn.benchmark = False
     monkeypatch.delitem(sys.modules, "pynvml", raising=False)
     tracking.warn_without_gpu_metrics.cache_clear()
-    trained = train(changed(settings, cache=cache, overlays=2 if cache == "auto" else 0))
+    trained = train(changed(settings, overlays=2))
     logged = last_run().data.params
     assert (logged["device_used"], logged["precision_used"], logged["cache_used"]) == (
         "cuda:0",
         "bf16",
-        "device" if cache == "auto" else cache,
+        "device",
     )
     assert trained.model.startswith("models:/")
     assert 0 <= trained.scores.dice <= 1
     assert torch.backends.cudnn.benchmark
     assert "no GPU use among the system metrics: `nvidia-ml-py` is not installed" in caplog.text
-
-
-@soak  # on a CPU it is tested always
-def test_an_interrupted_training_continues_and_averages_its_best_epochs(
-    settings: Train, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    settings = changed(settings, epochs=2, best_k=2)
-    save = Checkpoint.save
-
-    def save_and_stop(self: Checkpoint, last: dict[str, Any], networks: dict[int, dict[str, Any]]) -> None:
-        save(self, last, networks)
-        assert {tensor.device.type for state in networks.values() for tensor in state.values()} == {"cpu"}
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Checkpoint, "save", save_and_stop)
-        with pytest.raises(KeyboardInterrupt):
-            train(settings)
-    train(settings)
-    assert "continues after epoch 1 of 2" in capsys.readouterr().out
-
-
-@soak  # on a CPU it is tested always
-def test_when_memory_runs_out_fewer_images_pass_at_once(
-    settings: Train, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    forward = PneumothoraxNet.forward
-
-    def cramped(self: PneumothoraxNet, images: torch.Tensor) -> Any:
-        if self.training and len(images) > 2:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return forward(self, images)
-
-    monkeypatch.setattr(PneumothoraxNet, "forward", cramped)
-    with pytest.warns(UserWarning, match="memory ran out: .*micro_batch=2"):
-        train(settings)
 
 
 @soak  # on a CPU it is tested always
