@@ -191,8 +191,8 @@ def _read(path: Path) -> dict[str, Tensor]:
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged bytes raise errors of many types
-        found = re.search(r"GLOBAL (\S+) was not an allowed", str(error))
-        culprit = f", for it holds {found[1]}, whose code is not run" if found else ""
+        refused = re.search(r"GLOBAL (\S+) was not an allowed", str(error))
+        culprit = f", for it holds {refused[1]}, whose code is not run" if refused else ""
         raise UserError(
             f"weights={path}: not a state dict that can be read safely{culprit};"
             " save one with torch.save(model.state_dict(), …), or delete it if it is a damaged download"
@@ -240,16 +240,16 @@ def _without_prefix(state: dict[str, Tensor]) -> dict[str, Tensor]:
     for first in ("backbone.conv1.weight", "conv1.weight"):
         second = first.replace("conv1", "layer1.0.conv1")  # blocks have a conv1 too
         prefixes = [name.removesuffix(first) for name in state if name.endswith(first)]
-        found = [prefix for prefix in prefixes if prefix + second in state]
+        matches = [prefix for prefix in prefixes if prefix + second in state]
         if first != "conv1.weight":  # a ResNet may be called backbone, too
             heads = ("mask_head.0.", "classifier.0.")
-            found = [p for p in found if any(n.startswith((p + heads[0], p + heads[1])) for n in state)]
-        if found:
-            prefix = min(found, key=len)
-            kept = {n.removeprefix(prefix): tensor for n, tensor in state.items() if n.startswith(prefix)}
-            if left := len(state) - len(kept):
+            matches = [p for p in matches if any(n.startswith((p + heads[0], p + heads[1])) for n in state)]
+        if matches:
+            prefix = min(matches, key=len)
+            inside = {n.removeprefix(prefix): tensor for n, tensor in state.items() if n.startswith(prefix)}
+            if left := len(state) - len(inside):
                 log.warning("weights: %d tensors outside %s are not used", left, prefix)
-            return kept
+            return inside
     return state
 
 
@@ -259,17 +259,18 @@ def _load(net: PneumothoraxNet, state: dict[str, Tensor], path: Path) -> frozens
     Each stage of the backbone and each head of which the file has anything must be complete: a partly loaded
     network would train badly. A stage that is not in the file is named in a warning.
     """
-    own = net.state_dict()
+    expected = net.state_dict()
     # torchvision's last layers have other classes: this network keeps its own.
-    skipped = {n for n in own if n.startswith(LAST_LAYERS) and n in state and state[n].shape != own[n].shape}
+    last = {name for name in state if name in expected and name.startswith(LAST_LAYERS)}
+    skipped = {name for name in last if state[name].shape != expected[name].shape}
     loaded = {name: tensor for name, tensor in state.items() if name not in skipped}
-    parts = {"backbone.conv1", *map(_part, loaded)}
+    complete = {"backbone.conv1", *map(_stage, loaded)}
     counters = "num_batches_tracked"  # missing in files from before 2018, and unused
-    required = {n for n in own if _part(n) in parts and not n.endswith(counters)} - skipped
+    required = {n for n in expected if _stage(n) in complete and not n.endswith(counters)} - skipped
     mismatches = {
-        "missing": [name for name in own if name in required and name not in loaded],
-        "unknown here": [name for name in loaded if name not in own],
-        "of another shape": [n for n in loaded if n in own and loaded[n].shape != own[n].shape],
+        "missing": [name for name in expected if name in required and name not in loaded],
+        "unknown here": [name for name in loaded if name not in expected],
+        "of another shape": [n for n in loaded if n in expected and loaded[n].shape != expected[n].shape],
     }
     for mismatch, names in mismatches.items():
         if names:
@@ -278,12 +279,12 @@ def _load(net: PneumothoraxNet, state: dict[str, Tensor], path: Path) -> frozens
                 " choose the network that they belong to"
             )
     net.load_state_dict(loaded, strict=False)
-    stages = {_part(name): None for name in own if name.startswith("backbone.")}
-    if absent := [stage for stage in stages if stage not in parts]:
+    stages = {_stage(name): None for name in expected if name.startswith("backbone.")}
+    if absent := [stage for stage in stages if stage not in complete]:
         log.warning("weights=%s: has no %s, which start from random values", path.name, ", ".join(absent))
     return frozenset(name for name, _ in net.named_parameters() if name in loaded)
 
 
-def _part(name: str) -> str:
+def _stage(name: str) -> str:
     """The head, or the stage of the backbone, that a tensor belongs to."""
     return ".".join(name.split(".")[: 2 if name.startswith("backbone.") else 1])

@@ -48,8 +48,11 @@ def save(folder: Path, detector: Detector) -> None:
             raise UserError(
                 f"{folder}: has no room for the model; free some, or name another folder in TMPDIR"
             ) from error
-        own = member.predictor
-        numbers = {"precision": own.compute.precision, "calibration": asdict(own.calibration)}
+        predictor = member.predictor
+        numbers = {
+            "precision": predictor.compute.precision,
+            "calibration": asdict(predictor.calibration),
+        }
         members.append({"settings": dict(member.settings)} | numbers)
     description = {
         "image_size": detector.image_size,

@@ -26,7 +26,7 @@ MaxRejected = Annotated[
 
 ThresholdTrials = Annotated[
     int,
-    Arg("Optuna trials over the four thresholds, beside the exact search", 0, 100_000, shapes_weights=False),
+    Arg("Optuna trials over the four thresholds, next to the exact search", 0, 100_000, shapes_weights=False),
 ]
 
 

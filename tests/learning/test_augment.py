@@ -42,7 +42,7 @@ def affine(*numbers: float) -> Tensor:
 
 
 def discs(count: int, side: int, radius: float, x: float = 0, y: float = 0) -> Tensor:
-    """Shares (count, side, side) of one disc with a soft edge; x, y and radius in halves of the side."""
+    """Masks (count, side, side) of one disc with a soft edge; x, y and radius in halves of the side."""
     centres = (torch.arange(side) * 2 + 1) / side - 1
     distance = torch.hypot(centres - x, centres[:, None] - y)
     return ((radius - distance) * side / 2 + 0.5).clamp(0, 1).expand(count, side, side).clone()
@@ -201,21 +201,21 @@ def test_outside_of_the_image_is_black_and_unmarked() -> None:
 @given(st.integers(0, 2**32), st.sampled_from(["noise", "black", "white", "chequered"]), st.integers(8, 40))
 def test_values_stay_in_range_and_what_was_given_is_not_changed(seed: int, kind: str, side: int) -> None:
     noise = torch.rand(16, side, side, generator=seeded(seed))
-    given_shares = {
+    given_targets = {
         "noise": noise,
         "black": torch.zeros_like(noise),
         "white": torch.ones_like(noise),
         "chequered": (noise > 0.5).float(),
     }[kind]
-    images, targets = given_shares[:, None].clone(), given_shares.clone()
-    moved, moved_shares = augment(images, targets, seeded(seed))
-    assert torch.equal(images[:, 0], given_shares) and torch.equal(targets, given_shares)
-    assert moved.shape == images.shape and moved_shares.shape == targets.shape
-    for values in (moved, moved_shares):
+    images, targets = given_targets[:, None].clone(), given_targets.clone()
+    moved, moved_targets = augment(images, targets, seeded(seed))
+    assert torch.equal(images[:, 0], given_targets) and torch.equal(targets, given_targets)
+    assert moved.shape == images.shape and moved_targets.shape == targets.shape
+    for values in (moved, moved_targets):
         assert values.dtype == torch.float32
         assert values.min() >= 0 and values.max() <= 1
     if kind == "black":
-        assert moved_shares.max() == 0
+        assert moved_targets.max() == 0
 
 
 def test_one_seed_is_one_change_of_each_image_and_nothing_else_is_random() -> None:
