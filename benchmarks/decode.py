@@ -28,7 +28,7 @@ from pneumo_experiments.learning.device import choose_compute
 from pneumo_experiments.learning.network import PneumothoraxNet
 from pneumo_experiments.learning.predict import Predictor, to_native
 from pneumo_experiments.metrics.thresholds import Thresholds, apply_thresholds
-from pneumo_experiments.serving import Detector, Member
+from pneumo_experiments.serving import Detector, TrainedNetwork
 from pneumo_experiments.settings import Device
 from pneumo_experiments.synthetic.kaggle_layout import write_sample
 
@@ -86,7 +86,7 @@ def main() -> None:
         contents = [path.read_bytes() for path in sorted(folder.rglob("*.dcm"))]
     files = [(str(k), content) for k, content in enumerate(islice(cycle(contents), arguments.images))]
     detector = Detector(
-        (Member(Predictor(PneumothoraxNet("fcn_resnet50"), choose_compute(Device())), {}),),
+        (TrainedNetwork(Predictor(PneumothoraxNet("fcn_resnet50"), choose_compute(Device())), {}),),
         arguments.image_size,
         Thresholds(presence_threshold=0),
         "",

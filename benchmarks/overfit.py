@@ -94,7 +94,7 @@ def overfit(everything: Subset, predictor: Predictor, recipe: Recipe, epochs: in
         f" ceiling of the Dice on positives {ceiling(dataset):.4f}",
         flush=True,
     )
-    for epoch in fit(predictor.network, data, recipe, epochs, predictor.compute):
+    for epoch in fit(predictor, data, recipe, epochs):
         if epoch.number % EVERY:
             continue
         scores, _ = scored(everything, predictor)

@@ -79,24 +79,24 @@ def free_detector() -> Any:
     from pneumo_experiments.learning.device import ComputeConfig
     from pneumo_experiments.learning.network import Output
     from pneumo_experiments.learning.predict import Predictor
-    from pneumo_experiments.serving import Detector, Member
+    from pneumo_experiments.serving import Detector, TrainedNetwork
 
     class Free(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.seen = 0
+            self.training_images = 0
             self.mask = torch.full((NETWORK_SIDE, NETWORK_SIDE), -9.0)
             self.mask[60:100, 60:97] = 9.0
 
         def forward(self, images: torch.Tensor) -> Output:
-            numbers = torch.arange(self.seen, self.seen + len(images))
-            self.seen += len(images)
+            numbers = torch.arange(self.training_images, self.training_images + len(images))
+            self.training_images += len(images)
             is_positive = ((numbers + 1) * POSITIVES).floor() > (numbers * POSITIVES).floor()
             mask = self.mask.expand(len(images), -1, -1)
             return Output(mask, mask, torch.where(is_positive, 9.0, -9.0))
 
     network: Any = Free()
-    member = Member(Predictor(network, ComputeConfig(torch.device("cpu"), "fp32")), {})
+    member = TrainedNetwork(Predictor(network, ComputeConfig(torch.device("cpu"), "fp32")), {})
     return Detector((member,), NETWORK_SIDE, Thresholds(), "")
 
 

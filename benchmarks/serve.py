@@ -37,7 +37,7 @@ from pneumo_experiments.learning.device import choose_compute
 from pneumo_experiments.learning.network import PneumothoraxNet
 from pneumo_experiments.learning.predict import Predictor
 from pneumo_experiments.metrics.thresholds import Thresholds
-from pneumo_experiments.serving import Detector, Member, new_folder, save
+from pneumo_experiments.serving import Detector, TrainedNetwork, new_folder, save
 from pneumo_experiments.settings import Device, Train, as_config
 from pneumo_experiments.synthetic.kaggle_layout import write_sample
 from pneumo_experiments.tracking.models import save_model
@@ -178,7 +178,7 @@ def main() -> None:
     settings = Train()
     predictor = Predictor(PneumothoraxNet(settings.recipe.network.network), choose_compute(Device()), "flip")
     detector = Detector(
-        (Member(predictor, as_config(settings)),), SIZE_PX, Thresholds(presence_threshold=0), ""
+        (TrainedNetwork(predictor, as_config(settings)),), SIZE_PX, Thresholds(presence_threshold=0), ""
     )
     images = np.random.default_rng(0).integers(0, 256, (BATCH, SIZE_PX, SIZE_PX), np.uint8)
     lines = list[tuple[str, str]]()

@@ -144,7 +144,12 @@ def ours(
         cache = choose_cache("auto", 2 * len(rows) * side**2, compute.device)
         data = load(dataset, rows, present, side, str(compute.device) if cache == "device" else "cpu")
     recipe = Recipe(batches=Batches(batch_size=batch))
-    return fit(build(recipe.network.network, "none", recipe.seed), data, recipe, epochs, compute, progress)
+    return fit(fresh(recipe, compute), data, recipe, epochs, progress)
+
+
+def fresh(recipe: Recipe, compute: ComputeConfig) -> Predictor:
+    """The recipe's network with random weights."""
+    return Predictor(build(recipe.network.network, "none", recipe.seed), compute)
 
 
 def dataset_of(size: int, folder: Path) -> Path:
@@ -306,7 +311,7 @@ def steps(path: Path, cache: str, recipe: Recipe, compute: ComputeConfig, count:
     """An epoch of so many steps."""
     with hdf5.Dataset.open(path) as dataset:
         data = training_data(dataset, cache, compute, count * recipe.batches.batch_size)
-        (epoch,) = fit(build(recipe.network.network, "none", 0), data, recipe, 1, compute)
+        (epoch,) = fit(fresh(recipe, compute), data, recipe, 1)
     return f"loss {epoch.losses['loss']:.3f}, {epoch.skipped_steps} steps skipped"
 
 
@@ -315,12 +320,12 @@ def resumed(path: Path, cache: str, recipe: Recipe, compute: ComputeConfig, coun
     with hdf5.Dataset.open(path) as dataset, tempfile.TemporaryDirectory() as folder:
         data = training_data(dataset, cache, compute, count * recipe.batches.batch_size)
         checkpoint = Checkpoint(Path(folder))
-        first = next(fit(build(recipe.network.network, "none", 0), data, recipe, 2, compute))
+        first = next(fit(fresh(recipe, compute), data, recipe, 2))
         checkpoint.save({"state": first.state()}, {})
         last = checkpoint.last()
         assert last is not None
         second = build(recipe.network.network, "none", 1)
-        (epoch,) = fit(second, data, recipe, 2, compute, state=last["state"])
+        (epoch,) = fit(Predictor(second, compute), data, recipe, 2, state=last["state"])
     return f"loss {first.losses['loss']:.3f}, then {epoch.losses['loss']:.3f}"
 
 

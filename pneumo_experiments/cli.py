@@ -12,20 +12,20 @@ from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn, get_args, get_origin
 
 import click
 from click.core import ParameterSource
 
 from pneumo_experiments import __version__
-from pneumo_experiments.cli_types import PathType, type_of
 from pneumo_experiments.errors import UserError, reason_of
 from pneumo_experiments.interrupts import Interrupted, Terminated, handle_signals
 from pneumo_experiments.passwords import hide_passwords
 from pneumo_experiments.settings import (
-    CONFIG_HELP,
+    CONFIG,
     DEMO,
     ENTRY_POINTS,
+    NONE,
     Leaf,
     Main,
     Settings,
@@ -33,6 +33,8 @@ from pneumo_experiments.settings import (
     as_text,
     from_flat,
     leaves,
+    limits,
+    parse,
     read_config,
 )
 from pneumo_experiments.terminal import make_streams_unfailing
@@ -60,9 +62,30 @@ class EntryPoint(click.Command):
                 formatter.write_dl(records)
 
 
+class SettingType(click.ParamType):  # pyright: ignore[reportMissingTypeArgument]
+    """What a setting accepts."""
+
+    def __init__(self, leaf: Leaf) -> None:
+        self.leaf = leaf
+        kinds = {bool: "boolean", str: "text", int: "whole number", float: "number"}
+        options = get_args(leaf.type) or (leaf.type,)
+        self.name = "path" if Path in options else " or ".join(kinds.get(each, NONE) for each in options)
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str | None:
+        is_choice = get_origin(self.leaf.type) is Literal
+        return f"[{'|'.join(get_args(self.leaf.type))}]" if is_choice else None
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        try:
+            return parse(self.leaf, value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
 def _option_of(leaf: Leaf) -> click.Option:
     text = f"{leaf.arg.help}  [default: {as_text(leaf.default)}]"
-    return click.Option([f"--{leaf.name}"], type=type_of(leaf), help=text)
+    text += "" if leaf.arg.max is None else f"  [{limits(leaf.arg)}]"
+    return click.Option([f"--{leaf.name}"], type=SettingType(leaf), help=text)
 
 
 def _command_of(name: str) -> click.Command:
@@ -75,10 +98,9 @@ def _command_of(name: str) -> click.Command:
         run: Callable[[Any], object] = getattr(stage, name)
         run(settings)
 
-    config = click.Option(["--config"], type=PathType(optional=True), help=f"{CONFIG_HELP}  [default: none]")
     command = EntryPoint(
         name,
-        params=[config, *map(_option_of, leaves(kind))],
+        params=[_option_of(leaf) for leaf in (CONFIG, *leaves(kind))],
         callback=call,
         help=kind.__doc__,
         short_help=(kind.__doc__ or "").split("\n")[0],
@@ -90,7 +112,7 @@ def _command_of(name: str) -> click.Command:
 def resolve(ctx: click.Context, kind: type[Settings]) -> Settings:
     """The settings of a command: an option beats the config file, the file beats the default.
 
-    Their paths are absolute (see ``absolute``), so that what is printed and logged opens from anywhere.
+    Their paths are absolute.
     """
     given = {n for n in ctx.params if ctx.get_parameter_source(n) is ParameterSource.COMMANDLINE}
     path: Path | None = ctx.params["config"]
@@ -100,20 +122,16 @@ def resolve(ctx: click.Context, kind: type[Settings]) -> Settings:
     if path and not path.exists() and (own := DEMO.parents[1] / path).is_file():
         path = own  # the project has it, and `mlflow run` was called elsewhere
         click.echo(f"{ctx.info_name}: config: {path}")
-    types = {param.name: param for param in ctx.command.params}
-    values: dict[str, Any] = {}
-    for name, text in (read_config(path, kind) if path else {}).items():
-        try:
-            values[name] = types[name].type.convert(text, types[name], ctx)
-        except click.BadParameter as error:
-            raise UserError(f"config={path}: {name}: {error.message.rstrip('.')}") from None
+    values = read_config(path, kind) if path else {}
     defaults = {leaf.name: leaf.default for leaf in leaves(kind) if leaf.arg.declared}
     for name in given - {"config"}:
         # `mlflow run` passes the defaults in MLproject like explicit choices: the config file beats these.
         is_passed_default = "MLFLOW_RUN_ID" in os.environ and name in defaults
         if not (name in values and is_passed_default and ctx.params[name] == defaults[name]):
             values[name] = ctx.params[name]
-    return from_flat(kind, {leaf.name: absolute(leaf, values) for leaf in leaves(kind)})
+    return from_flat(
+        kind, {leaf.name: absolute(leaf, values.get(leaf.name, leaf.default)) for leaf in leaves(kind)}
+    )
 
 
 def _underscored(word: str) -> str:
@@ -153,7 +171,7 @@ for _name in ENTRY_POINTS:
 
 
 @cli.command(short_help="Write MLproject from the settings.")
-@click.argument("path", type=PathType(optional=False), default="MLproject")
+@click.argument("path", type=click.Path(path_type=Path), default="MLproject")
 def mlproject(path: Path) -> None:
     """Write MLproject from the settings."""
     from pneumo_experiments.mlproject import mlproject_text

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from pneumo_experiments.settings import CONFIG_HELP, ENTRY_POINTS, NONE, as_text, leaves
+from pneumo_experiments.settings import CONFIG, ENTRY_POINTS, as_text, leaves
 
 HEAD = """\
 # Written by `python -m pneumo_experiments mlproject` from pneumo_experiments/settings: change it there.
@@ -27,17 +27,14 @@ def mlproject_text() -> str:
 
 
 def _entry_point(name: str, kind: type) -> str:
-    declared = [("config", CONFIG_HELP, NONE)]
-    declared += [
-        (leaf.name, leaf.arg.help, as_text(leaf.default)) for leaf in leaves(kind) if leaf.arg.declared
-    ]
+    declared = [leaf for leaf in (CONFIG, *leaves(kind)) if leaf.arg.declared]
     lines = [f"  {name}:", "    parameters:"]
-    for parameter, meaning, default in declared:
+    for leaf in declared:
         # A path of MLflow's type "path" that does not exist would end `mlflow run` before this program can
         # explain, and leave the run RUNNING: all are strings, and the stages check them.
         lines += [
-            f"      # {meaning}",
-            f"      {parameter}: {{type: string, default: {json.dumps(default)}}}",
+            f"      # {leaf.arg.help}",
+            f"      {leaf.name}: {{type: string, default: {json.dumps(as_text(leaf.default))}}}",
         ]
-    options = " ".join(f"--{parameter} {{{parameter}}}" for parameter, _, _ in declared)
+    options = " ".join(f"--{leaf.name} {{{leaf.name}}}" for leaf in declared)
     return "\n".join([*lines, f'    command: "{COMMAND} {name} {options}"', ""])

@@ -38,7 +38,6 @@ from pneumo_experiments.evaluation.subset import Subset  # noqa: E402
 from pneumo_experiments.learning import distributed  # noqa: E402
 from pneumo_experiments.learning.averaging import update_batch_norm  # noqa: E402
 from pneumo_experiments.learning.calibration import Calibration  # noqa: E402
-from pneumo_experiments.learning.checkpoint import Checkpoint  # noqa: E402
 from pneumo_experiments.learning.device import ComputeConfig, choose_compute  # noqa: E402
 from pneumo_experiments.learning.fit import fit  # noqa: E402
 from pneumo_experiments.learning.loader import Batch, InMemoryData, StreamedData, batches, load  # noqa: E402
@@ -47,7 +46,7 @@ from pneumo_experiments.learning.network import PneumothoraxNet, build  # noqa: 
 from pneumo_experiments.learning.predict import Predictor  # noqa: E402
 from pneumo_experiments.learning.trainer import Trainer  # noqa: E402
 from pneumo_experiments.metrics.thresholds import Thresholds  # noqa: E402
-from pneumo_experiments.serving import Detector, Finding, Member  # noqa: E402
+from pneumo_experiments.serving import Detector, Finding, TrainedNetwork  # noqa: E402
 from pneumo_experiments.settings import Device, Recipe, Score, Search, Train, flat  # noqa: E402
 from pneumo_experiments.stages.score import score  # noqa: E402
 from pneumo_experiments.stages.search import search  # noqa: E402
@@ -80,23 +79,18 @@ def settings(dataset: Path, store: Path) -> Train:
     )
 
 
-# Of the caches, the tests of epochs below try all.
-OTHER_CACHES = [pytest.param(cache, marks=soak) for cache in ("host", "stream")]
-
-
-@pytest.mark.parametrize("cache", ["auto", *OTHER_CACHES])
 def test_a_training_ends_in_a_model_that_is_logged(
-    settings: Train, cache: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    settings: Train, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     torch.backends.cudnn.benchmark = False
     monkeypatch.delitem(sys.modules, "pynvml", raising=False)
     tracking.warn_without_gpu_metrics.cache_clear()
-    trained = train(changed(settings, cache=cache, overlays=2 if cache == "auto" else 0))
+    trained = train(changed(settings, overlays=2))
     logged = last_run().data.params
     assert (logged["device_used"], logged["precision_used"], logged["cache_used"]) == (
         "cuda:0",
         "bf16",
-        "device" if cache == "auto" else cache,
+        "device",
     )
     assert trained.model.startswith("models:/")
     assert 0 <= trained.scores.dice <= 1
@@ -104,40 +98,7 @@ def test_a_training_ends_in_a_model_that_is_logged(
     assert "no GPU use among the system metrics: `nvidia-ml-py` is not installed" in caplog.text
 
 
-def test_an_interrupted_training_continues_and_averages_its_best_epochs(
-    settings: Train, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    settings = changed(settings, epochs=2, best_k=2)
-    save = Checkpoint.save
-
-    def save_and_stop(self: Checkpoint, last: dict[str, Any], networks: dict[int, dict[str, Any]]) -> None:
-        save(self, last, networks)
-        assert {tensor.device.type for state in networks.values() for tensor in state.values()} == {"cpu"}
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Checkpoint, "save", save_and_stop)
-        with pytest.raises(KeyboardInterrupt):
-            train(settings)
-    train(settings)
-    assert "continues after epoch 1 of 2" in capsys.readouterr().out
-
-
-def test_when_memory_runs_out_fewer_images_pass_at_once(
-    settings: Train, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    forward = PneumothoraxNet.forward
-
-    def cramped(self: PneumothoraxNet, images: torch.Tensor) -> Any:
-        if self.training and len(images) > 2:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return forward(self, images)
-
-    monkeypatch.setattr(PneumothoraxNet, "forward", cramped)
-    with pytest.warns(UserWarning, match="memory ran out: .*micro_batch=2"):
-        train(settings)
-
-
+@soak  # on a CPU it is tested always
 def test_a_search_runs_its_trials(settings: Train, no_pictures: None) -> None:
     names = ("dataset", "network", "weights", "batch_size")
     shared = {name: flat(settings)[name] for name in names}
@@ -181,7 +142,7 @@ def test_masks_of_a_folder_are_those_of_the_host_to_the_last_pixel(min_area_px: 
     for name in ("cpu", "cuda"):
         compute = choose_compute(make(Device, device=name, precision="fp32"))
         predictor = Predictor(network, compute, "flip", Calibration(0.6, -1))
-        detector = Detector((Member(predictor, {}),), 64, thresholds, "")
+        detector = Detector((TrainedNetwork(predictor, {}),), 64, thresholds, "")
         presences = [finding.presence for finding in detector.detect(files) if finding.presence is not None]
         # Half of the images are empty by presence alone.
         middle = float(np.median(presences))
@@ -214,7 +175,7 @@ def test_the_host_waits_for_nothing_in_a_step(network: str, precision: str) -> N
         focal_weight=1.0,
         micro_batch=2,  # DeepLab cannot train on one image
     )
-    trainer = Trainer(net, recipe, 10, ComputeConfig(device, precision))
+    trainer = Trainer(Predictor(net, ComputeConfig(device, precision)), recipe, 10)
     drawn = torch.Generator().manual_seed(0)
     images, targets = (torch.rand(4, 32, 32, generator=drawn) for _ in range(2))
     batch = Batch(images[:, None].cuda(), (targets > 0.9).float().cuda(), torch.ones(4).cuda(), 4)
@@ -235,7 +196,7 @@ def test_in_an_epoch_the_host_waits_only_for_its_sums(dataset: Path, cache: str)
             data = StreamedData(opened, rows, present)
         else:
             data = load(opened, rows, present, 32, str(compute.device) if cache == "device" else "cpu")
-        epochs = fit(build("tiny", "none", 0), data, recipe, 2, compute)
+        epochs = fit(Predictor(build("tiny", "none", 0), compute), data, recipe, 2)
         next(epochs)
         with count_syncs() as waits:
             epoch = next(epochs)

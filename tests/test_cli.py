@@ -3,84 +3,62 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import click
 import pytest
 import yaml
-from helpers import ROOT
+from helpers import ROOT, ended
 
 from pneumo_experiments import cli
 from pneumo_experiments.errors import UserError
-from pneumo_experiments.settings import ENTRY_POINTS, Main, Train, as_config, as_params, flat, leaves
+from pneumo_experiments.settings import ENTRY_POINTS, Main, Train, as_config, flat, leaves
 
 
-@pytest.fixture(autouse=True)
-def signals_stay_as_they_were() -> Iterator[None]:
-    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    yield
-    signal.signal(signal.SIGINT, before[0])
-    signal.signal(signal.SIGTERM, before[1])
+def resolved(name: str, *words: str) -> Any:
+    command = cli.cli.commands[name]
+    return cli.resolve(
+        command.make_context(name, [*words], parent=cli.cli.make_context("", [name])), ENTRY_POINTS[name]
+    )
 
 
-def error_of(words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
-    """The one line that the command line prints for a mistake."""
-    monkeypatch.setattr("sys.argv", ["pneumo_experiments", *words])
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    assert stop.value.code == 2
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1, lines
-    return lines[0]
+HELP = "; see python -m pneumo_experiments"
 
 
 @pytest.mark.parametrize(
-    ("words", "culprit", "fix"),
+    ("words", "line"),
     [
-        (["train", "--learning_rate", "banana"], "learning_rate: 'banana' is not a valid number", "--help"),
-        (["train", "--learning_rate", "nan"], "learning_rate: 'nan' is not a finite number", "--help"),
-        (["train", "--epochs", "1.5"], "epochs: '1.5' is not a valid whole number", "--help"),
-        (["train", "--epochs", "0"], "epochs: 0 is not in the range", "--help"),
-        (["train", "--positive_share", "2"], "positive_share: 2.0 is not in the range", "--help"),
-        (["train", "--network", "unet"], "network: 'unet' is not one of", "fcn_resnet50"),
-        (["train", "--augment", "perhaps"], "augment: 'perhaps' is not a valid boolean", "true"),
-        (["train", "--lerning_rate", "1"], "'--lerning_rate'", "--learning_rate"),
-        (["tain"], "'tain'", "'train'"),
-        (["train", "stray"], "stray", "--help"),
-        (["train", "--seed", "1e20"], "seed: '1e20' is not a valid whole number", "--help"),
-        (["train", "--seed", "1" + "0" * 20], "is not in the range 0<=x<=4294967295", "--help"),
-        (["preprocess", "--image_size", "1000000"], "image_size: 1000000 is not in the range", "--help"),
-        (["train", "--epochs", "9" * 5000], f"epochs: '{'9' * 49}… is not a valid whole number", "--help"),
-        (["train", "--fold", "9" * 5000], f"fold: '{'9' * 49}… is not the number of a part, or all", "help"),
-        (["train", "--augment", ""], "augment: '' is not a valid boolean", "true"),
-        (
-            ["score", "--dataset", "~nosuchuser/x"],
-            "dataset: '~nosuchuser/x' names the home of a user",
-            "help",
-        ),
-        (["score", "--dataset", f"x/{'é' * 128}"], "has a name of 256 bytes, more than 255", "--help"),
-        (["score", "--dataset", "a\0b"], "dataset: 'a\\x00b' holds a character that no path can", "--help"),
-        (["search", "--study", "a\nb"], "study: 'a\\nb' holds characters that cannot be shown", "--help"),
-        (["train", "--fold", "postgresql://u:Secret@h/x"], "fold: 'postgresql://u:***@h/x' is not", "--help"),
-        (["register", "--name", "\udcff"], "name: '\\udcff' holds characters that cannot", "--help"),
-        (["register", "--model", "m" * 1001], "has 1001 characters, more than 1000", "--help"),
+        ("train --learning_rate banana", f"learning_rate: 'banana' is not a valid number{HELP}"),
+        ("train --learning_rate nan", f"learning_rate: 'nan' is not a finite number{HELP}"),
+        ("train --epochs 1.5", f"epochs: '1.5' is not a valid whole number{HELP}"),
+        ("train --epochs 0", f"epochs: 0 is not in the range 1<=x<=100000{HELP}"),
+        ("train --ema 2", f"ema: 2.0 is not in the range 0<=x<=1{HELP}"),
+        ("train --network unet", "network: 'unet' is not one of 'fcn_resnet50', "),
+        ("train --augment perhaps", f"augment: 'perhaps' is not a valid boolean; give true or false{HELP}"),
+        ("train --augment=", f"augment: '' is not a valid boolean; give true or false{HELP}"),
+        ("train --lerning_rate 1", "No such option '--lerning_rate'. Did you mean '--learning_rate'?"),
+        ("tain", "No such command 'tain'"),
+        ("train stray", f"Got unexpected extra argument (stray){HELP}"),
+        (f"train --epochs {'9' * 5000}", f"epochs: '{'9' * 49}… is not a valid whole number{HELP}"),
+        (f"train --fold {'9' * 5000}", f"fold: '{'9' * 49}… is not the number of a part, or all{HELP}"),
+        ("score --dataset ~nosuchuser/x", "dataset: '~nosuchuser/x' names the home of a user whom this"),
+        ("score --dataset a\0b", "dataset: 'a\\x00b' holds a character that no path can have"),
+        ("score --dataset=", f"dataset: give a path{HELP}"),
+        ("search --study a\nb", "study: 'a\\nb' holds characters that cannot be shown"),
+        ("register --name \udcff", "name: '\\udcff' holds characters that cannot be shown"),
+        ("train --fold postgresql://u:Secret@h/x", "fold: 'postgresql://u:***@h/x' is not the number"),
+        (f"register --model {'m' * 1001}", "has 1001 characters, more than 1000"),
     ],
 )
 def test_a_mistyped_value_or_name_is_one_line_and_exit_code_2(
-    words: list[str],
-    culprit: str,
-    fix: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    words: str, line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    line = error_of(words, monkeypatch, capsys)
-    assert culprit in line
-    assert fix in line
+    end = ended(words.split(" "), monkeypatch, capsys)
+    assert (end.code, end.err.count("\n")) == (2, 1)
+    assert line in end.err
 
 
 def test_an_eof_error_that_is_our_bug_is_not_reported_as_an_interrupt(
@@ -96,9 +74,9 @@ def test_an_eof_error_that_is_our_bug_is_not_reported_as_an_interrupt(
 
 
 HOSTILE = [
-    *("", " ", "-1", "nan", "inf", "-inf", "1e20", "1e400", "0x10", "1" + "0" * 20, "9" * 5000, "x" * 300),
+    *("", " ", "-1", "nan", "inf", "-inf", "1e20", "1e400", "0x10", "1" + "0" * 20, "9" * 5000, "x" * 5000),
     *(
-        "x" * 5000,
+        "9" * 4000,
         "a\nb",
         "a\0b",
         "\udcff",
@@ -116,25 +94,23 @@ HOSTILE = [
 @pytest.mark.parametrize("name", ENTRY_POINTS)
 def test_a_hostile_value_of_any_setting_is_one_short_line_or_within_the_limits(name: str) -> None:
     """Only the reading of the command line; what stages make of paths and addresses is tested elsewhere."""
-    for f in leaves(ENTRY_POINTS[name]):
-        is_number = f.type in (int, float)
-        assert not is_number or f.arg.max is not None, f"{f.name} may grow without limit"
+    for leaf in leaves(ENTRY_POINTS[name]):
+        is_number = leaf.type in (int, float)
         for value in HOSTILE:
             try:
-                taken = cli.cli.commands[name].make_context(name, [f"--{f.name}", value]).params[f.name]
+                taken = cli.cli.commands[name].make_context(name, [f"--{leaf.name}", value]).params[leaf.name]
             except click.BadParameter as refused:
                 line = cli._one_line(refused)
-                assert line.startswith(f"{f.name}: ")
+                assert line.startswith(f"{leaf.name}: ")
                 assert len(line) < 250, line
                 continue
             if is_number:
-                assert f.arg.min is not None and f.arg.max is not None
-                assert f.arg.min <= taken <= f.arg.max
+                assert leaf.arg.min is not None and leaf.arg.max is not None
+                assert leaf.arg.min <= taken <= leaf.arg.max
             elif isinstance(taken, Path):
-                assert max(len(part.encode(errors="surrogateescape")) for part in taken.parts) < 256
                 assert "\0" not in str(taken)
             else:
-                assert f.type is not bool
+                assert leaf.type is not bool
                 assert taken is None or (len(taken) <= 1000 and taken.isprintable())
 
 
@@ -172,13 +148,6 @@ def test_a_terminal_that_is_full_or_closed_ends_no_work(streams: str, heard: str
     assert done.returncode == 0
     assert done.stderr.replace("to stderr\n", "") == heard
     assert ("to stdout" in done.stdout) == (streams in ("2> /dev/full", "2>&-"))
-
-
-def resolved(name: str, *words: str) -> Any:
-    command = cli.cli.commands[name]
-    return cli.resolve(
-        command.make_context(name, [*words], parent=cli.cli.make_context("", [name])), ENTRY_POINTS[name]
-    )
 
 
 def test_main_without_data_and_config_takes_the_demo_s_values_and_with_data_the_defaults() -> None:
@@ -221,15 +190,6 @@ def test_an_address_stays_relative_in_a_folder_whose_name_means_something_in_it(
     assert resolved("search", "--dataset", "d.h5").study.storage == "sqlite:///optuna.db"
 
 
-def test_a_home_folder_is_known_in_every_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", str(tmp_path))
-    (tmp_path / "w.pt").touch()
-    assert resolved("train", "--weights", "~/w.pt").recipe.network.weights == f"{tmp_path}/w.pt"
-    assert resolved("train", "--weights", "coco").recipe.network.weights == "coco"
-    assert resolved("preprocess", "--patients_csv", "~/p.csv").source.patients_csv == f"{tmp_path}/p.csv"
-    assert resolved("preprocess", "--patients_csv", "auto").source.patients_csv == "auto"
-
-
 @pytest.mark.parametrize(
     ("entry_point", "setting", "text", "expected"),
     [
@@ -238,6 +198,8 @@ def test_a_home_folder_is_known_in_every_path(tmp_path: Path, monkeypatch: pytes
         ("train", "checkpoints", "../c", Path("{here}/../c")),
         ("preprocess", "rle_csv", "none", None),
         ("preprocess", "patients_csv", "p.csv", "{here}/p.csv"),
+        ("preprocess", "patients_csv", "~/p.csv", "{here}/p.csv"),
+        ("preprocess", "patients_csv", "none.csv", "none.csv"),
         ("preprocess", "patients_csv", "auto", "auto"),
         ("preprocess", "patients_csv", "none", "none"),
         ("search", "storage", "sqlite:///o/s.db?timeout=3", "sqlite:///{here}/o/s.db?timeout=3"),
@@ -246,7 +208,10 @@ def test_a_home_folder_is_known_in_every_path(tmp_path: Path, monkeypatch: pytes
         ("search", "storage", "sqlite://", "sqlite://"),
         ("search", "storage", "postgresql://host/a", "postgresql://host/a"),
         ("search", "storage", "none", "none"),
-        ("train", "weights", "imagenet", "imagenet"),
+        ("train", "weights", "coco", "coco"),
+        ("train", "weights", "~/p.csv", "{here}/p.csv"),
+        ("train", "weights", "models:/m@champion", "models:/m@champion"),
+        ("train", "weights", "w" * 999, "w" * 999),
     ],
 )
 def test_paths_are_absolute_and_nothing_else_is_taken_for_one(
@@ -258,6 +223,9 @@ def test_paths_are_absolute_and_nothing_else_is_taken_for_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for file in ("p.csv", "coco"):
+        (tmp_path / file).touch()
     found = flat(resolved(entry_point, f"--{setting}", text))[setting]
     assert (type(found), str(found)) == (type(expected), str(expected).replace("{here}", str(tmp_path)))
 
@@ -319,19 +287,12 @@ def test_a_config_file_s_mistake_is_named(text: str, expected: str, tmp_path: Pa
     assert expected in str(caught.value)
 
 
-@pytest.mark.parametrize("kind", ENTRY_POINTS.values(), ids=[*ENTRY_POINTS])
-def test_the_resolved_settings_as_a_config_file_give_the_same_settings(kind: type, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ENTRY_POINTS)
+def test_the_resolved_settings_as_a_config_file_give_the_same_settings(name: str, tmp_path: Path) -> None:
     config = tmp_path / "c.yaml"
-    (name,) = (name for name, each in ENTRY_POINTS.items() if each is kind)
-    settings = resolved(name, *(["--seed", "5"] if "seed" in flat(kind()) else []))
+    settings = resolved(name, *(["--seed", "5"] if "seed" in flat(ENTRY_POINTS[name]()) else []))
     config.write_text(yaml.safe_dump(as_config(settings)))
     assert resolved(name, "--config", str(config)) == settings
-
-
-def test_no_two_settings_of_an_entry_point_have_one_name() -> None:
-    for kind in ENTRY_POINTS.values():
-        names = [leaf.name for leaf in leaves(kind)]
-        assert len(set(names)) == len(names) > 2
 
 
 def test_dashes_are_underscores_and_h_is_help(capsys: pytest.CaptureFixture[str]) -> None:
@@ -343,18 +304,14 @@ def test_dashes_are_underscores_and_h_is_help(capsys: pytest.CaptureFixture[str]
     assert "Split by patient" in headings
 
 
-def test_every_setting_is_a_param_in_the_text_that_mlproject_declares() -> None:
-    assert as_params(Train())["augment"] == "true"
-    assert as_params(Train())["learning_rate"] == "0.0003"
-    assert as_params(Main())["dicom_dir"] == "none"
-
-
 @pytest.mark.parametrize("name", ENTRY_POINTS)
 def test_help_names_every_setting_with_meaning_and_default(
     name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cli.cli.main([name, "--help"], standalone_mode=False)
     shown = " ".join(capsys.readouterr().out.split())
+    names = [leaf.name for leaf in leaves(ENTRY_POINTS[name])]
+    assert len(set(names)) == len(names) > 2
     for leaf in leaves(ENTRY_POINTS[name]):
         assert f"--{leaf.name}" in shown
         assert leaf.arg.help.split(";")[0].split()[0] in shown

@@ -21,7 +21,7 @@ from pneumo_experiments.settings import ENTRY_POINTS, as_text, leaves
 PACKAGE = ROOT / "pneumo_experiments"
 # Heavy or telling libraries, and the only rooms (or files) that may import them.
 LIBRARIES = {
-    "click": {"cli.py", "cli_types.py"},
+    "click": {"cli.py"},
     "mlflow": {"tracking", "registry"},
     "optuna": {"stages/search.py", "search", "evaluation/threshold_search.py"},
     "torch": {"learning", "serving"},

@@ -14,7 +14,7 @@ from pneumo_experiments.learning.loader import InMemoryData
 from pneumo_experiments.learning.network import NETWORKS, PneumothoraxNet
 
 if TYPE_CHECKING:
-    from pneumo_experiments.serving import Member
+    from pneumo_experiments.serving import TrainedNetwork
 
 
 CPU = ComputeConfig(torch.device("cpu"), "fp32")
@@ -72,14 +72,16 @@ def random_network(seed: int) -> PneumothoraxNet:
     return built
 
 
-def tiny_member(seed: int, **values: Any) -> Member:
+def tiny_member(seed: int, **values: Any) -> TrainedNetwork:
     """One that predicts with the tiny network of that seed, with the settings of its training."""
     from pneumo_experiments.learning.predict import Predictor
-    from pneumo_experiments.serving import Member  # which imports much, and is not what workers need
+    from pneumo_experiments.serving import TrainedNetwork  # which imports much, and is not what workers need
     from pneumo_experiments.settings import Train, as_config
 
     settings = make(Train, network="tiny", **values)
-    return Member(Predictor(random_network(seed), CPU, settings.recipe.network.tta), as_config(settings))
+    return TrainedNetwork(
+        Predictor(random_network(seed), CPU, settings.recipe.network.tta), as_config(settings)
+    )
 
 
 def noise(count: int, side: int = 32) -> InMemoryData:

@@ -15,7 +15,7 @@ from pneumo_experiments.evaluation.subset import Subset, all_images, describe_se
 from pneumo_experiments.learning.predict import Ensemble
 from pneumo_experiments.metrics.exact import best_of_all
 from pneumo_experiments.metrics.thresholds import ThresholdCounts
-from pneumo_experiments.serving import Detector, join, load
+from pneumo_experiments.serving import Detector, load, make_ensemble
 from pneumo_experiments.settings import Device
 
 
@@ -40,7 +40,7 @@ def load_models(model: str, dataset: Path, compute: Device) -> Detector:
     detectors = [load(tracking.model_data(address)).on(compute) for address in addresses_of(model)]
     if len(detectors) == 1:
         return detectors[0]
-    joined = join(detectors)
+    joined = make_ensemble(detectors)
     with ExitStack() as stack:
         try:
             opened = stack.enter_context(Dataset.open(dataset))
@@ -67,7 +67,7 @@ def check_unseen(address: str, baseline: Detector, subset: Subset) -> None:
             f"baseline={address}: was trained on {baseline.image_size} px, the data set has {size} px; score"
             " both models on data sets of their own and compare their dice"
         )
-    if seen := describe_seen(subset, baseline.seen, "it"):
+    if seen := describe_seen(subset, baseline.training_images, "it"):
         raise UserError(
             f"baseline={address}: {seen}; compare models whose split has the same hold-out (holdout and"
             " split_seed), or on external images"
@@ -105,7 +105,7 @@ def common_images(path: Path, detectors: Mapping[str, Detector]) -> CommonImages
             )
         subset = _holdout(path, dataset, trained) if trained else all_images(dataset)
         for name, detector in detectors.items():
-            if seen := describe_seen(subset, detector.seen, name):
+            if seen := describe_seen(subset, detector.training_images, name):
                 raise UserError(
                     f"dataset={path}: {seen}; name a data set that neither has seen, or leave out what"
                     " scores.csv of score with subset=all marks as seen"

@@ -114,7 +114,7 @@ def make_report(
         note = "Left, of each image; right, of the mean in resamples of the patients."
         picture = comparison_plot(comparison)
         changes.append(Figure("Difference of Dice", "comparison.png", picture, note))
-    tables["scores"] = (IMAGE_COLUMNS, evaluation.image_rows(detector.seen))
+    tables["scores"] = (IMAGE_COLUMNS, evaluation.image_rows(detector.training_images))
     room = MAX_PICTURE_BYTES - sum(len(figure.source) for figure in [*figures, *changes])
     overlays, galleries, omitted = _galleries(evaluation, detector, settings.overlays, room)
     few = "" if scores.interval_reliable else (

@@ -6,7 +6,7 @@ import ctypes
 import logging
 import time
 from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -41,25 +41,30 @@ class ComputeConfig:
         return torch.autocast(self.device.type, dtype=FORMATS[self.precision])
 
 
-def choose_compute(settings: Device) -> ComputeConfig:
-    """The device and format that the settings name, or the best available.
+def choose_compute(settings: Device, trained_in: str = "auto") -> ComputeConfig:
+    """The device and format that the settings name, or the best device and the format of the training.
 
-    Raises UserError when the named device is not available or cannot compute in the named format.
+    Without either format it is the fastest. A CPU has no fp16: a network ``trained_in`` it computes in fp32,
+    with a warning. Raises UserError when the named device is not available or cannot compute in the named
+    format.
     """
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    name = (
-        next(kind for kind in available if available[kind]) if settings.device == "auto" else settings.device
-    )
+    name = settings.device
+    if name == "auto":
+        name = next(kind for kind in available if available[kind])
     if not available[name]:
         raise UserError(f"device={name}: not available here; device=auto uses the best one that is")
     device = distributed.local_device(name)
     if name == "cpu":
         _keep_freed_memory()
-    precision = settings.precision
+    precision = settings.precision if settings.precision != "auto" else trained_in
     if precision == "auto":
-        precision = str(distributed.broadcast({"precision": _fastest(device)})["precision"])
+        precision = distributed.broadcast(_fastest(device))
     if precision == "fp16" and name == "cpu":
-        raise UserError("precision=fp16: not on a CPU; precision=auto uses the fastest format there")
+        if settings.precision == "fp16":
+            raise UserError("precision=fp16: not on a CPU; precision=auto uses the fastest format there")
+        log.warning("the model was trained in fp16, which a CPU does not support: using fp32")
+        precision = "fp32"
     return ComputeConfig(device, precision)
 
 
@@ -76,20 +81,6 @@ def from_numpy(array: NDArray[Any]) -> Tensor:
 def copy_to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """A host tensor on the device; through pinned memory, since the host would wait for any other copy."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
-
-
-def choose_compute_for(precision: str, settings: Device) -> ComputeConfig:
-    """The settings' device, in the format that a network was trained in unless they name another.
-
-    A CPU cannot compute in fp16: it uses fp32, with a warning.
-    """
-    if settings.precision != "auto" or precision == "auto":
-        return choose_compute(settings)
-    device = choose_compute(replace(settings, precision="fp32")).device
-    if precision == "fp16" and device.type == "cpu":
-        log.warning("the model was trained in fp16, which a CPU does not support: using fp32")
-        precision = "fp32"
-    return ComputeConfig(device, precision)
 
 
 def _keep_freed_memory() -> None:

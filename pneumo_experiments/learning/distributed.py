@@ -112,9 +112,9 @@ def convert_sync_batchnorm(network: nn.Module, device: torch.device) -> None:
     for parent in list(network.modules()):
         for name, child in parent.named_children():
             if type(child) is nn.BatchNorm2d:
-                synchronised = SyncBatchNormOnCPU(child.num_features, child.eps, child.momentum)
-                synchronised.load_state_dict(child.state_dict())
-                setattr(parent, name, synchronised)
+                layer = SyncBatchNormOnCPU(child.num_features, child.eps, child.momentum)
+                layer.load_state_dict(child.state_dict())
+                setattr(parent, name, layer)
 
 
 def wrap_ddp(network: nn.Module) -> nn.Module:

@@ -1,4 +1,4 @@
-"""Counts of predicted pixels at each threshold, taken on the device where the network computes.
+"""Counts of predicted pixels at each threshold, and masks, taken on the device where the network computes.
 
 A probability map at native size takes 4 MB, its counts less than 1 kB: only they are copied to the host.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from itertools import islice
+from math import prod
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from torch.nn import functional
 
 from pneumo_experiments.learning.device import copy_to_device, from_numpy
 from pneumo_experiments.learning.predict import AnyPredictor, require_finite
-from pneumo_experiments.metrics.thresholds import HUNDREDTHS, ThresholdCounts
+from pneumo_experiments.metrics.thresholds import HUNDREDTHS, ThresholdCounts, Thresholds
 
 MAX_PIXELS_AT_ONCE = 2**23  # native pixels, about 30 bytes each while they are counted
 
@@ -122,3 +123,27 @@ def _levels(native: Tensor, hundredths: Tensor) -> Tensor:
     upper = functional.pad(hundredths[1:], (0, 1), value=float("inf"))
     level = (native * 99.999).floor_()
     return level.add_(upper.index_select(0, level.view(-1).int()).view_as(native).le_(native))
+
+
+@torch.inference_mode()
+def masks_on_device(
+    probabilities: Sequence[Tensor], shapes: Sequence[tuple[int, int]], thresholds: Thresholds
+) -> list[NDArray[np.bool_]]:
+    """The mask (H, W) at native size of each probability map (S, S), float32, of an image with presence.
+
+    As ``apply_thresholds`` does it on the host, which is faster for a CPU. Images of one size are upsampled
+    together, and only masks are copied to the host: a quarter of the probabilities.
+    """
+    top_score, bottom_score = map(float, thresholds.scores)
+    masks: dict[int, NDArray[np.bool_]] = {}
+    for rows in group_by_shape(shapes, MAX_PIXELS_AT_ONCE):
+        shape = shapes[rows[0]]
+        # One row at a time: the host would wait while a list of indices is copied to the device.
+        small = torch.stack([probabilities[row] for row in rows])[:, None]
+        native = functional.interpolate(small, size=shape, mode="bilinear", align_corners=False)[:, 0]
+        inside = native >= bottom_score
+        if (least_core_px := thresholds.least_core_px(prod(shape))) > 0:
+            core = (native >= top_score).flatten(1).sum(1) >= least_core_px
+            inside &= core[:, None, None]
+        masks |= zip(rows, inside.cpu().numpy(), strict=True)
+    return [masks[row] for row in range(len(probabilities))]

@@ -10,10 +10,10 @@ import torch
 
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.learning import distributed
-from pneumo_experiments.learning.device import ComputeConfig
 from pneumo_experiments.learning.loader import InMemoryData, StreamedData, batches, count_batches
 from pneumo_experiments.learning.loss import MASK_LOSSES, RunningMeans
 from pneumo_experiments.learning.network import PneumothoraxNet
+from pneumo_experiments.learning.predict import Predictor
 from pneumo_experiments.learning.trainer import State, Trainer
 from pneumo_experiments.settings import Recipe
 
@@ -47,15 +47,14 @@ class Epoch:
 
 
 def fit(
-    network: PneumothoraxNet,
+    predictor: Predictor,
     data: InMemoryData | StreamedData,
     recipe: Recipe,
     epochs: int,
-    compute: ComputeConfig,
     progress: Callable[[int], None] = lambda images: None,
     state: State | None = None,
 ) -> Iterator[Epoch]:
-    """Trains the network in place and yields after each epoch; the caller may stop at any time.
+    """Trains the predictor's network in place and yields after each epoch; the caller may stop at any time.
 
     AdamW under the recipe's schedule over all epochs. From the ``state`` of an epoch it continues with the
     next one, and on a CPU ends in the same weights as without the interruption. ``progress`` is called with
@@ -66,15 +65,21 @@ def fit(
     if not any(getattr(recipe.loss, name) > 0 for name in weights):
         raise UserError(f"{', '.join(weights)}: all are 0, so nothing is learned; set one above 0")
     steps_per_epoch = count_batches(len(data), recipe.batches.batch_size)
-    trainer = _prepare(network, len(data), recipe, epochs * steps_per_epoch, compute, state)
+    if len(data) // steps_per_epoch < distributed.world_size():
+        raise UserError(
+            f"batch_size={recipe.batches.batch_size}: fewer images than the"
+            f" {distributed.world_size()} processes; give at least one to each"
+        )
+    network, device = predictor.network, predictor.compute.device
+    trainer = Trainer(predictor, recipe, epochs * steps_per_epoch, state)
     for number in range(1 + trainer.steps // steps_per_epoch, epochs + 1):
         # Dropout draws from torch's global generator: seeded for each epoch, it need not be saved.
         seed = (recipe.seed * 1_000_003 + number) * distributed.world_size() + distributed.rank()
         torch.manual_seed(seed)  # pyright: ignore[reportUnknownMemberType]
         network.train()
-        means, skipped, waited = RunningMeans(), torch.zeros((), device=compute.device), 0.0
+        means, skipped, waited = RunningMeans(), torch.zeros((), device=device), 0.0
         start = requested = time.perf_counter()
-        for batch in batches(data, recipe, number, epochs, compute.device):
+        for batch in batches(data, recipe, number, epochs, device):
             waited += time.perf_counter() - requested
             terms, finite = trainer.step(batch)
             means.add(terms, len(batch.images))
@@ -101,37 +106,3 @@ def fit(
             micro_batch=trainer.micro_batch,
             state=trainer.state,
         )
-
-
-def _prepare(
-    network: PneumothoraxNet,
-    images: int,
-    recipe: Recipe,
-    steps: int,
-    compute: ComputeConfig,
-    state: State | None,
-) -> Trainer:
-    """The trainer of the network on its device, in the given state; checks the batch size."""
-    network.to(device=compute.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-    # Shapes hardly change from step to step: cuDNN may time its algorithms once and keep the fastest.
-    torch.backends.cudnn.benchmark = compute.device.type == "cuda"
-    distributed.convert_sync_batchnorm(network, compute.device)
-    # The weights' file may be missing in some of the processes.
-    network.pretrained = frozenset(distributed.broadcast(sorted(network.pretrained)))
-    if images // count_batches(images, recipe.batches.batch_size) < distributed.world_size():
-        raise UserError(
-            f"batch_size={recipe.batches.batch_size}: fewer images than the"
-            f" {distributed.world_size()} processes; give at least one to each"
-        )
-    if state is not None:
-        network.pretrained = frozenset(state["pretrained"])
-    trainer = Trainer(network, recipe, steps, compute)
-    if state is not None:
-        try:
-            trainer.load(state)
-        except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(
-                f"resume=true: the checkpoint does not fit the network ({reason}); resume=false starts again"
-            ) from error
-    return trainer

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
+import pickle
 import signal
+import tempfile
+import traceback
 import uuid
 from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from pathlib import Path
+from typing import Any, TypeVar
 
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -19,7 +23,6 @@ from pneumo_experiments.learning import distributed
 from pneumo_experiments.terminal import make_streams_unfailing
 
 Result = TypeVar("Result")
-USER_ERROR = "UserError: "  # how torch renders one in a message
 
 
 def is_launched() -> bool:
@@ -30,8 +33,8 @@ def is_launched() -> bool:
 def launch(processes: int, work: Callable[..., Result], *arguments: Any) -> Result:
     """The result of rank 0 of new processes that each call ``work(*arguments)`` in one process group.
 
-    When one fails, the others are terminated. Re-raises its UserError; any other failure is a RuntimeError
-    with the process's own traceback.
+    When one fails, the others are terminated. Raises its UserError; any other failure is a RuntimeError with
+    the process's own traceback.
     """
     for name in logging.root.manager.loggerDict:
         if name.startswith(("torch.distributed.elastic", "torch.multiprocessing")):  # a line for each process
@@ -47,36 +50,35 @@ def launch(processes: int, work: Callable[..., Result], *arguments: Any) -> Resu
         max_restarts=0,
     )
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        return elastic_launch(config, _worker)(work, arguments)[0]
-    except SignalException as caught:
-        stop(caught.sigval, None)
-    except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        reason, trace = _reason_and_trace(failure.message)
-        if reason.startswith(USER_ERROR):
-            raise UserError(reason.removeprefix(USER_ERROR)) from None
-        raise RuntimeError(f"process {rank} of {processes} failed: {reason}\n{trace}") from None
-    finally:
-        for number, handler in before.items():
-            if signal.getsignal(number) is not signal.SIG_IGN:
-                signal.signal(number, handler)
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            return elastic_launch(config, _worker)(Path(folder), work, arguments)[0]
+        except SignalException as caught:
+            stop(caught.sigval, None)
+        except ChildFailedError as error:
+            rank, failure = error.get_first_failure()
+            if (written := Path(folder) / str(rank)).is_file():
+                raise pickle.loads(written.read_bytes()) from None
+            raise RuntimeError(f"process {rank} of {processes} failed: {failure.message}") from None
+        finally:
+            for number, handler in before.items():
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    signal.signal(number, handler)
 
 
-def _reason_and_trace(message: Any) -> tuple[str, str]:
-    """From a text, or from the dict that torch's ``record`` writes of an exception."""
-    if not isinstance(message, dict):
-        return str(message), ""
-    recorded = cast("dict[str, Any]", message)
-    return str(recorded["message"]), str(recorded["extraInfo"]["py_callstack"])
-
-
-def _worker(work: Callable[..., Result], arguments: tuple[Any, ...]) -> Result | None:
+def _worker(folder: Path, work: Callable[..., Result], arguments: tuple[Any, ...]) -> Result | None:
+    """Calls ``work``; writes what it raises to a file in the folder, named by the rank."""
     handle_signals()
+    rank = os.environ["RANK"]
     try:
         distributed.init_process_group()
         make_streams_unfailing()
         result = work(*arguments)
         return result if distributed.is_main_process() else None
+    except Exception as error:
+        is_mistake = isinstance(error, UserError)
+        failure = error if is_mistake else RuntimeError(f"process {rank} failed: {traceback.format_exc()}")
+        (folder / rank).write_bytes(pickle.dumps(failure))
+        raise
     finally:
         ignore_signals()

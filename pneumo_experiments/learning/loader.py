@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import psutil
@@ -19,6 +19,9 @@ from pneumo_experiments.learning.augment import augment
 from pneumo_experiments.learning.device import copy_to_device, from_numpy
 from pneumo_experiments.settings import Recipe
 
+if TYPE_CHECKING:  # a served model has no library to read it
+    from pneumo_experiments.dataset.hdf5 import Dataset
+
 Indices = NDArray[np.int64]
 Item = TypeVar("Item")
 Fetched = TypeVar("Fetched")
@@ -27,14 +30,6 @@ READ_AT_ONCE = 256  # images
 # Fractions of the free memory that images may take; the network needs the rest.
 DEVICE_FRACTION, HOST_FRACTION = 0.4, 0.5
 POSITIVES, NEGATIVES, ALL_IMAGES = 1, 2, 3  # random streams under one seed
-
-
-class ImageSource(Protocol):
-    """8-bit images and soft masks (n, S, S) by index, such as an open data set."""
-
-    def images(self, indices: Indices) -> NDArray[np.uint8]: ...
-
-    def targets(self, indices: Indices) -> NDArray[np.uint8]: ...
 
 
 @dataclass(frozen=True)
@@ -58,7 +53,7 @@ class InMemoryData:
 class StreamedData:
     """Training data that is read when needed: rows of an open data set."""
 
-    source: ImageSource
+    source: Dataset
     rows: Indices
     present: NDArray[np.bool_]
 
@@ -99,7 +94,7 @@ def fits_host(size_bytes: int) -> bool:
 
 
 def load(
-    source: ImageSource,
+    source: Dataset,
     rows: Indices,
     present: NDArray[np.bool_],
     image_size: int,
@@ -213,15 +208,11 @@ def _fetch(
     data: InMemoryData | StreamedData, batch_indices: list[Indices], device: torch.device
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """8-bit images and masks of each batch, on the device."""
-    is_cuda = device.type == "cuda"
-
-    def select_pinned(indices: Indices) -> tuple[Tensor, Tensor]:
-        images, targets = data.select(indices)
-        return (images.pin_memory(), targets.pin_memory()) if is_cuda else (images, targets)
-
     if isinstance(data, InMemoryData) and data.images.device.type == device.type:
-        fetched = map(data.select, batch_indices)
-    else:
-        fetched = prefetch(select_pinned, batch_indices)
-    for images, targets in fetched:
-        yield images.to(device, non_blocking=is_cuda), targets.to(device, non_blocking=is_cuda)
+        return map(data.select, batch_indices)
+
+    def select_and_copy(indices: Indices) -> tuple[Tensor, Tensor]:
+        images, targets = data.select(indices)
+        return copy_to_device(images, device), copy_to_device(targets, device)
+
+    return prefetch(select_and_copy, batch_indices)

@@ -8,61 +8,36 @@ import math
 import re
 import socket
 from collections.abc import Callable
+from functools import partial
 from http.client import HTTPException
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torchvision import models  # pyright: ignore[reportMissingTypeStubs]
 
 from pneumo_experiments.errors import UserError
-from pneumo_experiments.learning.light_import import without_compiler
-
-with without_compiler():
-    from torchvision.models import (  # pyright: ignore[reportMissingTypeStubs]
-        ResNet50_Weights,
-        ResNet101_Weights,
-        WeightsEnum,
-    )
-    from torchvision.models.resnet import Bottleneck  # pyright: ignore[reportMissingTypeStubs]
-    from torchvision.models.segmentation import (  # pyright: ignore[reportMissingTypeStubs]
-        FCN,
-        DeepLabV3,
-        DeepLabV3_ResNet50_Weights,
-        DeepLabV3_ResNet101_Weights,
-        FCN_ResNet50_Weights,
-        FCN_ResNet101_Weights,
-        deeplabv3_resnet50,
-        deeplabv3_resnet101,
-        fcn_resnet50,
-        fcn_resnet101,
-    )
 
 
 class Architecture(NamedTuple):
     """torchvision's function for a network and its pretrained weights: backbone alone, and nearly all."""
 
-    make: Callable[..., FCN | DeepLabV3]
-    imagenet: WeightsEnum
-    coco: WeightsEnum
+    make: Callable[..., Any]
+    imagenet: models.WeightsEnum
+    coco: models.WeightsEnum
 
 
-NETWORKS: dict[str, Architecture] = {
-    "fcn_resnet50": Architecture(
-        fcn_resnet50, ResNet50_Weights.IMAGENET1K_V2, FCN_ResNet50_Weights.COCO_WITH_VOC_LABELS_V1
-    ),
-    "fcn_resnet101": Architecture(
-        fcn_resnet101, ResNet101_Weights.IMAGENET1K_V2, FCN_ResNet101_Weights.COCO_WITH_VOC_LABELS_V1
-    ),
-    "deeplabv3_resnet50": Architecture(
-        deeplabv3_resnet50, ResNet50_Weights.IMAGENET1K_V2, DeepLabV3_ResNet50_Weights.COCO_WITH_VOC_LABELS_V1
-    ),
-    "deeplabv3_resnet101": Architecture(
-        deeplabv3_resnet101,
-        ResNet101_Weights.IMAGENET1K_V2,
-        DeepLabV3_ResNet101_Weights.COCO_WITH_VOC_LABELS_V1,
-    ),
+zoo: Any = models  # whose types are incomplete
+NETWORKS = {
+    f"{head}_{backbone}": Architecture(
+        partial(zoo.get_model, f"{head}_{backbone}"),
+        zoo.get_model_weights(backbone)["IMAGENET1K_V2"],
+        zoo.get_model_weights(f"{head}_{backbone}")["COCO_WITH_VOC_LABELS_V1"],
+    )
+    for head in ("fcn", "deeplabv3")
+    for backbone in ("resnet50", "resnet101")
 }
 # The layers with one output per class, at the end of torchvision's heads.
 LAST_LAYERS = ("mask_head.4.", "aux_head.4.")
@@ -88,8 +63,8 @@ class PneumothoraxNet(nn.Module):
     """A torchvision segmentation network with one mask logit per pixel and one presence logit per image.
 
     ``pretrained`` holds the names (of named_parameters) of the parameters that ``build`` loaded, ``source``
-    their origin and file name (or none), ``source_sha256`` the file's digest, ``seen`` the digests of the
-    images that trained them, where they are a model's.
+    their origin and file name (or none), ``source_sha256`` the file's digest, ``training_images`` the
+    digests of the images that trained them, where they are a model's.
     """
 
     mean: Tensor
@@ -99,13 +74,13 @@ class PneumothoraxNet(nn.Module):
         super().__init__()
         model = NETWORKS[network].make(weights=None, weights_backbone=None, num_classes=1, aux_loss=True)
         self.backbone = model.backbone
-        self.mask_head = cast("nn.Sequential", model.classifier)
-        self.aux_head = cast("nn.Sequential", model.aux_classifier)
+        self.mask_head: nn.Sequential = model.classifier
+        self.aux_head: nn.Sequential = model.aux_classifier
         # A pneumothorax fills a few percent of the image: pool the maximum as well as the mean.
         self.presence_head = nn.Linear(2 * 2048, 1)
         self.pretrained: frozenset[str] = frozenset()
         self.source = self.source_sha256 = "none"
-        self.seen = frozenset[str]()
+        self.training_images = frozenset[str]()
         # ImageNet's mean and standard deviation of its three channels, which pretrained weights expect.
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1))
@@ -116,7 +91,7 @@ class PneumothoraxNet(nn.Module):
             nn.init.constant_(bias, math.log(0.05 / 0.95))
         nn.init.zeros_(self.presence_head.weight)
         for module in self.backbone.modules():
-            if isinstance(module, Bottleneck):
+            if isinstance(module, models.resnet.Bottleneck):
                 # Residual blocks start as the identity: from random weights, training then takes a hundred
                 # steps instead of many hundreds (Goyal et al. 2017, section 5.1).
                 nn.init.zeros_(cast(nn.BatchNorm2d, module.bn3).weight)
@@ -186,7 +161,7 @@ def build(network: str, weights: str, seed: int) -> PneumothoraxNet:
     return net
 
 
-def _download(source: WeightsEnum) -> Path:
+def _download(source: models.WeightsEnum) -> Path:
     """The path of torchvision's file in torch's cache; downloaded and checked if it is missing.
 
     Not load_state_dict_from_url: there a failed download and a damaged file raise the same errors, and only
@@ -216,8 +191,8 @@ def _read(path: Path) -> dict[str, Tensor]:
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged bytes raise errors of many types
-        found = re.search(r"GLOBAL (\S+) was not an allowed", str(error))
-        culprit = f", for it holds {found[1]}, whose code is not run" if found else ""
+        refused = re.search(r"GLOBAL (\S+) was not an allowed", str(error))
+        culprit = f", for it holds {refused[1]}, whose code is not run" if refused else ""
         raise UserError(
             f"weights={path}: not a state dict that can be read safely{culprit};"
             " save one with torch.save(model.state_dict(), …), or delete it if it is a damaged download"
@@ -265,16 +240,16 @@ def _without_prefix(state: dict[str, Tensor]) -> dict[str, Tensor]:
     for first in ("backbone.conv1.weight", "conv1.weight"):
         second = first.replace("conv1", "layer1.0.conv1")  # blocks have a conv1 too
         prefixes = [name.removesuffix(first) for name in state if name.endswith(first)]
-        found = [prefix for prefix in prefixes if prefix + second in state]
+        matches = [prefix for prefix in prefixes if prefix + second in state]
         if first != "conv1.weight":  # a ResNet may be called backbone, too
             heads = ("mask_head.0.", "classifier.0.")
-            found = [p for p in found if any(n.startswith((p + heads[0], p + heads[1])) for n in state)]
-        if found:
-            prefix = min(found, key=len)
-            kept = {n.removeprefix(prefix): tensor for n, tensor in state.items() if n.startswith(prefix)}
-            if left := len(state) - len(kept):
+            matches = [p for p in matches if any(n.startswith((p + heads[0], p + heads[1])) for n in state)]
+        if matches:
+            prefix = min(matches, key=len)
+            inside = {n.removeprefix(prefix): tensor for n, tensor in state.items() if n.startswith(prefix)}
+            if left := len(state) - len(inside):
                 log.warning("weights: %d tensors outside %s are not used", left, prefix)
-            return kept
+            return inside
     return state
 
 
@@ -284,17 +259,18 @@ def _load(net: PneumothoraxNet, state: dict[str, Tensor], path: Path) -> frozens
     Each stage of the backbone and each head of which the file has anything must be complete: a partly loaded
     network would train badly. A stage that is not in the file is named in a warning.
     """
-    own = net.state_dict()
+    expected = net.state_dict()
     # torchvision's last layers have other classes: this network keeps its own.
-    skipped = {n for n in own if n.startswith(LAST_LAYERS) and n in state and state[n].shape != own[n].shape}
+    last = {name for name in state if name in expected and name.startswith(LAST_LAYERS)}
+    skipped = {name for name in last if state[name].shape != expected[name].shape}
     loaded = {name: tensor for name, tensor in state.items() if name not in skipped}
-    parts = {"backbone.conv1", *map(_part, loaded)}
+    complete = {"backbone.conv1", *map(_stage, loaded)}
     counters = "num_batches_tracked"  # missing in files from before 2018, and unused
-    required = {n for n in own if _part(n) in parts and not n.endswith(counters)} - skipped
+    required = {n for n in expected if _stage(n) in complete and not n.endswith(counters)} - skipped
     mismatches = {
-        "missing": [name for name in own if name in required and name not in loaded],
-        "unknown here": [name for name in loaded if name not in own],
-        "of another shape": [n for n in loaded if n in own and loaded[n].shape != own[n].shape],
+        "missing": [name for name in expected if name in required and name not in loaded],
+        "unknown here": [name for name in loaded if name not in expected],
+        "of another shape": [n for n in loaded if n in expected and loaded[n].shape != expected[n].shape],
     }
     for mismatch, names in mismatches.items():
         if names:
@@ -303,12 +279,12 @@ def _load(net: PneumothoraxNet, state: dict[str, Tensor], path: Path) -> frozens
                 " choose the network that they belong to"
             )
     net.load_state_dict(loaded, strict=False)
-    stages = {_part(name): None for name in own if name.startswith("backbone.")}
-    if absent := [stage for stage in stages if stage not in parts]:
+    stages = {_stage(name): None for name in expected if name.startswith("backbone.")}
+    if absent := [stage for stage in stages if stage not in complete]:
         log.warning("weights=%s: has no %s, which start from random values", path.name, ", ".join(absent))
     return frozenset(name for name, _ in net.named_parameters() if name in loaded)
 
 
-def _part(name: str) -> str:
+def _stage(name: str) -> str:
     """The head, or the stage of the backbone, that a tensor belongs to."""
     return ".".join(name.split(".")[: 2 if name.startswith("backbone.") else 1])

@@ -1,4 +1,4 @@
-"""One optimizer step at a time: gradients in pieces, mixed precision, schedule and moving average."""
+"""One optimizer step at a time: gradients in pieces, mixed precision, learning rates and moving average."""
 
 from __future__ import annotations
 
@@ -10,17 +10,19 @@ from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 from torch.optim.lr_scheduler import LambdaLR
 
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.learning import distributed
 from pneumo_experiments.learning.averaging import MovingAverage
-from pneumo_experiments.learning.device import ComputeConfig
 from pneumo_experiments.learning.loader import Batch, count_batches
 from pneumo_experiments.learning.loss import RunningMeans, criterion
 from pneumo_experiments.learning.network import PneumothoraxNet
-from pneumo_experiments.learning.schedule import lr_factor, parameter_groups
+from pneumo_experiments.learning.predict import Predictor
 from pneumo_experiments.settings import Recipe
+
+POLYNOMIAL = 0.9  # the usual power for segmentation networks (Chen et al. 2017, DeepLab)
 
 
 class State(TypedDict):
@@ -36,27 +38,42 @@ class State(TypedDict):
 
 
 class Trainer:
-    """A network with its optimizer, learning rate schedule, gradient scaler and moving average."""
+    """A network on its device, with its optimizer, learning rates, gradient scaler and moving average."""
 
-    def __init__(self, network: PneumothoraxNet, recipe: Recipe, steps: int, compute: ComputeConfig) -> None:
-        """``steps`` is the number of steps of the whole training, over which the schedule runs."""
-        self.network, self.recipe, self.compute = network, recipe, compute
+    def __init__(self, predictor: Predictor, recipe: Recipe, steps: int, state: State | None = None) -> None:
+        """``steps`` is the number of steps of the whole training, over which the learning rate changes.
+
+        Raises UserError for a ``state`` of another network.
+        """
+        self.network, self.recipe, self.compute = predictor.network, recipe, predictor.compute
+        device, network = self.compute.device, self.network
+        network.to(device=device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        # Shapes hardly change from step to step: cuDNN may time its algorithms once and keep the fastest.
+        torch.backends.cudnn.benchmark = device.type == "cuda"
+        distributed.convert_sync_batchnorm(network, device)
+        # The weights' file may be missing in some of the processes.
+        loaded = state["pretrained"] if state else sorted(network.pretrained)
+        network.pretrained = frozenset(distributed.broadcast(loaded))
         # Without a weight in the loss it is not computed, and DDP does not wait for its gradients.
         network.aux_head.requires_grad_(recipe.loss.aux_weight > 0)
         self.ddp = distributed.wrap_ddp(network)
         self.forward = torch.compile(self.ddp) if recipe.network.compile else self.ddp
         self.total_steps = steps
         self.micro_batch = recipe.batches.micro_batch or recipe.batches.batch_size
-        self.optimizer = torch.optim.AdamW(
-            parameter_groups(network, recipe), fused=compute.device.type != "mps"
-        )
+        self.optimizer = torch.optim.AdamW(parameter_groups(network, recipe), fused=device.type != "mps")
         self.schedule = self._schedule_after(0)
         # In every format: it skips steps without a finite gradient, and the host need not wait to know.
-        self.scaler = torch.amp.GradScaler(
-            compute.device.type,
-            init_scale=2.0**16 if compute.precision == "fp16" else 1.0,
-        )
+        init_scale = 2.0**16 if self.compute.precision == "fp16" else 1.0
+        self.scaler = torch.amp.GradScaler(device.type, init_scale)
         self.average = MovingAverage(network, recipe.optimizer.ema) if recipe.optimizer.ema > 0 else None
+        if state is not None:
+            try:
+                self._load(state)
+            except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
+                raise UserError(
+                    "resume=true: the checkpoint does not fit the network"
+                    f" ({' '.join(str(error).split())[:200]}); resume=false starts again"
+                ) from error
 
     @property
     def steps(self) -> int:
@@ -162,8 +179,7 @@ class Trainer:
             "micro_batch": self.micro_batch,
         }
 
-    def load(self, state: State) -> None:
-        """Continues from a ``state``; raises errors of several types when it does not fit."""
+    def _load(self, state: State) -> None:
         self.network.load_state_dict(state["network"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
@@ -172,6 +188,35 @@ class Trainer:
         if self.average is not None:
             self.average.network.load_state_dict(state["average"] or {})
             self.average.steps = self.steps
+
+
+def lr_factor(recipe: Recipe, done: float) -> float:
+    """Fraction of the peak learning rate after the fraction ``done`` of all steps, both 0 to 1.
+
+    A linear warm-up from 0.05 over the first ``warmup`` of the steps, then half a cosine down to zero
+    (Smith & Topin 2018), or (1 - done)^0.9.
+    """
+    if done < recipe.optimizer.warmup:
+        return 0.05 + 0.95 * done / recipe.optimizer.warmup
+    decayed = (done - recipe.optimizer.warmup) / (1 - recipe.optimizer.warmup)
+    if recipe.optimizer.schedule == "polynomial":
+        return (1 - decayed) ** POLYNOMIAL
+    return 0.5 * (1 + math.cos(math.pi * decayed))
+
+
+def parameter_groups(network: PneumothoraxNet, recipe: Recipe) -> list[dict[str, Any]]:
+    """At most four parameter groups, each with its peak learning rate as ``lr`` and its ``weight_decay``.
+
+    Pretrained layers have a lower rate. Only kernels decay, not biases and the scales of batch norm (He et
+    al. 2019, Bag of Tricks for Image Classification, section 3.1).
+    """
+    chosen = recipe.optimizer
+    groups: dict[tuple[float, float], list[Parameter]] = {}
+    for name, parameter in network.named_parameters():
+        peak = chosen.learning_rate * (chosen.pretrained_lr_scale if name in network.pretrained else 1)
+        decay = chosen.weight_decay if parameter.ndim > 1 else 0.0
+        groups.setdefault((peak, decay), []).append(parameter)
+    return [{"params": same, "lr": peak, "weight_decay": decay} for (peak, decay), same in groups.items()]
 
 
 def _pieces(count: int, batch_size: int, micro_batch: int) -> list[slice]:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import optuna
-import yaml
 from optuna.exceptions import DuplicatedStudyError
 from optuna.storages import BaseStorage
 from optuna.study import Study, StudyDirection
@@ -27,17 +26,7 @@ from pneumo_experiments.search.storage import (
     cannot_be_opened,
     load_study,
 )
-from pneumo_experiments.settings import (
-    AUTO,
-    Recipe,
-    Search,
-    checked,
-    flat,
-    is_none,
-    leaves,
-    read_config,
-    weight_shaping,
-)
+from pneumo_experiments.settings import AUTO, Search, flat, is_none, read_config, weight_shaping
 
 # Attributes of a study
 METRIC_NAMES = {"dice": "cross-fitted Dice", "seconds": "seconds per image"}
@@ -131,21 +120,9 @@ def _warm_start(storage: BaseStorage, settings: Search, space: Space) -> list[di
     if is_none(source):
         return []
     if Path(source).is_file():
-        return [within(_parsed(read_config(Path(source), Search), space), space)]
+        return [within(read_config(Path(source), Search), space)]
     other = load_study("warm_start", storage, source)
     return [within(trial.params, space) for trial in best_trials(other)[:WARM_STARTS]]
-
-
-def _parsed(texts: Mapping[str, str], space: Space) -> dict[str, Any]:
-    """The texts of searched settings as values; UserError for one that its setting does not accept."""
-    values: dict[str, Any] = {}
-    for leaf in leaves(Recipe):
-        if leaf.name in texts.keys() & space.keys():
-            try:
-                values[leaf.name] = checked(leaf, yaml.safe_load(texts[leaf.name]))
-            except (ValueError, yaml.YAMLError) as error:
-                raise UserError(f"warm_start: {leaf.name}: {error}") from None
-    return values
 
 
 # The trials of a study

@@ -169,7 +169,7 @@ class TrialTraining:
         training = reduce(np.intersect1d, [fold.split.train for fold in self._folds])
         data = Subset(self._dataset, training).training_data(recipe.batches.cache, self._compute)
         with ProgressBar("search: warm-up", len(data) * epochs) as bar:
-            *_, last = fit(network, data, recipe, epochs, self._compute, bar.update)
+            *_, last = fit(Predictor(network, self._compute), data, recipe, epochs, bar.update)
         print(f"search: every trial starts from one network, trained for {plural(epochs, 'epoch')}")
         return {name: tensor.cpu() for name, tensor in last.network.state_dict().items()}
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import islice
-from math import fsum, prod
+from math import fsum
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,8 +16,8 @@ from pneumo_experiments.dataset.decoder_pool import DecodedImage, File, decode_a
 from pneumo_experiments.dicom.geometry import Geometry
 from pneumo_experiments.errors import Rejected, UserError
 from pneumo_experiments.learning.calibration import log_odds
-from pneumo_experiments.learning.device import choose_compute_for
-from pneumo_experiments.learning.outline import outline
+from pneumo_experiments.learning.device import choose_compute
+from pneumo_experiments.learning.evaluate import masks_on_device
 from pneumo_experiments.learning.predict import (
     BatchPrediction,
     Ensemble,
@@ -50,7 +50,7 @@ class Finding(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Member:
+class TrainedNetwork:
     """A predictor and the settings that trained its network."""
 
     predictor: Predictor
@@ -66,15 +66,15 @@ class Member:
 class Detector:
     """One or several networks, their input size in pixels, and the thresholds for their mean probabilities.
 
-    ``seen`` holds digests of the images that trained them or chose their epochs and thresholds, and of their
-    patients. ``prevalence`` is the fraction of positives among these images; None if unknown.
+    ``training_images`` holds digests of the images, and of their patients, that trained them or chose their
+    epochs and thresholds. ``prevalence`` is the fraction of positives among these images; None if unknown.
     """
 
-    members: tuple[Member, ...]
+    members: tuple[TrainedNetwork, ...]
     image_size: int
     thresholds: Thresholds
     data_fingerprint: str
-    seen: frozenset[str] = frozenset()
+    training_images: frozenset[str] = frozenset()
     prevalence: float | None = None
 
     @property
@@ -85,22 +85,22 @@ class Detector:
     @property
     def networks(self) -> str:
         """The different networks of the members, with commas between."""
-        return ",".join(dict.fromkeys(str(member.settings["network"]) for member in self.members))
+        return _listed(member.settings["network"] for member in self.members)
 
     @property
     def ttas(self) -> str:
         """The different test-time augmentations of the members, with commas between."""
-        return ",".join(dict.fromkeys(member.predictor.tta for member in self.members))
+        return _listed(member.predictor.tta for member in self.members)
 
     @property
     def precisions(self) -> str:
         """The different number formats of the members, with commas between."""
-        return ",".join(dict.fromkeys(member.predictor.compute.precision for member in self.members))
+        return _listed(member.predictor.compute.precision for member in self.members)
 
     def on(self, settings: Device) -> Detector:
         """The same on that device, each member in the format of its training unless the settings name one."""
         return self._with_predictors(
-            lambda one: replace(one, compute=choose_compute_for(one.compute.precision, settings))
+            lambda one: replace(one, compute=choose_compute(settings, one.compute.precision))
         )
 
     def with_thresholds(self, given: Mapping[str, float | None]) -> Detector:
@@ -120,13 +120,13 @@ class Detector:
         """
         if prevalence is None:
             return self
-        own = self.prevalence or 0.0
-        if not (0 < prevalence < 1 and 0 < own < 1):
+        trained_on = self.prevalence or 0.0
+        if not (0 < prevalence < 1 and 0 < trained_on < 1):
             raise UserError(
                 f"prevalence={prevalence}: needs a fraction between 0 and 1, and a model that holds that of"
                 f" its training; this one holds {self.prevalence}"
             )
-        shift = log_odds(prevalence) - log_odds(own)
+        shift = log_odds(prevalence) - log_odds(trained_on)
         return self._with_predictors(
             lambda one: replace(one, calibration=replace(one.calibration, bias=one.calibration.bias + shift))
         )
@@ -181,28 +181,25 @@ class Detector:
         """Mask of each image at native size; only those with presence are upsampled, on a GPU together."""
         shapes = [(image.rows, image.columns) for image in images]
         present = [row for row, presence in enumerate(presences) if self.thresholds.are_reached(presence)]
-        outlined = dict[int, NDArray[np.bool_]]()
+        on_device: Iterator[NDArray[np.bool_]] | None = None
         if predicted.mask.device.type != "cpu":
-            top, bottom = map(float, self.thresholds.scores)
-            masks = outline(
-                [predicted.mask[row] for row in present],
-                [shapes[row] for row in present],
-                top_score=top,
-                least_core_px=[self.thresholds.least_core_px(prod(shapes[row])) for row in present],
-                bottom_score=bottom,
-            )
-            outlined = dict(zip(present, masks, strict=True))
+            maps = [predicted.mask[row] for row in present]
+            on_device = iter(masks_on_device(maps, [shapes[row] for row in present], self.thresholds))
         for row, shape in enumerate(shapes):
-            if row in outlined:
-                yield outlined[row]
-            elif row in present:
+            if row not in present:
+                yield np.zeros(shape, np.bool_)
+            elif on_device is not None:
+                yield next(on_device)
+            else:
                 native = to_native(predicted.mask[row].numpy(), shape)
                 yield apply_thresholds(native, presences[row], self.thresholds)
-            else:
-                yield np.zeros(shape, np.bool_)
 
 
-def join(detectors: Sequence[Detector]) -> Detector:
+def _listed(values: Iterable[object]) -> str:
+    return ",".join(dict.fromkeys(map(str, values)))
+
+
+def make_ensemble(detectors: Sequence[Detector]) -> Detector:
     """The ensemble of all members of n >= 1 models; each of its thresholds is the mean of the models'.
 
     Raises UserError for models of different image sizes, and for models with different hold-outs: patients
@@ -232,7 +229,7 @@ def join(detectors: Sequence[Detector]) -> Detector:
         first,
         members=members,
         thresholds=_mean_thresholds([detector.thresholds for detector in detectors]),
-        seen=frozenset[str]().union(*(detector.seen for detector in detectors)),
+        training_images=frozenset[str]().union(*(one.training_images for one in detectors)),
         prevalence=first.prevalence if len({detector.prevalence for detector in detectors}) == 1 else None,
     )
 

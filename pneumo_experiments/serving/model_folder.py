@@ -7,19 +7,19 @@ import tempfile
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from math import inf
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode
 
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.learning.calibration import Calibration
-from pneumo_experiments.learning.device import FORMATS, choose_compute_for
+from pneumo_experiments.learning.device import FORMATS, choose_compute
 from pneumo_experiments.learning.network import NETWORKS, PneumothoraxNet
 from pneumo_experiments.learning.predict import VIEWS, Predictor
 from pneumo_experiments.metrics.thresholds import NativeThresholds, Thresholds
-from pneumo_experiments.serving.detector import Detector, Member
+from pneumo_experiments.serving.detector import Detector, TrainedNetwork
 from pneumo_experiments.settings import Device
 
 FOLDER = "detector"  # its name in the folder `data` of a logged model
@@ -48,15 +48,18 @@ def save(folder: Path, detector: Detector) -> None:
             raise UserError(
                 f"{folder}: has no room for the model; free some, or name another folder in TMPDIR"
             ) from error
-        own = member.predictor
-        numbers = {"precision": own.compute.precision, "calibration": asdict(own.calibration)}
+        predictor = member.predictor
+        numbers = {
+            "precision": predictor.compute.precision,
+            "calibration": asdict(predictor.calibration),
+        }
         members.append({"settings": dict(member.settings)} | numbers)
     description = {
         "image_size": detector.image_size,
         "thresholds": asdict(detector.thresholds),
         "min_area_of": detector.thresholds.min_area_of,
         "data_fingerprint": detector.data_fingerprint,
-        "seen": sorted(detector.seen),
+        "seen": sorted(detector.training_images),
         "prevalence": detector.prevalence,
         **(members[0] if len(members) == 1 else {"members": members}),
     }
@@ -75,7 +78,7 @@ def load(folder: Path) -> Detector:
     except (OSError, ValueError, TypeError, LookupError, OverflowError, RecursionError) as error:
         raise _damaged(folder / DESCRIPTION, error) from error
     paths = _weights(folder, len(members))
-    loaded = tuple(_load_member(path, *member) for path, member in zip(paths, members, strict=True))
+    loaded = tuple(_load_member(path, member) for path, member in zip(paths, members, strict=True))
     return Detector(members=loaded, **fields)
 
 
@@ -86,9 +89,10 @@ def _weights(folder: Path, members: int) -> Sequence[Path]:
     return [folder / f"{Path(WEIGHTS).stem}-{number}.pt" for number in range(members)]
 
 
-def _load_member(path: Path, settings: dict[str, Any], precision: str, calibration: Calibration) -> Member:
+def _load_member(path: Path, member: tuple[dict[str, Any], str, Calibration]) -> TrainedNetwork:
+    settings, precision, calibration = member
     _require_file(path)
-    with torch.device("meta"), _WithoutRandomWeights():
+    with torch.device("meta"):  # its random weights are replaced
         network = PneumothoraxNet(settings["network"])
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -97,20 +101,8 @@ def _load_member(path: Path, settings: dict[str, Any], precision: str, calibrati
     except Exception as error:  # damaged bytes raise errors of many types
         raise _damaged(path, error) from error
     # The recorded format, not the fastest: the thresholds were chosen on predictions in it.
-    compute = choose_compute_for(precision, Device())
-    return Member(Predictor(network, compute, settings["tta"], calibration), settings)
-
-
-class _WithoutRandomWeights(TorchFunctionMode):
-    """Skips drawing the weights of a new network, which takes longer than reading those that replace them."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        named = kwargs or {}
-        if getattr(func, "__name__", "") in ("normal_", "uniform_"):  # of a tensor, or torch.nn.init's
-            return args[0] if args else named["tensor"]
-        return func(*args, **named)
+    compute = choose_compute(Device(), precision)
+    return TrainedNetwork(Predictor(network, compute, settings["tta"], calibration), settings)
 
 
 def _require_types(state: dict[str, torch.Tensor], own: dict[str, torch.Tensor]) -> None:
@@ -129,43 +121,36 @@ def _parse(description: Any) -> tuple[dict[str, Any], list[tuple[dict[str, Any],
         name: _require(value, int if name == "min_area_px" else (int, float))
         for name, value in _require(description["thresholds"], dict).items()
     }
-    image_size = _require(description["image_size"], int)
-    if not 1 <= image_size <= MAX_IMAGE_SIZE_PX:
-        raise ValueError("image_size is out of range")
-    members = _require(description.get("members", [description]), list)
-    if not 1 <= len(members) <= MAX_MEMBERS:
-        raise ValueError(f"{len(members)} members")
     prevalence = description.get("prevalence")
-    if prevalence is not None and not 0 <= _require(prevalence, (int, float)) <= 1:
-        raise ValueError("prevalence is out of range")
     fields = {
-        "image_size": image_size,
+        "image_size": _require(description["image_size"], int, 1, MAX_IMAGE_SIZE_PX),
         "thresholds": THRESHOLDS[description.get("min_area_of")](**thresholds),
         "data_fingerprint": _require(description["data_fingerprint"], str),
-        "seen": frozenset(_require(text, str) for text in _require(description.get("seen", []), list)),
-        "prevalence": prevalence,
+        "training_images": frozenset(_require(t, str) for t in _require(description.get("seen", []), list)),
+        "prevalence": None if prevalence is None else _require(prevalence, (int, float), 0, 1),
     }
+    members = _require(description.get("members", [description]), list)
+    _require(len(members), int, 1, MAX_MEMBERS)
     return fields, [_parse_member(member) for member in members]
 
 
 def _parse_member(description: Any) -> tuple[dict[str, Any], str, Calibration]:
-    settings = dict(_require(description["settings"], dict))
-    if settings["network"] not in NETWORKS:
-        raise ValueError(f"unknown network {str(settings['network'])[:40]}")
+    settings, precision = dict(_require(description["settings"], dict)), description.get("precision", "auto")
     for name in ("fold", "holdout", "folds", "split_seed"):  # score recreates the model's split from these
         _require(settings[name], str if name == "fold" else (int, float))
-    if settings["tta"] not in VIEWS:
-        raise ValueError(f"unknown tta {str(settings['tta'])[:40]}")
-    precision = description.get("precision", "auto")
-    if precision not in ("auto", "fp32", *FORMATS):
-        raise ValueError("unknown precision")
+    formats = ("auto", "fp32", *FORMATS)
+    for value, known in ((settings["network"], NETWORKS), (settings["tta"], VIEWS), (precision, formats)):
+        if value not in known:
+            raise ValueError(f"unknown {str(value)[:40]}")
     return settings, precision, Calibration(**description.get("calibration", {}))
 
 
-def _require(value: Any, expected: type | tuple[type, ...]) -> Any:
-    """The value itself; raises TypeError when it has another type."""
+def _require(value: Any, expected: Any, low: float = -inf, high: float = inf) -> Any:
+    """The value itself; raises TypeError when it has another type, ValueError for one out of range."""
     if not isinstance(value, expected) or isinstance(value, bool):
         raise TypeError(f"unexpected {type(value).__name__}")
+    if isinstance(value, int | float) and not low <= value <= high:
+        raise ValueError(f"{value} is not from {low} to {high}")
     return value
 
 

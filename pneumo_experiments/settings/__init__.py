@@ -7,7 +7,10 @@ An entry point is a dataclass of fields and of groups, which are dataclasses, to
 below one entry point are unique, so that users need not know the groups.
 """
 
-from pneumo_experiments.settings.config_file import CONFIG_HELP, DEMO, read_config, read_yaml
+# These names are for other modules.
+# ruff: noqa: F401
+# pyright: reportUnusedImport=false
+from pneumo_experiments.settings.config_file import CONFIG, DEMO, read_config, read_yaml
 from pneumo_experiments.settings.entry_points import (
     BEST,
     ENTRY_POINTS,
@@ -34,6 +37,8 @@ from pneumo_experiments.settings.fields import (
     from_flat,
     is_none,
     leaves,
+    limits,
+    parse,
     weight_shaping,
 )
 from pneumo_experiments.settings.groups import (
@@ -56,50 +61,3 @@ from pneumo_experiments.settings.recipe import (
     Recipe,
     SplitSettings,
 )
-
-__all__ = [
-    "AUTO",
-    "BEST",
-    "CONFIG_HELP",
-    "DEMO",
-    "ENTRY_POINTS",
-    "NONE",
-    "Arg",
-    "Batches",
-    "Device",
-    "Evaluation",
-    "GivenThresholds",
-    "ImageFormat",
-    "Leaf",
-    "LossWeights",
-    "Main",
-    "Network",
-    "Optimizer",
-    "Preprocess",
-    "Reading",
-    "Recipe",
-    "Register",
-    "Registry",
-    "Sample",
-    "SampleSize",
-    "Schedule",
-    "Score",
-    "Search",
-    "Settings",
-    "SourceFiles",
-    "SplitSettings",
-    "StudySettings",
-    "Train",
-    "absolute",
-    "as_config",
-    "as_params",
-    "as_text",
-    "checked",
-    "flat",
-    "from_flat",
-    "is_none",
-    "leaves",
-    "read_config",
-    "read_yaml",
-    "weight_shaping",
-]

@@ -4,27 +4,42 @@ from __future__ import annotations
 
 from difflib import get_close_matches
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import yaml
 
 from pneumo_experiments.errors import UserError, reason_of
 from pneumo_experiments.settings.entry_points import ENTRY_POINTS
-from pneumo_experiments.settings.fields import as_text, leaves
+from pneumo_experiments.settings.fields import Arg, Leaf, as_text, leaves, parse
 
 CONFIG_HELP = "YAML file of settings by name; an option beats the file, the file beats the default"
+CONFIG = Leaf("config", Path | None, Arg(CONFIG_HELP, declared=True), None)  # of every entry point
 # main uses it when neither data nor a config file are given.
 DEMO = Path(__file__).parents[2] / "configs" / "demo.yaml"
 MAX_BYTES = 2**20
 
 
-def read_config(path: Path, kind: type) -> dict[str, str]:
-    """The settings of an entry point in a file, as text by name; those of other entry points are ignored.
+def read_config(path: Path, kind: type) -> dict[str, Any]:
+    """The values of an entry point's settings in a file, by name; those of other entry points are ignored.
 
     Raises UserError for a file that cannot be read, is not a mapping of names to single values, or has a name
-    that no entry point knows.
+    that no entry point knows or a value that the setting does not accept.
     """
-    return _checked(path, read_yaml("config", path, "epochs: 12"), kind)
+    known = {leaf.name for each in ENTRY_POINTS.values() for leaf in leaves(each)}
+    own, values = {leaf.name: leaf for leaf in leaves(kind)}, dict[str, Any]()
+    for name, value in read_yaml("config", path, "epochs: 12").items():
+        if not isinstance(name, str) or name not in known:
+            nearest = get_close_matches(str(name), known, n=1)
+            hint = f"did you mean {nearest[0]}?" if nearest else "see --help for the names"
+            raise UserError(f"config={path}: no setting is called {str(name)[:60]!r}; {hint}")
+        if isinstance(value, dict | list | tuple | set):
+            raise UserError(f"config={path}: {name}: give one value, not several")
+        if name in own:
+            try:
+                values[name] = parse(own[name], as_text(value))
+            except ValueError as error:
+                raise UserError(f"config={path}: {name}: {error}") from None
+    return values
 
 
 def read_yaml(setting: str, path: Path, example: str) -> dict[object, object]:
@@ -51,19 +66,3 @@ def read_yaml(setting: str, path: Path, example: str) -> dict[object, object]:
     if not isinstance(loaded, dict):
         raise UserError(f"{setting}={path}: not a mapping; write lines such as `{example}`")
     return cast("dict[object, object]", loaded)
-
-
-def _checked(path: Path, values: dict[object, object], kind: type) -> dict[str, str]:
-    known = {leaf.name for each in ENTRY_POINTS.values() for leaf in leaves(each)}
-    wanted = {leaf.name for leaf in leaves(kind)}
-    texts: dict[str, str] = {}
-    for name, value in values.items():
-        if not isinstance(name, str) or name not in known:
-            nearest = get_close_matches(str(name), known, n=1)
-            hint = f"did you mean {nearest[0]}?" if nearest else "see --help for the names"
-            raise UserError(f"config={path}: no setting is called {str(name)[:60]!r}; {hint}")
-        if isinstance(value, dict | list | tuple | set):
-            raise UserError(f"config={path}: {name}: give one value, not several")
-        if name in wanted:
-            texts[name] = as_text(value)
-    return texts

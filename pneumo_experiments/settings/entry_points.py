@@ -65,8 +65,7 @@ class Train:
     compute: Device = field(default_factory=Device)
     evaluation: Evaluation = field(default_factory=Evaluation)
     from_study: Annotated[
-        str,
-        Arg("train with the best settings of this study of the storage; none", shapes_weights=False),
+        str, Arg("train with the best settings of this study of the storage; none", shapes_weights=False)
     ] = NONE
     storage: StudyStorage = STORAGE
     reproduce: Annotated[
@@ -93,8 +92,8 @@ class Search:
         int,
         Arg(
             "processes of this machine that share the trials; 0 takes one per GPU, or one",
-            min=0,
-            max=1024,
+            0,
+            1024,
             shapes_weights=False,
         ),
     ] = 1
@@ -113,8 +112,7 @@ class Score:
     ] = "models:/pneumothorax@champion"
     dataset: DatasetPath = Path("output/dataset.h5")
     subset: Annotated[
-        Literal["holdout", "validation", "train", "all"],
-        Arg("patients to score, in the model's own split"),
+        Literal["holdout", "validation", "train", "all"], Arg("patients to score, in the model's own split")
     ] = "holdout"
     baseline: Annotated[
         str, Arg("model to compare with on the same images, a models:/ address; none", declared=True)
@@ -132,8 +130,7 @@ class Score:
         "output/submission.csv"
     )
     findings: Annotated[
-        Path,
-        Arg("folder to write for dicom_dir: findings.csv, overlays, DICOM Segmentations", declared=True),
+        Path, Arg("folder to write for dicom_dir: findings.csv, overlays, DICOM Segmentations", declared=True)
     ] = Path("output/findings")
     dicom_seg: Annotated[
         bool, Arg("write a DICOM Segmentation object for each image of dicom_dir with a finding")
@@ -166,7 +163,7 @@ class Score:
     thresholds: GivenThresholds = field(default_factory=GivenThresholds)
     prevalence: Annotated[
         float | None,
-        Arg("fraction of positives where the model is used; none: as in training", min=0.0001, max=0.9999),
+        Arg("fraction of positives where the model is used; none: as in training", 0.0001, 0.9999),
     ] = None
     compute: Device = field(default_factory=Device)
     overlays: Overlays = 8
@@ -194,8 +191,7 @@ class Register:
     ] = Path("output/dataset.h5")
     registry: Registry = field(default_factory=Registry)
     version: Annotated[
-        int | None,
-        Arg("existing version that gets the alias champion; nothing else is done", min=1, max=10**9),
+        int | None, Arg("existing version that gets the alias champion; nothing else is done", 1, 10**9)
     ] = None
     history: Annotated[bool, Arg("print who was champion when, and why; nothing else is done")] = False
     export: Annotated[

@@ -1,17 +1,19 @@
-"""What a setting is, and the flat names that users see, whatever the groups."""
+"""What a setting is, how its text is read, and the flat names that users see, whatever the groups."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
+from math import inf, isfinite
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
 
 NONE = "none"  # how an absent value is written on the command line, in config files and in params
 AUTO = "auto"  # how "choose what suits best" is written
+LONGEST_TEXT = 1000  # characters, of an address for example
+TRUE, FALSE = {"1", "true", "t", "yes", "y", "on"}, {"0", "false", "f", "no", "n", "off"}
 
 Settings = TypeVar("Settings")
 
@@ -22,7 +24,8 @@ class Arg:
 
     ``min`` and ``max`` limit a number; ``pattern`` is a regular expression for a text, and what that means.
     ``shapes_weights`` is False for what may change when an interrupted training continues, or between the
-    searches of one study. ``declared`` ones are parameters in MLproject: what goes in and out.
+    searches of one study. ``declared`` ones are parameters in MLproject: what goes in and out. A text that
+    ``names_file`` is a file's path unless it is one of these words; one that ``is_database`` is its address.
     """
 
     help: str
@@ -31,35 +34,36 @@ class Arg:
     pattern: tuple[str, str] | None = None
     shapes_weights: bool = True
     declared: bool = False
+    names_file: tuple[str, ...] = ()
+    is_database: bool = False
 
 
 @dataclass(frozen=True)
 class Leaf:
-    """One setting of an entry point: its flat name, what it accepts, and where it stands."""
+    """One setting of an entry point: its flat name, and what it accepts."""
 
     name: str
     type: Any  # int, float, bool, str, Path, one of int, float and Path or None, or a Literal
     arg: Arg
     default: Any
-    path: tuple[str, ...]  # field names that lead to it
-    heading: str  # of the group it stands in; empty on the top level
+    heading: str = ""  # of the group it stands in; empty on the top level
 
 
 @cache
 def leaves(kind: type) -> tuple[Leaf, ...]:
     """All settings of an entry point or a group, in the order of the fields."""
-    return tuple(_leaves(kind, (), ""))
+    return tuple(_leaves(kind, ""))
 
 
-def _leaves(kind: type, path: tuple[str, ...], heading: str) -> Iterator[Leaf]:
+def _leaves(kind: type, heading: str) -> Iterator[Leaf]:
     hints = get_type_hints(kind, include_extras=True)
     for f in fields(kind):
-        hint, here = hints[f.name], (*path, f.name)
+        hint = hints[f.name]
         if is_dataclass(hint):
-            yield from _leaves(cast("type", hint), here, (hint.__doc__ or "").split("\n")[0].rstrip("."))
+            yield from _leaves(cast("type", hint), (hint.__doc__ or "").split("\n")[0].rstrip("."))
         else:
             accepted, arg = get_args(hint)
-            yield Leaf(f.name, accepted, arg, f.default, here, heading)
+            yield Leaf(f.name, accepted, arg, f.default, heading)
 
 
 def from_flat(kind: type[Settings], values: Mapping[str, Any]) -> Settings:
@@ -75,25 +79,94 @@ def from_flat(kind: type[Settings], values: Mapping[str, Any]) -> Settings:
 
 def flat(settings: object) -> dict[str, Any]:
     """The values of all settings by flat name."""
-    return {leaf.name: _value(settings, leaf) for leaf in leaves(type(settings))}
+    values: dict[str, Any] = {}
+    for name, value in vars(settings).items():
+        values |= flat(value) if is_dataclass(value) else {name: value}
+    return values
 
 
-def absolute(leaf: Leaf, values: Mapping[str, Any]) -> Any:
-    """The setting's value, or its default, with absolute paths.
+def parse(leaf: Leaf, text: str) -> Any:
+    """The value that a text stands for; ValueError, which says why, if the setting does not accept it."""
+    if get_origin(leaf.type) is Literal:
+        choices = get_args(leaf.type)
+        if text.replace("-", "_") not in choices:  # as in names, a dash is an underscore
+            raise ValueError(f"{text!r} is not one of {', '.join(map(repr, choices))}")
+        return text.replace("-", "_")
+    if leaf.type is bool:
+        if (word := text.strip().lower()) not in TRUE | FALSE:
+            raise ValueError(f"{text!r} is not a valid boolean; give true or false")
+        return word in TRUE
+    if leaf.type is str:
+        return _parse_text(leaf.arg, text)
+    options = get_args(leaf.type) or (leaf.type,)
+    if type(None) in options and text in (("", NONE) if Path in options else ("", NONE, AUTO)):
+        return None
+    return _parse_path(text) if Path in options else _parse_number(leaf.arg, text, int in options)
 
-    These are paths, ``patients_csv``, ``weights`` that exist, and the file of an SQLite database; the last
-    one not in a folder with %, ? or # in its name.
+
+def _parse_number(arg: Arg, text: str, is_whole: bool) -> float:
+    try:
+        number = int(text) if is_whole else float(text)
+    except ValueError:
+        raise ValueError(f"{text!r} is not a valid {'whole ' if is_whole else ''}number") from None
+    if isinstance(number, float) and not isfinite(number):
+        raise ValueError(f"{text!r} is not a finite number")
+    if not (-inf if arg.min is None else arg.min) <= number <= (inf if arg.max is None else arg.max):
+        raise ValueError(f"{number} is not in the range {limits(arg)}")
+    return number
+
+
+def limits(arg: Arg) -> str:
+    """The range of a number, such as ``0<=x<=1``."""
+    low, high = ("" if limit is None else f"{limit}" for limit in (arg.min, arg.max))
+    return f"{low}<=x<={high}".removeprefix("<=").removesuffix("<=")
+
+
+def _parse_path(text: str) -> Path:
+    if text in ("", NONE):
+        raise ValueError("give a path")
+    if "\0" in text:
+        raise ValueError(f"{text!r} holds a character that no path can have")
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise ValueError(f"{text!r} names the home of a user whom this machine does not know") from None
+
+
+def _parse_text(arg: Arg, text: str) -> str:
+    if arg.pattern is not None and not re.fullmatch(arg.pattern[0], text):
+        raise ValueError(f"{text!r} is not {arg.pattern[1]}")
+    if len(text) > LONGEST_TEXT:
+        raise ValueError(f"{text!r} has {len(text)} characters, more than {LONGEST_TEXT}")
+    if not text.isprintable():  # line breaks, control characters, bytes that are not UTF-8
+        raise ValueError(f"{text!r} holds characters that cannot be shown")
+    return text
+
+
+def checked(leaf: Leaf, value: object) -> Any:
+    """A value of a YAML or JSON file in the setting's own type; ValueError if it does not accept it."""
+    if isinstance(value, dict | list) or isinstance(value, bool) != (leaf.type is bool):
+        raise ValueError(f"{value!r} is not {'a boolean' if leaf.type is bool else 'a number or a text'}")
+    return parse(leaf, as_text(value))
+
+
+def absolute(leaf: Leaf, value: Any) -> Any:
+    """The setting's value with absolute paths: so what is printed and logged opens from anywhere.
+
+    A text that may be something else than a file's path changes only if there is that file. The address of a
+    database in a file does not change in a folder with %, ? or # in its name.
     """
-    value = values.get(leaf.name, leaf.default)
     if isinstance(value, Path):
         return value.absolute()
-    if leaf.name in ("patients_csv", "weights") and value not in (AUTO, NONE, "", "imagenet", "coco"):
-        with suppress(RuntimeError):  # no such user
+    arg, here = leaf.arg, Path.cwd()
+    if arg.names_file and value not in ("", *arg.names_file):
+        try:
             path = Path(value).expanduser()
-            if path.exists() or leaf.name == "patients_csv":
-                return str(path.absolute())
-    if leaf.name == "storage" and not set("%?#") & set(str(Path.cwd())):  # which mean something in addresses
-        return re.sub(r"^(sqlite(?:\+\w+)?:///)(?!/|:memory:)(?=.)", lambda m: f"{m[1]}{Path.cwd()}/", value)
+            return str(path.absolute()) if path.exists() else value
+        except (RuntimeError, OSError):  # no such user; a name that is too long
+            return value
+    if arg.is_database and not set("%?#") & set(str(here)):  # which mean something in addresses
+        return re.sub(r"^(sqlite(?:\+\w+)?:///)(?!/|:memory:)(?=.)", lambda m: f"{m[1]}{here}/", value)
     return value
 
 
@@ -106,9 +179,7 @@ def as_text(value: object) -> str:
     """How a setting's value is written: on the command line, in MLproject and as an MLflow param."""
     if value is None:
         return NONE
-    if isinstance(value, bool):
-        return str(value).lower()
-    return str(value)
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def as_params(settings: object) -> dict[str, str]:
@@ -118,39 +189,10 @@ def as_params(settings: object) -> dict[str, str]:
 
 def as_config(settings: object) -> dict[str, int | float | bool | str]:
     """All settings of an entry point by name, as YAML and JSON can hold them."""
-    return {
-        name: value if isinstance(value, int | float) else as_text(value)
-        for name, value in flat(settings).items()
-    }
+    return {n: v if isinstance(v, int | float) else as_text(v) for n, v in flat(settings).items()}
 
 
 def weight_shaping(settings: object) -> dict[str, str]:
     """The settings, as text, that change which weights a training ends with."""
     texts = as_params(settings)
     return {leaf.name: texts[leaf.name] for leaf in leaves(type(settings)) if leaf.arg.shapes_weights}
-
-
-def checked(leaf: Leaf, value: Any) -> Any:
-    """The value in the setting's own type; ValueError if the setting does not accept it."""
-    if get_origin(leaf.type) is Literal:
-        if value not in get_args(leaf.type):
-            raise ValueError(f"{value!r} is none of {', '.join(get_args(leaf.type))}")
-        return value
-    if leaf.type is float and isinstance(value, str):  # YAML reads 1e-3 as text
-        value = float(value)
-    is_right = isinstance(value, int | float if leaf.type is float else leaf.type)
-    if not is_right or (isinstance(value, bool) and leaf.type is not bool):
-        raise ValueError(f"{value!r} is not of type {leaf.type.__name__}")
-    low, high = leaf.arg.min, leaf.arg.max
-    if leaf.type in (int, float):
-        if not ((low is None or value >= low) and (high is None or value <= high)):
-            raise ValueError(f"{value:g} is not from {low:g} to {high:g}")
-        return leaf.type(value)
-    return value
-
-
-def _value(settings: object, leaf: Leaf) -> Any:
-    value: Any = settings
-    for name in leaf.path:
-        value = getattr(value, name)
-    return value

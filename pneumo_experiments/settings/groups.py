@@ -12,26 +12,21 @@ DatasetPath = Annotated[
     Path, Arg("data set file (HDF5) that preprocess wrote", shapes_weights=False, declared=True)
 ]
 Overlays = Annotated[
-    int, Arg("overlays of radiograph, truth and prediction to log", min=0, max=1000, shapes_weights=False)
+    int, Arg("overlays of radiograph, truth and prediction to log", 0, 1000, shapes_weights=False)
 ]
 MaxRejected = Annotated[
     float,
     Arg(
         "fraction of the files (of the annotated ones, if there are any) that may be unusable; above it"
         " preprocess writes no data set, and score fails after all is written",
-        min=0,
-        max=1,
+        0,
+        1,
     ),
 ]
 
 ThresholdTrials = Annotated[
     int,
-    Arg(
-        "Optuna trials over the four thresholds, beside the exact search",
-        min=0,
-        max=100_000,
-        shapes_weights=False,
-    ),
+    Arg("Optuna trials over the four thresholds, next to the exact search", 0, 100_000, shapes_weights=False),
 ]
 
 
@@ -40,17 +35,16 @@ class GivenThresholds:
     """Thresholds in place of the model's own; none leaves that."""
 
     presence_threshold: Annotated[
-        float | None, Arg("an image is empty below this probability of presence", min=0, max=1)
+        float | None, Arg("an image is empty below this probability of presence", 0, 1)
     ] = None
     top_score: Annotated[
-        float | None, Arg("probability that defines the core of a finding, in hundredths", min=0, max=1)
+        float | None, Arg("probability that defines the core of a finding, in hundredths", 0, 1)
     ] = None
     min_area_px: Annotated[
-        int | None,
-        Arg("an image is empty if fewer pixels, scaled to 1024 x 1024, reach top_score", min=0, max=10**9),
+        int | None, Arg("an image is empty if fewer pixels, scaled to 1024 x 1024, reach top_score", 0, 10**9)
     ] = None
     bottom_score: Annotated[
-        float | None, Arg("probability from which a pixel is in the mask, in hundredths", min=0, max=1)
+        float | None, Arg("probability from which a pixel is in the mask, in hundredths", 0, 1)
     ] = None
 
 
@@ -94,8 +88,8 @@ class SourceFiles:
         Arg(
             "side in pixels of the square images that rle_csv belongs to, where the images are copies of"
             " another size; 0 takes 1024 for the challenge's ids, and each image's own size for others",
-            min=0,
-            max=2**16,
+            0,
+            2**16,
         ),
     ] = 0
     patients_csv: Annotated[
@@ -104,6 +98,7 @@ class SourceFiles:
             "table of image id and patient, for grouping; auto takes the table that ships with the package"
             " for SIIM-ACR's images and PatientID for others, none takes PatientID for all",
             declared=True,
+            names_file=(AUTO, NONE),
         ),
     ] = AUTO
     image_id: ImageIds = "auto"
@@ -113,7 +108,7 @@ class SourceFiles:
 class ImageFormat:
     """Stored images."""
 
-    image_size: Annotated[int, Arg("side of the stored square images, in pixels", min=32, max=4096)] = 384
+    image_size: Annotated[int, Arg("side of the stored square images, in pixels", 32, 4096)] = 384
     pixel_dtype: Annotated[
         Literal["float32", "float16", "uint8"], Arg("how pixels are stored; all three keep the same greys")
     ] = "float32"
@@ -123,11 +118,10 @@ class ImageFormat:
 class Reading:
     """Reading DICOM files."""
 
-    workers: Annotated[int, Arg("processes that read DICOM files; 0 takes one per core", min=0, max=1024)] = 0
+    workers: Annotated[int, Arg("processes that read DICOM files; 0 takes one per core", 0, 1024)] = 0
     max_rejected: MaxRejected = 0.01
     max_pixels: Annotated[
-        int,
-        Arg("rows × columns of the largest image to decode; larger ones are rejected", min=1, max=10**9),
+        int, Arg("rows × columns of the largest image to decode; larger ones are rejected", 1, 10**9)
     ] = 100_000_000
 
 
@@ -135,46 +129,41 @@ class Reading:
 class SampleSize:
     """Synthetic sample."""
 
-    images: Annotated[int, Arg("labelled synthetic radiographs to write", min=10, max=10**6)] = 240
-    test_images: Annotated[int, Arg("unlabelled synthetic radiographs to write", min=0, max=10**6)] = 16
+    images: Annotated[int, Arg("labelled synthetic radiographs to write", 10, 10**6)] = 240
+    test_images: Annotated[int, Arg("unlabelled synthetic radiographs to write", 0, 10**6)] = 16
 
 
 @dataclass(frozen=True)
 class Schedule:
     """Epochs."""
 
-    epochs: Annotated[int, Arg("passes over the training images", min=1, max=100_000)] = 12
+    epochs: Annotated[int, Arg("passes over the training images", 1, 100_000)] = 12
     best_k: Annotated[
         int,
-        Arg(
-            "average the weights of so many best epochs where that scores better than the best one",
-            min=1,
-            max=1000,
-        ),
+        Arg("average the weights of so many best epochs where that scores better than the best one", 1, 1000),
     ] = 3
     patience: Annotated[
         int,
         Arg(
             "stop after so many epochs without a better validation Dice, counted from the first epoch that"
             " finds something; 0 never stops early",
-            min=0,
-            max=100_000,
+            0,
+            100_000,
         ),
     ] = 0
     processes: Annotated[
         int,
         Arg(
             "processes that train together on this machine, each on its own GPU (or all on the CPU)",
-            min=1,
-            max=64,
+            1,
+            64,
             shapes_weights=False,
         ),
     ] = 1
     resume: Annotated[
         bool,
         Arg(
-            "continue an interrupted training with the same settings; false starts over",
-            shapes_weights=False,
+            "continue an interrupted training with the same settings; false starts over", shapes_weights=False
         ),
     ] = True
     checkpoints: Annotated[
@@ -197,6 +186,7 @@ StudyStorage = Annotated[
         " several; none keeps it in memory, where nothing survives",
         shapes_weights=False,
         declared=True,
+        is_database=True,
     ),
 ]
 STORAGE = "sqlite:///optuna.db"
@@ -207,8 +197,7 @@ class StudySettings:
     """Search with Optuna."""
 
     trials: Annotated[
-        int,
-        Arg("trials of the study in all, short trainings each", min=1, max=100_000, shapes_weights=False),
+        int, Arg("trials of the study in all, short trainings each", 1, 100_000, shapes_weights=False)
     ] = 8
     searched: Annotated[
         str,
@@ -220,17 +209,17 @@ class StudySettings:
             "YAML file of other ranges, such as `dice_weight: {low: 0.1, high: 3, log: true}`", declared=True
         ),
     ] = None
-    search_epochs: Annotated[int, Arg("epochs of each trial", min=1, max=100_000)] = 3
+    search_epochs: Annotated[int, Arg("epochs of each trial", 1, 100_000)] = 3
     search_images: Annotated[
-        int, Arg("training images of each trial, drawn at random; 0 takes all", min=0, max=10**7)
+        int, Arg("training images of each trial, drawn at random; 0 takes all", 0, 10**7)
     ] = 2000
     search_validation_images: Annotated[
         int,
         Arg(
             "validation images of each trial, about so many: a part of the fold, by patient and stratified by"
             " area; 0 takes all",
-            min=0,
-            max=10**7,
+            0,
+            10**7,
         ),
     ] = 0
     search_warmup_epochs: Annotated[
@@ -238,26 +227,24 @@ class StudySettings:
         Arg(
             "epochs of one training with the settings as given, on the images that train in every fold of a"
             " trial, from whose weights the trials start; 0: from the initial weights",
-            min=0,
-            max=100_000,
+            0,
+            100_000,
         ),
     ] = 0
     folds_per_trial: Annotated[
-        int, Arg("folds that each trial trains and validates on; their mean counts", min=1, max=1000)
+        int, Arg("folds that each trial trains and validates on; their mean counts", 1, 1000)
     ] = 1
     confirm: Annotated[
         int,
         Arg(
             "so many of the best trials, and the settings as given, are trained again with another seed on"
             " another fold; one that is better beyond noise wins, else the settings as given",
-            min=0,
-            max=1000,
+            0,
+            1000,
             shapes_weights=False,
         ),
     ] = 2
-    keep: Annotated[
-        int, Arg("models to keep: those of the best trials", min=0, max=1000, shapes_weights=False)
-    ] = 3
+    keep: Annotated[int, Arg("models to keep: those of the best trials", 0, 1000, shapes_weights=False)] = 3
     sampler: Annotated[
         Literal["tpe", "gp", "cmaes", "random"],
         Arg("Optuna sampler that chooses the settings of each trial", shapes_weights=False),
@@ -272,18 +259,14 @@ class StudySettings:
     ] = "dice"
     max_false_alarms: Annotated[
         float | None,
-        Arg(
-            "a trial does not win if a greater fraction of all images has a mask but no finding; none",
-            min=0,
-            max=1,
-        ),
+        Arg("a trial does not win if a greater fraction of all images has a mask but no finding; none", 0, 1),
     ] = None
     timeout: Annotated[
         float,
         Arg(
             "start no trial after so many seconds, but still the confirm ones; 0: no limit",
-            min=0,
-            max=1e9,
+            0,
+            1e9,
             shapes_weights=False,
         ),
     ] = 0.0
@@ -291,8 +274,8 @@ class StudySettings:
         float,
         Arg(
             "start no trial once a Dice reaches this, but still the confirm ones; 0: no target",
-            min=0,
-            max=1,
+            0,
+            1,
             shapes_weights=False,
         ),
     ] = 0.0
@@ -343,11 +326,10 @@ class Registry:
             " masks), paired by patients, from which the first decision on a set of images favours it; the"
             " k-th requires 1 - (1 - min_probability) / k², the best of m models 1 - (1 - min_probability) /"
             " (k² m)",
-            min=0.5,
-            max=1,
+            0.5,
+            1,
         ),
     ] = 0.97
     min_gain: Annotated[
-        float,
-        Arg("a new version replaces the champion only if its Dice is higher by more than this", min=0, max=1),
+        float, Arg("a new version replaces the champion only if its Dice is higher by more than this", 0, 1)
     ] = 0.0

@@ -5,12 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from pneumo_experiments.settings.fields import AUTO, Arg
+from pneumo_experiments.settings.fields import AUTO, NONE, Arg
 
 MAX_SEED = 2**32 - 1
-Seed = Annotated[
-    int, Arg("seed of every random choice but the split: same seed, same result", min=0, max=MAX_SEED)
-]
+Seed = Annotated[int, Arg("seed of every random choice but the split: same seed, same result", 0, MAX_SEED)]
 
 
 @dataclass(frozen=True)
@@ -39,11 +37,11 @@ class SplitSettings:
         Arg(
             "fraction of the patients kept for the final score and for decisions about the champion; 0 keeps"
             " none",
-            min=0,
-            max=1,
+            0,
+            1,
         ),
     ] = 0.2
-    folds: Annotated[int, Arg("parts into which the other patients are divided", min=2, max=1000)] = 5
+    folds: Annotated[int, Arg("parts into which the other patients are divided", 2, 1000)] = 5
     fold: Annotated[
         str,
         Arg(
@@ -52,8 +50,7 @@ class SplitSettings:
         ),
     ] = "0"
     split_seed: Annotated[
-        int,
-        Arg("seed of the split: same split_seed, same hold-out, whatever the seed", min=0, max=MAX_SEED),
+        int, Arg("seed of the split: same split_seed, same hold-out, whatever the seed", 0, MAX_SEED)
     ] = 0
 
 
@@ -61,42 +58,36 @@ class SplitSettings:
 class LossWeights:
     """Loss: weights of its terms."""
 
-    bce_weight: Annotated[float, Arg("pixelwise binary cross-entropy", min=0, max=1000)] = 1.0
-    dice_weight: Annotated[float, Arg("soft Dice loss over the batch", min=0, max=1000)] = 1.0
-    dice_image_weight: Annotated[float, Arg("soft Dice loss of each image", min=0, max=1000)] = 0.0
-    focal_weight: Annotated[float, Arg("focal loss (gamma 2)", min=0, max=1000)] = 1.0
-    lovasz_weight: Annotated[
-        float, Arg("Lovász hinge, a surrogate of the Jaccard index", min=0, max=1000)
-    ] = 0.0
-    aux_weight: Annotated[float, Arg("the auxiliary head's mask loss", min=0, max=1000)] = 0.4
-    presence_weight: Annotated[float, Arg("cross-entropy of presence", min=0, max=1000)] = 0.2
+    bce_weight: Annotated[float, Arg("pixelwise binary cross-entropy", 0, 1000)] = 1.0
+    dice_weight: Annotated[float, Arg("soft Dice loss over the batch", 0, 1000)] = 1.0
+    dice_image_weight: Annotated[float, Arg("soft Dice loss of each image", 0, 1000)] = 0.0
+    focal_weight: Annotated[float, Arg("focal loss (gamma 2)", 0, 1000)] = 1.0
+    lovasz_weight: Annotated[float, Arg("Lovász hinge, a surrogate of the Jaccard index", 0, 1000)] = 0.0
+    aux_weight: Annotated[float, Arg("the auxiliary head's mask loss", 0, 1000)] = 0.4
+    presence_weight: Annotated[float, Arg("cross-entropy of presence", 0, 1000)] = 0.2
 
 
 @dataclass(frozen=True)
 class Optimizer:
     """Optimiser: AdamW and its learning rate."""
 
-    learning_rate: Annotated[float, Arg("AdamW's highest learning rate", min=0, max=1e30)] = 3e-4
+    learning_rate: Annotated[float, Arg("AdamW's highest learning rate", 0, 1e30)] = 3e-4
     pretrained_lr_scale: Annotated[
-        float, Arg("factor of the learning rate for layers with pretrained weights", min=0, max=1)
+        float, Arg("factor of the learning rate for layers with pretrained weights", 0, 1)
     ] = 0.3
     schedule: Annotated[
         Literal["cosine", "polynomial"], Arg("how the learning rate falls to zero after the warm-up")
     ] = "cosine"
-    warmup: Annotated[
-        float, Arg("fraction of all steps in which the learning rate rises", min=0, max=0.9)
-    ] = 0.2
-    weight_decay: Annotated[float, Arg("AdamW's weight decay of kernels", min=0, max=1000)] = 0.01
-    clip_norm: Annotated[float, Arg("largest norm of a step's gradient; 0 sets no limit", min=0, max=1e6)] = (
-        5.0
-    )
+    warmup: Annotated[float, Arg("fraction of all steps in which the learning rate rises", 0, 0.9)] = 0.2
+    weight_decay: Annotated[float, Arg("AdamW's weight decay of kernels", 0, 1000)] = 0.01
+    clip_norm: Annotated[float, Arg("largest norm of a step's gradient; 0 sets no limit", 0, 1e6)] = 5.0
     ema: Annotated[
         float,
         Arg(
             "decay of an exponential moving average of the weights, which is validated and kept;"
             " 0 keeps none",
-            min=0,
-            max=1,
+            0,
+            1,
         ),
     ] = 0.0
 
@@ -105,26 +96,26 @@ class Optimizer:
 class Batches:
     """Batches and augmentation."""
 
-    batch_size: Annotated[int, Arg("images per optimiser step", min=2, max=65_536)] = 16
+    batch_size: Annotated[int, Arg("images per optimiser step", 2, 65_536)] = 16
     micro_batch: Annotated[
         int,
         Arg(
             "images per forward pass, whose gradients add up to a step; 0 takes the whole batch, and fewer"
             " when memory runs out. Batch norm and the batch's Dice see these images alone",
-            min=0,
-            max=65_536,
+            0,
+            65_536,
         ),
     ] = 0
     positive_share: Annotated[
         float,
         Arg(
             "fraction of images with pneumothorax in each batch of the first epoch; 0 takes every image once",
-            min=0,
-            max=1,
+            0,
+            1,
         ),
     ] = 0.8
     final_positive_share: Annotated[
-        float, Arg("that fraction in the last epoch; it changes linearly", min=0, max=1)
+        float, Arg("that fraction in the last epoch; it changes linearly", 0, 1)
     ] = 0.4
     augment: Annotated[
         bool,
@@ -133,9 +124,7 @@ class Batches:
             " and brightness"
         ),
     ] = True
-    augment_strength: Annotated[float, Arg("factor of these random changes, but the flip", min=0, max=3)] = (
-        1.0
-    )
+    augment_strength: Annotated[float, Arg("factor of these random changes, but the flip", 0, 3)] = 1.0
     cache: Annotated[
         Literal["auto", "device", "host", "stream"],
         Arg(
@@ -158,7 +147,8 @@ class Network:
         Arg(
             "initial weights: imagenet (backbone, downloaded), coco (backbone and heads, downloaded), none"
             " (random), a file with a state dict, a model's address, or auto: imagenet where it can be"
-            " downloaded, else none"
+            " downloaded, else none",
+            names_file=(AUTO, NONE, "imagenet", "coco"),
         ),
     ] = AUTO
     tta: Annotated[

@@ -119,7 +119,7 @@ def _score_dataset(settings: Score, detector: Detector, model: str | None) -> Sc
 
 def _evaluate(settings: Score, detector: Detector, dataset: Dataset) -> _DatasetScore:
     subset = _subset(settings, detector, dataset)
-    seen = describe_seen(subset, detector.seen, "the model")
+    seen = describe_seen(subset, detector.training_images, "the model")
     name, baseline = _name_subset(settings, detector, dataset, seen), None
     if not is_none(settings.baseline):
         baseline = load_models(settings.baseline, settings.dataset, settings.compute)

@@ -29,7 +29,7 @@ from pneumo_experiments.learning.predict import Predictor
 from pneumo_experiments.metrics.dice import calibration_error
 from pneumo_experiments.metrics.thresholds import ThresholdCounts, Thresholds, best_on_grid
 from pneumo_experiments.progress_bar import ProgressBar
-from pneumo_experiments.serving import Detector, Member, load
+from pneumo_experiments.serving import Detector, TrainedNetwork, load
 from pneumo_experiments.serving.model_folder import WEIGHTS
 from pneumo_experiments.settings import Network, Search, Train, as_config
 from pneumo_experiments.training.loop import EpochResult, FoldImages, TrainingState, train_and_validate
@@ -184,7 +184,7 @@ def initial_network(network: Network, seed: int) -> PneumothoraxNet:
             f"weights={weights}: is the mean of {len(model.members)} networks; name a model of one"
         )
     built = build(network.network, str(folder / WEIGHTS), seed)
-    built.source, built.seen = weights, model.seen
+    built.source, built.training_images = weights, model.training_images
     return built
 
 
@@ -199,9 +199,9 @@ def make_detector(
 ) -> Detector:
     """What is saved of a training: it knows the images that trained it or chose its epoch and thresholds."""
     seen = Subset(dataset, np.append(split.train, split.validation))
-    member = Member(predictor, as_config(settings))
+    member = TrainedNetwork(predictor, as_config(settings))
     size, fingerprint = dataset.image_size, dataset.fingerprint
-    known = hash_image_ids(seen) | predictor.network.seen
+    known = hash_image_ids(seen) | predictor.network.training_images
     return Detector((member,), size, thresholds, fingerprint, known, prevalence(dataset, split))
 
 

@@ -16,7 +16,7 @@ from pneumo_experiments.metrics.exact import best_of_all
 from pneumo_experiments.metrics.scores import ScoredImages, Scores, score_images
 from pneumo_experiments.metrics.thresholds import ThresholdCounts, apply_thresholds
 from pneumo_experiments.progress_bar import ProgressBar
-from pneumo_experiments.serving import Detector, join
+from pneumo_experiments.serving import Detector, make_ensemble
 from pneumo_experiments.training.fold import FoldResult
 
 COMPARED_IMAGES = 64  # enough for a mean over images
@@ -77,7 +77,7 @@ def join_folds(folds: Sequence[FoldResult], threshold_trials: int, seed: int) ->
     """The networks of all folds as one model."""
     counts = _joined(folds)
     search = search_thresholds(counts, threshold_trials, seed)
-    detector = replace(join([fold.detector for fold in folds]), thresholds=search.thresholds)
+    detector = replace(make_ensemble([fold.detector for fold in folds]), thresholds=search.thresholds)
     return FoldsModel(detector, counts, search, disagreement(detector, folds[0].evaluation.subset))
 
 

@@ -74,7 +74,7 @@ def train_and_validate(
     with each bit of work that is done.
     """
     start = time.perf_counter()
-    trained = fit(predictor.network, images.training, recipe, epochs, predictor.compute, advance, state)
+    trained = fit(predictor, images.training, recipe, epochs, advance, state)
     for done, epoch in enumerate(trained, start=1):
         counts = images.validation.count(replace(predictor, network=epoch.network))
         advance(images.validating(predictor))

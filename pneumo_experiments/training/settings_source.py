@@ -11,7 +11,7 @@ from pneumo_experiments import tracking
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.learning.averaging import largest_difference
 from pneumo_experiments.learning.network import PneumothoraxNet
-from pneumo_experiments.serving import Detector, Member, load
+from pneumo_experiments.serving import Detector, TrainedNetwork, load
 from pneumo_experiments.settings import (
     NONE,
     Train,
@@ -100,7 +100,7 @@ def _settings_of(address: str, detector: Detector) -> dict[str, Any]:
     return each[0] | {"fold": "all"}
 
 
-def _checked_settings(address: str, member: Member) -> dict[str, Any]:
+def _checked_settings(address: str, member: TrainedNetwork) -> dict[str, Any]:
     recorded = dict(member.settings) | {"precision": member.predictor.compute.precision}
     shaping = weight_shaping(Train())
     if missing := sorted(shaping.keys() - recorded.keys()):

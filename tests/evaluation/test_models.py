@@ -23,7 +23,7 @@ from pneumo_experiments.learning.calibration import Calibration
 from pneumo_experiments.learning.predict import to_native
 from pneumo_experiments.metrics.exact import best_of_all
 from pneumo_experiments.metrics.thresholds import ThresholdCounts, Thresholds, apply_thresholds
-from pneumo_experiments.serving import Detector, Member, join, load
+from pneumo_experiments.serving import Detector, TrainedNetwork, load, make_ensemble
 from pneumo_experiments.settings import Register, Score, Train
 from pneumo_experiments.stages.register import register
 from pneumo_experiments.stages.score import score
@@ -36,7 +36,7 @@ SETTINGS = make(Train, network="tiny", folds=2, holdout=0.3)
 pytestmark = pytest.mark.usefixtures("no_layout", "no_code", "tiny", "store")
 
 
-def member(seed: int, fold: int) -> Member:
+def member(seed: int, fold: int) -> TrainedNetwork:
     return tiny_member(seed, folds=2, fold=str(fold), holdout=0.3)
 
 
@@ -99,8 +99,8 @@ def test_the_thresholds_of_several_models_are_searched_on_their_mean_predictions
             thresholds = best_of_all(validation.count(predictor)).thresholds
             size, fingerprint = opened.image_size, opened.fingerprint
             alone.append(Detector((replace(one, predictor=predictor),), size, thresholds, fingerprint))
-        means = join(alone).thresholds
-        counts = validation.count(join(alone).predictor)
+        means = make_ensemble(alone).thresholds
+        counts = validation.count(make_ensemble(alone).predictor)
         other = replace(alone[1], members=(replace(alone[1].members[0], settings=member(1, 1).settings),))
         folds = [validation.count(alone[0].predictor)]
         folds.append(
@@ -165,7 +165,9 @@ def test_all_folds_become_one_model_that_is_scored_registered_and_served(
             [part.count(one.predictor) for part, one in zip(validations, alone, strict=True)]
         )
         holdout = make_split(opened, alone[0].members[0].split).holdout
-        assert detector.seen == hash_image_ids(Subset(opened, np.setdiff1d(np.arange(len(opened)), holdout)))
+        assert detector.training_images == hash_image_ids(
+            Subset(opened, np.setdiff1d(np.arange(len(opened)), holdout))
+        )
         known = np.delete([entry.area_px > 0 for entry in opened.entries], holdout)
         assert [one.prevalence for one in (detector, *alone)] == [pytest.approx(known.mean())] * 3
         best = best_of_all(joined)

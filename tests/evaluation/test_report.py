@@ -30,7 +30,7 @@ from pneumo_experiments.learning.predict import Predictor
 from pneumo_experiments.metrics.exact import best_of_all
 from pneumo_experiments.metrics.scores import Scores
 from pneumo_experiments.metrics.thresholds import Thresholds
-from pneumo_experiments.serving import Detector, Member
+from pneumo_experiments.serving import Detector, TrainedNetwork
 from pneumo_experiments.settings import Score
 
 SIZE, NATIVE = 32, 64
@@ -121,7 +121,7 @@ def report_of(
     write_dataset(path, packed(radiographs(findings, ids), "uint8"), image_size=SIZE, pixel_dtype="uint8")
     settings = make(Score, dataset=path, model="models:/m-<b>&", subset="all", overlays=overlays)
     predictor = Predictor(network, ComputeConfig(torch.device("cpu"), "fp32"))
-    detector = Detector((Member(predictor, {}),), SIZE, THRESHOLDS, "")
+    detector = Detector((TrainedNetwork(predictor, {}),), SIZE, THRESHOLDS, "")
     with Dataset.open(path) as dataset:
         subset = all_images(dataset)
         evaluation, comparison = Evaluation(subset, subset.count(predictor), THRESHOLDS), None

@@ -33,7 +33,7 @@ from pneumo_experiments.learning.network import NETWORKS, PneumothoraxNet
 from pneumo_experiments.learning.onnx_export import Difference, difference, in_fp32, write_onnx
 from pneumo_experiments.learning.predict import Ensemble, Predictor
 from pneumo_experiments.metrics.thresholds import Thresholds
-from pneumo_experiments.serving import Detector, Member
+from pneumo_experiments.serving import Detector, TrainedNetwork
 from pneumo_experiments.settings import Register, Train, as_config
 from pneumo_experiments.stages.register import register
 from pneumo_experiments.synthetic.kaggle_layout import write_sample
@@ -44,12 +44,12 @@ MEMBERS = ((0, "none", "fp32"), (1, "flip+scale", "bf16"))
 
 def detector_of(*members: tuple[int, str, str]) -> Detector:
     """Of members by seed, test-time augmentation and number format."""
-    built = list[Member]()
+    built = list[TrainedNetwork]()
     for seed, tta, precision in members:
         compute = ComputeConfig(torch.device("cpu"), precision)
         calibration = Calibration(1.7, -5.0) if seed else Calibration()
         settings = as_config(make(Train, network="tiny", tta=tta))
-        built.append(Member(Predictor(random_network(seed), compute, tta, calibration), settings))
+        built.append(TrainedNetwork(Predictor(random_network(seed), compute, tta, calibration), settings))
     return Detector(tuple(built), SIDE, Thresholds(0.1, 0.6, 9000, 0.45), "a fingerprint")
 
 

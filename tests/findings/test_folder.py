@@ -37,7 +37,7 @@ from pneumo_experiments.findings.folder import COLUMNS, write_findings
 from pneumo_experiments.learning.network import Output
 from pneumo_experiments.learning.predict import Predictor, to_native
 from pneumo_experiments.metrics.thresholds import Thresholds, apply_thresholds
-from pneumo_experiments.serving import Detector, Member
+from pneumo_experiments.serving import Detector, TrainedNetwork
 from pneumo_experiments.settings import Score, Train
 from pneumo_experiments.stages.score import _score_folder
 
@@ -57,7 +57,7 @@ class Bright(torch.nn.Module):
 
 
 THRESHOLDS = Thresholds(min_area_px=20, top_score=0.6, bottom_score=0.4)
-DETECTOR = Detector((Member(Predictor(Bright(), CPU), {}),), SIZE, THRESHOLDS, "")  # type: ignore[arg-type]
+DETECTOR = Detector((TrainedNetwork(Predictor(Bright(), CPU), {}),), SIZE, THRESHOLDS, "")  # type: ignore[arg-type]
 
 
 def picture(columns: slice = slice(0, 0), shape: tuple[int, int] = SHAPE) -> np.ndarray:

@@ -42,7 +42,7 @@ def affine(*numbers: float) -> Tensor:
 
 
 def discs(count: int, side: int, radius: float, x: float = 0, y: float = 0) -> Tensor:
-    """Shares (count, side, side) of one disc with a soft edge; x, y and radius in halves of the side."""
+    """Masks (count, side, side) of one disc with a soft edge; x, y and radius in halves of the side."""
     centres = (torch.arange(side) * 2 + 1) / side - 1
     distance = torch.hypot(centres - x, centres[:, None] - y)
     return ((radius - distance) * side / 2 + 0.5).clamp(0, 1).expand(count, side, side).clone()
@@ -75,14 +75,6 @@ def test_a_map_of_whole_pixels_moves_them_unchanged(
     image = torch.rand(1, 2, 32, 32, generator=seeded(0))
     moved = warp(image, affine(*numbers), STILL)
     torch.testing.assert_close(moved, expected(image), atol=1e-4, rtol=0)
-
-
-def test_without_distortion_the_result_is_that_of_the_affine_grid() -> None:
-    images = torch.rand(6, 2, 40, 40, generator=seeded(0))
-    maps = random_affine(6, seeded(1))
-    grid = functional.affine_grid(maps, [6, 2, 40, 40], align_corners=False)
-    expected = functional.grid_sample(images, grid, padding_mode="zeros", align_corners=False)
-    torch.testing.assert_close(warp(images, maps, STILL.expand(6, -1, -1, -1)), expected, atol=2e-5, rtol=0)
 
 
 def test_the_distortion_is_bicubic_between_control_points() -> None:
@@ -150,20 +142,12 @@ def test_half_of_the_images_are_distorted_within_the_strength() -> None:
     assert displacement.mean().abs() < 0.02 * DISTORTION
 
 
-# Greys
-
-
-def test_intensities_change_by_gamma_then_contrast_then_brightness() -> None:
-    grey = torch.tensor([0.0, 0.25, 0.5, 1.0]).view(1, 1, 1, 4)
-    actual = adjust_intensity(grey, torch.tensor([[2.0], [1.2], [-0.1]]))
-    expected = [0, (1 / 16 - 0.5) * 1.2 + 0.4, (0.25 - 0.5) * 1.2 + 0.4, 1.0]
-    torch.testing.assert_close(actual.flatten(), torch.tensor(expected).clamp(0, 1))
-
-
-def test_each_image_has_its_own_intensity() -> None:
-    grey = torch.full((3, 1, 1, 1), 0.5)
-    tones = torch.tensor([[1.0, 2.0, 1.0], [1.0, 1.0, 2.0], [0.1, 0.0, 0.0]])
-    torch.testing.assert_close(adjust_intensity(grey, tones).flatten(), torch.tensor([0.6, 0.25, 0.5]))
+def test_each_image_changes_by_its_own_gamma_then_contrast_then_brightness() -> None:
+    grey = torch.tensor([0.0, 0.25, 0.5, 1.0]).expand(2, 1, 1, 4)
+    actual = adjust_intensity(grey, torch.tensor([[2.0, 1.0], [1.2, 1.0], [-0.1, 0.1]]))
+    first = [0, (1 / 16 - 0.5) * 1.2 + 0.4, (0.25 - 0.5) * 1.2 + 0.4, 1.0]
+    expected = torch.tensor([first, [0.1, 0.35, 0.6, 1.1]]).clamp(0, 1)
+    torch.testing.assert_close(actual[:, 0, 0], expected)
 
 
 def test_intensities_stay_within_their_limits_and_are_symmetric() -> None:
@@ -179,17 +163,6 @@ def test_intensities_stay_within_their_limits_and_are_symmetric() -> None:
 
 
 # Both together
-
-
-def test_image_and_mask_move_together() -> None:
-    targets = torch.zeros(64, 64, 64)
-    targets[:, 20:44, 10:30] = 1
-    images, moved = augment(0.15 + 0.7 * targets[:, None], targets, seeded(0))
-    bright = (images[:, 0] > 0.5).float()
-    overlap = (bright * moved).sum((1, 2)) / torch.maximum(bright, moved).sum((1, 2))
-    assert overlap.min() > 0.9
-    overlap = (moved * targets).sum((1, 2)) / torch.maximum(moved, targets).sum((1, 2))
-    assert overlap.mean() < 0.6  # they did move
 
 
 def test_a_disc_and_its_mask_stay_within_a_pixel() -> None:
@@ -213,18 +186,6 @@ def test_masks_keep_their_area_and_place_on_average() -> None:
     assert centroids_px(moved).abs().max() < 64 * (SHIFT + DISTORTION) + 1
 
 
-@pytest.mark.parametrize(("x", "y"), [(0.5, -0.5), (-0.5, 0.4), (0.0, 0.6)])
-def test_off_the_middle_heights_stay_and_sides_change_half_of_the_time(x: float, y: float) -> None:
-    targets = discs(800, 64, radius=0.15, x=x, y=y)
-    centres = centroids_px(augment(targets[:, None], targets, seeded(3))[1])
-    error_px = 4 * 64 * (SHIFT + SCALE * 0.5) / math.sqrt(3 * 800)
-    assert centres[:, 1].mean().item() == pytest.approx(
-        32 * y, abs=error_px + 0.2
-    )  # 0.2: the mean of cosines
-    assert centres[:, 0].mean().item() == pytest.approx(0, abs=error_px + 4 * 32 * abs(x) / math.sqrt(800))
-    assert centres[:, 0].abs().mean().item() >= 32 * abs(x) - error_px - 0.2
-
-
 def test_outside_of_the_image_is_black_and_unmarked() -> None:
     images, targets = augment(torch.ones(32, 1, 48, 48), torch.ones(32, 48, 48), seeded(4))
     outside = targets == 0
@@ -240,40 +201,31 @@ def test_outside_of_the_image_is_black_and_unmarked() -> None:
 @given(st.integers(0, 2**32), st.sampled_from(["noise", "black", "white", "chequered"]), st.integers(8, 40))
 def test_values_stay_in_range_and_what_was_given_is_not_changed(seed: int, kind: str, side: int) -> None:
     noise = torch.rand(16, side, side, generator=seeded(seed))
-    given_shares = {
+    given_targets = {
         "noise": noise,
         "black": torch.zeros_like(noise),
         "white": torch.ones_like(noise),
         "chequered": (noise > 0.5).float(),
     }[kind]
-    images, targets = given_shares[:, None].clone(), given_shares.clone()
-    moved, moved_shares = augment(images, targets, seeded(seed))
-    assert torch.equal(images[:, 0], given_shares) and torch.equal(targets, given_shares)
-    assert moved.shape == images.shape and moved_shares.shape == targets.shape
-    for values in (moved, moved_shares):
+    images, targets = given_targets[:, None].clone(), given_targets.clone()
+    moved, moved_targets = augment(images, targets, seeded(seed))
+    assert torch.equal(images[:, 0], given_targets) and torch.equal(targets, given_targets)
+    assert moved.shape == images.shape and moved_targets.shape == targets.shape
+    for values in (moved, moved_targets):
         assert values.dtype == torch.float32
         assert values.min() >= 0 and values.max() <= 1
     if kind == "black":
-        assert moved_shares.max() == 0
+        assert moved_targets.max() == 0
 
 
-def test_one_seed_is_one_change_and_each_image_has_its_own() -> None:
+def test_one_seed_is_one_change_of_each_image_and_nothing_else_is_random() -> None:
     image = torch.rand(1, 1, 32, 32, generator=seeded(0)).expand(4, 1, 32, 32)
+    before = torch.get_rng_state()
     first, again, other = (augment(image, image[:, 0], seeded(seed)) for seed in (3, 3, 4))
+    assert torch.equal(torch.get_rng_state(), before)
     assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
     assert not torch.equal(first[0], other[0])
     assert len({image.numpy().tobytes() for image in first[0]}) == 4
-
-
-def test_the_generator_is_the_only_source_of_randomness() -> None:
-    image = torch.rand(2, 1, 16, 16, generator=seeded(0))
-    results = []
-    for seed in (1, 2):
-        torch.manual_seed(seed)
-        before = torch.get_rng_state()
-        results.append(augment(image, image[:, 0], seeded(3))[0])
-        assert torch.equal(torch.get_rng_state(), before)
-    assert torch.equal(*results)
 
 
 def test_points_are_as_exact_when_products_are_rounded_to_half_precision() -> None:

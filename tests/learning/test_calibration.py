@@ -15,7 +15,7 @@ from pneumo_experiments.learning.calibration import Calibration, fit_calibration
 from pneumo_experiments.learning.predict import Ensemble, Predictor
 from pneumo_experiments.metrics.dice import auroc, calibration_error
 from pneumo_experiments.metrics.thresholds import Thresholds
-from pneumo_experiments.serving import Detector, join
+from pneumo_experiments.serving import Detector, make_ensemble
 
 
 def sigmoid(log_odds: np.ndarray) -> np.ndarray:
@@ -152,5 +152,5 @@ def test_another_prevalence_multiplies_the_odds_of_presence() -> None:
     for unknown in (None, 0.0, 1.0, float("nan"), 1.5):
         with pytest.raises(UserError, match=rf"prevalence=0\.05: .*this one holds {unknown}$"):
             replace(own, prevalence=unknown).at_prevalence(0.05)
-    assert join([own, own]).prevalence == 0.2
-    assert join([own, old]).prevalence is None
+    assert make_ensemble([own, own]).prevalence == 0.2
+    assert make_ensemble([own, old]).prevalence is None

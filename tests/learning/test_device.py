@@ -10,7 +10,7 @@ import torch
 from helpers import changed
 
 from pneumo_experiments.errors import UserError
-from pneumo_experiments.learning.device import choose_compute, choose_compute_for
+from pneumo_experiments.learning.device import choose_compute
 from pneumo_experiments.settings import Device
 
 
@@ -24,9 +24,9 @@ def test_a_missing_device_is_named() -> None:
 def test_what_was_trained_in_fp16_computes_in_fp32_on_a_cpu_and_says_so(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    assert choose_compute_for("fp16", Device(device="cpu")).precision == "fp32"
+    assert choose_compute(Device(device="cpu"), "fp16").precision == "fp32"
     assert "using fp32" in caplog.text
-    assert choose_compute_for("fp16", Device(device="cpu", precision="bf16")).precision == "bf16"
+    assert choose_compute(Device(device="cpu", precision="bf16"), "fp16").precision == "bf16"
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")

@@ -33,10 +33,10 @@ def assert_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None
 def test_a_resumed_training_ends_in_the_same_weights_bit_for_bit(ema: float, tmp_path: Path) -> None:
     recipe = make(Recipe, batch_size=4, augment=True, seed=3, ema=ema, learning_rate=1e-3)
     whole = build("tiny", "none", 0)
-    epochs = list(fit(whole, noise(6), recipe, 3, CPU))
+    epochs = list(fit(Predictor(whole, CPU), noise(6), recipe, 3))
     checkpoint = Checkpoint(tmp_path / "one")
     stopped = build("tiny", "none", 0)
-    for epoch in fit(stopped, noise(6), recipe, 3, CPU):
+    for epoch in fit(Predictor(stopped, CPU), noise(6), recipe, 3):
         if epoch.number == 2:
             checkpoint.save({"state": epoch.state()}, {})
             break
@@ -44,7 +44,7 @@ def test_a_resumed_training_ends_in_the_same_weights_bit_for_bit(ema: float, tmp
     last = checkpoint.last()
     assert last is not None
     other = build("tiny", "none", 1)
-    (final,) = list(fit(other, noise(6), recipe, 3, CPU, state=last["state"]))
+    (final,) = list(fit(Predictor(other, CPU), noise(6), recipe, 3, state=last["state"]))
     assert final.number == 3
     assert final.losses == epochs[-1].losses
     assert_equal(weights_of(other), weights_of(whole))
@@ -67,7 +67,7 @@ def test_when_memory_runs_out_fewer_images_pass_at_once_and_a_step_stays_a_step(
     network.room = 2
     recipe = make(Recipe, batch_size=6, augment=False, positive_share=0)
     with pytest.warns(UserWarning, match="micro_batch=[32] images .*batch_size=6") as caught:
-        (epoch,) = list(fit(network, noise(6), recipe, 1, CPU))
+        (epoch,) = list(fit(Predictor(network, CPU), noise(6), recipe, 1))
     assert ["micro_batch=3 " in str(warning.message) for warning in caught] == [True, False]
     assert epoch.micro_batch == 2
     assert epoch.state()["steps"] == 1
@@ -79,7 +79,7 @@ def test_memory_too_small_for_one_image_is_an_error_that_says_what_to_do() -> No
     network.room = 0
     with pytest.raises(UserError, match=r"micro_batch=1: .*smaller image_size"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        list(fit(network, noise(2), make(Recipe, batch_size=2, augment=False), 1, CPU))
+        list(fit(Predictor(network, CPU), noise(2), make(Recipe, batch_size=2, augment=False), 1))
 
 
 class Still(PneumothoraxNet):
@@ -106,7 +106,7 @@ def test_pieces_of_a_batch_add_up_to_its_step() -> None:
             learning_rate=1e-3,
             warmup=0,
         )
-        list(fit(network, noise(6), recipe, 1, CPU))
+        list(fit(Predictor(network, CPU), noise(6), recipe, 1))
         ends.append(weights_of(network))
     moved = 0
     torch.manual_seed(0)
@@ -138,7 +138,7 @@ def test_a_step_without_a_finite_gradient_is_skipped_and_counted() -> None:
     network = SometimesNan("tiny")
     network.bad = frozenset([3])
     recipe = make(Recipe, batch_size=2, augment=False, positive_share=0)
-    epoch = next(iter(fit(network, noise(24), recipe, 1, CPU)))
+    epoch = next(iter(fit(Predictor(network, CPU), noise(24), recipe, 1)))
     assert epoch.skipped_steps == 1
     assert all(torch.isfinite(tensor).all() for tensor in network.parameters())
     assert all(np.isfinite(value) for value in epoch.losses.values())
@@ -148,17 +148,18 @@ def test_too_many_steps_without_a_finite_gradient_end_the_training_with_advice()
     network = SometimesNan("tiny")
     network.bad = frozenset(range(2, 6))
     with pytest.raises(UserError, match=r"4 of 6 steps of epoch 1 .* diverged; try a tenth"):
-        list(fit(network, noise(12), make(Recipe, batch_size=2, augment=False, positive_share=0), 1, CPU))
+        recipe = make(Recipe, batch_size=2, augment=False, positive_share=0)
+        list(fit(Predictor(network, CPU), noise(12), recipe, 1))
 
 
 def test_pretrained_layers_learn_at_their_own_rate() -> None:
-    network = build("fcn_resnet50", "none", 0)
+    network = build("tiny", "none", 0)
     before = weights_of(network)
     network.pretrained = frozenset(name for name, _ in network.named_parameters() if "backbone" in name)
     recipe = make(Recipe, batch_size=4, augment=False, pretrained_lr_scale=0, weight_decay=0.01)
-    epoch: Epoch = next(iter(fit(network, noise(4), recipe, 1, CPU)))
+    epoch: Epoch = next(iter(fit(Predictor(network, CPU), noise(4), recipe, 1)))
     after = copy.deepcopy(epoch.network).state_dict()
-    assert torch.equal(after["backbone.layer4.0.conv1.weight"], before["backbone.layer4.0.conv1.weight"])
+    assert torch.equal(after["backbone.widen.weight"], before["backbone.widen.weight"])
     assert not torch.equal(after["mask_head.0.weight"], before["mask_head.0.weight"])
 
 
@@ -170,7 +171,7 @@ def test_training_learns_to_segment_bright_squares(name: str, count: int, learni
     recipe = make(Recipe, batch_size=8, learning_rate=learning_rate, augment=False, positive_share=0, seed=1)
     network = build(name, "none", recipe.seed)
     compute = CPU if name == "tiny" else choose_compute(Device())
-    epochs = list(fit(network, squares(16), recipe, count, compute))
+    epochs = list(fit(Predictor(network, compute), squares(16), recipe, count))
     assert [epoch.number for epoch in epochs] == list(range(1, count + 1))
     assert epochs[-1].losses["loss"] < 0.7 * epochs[0].losses["loss"]
     unseen = squares(8, seed=5)
@@ -187,7 +188,7 @@ def test_one_seed_trains_to_the_same_weights() -> None:
     ends: list[torch.Tensor] = []
     for _ in range(2):
         network = build("tiny", "none", recipe.seed)
-        list(fit(network, squares(4), recipe, 1, CPU))
+        list(fit(Predictor(network, CPU), squares(4), recipe, 1))
         ends.append(network.mask_head[0].weight.detach().clone())
     assert torch.equal(*ends)
 
@@ -197,4 +198,4 @@ def test_a_loss_that_is_not_finite_ends_with_advice() -> None:
     recipe = make(Recipe, batch_size=4, learning_rate=1e30, augment=False)
     network = build("tiny", "none", 0)
     with pytest.raises(UserError, match="learning_rate=1e\\+30"):
-        list(fit(network, squares(4), recipe, 3, CPU))
+        list(fit(Predictor(network, CPU), squares(4), recipe, 3))

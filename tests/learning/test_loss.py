@@ -53,21 +53,49 @@ def batch(seed: int, count: int = 3, side: int = 4) -> tuple[Tensor, Tensor]:
     return logits, targets.clamp(0, 1)
 
 
-# Dice
+# By hand
+
+LN_1_4, LN_3_4 = math.log(0.25), math.log(0.75)
+EMPTY, FULL = torch.full((1, 32, 32), -50.0), torch.full((1, 32, 32), 50.0)
+NONE, ALL = torch.zeros(1, 32, 32), torch.ones(1, 32, 32)
+TWO, FIRST_OF_TWO = torch.full((2, 2, 2), LOGIT), torch.tensor([1.0, 0.0])[:, None, None].expand(2, 2, 2)
 
 
-def test_dice_of_each_image_is_the_mean_over_the_images() -> None:
-    logits = torch.full((2, 2, 2), LOGIT)
-    target = torch.tensor([1.0, 0.0])[:, None, None].expand(2, 2, 2)
-    dices = (2 * 3 + 1) / (3 + 4 + 1), 1 / (3 + 0 + 1)
-    assert soft_dice_per_image(logits, target).item() == pytest.approx(1 - sum(dices) / 2)
-
-
-def test_an_empty_truth_pulls_towards_an_empty_prediction() -> None:
-    empty, full = torch.full((1, 32, 32), -50.0), torch.full((1, 32, 32), 50.0)
-    truth = torch.zeros(1, 32, 32)
-    assert soft_dice_per_image(empty, truth).item() == pytest.approx(0, abs=1e-6)
-    assert soft_dice_per_image(full, truth).item() == pytest.approx(1024 / 1025)
+@pytest.mark.parametrize(
+    ("loss", "logits", "target", "expected"),
+    [
+        (bce, pixels(LOGIT), pixels(1), -LN_3_4),
+        (bce, pixels(LOGIT), pixels(0.5), -0.5 * LN_3_4 - 0.5 * LN_1_4),
+        (bce, 2 * FULL, NONE, 100),
+        (bce, 2 * EMPTY, ALL, 100),
+        # Focal loss weighs by the squared distance, also of a partly annotated pixel.
+        (focal, pixels(LOGIT), pixels(1), 0.25**2 * -LN_3_4),
+        (focal, pixels(LOGIT), pixels(0.25), 0.5**2 * (-0.25 * LN_3_4 - 0.75 * LN_1_4)),
+        (focal, pixels(LOGIT), pixels(0.75), 0),
+        (focal, 2 * FULL, NONE, 100),
+        # Dice of the batch, and the mean of those of its images.
+        (soft_dice, TWO, FIRST_OF_TWO, 1 - (2 * 3 + 1) / (6 + 4 + 1)),
+        (soft_dice_per_image, TWO, FIRST_OF_TWO, 1 - ((2 * 3 + 1) / (3 + 4 + 1) + 1 / (3 + 0 + 1)) / 2),
+        (soft_dice, EMPTY, NONE, 0),
+        (soft_dice_per_image, EMPTY, NONE, 0),
+        (soft_dice_per_image, FULL, NONE, 1024 / 1025),
+        (soft_dice_per_image, EMPTY, ALL, 1024 / 1025),
+        # Errors 2, -1, 1: the first costs 1 - 1/2 of the index, the third 1/2 - 1/3, the second is right.
+        (lovasz_hinge, pixels(-1, 2, 0), pixels(1, 1, 0), 2 / 2 + 1 / 6),
+        # The only true pixel is the worst: it takes the whole index, the false one costs nothing more.
+        (lovasz_hinge, pixels(-1, 0.5), pixels(1, 0), 2),
+        # A pixel counts as true when at least half of it is annotated.
+        (lovasz_hinge, pixels(-1, 2, 0), pixels(0.5, 0.9, 0.49), 2 / 2 + 1 / 6),
+        # Every pixel is right by one or more, with and without something to find.
+        (lovasz_hinge, pixels(1, 9, -1), pixels(1, 1, 0), 0),
+        (lovasz_hinge, pixels(-1, -2), pixels(0, 0), 0),
+        (lovasz_hinge, pixels(-0.99, -2), pixels(0, 0), 0.01),
+    ],
+)
+def test_a_loss_is_what_its_formula_gives_by_hand(
+    loss: Callable[[Tensor, Tensor], Tensor], logits: Tensor, target: Tensor, expected: float
+) -> None:
+    assert loss(logits, target).item() == pytest.approx(expected, rel=1e-5, abs=1e-6)
 
 
 def test_a_small_finding_that_is_missed_costs_its_whole_image_and_little_of_the_batch() -> None:
@@ -79,28 +107,7 @@ def test_a_small_finding_that_is_missed_costs_its_whole_image_and_little_of_the_
     assert soft_dice_per_image(logits, target).item() == pytest.approx((1 - 1 / 4) / 2)
 
 
-def test_dice_of_one_image_is_that_of_its_batch() -> None:
-    logits, target = batch(0, count=1)
-    assert soft_dice_per_image(logits, target).item() == pytest.approx(soft_dice(logits, target).item())
-
-
-# Focal loss
-
-
-def test_focal_loss_of_a_partly_annotated_pixel_weighs_by_the_squared_distance() -> None:
-    cross_entropy = -0.25 * math.log(0.75) - 0.75 * math.log(0.25)
-    assert focal(pixels(LOGIT), pixels(0.25)).item() == pytest.approx(0.5**2 * cross_entropy)
-    assert focal(pixels(LOGIT), pixels(0.75)).item() == pytest.approx(0, abs=1e-12)
-
-
 # Lovász hinge
-
-
-def test_lovasz_hinge_by_hand() -> None:
-    # Errors 2, -1, 1: the first costs 1 - 1/2 of the index, the third 1/2 - 1/3, the second is right.
-    assert lovasz_hinge(pixels(-1, 2, 0), pixels(1, 1, 0)).item() == pytest.approx(2 / 2 + 1 / 6)
-    # The only true pixel is the worst: it takes the whole index, the false one costs nothing more.
-    assert lovasz_hinge(pixels(-1, 0.5), pixels(1, 0)).item() == pytest.approx(2)
 
 
 def slow_lovasz_hinge(logits: np.ndarray, truth: np.ndarray) -> float:
@@ -150,14 +157,6 @@ def test_lovasz_hinge_of_pixels_right_by_one_or_undecided_is_the_jaccard_loss(
     assert loss.item() == pytest.approx(1 - jaccard)
 
 
-def test_lovasz_hinge_is_zero_where_every_pixel_is_right_by_one() -> None:
-    truth = (batch(1)[1] > 0.5).double()
-    truth[0] = 0  # and where there is nothing to find
-    logits = (truth * 2 - 1) * torch.linspace(1, 9, 48).reshape(3, 4, 4)
-    assert lovasz_hinge(logits, truth).item() == 0
-    assert lovasz_hinge(logits * 0.99, truth).item() > 0
-
-
 @pytest.mark.parametrize("truth", [0.0, 1.0])
 @pytest.mark.parametrize("logit", [0.0, 1.0, 10.0, 100.0])
 def test_lovasz_hinge_of_an_image_that_is_all_wrong_grows_with_the_logit(truth: float, logit: float) -> None:
@@ -172,12 +171,6 @@ def test_lovasz_hinge_of_an_image_without_a_finding_is_that_of_its_worst_pixel()
     assert loss.item() == pytest.approx(1.5)
     assert logits.grad is not None
     assert logits.grad.flatten().tolist() == [0, 1, 0]
-
-
-def test_lovasz_hinge_takes_a_pixel_for_true_when_half_of_it_is_annotated() -> None:
-    logits = pixels(-1, 2, 0)
-    expected = lovasz_hinge(logits, pixels(1, 1, 0)).item()
-    assert lovasz_hinge(logits, pixels(0.5, 0.9, 0.49)).item() == expected
 
 
 # All terms
@@ -215,15 +208,6 @@ def test_extreme_logits_give_finite_losses_and_gradients(
     assert value.dtype == torch.float32
     assert math.isfinite(value.item()) and value.item() > 0
     assert logits.grad is not None and logits.grad.isfinite().all()
-
-
-@pytest.mark.parametrize(
-    ("loss", "expected"), [(bce, 100), (focal, 100), (lovasz_hinge, 101), (soft_dice_per_image, 4 / 5)]
-)
-def test_a_sure_mistake_costs_its_logit(loss: Callable[[Tensor, Tensor], Tensor], expected: float) -> None:
-    for logit, target in ((100.0, 0.0), (-100.0, 1.0)):
-        actual = loss(torch.full((1, 2, 2), logit), torch.full((1, 2, 2), target))
-        assert actual.item() == pytest.approx(expected, rel=1e-5)
 
 
 @every_loss
@@ -305,32 +289,3 @@ def test_the_loss_is_computed_without_waiting_for_the_device() -> None:
     loss = criterion(nowhere, target.to("meta"), present.to("meta"), EVERY_TERM)["loss"]
     loss.backward()
     assert nowhere.mask.grad is not None and nowhere.mask.grad.shape == target.shape
-
-
-def test_cross_entropy_of_a_quarter_missed_is_the_logarithm() -> None:
-    logits, target = torch.full((1, 2, 2), LOGIT), torch.ones(1, 2, 2)
-    assert bce(logits, target).item() == pytest.approx(-math.log(0.75))
-    assert focal(logits, target).item() == pytest.approx(0.25**2 * -math.log(0.75))
-
-
-def test_cross_entropy_of_a_half_annotated_pixel_takes_both_sides() -> None:
-    logits, target = torch.full((1, 1, 1), LOGIT), torch.full((1, 1, 1), 0.5)
-    assert bce(logits, target).item() == pytest.approx(-0.5 * math.log(0.75) - 0.5 * math.log(0.25))
-
-
-def test_soft_dice_counts_the_whole_batch() -> None:
-    logits = torch.full((2, 2, 2), LOGIT)
-    target = torch.tensor([1.0, 0.0])[:, None, None].expand(2, 2, 2)
-    assert soft_dice(logits, target).item() == pytest.approx(1 - (2 * 3 + 1) / (6 + 4 + 1))
-
-
-def test_soft_dice_of_an_empty_prediction_of_an_empty_truth_is_zero() -> None:
-    assert soft_dice(torch.full((1, 4, 4), -50.0), torch.zeros(1, 4, 4)).item() == pytest.approx(0, abs=1e-6)
-
-
-def test_a_weight_of_zero_leaves_the_term_out() -> None:
-    output = Output(torch.zeros(1, 2, 2), torch.zeros(1, 2, 2), torch.zeros(1))
-    recipe = make(Recipe, focal_weight=0, aux_weight=0, presence_weight=0)
-    terms = criterion(output, torch.ones(1, 2, 2), torch.ones(1), recipe)
-    assert set(terms) == {"loss", "loss_bce", "loss_dice"}
-    assert terms["loss"].item() == pytest.approx((terms["loss_bce"] + terms["loss_dice"]).item())

@@ -1,4 +1,4 @@
-"""Masks that a device outlines are those of the rule on the host, bit for bit."""
+"""Masks made on a device are those of the rule on the host, bit for bit."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from pneumo_experiments.learning.outline import outline
+from pneumo_experiments.learning.evaluate import masks_on_device
 from pneumo_experiments.learning.predict import to_native
 from pneumo_experiments.metrics.thresholds import HUNDREDTHS, Thresholds, apply_thresholds
 
@@ -30,14 +30,7 @@ def next_to_hundredths() -> np.ndarray:
 )
 def test_masks_are_those_of_the_host(device: str, top: float, bottom: float, area: int) -> None:
     thresholds, maps = Thresholds(0.5, top, area, bottom), next_to_hundredths()
-    top_score, bottom_score = map(float, thresholds.scores)
-    found = outline(
-        [torch.from_numpy(each).to(device) for each in maps],
-        SHAPES,
-        top_score=top_score,
-        least_core_px=[thresholds.least_core_px(rows * columns) for rows, columns in SHAPES],
-        bottom_score=bottom_score,
-    )
+    found = masks_on_device([torch.from_numpy(each).to(device) for each in maps], SHAPES, thresholds)
     assert len(found) == len(SHAPES)
     for probability, shape, mask in zip(maps, SHAPES, found, strict=True):
         assert mask.dtype == np.bool_
@@ -49,4 +42,4 @@ def test_masks_are_those_of_the_host(device: str, top: float, bottom: float, are
 
 
 def test_no_image_has_no_mask() -> None:
-    assert outline([], [], top_score=0.5, least_core_px=[], bottom_score=0.5) == []
+    assert masks_on_device([], [], Thresholds()) == []

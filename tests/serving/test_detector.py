@@ -16,7 +16,7 @@ from tiny_network import tiny_member
 
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.metrics.thresholds import NativeThresholds, Thresholds
-from pneumo_experiments.serving import Detector, join
+from pneumo_experiments.serving import Detector, make_ensemble
 
 pytestmark = pytest.mark.usefixtures("tiny")
 
@@ -37,15 +37,17 @@ def test_a_joined_model_has_seen_what_any_has_and_its_thresholds_are_means() -> 
         detector(2, thresholds=Thresholds(0.3, 0.7, 300, 0.4), fold="1", folds=3),
     ]
     for some in itertools.permutations(several):
-        joined = join(some)
-        assert joined.seen == {"image 0", "image 1", "image 2"}
+        joined = make_ensemble(some)
+        assert joined.training_images == {"image 0", "image 1", "image 2"}
         assert vars(joined.thresholds) == pytest.approx(vars(Thresholds(0.4, 0.73, 200, 0.34)), abs=1e-12)
-        assert joined.thresholds == join(several).thresholds
-    assert [member.settings["fold"] for member in join(several).members] == ["0", "1", "1"]
+        assert joined.thresholds == make_ensemble(several).thresholds
+    assert [member.settings["fold"] for member in make_ensemble(several).members] == ["0", "1", "1"]
     natives = [replace(one, thresholds=NativeThresholds(*vars(one.thresholds).values())) for one in several]
-    assert join(natives).thresholds == NativeThresholds(*vars(join(several).thresholds).values())
-    assert join([natives[0], *several[1:]]).thresholds == join(several).thresholds
-    flat = join([join(several[:2]), several[2]])
+    assert make_ensemble(natives).thresholds == NativeThresholds(
+        *vars(make_ensemble(several).thresholds).values()
+    )
+    assert make_ensemble([natives[0], *several[1:]]).thresholds == make_ensemble(several).thresholds
+    flat = make_ensemble([make_ensemble(several[:2]), several[2]])
     assert len(flat.members) == 3
 
 
@@ -60,7 +62,7 @@ def test_a_joined_model_has_seen_what_any_has_and_its_thresholds_are_means() -> 
 )
 def test_models_that_cannot_be_one_are_refused_with_the_reason(changes: dict[str, Any], reason: str) -> None:
     with pytest.raises(UserError) as error:
-        join([detector(0), detector(1), detector(2, **changes)])
+        make_ensemble([detector(0), detector(1), detector(2, **changes)])
     assert reason in str(error.value)
     assert "\n" not in str(error.value)
 

@@ -18,7 +18,6 @@ import yaml
 from helpers import ended
 from mlflow import MlflowClient
 
-from pneumo_experiments import tracking
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.metrics.thresholds import Thresholds
 from pneumo_experiments.serving import load
@@ -232,13 +231,3 @@ def test_a_logged_model_with_damaged_weights_ends_the_command_with_one_line(
     for entry_point in ("score", "register"):
         line = error_of(entry_point, "--model", str(model))
         assert line.startswith(f"{model}/data/made/weights.pt: missing or damaged (")
-
-
-def test_a_loaded_model_is_the_one_that_was_logged(error_of: Callable[..., str], tmp_path: Path) -> None:
-    del error_of  # it made the store
-    (tmp_path / "made").mkdir()
-    (tmp_path / "made" / "model.json").write_text("here")
-    with tracking.run("train", Train()):
-        address = tracking.log_model(tmp_path / "made")
-    assert address.startswith("models:/m-")
-    assert (tracking.model_data(address) / "model.json").read_text() == "here"

@@ -16,12 +16,12 @@ from pneumo_experiments.errors import UserError
 from pneumo_experiments.learning.calibration import Calibration
 from pneumo_experiments.learning.device import ComputeConfig
 from pneumo_experiments.metrics.thresholds import NativeThresholds, Thresholds
-from pneumo_experiments.serving import Detector, Member, load, save
+from pneumo_experiments.serving import Detector, TrainedNetwork, load, save
 
 pytestmark = pytest.mark.usefixtures("tiny")
 
 
-def detector(*members: Member) -> Detector:
+def detector(*members: TrainedNetwork) -> Detector:
     return Detector(members, 32, Thresholds(0.2, 0.6, 100, 0.3), "a", frozenset({"one", "two"}), 0.22)
 
 
@@ -37,7 +37,11 @@ def test_a_model_folder_keeps_every_member(tmp_path: Path) -> None:
         *(f"weights-{n}.pt" for n in range(3)),
     }
     again = load(tmp_path)
-    assert (again.image_size, again.thresholds, again.seen) == (32, saved.thresholds, saved.seen)
+    assert (again.image_size, again.thresholds, again.training_images) == (
+        32,
+        saved.thresholds,
+        saved.training_images,
+    )
     assert again.prevalence == 0.22
     assert [member.settings["fold"] for member in again.members] == ["0", "1", "2"]
     assert [member.predictor.tta for member in again.members] == augmentations
@@ -74,40 +78,27 @@ def views(images: np.ndarray) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        *(("calibration", {"slope": value}) for value in (0, -1.0, float("inf"), float("nan"), "1", None)),
-        *(("calibration", value) for value in ({"bias": float("nan")}, {"power": 2}, 7, None)),
-        *(("min_area_of", value) for value in (512, "1024", [])),
-    ],
-)
-def test_a_damaged_number_is_named(name: str, value: Any, tmp_path: Path) -> None:
-    save(tmp_path, detector(tiny_member(0)))
-    path = tmp_path / "model.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
-    with pytest.raises(UserError, match=r"model\.json: missing or damaged .*; train again"):
-        load(tmp_path)
-
-
-@pytest.mark.parametrize(
     "damage",
     [
+        *({"calibration": {"slope": value}} for value in (0, -1.0, float("inf"), float("nan"), "1", None)),
+        *({"calibration": value} for value in ({"bias": float("nan")}, {"power": 2}, 7, None)),
+        *({"min_area_of": value} for value in (512, "1024", [])),
         *({"members": members} for members in ([], 7, [7], [{}], [{"settings": {}}])),
         *({"prevalence": value} for value in (-0.1, 1.1, float("nan"), "0.2", [0.5], True)),
+        "weights-1.pt",
     ],
 )
-def test_damaged_fields_are_named(damage: dict[str, Any], tmp_path: Path) -> None:
+def test_what_is_damaged_or_missing_is_named(damage: dict[str, Any] | str, tmp_path: Path) -> None:
     save(tmp_path, detector(tiny_member(0), tiny_member(1)))
-    path = tmp_path / "model.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | damage))
-    with pytest.raises(UserError, match=r"model\.json: missing or damaged .*; train again"):
-        load(tmp_path)
-
-
-def test_missing_weights_of_a_member_are_named(tmp_path: Path) -> None:
-    save(tmp_path, detector(tiny_member(0), tiny_member(1)))
-    (tmp_path / "weights-1.pt").unlink()
-    with pytest.raises(UserError, match=r"weights-1\.pt: missing or damaged .*; train again"):
+    path = tmp_path / (damage if isinstance(damage, str) else "model.json")
+    if isinstance(damage, str):
+        path.unlink()
+    else:
+        content = json.loads(path.read_text())
+        if "calibration" in damage:  # it is a member's
+            damage = {"members": [content["members"][0] | damage, content["members"][1]]}
+        path.write_text(json.dumps(content | damage))
+    with pytest.raises(UserError, match=rf"{path.name}: missing or damaged .*; train again"):
         load(tmp_path)
 
 

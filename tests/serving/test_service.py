@@ -28,7 +28,6 @@ import torch
 from click.testing import CliRunner
 from dicom_files import GREYS, JPEGBaseline8Bit, dicom_bytes, jpeg, jpeg_file
 from helpers import BIN, environment, environment_of_mlflow
-from mlflow.exceptions import MlflowException
 from mlflow.models import convert_input_example_to_serving_input
 from mlflow.models.cli import commands
 from mlflow.pyfunc import load_model
@@ -42,7 +41,7 @@ from pneumo_experiments.errors import UserError
 from pneumo_experiments.learning.network import PneumothoraxNet
 from pneumo_experiments.learning.predict import Predictor
 from pneumo_experiments.metrics.thresholds import Thresholds
-from pneumo_experiments.serving import Detector, Member, ServedModel, load, new_folder, save
+from pneumo_experiments.serving import Detector, ServedModel, TrainedNetwork, load, new_folder, save
 from pneumo_experiments.settings import Train, as_config, from_flat
 from pneumo_experiments.tracking.models import save_model
 
@@ -90,7 +89,7 @@ def faults(folder: Path) -> dict[str, tuple[str | None, str]]:
 
 def detector_of(network: PneumothoraxNet, name: str, **thresholds: float) -> Detector:
     settings = as_config(from_flat(Train, {"network": name, "tta": "none"}))
-    member = Member(Predictor(network, CPU, "none"), settings)
+    member = TrainedNetwork(Predictor(network, CPU, "none"), settings)
     return Detector((member,), 32, Thresholds(**thresholds), "")  # pyright: ignore[reportArgumentType]
 
 
@@ -250,13 +249,6 @@ def test_what_is_no_request_gets_one_answer_without_a_traceback(served: Served, 
     assert '.py"' not in text
 
 
-def test_a_row_without_an_id_has_its_number(served: Served) -> None:
-    content = b64encode(GOOD["light"]).decode()
-    rows = served.rows({"dataframe_split": {"columns": NAMES_IN, "data": [[None, content], ["7", content]]}})
-    assert [row["image_id"] for row in rows] == ["0", "7"]
-    assert all(same(row, served.expected["light"]) for row in rows)
-
-
 def test_params_replace_thresholds_and_name_their_mistake_in_each_row(served: Served) -> None:
     before, after = (served.ask(GOOD, **params) for params in ({}, {"bottom_score": 0, "top_score": 0.0}))
     shapes = {"light": 32 * 48, "dark": 32 * 48, "wide": 9 * 48}
@@ -331,61 +323,34 @@ def parquet(columns: dict[str, list[Any]]) -> bytes:
 # The table of docs/serving.md: what is given, and the ids that come back; all else is as for the frame.
 IN_PROCESS: dict[str, tuple[Any, list[str]]] = {
     "frame": (pd.DataFrame({"image_id": IDS, "dicom": FILES}), IDS),
-    "frame of texts": (pd.DataFrame(FULL), IDS),
     "frame of bytearrays": (pd.DataFrame({"image_id": IDS, "dicom": [*map(bytearray, FILES)]}), IDS),
     "frame of memoryviews": (pd.DataFrame({"image_id": IDS, "dicom": [*map(memoryview, FILES)]}), IDS),
     "frame of dtype string": (pd.DataFrame(FULL, dtype="string"), IDS),
     "frame with an index": (pd.DataFrame(FULL, index=[7, 7, 9]), IDS),
     "frame in another order": (pd.DataFrame(FULL)[["dicom", "image_id"]], IDS),
     "frame without ids": (pd.DataFrame(NO_ID), NUMBERS),
-    "frame with more columns": (pd.DataFrame(EXTRA), IDS),
     "frame with other ids": (pd.DataFrame(OTHERS), ["007", "1e3", "2"]),
     "lists": ({"image_id": IDS, "dicom": FILES}, IDS),
-    "lists of texts": (FULL, IDS),
-    "lists without ids": (NO_ID, NUMBERS),
     "lists with more": (EXTRA, IDS),
-    "lists of one": ({"image_id": IDS[:1], "dicom": TEXTS[:1]}, IDS[:1]),
-    "tuples": ({"image_id": (*IDS,), "dicom": (*FILES,)}, IDS),
-    "arrays": ({"image_id": np.array(IDS), "dicom": np.array(TEXTS)}, IDS),
     "arrays of objects": ({"image_id": np.array(IDS), "dicom": np.array(FILES, object)}, IDS),
     "series": ({"image_id": pd.Series(IDS), "dicom": pd.Series(FILES)}, IDS),
-    "records": (records({"image_id": IDS, "dicom": FILES}), IDS),
-    "records of texts": (records(FULL), IDS),
-    "records without ids": (records(NO_ID), NUMBERS),
     "records, some with ids": (SOME, ["0", "dark"]),
-    "one record": ({"image_id": IDS[0], "dicom": FILES[0]}, IDS[:1]),
     "one record without id": ({"dicom": TEXTS[0]}, ["0"]),
     "a series called dicom": (pd.Series(FILES, name="dicom"), NUMBERS),
 }
 OVER_HTTP: dict[str, tuple[object, list[str]]] = {
-    "split": ({"dataframe_split": split(FULL)}, IDS),
-    "split with an index": ({"dataframe_split": split(FULL) | {"index": [7, 7, 9]}}, IDS),
     "split without ids": ({"dataframe_split": split(NO_ID)}, NUMBERS),
-    "split with more columns": ({"dataframe_split": split(EXTRA)}, IDS),
-    "split with numbers": ({"dataframe_split": split(INTS)}, ["7", "8", "9"]),
     "split with other ids": ({"dataframe_split": split(OTHERS)}, ["007", "1e3", "2"]),
-    "records": ({"dataframe_records": records(FULL)}, IDS),
-    "records without ids": ({"dataframe_records": records(NO_ID)}, NUMBERS),
-    "records with numbers": ({"dataframe_records": records(INTS)}, ["7", "8", "9"]),
     "records, some with ids": ({"dataframe_records": SOME}, ["0", "dark"]),
     "inputs of lists": ({"inputs": FULL}, IDS),
     "inputs without ids": ({"inputs": NO_ID}, NUMBERS),
-    "inputs with numbers": ({"inputs": INTS}, ["7", "8", "9"]),
     "inputs with more": ({"inputs": EXTRA}, IDS),
-    "inputs of records": ({"inputs": records(FULL)}, IDS),
-    "inputs, some with ids": ({"inputs": SOME}, ["0", "dark"]),
-    "inputs of one record": ({"inputs": records(FULL)[0]}, IDS[:1]),
     "inputs of one without id": ({"inputs": {"dicom": TEXTS[0]}}, ["0"]),
-    "instances": ({"instances": records(FULL)}, IDS),
-    "instances without ids": ({"instances": records(NO_ID)}, NUMBERS),
     "instances of lists": ({"instances": FULL}, IDS),
-    "csv": (text(FULL), IDS),
     "csv with a mark": ("\ufeff" + text(FULL), IDS),
-    "csv without ids": (text(NO_ID), NUMBERS),
     "csv with other ids": (text(OTHERS), ["007", "1e3", "2"]),
     "csv with more columns": (text(EXTRA), IDS),
     "parquet": (parquet({"image_id": IDS, "dicom": FILES}), IDS),
-    "parquet of texts without ids": (parquet(NO_ID), NUMBERS),
 }
 
 
@@ -422,40 +387,7 @@ def test_files_without_the_names_of_columns_get_one_row_that_asks_for_them(given
     assert [*loaded.predict(given)["error"]] == [NO_COLUMN]
 
 
-@pytest.mark.parametrize("given", [TEXTS, TEXTS[0], [*zip(IDS, TEXTS, strict=True)]])
-@pytest.mark.parametrize("field", ["inputs", "instances"])
-def test_nor_do_they_over_http(given: Any, field: str, served: Served) -> None:
-    assert [row["error"] for row in served.rows({field: given})] == [NO_COLUMN]
-
-
 NO_COLUMN = "0: the request has no column dicom; give columns image_id (optional) and dicom"
-
-
-@pytest.mark.parametrize(
-    ("given", "reason"),
-    [
-        (pd.DataFrame(INTS), "Incompatible input types for column image_id. Can not safely convert int64 to"),
-        (bytearray(FILES[0]), "Expected input to be DataFrame. Found: bytearray"),
-        (None, "Expected input to be DataFrame. Found: NoneType"),
-    ],
-)
-def test_mlflow_refuses_this_form_in_process(given: Any, reason: str, loaded: Any) -> None:
-    with pytest.raises(MlflowException) as refused:
-        loaded.predict(given)
-    assert reason in str(refused.value)
-
-
-@pytest.mark.parametrize(
-    ("body", "status", "reason"),
-    [
-        ({"dataframe_records": records(FULL)[0]}, 400, "Dataframe records format must be a list of records"),
-        ({"instances": SOME}, 400, "All arrays must be of the same length"),
-        (records(FULL), 400, "The input must be a JSON dictionary with exactly one of the input fields"),
-    ],
-)
-def test_mlflow_refuses_this_form_over_http(body: object, status: int, reason: str, served: Served) -> None:
-    answered, said = served.post(body)
-    assert (answered, reason in said) == (status, True), said[-2000:]
 
 
 SPARK = """
@@ -518,13 +450,6 @@ def test_mlflow_models_predict_writes_the_same_answer(
     light, nothing = rows_in(answered.read_text())
     assert same(light, served.expected["light"])
     assert (nothing["presence"], nothing["error"]) == (None, "nothing: no file: dicom is empty")
-
-
-def test_the_data_in_a_model_have_a_name(served: Served) -> None:
-    assert sorted(path.name for path in (served.model / "data" / "detector").iterdir()) == [
-        "model.json",
-        "weights.pt",
-    ]
 
 
 def test_threads_get_their_own_answers(tiny: None) -> None:

@@ -30,7 +30,7 @@ from pneumo_experiments.learning.device import ComputeConfig
 from pneumo_experiments.learning.network import PneumothoraxNet
 from pneumo_experiments.learning.predict import Predictor
 from pneumo_experiments.metrics.thresholds import Thresholds
-from pneumo_experiments.serving import Detector, Member, ServedModel, save
+from pneumo_experiments.serving import Detector, ServedModel, TrainedNetwork, save
 from pneumo_experiments.settings import Score, Train, as_config
 from pneumo_experiments.stages.score import score
 
@@ -70,7 +70,9 @@ def desk(
                 PneumothoraxNet("tiny"), ComputeConfig(torch.device("cpu"), "fp32"), tta="none"
             )
             settings = as_config(make(Train, network="tiny"))
-            detector = Detector((Member(predictor, settings),), 32, Thresholds(presence_threshold=0), "")
+            detector = Detector(
+                (TrainedNetwork(predictor, settings),), 32, Thresholds(presence_threshold=0), ""
+            )
             (folder / "weights").mkdir()
             save(folder / "weights", detector)
             model = tracking.log_model(folder / "weights")

@@ -31,7 +31,7 @@ from pneumo_experiments.learning.device import ComputeConfig
 from pneumo_experiments.learning.network import PneumothoraxNet
 from pneumo_experiments.learning.predict import Predictor
 from pneumo_experiments.metrics.thresholds import Thresholds
-from pneumo_experiments.serving import Detector, Member, save
+from pneumo_experiments.serving import Detector, TrainedNetwork, save
 from pneumo_experiments.settings import Train, as_config
 from pneumo_experiments.synthetic.kaggle_layout import write_sample
 
@@ -89,7 +89,7 @@ def test_a_model_names_the_folder_without_room(tmp_path: Path) -> None:
     predictor = Predictor(
         PneumothoraxNet("fcn_resnet50"), ComputeConfig(torch.device("cpu"), "fp32"), tta="none"
     )
-    detector = Detector((Member(predictor, as_config(Train())),), 32, Thresholds(), "x")
+    detector = Detector((TrainedNetwork(predictor, as_config(Train())),), 32, Thresholds(), "x")
     with (
         no_file_beyond(2**20),
         pytest.raises(UserError, match=rf"^{tmp_path}: has no room for the model; .* TMPDIR$"),

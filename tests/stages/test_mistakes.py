@@ -33,7 +33,7 @@ from pneumo_experiments.learning.device import ComputeConfig
 from pneumo_experiments.learning.network import PneumothoraxNet
 from pneumo_experiments.learning.predict import Predictor
 from pneumo_experiments.metrics.thresholds import Thresholds
-from pneumo_experiments.serving import Detector, Member, save
+from pneumo_experiments.serving import Detector, TrainedNetwork, save
 from pneumo_experiments.settings import Train, as_config
 from pneumo_experiments.synthetic.kaggle_layout import write_sample
 from pneumo_experiments.tracking import servers
@@ -86,7 +86,10 @@ def desk(tmp_path_factory: pytest.TempPathFactory, empty_store: Path, tiny_defau
             save(
                 weights,
                 Detector(
-                    (Member(predictor, as_config(make(Train, network="tiny"))),), 32, Thresholds(), "another"
+                    (TrainedNetwork(predictor, as_config(make(Train, network="tiny"))),),
+                    32,
+                    Thresholds(),
+                    "another",
                 ),
             )
             model = tracking.log_model(weights)

@@ -28,7 +28,7 @@ from pneumo_experiments.registry import scores, versions
 from pneumo_experiments.registry.model_card import MAX_CHARACTERS, ModelCard
 from pneumo_experiments.registry.promotion import Challenge, Decision
 from pneumo_experiments.registry.versions import Version
-from pneumo_experiments.serving import Detector, Member, load
+from pneumo_experiments.serving import Detector, TrainedNetwork, load
 from pneumo_experiments.settings import Register, Score, Search, Train, as_config
 from pneumo_experiments.stages.register import register
 from pneumo_experiments.stages.score import ScoreResult, score
@@ -77,11 +77,11 @@ def detector_of(settings: Train, presence_threshold: float) -> Detector:
     with Dataset.open(settings.dataset) as dataset:
         parts = make_split(dataset, settings.split)
         return Detector(
-            members=(Member(Predictor(random_network(0), CPU), as_config(settings)),),
+            members=(TrainedNetwork(Predictor(random_network(0), CPU), as_config(settings)),),
             image_size=SIZE,
             thresholds=Thresholds(presence_threshold, 0, 0, 0),
             data_fingerprint=dataset.fingerprint,
-            seen=hash_image_ids(Subset(dataset, np.append(parts.train, parts.validation))),
+            training_images=hash_image_ids(Subset(dataset, np.append(parts.train, parts.validation))),
         )
 
 
@@ -289,7 +289,7 @@ def test_the_card_agrees_with_tags_and_tables(shelf: Shelf) -> None:
 
 
 def test_a_card_fits_whatever_its_texts_and_shows_no_markup_of_others(tiny: None) -> None:
-    member = Member(
+    member = TrainedNetwork(
         Predictor(random_network(0), CPU), as_config(make(Train, dataset="a`|<script>", network="tiny"))
     )
     member.settings["network"] = "fcn`x"  # pyright: ignore[reportIndexIssue]
@@ -405,7 +405,7 @@ def test_images_and_patients_that_a_model_has_seen_are_not_external(
         known = {dataset.entries[i].patient for i in seen}
         ids = frozenset(salted(f"image {dataset.entries[i].image_id}") for i in seen)
     model = log_model(detector, settings)
-    old = log_model(replace(detector, seen=ids), settings)  # as before models knew their patients
+    old = log_model(replace(detector, training_images=ids), settings)  # as before models knew their patients
     others = [pairs[seen[0]][0], *(other for _, other in pairs)]
     second = stored(shelf.folder / "second.h5", others)
     expected = ["image"] + ["patient" * (one.entry.patient in known) for one in others[1:]]

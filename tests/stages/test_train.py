@@ -281,7 +281,7 @@ def test_a_training_may_start_from_a_models_weights_and_has_seen_what_that_has(
         assert network.source == weights
         assert network.pretrained == {name for name, _ in network.named_parameters()}
     result = train(changed(settings, weights=address, epochs=1))
-    assert load(tracking.model_data(result.model)).seen > {"another image"}
+    assert load(tracking.model_data(result.model)).training_images > {"another image"}
     assert runs()[-1].data.params["weights_source"] == address
 
 

@@ -75,7 +75,7 @@ def test_a_fold_is_trained_and_evaluated_without_a_store(small_dataset: Path, tm
         assert result.as_metrics()["val_dice_final"] == evaluation.scores.dice
         everyone = all_images(dataset)
         whole = Evaluation(everyone, everyone.count(result.detector.predictor), evaluation.thresholds)
-        seen = [row[-1] for row in whole.image_rows(result.detector.seen)]
+        seen = [row[-1] for row in whole.image_rows(result.detector.training_images)]
         assert (seen.count("image"), len(seen)) == (24, 24)
         report = make_report(make(Score, overlays=2), "all", whole, result.detector)
         assert f"<b>{whole.scores.dice:.4f}</b>" in report.page

@@ -130,9 +130,9 @@ def test_settings_beside_a_model_are_refused(original: str) -> None:
     ("name", "value", "message"),
     [
         ("epochs", None, "does not say epochs"),
-        ("epochs", "many", "'many' is not of type int"),
-        ("batch_size", 10**9, "is not from 2 to 65536"),
-        ("augment", 1, "1 is not of type bool"),
+        ("epochs", "many", "'many' is not a valid whole number"),
+        ("batch_size", 10**9, "is not in the range 2<=x<=65536"),
+        ("augment", 1, "1 is not a boolean"),
     ],
 )
 def test_damaged_settings_of_a_model_are_refused(
