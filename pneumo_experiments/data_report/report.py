@@ -13,9 +13,9 @@ from pneumo_experiments import tracking
 from pneumo_experiments.data_report.page import page
 from pneumo_experiments.data_report.statistics import Report, make_report
 from pneumo_experiments.data_report.summary import summary
-from pneumo_experiments.dataset.convert import FileResult
 from pneumo_experiments.dataset.hdf5 import Dataset
 from pneumo_experiments.dataset.patients import Grouping, count_sources
+from pneumo_experiments.dataset.shards import FileResult
 from pneumo_experiments.dicom.archive import DIFFERING_FILES, Archive
 from pneumo_experiments.dicom.identity import FILE_NAME
 from pneumo_experiments.figures import contact_sheet, jpeg_uri, overlay

@@ -30,8 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pneumo_experiments.dataset import rle
-from pneumo_experiments.dataset.deflate import crc32, decompress
-from pneumo_experiments.dataset.packed import Entry, to_uint8
+from pneumo_experiments.dataset.packed import Entry, crc32, decompress, to_uint8
 from pneumo_experiments.dicom.workers import available_cores
 from pneumo_experiments.errors import UserError
 

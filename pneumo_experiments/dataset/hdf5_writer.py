@@ -15,9 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pneumo_experiments.dataset.deflate import compress, crc32
 from pneumo_experiments.dataset.hdf5 import BLOCK, FORMAT, FORMAT_VERSION, checksum, hdf5
-from pneumo_experiments.dataset.packed import Entry, Packed
+from pneumo_experiments.dataset.packed import Entry, Packed, compress, crc32
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.files import write_atomically
 

@@ -59,7 +59,7 @@ def read_radiograph(content: bytes, image_id: str, max_pixels: int = MAX_PIXELS)
     A PNG or JPEG picture has no metadata; it is taken to show dense tissue bright, as a display does.
 
     Memory beside the file: a copy of its pixel data and 1 byte per pixel; up to 8 if it is compressed.
-    Memory and time are not limited here: ``decoder_process`` and ``shards`` call this in limited processes.
+    Memory and time are not limited here: ``decoder_pool`` calls this in limited processes.
     """
     try:
         with warnings.catch_warnings():

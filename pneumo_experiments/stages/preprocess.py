@@ -22,7 +22,6 @@ from pneumo_experiments.dataset.annotations import (
     read_file_names,
     read_table,
 )
-from pneumo_experiments.dataset.convert import FileResult
 from pneumo_experiments.dataset.grouping import SOURCES, make_grouping, warn, warn_about_grouping
 from pneumo_experiments.dataset.hdf5 import Dataset
 from pneumo_experiments.dataset.hdf5_writer import DatasetWriter
@@ -34,7 +33,7 @@ from pneumo_experiments.dataset.patients import (
     describe_sources,
     source_of,
 )
-from pneumo_experiments.dataset.shards import ShardSettings, is_finished, make_jobs, results
+from pneumo_experiments.dataset.shards import FileResult, ShardSettings, is_finished, make_jobs, results
 from pneumo_experiments.dicom.archive import Archive, Member, open_archive, read_member
 from pneumo_experiments.dicom.workers import available_cores
 from pneumo_experiments.errors import Rejected, UserError, reason_of
