@@ -11,8 +11,7 @@ import numpy as np
 
 from pneumo_experiments.dataset import rle
 from pneumo_experiments.dataset.annotations import read_annotations
-from pneumo_experiments.dataset.hdf5 import Dataset
-from pneumo_experiments.dataset.hdf5_writer import DatasetWriter
+from pneumo_experiments.dataset.hdf5 import Dataset, DatasetWriter
 from pneumo_experiments.dataset.labels import run_length_labels
 from pneumo_experiments.dataset.packed import Entry, Packed, ResizedImage, hash_patient, pack
 from pneumo_experiments.dataset.resize import area_resize

@@ -16,8 +16,7 @@ from pneumo_experiments.data_report.summary import summary
 from pneumo_experiments.dataset.hdf5 import Dataset
 from pneumo_experiments.dataset.patients import Grouping, count_sources
 from pneumo_experiments.dataset.shards import FileResult
-from pneumo_experiments.dicom.archive import DIFFERING_FILES, Archive
-from pneumo_experiments.dicom.identity import FILE_NAME
+from pneumo_experiments.dicom.archive import DIFFERING_FILES, FILE_NAME, Archive
 from pneumo_experiments.figures import contact_sheet, jpeg_uri, overlay
 from pneumo_experiments.files import write_atomically
 

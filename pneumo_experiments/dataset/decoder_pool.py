@@ -28,11 +28,13 @@ from numpy.typing import NDArray
 
 from pneumo_experiments.dataset.resize import resize_image
 from pneumo_experiments.dicom.archive import Member, read_member
-from pneumo_experiments.dicom.geometry import Geometry
+from pneumo_experiments.dicom.header import Geometry, read_source
 from pneumo_experiments.dicom.limits import (
+    ENVIRONMENT,
     MAX_BYTES_PER_PIXEL,
     MAX_HEADER_BYTES,
     TIME_LIMIT_EXIT_CODE,
+    available_cores,
     limit_memory,
     limit_time,
     max_seconds,
@@ -40,8 +42,6 @@ from pneumo_experiments.dicom.limits import (
     time_limit_message,
 )
 from pneumo_experiments.dicom.radiograph import MAX_PIXELS, read_radiograph
-from pneumo_experiments.dicom.source import read_source
-from pneumo_experiments.dicom.workers import ENVIRONMENT, available_cores
 from pneumo_experiments.errors import Rejected, UserError
 
 MAX_DECODERS = min(available_cores(), 8)  # each may use limits.max_bytes of memory

@@ -22,20 +22,22 @@ from pneumo_experiments.dataset.annotations import (
     read_file_names,
     read_table,
 )
-from pneumo_experiments.dataset.grouping import SOURCES, make_grouping, warn, warn_about_grouping
-from pneumo_experiments.dataset.hdf5 import Dataset
-from pneumo_experiments.dataset.hdf5_writer import DatasetWriter
+from pneumo_experiments.dataset.hdf5 import Dataset, DatasetWriter
 from pneumo_experiments.dataset.labels import Label, run_length_labels
 from pneumo_experiments.dataset.packed import salted
 from pneumo_experiments.dataset.patients import (
+    SOURCES,
     Grouping,
     count_sources,
     describe_sources,
+    make_grouping,
     source_of,
+    warn,
+    warn_about_grouping,
 )
 from pneumo_experiments.dataset.shards import FileResult, ShardSettings, is_finished, make_jobs, results
 from pneumo_experiments.dicom.archive import Archive, Member, open_archive, read_member
-from pneumo_experiments.dicom.workers import available_cores
+from pneumo_experiments.dicom.limits import available_cores
 from pneumo_experiments.errors import Rejected, UserError, reason_of
 from pneumo_experiments.locks import LOCK, work_folder
 from pneumo_experiments.progress_bar import ProgressBar

@@ -22,16 +22,17 @@ from pydicom.uid import generate_uid
 from samples import write_dataset
 
 from pneumo_experiments.dataset.annotations import read_annotations, read_patients
-from pneumo_experiments.dataset.grouping import SOURCES, make_grouping
 from pneumo_experiments.dataset.hdf5 import Dataset
 from pneumo_experiments.dataset.packed import Entry, ResizedImage, hash_patient, pack, salted
 from pneumo_experiments.dataset.patients import (
     ROW,
     SHIPPED,
+    SOURCES,
     Grouping,
     count_sources,
     describe_sources,
     grouping_problem,
+    make_grouping,
     shipped_grouping,
 )
 from pneumo_experiments.dataset.splits import Split, split
@@ -80,7 +81,7 @@ def sources_in(report: Path) -> dict[str, int]:
 
 
 def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [r.getMessage() for r in caplog.records if r.name == "pneumo_experiments.dataset.grouping"]
+    return [r.getMessage() for r in caplog.records if r.name == "pneumo_experiments.dataset.patients"]
 
 
 def random_ids(count: int) -> dict[str, str]:

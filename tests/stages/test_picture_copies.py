@@ -24,8 +24,7 @@ from pneumo_experiments.dataset.annotations import read_annotations, read_file_n
 from pneumo_experiments.dataset.hdf5 import Dataset
 from pneumo_experiments.dataset.packed import Entry
 from pneumo_experiments.dicom.archive import open_archive, read_member
-from pneumo_experiments.dicom.colour import NOTE
-from pneumo_experiments.dicom.picture import read_mask, read_picture
+from pneumo_experiments.dicom.picture import NOTE, read_mask, read_picture
 from pneumo_experiments.dicom.radiograph import read_radiograph
 from pneumo_experiments.errors import Rejected, UserError
 from pneumo_experiments.settings import Preprocess
