@@ -15,14 +15,17 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from pneumo_experiments.dataset.annotations import PATIENTS, match_ids, read_patients, read_table
-from pneumo_experiments.dataset.hdf5 import Dataset
 from pneumo_experiments.dataset.packed import Entry, hash_patient, salted
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.settings import AUTO, is_none
+
+if TYPE_CHECKING:  # the processes that read files need no h5py
+    from pneumo_experiments.dataset.hdf5 import Dataset
 
 SHIPPED = Path(__file__).with_name("siim_patients.bin")
 ROW = np.dtype([("image", "<u8"), ("patient", "<u2")])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bz2
 import hashlib
 import lzma
 import os
@@ -13,7 +12,6 @@ import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from copy import copy
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
@@ -54,7 +52,7 @@ MAX_TAR_HEADER_BYTES = 2**20  # of a long name or other attributes
 DIFFERING_FILES = "several files have this id, and their contents differ"
 # What zipfile raises for a damaged file; ValueError when a name or an offset is damaged.
 DAMAGE_ERRORS = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, EOFError, ValueError)
-LZMA_STEP_BYTES = 2**12  # compressed bytes per step, which expand to 30 MB at most
+STEP_BYTES = 2**12  # compressed bytes per step, which expand to 90 MB at most
 ImageId = Literal["auto", "stem", "path", "sop_instance_uid"]
 PREAMBLE_BYTES, MAGIC = 128, b"DICM"  # PS3.10 7.1
 HEAD_BYTES = 1024  # of a file: its file meta information takes a few hundred
@@ -354,25 +352,19 @@ def _read_zip_entry(path: Path, member: Member, max_bytes: int) -> bytes:
     info = archive.infolist()[member.number]
     if (info.filename, info.file_size, info.CRC) != (member.name, member.size, member.stamp):
         raise LookupError(member.number)
-    if info.compress_type == zipfile.ZIP_BZIP2:  # zipfile would inflate a whole block without a limit
-        stored = copy(info)
-        stored.compress_type, stored.file_size = zipfile.ZIP_STORED, info.compress_size
-        del stored.CRC  # refers to the inflated bytes
-        with archive.open(stored) as raw, bz2.open(raw) as file:
-            return file.read(max_bytes)
+    # zipfile limits what deflate gives, but inflates all of what it reads of bzip2 and LZMA.
+    is_limited = info.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+    step_bytes, content = max_bytes if is_limited else STEP_BYTES, bytearray()
     with archive.open(info) as file:
-        if info.compress_type != zipfile.ZIP_LZMA:
-            return file.read(max_bytes)
-        content = bytearray()
         try:
             while len(content) < max_bytes:
-                block = file.read(min(LZMA_STEP_BYTES, max_bytes - len(content)))
+                block = file.read(min(step_bytes, max_bytes - len(content)))
                 if not block:
                     break
                 content += block
         except MemoryError:  # a damaged header can request a dictionary of up to 4 GB
             raise lzma.LZMAError from None
-        return bytes(content)
+    return bytes(content)
 
 
 @lru_cache(maxsize=2)
