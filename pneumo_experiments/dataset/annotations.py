@@ -224,7 +224,7 @@ def read_table(path: Path, table_format: TableFormat) -> bytes:
         with path.open("rb") as file:
             return _read_limited(file, path, "contains")
     except OSError as error:
-        problems = {
+        problems: dict[type[OSError], str] = {
             FileNotFoundError: "no such file; expected a CSV table with ",
             IsADirectoryError: "is a folder; expected a CSV table with ",
         }

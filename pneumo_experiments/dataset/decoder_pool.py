@@ -27,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pneumo_experiments.dataset.resize import resize_image
-from pneumo_experiments.dicom.archive import Member, read_member
+from pneumo_experiments.dicom.containers import DicomFile, read_file
 from pneumo_experiments.dicom.header import Geometry, read_source
 from pneumo_experiments.dicom.limits import (
     ENVIRONMENT,
@@ -94,11 +94,11 @@ class Request:
     refused: Rejected | None = None  # why not to call it
 
 
-def read_files(root: Path, members: Iterable[Member]) -> Iterator[File]:
-    """The files of an archive, read one by one; UserError as ``read_member`` raises it."""
+def read_files(root: Path, members: Iterable[DicomFile]) -> Iterator[File]:
+    """The files of an archive, read one by one; UserError as ``read_file`` raises it."""
     for member in members:
         try:
-            yield member.image_id, read_member(root, member, MAX_PIXELS)
+            yield member.image_id, read_file(root, member, MAX_PIXELS)
         except Rejected as reason:
             yield member.image_id, reason
 

@@ -14,7 +14,7 @@ from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -31,7 +31,7 @@ from pneumo_experiments.dataset.packed import (
 )
 from pneumo_experiments.dataset.resize import area_resize, resize_image
 from pneumo_experiments.dataset.rle import EMPTY, encode
-from pneumo_experiments.dicom.archive import Member, read_member
+from pneumo_experiments.dicom.containers import DicomFile, read_file
 from pneumo_experiments.dicom.radiograph import read_radiograph
 from pneumo_experiments.errors import Rejected, UserError
 from pneumo_experiments.files import write_atomically
@@ -57,7 +57,7 @@ class Job:
 
     root: Path
     settings: ShardSettings
-    members: tuple[Member, ...]
+    members: tuple[DicomFile, ...]
     labels: tuple[Label, ...] | None  # None for a set without labels
     patients: tuple[str, ...]  # hashes; empty: use the file's PatientID
 
@@ -71,12 +71,28 @@ class Job:
 
     def requests(self) -> Iterator[Request]:
         """What the processes have to do."""
-        for member, label, patient in zip(
-            self.members, self.labels or [None] * len(self.members), self.patients, strict=True
-        ):
+        labels = self.labels or [None] * len(self.members)
+        for member, label, patient in zip(self.members, labels, self.patients, strict=True):
             size = member.size + (label.file.size if label and label.file else 0)
-            arguments = self.root, member, label, patient, self.settings
-            yield Request(member.image_id, self.settings.max_pixels, size, convert, arguments)
+            file = LabelledFile(self.root, member, label, patient)
+            yield Request(member.image_id, self.settings.max_pixels, size, convert, (file, self.settings))
+
+
+class LabelledFile(NamedTuple):
+    """A file to convert."""
+
+    root: Path
+    member: DicomFile
+    label: Label | None
+    patient: str
+
+    def read(self, max_pixels: int) -> tuple[bytes, bytes, str]:
+        """Its bytes, those of its mask's file, and SHA-256 of both; errors as ``read_file`` raises them."""
+        contents = (
+            read_file(self.root, self.member, max_pixels),
+            self.label.read_file(max_pixels) if self.label else b"",
+        )
+        return *contents, "".join(hashlib.sha256(content).hexdigest() for content in contents if content)
 
 
 @dataclass(frozen=True)
@@ -102,7 +118,7 @@ class FileResult:
 def make_jobs(
     root: Path,
     settings: ShardSettings,
-    members: Sequence[Member],
+    members: Sequence[DicomFile],
     labels: Mapping[str, Label] | None,
     patients: Mapping[str, str],
 ) -> list[Job]:
@@ -147,29 +163,20 @@ def results(jobs: Sequence[Job], work: Path, workers: int) -> Iterator[FileResul
         close_idle()
 
 
-def convert(
-    image_id: str,
-    max_pixels: int,
-    root: Path,
-    member: Member,
-    label: Label | None,
-    patient: str,
-    settings: ShardSettings,
-) -> Message:
+def convert(image_id: str, max_pixels: int, file: LabelledFile, settings: ShardSettings) -> Message:
     """Reads and packs one file, in a process of its own; the result as a message."""
-    digest, size = "", settings.image_size
+    digest, size, is_labelled = "", settings.image_size, file.label is not None
     try:
-        content, mask_file = _read(root, member, label, max_pixels)
-        digest = _digest(content, mask_file)
+        content, mask_file, digest = file.read(max_pixels)
         radiograph = read_radiograph(content, image_id, max_pixels)
-        found = read_label(label or Label(), mask_file, radiograph.shape, image_id, max_pixels)
+        found = read_label(file.label or Label(), mask_file, radiograph.shape, image_id, max_pixels)
     except Rejected as reason:
         is_invalid = isinstance(reason, InvalidRunLengths)
         return _as_message(FileResult(image_id, digest, reason=str(reason), invalid_run_lengths=is_invalid))
     mask, annotated = found.mask, found.annotated
     entry = Entry(
         image_id=image_id,
-        patient=patient or hash_patient(radiograph.patient, image_id),
+        patient=file.patient or hash_patient(radiograph.patient, image_id),
         view=radiograph.view,
         sex=radiograph.sex,
         age=radiograph.age,
@@ -182,8 +189,8 @@ def convert(
     resized = ResizedImage(
         entry,
         resize_image(radiograph.pixels, size),
-        None if label is None else target,
-        None if label is None else EMPTY if mask is None else encode(mask),
+        target if is_labelled else None,
+        (EMPTY if mask is None else encode(mask)) if is_labelled else None,
     )
     return _as_message(
         FileResult(
@@ -210,18 +217,8 @@ def _converted(jobs: Sequence[Job], workers: int) -> Generator[FileResult]:
                     "workers: a worker process was killed, perhaps for lack of memory; set fewer workers and"
                     " run the same command again: it continues where this run stopped"
                 )
-            root, member, label, *_ = request.arguments
-            digest = _digest(*_read(root, member, label, request.max_pixels))
+            *_, digest = request.arguments[0].read(request.max_pixels)
             yield FileResult(request.image_id, digest, reason=str(reply))
-
-
-def _read(root: Path, member: Member, label: Label | None, max_pixels: int) -> tuple[bytes, bytes]:
-    """A file, and that of its mask; errors as ``read_member`` raises them."""
-    return read_member(root, member, max_pixels), label.read_file(max_pixels) if label else b""
-
-
-def _digest(*contents: bytes) -> str:
-    return "".join(hashlib.sha256(content).hexdigest() for content in contents if content)
 
 
 def _as_message(result: FileResult) -> Message:

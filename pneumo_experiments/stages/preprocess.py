@@ -36,7 +36,8 @@ from pneumo_experiments.dataset.patients import (
     warn_about_grouping,
 )
 from pneumo_experiments.dataset.shards import FileResult, ShardSettings, is_finished, make_jobs, results
-from pneumo_experiments.dicom.archive import Archive, Member, open_archive, read_member
+from pneumo_experiments.dicom.archive import Archive, open_archive
+from pneumo_experiments.dicom.containers import DicomFile, read_file
 from pneumo_experiments.dicom.limits import available_cores
 from pneumo_experiments.errors import Rejected, UserError, reason_of
 from pneumo_experiments.locks import LOCK, work_folder
@@ -64,7 +65,7 @@ class PreprocessInputs:
     archive: Archive
     labels: dict[str, Label] | None
     patients: Grouping
-    members: tuple[Member, ...]
+    members: tuple[DicomFile, ...]
     recorded: dict[str, str]
 
     @property
@@ -154,8 +155,8 @@ def _mask_labels(
         masks = open_archive(masks_dir, "path")
     except UserError as error:
         raise UserError(f"masks_dir={error}") from None
-    presences, by_name = dict(names.values()), defaultdict[str, list[Member | None]](list)
-    by_path: dict[str, Member | None] = {member.image_id: member for member in masks.members}
+    presences, by_name = dict(names.values()), defaultdict[str, list[DicomFile | None]](list)
+    by_path: dict[str, DicomFile | None] = {member.image_id: member for member in masks.members}
     by_path |= dict.fromkeys(masks.differing)
     for path, member in by_path.items():
         stem = PurePosixPath(path).name
@@ -227,11 +228,11 @@ def _differences(recorded: Mapping[str, str], settings: Preprocess, inputs: Prep
 def _hash_contents(inputs: PreprocessInputs, max_pixels: int) -> str:
     """Digest of the contents of all files."""
 
-    def file_sha256(root: Path | None, member: Member | None) -> str:
+    def file_sha256(root: Path | None, member: DicomFile | None) -> str:
         try:
             if root is None or member is None:
                 return ""
-            return hashlib.sha256(read_member(root, member, max_pixels)).hexdigest()
+            return hashlib.sha256(read_file(root, member, max_pixels)).hexdigest()
         except Rejected:
             return ""
 
