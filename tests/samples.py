@@ -54,7 +54,7 @@ def write_dataset(
 
 
 def content_of(path: Path) -> list[Any]:
-    """Everything that a data set holds; its bytes may differ, because ISA-L's do: see deflate.py."""
+    """Everything that a data set holds; its bytes may differ, because ISA-L's do: see packed.py."""
     with Dataset.open(path) as dataset:
         rows = range(len(dataset))
         return [

@@ -1,4 +1,4 @@
-"""The data set file: one HDF5 that plain h5py reads. ``Dataset`` reads it, ``hdf5_writer`` writes it.
+"""The data set file: one HDF5 that plain h5py reads. ``Dataset`` reads it, ``DatasetWriter`` writes it.
 
 - ``images_<k>`` (n, S, S): 8-bit pixels / 255, 512 images per block, fewer in the last; one image per chunk.
 - ``ann_<k>``, same shape: annotated fraction of each pixel, in [0, 1]. Exact as float32, rounded to 1/255 as

@@ -238,17 +238,6 @@ def test_images_that_each_count_as_a_patient_are_a_warning_once_for_preprocess_a
     assert len(warnings_of(caplog)) == 1
 
 
-def test_a_split_of_a_data_set_made_earlier_warns_once(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    path = labelled(tmp_path / "earlier.h5", {f"i{n}": f"p{n}" for n in range(30)}, {})
-    with Dataset.open(path) as dataset:
-        for fold in range(5):
-            make_split(dataset, SplitSettings(fold=str(fold)))
-    (told,) = warnings_of(caplog)
-    assert "each of the 30 images counts as a separate patient" in told
-
-
 def test_the_warning_is_seen_on_the_terminal(desk: Path, commands: CommandServer) -> None:
     given = archive(desk, random_ids(4)) | {"dataset": desk / "d.h5"}
     words = [f"--{name}={value}" for name, value in given.items()]

@@ -50,12 +50,6 @@ def test_junk_is_passed_over_and_counted(tmp_path: Path) -> None:
     assert archive.skipped == {".DS_Store": 2, "DICOMDIR": 1, "__MACOSX and ._ files": 2, "zip files": 1}
 
 
-def test_the_order_is_that_of_the_ids_whatever_the_folders(tmp_path: Path) -> None:
-    place(tmp_path / "one", "z/1.dcm", "a/2.dcm", "m/3.dcm")
-    place(tmp_path / "two", "a/1.dcm", "a/b/2.dcm", "3.dcm")
-    assert ids(open_archive(tmp_path / "one")) == ids(open_archive(tmp_path / "two")) == ["1", "2", "3"]
-
-
 def test_of_equal_files_with_one_id_the_first_is_used_and_of_differing_ones_none(tmp_path: Path) -> None:
     place(tmp_path, "x/same.dcm", "y/same.dcm", "single.dcm", "x/other.dcm")
     place(tmp_path, "y/other.dcm", content=DICOM + b"x")
