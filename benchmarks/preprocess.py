@@ -84,11 +84,11 @@ def decode_and_resize(folder: Path, rows: dict[str, list[str]], target: Path) ->
 
 def ours(folder: Path, rows: dict[str, list[str]], target: Path, pixel_dtype: str = "float32") -> None:
     """The data path of the entry point, on all cores."""
-    from pneumo_experiments.dataset.hdf5_writer import DatasetWriter
+    from pneumo_experiments.dataset.hdf5 import DatasetWriter
     from pneumo_experiments.dataset.labels import run_length_labels
     from pneumo_experiments.dataset.shards import ShardSettings, make_jobs, results
     from pneumo_experiments.dicom.archive import open_archive
-    from pneumo_experiments.dicom.workers import available_cores
+    from pneumo_experiments.dicom.limits import available_cores
 
     work = target.with_suffix(".work")
     work.mkdir()
@@ -116,7 +116,7 @@ CHILDREN: dict[str, Callable[..., None]] = {
 
 def child(arguments: argparse.Namespace) -> None:
     """One measurement, in a process of its own; imports are done before the clock starts."""
-    import pneumo_experiments.dataset.hdf5_writer
+    import pneumo_experiments.dataset.hdf5
     import pneumo_experiments.dataset.shards  # noqa: F401
 
     rows = json.loads(Path(arguments.rows).read_text())

@@ -21,14 +21,13 @@ from measure import machine
 from numpy.typing import NDArray
 
 from pneumo_experiments.dataset.annotations import read_annotations
-from pneumo_experiments.dataset.hdf5 import BLOCK, Dataset
-from pneumo_experiments.dataset.hdf5_writer import DatasetWriter
+from pneumo_experiments.dataset.hdf5 import BLOCK, Dataset, DatasetWriter
 from pneumo_experiments.dataset.labels import run_length_labels
 from pneumo_experiments.dataset.packed import to_uint8
 from pneumo_experiments.dataset.rle import EMPTY
 from pneumo_experiments.dataset.shards import ShardSettings, make_jobs, results
 from pneumo_experiments.dicom.archive import open_archive
-from pneumo_experiments.dicom.workers import available_cores
+from pneumo_experiments.dicom.limits import available_cores
 from pneumo_experiments.synthetic.kaggle_layout import write_sample
 
 REPEATS, IMAGES, SIZE = 9, 200, 384

@@ -37,11 +37,11 @@ from torchvision.transforms import v2
 
 from pneumo_experiments.dataset import hdf5
 from pneumo_experiments.dataset.annotations import read_annotations
-from pneumo_experiments.dataset.hdf5_writer import DatasetWriter
+from pneumo_experiments.dataset.hdf5 import DatasetWriter
 from pneumo_experiments.dataset.labels import run_length_labels
 from pneumo_experiments.dataset.shards import ShardSettings, make_jobs, results
 from pneumo_experiments.dicom.archive import open_archive
-from pneumo_experiments.dicom.workers import available_cores
+from pneumo_experiments.dicom.limits import available_cores
 from pneumo_experiments.learning import distributed
 from pneumo_experiments.learning.checkpoint import Checkpoint
 from pneumo_experiments.learning.device import ComputeConfig, choose_compute

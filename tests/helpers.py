@@ -169,6 +169,6 @@ def decoders() -> list[psutil.Process]:
     found = list[psutil.Process]()
     for child in children(os.getpid()):
         with suppress(psutil.NoSuchProcess):  # it has just ended
-            if "decoder_process" in " ".join(child.cmdline()):
+            if "decoder_pool" in " ".join(child.cmdline()):
                 found.append(child)
     return found

@@ -11,8 +11,7 @@ import numpy as np
 
 from pneumo_experiments.dataset import rle
 from pneumo_experiments.dataset.annotations import read_annotations
-from pneumo_experiments.dataset.hdf5 import Dataset
-from pneumo_experiments.dataset.hdf5_writer import DatasetWriter
+from pneumo_experiments.dataset.hdf5 import Dataset, DatasetWriter
 from pneumo_experiments.dataset.labels import run_length_labels
 from pneumo_experiments.dataset.packed import Entry, Packed, ResizedImage, hash_patient, pack
 from pneumo_experiments.dataset.resize import area_resize
@@ -55,7 +54,7 @@ def write_dataset(
 
 
 def content_of(path: Path) -> list[Any]:
-    """Everything that a data set holds; its bytes may differ, because ISA-L's do: see deflate.py."""
+    """Everything that a data set holds; its bytes may differ, because ISA-L's do: see packed.py."""
     with Dataset.open(path) as dataset:
         rows = range(len(dataset))
         return [

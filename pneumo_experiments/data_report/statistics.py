@@ -15,8 +15,7 @@ import numpy as np
 from pneumo_experiments.dataset.packed import Entry, Packed
 from pneumo_experiments.dataset.patients import Grouping, count_sources
 from pneumo_experiments.dataset.shards import FileResult
-from pneumo_experiments.dicom.archive import DIFFERING_FILES, Archive
-from pneumo_experiments.dicom.identity import FILE_NAME
+from pneumo_experiments.dicom.archive import DIFFERING_FILES, FILE_NAME, Archive
 
 QUANTILES = {"min": 0.0, "p10": 0.1, "p25": 0.25, "p50": 0.5, "p75": 0.75, "p90": 0.9, "max": 1.0}
 MAX_PLAUSIBLE_AGE = 110  # years; the contest's data has ages up to 413

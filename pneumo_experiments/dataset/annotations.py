@@ -55,6 +55,11 @@ class TableFormat:
     value: re.Pattern[str]
     expected: str
 
+    def error(self, path: Path, problem: str, line: int = 0) -> UserError:
+        """The error of a table that is not of this format."""
+        where = f"{path}, line {line}" if line else str(path)
+        return UserError(f"{where}: {problem}; expected {self.expected}")
+
 
 class Table(NamedTuple):
     """A table with at least one row below its header."""
@@ -218,41 +223,38 @@ def read_table(path: Path, table_format: TableFormat) -> bytes:
     try:
         with path.open("rb") as file:
             return _read_limited(file, path, "contains")
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; expected a CSV table with {table_format.expected}") from None
-    except IsADirectoryError:
-        raise UserError(f"{path}: is a folder; expected a CSV table with {table_format.expected}") from None
     except OSError as error:
-        raise UserError(
-            f"{path}: cannot be read ({error.strerror}); expected {table_format.expected}"
-        ) from None
+        problems: dict[type[OSError], str] = {
+            FileNotFoundError: "no such file; expected a CSV table with ",
+            IsADirectoryError: "is a folder; expected a CSV table with ",
+        }
+        problem = problems.get(type(error), f"cannot be read ({error.strerror}); expected ")
+        raise UserError(f"{path}: {problem}{table_format.expected}") from None
 
 
 def parse_table(path: Path, table_format: TableFormat, content: bytes | None = None) -> Table:
     """The rows below the header, at least one. Raises UserError for what is not a table of this format."""
-    text, dialect = _decode(
-        path, table_format, read_table(path, table_format) if content is None else content
-    )
-    sep_line = SEP_LINE.match(text)
-    start = text[sep_line.end() if sep_line else 0 :].lstrip("\r\n ")
+    content = read_table(path, table_format) if content is None else content
+    text, dialect = _decode(path, table_format, content)
+    if sep_line := SEP_LINE.match(text):
+        dialect.append("the first line is sep=, which only Excel knows")
+        text = text[sep_line.end() :]  # the line stays, empty, for the numbers of the others
+    start = text.lstrip("\r\n ")
     first_lines = re.match(r"[^\r\n]*+[\r\n]*+[^\r\n]*+", start)
-    delimiter = sep_line[1] if sep_line else _delimiter(first_lines[0] if first_lines else "", table_format)
+    delimiter = _delimiter(first_lines[0] if first_lines else "", table_format)
+    if delimiter != ",":
+        dialect.append(f"its columns are separated by {delimiter!r}, not by a comma")
     try:
         rows = _parse(text, delimiter)
     except csv.Error:
-        raise UserError(f"{path}: not a CSV table; expected {table_format.expected}") from None
+        raise table_format.error(path, "not a CSV table") from None
     if len(rows) > MAX_ROWS:
         raise UserError(f"{path}: more than {MAX_ROWS:,} rows; check that it is the right table")
-    if sep_line:
-        dialect.append("the first line is sep=, which only Excel knows")
-        del rows[0]
-    if delimiter != ",":
-        dialect.append(f"its columns are separated by {delimiter!r}, not by a comma")
     if not rows:
-        raise UserError(f"{path}: the table is empty; expected {table_format.expected}")
+        raise table_format.error(path, "the table is empty")
     columns, first = _columns(rows, table_format), rows[0][1]
     if columns is None:
-        raise UserError(f"{path}: found {_describe_row(first)}; expected {table_format.expected}")
+        raise table_format.error(path, f"found {_describe_row(first)}")
     id_column, value_column, has_header = columns
     header = re.split(r"[\r\n]", start, maxsplit=1)[0].replace('"', "") if has_header else ""
     if has_header and len(rows) == 1:
@@ -267,9 +269,7 @@ def _read_pairs(
     table = parse_table(path, table_format, content)
     for line, row in table.rows:
         if len(row) <= max(table.id_column, table.value_column) or not row[table.id_column]:
-            raise UserError(
-                f"{path}, line {line}: an image id or value is missing; expected {table_format.expected}"
-            )
+            raise table_format.error(path, "an image id or value is missing", line)
         value, more = row[table.value_column], [field for field in row[table.width :] if field]
         if more:  # run lengths with commas, without quotes
             if table.value_column != table.width - 1 or not all(map(str.isdecimal, [value, *more])):
@@ -284,13 +284,11 @@ def _read_pairs(
 def _decode(path: Path, table_format: TableFormat, content: bytes) -> tuple[str, list[str]]:
     """The text of a table, unpacked if it is .gz; and its encoding in words, if it is not UTF-8."""
     try:
-        if content.startswith(GZIP_MAGIC):
-            content = _decompress(content, path)
+        if content.startswith(GZIP_MAGIC):  # a few kB can unpack to many GB
+            with gzip.open(io.BytesIO(content)) as file:
+                content = _read_limited(file, path, "unpacks to")
         if content.startswith(b"PK\3\4"):
-            raise UserError(
-                f"{path}: a zip or Excel file, no CSV table; unpack it, or save it as CSV;"
-                f" expected {table_format.expected}"
-            )
+            raise table_format.error(path, "a zip or Excel file, no CSV table; unpack it, or save it as CSV")
         encoding, even, odd = "utf-8", content[:200:2], content[1:200:2]
         if content.startswith(codecs.BOM_UTF8):
             encoding = "utf-8-sig"
@@ -303,13 +301,9 @@ def _decode(path: Path, table_format: TableFormat, content: bytes) -> tuple[str,
             raise UnicodeDecodeError(encoding, content, content.find(b"\0"), len(content), "not text")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        raise UserError(
-            f"{path}, line {line}: not a CSV table in UTF-8; expected {table_format.expected}"
-        ) from None
+        raise table_format.error(path, "not a CSV table in UTF-8", line) from None
     except (gzip.BadGzipFile, EOFError, zlib.error):
-        raise UserError(
-            f"{path}: cannot be read (damaged or truncated); expected {table_format.expected}"
-        ) from None
+        raise table_format.error(path, "cannot be read (damaged or truncated)") from None
     names = {"utf-8": [], "utf-8-sig": ["it starts with a byte order mark"]}
     return text, names.get(encoding, ["it is UTF-16, not UTF-8"])
 
@@ -329,7 +323,7 @@ def _delimiter(first_lines: str, table_format: TableFormat) -> str:
 def _parse(text: str, delimiter: str) -> list[tuple[int, list[str]]]:
     """Line number and stripped fields of each row that is not blank, up to one more than allowed."""
     csv.field_size_limit(MAX_FIELD_LENGTH)
-    quote = "'" if text.startswith("'") else '"'
+    quote = "'" if text.lstrip().startswith("'") else '"'
     lines = io.StringIO(text, newline="")
     reader = csv.reader(lines, delimiter=delimiter, quotechar=quote, skipinitialspace=True)
     rows = list[tuple[int, list[str]]]()
@@ -360,12 +354,6 @@ def _columns(rows: list[tuple[int, list[str]]], table_format: TableFormat) -> tu
     if not values and ids == [0] and len(first) == 2 and len(rows) > 1:  # an empty cell
         values = [1] if table_format.value.fullmatch("".join(rows[1][1][1:2])) else []
     return (ids[0], values[0], False) if len(ids) == len(values) == 1 else None
-
-
-def _decompress(content: bytes, path: Path) -> bytes:
-    """The content of a gzip file, limited, since a few kB can unpack to many GB."""
-    with gzip.open(io.BytesIO(content)) as file:
-        return _read_limited(file, path, "unpacks to")
 
 
 def _read_limited(file: IO[bytes] | gzip.GzipFile, path: Path, verb: str) -> bytes:

@@ -1,52 +1,64 @@
-"""Reads radiographs in parallel subprocesses: a file that crashes its decoder affects no other file.
+"""Reads radiographs in subprocesses that may die: a file that crashes its decoder affects no other file.
 
 The processes start on demand, are shared by all threads and are reused. They are plain subprocesses, since
-multiprocessing cannot re-import the main program of some model servers.
+multiprocessing cannot re-import the main program of some model servers. A request is a pickle on stdin. A
+reply, on stdout, comes from where untrusted bytes are decoded: two lengths, a JSON object, and raw bytes.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import pickle
+import struct
 import subprocess
 import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
+from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from queue import SimpleQueue
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pneumo_experiments.dataset.decoder_process import OUT_OF_MEMORY, Message, receive, send
-from pneumo_experiments.dicom.archive import Member, read_member
-from pneumo_experiments.dicom.geometry import Geometry
+from pneumo_experiments.dataset.resize import resize_image
+from pneumo_experiments.dicom.containers import DicomFile, read_file
+from pneumo_experiments.dicom.header import Geometry, read_source
 from pneumo_experiments.dicom.limits import (
+    ENVIRONMENT,
     MAX_BYTES_PER_PIXEL,
     MAX_HEADER_BYTES,
     TIME_LIMIT_EXIT_CODE,
+    available_cores,
+    limit_memory,
+    limit_time,
     max_seconds,
     memory_limit_message,
     time_limit_message,
 )
-from pneumo_experiments.dicom.radiograph import MAX_PIXELS
-from pneumo_experiments.dicom.workers import ENVIRONMENT, available_cores
+from pneumo_experiments.dicom.radiograph import MAX_PIXELS, read_radiograph
 from pneumo_experiments.errors import Rejected, UserError
 
 MAX_DECODERS = min(available_cores(), 8)  # each may use limits.max_bytes of memory
 MAX_FILE_BYTES = MAX_BYTES_PER_PIXEL * MAX_PIXELS + MAX_HEADER_BYTES
-NO_SLOTS = nullcontext()
 MAX_PENDING, MAX_PENDING_BYTES = 32, 2**28  # submitted files, and bytes of those not yet decoded
+LENGTHS = struct.Struct("<IQ")  # of a reply's JSON and bytes
+OUT_OF_MEMORY = 3  # exit code
+NOT_STARTED = "a process that reads files does not start ({}); free memory, or set fewer workers"
 
 # Passes on sys.path, since the code folder of a served model is not on the default path.
 START = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1])\n"
-    "from pneumo_experiments.dataset.decoder_process import serve; serve()"
+    "from pneumo_experiments.dataset.decoder_pool import serve; serve()"
 )
+
+File = tuple[str, bytes | Rejected]  # image id, and DICOM bytes or the reason why it could not be read
+Message = tuple[dict[str, Any], bytes]
 
 
 class DecodedImage(NamedTuple):
@@ -62,36 +74,33 @@ class DecodedImage(NamedTuple):
     source: Mapping[str, str] | None = None
 
 
-Item = TypeVar("Item")
-File = tuple[str, bytes | Rejected]  # image id, and DICOM bytes or the reason why it could not be read
-
-
-def read_files(root: Path, members: Iterable[Member]) -> Iterator[File]:
-    """The files of an archive, read one by one; UserError as ``read_member`` raises it."""
-    for member in members:
-        try:
-            yield member.image_id, read_member(root, member, MAX_PIXELS)
-        except Rejected as reason:
-            yield member.image_id, reason
-
-
-@dataclass(frozen=True)
-class Request:
-    """What a process is to do with a file: a task of ``decoder_process`` and its arguments, for JSON."""
-
-    task: str
-    image_id: str
-    content: bytes
-    max_pixels: int
-    arguments: Mapping[str, Any]
-
-
 class Crashed(Rejected):
     """The process that read a file ended, with this exit code of its own."""
 
     def __init__(self, reason: str, returncode: int) -> None:
         super().__init__(reason)
         self.returncode = returncode
+
+
+@dataclass(frozen=True)
+class Request:
+    """A call ``function(image_id, max_pixels, *arguments)`` in a process, about a file of so many bytes."""
+
+    image_id: str
+    max_pixels: int
+    file_bytes: int
+    function: Callable[..., Message]
+    arguments: tuple[Any, ...]
+    refused: Rejected | None = None  # why not to call it
+
+
+def read_files(root: Path, members: Iterable[DicomFile]) -> Iterator[File]:
+    """The files of an archive, read one by one; UserError as ``read_file`` raises it."""
+    for member in members:
+        try:
+            yield member.image_id, read_file(root, member, MAX_PIXELS)
+        except Rejected as reason:
+            yield member.image_id, reason
 
 
 def decode_all(
@@ -102,71 +111,71 @@ def decode_all(
     ``with_source`` adds what a DICOM object about the image repeats of its header. Reads up to
     ``MAX_PENDING`` files ahead. Close the generator to kill decoders that are still busy.
     """
-    arguments = {"image_size": image_size, "with_source": with_source}
 
-    def request(file: File) -> Request | Rejected:
-        image_id, content = file
-        if isinstance(content, Rejected):
-            return content
-        return Request("decode", image_id, content, max_pixels, arguments)
+    def request(image_id: str, content: bytes | Rejected) -> Request:
+        refused = content if isinstance(content, Rejected) else None
+        size = 0 if isinstance(content, Rejected) else len(content)
+        if size > MAX_BYTES_PER_PIXEL * max_pixels + MAX_HEADER_BYTES:
+            refused = Rejected(f"{image_id}: rejected because {size:,} bytes are more than max_pixels allows")
+        return Request(image_id, max_pixels, size, _decode, (content, image_size, with_source), refused)
 
-    def held_bytes(file: File) -> int:
-        return 0 if isinstance(file[1], Rejected) else len(file[1])
-
-    with closing(run_all(files, request, MAX_DECODERS, _SLOTS, held_bytes)) as replies:
-        for (image_id, _), reply in replies:
-            yield image_id, reply if isinstance(reply, Rejected) else _decoded(reply, image_size)
-
-
-def _decoded(message: Message, image_size: int) -> DecodedImage:
-    fields, pixels = message
-    resized = np.frombuffer(pixels, np.uint8).reshape(image_size, image_size)
-    left_edge, spacing, spacing_mm = fields["geometry"]
-    geometry = Geometry(left_edge, spacing, spacing_mm and tuple(spacing_mm))
-    return DecodedImage(resized, fields["rows"], fields["columns"], geometry, fields["source"])
+    with closing(call_all(request(*file) for file in files)) as replies:
+        for asked, reply in replies:
+            if isinstance(reply, Rejected):
+                yield asked.image_id, reply
+            else:
+                fields, pixels = reply
+                left_edge, spacing, spacing_mm = fields.pop("geometry")
+                geometry = Geometry(left_edge, spacing, spacing_mm and tuple(spacing_mm))
+                resized = np.frombuffer(pixels, np.uint8).reshape(image_size, image_size)
+                yield asked.image_id, DecodedImage(resized, geometry=geometry, **fields)
 
 
-def run_all(
-    items: Iterable[Item],
-    request: Callable[[Item], Request | Rejected],
-    workers: int,
-    slots: AbstractContextManager[object] = NO_SLOTS,
-    held_bytes: Callable[[Item], int] = lambda _: 0,
-) -> Generator[tuple[Item, Message | Rejected]]:
-    """Each item in order, and the reply of a process to its request or the reason for its rejection.
+def _decode(image_id: str, max_pixels: int, content: bytes, image_size: int, with_source: bool) -> Message:
+    radiograph = read_radiograph(content, image_id, max_pixels)
+    resized = resize_image(radiograph.pixels, image_size)
+    source = read_source(content, max_pixels) if with_source else None
+    rows, columns = radiograph.shape
+    fields = {"rows": rows, "columns": columns, "geometry": radiograph.geometry, "source": source}
+    return fields, resized.tobytes()
 
-    ``request`` runs in a thread, with any exception for the caller. ``slots`` limits what several threads
-    run at once, ``held_bytes`` the items that are drawn ahead. Close the generator to kill the processes that
-    are still busy.
+
+def call_all(
+    requests: Iterable[Request], workers: int | None = None
+) -> Generator[tuple[Request, Message | Rejected]]:
+    """Each request in order, and its reply or the reason for its rejection.
+
+    UserError that a call raises is raised. Without a number of ``workers`` all threads together use
+    ``MAX_DECODERS`` processes. Close the generator to kill the processes that are still busy.
     """
     busy, stopped = set[_Decoder](), threading.Event()
+    slots, workers = nullcontext() if workers else _SLOTS, workers or MAX_DECODERS
 
-    def read(item: Item) -> Message | Rejected:
-        wanted = request(item)
-        if isinstance(wanted, Rejected):
-            return wanted
+    def call(request: Request) -> Message | Rejected:
+        if request.refused is not None:
+            return request.refused
         with slots, _decoder() as decoder:
             busy.add(decoder)
             if not stopped.is_set():
-                result = decoder.read(wanted)
+                result = decoder.call(request)
                 busy.discard(decoder)
                 if not stopped.is_set():
                     return result
             raise CancelledError  # the process is about to be killed and must not be reused
 
     def is_full() -> bool:
-        undone_bytes = sum(size for _, size, future in pending if not future.done())
+        undone_bytes = sum(request.file_bytes for request, future in pending if not future.done())
         return len(pending) >= max(MAX_PENDING, 2 * workers) or undone_bytes >= MAX_PENDING_BYTES
 
-    pool, pending = ThreadPoolExecutor(workers), deque[tuple[Item, int, Future[Message | Rejected]]]()
+    pool, pending = ThreadPoolExecutor(workers), deque[tuple[Request, Future[Message | Rejected]]]()
     try:
-        for item in items:
+        for request in requests:
             while is_full():
-                first, _, future = pending.popleft()
+                first, future = pending.popleft()
                 yield first, future.result()
-            pending.append((item, held_bytes(item), pool.submit(read, item)))
+            pending.append((request, pool.submit(call, request)))
         while pending:
-            first, _, future = pending.popleft()
+            first, future = pending.popleft()
             yield first, future.result()
     finally:
         stopped.set()
@@ -181,9 +190,6 @@ def close_idle() -> None:
     with suppress(IndexError):
         while True:
             _IDLE.pop().close()
-
-
-NOT_STARTED = "a process that reads files does not start ({}); free memory, or set fewer workers"
 
 
 class _Decoder:
@@ -205,34 +211,29 @@ class _Decoder:
         assert self._process.stdout is not None
         self._requests, self._replies = self._process.stdin, self._process.stdout
         try:
-            receive(self._replies)
+            _receive(self._replies)
         except EOFError:
             self.close()
             raise UserError(NOT_STARTED.format(f"exit code {self._process.returncode}")) from None
 
-    def read(self, request: Request) -> Message | Rejected:
+    def call(self, request: Request) -> Message | Rejected:
         """The reply, or the reason why there is none; kills the process after a crash or time-out."""
-        image_id, size, max_pixels = request.image_id, len(request.content), request.max_pixels
-        if size > MAX_BYTES_PER_PIXEL * max_pixels + MAX_HEADER_BYTES:
-            return Rejected(f"{image_id}: rejected because {size:,} bytes are more than max_pixels allows")
-        fields = {
-            "task": request.task,
-            "image_id": image_id,
-            "max_pixels": max_pixels,
-            "seconds": max_seconds(size),
-            **request.arguments,
-        }
         try:
-            send(self._requests, fields, request.content)
-            reply, content = receive(self._replies)
+            seconds = max_seconds(request.file_bytes)
+            pickle.dump((request, seconds), self._requests, pickle.HIGHEST_PROTOCOL)
+            self._requests.flush()
+            fields, content = _receive(self._replies)
         except (OSError, EOFError):
             reasons = {
-                TIME_LIMIT_EXIT_CODE: time_limit_message(size),
-                OUT_OF_MEMORY: memory_limit_message(max_pixels),
+                TIME_LIMIT_EXIT_CODE: time_limit_message(request.file_bytes),
+                OUT_OF_MEMORY: memory_limit_message(request.max_pixels),
             }
             exit_code = self.kill()
-            return Crashed(f"{image_id}: {reasons.get(exit_code, 'its decoder crashed')}", exit_code)
-        return Rejected(reply["reason"]) if "reason" in reply else (reply, content)
+            reason = reasons.get(exit_code, "its decoder crashed")
+            return Crashed(f"{request.image_id}: {reason}", exit_code)
+        if "error" in fields:
+            raise UserError(fields["error"])
+        return Rejected(fields["rejected"]) if "rejected" in fields else (fields, content)
 
     def kill(self) -> int:
         """Kills the process if it is still running; returns its exit code."""
@@ -274,3 +275,57 @@ def _decoder() -> Generator[_Decoder]:
         _IDLE.append(decoder)
     else:
         decoder.close()
+
+
+def serve() -> None:
+    """Replies to requests until stdin is closed; then ends at once, even while it decodes."""
+    requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
+    devnull = os.open(os.devnull, os.O_RDWR)
+    _send(replies, {})  # ready: all modules are imported
+    for descriptor in (0, 1, 2):  # C decoders print to stdout and stderr
+        os.dup2(devnull, descriptor)
+    received = SimpleQueue[tuple[Request, int]]()
+
+    def receive_all() -> None:
+        try:
+            while True:
+                received.put(pickle.load(requests))
+        except MemoryError:
+            os._exit(OUT_OF_MEMORY)
+        except (EOFError, pickle.UnpicklingError):  # the other side has ended
+            os._exit(0)
+
+    threading.Thread(target=receive_all, daemon=True).start()
+    while True:
+        request, seconds = received.get()
+        try:
+            limit_memory(request.max_pixels)
+            with limit_time(seconds):
+                reply = request.function(request.image_id, request.max_pixels, *request.arguments)
+        except Rejected as reason:
+            reply = {"rejected": str(reason)}, b""
+        except UserError as error:
+            reply = {"error": str(error)}, b""
+        except MemoryError:
+            os._exit(OUT_OF_MEMORY)
+        _send(replies, *reply)
+
+
+def _send(stream: IO[bytes], fields: dict[str, Any], content: bytes = b"") -> None:
+    text = json.dumps(fields).encode()
+    stream.write(LENGTHS.pack(len(text), len(content)) + text)
+    stream.write(content)
+    stream.flush()
+
+
+def _receive(stream: IO[bytes]) -> Message:
+    """Reads one reply; raises EOFError if the other side has ended."""
+    text_bytes, content_bytes = LENGTHS.unpack(_read_exactly(stream, LENGTHS.size))
+    return json.loads(_read_exactly(stream, text_bytes)), _read_exactly(stream, content_bytes)
+
+
+def _read_exactly(stream: IO[bytes], count: int) -> bytes:
+    content = stream.read(count)
+    if len(content) < count:
+        raise EOFError
+    return content

@@ -16,11 +16,11 @@ from pneumo_experiments.dataset.annotations import (
     read_file_names,
     read_table,
 )
-from pneumo_experiments.dataset.grouping import make_grouping, warn
 from pneumo_experiments.dataset.labels import Label, run_length_labels
 from pneumo_experiments.dataset.packed import salted
-from pneumo_experiments.dataset.patients import Grouping, source_of
-from pneumo_experiments.dicom.archive import Archive, Member, open_archive, read_member
+from pneumo_experiments.dataset.patients import Grouping, make_grouping, source_of, warn
+from pneumo_experiments.dicom.archive import Archive, open_archive
+from pneumo_experiments.dicom.containers import DicomFile, read_file
 from pneumo_experiments.errors import Rejected, UserError
 from pneumo_experiments.progress_bar import ProgressBar
 from pneumo_experiments.settings import NONE, Preprocess
@@ -48,7 +48,7 @@ class Inputs:
     archive: Archive
     labels: dict[str, Label] | None  # None for a set without labels
     grouping: Grouping
-    members: tuple[Member, ...]
+    members: tuple[DicomFile, ...]
     max_pixels: int
     recorded: dict[str, str]  # the values of ``RECORDED``
 
@@ -71,11 +71,11 @@ class Inputs:
         return ["other images or masks" if "masks" in self.recorded else "other DICOM files"]
 
     def _hash_contents(self) -> str:
-        def sha256(root: Path | None, member: Member | None) -> str:
+        def sha256(root: Path | None, member: DicomFile | None) -> str:
             try:
                 if root is None or member is None:
                     return ""
-                return hashlib.sha256(read_member(root, member, self.max_pixels)).hexdigest()
+                return hashlib.sha256(read_file(root, member, self.max_pixels)).hexdigest()
             except Rejected:
                 return ""
 
@@ -157,8 +157,8 @@ def _mask_labels(archive: Archive, masks_dir: Path, names: FileNames) -> dict[st
         masks = open_archive(masks_dir, "path")
     except UserError as error:
         raise UserError(f"masks_dir={error}") from None
-    presences, by_name = dict(names.values()), defaultdict[str, list[Member | None]](list)
-    by_path: dict[str, Member | None] = {member.image_id: member for member in masks.members}
+    presences, by_name = dict(names.values()), defaultdict[str, list[DicomFile | None]](list)
+    by_path: dict[str, DicomFile | None] = {member.image_id: member for member in masks.members}
     by_path |= dict.fromkeys(masks.differing)
     for path, member in by_path.items():
         stem = PurePosixPath(path).name

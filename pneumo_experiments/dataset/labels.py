@@ -14,7 +14,7 @@ from pneumo_experiments.dataset.annotations import unite
 from pneumo_experiments.dataset.patients import shipped_grouping
 from pneumo_experiments.dataset.resize import resize_mask
 from pneumo_experiments.dataset.rle import EMPTY
-from pneumo_experiments.dicom.archive import Member, read_member
+from pneumo_experiments.dicom.containers import DicomFile, read_file
 from pneumo_experiments.dicom.header import unpacked
 from pneumo_experiments.dicom.picture import is_picture, read_mask
 from pneumo_experiments.errors import Rejected, UserError
@@ -34,7 +34,7 @@ class Label:
     texts: tuple[str, ...] = ()  # of masks, and -1 if a row of the table says so too
     side: int = 0  # of the image that the run lengths belong to, if it is square; 0: they belong to this one
     root: Path | None = None
-    file: Member | None = None
+    file: DicomFile | None = None
     presence: bool | None = None  # what a table says about it
 
     @property
@@ -45,10 +45,8 @@ class Label:
         return [self.texts, self.side, where, self.presence]
 
     def read_file(self, max_pixels: int) -> bytes:
-        """The mask's file, empty without one; errors as ``read_member`` raises them."""
-        return (
-            b"" if self.root is None or self.file is None else read_member(self.root, self.file, max_pixels)
-        )
+        """The mask's file, empty without one; errors as ``read_file`` raises them."""
+        return b"" if self.root is None or self.file is None else read_file(self.root, self.file, max_pixels)
 
 
 def run_length_labels(annotations: Mapping[str, Sequence[str]], side: int = 0) -> dict[str, Label]:

@@ -1,4 +1,7 @@
-"""One image of a data set: its index row, its resized pixels, and its compressed HDF5 chunks."""
+"""One image of a data set: its index row, its resized pixels, and its compressed HDF5 chunks.
+
+Deflate and CRC-32 are those of ISA-L, several times as fast as zlib.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +14,11 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
+from isal import isal_zlib
 from numpy.typing import NDArray
 
-from pneumo_experiments.dataset.deflate import compress
-
 DEFAULT_SALT = "pneumo_experiments"
+COMPRESSION_LEVEL = 1  # zlib-compatible output in a sixth of zlib's time
 
 
 @dataclass(frozen=True)
@@ -110,3 +113,29 @@ def _chunk(values: NDArray[Any]) -> bytes:
     Unshuffled, each intensity is one byte string that deflate can match: half the size of shuffled float32.
     """
     return compress(np.ascontiguousarray(values).data)
+
+
+def compress(content: bytes | memoryview) -> bytes:
+    """A zlib stream, as HDF5's gzip filter stores it.
+
+    The same content can give other bytes in another process: ISA-L 2.32.1 sometimes misses the first match.
+    """
+    return isal_zlib.compress(content, COMPRESSION_LEVEL)  # pyright: ignore[reportUnknownMemberType]
+
+
+def decompress(stream: bytes, size: int) -> bytes:
+    """The ``size`` bytes of a zlib stream; raises ValueError for a damaged stream or another size."""
+    inflater = isal_zlib.decompressobj()  # pyright: ignore[reportUnknownMemberType]
+    try:
+        # Asking for one byte more makes it read the end of the stream and check the stream's checksum.
+        content = inflater.decompress(stream, size + 1)  # pyright: ignore[reportUnknownMemberType]
+    except isal_zlib.error:  # pyright: ignore[reportGeneralTypeIssues]  # its stub declares a value
+        raise ValueError("not a deflate stream") from None
+    if len(content) != size or not inflater.eof:
+        raise ValueError("wrong size")
+    return content
+
+
+def crc32(content: bytes | memoryview, start: int = 0) -> int:
+    """CRC-32 of the content, continued from the checksum ``start``."""
+    return isal_zlib.crc32(content, start)  # pyright: ignore[reportUnknownMemberType]

@@ -9,14 +9,23 @@ matches by chance is 12,047 / 2**64, less than 1e-15.
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from pneumo_experiments.dataset.annotations import PATIENTS, match_ids, read_patients, read_table
 from pneumo_experiments.dataset.packed import Entry, hash_patient, salted
+from pneumo_experiments.errors import UserError
+from pneumo_experiments.settings import AUTO, is_none
+
+if TYPE_CHECKING:  # the processes that read files need no h5py
+    from pneumo_experiments.dataset.hdf5 import Dataset
 
 SHIPPED = Path(__file__).with_name("siim_patients.bin")
 ROW = np.dtype([("image", "<u8"), ("patient", "<u2")])
@@ -24,6 +33,8 @@ ROW = np.dtype([("image", "<u8"), ("patient", "<u2")])
 # Sources of the patients, as named in reports and runs.
 GIVEN_TABLE, SHIPPED_TABLE, PATIENT_ID, UNKNOWN = "patients_csv", "shipped table", "PatientID", "unknown"
 TABLES = (GIVEN_TABLE, SHIPPED_TABLE)
+SOURCES = "patient_sources"  # in a data set's settings: number of images by source of their patient
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -108,3 +119,46 @@ def grouping_problem(entries: Sequence[Entry], sources: str) -> str:
             " fall on both sides of the split; if patients have several images, name them in patients_csv"
         )
     return ""
+
+
+def make_grouping(patients_csv: str, image_ids: Sequence[str]) -> Grouping:
+    """The grouping that ``patients_csv`` gives; warns if it names few images, UserError if none."""
+    if patients_csv == AUTO:
+        return shipped_grouping(image_ids)
+    if is_none(patients_csv):
+        return Grouping()
+    try:
+        path = Path(patients_csv).expanduser()
+    except RuntimeError:  # no such user
+        raise UserError(
+            f"patients_csv={patients_csv}: names the home of a user whom this machine does not know"
+        ) from None
+    content = read_table(path, PATIENTS)
+    table = match_ids(read_patients(path, content), set(image_ids))
+    grouping = given_grouping(table, hashlib.sha256(content).hexdigest(), image_ids)
+    images, known = len(image_ids), len(grouping.hashes)
+    if images and not known:
+        raise UserError(
+            f"patients_csv={path}: names none of the {images:,} images; name the table of these images, or"
+            " auto"
+        )
+    if known < images / 2:
+        warn(
+            f"patients_csv={path}: names only {known:,} of the {images:,} images; the others are grouped by"
+            " PatientID"
+        )
+    return grouping
+
+
+def warn_about_grouping(dataset: Dataset) -> None:
+    """Warns if the patients of a labelled data set look ungrouped or like one placeholder."""
+    if not dataset.labelled:
+        return
+    if problem := grouping_problem(dataset.entries, dataset.settings.get(SOURCES, "")):
+        warn(f"dataset={dataset.path}: {problem}")
+
+
+@cache
+def warn(text: str) -> None:
+    """Logs a warning once per process, not again for each fold and each stage of ``main``."""
+    log.warning("Warning: %s", text)

@@ -1,5 +1,5 @@
-"""Reads DICOM files from folders and zip archives into 8-bit grayscale images; uses numpy and pydicom.
+"""Reads DICOM files and pictures from folders and archives into 8-bit grey images; uses numpy and pydicom.
 
-archive: the files; header, frames, codecs: one file's metadata and pixel data; radiograph: the 8-bit image;
-limits, workers: memory, time and processes for reading.
+archive, containers: the files and their ids; header, codecs, picture: what one file holds; radiograph: its
+8-bit image; limits: memory, time and cores for reading; segmentation: masks written as DICOM.
 """

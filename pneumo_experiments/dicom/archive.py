@@ -2,35 +2,27 @@
 
 from __future__ import annotations
 
-import bz2
 import hashlib
-import lzma
 import os
 import stat
-import struct
-import tarfile
-import zipfile
-import zlib
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
-from copy import copy
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from pathlib import Path, PurePosixPath
-from typing import Self
+from typing import Literal, NamedTuple
+
+from pydicom.uid import UID
 
 from pneumo_experiments.dicom import picture
-from pneumo_experiments.dicom.header import GZIP
-from pneumo_experiments.dicom.identity import (
-    HEAD_BYTES,
-    IMAGE_SUFFIXES,
-    SUFFIXES,
-    ImageId,
-    image_ids,
-    read_head,
-    suffix_of,
+from pneumo_experiments.dicom.containers import (
+    DicomFile,
+    first_bytes,
+    is_packed,
+    list_packed,
+    read_file,
+    read_start,
 )
-from pneumo_experiments.dicom.limits import MAX_BYTES_PER_PIXEL, MAX_HEADER_BYTES
+from pneumo_experiments.dicom.header import GZIP
 from pneumo_experiments.dicom.radiograph import MAX_PIXELS
 from pneumo_experiments.errors import Rejected, UserError
 
@@ -56,24 +48,15 @@ COMPRESSED = {
     b"Rar!": "RAR",
     b"7z\xbc\xaf": "7-Zip",
 }
-TAR_MAGIC, TAR_MAGIC_AT = b"ustar", 257
-MAX_TAR_HEADER_BYTES = 2**20  # of a long name or other attributes
 DIFFERING_FILES = "several files have this id, and their contents differ"
-# What zipfile raises for a damaged file; ValueError when a name or an offset is damaged.
-DAMAGE_ERRORS = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, EOFError, ValueError)
-LZMA_STEP_BYTES = 2**12  # compressed bytes per step, which expand to 30 MB at most
-
-
-@dataclass(frozen=True)
-class Member:
-    """One file of an archive."""
-
-    image_id: str
-    name: str  # below the folder, or within the zip or tar file
-    size: int  # bytes
-    stamp: int  # changes with the file: modification time in ns (of the whole tar file), or CRC-32 in a zip
-    number: int = 0  # position in the zip directory, where names may repeat, or of its bytes in a tar file
-    sop_instance: str = ""  # SOP Instance UID, empty if unknown
+ImageId = Literal["auto", "stem", "path", "sop_instance_uid"]
+PREAMBLE_BYTES, MAGIC = 128, b"DICM"  # PS3.10 7.1
+SUFFIXES = (".dcm", ".dicom")
+IMAGE_SUFFIXES = (*SUFFIXES, *picture.SUFFIXES)
+LONG_VRS = (b"OB", b"OW", b"SQ", b"UN", b"UT")  # whose length has 4 bytes, PS3.5 7.1.2
+CLASS, INSTANCE = 2, 3  # elements of group 2: Media Storage SOP Class and SOP Instance UID
+FILE_NAME = "the file's name"
+NAMES = {"stem": FILE_NAME, "path": "the file's path", "sop_instance_uid": "the SOP Instance UID"}
 
 
 @dataclass(frozen=True)
@@ -82,7 +65,7 @@ class Archive:
 
     root: Path  # a folder, or a zip or tar file
     files: int  # number of radiographs, duplicates included
-    members: tuple[Member, ...]
+    members: tuple[DicomFile, ...]
     skipped: dict[str, int]  # number of other files by kind
     duplicates: dict[str, int]  # image id -> number of files, where more than one has the id
     differing: tuple[str, ...]  # ids whose files have different contents; none of these files is a member
@@ -110,14 +93,12 @@ def open_archive(
     table calls an image of that id. Raises UserError if there is no radiograph.
     """
     skipped = Counter[str]()
-    if root.is_dir():
-        files = _scan(_walk(root, skipped, other), lambda member: _first_bytes(root / member.name), skipped)
-    elif not root.exists():
+    if not root.exists():
         raise UserError(f"{root}: no such file or folder; name the folder that holds the .dcm files")
-    elif root.is_file() and _is_tar(root):
-        files = _scan(_list_tar(root), lambda member: _read_tar_entry(root, member, HEAD_BYTES), skipped)
-    elif root.is_file() and zipfile.is_zipfile(root):
-        files = _scan(_list_zip(root), lambda member: _read_zip_entry(root, member, HEAD_BYTES), skipped)
+    if root.is_dir():
+        files = _scan(root, _walk(root, skipped, other), skipped)
+    elif root.is_file() and is_packed(root):
+        files = _scan(root, list_packed(root), skipped)
     else:
         return _single(root)
     if not files:
@@ -132,10 +113,10 @@ def open_archive(
 def _single(path: Path) -> Archive:
     """The archive of one file."""
     info = path.stat()
-    file = Member("", path.name, info.st_size, info.st_mtime_ns)
-    files = _scan(iter([file]), lambda _: _first_bytes(path), Counter())
+    file = DicomFile("", path.name, info.st_size, info.st_mtime_ns)
+    files = _scan(path.parent, iter([file]), Counter())
     if not files:
-        start = _first_bytes(path) if stat.S_ISREG(info.st_mode) else b""
+        start = first_bytes(path) if stat.S_ISREG(info.st_mode) else b""
         kind = next((name for magic, name in COMPRESSED.items() if start.startswith(magic)), "")
         if kind:
             raise UserError(
@@ -150,7 +131,7 @@ def _single(path: Path) -> Archive:
 
 def _identified(
     root: Path,
-    files: list[Member],
+    files: list[DicomFile],
     skipped: Counter[str],
     image_id: ImageId,
     wanted: Collection[str],
@@ -171,53 +152,12 @@ def _identified(
     return _without_duplicates(root, files, ids, skipped, what)
 
 
-def read_member(root: Path, member: Member, max_pixels: int) -> bytes:
-    """The bytes of one file.
-
-    Raises Rejected if it cannot be read or is larger than an image of ``max_pixels`` can be, and UserError
-    if the file or the whole archive has disappeared or changed.
-    """
-    if member.size > MAX_BYTES_PER_PIXEL * max_pixels + MAX_HEADER_BYTES:
-        raise Rejected(
-            f"{member.image_id}: rejected because {member.size:,} bytes are more than max_pixels allows"
-        )
-    try:
-        if root.is_dir():
-            return (root / member.name).read_bytes()
-        if is_tar := _is_tar(root):
-            content = _read_tar_entry(root, member, member.size)
-        else:
-            content = _read_zip_entry(root, member, member.size)
-    except UserError:
-        raise  # the whole zip file does not open
-    except (FileNotFoundError, LookupError):
-        # Its path may hold a patient's name.
-        raise UserError(
-            f"{member.image_id}: the file disappeared during the run; restore it and run the command again"
-        ) from None
-    except OSError as error:
-        raise Rejected(f"{member.image_id}: cannot be read ({error.strerror or 'damaged'})") from None
-    except RuntimeError:  # encrypted; NotImplementedError for an unknown compression method
-        raise Rejected(
-            f"{member.image_id}: encrypted, or an unsupported compression method in the zip file"
-        ) from None
-    except DAMAGE_ERRORS:
-        content, is_tar = b"", False
-    if is_tar and len(content) != member.size:
-        raise Rejected(f"{member.image_id}: truncated in the tar file")
-    if not is_tar and (len(content) != member.size or zlib.crc32(content) != member.stamp):
-        raise Rejected(f"{member.image_id}: damaged in the zip file")
-    return content
-
-
-def _scan(
-    files: Iterator[Member], read_start: Callable[[Member], bytes], skipped: Counter[str]
-) -> list[Member]:
+def _scan(root: Path, files: Iterator[DicomFile], skipped: Counter[str]) -> list[DicomFile]:
     """The DICOM images, or the pictures if there are none; counts the other files by kind in ``skipped``."""
-    members, pictures = list[Member](), list[Member]()
+    members, pictures = list[DicomFile](), list[DicomFile]()
     for file in files:
         path, suffix = PurePosixPath(file.name), suffix_of(file.name)
-        start = _start(read_start, file)
+        start = read_start(root, file)
         head = read_head(start)
         if "__MACOSX" in path.parts or path.name.startswith("._"):
             skipped["__MACOSX and ._ files"] += 1
@@ -238,28 +178,12 @@ def _scan(
     return members or pictures
 
 
-def _start(read_start: Callable[[Member], bytes], file: Member) -> bytes:
-    """The first bytes of a file, unpacked; none if they cannot be read."""
-    try:
-        start = read_start(file)
-        if start.startswith(GZIP):
-            start = zlib.decompressobj(zlib.MAX_WBITS | 16).decompress(start, HEAD_BYTES)
-    except (OSError, RuntimeError, *DAMAGE_ERRORS):
-        return b""
-    return start
-
-
 def _printable(image_id: str) -> str:
     """The id in UTF-8, with undecodable bytes of a file's name written out."""
     return image_id.encode("utf-8", "backslashreplace").decode()
 
 
-def _first_bytes(path: Path) -> bytes:
-    with path.open("rb") as file:
-        return file.read(HEAD_BYTES)
-
-
-def _walk(folder: Path, skipped: Counter[str], other: Path | None) -> Iterator[Member]:
+def _walk(folder: Path, skipped: Counter[str], other: Path | None) -> Iterator[DicomFile]:
     """Every file below a folder but ``other``, symbolic links followed, each folder once.
 
     Counts permission errors.
@@ -295,103 +219,14 @@ def _walk(folder: Path, skipped: Counter[str], other: Path | None) -> Iterator[M
         for path in (Path(parent, name) for name in names):
             info = status(path, "files")
             if info is not None and stat.S_ISREG(info.st_mode):  # not a socket or device
-                yield Member("", path.relative_to(folder).as_posix(), info.st_size, info.st_mtime_ns)
-
-
-def _is_tar(path: Path) -> bool:
-    with path.open("rb") as file:
-        file.seek(TAR_MAGIC_AT)
-        return file.read(len(TAR_MAGIC)) == TAR_MAGIC
-
-
-class _TarInfo(tarfile.TarInfo):
-    """A header of a tar file, whose size is checked: a negative one would be read forever."""
-
-    @classmethod
-    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
-        info = super().frombuf(buf, encoding, errors)
-        if info.size < 0 or (not info.isreg() and info.size > MAX_TAR_HEADER_BYTES):
-            raise ValueError(info.size)
-        return info
-
-
-def _list_tar(path: Path) -> Iterator[Member]:
-    """Every file in a tar file that is not compressed."""
-    written = path.stat().st_mtime_ns
-    try:
-        with tarfile.open(path, "r:", tarinfo=_TarInfo) as archive:
-            for info in archive:
-                if info.size < 0:  # by an extended header
-                    raise ValueError(info.size)
-                if info.isreg() and not info.issparse():
-                    yield Member("", info.name, info.size, written, info.offset_data)
-    except (tarfile.TarError, OSError, *DAMAGE_ERRORS):
-        raise UserError(f"{path}: damaged or truncated tar file; download it again") from None
-
-
-def _read_tar_entry(path: Path, member: Member, max_bytes: int) -> bytes:
-    """The first ``max_bytes`` bytes of a file in a tar file, fewer if it is truncated."""
-    with path.open("rb") as file:
-        file.seek(member.number)
-        return file.read(min(max_bytes, member.size))
-
-
-def _list_zip(path: Path) -> Iterator[Member]:
-    """Every file in a zip file."""
-    for number, info in enumerate(_open_zip(path).infolist()):
-        if not info.filename.endswith("/"):  # a folder
-            yield Member("", info.filename, info.file_size, info.CRC, number)
-
-
-def _read_zip_entry(path: Path, member: Member, max_bytes: int) -> bytes:
-    """The first ``max_bytes`` bytes of a file in a zip file; never inflates more, whatever its header says.
-
-    Raises LookupError if the zip file has changed since it was listed.
-    """
-    archive = _open_zip(path)
-    info = archive.infolist()[member.number]
-    if (info.filename, info.file_size, info.CRC) != (member.name, member.size, member.stamp):
-        raise LookupError(member.number)
-    if info.compress_type == zipfile.ZIP_BZIP2:  # zipfile would inflate a whole block without a limit
-        stored = copy(info)
-        stored.compress_type, stored.file_size = zipfile.ZIP_STORED, info.compress_size
-        del stored.CRC  # refers to the inflated bytes
-        with archive.open(stored) as raw, bz2.open(raw) as file:
-            return file.read(max_bytes)
-    with archive.open(info) as file:
-        if info.compress_type != zipfile.ZIP_LZMA:
-            return file.read(max_bytes)
-        content = bytearray()
-        try:
-            while len(content) < max_bytes:
-                block = file.read(min(LZMA_STEP_BYTES, max_bytes - len(content)))
-                if not block:
-                    break
-                content += block
-        except MemoryError:  # a damaged header can request a dictionary of up to 4 GB
-            raise lzma.LZMAError from None
-        return bytes(content)
-
-
-@lru_cache(maxsize=2)
-def _open_zip(path: Path) -> zipfile.ZipFile:
-    try:
-        return zipfile.ZipFile(path)
-    except NotImplementedError:
-        raise UserError(
-            f"{path}: this Python does not support its zip version; unpack it and name the folder"
-        ) from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: file names in it are not UTF-8; unpack it and name the folder") from None
-    except (OSError, *DAMAGE_ERRORS):
-        raise UserError(f"{path}: damaged or truncated zip file; download it again") from None
+                yield DicomFile("", path.relative_to(folder).as_posix(), info.st_size, info.st_mtime_ns)
 
 
 def _without_duplicates(
-    root: Path, files: list[Member], ids: list[str], skipped: Counter[str], identified_by: str
+    root: Path, files: list[DicomFile], ids: list[str], skipped: Counter[str], identified_by: str
 ) -> Archive:
     """Of identical files with the same id keeps the first; drops all files of an id whose contents differ."""
-    by_id: dict[str, list[Member]] = {}
+    by_id: dict[str, list[DicomFile]] = {}
     members = [replace(file, image_id=_printable(id)) for file, id in zip(files, ids, strict=True)]
     for member in sorted(members, key=lambda member: (member.image_id, member.name)):
         by_id.setdefault(member.image_id, []).append(member)
@@ -408,11 +243,84 @@ def _without_duplicates(
     )
 
 
-def _are_equal(root: Path, members: list[Member]) -> bool:
+def _are_equal(root: Path, members: list[DicomFile]) -> bool:
     if len({member.size for member in members}) > 1:
         return False
     try:
-        contents = {hashlib.sha256(read_member(root, member, MAX_PIXELS)).digest() for member in members}
+        contents = {hashlib.sha256(read_file(root, member, MAX_PIXELS)).digest() for member in members}
     except Rejected:
         return False
     return len(contents) == 1
+
+
+class Head(NamedTuple):
+    """What the start of a DICOM file says: SOP Class and SOP Instance, empty where unknown."""
+
+    sop_class: str = ""
+    sop_instance: str = ""
+
+    @property
+    def other_class(self) -> str:
+        """The name of a standard class that has no pictures, such as a structured report; else empty."""
+        uid = UID(self.sop_class)
+        is_standard = uid.name != uid and not uid.is_private
+        return uid.name if is_standard and "Image Storage" not in uid.name else ""
+
+
+def read_head(start: bytes) -> Head | None:
+    """What the first bytes of a file say; None without DICOM's preamble."""
+    if start[PREAMBLE_BYTES : PREAMBLE_BYTES + 4] != MAGIC:
+        return None
+    position, found = PREAMBLE_BYTES + 4, dict[int, str]()
+    while start[position : position + 2] == b"\2\0":  # group 2, explicit VR, little endian: PS3.10 7.1
+        element = int.from_bytes(start[position + 2 : position + 4], "little")
+        is_long = start[position + 4 : position + 6] in LONG_VRS
+        at, size = (8, 4) if is_long else (6, 2)
+        length = int.from_bytes(start[position + at : position + at + size], "little")
+        position += at + size
+        text = start[position : position + length].decode("ascii", "replace").strip("\0 ")
+        found[element] = text if text.replace(".", "").isdigit() else ""
+        position += length
+    return Head(found.get(CLASS, ""), found.get(INSTANCE, ""))
+
+
+def image_ids(
+    names: Sequence[str], instances: Sequence[str], kind: ImageId, wanted: Collection[str]
+) -> tuple[list[str], str]:
+    """The id of each file, and in words what it is.
+
+    ``names`` are paths below the folder, ``instances`` SOP Instance UIDs, ``wanted`` the ids in a table, if
+    there is one. ``auto`` takes what most of those ids are, without a table the name. A file without SOP
+    Instance UID has its name. Ids may repeat.
+    """
+    choices = {
+        "stem": [stem_of(name) for name in names],
+        "path": [_path(PurePosixPath(name)) for name in names],
+    }
+    stems = choices["stem"]
+    choices["sop_instance_uid"] = [uid or stem for uid, stem in zip(instances, stems, strict=True)]
+    chosen = kind
+    if kind == "auto":
+        known = set(wanted)
+        chosen = max(choices, key=lambda name: len(known & set(choices[name])))  # the first of equals
+    return choices[chosen], NAMES[chosen]
+
+
+def _path(path: PurePosixPath) -> str:
+    """Path without suffix; within a zip file it may have other parts than names of folders."""
+    return "/".join([*(part for part in path.parent.parts if part not in ("/", "..")), stem_of(path.name)])
+
+
+def suffix_of(name: str) -> str:
+    """The suffix of a file's name in lower case, below .gz if it has one."""
+    return PurePosixPath(_unpacked_name(name)).suffix.lower()
+
+
+def stem_of(name: str) -> str:
+    """The name of a file without folders and without the suffixes of images."""
+    path = PurePosixPath(_unpacked_name(name))
+    return path.stem if path.suffix.lower() in IMAGE_SUFFIXES else path.name
+
+
+def _unpacked_name(name: str) -> str:
+    return name[:-3] if name.lower().endswith(".gz") else name

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import logging
+import warnings
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from io import BytesIO
 from math import isfinite
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
+import numpy as np
+from numpy.typing import NDArray
 from pydicom import uid
 from pydicom.filereader import read_dataset
 
-from pneumo_experiments.dicom import colour
 from pneumo_experiments.dicom.codecs import DECODERS
 from pneumo_experiments.dicom.limits import MAX_BYTES_PER_PIXEL, MAX_HEADER_BYTES
+from pneumo_experiments.dicom.picture import LUMINANCE_FIRST, RGB, is_picture
 from pneumo_experiments.errors import Rejected
 
 GZIP = b"\x1f\x8b"
@@ -46,6 +49,20 @@ COLOURS = (  # PS3.3 C.7.6.3.1.2
 # fmt: on
 
 logging.getLogger("pydicom").propagate = False  # its log messages on damaged files may quote the header
+# Patient Orientation (0020,0020), PS3.3 C.7.6.1.1.1: where a row leads to, and where a column does. The first
+# letter of each is its main direction.
+EDGES = ({"L": "right", "R": "left"}, {"L": "bottom", "R": "top"})
+FRONTAL_VIEWS = ("AP", "PA", "")
+# The calibrated spacing first. Imager Pixel Spacing is that of the detector, where the chest is enlarged.
+SPACINGS = ("PixelSpacing", "ImagerPixelSpacing")
+LEAST_FRACTION = 0.1  # of a finding's area, from which a side counts
+ATTRIBUTES = (
+    *("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "SOPClassUID", "Modality"),
+    *("PatientID", "PatientName", "PatientBirthDate", "PatientSex"),
+    *("StudyID", "StudyDate", "StudyTime", "AccessionNumber", "ReferringPhysicianName"),
+    *("PatientOrientation", "LossyImageCompression", "LossyImageCompressionMethod"),
+)
+MAX_LENGTH = 1024  # characters; the standard allows fewer for each
 
 
 class Attributes:
@@ -156,7 +173,7 @@ def read_layout(header: Attributes, syntax: uid.UID, max_pixels: int) -> Layout:
     if "PixelData" not in header:
         raise Rejected("no pixel data: not an image, or truncated")
     photometric, components = text(header, "PhotometricInterpretation"), integer(header, "SamplesPerPixel", 1)
-    is_colour = components == 3 and photometric in colour.RGB + colour.LUMINANCE_FIRST
+    is_colour = components == 3 and photometric in RGB + LUMINANCE_FIRST
     if photometric not in GREYSCALE and not is_colour:
         kind = photometric if photometric in COLOURS else "unknown photometric interpretation"
         raise Rejected(f"not a grayscale image ({kind})")
@@ -230,3 +247,102 @@ def defined_term(text: str, terms: frozenset[str], other: str) -> str:
     """A defined term, or empty; ``other`` instead of any other text, which may contain a name."""
     text = text.upper()
     return text if not text or text in terms else other
+
+
+class Geometry(NamedTuple):
+    """``left_edge`` of the image shows the patient's left: right, left, top, bottom, or empty if unknown.
+
+    ``spacing_mm`` are the distances of rows and of columns, as the attribute ``spacing`` has them.
+    """
+
+    left_edge: str = "right"
+    spacing: str = ""
+    spacing_mm: tuple[float, float] | None = None
+
+    def area_mm2(self, area_px: int) -> float | None:
+        """The area of so many pixels; None without a spacing."""
+        return None if self.spacing_mm is None else area_px * self.spacing_mm[0] * self.spacing_mm[1]
+
+
+def read_geometry(header: Attributes) -> Geometry:
+    """The geometry in a header; values that are damaged count as absent.
+
+    Without Patient Orientation a frontal view is taken to be displayed as usual: the patient's left on the
+    right. Other views have no sides.
+    """
+    spacing, spacing_mm = next(
+        ((name, found) for name in SPACINGS if (found := _spacing_mm(header, name)) is not None), ("", None)
+    )
+    return Geometry(_left_edge(header), spacing, spacing_mm)
+
+
+def side_of(mask: NDArray[np.bool_], left_edge: str) -> str:
+    """The patient's side of a finding (H, W): right, left, both, or empty without a finding or a known edge.
+
+    The middle of the image divides the sides. A side counts if it holds at least a tenth of the area.
+    """
+    area_px = int(np.count_nonzero(mask))
+    if not area_px or not left_edge:
+        return ""
+    rows, columns = mask.shape
+    first = mask[:, : columns // 2] if left_edge in ("left", "right") else mask[: rows // 2]
+    in_first = int(np.count_nonzero(first))
+    halves = (in_first, area_px - in_first)
+    on_left, on_right = halves if left_edge in ("left", "top") else halves[::-1]
+    if min(on_left, on_right) >= LEAST_FRACTION * area_px:
+        return "both"
+    return "left" if on_left > on_right else "right"
+
+
+def _left_edge(header: Attributes) -> str:
+    directions = header.values("PatientOrientation")
+    if not any(directions):
+        view = text(header, "ViewPosition").upper()
+        return "right" if view in FRONTAL_VIEWS else ""
+    for edges, direction in zip(EDGES, directions, strict=False):
+        if str(direction)[:1] in edges:
+            return edges[str(direction)[:1]]
+    return ""
+
+
+def _spacing_mm(header: Attributes, keyword: str) -> tuple[float, float] | None:
+    match header.numbers(keyword):
+        case [float(rows), float(columns)] if rows > 0 and columns > 0:
+            return rows, columns
+        case []:
+            return None
+        case _:
+            header.is_damaged(keyword)
+            return None
+
+
+def read_source(content: bytes, max_pixels: int) -> dict[str, str]:
+    """The texts of ``ATTRIBUTES``, with backslashes between values, of a file that has been decoded.
+
+    Absent, damaged and overlong ones are left out; a picture that is not DICOM has none. They name the
+    patient: never print or log them.
+    """
+    if is_picture(unpacked(content, max_pixels)):
+        return {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # pydicom warns about values that the standard does not allow
+        header, _ = parse(content, max_pixels)
+        texts = {keyword: _text(header, keyword) for keyword in ATTRIBUTES}
+    return {keyword: text for keyword, text in texts.items() if 0 < len(text) <= MAX_LENGTH}
+
+
+def _text(header: Any, keyword: str) -> str:
+    try:
+        value = header.get(keyword)
+        values = (
+            [] if value is None else [value] if isinstance(value, str) or not _is_several(value) else value
+        )
+        return "\\".join(str(each).replace("\0", "").strip() for each in values)
+    except MemoryError:
+        raise
+    except Exception:  # pydicom raises many types for damaged bytes
+        return ""
+
+
+def _is_several(value: Any) -> bool:
+    return hasattr(value, "append")  # pydicom's MultiValue; a name has components, but is one value

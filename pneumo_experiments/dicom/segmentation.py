@@ -16,7 +16,7 @@ from pydicom.datadict import dictionary_VR
 from pydicom.uid import UID, generate_uid
 
 from pneumo_experiments import __version__
-from pneumo_experiments.dicom.source import ATTRIBUTES
+from pneumo_experiments.dicom.header import ATTRIBUTES
 from pneumo_experiments.errors import Rejected, UserError
 from pneumo_experiments.files import write_atomically
 

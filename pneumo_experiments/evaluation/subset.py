@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pneumo_experiments.dataset.grouping import warn, warn_about_grouping
 from pneumo_experiments.dataset.hdf5 import Dataset, Entry
 from pneumo_experiments.dataset.packed import salted
+from pneumo_experiments.dataset.patients import warn, warn_about_grouping
 from pneumo_experiments.dataset.splits import Split, audit, split
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.learning import distributed

@@ -14,11 +14,10 @@ from PIL import Image
 
 from pneumo_experiments.dataset.decoder_pool import read_files
 from pneumo_experiments.dataset.rle import encode
-from pneumo_experiments.dicom.archive import DIFFERING_FILES, Archive, open_archive
-from pneumo_experiments.dicom.geometry import side_of
-from pneumo_experiments.dicom.identity import FILE_NAME
+from pneumo_experiments.dicom.archive import DIFFERING_FILES, FILE_NAME, Archive, open_archive
+from pneumo_experiments.dicom.header import side_of
+from pneumo_experiments.dicom.limits import available_cores
 from pneumo_experiments.dicom.segmentation import Segment, write_segmentation
-from pneumo_experiments.dicom.workers import available_cores
 from pneumo_experiments.errors import Rejected, UserError
 from pneumo_experiments.evaluation.report import file_name
 from pneumo_experiments.figures import overlay

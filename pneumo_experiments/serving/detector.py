@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pneumo_experiments.dataset.decoder_pool import DecodedImage, File, decode_all
-from pneumo_experiments.dicom.geometry import Geometry
+from pneumo_experiments.dicom.header import Geometry
 from pneumo_experiments.errors import Rejected, UserError
 from pneumo_experiments.learning.calibration import log_odds
 from pneumo_experiments.learning.device import choose_compute

@@ -9,13 +9,17 @@ from pathlib import Path
 from pneumo_experiments import tracking
 from pneumo_experiments.data_report.report import DataReport, sheet_of_positives
 from pneumo_experiments.data_report.statistics import Statistics, make_statistics
-from pneumo_experiments.dataset.grouping import SOURCES, warn_about_grouping
-from pneumo_experiments.dataset.hdf5 import Dataset
-from pneumo_experiments.dataset.hdf5_writer import DatasetWriter
+from pneumo_experiments.dataset.hdf5 import Dataset, DatasetWriter
 from pneumo_experiments.dataset.inputs import FILES, STAMP, Inputs, digest, read_inputs
-from pneumo_experiments.dataset.patients import Grouping, count_sources, describe_sources
+from pneumo_experiments.dataset.patients import (
+    SOURCES,
+    Grouping,
+    count_sources,
+    describe_sources,
+    warn_about_grouping,
+)
 from pneumo_experiments.dataset.shards import FileResult, ShardSettings, is_finished, make_jobs, results
-from pneumo_experiments.dicom.workers import available_cores
+from pneumo_experiments.dicom.limits import available_cores
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.files import write_atomically, writing
 from pneumo_experiments.locks import LOCK, work_folder

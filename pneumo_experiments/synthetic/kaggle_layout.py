@@ -25,7 +25,7 @@ from pydicom.encaps import encapsulate
 from pydicom.uid import UID, JPEGBaseline8Bit, SecondaryCaptureImageStorage
 
 from pneumo_experiments.dataset import rle
-from pneumo_experiments.dicom.workers import available_cores, worker_pool
+from pneumo_experiments.dicom.limits import available_cores, worker_pool
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.files import writing
 from pneumo_experiments.locks import LOCK, work_folder

@@ -22,7 +22,8 @@ from pneumo_experiments.dataset.packed import Entry, Packed, hash_patient
 from pneumo_experiments.dataset.patients import Grouping
 from pneumo_experiments.dataset.rle import decode
 from pneumo_experiments.dataset.shards import FileResult
-from pneumo_experiments.dicom.archive import DIFFERING_FILES, Archive, Member
+from pneumo_experiments.dicom.archive import DIFFERING_FILES, Archive
+from pneumo_experiments.dicom.containers import DicomFile
 
 ANNA, BERT, CARL = hash_patient("Anna"), hash_patient("Bert"), hash_patient("", "c1")
 JPEG, PLAIN = "JPEG Baseline, 8 bit, MONOCHROME2", "Explicit VR Little Endian, 12 bit, MONOCHROME1"
@@ -51,7 +52,7 @@ def made(
 ) -> Statistics:
     """The statistics of these files; ``others`` were found, ``annotated`` are in the table beside results."""
     ids = sorted({*(result.image_id for result in results), *others})
-    members = tuple(Member(image_id, f"{image_id}.dcm", 0, 0) for image_id in ids)
+    members = tuple(DicomFile(image_id, f"{image_id}.dcm", 0, 0) for image_id in ids)
     nothing = {"skipped": {}, "duplicates": {}, "differing": ()}
     listed = Archive(Path(), **({"files": len(ids), "members": members} | nothing | archive))  # type: ignore[arg-type]
     table = None if annotated is None else {*annotated, *(each.image_id for each in results if each.packed)}

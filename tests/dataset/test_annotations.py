@@ -143,12 +143,6 @@ def test_ids_match_files_without_folders_and_suffixes_if_none_matches_as_it_is()
         match_ids({"x/a": 1, "y/a": 2}, {"a"})
 
 
-def test_a_submission_reads_as_a_table_of_the_second_stage_does(tmp_path: Path) -> None:
-    submission = "ImageId,EncodedPixels\nID_004d6fbb6,-1\nID_004d6fbb6,-1\nID_0011fe81e,12 3\n"
-    read = {"ID_004d6fbb6": list[str](), "ID_0011fe81e": ["12 3"]}
-    assert read_annotations(table(tmp_path, submission, "stage_2_sample_submission.csv")) == read
-
-
 def test_a_packed_table_reads_as_the_plain_one_whatever_its_name(tmp_path: Path) -> None:
     for name in ("train-rle.csv.gz", "train-rle.csv"):
         assert read_annotations(table(tmp_path, gzip.compress(ROWS.encode()), name)) == READ

@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 from samples import SIZE, content_of, examples, packed, write, write_dataset
 
-from pneumo_experiments.dataset.hdf5 import Dataset
-from pneumo_experiments.dataset.hdf5_writer import DatasetWriter
+from pneumo_experiments.dataset.hdf5 import Dataset, DatasetWriter
 from pneumo_experiments.dataset.packed import ResizedImage, hash_patient
 from pneumo_experiments.errors import UserError
 

@@ -22,16 +22,17 @@ from pydicom.uid import generate_uid
 from samples import write_dataset
 
 from pneumo_experiments.dataset.annotations import read_annotations, read_patients
-from pneumo_experiments.dataset.grouping import SOURCES, make_grouping
 from pneumo_experiments.dataset.hdf5 import Dataset
 from pneumo_experiments.dataset.packed import Entry, ResizedImage, hash_patient, pack, salted
 from pneumo_experiments.dataset.patients import (
     ROW,
     SHIPPED,
+    SOURCES,
     Grouping,
     count_sources,
     describe_sources,
     grouping_problem,
+    make_grouping,
     shipped_grouping,
 )
 from pneumo_experiments.dataset.splits import Split, split
@@ -79,7 +80,7 @@ def sources_in(report: Path) -> dict[str, int]:
 
 
 def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [r.getMessage() for r in caplog.records if r.name == "pneumo_experiments.dataset.grouping"]
+    return [r.getMessage() for r in caplog.records if r.name == "pneumo_experiments.dataset.patients"]
 
 
 def random_ids(count: int) -> dict[str, str]:
@@ -234,17 +235,6 @@ def test_images_that_each_count_as_a_patient_are_a_warning_once_for_preprocess_a
         for fold in range(5):
             make_split(dataset, SplitSettings(fold=str(fold)))
     assert len(warnings_of(caplog)) == 1
-
-
-def test_a_split_of_a_data_set_made_earlier_warns_once(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    path = labelled(tmp_path / "earlier.h5", {f"i{n}": f"p{n}" for n in range(30)}, {})
-    with Dataset.open(path) as dataset:
-        for fold in range(5):
-            make_split(dataset, SplitSettings(fold=str(fold)))
-    (told,) = warnings_of(caplog)
-    assert "each of the 30 images counts as a separate patient" in told
 
 
 def test_the_warning_is_seen_on_the_terminal(desk: Path, commands: CommandServer) -> None:

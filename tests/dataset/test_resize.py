@@ -58,17 +58,6 @@ def test_sides_that_share_no_factor_with_the_size_are_as_exact(shape: tuple[int,
     assert np.array_equal(area_resize(pixels, 4), exact)
 
 
-def test_whole_ratios_average_blocks() -> None:
-    pixels = np.arange(48, dtype=np.uint8).reshape(6, 8)
-    assert np.array_equal(area_resize(pixels, 2), pixels.reshape(2, 3, 2, 4).mean(axis=(1, 3)))
-
-
-def test_the_same_size_changes_nothing_and_a_larger_one_repeats() -> None:
-    pixels = np.random.default_rng(0).integers(0, 256, (5, 5), np.uint8)
-    assert np.array_equal(resize_image(pixels, 5), pixels)
-    assert np.array_equal(resize_image(pixels, 10), pixels.repeat(2, axis=0).repeat(2, axis=1))
-
-
 def test_a_mask_keeps_its_share_of_the_area_and_its_layout_does_not_matter() -> None:
     mask = np.random.default_rng(1).random((1000, 700)) < 0.3
     share = area_resize(mask, 96)

@@ -19,8 +19,9 @@ from pydicom.encaps import encapsulate, get_frame
 from pydicom.uid import JPEGLSLossless
 from samples import content_of, write_dataset
 
-from pneumo_experiments.dataset import shards
+from pneumo_experiments.dataset import decoder_pool, shards
 from pneumo_experiments.dataset.annotations import read_annotations
+from pneumo_experiments.dataset.decoder_pool import Message, Request
 from pneumo_experiments.dataset.hdf5 import Dataset
 from pneumo_experiments.dataset.labels import Label, run_length_labels
 from pneumo_experiments.dataset.packed import hash_patient
@@ -32,8 +33,8 @@ from pneumo_experiments.dataset.shards import (
     make_jobs,
     results,
 )
-from pneumo_experiments.dicom.archive import Member, open_archive, read_member
-from pneumo_experiments.errors import UserError
+from pneumo_experiments.dicom.archive import open_archive
+from pneumo_experiments.errors import Rejected, UserError
 from pneumo_experiments.synthetic.kaggle_layout import write_sample
 
 FILES_PER_SHARD = 7
@@ -234,16 +235,17 @@ def test_a_worker_ended_from_outside_is_an_error_and_the_rest_is_kept(
     number: signal.Signals, sample: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     jobs = jobs_of(sample)
-    read = list[str]()
+    called = list[str]()
 
-    def read_and_kill(root: Path, member: Member, max_pixels: int) -> bytes:
-        read.append(member.image_id)
-        if len(read) == FILES_PER_SHARD + 3:
-            for decoder in decoders():
-                decoder.send_signal(number)
-        return read_member(root, member, max_pixels)
+    def call_and_kill(decoder: Any, request: Request) -> Message | Rejected:
+        called.append(request.image_id)
+        if len(called) == FILES_PER_SHARD + 3:
+            for process in decoders():
+                process.send_signal(number)
+        return call(decoder, request)
 
-    monkeypatch.setattr(shards, "read_member", read_and_kill)
+    call = decoder_pool._Decoder.call
+    monkeypatch.setattr(decoder_pool._Decoder, "call", call_and_kill)
     with pytest.raises(UserError, match=r"workers: a worker process was killed.*set fewer workers"):
         list(results(jobs, tmp_path, 1))
     assert [is_finished(job, tmp_path) for job in jobs] == [True, False, False]

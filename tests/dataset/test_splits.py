@@ -79,22 +79,6 @@ def test_the_audit_of_real_random_folds_counts_separated_images_as_a_slow_count_
     assert found.shared_patients == sum(len(inside) > 1 for inside in of_patient.values()) > 1000
 
 
-def test_an_audit_of_a_few_images_has_the_values_counted_by_hand() -> None:
-    patients = ["a", "a", "a", "b", "b", "c", "d", "d"]
-    areas = np.array([100, 0, 300, 0, 0, 0, 20, 10])
-    parts = np.array([7, 7, 2, 2, 2, 7, -1, 2])
-    found = audit(patients, areas, parts)
-    assert found.images == 8
-    assert found.shared_patients == 2  # a in 7 and 2, d in -1 and 2
-    assert found.separated_images == 5  # three of a, two of d
-    assert found.separated_share == 5 / 8
-    kept = [(facts.part, facts.images, facts.patients, facts.positives) for facts in found.parts]
-    assert kept == [(-1, 1, 1, 1), (2, 4, 3, 2), (7, 3, 2, 1)]
-    assert found.parts[0].area_deciles_px == (20.0,) * 9
-    # Of 10 and 300: 10 + 290 k/10.
-    assert found.parts[1].area_deciles_px == pytest.approx((39, 68, 97, 126, 155, 184, 213, 242, 271))
-
-
 def test_an_audit_of_parts_without_positives_or_images_is_plain_json() -> None:
     found = audit(["a", "b"], np.array([0, 0]), np.array([0, 1]))
     assert json.loads(json.dumps(found.as_dict())) == {
@@ -188,14 +172,6 @@ def test_any_data_set_with_enough_patients_fills_every_fold(
     fold = assign_folds(patients, areas, folds, seed=0)
     assert set(fold.tolist()) == set(range(folds))
     assert_no_patient_twice(patients, [np.flatnonzero(fold == number) for number in range(folds)])
-
-
-def test_many_images_of_one_patient_stay_together() -> None:
-    patients = ["a"] * 50 + [f"p{number}" for number in range(150)]
-    areas = np.tile([0, 0, 0, 900], 50)
-    parts = split(patients, areas, holdout=0.25, folds=3, fold=1, seed=0)
-    assert_no_patient_twice(patients, [parts.train, parts.validation, parts.holdout])
-    assert len(parts.holdout) == pytest.approx(50, abs=2)
 
 
 @pytest.mark.parametrize(

@@ -35,8 +35,7 @@ from PIL import Image
 from pydicom import uid
 from pydicom.data import get_testdata_files
 
-from pneumo_experiments.dicom.codecs import CUT_SHORT, DECODERS
-from pneumo_experiments.dicom.frames import read_frame_header
+from pneumo_experiments.dicom.codecs import CUT_SHORT, DECODERS, read_frame_header
 from pneumo_experiments.dicom.header import Attributes, parse, read_layout
 from pneumo_experiments.dicom.radiograph import _stored_pixels, read_radiograph
 from pneumo_experiments.errors import Rejected

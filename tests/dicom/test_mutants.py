@@ -170,7 +170,8 @@ def decode_all() -> None:
 
 
 def test_files_damaged_in_any_way_are_used_or_rejected_and_nothing_breaks(tmp_path: Path) -> None:
-    call = "import sys; sys.path[:0] = ['.', 'tests']; import test_mutants; test_mutants.decode_all()"
+    call = "import sys; sys.path[:0] = ['.', 'tests', 'tests/dicom']\n"
+    call += "import test_mutants; test_mutants.decode_all()"
     child = subprocess.run(
         [sys.executable, "-c", call, str(tmp_path)],
         cwd=ROOT,

@@ -30,9 +30,9 @@ from tracked import runs
 from tracking_server import Server, calls_in, free_port
 
 from pneumo_experiments.dataset import rle
-from pneumo_experiments.dataset.grouping import warn
 from pneumo_experiments.dataset.hdf5 import Dataset
 from pneumo_experiments.dataset.packed import ResizedImage, hash_patient
+from pneumo_experiments.dataset.patients import warn
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.evaluation.subset import Subset, make_split, require_positives
 from pneumo_experiments.learning.checkpoint import Checkpoint

@@ -141,7 +141,7 @@ def test_a_killed_worker_is_an_error_and_the_same_command_ends_the_work(
         workers = [
             child
             for child in psutil.Process(process.pid).children()
-            if "decoder_process" in " ".join(child.cmdline())
+            if "decoder_pool" in " ".join(child.cmdline())
         ]
         time.sleep(0.001)
     workers[0].send_signal(signal.SIGKILL)

@@ -23,9 +23,9 @@ from PIL import Image
 from pneumo_experiments.dataset.annotations import read_annotations, read_file_names, unite
 from pneumo_experiments.dataset.hdf5 import Dataset
 from pneumo_experiments.dataset.packed import Entry
-from pneumo_experiments.dicom.archive import open_archive, read_member
-from pneumo_experiments.dicom.colour import NOTE
-from pneumo_experiments.dicom.picture import read_mask, read_picture
+from pneumo_experiments.dicom.archive import open_archive
+from pneumo_experiments.dicom.containers import read_file
+from pneumo_experiments.dicom.picture import NOTE, read_mask, read_picture
 from pneumo_experiments.dicom.radiograph import read_radiograph
 from pneumo_experiments.errors import Rejected, UserError
 from pneumo_experiments.settings import Preprocess
@@ -406,14 +406,14 @@ def test_gzip_tar_and_a_single_file_hold_the_same_radiographs(tmp_path: Path) ->
         file.add(tmp_path / "plain", "plain")
     for root in (tmp_path / "plain", tmp_path / "packed", tmp_path / "a.tar"):
         archive = open_archive(root)
-        read = {m.image_id: read_radiograph(read_member(root, m, 10**6), m.image_id) for m in archive.members}
+        read = {m.image_id: read_radiograph(read_file(root, m, 10**6), m.image_id) for m in archive.members}
         assert {name: radiograph.pixels.tobytes() for name, radiograph in read.items()} == {
             name: (SMOOTH + np.uint8(number)).tobytes() for number, name in enumerate("abc")
         }
     for path in (tmp_path / "plain" / "deep" / "b.dcm", tmp_path / "packed" / "deep" / "b.dcm.gz"):
         single = open_archive(path)
         assert [member.image_id for member in single.members] == ["b"]
-        assert read_radiograph(read_member(single.root, single.members[0], 10**6), "b").pixels[0, 0] == 1
+        assert read_radiograph(read_file(single.root, single.members[0], 10**6), "b").pixels[0, 0] == 1
 
 
 def test_a_truncated_tar_file_is_an_error_and_a_file_that_is_cut_later_costs_itself(tmp_path: Path) -> None:
@@ -425,9 +425,9 @@ def test_a_truncated_tar_file_is_an_error_and_a_file_that_is_cut_later_costs_its
             file.addfile(info, io.BytesIO(content))
     archive = open_archive(path)
     path.write_bytes(path.read_bytes()[: -len(content) - 4000])
-    assert read_member(path, archive.members[0], 10**6) == content
+    assert read_file(path, archive.members[0], 10**6) == content
     with pytest.raises(Rejected, match="b: truncated in the tar file"):
-        read_member(path, archive.members[1], 10**6)
+        read_file(path, archive.members[1], 10**6)
     for size, said in ((path.stat().st_size, "damaged or truncated tar file"), (250, "neither a folder")):
         path.write_bytes(path.read_bytes()[:size])
         with pytest.raises(UserError, match=rf"a\.tar: {said}"):

@@ -20,8 +20,7 @@ from mlflow import MlflowClient
 from samples import content_of
 from tracked import last_run
 
-from pneumo_experiments.dataset.hdf5 import Dataset
-from pneumo_experiments.dataset.hdf5_writer import DatasetWriter
+from pneumo_experiments.dataset.hdf5 import Dataset, DatasetWriter
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.settings import Preprocess
 from pneumo_experiments.stages.preprocess import preprocess

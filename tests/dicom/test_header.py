@@ -9,7 +9,7 @@ import pytest
 from dicom_files import GREYS, dicom_bytes
 from pydicom.multival import MultiValue
 
-from pneumo_experiments.dicom.geometry import Geometry, side_of
+from pneumo_experiments.dicom.header import Geometry, side_of
 from pneumo_experiments.dicom.radiograph import read_radiograph
 
 
