@@ -119,7 +119,7 @@ def _without_mlflow() -> dict[str, str]:
 
 
 def copy_store(database: Path, folder: Path) -> None:
-    """Copies the database of an empty store into a folder, where its artifacts go as well."""
+    """Copies the database of a store into a folder, where the artifacts of new runs go as well."""
     shutil.copy(database, folder)
     with closing(sqlite3.connect(folder / database.name)) as copied, copied:
         copied.execute("UPDATE experiments SET artifact_location = ?", [str(folder / "mlruns" / "0")])
@@ -127,7 +127,7 @@ def copy_store(database: Path, folder: Path) -> None:
 
 @contextmanager
 def store_in(folder: Path, database: Path) -> Iterator[Path]:
-    """Works in a folder with a store of its own, a copy of that empty database; yields the folder."""
+    """Works in a folder with a store of its own, a copy of that database; yields the folder."""
     copy_store(database, folder)
     with working_in(folder, store_address(folder)):
         yield folder
