@@ -237,10 +237,10 @@ def children(parent: int) -> list[psutil.Process]:
     return found
 
 
-def decoders() -> list[psutil.Process]:
-    """The decoder processes of this process, at work or idle."""
+def decoders(parent: int = 0) -> list[psutil.Process]:
+    """The decoder processes of a process, by default of this one, at work or idle."""
     found = list[psutil.Process]()
-    for child in children(os.getpid()):
+    for child in children(parent or os.getpid()):
         with suppress(psutil.NoSuchProcess):  # it has just ended
             if "decoder_process" in " ".join(child.cmdline()):
                 found.append(child)

@@ -5,7 +5,6 @@ A few of all cases, many in make soak.
 
 from __future__ import annotations
 
-import os
 import random
 import shutil
 from collections.abc import Iterator
@@ -89,7 +88,7 @@ def desk(
     commands: CommandServer,
 ) -> Iterator[Desk]:
     folder = tmp_path_factory.mktemp("desk")
-    shutil.copytree(dataset.parent, folder, dirs_exist_ok=True, copy_function=os.link)
+    shutil.copytree(dataset.parent, folder, dirs_exist_ok=True)
     with store_in(folder, trained_store):
         (model,) = MlflowClient().search_logged_models(["0"])
         register(make(Register, model=model.model_uri, promote="always"))

@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 import pytest
 from command_server import Command, CommandServer
-from helpers import copy_store, environment, soak
+from helpers import copy_store, decoders, environment, soak
 from mlflow import MlflowClient
 from samples import content_of
 
@@ -140,8 +140,7 @@ def test_a_killed_worker_is_an_error_and_the_same_command_ends_the_work(
 ) -> None:
     process, workers = desk.start(tmp_path), list[psutil.Process]()
     while stage(tmp_path / "d.h5") != "reading" or not any(sum(each.cpu_times()[:2]) > 1 for each in workers):
-        children = psutil.Process(process.pid).children()
-        workers = [child for child in children if "decoder_process" in " ".join(child.cmdline())]
+        workers = decoders(process.pid)
         time.sleep(0.001)
     workers[0].send_signal(signal.SIGKILL)
     code, output = process.communicate()
