@@ -191,11 +191,13 @@ def _without_mlflow() -> dict[str, str]:
     return kept | {"MLFLOW_DISABLE_TELEMETRY": "true"}
 
 
-def copy_store(database: Path, folder: Path) -> None:
-    """Copies the database of a store into a folder, where the artifacts of new runs go as well."""
-    shutil.copy(database, folder)
-    with closing(sqlite3.connect(folder / database.name)) as copied, copied:
-        copied.execute("UPDATE experiments SET artifact_location = ?", [str(folder / "mlruns" / "0")])
+def copy_store(database: Path, folder: Path, artifacts: str = "") -> Path:
+    """Copies the database of a store into a folder; where new artifacts go, by default there as well."""
+    path = Path(shutil.copy(database, folder))
+    with closing(sqlite3.connect(path)) as copied, copied:
+        place = artifacts or str(folder / "mlruns" / "0")
+        copied.execute("UPDATE experiments SET artifact_location = ?", [place])
+    return path
 
 
 @contextmanager

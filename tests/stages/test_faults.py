@@ -23,6 +23,7 @@ from helpers import (
     STRUCK,
     before_each_step,
     changed,
+    copy_store,
     interrupted_before_step,
     make,
     soak,
@@ -213,10 +214,12 @@ def test_a_checkpoint_of_another_network_is_refused_and_resume_false_trains_anew
 def test_a_training_whose_server_dies_sends_everything_when_the_server_is_back(
     small_dataset: Path,
     whole: Whole,
+    empty_store: Path,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
     commands: CommandServer,
 ) -> None:
+    copy_store(empty_store, tmp_path, "mlflow-artifacts:/0").rename(tmp_path / "server.db")
     server = Server(tmp_path, free_port(), commands)
     try:
         server.start()

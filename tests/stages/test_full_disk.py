@@ -31,10 +31,11 @@ from pneumo_experiments.metrics.thresholds import Thresholds
 from pneumo_experiments.serving import Detector, save
 from pneumo_experiments.synthetic.kaggle_layout import write_sample
 
+TRAINING = ("--epochs", "1", "--threshold_trials", "0", "--weights", "none", "--overlays", "1")
 SHORT_MAIN = (
-    *("main", "--images", "20", "--test_images", "1", "--image_size", "32", "--epochs", "1"),
+    *("main", "--images", "20", "--test_images", "1", "--image_size", "32", *TRAINING),
     *("--trials", "1", "--search_epochs", "1", "--confirm", "0", "--keep", "0", "--search_images", "8"),
-    *("--threshold_trials", "0", "--weights", "none", "--overlays", "1", "--folds", "5", "--holdout", "0.2"),
+    *("--folds", "5", "--holdout", "0.2"),
 )
 
 
@@ -90,12 +91,12 @@ Run = Callable[..., tuple[str, list[str]]]
 
 @pytest.fixture
 def run(commands: CommandServer, tmp_path: Path) -> Run:
-    """What a command says that ends with exit code 2, and its error lines."""
+    """What a command says, and its error lines; the exit code is 2 unless given."""
 
-    def ended(*words: str, max_file_bytes: int | None = None) -> tuple[str, list[str]]:
+    def ended(*words: str, max_file_bytes: int | None = None, code: int = 2) -> tuple[str, list[str]]:
         options: dict[str, Any] = {"environment": environment(), "tiny": True, "folder": tmp_path}
-        code, said = commands.start(*words, max_file_bytes=max_file_bytes, **options).communicate()
-        assert code == 2, said
+        ends, said = commands.start(*words, max_file_bytes=max_file_bytes, **options).communicate()
+        assert ends == code, said
         assert "Traceback" not in said
         return said, [line for line in said.splitlines() if line.startswith("Error: ")]
 
@@ -122,17 +123,28 @@ def test_a_store_on_a_full_disk_is_one_line_and_with_room_the_next_command_opens
         assert_store_works(run, tmp_path)
 
 
-@pytest.mark.parametrize("has_room_for_radiographs", [False, True])
+def test_a_training_whose_store_cannot_grow_ends_well_and_says_what_is_undelivered(
+    run: Run, small_dataset: Path, trained_store: Path, tmp_path: Path
+) -> None:
+    max_bytes = copy_store(trained_store, tmp_path).stat().st_size
+    words = ["train", f"--dataset={small_dataset}", *TRAINING]
+    said, errors = run(*words, max_file_bytes=max_bytes, code=0)
+    assert errors == []
+    assert "calls of this run are undelivered" in said
+    assert [*tmp_path.glob("output/model-*")]
+    assert_store_works(run, tmp_path)
+
+
+@pytest.mark.parametrize("place", ["radiograph", pytest.param("store", marks=soak)])
 def test_main_on_a_full_disk_is_one_line_and_the_next_command_leaves_no_run_running(
-    has_room_for_radiographs: bool, run: Run, dataset: Path, empty_store: Path, tmp_path: Path
+    place: str, run: Run, dataset: Path, empty_store: Path, tmp_path: Path
 ) -> None:
     """With no room for a radiograph it ends at once; when the store cannot grow, after some runs."""
-    copy_store(empty_store, tmp_path)
-    words, max_bytes = [*SHORT_MAIN], 20_000
-    if has_room_for_radiographs:
+    store, words, max_bytes = copy_store(empty_store, tmp_path), [*SHORT_MAIN], 20_000
+    if place == "store":
         source = few_radiographs(dataset.with_name("sample"), tmp_path / "few", 14)
         words += [f"--{name}={path}" for name, path in source.items()]
-        max_bytes = (tmp_path / "mlflow.db").stat().st_size
+        max_bytes = store.stat().st_size
     _, (line,) = run(*words, max_file_bytes=max_bytes)
     assert re.search("File too large|disk I/O error|is full", line)
     assert_store_works(run, tmp_path)

@@ -17,18 +17,16 @@ from typing import Any
 import psutil
 import pytest
 from command_server import Command, CommandServer
-from helpers import copy_store, decoders, environment, soak
+from helpers import copy_store, decoders, environment, few_radiographs, soak
 from mlflow import MlflowClient
 from samples import content_of
 
 from pneumo_experiments.dataset.hdf5 import Dataset
 from pneumo_experiments.errors import UserError
-from pneumo_experiments.synthetic.kaggle_layout import write_sample
 
 KILLS = int(os.environ.get("PNEUMO_KILLS") or 1)
-SHARDS = 3
-IMAGES = 96  # 32 in a shard
-COPIES = 12  # of each radiograph, under other names: to draw one takes longer than to read it
+SHARDS = 2  # of 32 images
+COPIES = 16  # of each of four radiographs, under other names
 IMAGE_SIZE = 128
 PATIENCE_SECONDS = 120
 # What lies on the disk tells how far the work is.
@@ -50,17 +48,16 @@ def all_made(work: Path) -> bool:
 
 @dataclass(frozen=True)
 class Desk:
-    """A sample, and what starts preprocess on it."""
+    """A folder with radiographs, annotations and a store, and what starts preprocess on them."""
 
-    sample: Path
+    folder: Path
     commands: CommandServer
 
     def start(self, folder: Path) -> Command:
-        words: list[object] = ["--dicom_dir", self.sample / "dicom-images-train"]
-        words += ["--rle_csv", self.sample / "train-rle.csv", "--dataset", "d.h5"]
-        uri = f"sqlite:///{self.sample.parent}/mlflow.db"
+        words = ["--dicom_dir", self.folder / "dicom", "--rle_csv", self.folder / "rle.csv"]
+        uri = f"sqlite:///{self.folder}/mlflow.db"
         return self.commands.start(
-            *("preprocess", *words, "--image_size", IMAGE_SIZE, "--workers", 2),
+            *("preprocess", *words, "--dataset", "d.h5", "--image_size", IMAGE_SIZE, "--workers", 2),
             folder=folder,
             environment=environment() | {"MLFLOW_TRACKING_URI": uri},
         )
@@ -92,18 +89,20 @@ class Desk:
 
 
 @pytest.fixture(scope="module")
-def desk(commands: CommandServer, empty_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Desk:
-    sample = tmp_path_factory.mktemp("kills") / "sample"
-    copy_store(empty_store, sample.parent)
-    write_sample(sample, IMAGES // COPIES, 0, seed=1)
-    header, *rows = (sample / "train-rle.csv").read_text().splitlines()
-    for file in [*sample.rglob("*.dcm")]:
+def desk(
+    commands: CommandServer, empty_store: Path, dataset: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Desk:
+    folder = tmp_path_factory.mktemp("kills")
+    copy_store(empty_store, folder)
+    source = few_radiographs(dataset.with_name("sample"), folder / "dicom", 32 * SHARDS // COPIES)
+    for file in [*source["dicom_dir"].iterdir()]:
         for number in range(COPIES):
             file.with_name(f"{number}-{file.name}").hardlink_to(file)
         file.unlink()
+    header, *rows = source["rle_csv"].read_text().splitlines()
     rows = [f"{number}-{row}" for number in range(COPIES) for row in rows]
-    (sample / "train-rle.csv").write_text("\n".join([header, *rows]))
-    return Desk(sample, commands)
+    (folder / "rle.csv").write_text("\n".join([header, *rows]))
+    return Desk(folder, commands)
 
 
 @pytest.fixture(scope="module")
