@@ -6,6 +6,7 @@ import fcntl
 import gc
 import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -49,9 +50,9 @@ def pytest_unconfigure() -> None:
     gc.unfreeze()  # else Triton reports what is never freed, after pytest's last line
 
 
-@pytest.fixture(scope="module")
-def tiny() -> Iterator[None]:
-    """Lets ``network="tiny"`` name the network of tiny_network.py."""
+@contextmanager
+def tiny_networks() -> Iterator[None]:
+    """Lets ``network="tiny"`` name the network of tiny_network.py, until the end of the block."""
     from tiny_network import add_tiny_network
 
     from pneumo_experiments.learning.network import NETWORKS
@@ -61,6 +62,13 @@ def tiny() -> Iterator[None]:
     yield
     NETWORKS.clear()
     NETWORKS.update(before)
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Iterator[None]:
+    """Lets ``network="tiny"`` name the network of tiny_network.py."""
+    with tiny_networks():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -157,6 +165,26 @@ def small_dataset(shared: Path) -> Path:
         write(folder / "d.h5", count=24, pixel_dtype="uint8")
 
     return make_once(shared / "small", make) / "d.h5"
+
+
+@pytest.fixture(scope="session")
+def trained_store(shared: Path, empty_store: Path, small_dataset: Path) -> Path:
+    """Database of a store with one model: the tiny network under the default one's name, trained an epoch."""
+    from helpers import make as settings_of
+    from helpers import store_in
+    from tiny_network import replace_default_network
+
+    from pneumo_experiments.settings import Train
+    from pneumo_experiments.stages.train import train
+
+    short = {"weights": "none", "epochs": 1, "threshold_trials": 0, "overlays": 0, "device": "cpu"}
+
+    def make(folder: Path) -> None:
+        with store_in(folder, empty_store), tiny_networks():
+            replace_default_network()
+            train(settings_of(Train, dataset=small_dataset, **short))
+
+    return make_once(shared / "trained", make) / "mlflow.db"
 
 
 @pytest.fixture(scope="session")

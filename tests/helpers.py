@@ -9,9 +9,10 @@ import shutil
 import signal
 import sqlite3
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import psutil
 import pytest
 
 from pneumo_experiments import cli
-from pneumo_experiments.settings import Settings, flat, from_flat
+from pneumo_experiments.settings import Settings, as_params, flat, from_flat
 
 # Before torch is imported, here and in the processes that tests start: two test files run side by side, and
 # threads of both would wait for each other.
@@ -66,6 +67,11 @@ def changed(settings: Settings, **values: Any) -> Settings:
     return make(type(settings), **(flat(settings) | values))
 
 
+def words_of(settings: Settings) -> list[str]:
+    """What gives the command line these settings."""
+    return [word for name, text in as_params(settings).items() for word in (f"--{name}", text)]
+
+
 @dataclass(frozen=True)
 class End:
     """How a command ended."""
@@ -97,6 +103,73 @@ def ended(words: list[str], patch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
     return End(stop.value.code, out, err)
 
 
+def before_each_step(patch: pytest.MonkeyPatch, act: Callable[[int], object]) -> None:
+    """Calls ``act`` with the number of each step that an optimizer is about to make, from 1."""
+    import torch
+
+    numbers, step = count(1), torch.optim.AdamW.step
+
+    def acting(self: torch.optim.AdamW, *given: Any, **options: Any) -> Any:
+        act(next(numbers))
+        return step(self, *given, **options)
+
+    patch.setattr(torch.optim.AdamW, "step", acting)
+
+
+@contextmanager
+def interrupted_before_step(number: int) -> Iterator[None]:
+    """Whatever trains in the block is interrupted before that step, and must be."""
+
+    def interrupt(reached: int) -> None:
+        if reached == number:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        before_each_step(patch, interrupt)
+        yield
+
+
+# The command line of a process that sends itself a signal. Before its own words stands when: such as
+# "SIGKILL torch.optim.AdamW.step=4,torch.save=1", when the fourth step was reached, and then a first file is
+# saved. A file of torch's is then half written.
+STRUCK = """
+import os, pkgutil, signal, sys
+from pneumo_experiments import cli
+
+number = signal.Signals[sys.argv.pop(1)]
+moments = [moment.split("=") for moment in sys.argv.pop(1).split(",")]
+
+def watch(place, calls):
+    owner, name = pkgutil.resolve_name(place.rpartition(".")[0]), place.rpartition(".")[2]
+    whole, left = getattr(owner, name), [None] * int(calls)
+
+    def struck(*args, **options):
+        is_the_moment = len(left) == 1
+        del left[:1]
+        if is_the_moment and moments:
+            watch(*moments.pop(0))
+        elif is_the_moment:
+            if place == "torch.save":
+                whole(*args, **options)
+                os.truncate(args[1], os.path.getsize(args[1]) // 2)
+            os.kill(os.getpid(), number)
+        return whole(*args, **options)
+
+    setattr(owner, name, struck)
+
+watch(*moments.pop(0))
+cli.main()
+"""
+
+
+def few_radiographs(sample: Path, folder: Path, count: int) -> dict[str, Path]:
+    """Settings that name so many radiographs of a sample, in a folder of their own."""
+    folder.mkdir()
+    for file in sorted(sample.rglob("*.dcm"))[:count]:
+        (folder / file.name).hardlink_to(file)
+    return {"dicom_dir": folder, "rle_csv": sample / "train-rle.csv"}
+
+
 BIN = Path(sys.executable).parent  # where mlflow is
 
 
@@ -118,16 +191,18 @@ def _without_mlflow() -> dict[str, str]:
     return kept | {"MLFLOW_DISABLE_TELEMETRY": "true"}
 
 
-def copy_store(database: Path, folder: Path) -> None:
-    """Copies the database of an empty store into a folder, where its artifacts go as well."""
-    shutil.copy(database, folder)
-    with closing(sqlite3.connect(folder / database.name)) as copied, copied:
-        copied.execute("UPDATE experiments SET artifact_location = ?", [str(folder / "mlruns" / "0")])
+def copy_store(database: Path, folder: Path, artifacts: str = "") -> Path:
+    """Copies the database of a store into a folder; where new artifacts go, by default there as well."""
+    path = Path(shutil.copy(database, folder))
+    with closing(sqlite3.connect(path)) as copied, copied:
+        place = artifacts or str(folder / "mlruns" / "0")
+        copied.execute("UPDATE experiments SET artifact_location = ?", [place])
+    return path
 
 
 @contextmanager
 def store_in(folder: Path, database: Path) -> Iterator[Path]:
-    """Works in a folder with a store of its own, a copy of that empty database; yields the folder."""
+    """Works in a folder with a store of its own, a copy of that database; yields the folder."""
     copy_store(database, folder)
     with working_in(folder, store_address(folder)):
         yield folder
@@ -164,10 +239,10 @@ def children(parent: int) -> list[psutil.Process]:
     return found
 
 
-def decoders() -> list[psutil.Process]:
-    """The decoder processes of this process, at work or idle."""
+def decoders(parent: int = 0) -> list[psutil.Process]:
+    """The decoder processes of a process, by default of this one, at work or idle."""
     found = list[psutil.Process]()
-    for child in children(os.getpid()):
+    for child in children(parent or os.getpid()):
         with suppress(psutil.NoSuchProcess):  # it has just ended
             if "decoder_pool" in " ".join(child.cmdline()):
                 found.append(child)

@@ -7,10 +7,10 @@ import subprocess
 import sys
 import tomllib
 
+import house
 import pytest
 import yaml
 from helpers import ROOT
-from house import Module, circle, imports_between, imports_up, read_modules, room_graph
 from mlflow.utils.environment import _PythonEnv
 from mlflow.utils.requirements_utils import _parse_requirements
 from packaging.requirements import Requirement
@@ -35,20 +35,49 @@ LIBRARIES = {
     "pandas": {"serving"},
     "matplotlib": {"figures.py", "evaluation"},
 }
-MODULES = read_modules(PACKAGE)
+MODULES = house.read_modules(PACKAGE)
 
 
-@pytest.mark.parametrize("module", MODULES, ids=lambda module: module.name)
-def test_a_module_imports_only_the_libraries_of_its_room(module: Module) -> None:
-    relative = "/".join(module.name.split(".")[1:]) + ".py"
-    for name in module.imports():
-        allowed = LIBRARIES.get(name.partition(".")[0])
-        assert allowed is None or module.room in allowed or relative in allowed, f"{relative} imports {name}"
+# Functions with more than six parameters, which a record would help: no new ones; remove here what is fixed.
+WIDE = {
+    "data_report.statistics.make_report",
+    "evaluation.report.log_report",
+    "learning.fit.fit",
+    "progress_bar.__init__",
+    "tracking.runs.run",
+    "training.fold._run_epochs",
+    "training.loop.train_and_validate",
+}
+
+
+def test_only_the_room_of_a_library_imports_it() -> None:
+    wrong = list[str]()
+    for module in MODULES:
+        file = "/".join(module.name.split(".")[1:]) + ".py"
+        for name in module.imports():
+            rooms = LIBRARIES.get(name.partition(".")[0], {file})
+            wrong += [] if {module.room, file} & rooms else [f"{file} imports {name}"]
+    assert wrong == []
+
+
+def test_no_function_has_more_than_six_parameters() -> None:
+    wide = {
+        f"{module.name.partition('.')[2]}.{function.name}"
+        for module in MODULES
+        for function in module.functions()
+        if house.parameters(function) > house.MAX_PARAMETERS
+    }
+    assert wide == WIDE
+
+
+def test_the_folders_of_tests_are_rooms_of_the_package() -> None:
+    folders = {path.parent.name for path in (ROOT / "tests").glob("*/test_*.py")}
+    assert folders <= {module.room for module in MODULES}
 
 
 def test_imports_point_down_and_no_two_rooms_import_each_other() -> None:
-    assert imports_up(MODULES) == []
-    assert circle(imports_between(MODULES)) == circle(room_graph(MODULES)) == ""
+    assert house.imports_up(MODULES) == []
+    assert house.circle(house.imports_between(MODULES)) == house.circle(house.room_graph(MODULES)) == ""
 
 
 def test_mlproject_is_generated_from_the_settings() -> None:
@@ -59,13 +88,13 @@ def test_mlproject_is_generated_from_the_settings() -> None:
 
 @pytest.mark.parametrize("name", ENTRY_POINTS)
 def test_a_default_in_mlproject_is_the_text_that_is_logged(name: str) -> None:
-    parameters = yaml.safe_load((ROOT / "MLproject").read_text(encoding="utf-8"))["entry_points"][name][
-        "parameters"
-    ]
+    entry_points = yaml.safe_load((ROOT / "MLproject").read_text(encoding="utf-8"))["entry_points"]
+    found = {each: parameter["default"] for each, parameter in entry_points[name]["parameters"].items()}
     declared = {leaf.name: as_text(leaf.default) for leaf in leaves(ENTRY_POINTS[name]) if leaf.arg.declared}
-    assert {each: parameter["default"] for each, parameter in parameters.items()} == declared | {
-        "config": "none"
-    }
+    assert found == declared | {"config": "none"}
+
+
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
 
 def locked_versions() -> dict[str, set[str]]:
@@ -78,8 +107,7 @@ def locked_versions() -> dict[str, set[str]]:
 
 
 def test_the_lock_has_what_pyproject_asks_for() -> None:
-    pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    wanted = [*pyproject["project"]["dependencies"], *pyproject["dependency-groups"]["dev"]]
+    wanted = [*PYPROJECT["project"]["dependencies"], *PYPROJECT["dependency-groups"]["dev"]]
     locked = locked_versions()
     for requirement in map(Requirement, wanted):
         versions = locked.get(requirement.name, set())
@@ -89,10 +117,8 @@ def test_the_lock_has_what_pyproject_asks_for() -> None:
 
 
 def test_mlflow_in_the_lock_is_the_oldest_of_the_range() -> None:
-    dependencies = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"][
-        "dependencies"
-    ]
-    assert f"mlflow>={next(iter(locked_versions()['mlflow']))},<4" in dependencies
+    (version,) = locked_versions()["mlflow"]
+    assert f"mlflow>={version},<4" in PYPROJECT["project"]["dependencies"]
 
 
 def test_mlflow_run_installs_the_lock() -> None:
@@ -125,7 +151,7 @@ def test_stages_holds_the_entry_points_and_nothing_else() -> None:
 
 
 def test_no_test_module_imports_another() -> None:
-    modules = read_modules(ROOT / "tests")
+    modules = house.read_modules(ROOT / "tests")
     found = {module.name: [name for name in module.imports() if ".test_" in f".{name}"] for module in modules}
     assert len(found) > 40
     assert not {name: names for name, names in found.items() if names}

@@ -8,7 +8,7 @@ import subprocess
 from pathlib import Path
 
 from command_server import CommandServer
-from helpers import ROOT, copy_store, environment_of_mlflow
+from helpers import ROOT, copy_store, environment_of_mlflow, few_radiographs
 from mlflow import MlflowClient
 
 ADDRESS = "https://git.invalid/project"
@@ -38,29 +38,30 @@ def test_relative_paths_are_those_of_the_folder_where_mlflow_run_was_called(
     for folder in (here, clones, project):
         folder.mkdir()
     copy_store(empty_store, here)
-    shutil.copytree(dataset.parent / "sample", here / "sample")
+    shutil.copy(few_radiographs(dataset.with_name("sample"), here / "sample", 3)["rle_csv"], here / "sample")
     environment = environment_of_mlflow("sqlite:///mlflow.db") | repository(project) | {"TMPDIR": str(clones)}
     words = ["run", ADDRESS, "-e", "preprocess", "--env-manager", "local"]
-    given = {"dicom_dir": "sample/dicom-images-train", "rle_csv": "sample/train-rle.csv", "image_size": 32}
-    given |= {"config": "configs/demo.yaml", "workers": 2}
+    given = {"dicom_dir": "sample", "rle_csv": "sample/train-rle.csv", "image_size": 32}
+    given |= {"config": "configs/demo.yaml", "workers": 1}
     words += [f"-P{name}={value}" for name, value in given.items()]
     code = "import tempfile; tempfile.tempdir = None; from mlflow.cli import cli; cli()"  # reads TMPDIR
-    command = commands.start(*words, folder=here, environment=environment, code=code)
-    ended, said = command.communicate()
+    ended, said = commands.start(*words, folder=here, environment=environment, code=code).communicate()
     assert ended == 0, said
     (clone,) = (path.parent for path in clones.glob("*/MLproject"))
-    lines = [
-        line.removeprefix("preprocess: ") for line in said.splitlines() if line.startswith("preprocess: ")
-    ]
+    lines = [line[12:] for line in said.splitlines() if line.startswith("preprocess: ")]
     assert lines[0] == f"config: {clone}/configs/demo.yaml"
     assert lines[-2] == f"report: {here}/output/dataset.report.html"
     assert lines[-1].endswith(f": {here}/output/dataset.h5")
     assert all(Path(path).is_file() for path in re.findall(r"(?<=: )/\S+", "\n".join(lines)))
     assert not (clone / "output").exists()
     assert {path.name for path in here.iterdir()} <= {
-        *("sample", "output", "mlflow.db", "mlflow.db.lock", "mlruns"),
-    }  # fmt: skip
+        "sample",
+        "output",
+        "mlflow.db",
+        "mlflow.db.lock",
+        "mlruns",
+    }
     (run,) = MlflowClient(f"sqlite:///{here}/mlflow.db").search_runs(["0"])
     assert run.info.status == "FINISHED"
     assert run.data.params["dataset_used"] == f"{here}/output/dataset.h5"
-    assert run.data.params["dicom_dir_used"] == f"{here}/sample/dicom-images-train"
+    assert run.data.params["dicom_dir_used"] == f"{here}/sample"

@@ -12,33 +12,30 @@ import resource
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from command_server import CommandServer
-from helpers import ROOT, copy_store, environment, soak
+from helpers import ROOT, copy_store, environment, few_radiographs, soak
 from mlflow import MlflowClient
+from tiny_network import tiny_member
 
 from pneumo_experiments import cli
 from pneumo_experiments.errors import UserError, reason_of
 from pneumo_experiments.findings.submission import write_submission
 from pneumo_experiments.learning.checkpoint import Checkpoint, lock_checkpoints
-from pneumo_experiments.learning.device import ComputeConfig
-from pneumo_experiments.learning.network import PneumothoraxNet
-from pneumo_experiments.learning.predict import Predictor
 from pneumo_experiments.metrics.thresholds import Thresholds
-from pneumo_experiments.serving import Detector, TrainedNetwork, save
-from pneumo_experiments.settings import Train, as_config
+from pneumo_experiments.serving import Detector, save
 from pneumo_experiments.synthetic.kaggle_layout import write_sample
 
+TRAINING = ("--epochs", "1", "--threshold_trials", "0", "--weights", "none", "--overlays", "1")
 SHORT_MAIN = (
-    *("main", "--images", "20", "--test_images", "1", "--image_size", "32", "--epochs", "1"),
+    *("main", "--images", "20", "--test_images", "1", "--image_size", "32", *TRAINING),
     *("--trials", "1", "--search_epochs", "1", "--confirm", "0", "--keep", "0", "--search_images", "8"),
-    *("--threshold_trials", "0", "--weights", "none", "--overlays", "1", "--folds", "5", "--holdout", "0.2"),
+    *("--folds", "5", "--holdout", "0.2"),
 )
 
 
@@ -52,27 +49,24 @@ def no_file_beyond(max_bytes: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
 
 
-def test_a_sample_names_its_folder_and_the_systems_reason(tmp_path: Path) -> None:
-    with (
-        no_file_beyond(4096),
-        pytest.raises(
-            UserError, match=r"/s: cannot be written \(File too large\); make room or choose another place$"
-        ),
-    ):
-        write_sample(tmp_path / "s", 1, 0, 0)
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_submission_names_its_file_and_keeps_the_one_before(tmp_path: Path) -> None:
-    path = tmp_path / "s.csv"
+def test_a_sample_a_submission_and_a_model_that_find_no_room_name_the_place_and_leave_nothing(
+    tiny: None, tmp_path: Path
+) -> None:
+    path, temporary = tmp_path / "s.csv", tmp_path / "temporary"
+    temporary.mkdir()
     write_submission(path, [("a", "1 2")])
-    with (
-        no_file_beyond(4096),
-        pytest.raises(UserError, match=r"/s\.csv: cannot be written \(File too large\); make room or choose"),
-    ):
-        write_submission(path, ((f"image {number}", "1 2") for number in range(10_000)))
+    many = ((f"image {number}", "1 2") for number in range(10_000))
+    detector = Detector((tiny_member(0),), 32, Thresholds(), "x")
+    writes: dict[str, Callable[[], object]] = {
+        r"/s: cannot be written \(File too large\)": lambda: write_sample(tmp_path / "s", 1, 0, 0),
+        r"/s\.csv: cannot be written \(File too large\)": lambda: write_submission(path, many),
+        rf"^{temporary}: has no room for the model; .* TMPDIR$": lambda: save(temporary, detector),
+    }
+    for line, write in writes.items():
+        with no_file_beyond(4096), pytest.raises(UserError, match=line):
+            write()
     assert path.read_text() == "ImageId,EncodedPixels\na,1 2\n"
-    assert {file.name for file in tmp_path.iterdir()} == {"s.csv", ".s.csv.sha256"}
+    assert {file.name for file in tmp_path.iterdir()} == {"s.csv", ".s.csv.sha256", "temporary"}
 
 
 def test_a_read_error_is_not_reported_as_a_write_error(tmp_path: Path) -> None:
@@ -85,18 +79,6 @@ def test_a_read_error_is_not_reported_as_a_write_error(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_a_model_names_the_folder_without_room(tmp_path: Path) -> None:
-    predictor = Predictor(
-        PneumothoraxNet("fcn_resnet50"), ComputeConfig(torch.device("cpu"), "fp32"), tta="none"
-    )
-    detector = Detector((TrainedNetwork(predictor, as_config(Train())),), 32, Thresholds(), "x")
-    with (
-        no_file_beyond(2**20),
-        pytest.raises(UserError, match=rf"^{tmp_path}: has no room for the model; .* TMPDIR$"),
-    ):
-        save(tmp_path, detector)
-
-
 def test_checkpoints_that_cannot_be_held_do_not_end_a_training(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with lock_checkpoints([Checkpoint(tmp_path / "file" / "a"), Checkpoint(tmp_path / "b")]):
@@ -104,48 +86,68 @@ def test_checkpoints_that_cannot_be_held_do_not_end_a_training(tmp_path: Path) -
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_a_store_on_a_full_disk_is_one_line_and_with_room_the_same_command_ends_well(
-    commands: CommandServer, tmp_path: Path
-) -> None:
-    """New, it has no room for its tables; made, none for a run: with either limit no database can change."""
-    sample = ["sample", "--output_dir", "s", "--images", "10", "--test_images", "0"]
-
-    def ended(words: list[str], max_bytes: int | None = None) -> tuple[int, str]:
-        options: dict[str, Any] = {"environment": environment(), "max_file_bytes": max_bytes}
-        return commands.start(*words, folder=tmp_path, **options).communicate()
-
-    for words, max_bytes in ((sample, 65_536), (sample, 4096), (["register"], 4096)):
-        code, output = ended(words, max_bytes)
-        (line,) = [line for line in output.splitlines() if " INFO mlflow" not in line]
-        assert code == 2
-        assert line.startswith(f"Error: MLFLOW_TRACKING_URI=sqlite:///{tmp_path}/mlflow.db: ")
-        assert re.search(r"disk I/O error|is full", line)
-        if words == sample:
-            assert ended(sample)[0] == 0
-    code, output = ended(["register"])
-    assert (code, "no model of this experiment was scored" in output) == (2, True)
-    runs = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db").search_runs(["0"])
-    assert {run.info.status for run in runs} <= {"FINISHED", "FAILED"}
+Run = Callable[..., tuple[str, list[str]]]
 
 
-@pytest.mark.parametrize("max_bytes", [20_000, 1_000_000])
-def test_main_on_a_full_disk_is_one_line_and_the_next_command_leaves_no_run_running(
-    max_bytes: int, commands: CommandServer, empty_store: Path, tmp_path: Path
-) -> None:
-    """The first limit has no room for a radiograph or a run; the second ends the chain after some runs."""
-    copy_store(empty_store, tmp_path)
-    options: dict[str, Any] = {"environment": environment(), "tiny": True}
-    full = commands.start(*SHORT_MAIN, folder=tmp_path, max_file_bytes=max_bytes, **options)
-    code, output = full.communicate()
-    errors = [line for line in output.splitlines() if line.startswith("Error: ")]
-    assert (code, len(errors)) == (2, 1), output
-    assert "Traceback" not in output
-    assert re.search("File too large|disk I/O error|is full", errors[0])
-    code, output = commands.start("register", folder=tmp_path, **options).communicate()
-    assert (code, "no model of this experiment was scored" in output) == (2, True), output
-    runs = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db").search_runs(["0"])
+@pytest.fixture
+def run(commands: CommandServer, tmp_path: Path) -> Run:
+    """What a command says, and its error lines; the exit code is 2 unless given."""
+
+    def ended(*words: str, max_file_bytes: int | None = None, code: int = 2) -> tuple[str, list[str]]:
+        options: dict[str, Any] = {"environment": environment(), "tiny": True, "folder": tmp_path}
+        ends, said = commands.start(*words, max_file_bytes=max_file_bytes, **options).communicate()
+        assert ends == code, said
+        assert "Traceback" not in said
+        return said, [line for line in said.splitlines() if line.startswith("Error: ")]
+
+    return ended
+
+
+def assert_store_works(run: Run, folder: Path) -> None:
+    """The next command finds no model, and leaves no run that goes on."""
+    assert "no model of this experiment was scored" in run("register")[0]
+    runs = MlflowClient(f"sqlite:///{folder}/mlflow.db").search_runs(["0"])
     assert runs
     assert {run.info.status for run in runs} <= {"FINISHED", "FAILED", "KILLED"}
+
+
+def test_a_store_on_a_full_disk_is_one_line_and_with_room_the_next_command_opens_it(
+    run: Run, tmp_path: Path
+) -> None:
+    """New, it has no room for its tables; made, none for a run: with either limit no database can change."""
+    for max_bytes in (65_536, 4096):
+        said, (line,) = run("register", max_file_bytes=max_bytes)
+        assert [line] == [line for line in said.splitlines() if " INFO mlflow" not in line]
+        assert line.startswith(f"Error: MLFLOW_TRACKING_URI=sqlite:///{tmp_path}/mlflow.db: ")
+        assert re.search(r"disk I/O error|is full", line)
+        assert_store_works(run, tmp_path)
+
+
+def test_a_training_whose_store_cannot_grow_ends_well_and_says_what_is_undelivered(
+    run: Run, small_dataset: Path, trained_store: Path, tmp_path: Path
+) -> None:
+    max_bytes = copy_store(trained_store, tmp_path).stat().st_size
+    words = ["train", f"--dataset={small_dataset}", *TRAINING]
+    said, errors = run(*words, max_file_bytes=max_bytes, code=0)
+    assert errors == []
+    assert "calls of this run are undelivered" in said
+    assert [*tmp_path.glob("output/model-*")]
+    assert_store_works(run, tmp_path)
+
+
+@pytest.mark.parametrize("place", ["radiograph", pytest.param("store", marks=soak)])
+def test_main_on_a_full_disk_is_one_line_and_the_next_command_leaves_no_run_running(
+    place: str, run: Run, dataset: Path, empty_store: Path, tmp_path: Path
+) -> None:
+    """With no room for a radiograph it ends at once; when the store cannot grow, after some runs."""
+    store, words, max_bytes = copy_store(empty_store, tmp_path), [*SHORT_MAIN], 20_000
+    if place == "store":
+        source = few_radiographs(dataset.with_name("sample"), tmp_path / "few", 14)
+        words += [f"--{name}={path}" for name, path in source.items()]
+        max_bytes = store.stat().st_size
+    _, (line,) = run(*words, max_file_bytes=max_bytes)
+    assert re.search("File too large|disk I/O error|is full", line)
+    assert_store_works(run, tmp_path)
 
 
 # A disk of its own, which only these processes see, as root of a user namespace.

@@ -16,9 +16,8 @@ import pytest
 from helpers import IS_SOAK, environment, make, store_in
 from mlflow import MlflowClient
 
-from pneumo_experiments.settings import ENTRY_POINTS, Register, Train, leaves
+from pneumo_experiments.settings import ENTRY_POINTS, Register, leaves
 from pneumo_experiments.stages.register import register
-from pneumo_experiments.stages.train import train
 
 if TYPE_CHECKING:
     from command_server import CommandServer
@@ -85,17 +84,15 @@ def desk(
     tmp_path_factory: pytest.TempPathFactory,
     dataset: Path,
     tiny_default: None,
-    empty_store: Path,
+    trained_store: Path,
     commands: CommandServer,
 ) -> Iterator[Desk]:
     folder = tmp_path_factory.mktemp("desk")
     shutil.copytree(dataset.parent, folder, dirs_exist_ok=True)
-    dataset = folder / dataset.name
-    with store_in(folder, empty_store):
-        quick = {"weights": "none", "epochs": 1, "threshold_trials": 0, "overlays": 0, "device": "cpu"}
-        model = train(make(Train, dataset=dataset, **quick)).model
-        register(make(Register, model=model, promote="always"))
-        yield Desk(folder, dataset, commands)
+    with store_in(folder, trained_store):
+        (model,) = MlflowClient().search_logged_models(["0"])
+        register(make(Register, model=model.model_uri, promote="always"))
+        yield Desk(folder, folder / dataset.name, commands)
 
 
 def chosen() -> list[tuple[str, str, str]]:
