@@ -10,6 +10,8 @@ from math import inf, isfinite
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
 
+from pneumo_experiments.passwords import hide_passwords
+
 NONE = "none"  # how an absent value is written on the command line, in config files and in params
 AUTO = "auto"  # how "choose what suits best" is written
 LONGEST_TEXT = 1000  # characters, of an address for example
@@ -188,8 +190,10 @@ def as_params(settings: object) -> dict[str, str]:
 
 
 def as_config(settings: object) -> dict[str, int | float | bool | str]:
-    """All settings of an entry point by name, as YAML and JSON can hold them."""
-    return {n: v if isinstance(v, int | float) else as_text(v) for n, v in flat(settings).items()}
+    """All settings of an entry point by name, as YAML and JSON can hold them, without passwords."""
+    return {
+        n: v if isinstance(v, int | float) else hide_passwords(as_text(v)) for n, v in flat(settings).items()
+    }
 
 
 def weight_shaping(settings: object) -> dict[str, str]:

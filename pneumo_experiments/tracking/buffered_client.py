@@ -22,6 +22,7 @@ from pneumo_experiments.passwords import hide_passwords
 from pneumo_experiments.tracking.calls import CALLS
 from pneumo_experiments.tracking.servers import ping
 from pneumo_experiments.tracking.store import SETTING, tracking_uri
+from pneumo_experiments.words import printable
 
 # Pause before the next attempt: at least so many seconds, and so many times as long as the failed attempt
 # took. A store that hangs costs a training a tenth of its time.
@@ -165,7 +166,9 @@ class BufferedClient:
                 except Exception as error:  # must neither end the training nor stop the other calls
                     line = self._waiting[0]
                     self._refused.append(line)
-                    log.warning("%s: refused (%s), buffered: %.200s", self.store, _reason(error), line)
+                    log.warning(
+                        "%s: refused (%s), buffered: %.200s", self.store, _reason(error), printable(line)
+                    )
                 del self._waiting[0]
         finally:
             if len(self._waiting) < before:  # a process that is killed before sends these calls again

@@ -77,7 +77,7 @@ def run(
                 if active.id != continues:
                     texts |= _differing(texts, started.data.params)
                 log_params(texts)
-                log_yaml(_hide(as_config(settings)), "config.yaml")  # repeats the step: -P config=…
+                log_yaml(as_config(settings), "config.yaml")  # repeats the step: -P config=…
                 yield active.id
             status = "FINISHED"
         except KeyboardInterrupt:
