@@ -75,7 +75,7 @@ def simulated(repeats: int) -> None:
 
 def of_model(address: str, path: Path) -> None:
     from pneumo_experiments.dataset.hdf5 import Dataset
-    from pneumo_experiments.evaluation.models import load_models
+    from pneumo_experiments.evaluation.load_models import load_models
     from pneumo_experiments.evaluation.subset import Subset, make_split
     from pneumo_experiments.settings import Device
 

@@ -14,7 +14,7 @@ import numpy as np
 from measure import machine
 from score import synthetic_counts
 
-from pneumo_experiments.metrics.exact import best_of_all
+from pneumo_experiments.metrics.best_thresholds import best_of_all
 from pneumo_experiments.metrics.thresholds import ThresholdCounts, Thresholds, best_on_grid, cross_fitted
 
 POPULATION = 20_000

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from pneumo_experiments.dataset.annotations import read_annotations
 from pneumo_experiments.dataset.hdf5 import BLOCK, Dataset, DatasetWriter
 from pneumo_experiments.dataset.labels import run_length_labels
-from pneumo_experiments.dataset.packed import to_uint8
+from pneumo_experiments.dataset.packed_image import to_uint8
 from pneumo_experiments.dataset.rle import EMPTY
 from pneumo_experiments.dataset.shards import ShardSettings, make_jobs, results
 from pneumo_experiments.dicom.archive import open_archive

@@ -29,8 +29,8 @@ import psutil
 from measure import machine
 from numpy.typing import NDArray
 
+from pneumo_experiments.metrics.best_thresholds import best_of_all
 from pneumo_experiments.metrics.dice import dice
-from pneumo_experiments.metrics.exact import best_of_all
 from pneumo_experiments.metrics.thresholds import (
     HUNDREDTHS,
     ThresholdCounts,

@@ -45,13 +45,13 @@ from pneumo_experiments.dicom.limits import available_cores
 from pneumo_experiments.learning import distributed
 from pneumo_experiments.learning.checkpoint import Checkpoint
 from pneumo_experiments.learning.device import ComputeConfig, choose_compute
-from pneumo_experiments.learning.evaluate import ThresholdCounter
 from pneumo_experiments.learning.fit import Epoch, fit
 from pneumo_experiments.learning.launch import launch
 from pneumo_experiments.learning.loader import InMemoryData, StreamedData, choose_cache, load
 from pneumo_experiments.learning.loss import criterion
 from pneumo_experiments.learning.network import PneumothoraxNet, build
 from pneumo_experiments.learning.predict import Predictor
+from pneumo_experiments.learning.threshold_counts import ThresholdCounter
 from pneumo_experiments.settings import Batches, Device, Recipe
 from pneumo_experiments.synthetic.kaggle_layout import write_sample
 

@@ -13,7 +13,7 @@ from pneumo_experiments.dataset import rle
 from pneumo_experiments.dataset.annotations import read_annotations
 from pneumo_experiments.dataset.hdf5 import Dataset, DatasetWriter
 from pneumo_experiments.dataset.labels import run_length_labels
-from pneumo_experiments.dataset.packed import Entry, Packed, ResizedImage, hash_patient, pack
+from pneumo_experiments.dataset.packed_image import Entry, Packed, ResizedImage, hash_patient, pack
 from pneumo_experiments.dataset.resize import area_resize
 from pneumo_experiments.dataset.shards import ShardSettings, make_jobs, results
 from pneumo_experiments.dicom.archive import open_archive

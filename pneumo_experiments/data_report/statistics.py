@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pneumo_experiments.dataset.packed import Entry, Packed
+from pneumo_experiments.dataset.packed_image import Entry, Packed
 from pneumo_experiments.dataset.patients import Grouping, count_sources
 from pneumo_experiments.dataset.shards import FileResult
 from pneumo_experiments.dicom.archive import DIFFERING_FILES, FILE_NAME, Archive

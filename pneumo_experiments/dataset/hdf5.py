@@ -32,7 +32,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pneumo_experiments.dataset import rle
-from pneumo_experiments.dataset.packed import Entry, Packed, compress, crc32, decompress, to_uint8
+from pneumo_experiments.dataset.packed_image import Entry, Packed, compress, crc32, decompress, to_uint8
 from pneumo_experiments.dicom.limits import available_cores
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.files import write_atomically

@@ -17,7 +17,7 @@ from pneumo_experiments.dataset.annotations import (
     read_table,
 )
 from pneumo_experiments.dataset.labels import Label, run_length_labels
-from pneumo_experiments.dataset.packed import salted
+from pneumo_experiments.dataset.packed_image import salted
 from pneumo_experiments.dataset.patients import Grouping, make_grouping, source_of, warn
 from pneumo_experiments.dicom.archive import Archive, open_archive
 from pneumo_experiments.dicom.containers import DicomFile, read_file

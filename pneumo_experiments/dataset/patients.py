@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pneumo_experiments.dataset.annotations import PATIENTS, match_ids, read_patients, read_table
-from pneumo_experiments.dataset.packed import Entry, hash_patient, salted
+from pneumo_experiments.dataset.packed_image import Entry, hash_patient, salted
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.settings import AUTO, is_none
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from pneumo_experiments.dataset.decoder_pool import Crashed, Message, Request, call_all, close_idle
 from pneumo_experiments.dataset.labels import InvalidRunLengths, Label, read_label
-from pneumo_experiments.dataset.packed import (
+from pneumo_experiments.dataset.packed_image import (
     Entry,
     Packed,
     ResizedImage,

@@ -12,8 +12,8 @@ from pneumo_experiments.evaluation.evaluate import Evaluation, ModelComparison
 from pneumo_experiments.evaluation.subset import Subset
 from pneumo_experiments.figures import overlay, pixels_of
 from pneumo_experiments.learning.predict import AnyPredictor, to_native
+from pneumo_experiments.metrics.best_thresholds import Optimum
 from pneumo_experiments.metrics.dice import precision_recall_points, roc_points
-from pneumo_experiments.metrics.exact import Optimum
 from pneumo_experiments.metrics.scores import Row
 from pneumo_experiments.metrics.thresholds import apply_thresholds
 

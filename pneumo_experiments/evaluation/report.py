@@ -29,7 +29,7 @@ from pneumo_experiments.evaluation.pictures import (
     threshold_surface,
 )
 from pneumo_experiments.figures import jpeg_uri
-from pneumo_experiments.metrics.exact import best_of_all
+from pneumo_experiments.metrics.best_thresholds import best_of_all
 from pneumo_experiments.metrics.scores import BY_GROUP, CALIBRATION_COLUMNS, GROUP_COLUMNS, notes
 from pneumo_experiments.passwords import hide_passwords
 from pneumo_experiments.serving import Detector

@@ -12,13 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pneumo_experiments.dataset.hdf5 import Dataset, Entry
-from pneumo_experiments.dataset.packed import salted
+from pneumo_experiments.dataset.packed_image import salted
 from pneumo_experiments.dataset.patients import warn, warn_about_grouping
 from pneumo_experiments.dataset.splits import Split, audit, split
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.learning import distributed
 from pneumo_experiments.learning.device import ComputeConfig
-from pneumo_experiments.learning.evaluate import ThresholdCounter
 from pneumo_experiments.learning.loader import (
     InMemoryData,
     StreamedData,
@@ -28,6 +27,7 @@ from pneumo_experiments.learning.loader import (
     prefetch,
 )
 from pneumo_experiments.learning.predict import AnyPredictor, Prediction
+from pneumo_experiments.learning.threshold_counts import ThresholdCounter
 from pneumo_experiments.metrics.thresholds import ThresholdCounts
 from pneumo_experiments.progress_bar import ProgressBar
 from pneumo_experiments.settings import SplitSettings

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from pneumo_experiments.dataset.splits import assign_folds
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.figures import pyplot_picture
-from pneumo_experiments.metrics.exact import Optimum, best_of_all
+from pneumo_experiments.metrics.best_thresholds import Optimum, best_of_all
 from pneumo_experiments.metrics.scores import ScoredImages, Scores, score_images
 from pneumo_experiments.metrics.thresholds import ThresholdCounts, Thresholds, best_on_grid, cross_fitted
 

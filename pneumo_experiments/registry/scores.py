@@ -18,7 +18,7 @@ from pneumo_experiments import tracking
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.registry.versions import if_exists
 from pneumo_experiments.tracking.buffered_client import is_outage
-from pneumo_experiments.tracking.calls import SCORE_TAG
+from pneumo_experiments.tracking.mlflow_calls import SCORE_TAG
 
 # Subsets whose images neither trained a model nor chose its epoch or thresholds.
 UNSEEN_SUBSETS = ("holdout", "external")

@@ -30,7 +30,8 @@ from pneumo_experiments.progress_bar import ProgressBar
 from pneumo_experiments.serving import save
 from pneumo_experiments.settings import Recipe, Search, weight_shaping
 from pneumo_experiments.training.fold import initial_network, make_detector
-from pneumo_experiments.training.loop import VERSION, EpochResult, FoldImages, train_and_validate
+from pneumo_experiments.training.loop import EpochResult, FoldImages, train_and_validate
+from pneumo_experiments.training.resume import VERSION
 from pneumo_experiments.words import plural
 
 TIMED_IMAGES = 16

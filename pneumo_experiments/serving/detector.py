@@ -17,7 +17,6 @@ from pneumo_experiments.dicom.header import Geometry
 from pneumo_experiments.errors import Rejected, UserError
 from pneumo_experiments.learning.calibration import log_odds
 from pneumo_experiments.learning.device import choose_compute
-from pneumo_experiments.learning.evaluate import masks_on_device
 from pneumo_experiments.learning.predict import (
     BatchPrediction,
     Ensemble,
@@ -25,6 +24,7 @@ from pneumo_experiments.learning.predict import (
     read_presence,
     to_native,
 )
+from pneumo_experiments.learning.threshold_counts import masks_on_device
 from pneumo_experiments.metrics.thresholds import NativeThresholds, Thresholds, apply_thresholds
 from pneumo_experiments.settings import AUTO, Device, SplitSettings, from_flat
 

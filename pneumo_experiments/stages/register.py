@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pneumo_experiments import tracking
 from pneumo_experiments.errors import ServerUnreachable, UserError
-from pneumo_experiments.evaluation.models import addresses_of, common_images, load_models
+from pneumo_experiments.evaluation.load_models import addresses_of, common_images, load_models
 from pneumo_experiments.export.onnx_file import check_onnx, export_onnx
 from pneumo_experiments.registry import versions
 from pneumo_experiments.registry.lineage import Lineage, lineage

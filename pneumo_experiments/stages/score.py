@@ -16,7 +16,7 @@ from pneumo_experiments.dicom.archive import open_archive
 from pneumo_experiments.dicom.segmentation import require_highdicom
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.evaluation.evaluate import Evaluation, ModelComparison
-from pneumo_experiments.evaluation.models import addresses_of, check_unseen, load_models
+from pneumo_experiments.evaluation.load_models import addresses_of, check_unseen, load_models
 from pneumo_experiments.evaluation.report import PAGE, make_report
 from pneumo_experiments.evaluation.subset import Subset, all_images, describe_seen, make_split
 from pneumo_experiments.evaluation.threshold_search import (

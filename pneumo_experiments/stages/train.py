@@ -29,7 +29,8 @@ from pneumo_experiments.serving import Detector, new_folder, save
 from pneumo_experiments.settings import Train, is_none
 from pneumo_experiments.training.fold import Fold, FoldResult
 from pneumo_experiments.training.folds import COLUMNS, MUCH_DISAGREEMENT, join_folds, predict_out_of_fold
-from pneumo_experiments.training.loop import EpochResult, TrainingState, checkpoint_of
+from pneumo_experiments.training.loop import EpochResult
+from pneumo_experiments.training.resume import TrainingState, checkpoint_of
 from pneumo_experiments.training.settings_source import SettingsSource, listed, settings_source
 
 

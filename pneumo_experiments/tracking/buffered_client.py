@@ -19,7 +19,7 @@ from mlflow.exceptions import MlflowException
 from pneumo_experiments.errors import ServerUnreachable
 from pneumo_experiments.files import write_atomically
 from pneumo_experiments.passwords import hide_passwords
-from pneumo_experiments.tracking.calls import CALLS
+from pneumo_experiments.tracking.mlflow_calls import CALLS
 from pneumo_experiments.tracking.servers import ping
 from pneumo_experiments.tracking.store import SETTING, tracking_uri
 from pneumo_experiments.words import printable

@@ -27,7 +27,7 @@ from PIL import Image
 
 from pneumo_experiments.settings import as_text
 from pneumo_experiments.tracking.buffered_client import BufferedClient, StoreUnreachable
-from pneumo_experiments.tracking.calls import SCORE_TAG, escape
+from pneumo_experiments.tracking.mlflow_calls import SCORE_TAG, escape
 from pneumo_experiments.tracking.models import model_id_of, save_model
 from pneumo_experiments.tracking.servers import local_path
 

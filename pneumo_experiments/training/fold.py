@@ -32,7 +32,8 @@ from pneumo_experiments.progress_bar import ProgressBar
 from pneumo_experiments.serving import Detector, TrainedNetwork, load
 from pneumo_experiments.serving.model_folder import WEIGHTS
 from pneumo_experiments.settings import Network, Search, Train, as_config
-from pneumo_experiments.training.loop import EpochResult, FoldImages, TrainingState, train_and_validate
+from pneumo_experiments.training.loop import EpochResult, FoldImages, train_and_validate
+from pneumo_experiments.training.resume import TrainingState
 
 MAX_SHOWN = 12  # images of the first batch
 

@@ -11,8 +11,8 @@ from pneumo_experiments.dataset.rle import encode
 from pneumo_experiments.evaluation.subset import Subset, make_split
 from pneumo_experiments.evaluation.threshold_search import ThresholdSearch, search_thresholds
 from pneumo_experiments.learning.predict import to_native
+from pneumo_experiments.metrics.best_thresholds import best_of_all
 from pneumo_experiments.metrics.dice import dice
-from pneumo_experiments.metrics.exact import best_of_all
 from pneumo_experiments.metrics.scores import ScoredImages, Scores, score_images
 from pneumo_experiments.metrics.thresholds import ThresholdCounts, apply_thresholds
 from pneumo_experiments.progress_bar import ProgressBar

@@ -18,7 +18,7 @@ from pneumo_experiments.data_report.report import DataReport
 from pneumo_experiments.data_report.statistics import Statistics, make_statistics
 from pneumo_experiments.data_report.summary import summary
 from pneumo_experiments.dataset.annotations import read_annotations
-from pneumo_experiments.dataset.packed import Entry, Packed, hash_patient
+from pneumo_experiments.dataset.packed_image import Entry, Packed, hash_patient
 from pneumo_experiments.dataset.patients import Grouping
 from pneumo_experiments.dataset.rle import decode
 from pneumo_experiments.dataset.shards import FileResult

@@ -14,7 +14,7 @@ import pytest
 from samples import SIZE, content_of, examples, packed, write, write_dataset
 
 from pneumo_experiments.dataset.hdf5 import Dataset, DatasetWriter
-from pneumo_experiments.dataset.packed import ResizedImage, hash_patient
+from pneumo_experiments.dataset.packed_image import ResizedImage, hash_patient
 from pneumo_experiments.errors import UserError
 
 ATTACKS = int(os.environ.get("PNEUMO_DAMAGED_FILES") or 300)

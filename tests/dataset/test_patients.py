@@ -23,7 +23,7 @@ from samples import write_dataset
 
 from pneumo_experiments.dataset.annotations import read_annotations, read_patients
 from pneumo_experiments.dataset.hdf5 import Dataset
-from pneumo_experiments.dataset.packed import Entry, ResizedImage, hash_patient, pack, salted
+from pneumo_experiments.dataset.packed_image import Entry, ResizedImage, hash_patient, pack, salted
 from pneumo_experiments.dataset.patients import (
     ROW,
     SHIPPED,

@@ -24,7 +24,7 @@ from pneumo_experiments.dataset.annotations import read_annotations
 from pneumo_experiments.dataset.decoder_pool import Message, Request
 from pneumo_experiments.dataset.hdf5 import Dataset
 from pneumo_experiments.dataset.labels import Label, run_length_labels
-from pneumo_experiments.dataset.packed import hash_patient
+from pneumo_experiments.dataset.packed_image import hash_patient
 from pneumo_experiments.dataset.rle import decode
 from pneumo_experiments.dataset.shards import (
     Job,

@@ -23,7 +23,7 @@ from pneumo_experiments.dataset.rle import encode
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.evaluation.subset import Subset
 from pneumo_experiments.learning.predict import Predictor, to_native
-from pneumo_experiments.metrics.exact import best_of_all
+from pneumo_experiments.metrics.best_thresholds import best_of_all
 from pneumo_experiments.metrics.thresholds import Thresholds, apply_thresholds
 from pneumo_experiments.serving import Detector, load
 from pneumo_experiments.settings import Score, Train

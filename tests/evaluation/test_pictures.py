@@ -10,7 +10,7 @@ from reference_counts import count_images
 
 from pneumo_experiments.evaluation.evaluate import Evaluation
 from pneumo_experiments.evaluation.pictures import dice_by_area_plot, presence_curves, threshold_surface
-from pneumo_experiments.metrics.exact import Optimum
+from pneumo_experiments.metrics.best_thresholds import Optimum
 from pneumo_experiments.metrics.thresholds import Thresholds
 
 ORANGE, RED, BLUE = (255, 127, 14), (255, 0, 0), (31, 119, 180)  # orange and blue are matplotlib's "tab"

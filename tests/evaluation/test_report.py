@@ -18,7 +18,7 @@ from samples import packed, write_dataset
 
 from pneumo_experiments.dataset import rle
 from pneumo_experiments.dataset.hdf5 import Dataset
-from pneumo_experiments.dataset.packed import Entry, ResizedImage
+from pneumo_experiments.dataset.packed_image import Entry, ResizedImage
 from pneumo_experiments.dataset.resize import area_resize
 from pneumo_experiments.evaluation import report as report_module
 from pneumo_experiments.evaluation.evaluate import Evaluation, ModelComparison
@@ -27,7 +27,7 @@ from pneumo_experiments.evaluation.subset import all_images
 from pneumo_experiments.learning.device import ComputeConfig
 from pneumo_experiments.learning.network import Output, PneumothoraxNet
 from pneumo_experiments.learning.predict import Predictor
-from pneumo_experiments.metrics.exact import best_of_all
+from pneumo_experiments.metrics.best_thresholds import best_of_all
 from pneumo_experiments.metrics.scores import Scores
 from pneumo_experiments.metrics.thresholds import Thresholds
 from pneumo_experiments.serving import Detector, TrainedNetwork

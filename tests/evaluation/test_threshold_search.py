@@ -23,7 +23,7 @@ from pneumo_experiments.evaluation.threshold_search import (
     search_counts,
     search_thresholds,
 )
-from pneumo_experiments.metrics.exact import best_of_all
+from pneumo_experiments.metrics.best_thresholds import best_of_all
 from pneumo_experiments.metrics.thresholds import ThresholdCounts, Thresholds, best_on_grid
 
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from pneumo_experiments.learning.evaluate import masks_on_device
 from pneumo_experiments.learning.predict import to_native
+from pneumo_experiments.learning.threshold_counts import masks_on_device
 from pneumo_experiments.metrics.thresholds import HUNDREDTHS, Thresholds, apply_thresholds
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]

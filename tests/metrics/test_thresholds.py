@@ -16,8 +16,8 @@ from samples import write
 from pneumo_experiments.dataset.hdf5 import Dataset
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.evaluation.subset import Subset
+from pneumo_experiments.metrics.best_thresholds import best_of_all
 from pneumo_experiments.metrics.dice import dice
-from pneumo_experiments.metrics.exact import best_of_all
 from pneumo_experiments.metrics.thresholds import (
     AREA_GRID,
     BOTTOM_GRID,

@@ -36,7 +36,7 @@ from sqlalchemy import NullPool
 
 from pneumo_experiments import cli
 from pneumo_experiments.dataset import rle
-from pneumo_experiments.dataset.packed import ResizedImage, hash_patient
+from pneumo_experiments.dataset.packed_image import ResizedImage, hash_patient
 from pneumo_experiments.tracking import servers
 
 pytestmark = pytest.mark.usefixtures("no_layout", "no_code", "no_pictures")

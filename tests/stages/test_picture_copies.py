@@ -22,7 +22,7 @@ from PIL import Image
 
 from pneumo_experiments.dataset.annotations import read_annotations, read_file_names, unite
 from pneumo_experiments.dataset.hdf5 import Dataset
-from pneumo_experiments.dataset.packed import Entry
+from pneumo_experiments.dataset.packed_image import Entry
 from pneumo_experiments.dicom.archive import open_archive
 from pneumo_experiments.dicom.containers import read_file
 from pneumo_experiments.dicom.picture import NOTE, read_mask, read_picture

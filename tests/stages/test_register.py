@@ -19,7 +19,7 @@ from tracked import artifact, last_run, log_model, table
 
 from pneumo_experiments import tracking
 from pneumo_experiments.dataset.hdf5 import Dataset
-from pneumo_experiments.dataset.packed import ResizedImage, salted
+from pneumo_experiments.dataset.packed_image import ResizedImage, salted
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.evaluation.subset import Subset, hash_image_ids, image_set_id, make_split
 from pneumo_experiments.learning.predict import Predictor

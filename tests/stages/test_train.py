@@ -37,7 +37,8 @@ from pneumo_experiments.stages.score import score
 from pneumo_experiments.stages.search import SearchResult
 from pneumo_experiments.stages.train import train
 from pneumo_experiments.training.fold import initial_network
-from pneumo_experiments.training.loop import EpochResult, TrainingState
+from pneumo_experiments.training.loop import EpochResult
+from pneumo_experiments.training.resume import TrainingState
 
 pytestmark = pytest.mark.usefixtures("no_layout", "no_code")
 

@@ -14,11 +14,11 @@ from pneumo_experiments.evaluation.evaluate import Evaluation
 from pneumo_experiments.evaluation.report import make_report
 from pneumo_experiments.evaluation.subset import all_images
 from pneumo_experiments.learning.checkpoint import Checkpoint
-from pneumo_experiments.metrics.exact import best_of_all
+from pneumo_experiments.metrics.best_thresholds import best_of_all
 from pneumo_experiments.settings import Score, Train
 from pneumo_experiments.training.fold import Fold, FoldResult
 from pneumo_experiments.training.folds import join_folds, predict_out_of_fold
-from pneumo_experiments.training.loop import TrainingState
+from pneumo_experiments.training.resume import TrainingState
 
 pytestmark = pytest.mark.usefixtures("tiny")
 

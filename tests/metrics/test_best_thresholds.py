@@ -16,8 +16,8 @@ from reference_counts import NO_COUNTS, Image, count_images, squares
 
 from pneumo_experiments.dataset import rle
 from pneumo_experiments.dataset.annotations import read_annotations
+from pneumo_experiments.metrics.best_thresholds import best_of_all
 from pneumo_experiments.metrics.dice import dice
-from pneumo_experiments.metrics.exact import best_of_all
 from pneumo_experiments.metrics.thresholds import (
     HUNDREDTHS,
     ThresholdCounts,

@@ -13,7 +13,7 @@ from pneumo_experiments.dataset.hdf5 import Dataset
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.evaluation.subset import Subset, all_images, describe_seen, image_set_id, make_split
 from pneumo_experiments.learning.predict import Ensemble
-from pneumo_experiments.metrics.exact import best_of_all
+from pneumo_experiments.metrics.best_thresholds import best_of_all
 from pneumo_experiments.metrics.thresholds import ThresholdCounts
 from pneumo_experiments.serving import Detector, load, make_ensemble
 from pneumo_experiments.settings import Device

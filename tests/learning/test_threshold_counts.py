@@ -20,9 +20,9 @@ from pneumo_experiments.evaluation.pictures import ranked_overlays
 from pneumo_experiments.evaluation.subset import Subset
 from pneumo_experiments.figures import overlay
 from pneumo_experiments.learning.device import ComputeConfig
-from pneumo_experiments.learning.evaluate import ThresholdCounter, count_at_thresholds
 from pneumo_experiments.learning.network import Output, PneumothoraxNet, build
 from pneumo_experiments.learning.predict import Predictor, to_native
+from pneumo_experiments.learning.threshold_counts import ThresholdCounter, count_at_thresholds
 from pneumo_experiments.metrics.thresholds import HUNDREDTHS, ThresholdCounts, Thresholds
 
 CPU = ComputeConfig(torch.device("cpu"), "fp32")

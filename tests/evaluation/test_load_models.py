@@ -17,11 +17,11 @@ from tracked import last_run, log_model, table
 from pneumo_experiments import tracking
 from pneumo_experiments.dataset.hdf5 import Dataset
 from pneumo_experiments.errors import UserError
-from pneumo_experiments.evaluation.models import load_models
+from pneumo_experiments.evaluation.load_models import load_models
 from pneumo_experiments.evaluation.subset import Subset, hash_image_ids, make_split
 from pneumo_experiments.learning.calibration import Calibration
 from pneumo_experiments.learning.predict import to_native
-from pneumo_experiments.metrics.exact import best_of_all
+from pneumo_experiments.metrics.best_thresholds import best_of_all
 from pneumo_experiments.metrics.thresholds import ThresholdCounts, Thresholds, apply_thresholds
 from pneumo_experiments.serving import Detector, TrainedNetwork, load, make_ensemble
 from pneumo_experiments.settings import Register, Score, Train

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pneumo_experiments.learning.checkpoint import Checkpoint
-from pneumo_experiments.training.loop import VERSION, TrainingState
+from pneumo_experiments.training.resume import VERSION, TrainingState
 
 
 def test_a_checkpoint_of_another_version_is_not_used_and_gives_a_warning(tmp_path: Path) -> None:
