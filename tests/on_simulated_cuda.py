@@ -225,7 +225,8 @@ def test_the_host_waits_once_for_all_predictions_of_a_validation(dataset: Path, 
             recorded = dict(waits)
         assert len(counts) == 24
         assert counts.truth_area.tolist() == [entry.area_px for entry in opened.entries]
-    assert [name.rpartition(":")[0] for name in recorded] == [
+    expected = ["device to host learning/threshold_counts.py"]
+    assert [name.rpartition(":")[0] for name in recorded] == expected, recorded
         "device to host learning/threshold_counts.py"
     ], recorded
     assert set(recorded.values()) == {1}
