@@ -46,6 +46,8 @@ def make_streams_unfailing() -> None:
     for number, name in ((1, "stdout"), (2, "stderr")):
         stream = getattr(sys, name)
         if stream is not None and type(stream) is not TextIOWrapper:  # replaced, such as by a test
+            if isinstance(stream, TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")  # pyright: ignore[reportUnknownMemberType]
             continue
         buffer = stream.buffer if stream else os.fdopen(number, "wb", closefd=False)
         # Names that the terminal cannot show are escaped; each line is shown at once, in a pipe, too.

@@ -227,8 +227,6 @@ def test_the_host_waits_once_for_all_predictions_of_a_validation(dataset: Path, 
         assert counts.truth_area.tolist() == [entry.area_px for entry in opened.entries]
     expected = ["device to host learning/threshold_counts.py"]
     assert [name.rpartition(":")[0] for name in recorded] == expected, recorded
-        "device to host learning/threshold_counts.py"
-    ], recorded
     assert set(recorded.values()) == {1}
 
 

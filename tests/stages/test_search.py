@@ -100,11 +100,13 @@ class Quick:
                 made.append((settings.recipe.seed, settings.split.fold))
                 self.settings = settings
 
-            def epochs(self, recipe: Recipe, trials_left: int = 1) -> Iterator[TrialScores]:
+            def epochs(
+                self, recipe: Recipe, trials_left: int = 1
+            ) -> Iterator[tuple[TrialScores, dict[str, float]]]:
                 for part in (0.5, 1):
                     dice = value(recipe) * part
                     scores = (dice, dice + 0.01, dice / 2, alarms(recipe), 0.0, Thresholds(), 0.01)
-                    yield TrialScores(*scores, np.full(4, dice))
+                    yield TrialScores(*scores, np.full(4, dice)), {"val_dice_cross_fitted": dice}
 
             def save_model(self, folder: Path, recipe: Recipe) -> None:
                 (folder / "weights.pt").write_bytes(bytes(1000))
@@ -419,9 +421,10 @@ def test_a_trial_on_two_folds_is_worth_their_mean(settings: Search, dataset: Pat
     with Dataset.open(settings.dataset) as dataset, tracking.run("search", settings):
         both = changed(settings, folds_per_trial=2)
         one, two = (
-            list(TrialTraining(dataset, s).epochs(s.recipe)) for s in (settings, changed(settings, fold="1"))
+            [scores for scores, _ in TrialTraining(dataset, s).epochs(s.recipe)]
+            for s in (settings, changed(settings, fold="1"))
         )
-        mean = list(TrialTraining(dataset, both).epochs(both.recipe))
+        mean = [scores for scores, _ in TrialTraining(dataset, both).epochs(both.recipe)]
     assert len(mean) == 4
     assert mean[1].dice == one[-1].dice
     assert one[-1].dice != two[-1].dice
