@@ -67,14 +67,14 @@ def main() -> None:
     from pneumo_experiments import cli
     from pneumo_experiments.learning.predict import Predictor
     from pneumo_experiments.learning.trainer import Trainer
-    from pneumo_experiments.search.trial import Objective
+    from pneumo_experiments.search.trial import Trials
     from pneumo_experiments.search.trial_training import TrialTraining
     from pneumo_experiments.stages import main as chain
     from pneumo_experiments.stages import train
 
     path = Path(sys.argv[1])
     step(TrialTraining, "_warm_up", "warm-up of the search")
-    step(Objective, "__call__", "trials")
+    step(Trials, "_train", "trials")
     step(train, "_train", "train")
     for function in ("score", "register"):
         step(chain, function, function)

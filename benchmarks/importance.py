@@ -26,7 +26,7 @@ import optuna
 from measure import machine
 from optuna.trial import FrozenTrial, TrialState
 
-from pneumo_experiments.search.study import loss
+from pneumo_experiments.search.report import loss_of
 
 SEARCHED = (
     *("dice_weight", "dice_image_weight", "presence_weight", "learning_rate", "final_positive_share"),
@@ -59,7 +59,7 @@ def importances(trials: list[FrozenTrial]) -> list[float]:
     study.add_trials(trials)
     with warnings.catch_warnings():  # that low is good
         warnings.simplefilter("ignore")
-        found = optuna.importance.get_param_importances(study, params=list(SEARCHED), target=loss)
+        found = optuna.importance.get_param_importances(study, params=list(SEARCHED), target=loss_of)
     return [found[name] for name in SEARCHED]
 
 
@@ -89,7 +89,7 @@ def main() -> None:
     )
     leads = (np.argsort(-drawn, axis=1)[:, :FIRST, None] == np.arange(len(SEARCHED))).any(axis=1).mean(axis=0)
     empty = sum(bool(trial.user_attrs["is_all_empty"]) for trial in trials)
-    best = min(trials, key=loss)
+    best = min(trials, key=loss_of)
     print(
         f"\n{machine()}, {size} trials, {empty} of them all empty; best {best.values[0]:.4f} {best.params}\n"
     )

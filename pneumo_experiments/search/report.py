@@ -79,11 +79,11 @@ def pictures(study: Study) -> dict[str, NDArray[np.uint8]]:
     if len(completed) < TRIALS_FOR_IMPORTANCE:
         return drawn
     if len({first_value(trial) for trial in completed}) > 1:
-        low = {"params": names, "target": _loss}  # as PED-ANOVA wants it
+        low = {"params": names, "target": loss_of}  # as PED-ANOVA wants it
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "PedAnovaImportanceEvaluator computes")
             drawn["importances"] = _draw(plots.plot_param_importances, study, **(target | low))
-            names = [*optuna.importance.get_param_importances(study, params=names, target=_loss)]
+            names = [*optuna.importance.get_param_importances(study, params=names, target=loss_of)]
     if len(names) >= 2:
         drawn["contour"] = _draw(plots.plot_contour, study, params=names[:2], **target)
     return drawn
@@ -93,7 +93,7 @@ def _draw(plot: Callable[..., Any], study: Study, **arguments: Any) -> NDArray[n
     return pyplot_picture(lambda: plot(study, **arguments))
 
 
-def _loss(trial: FrozenTrial) -> float:
+def loss_of(trial: FrozenTrial) -> float:
     """What a completed trial violates less its Dice: low is good."""
     return violation(trial) - first_value(trial)
 
