@@ -7,6 +7,7 @@ reply, on stdout, comes from where untrusted bytes are decoded: two lengths, a J
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import pickle
@@ -281,6 +282,8 @@ def serve() -> None:
     """Replies to requests until stdin is closed; then ends at once, even while it decodes."""
     requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     devnull = os.open(os.devnull, os.O_RDWR)
+    with suppress(ImportError):  # where a model is served: it lacks packages, and decodes only
+        importlib.import_module("pneumo_experiments.dataset.shards")  # has the function `convert`
     _send(replies, {})  # ready: all modules are imported
     for descriptor in (0, 1, 2):  # C decoders print to stdout and stderr
         os.dup2(devnull, descriptor)
@@ -294,6 +297,8 @@ def serve() -> None:
             os._exit(OUT_OF_MEMORY)
         except (EOFError, pickle.UnpicklingError):  # the other side has ended
             os._exit(0)
+        except BaseException:  # this thread alone would end, and both sides would wait forever
+            os._exit(1)
 
     threading.Thread(target=receive_all, daemon=True).start()
     while True:

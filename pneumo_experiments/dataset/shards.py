@@ -10,7 +10,7 @@ import hashlib
 import json
 import signal
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -217,7 +217,9 @@ def _converted(jobs: Sequence[Job], workers: int) -> Generator[FileResult]:
                     "workers: a worker process was killed, perhaps for lack of memory; set fewer workers and"
                     " run the same command again: it continues where this run stopped"
                 )
-            *_, digest = request.arguments[0].read(request.max_pixels)
+            digest = ""
+            with suppress(Rejected):
+                *_, digest = request.arguments[0].read(request.max_pixels)
             yield FileResult(request.image_id, digest, reason=str(reply))
 
 

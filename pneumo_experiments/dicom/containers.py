@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import bz2
 import lzma
 import struct
 import tarfile
 import zipfile
 import zlib
 from collections.abc import Iterator
+from copy import copy
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -21,7 +23,7 @@ TAR_MAGIC, TAR_MAGIC_AT = b"ustar", 257
 MAX_TAR_HEADER_BYTES = 2**20  # of a long name or other attributes
 # What zipfile raises for a damaged file; ValueError when a name or an offset is damaged.
 DAMAGE_ERRORS = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, EOFError, ValueError)
-STEP_BYTES = 2**12  # compressed bytes per step, which expand to 90 MB at most
+STEP_BYTES = 2**12  # of LZMA: compressed bytes per step, which expand to 90 MB at most
 HEAD_BYTES = 1024  # of a file: its file meta information takes a few hundred
 
 
@@ -160,18 +162,25 @@ def _read_zip_entry(path: Path, member: DicomFile, max_bytes: int) -> bytes:
     if (info.filename, info.file_size, info.CRC) != (member.name, member.size, member.stamp):
         raise LookupError(member.number)
     # zipfile limits what deflate gives, but inflates all of what it reads of bzip2 and LZMA.
-    is_limited = info.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
-    step_bytes, content = max_bytes if is_limited else STEP_BYTES, bytearray()
+    if info.compress_type == zipfile.ZIP_BZIP2:  # 40 bytes of it can hold 46 MB
+        stored = copy(info)
+        stored.compress_type, stored.file_size = zipfile.ZIP_STORED, info.compress_size
+        del stored.CRC  # refers to the inflated bytes
+        with archive.open(stored) as raw, bz2.open(raw) as file:
+            return file.read(max_bytes)
     with archive.open(info) as file:
+        if info.compress_type != zipfile.ZIP_LZMA:
+            return file.read(max_bytes)
+        content = bytearray()
         try:
             while len(content) < max_bytes:
-                block = file.read(min(step_bytes, max_bytes - len(content)))
+                block = file.read(min(STEP_BYTES, max_bytes - len(content)))
                 if not block:
                     break
                 content += block
         except MemoryError:  # a damaged header can request a dictionary of up to 4 GB
             raise lzma.LZMAError from None
-    return bytes(content)
+        return bytes(content)
 
 
 @lru_cache(maxsize=2)

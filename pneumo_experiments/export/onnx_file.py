@@ -67,6 +67,7 @@ def export_onnx(path: Path, detector: Detector) -> OnnxFile:
                 )
             if detector.precisions != "fp32":
                 own = difference(temporary, ensemble, batches)
+            check_onnx(path)  # again: the export takes a while
         return OnnxFile(path.stat().st_size / 1e6, from_fp32, own)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -92,16 +93,22 @@ class ModelCard:
 def model_card(version: Version, detector: Detector, decision: Decision, lineage: Lineage) -> ModelCard:
     """Gathers what a card tells."""
     score, runs = decision.challenge.score, lineage.training_runs
-    groups = read_table(score.run_id, "by_group") if score else []
-    split: Any = read_json(runs[0], "split.json") if len(runs) == 1 else None
+    groups, parts = list[Row](), dict[str, dict[str, int]]()
+    with suppress(LookupError, TypeError, ValueError):  # damaged: as if it were lost
+        rows = read_table(score.run_id, "by_group") if score else []
+        groups = [row | notes(row) for row in rows if {"group", "value", "images"} <= row.keys()]
+    with suppress(LookupError, TypeError, ValueError, AttributeError):
+        split: Any = read_json(runs[0], "split.json") if len(runs) == 1 else None
+        for name, part in split["parts"].items():
+            parts[name] = {key: int(part[key]) for key in ("images", "patients", "positives")}
     return ModelCard(
         version,
         detector,
         decision,
         lineage.code_version,
         {**lineage.links, **(score_links(score.run_id) if score else {})},
-        [row | notes(row) for row in groups],
-        split["parts"] if split else {},
+        groups,
+        parts,
     )
 
 

@@ -17,8 +17,8 @@ from mlflow.exceptions import MlflowException
 from pneumo_experiments import tracking
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.registry.versions import if_exists
-from pneumo_experiments.tracking.buffered_client import is_outage
 from pneumo_experiments.tracking.mlflow_calls import SCORE_TAG
+from pneumo_experiments.tracking.servers import is_outage
 
 # Subsets whose images neither trained a model nor chose its epoch or thresholds.
 UNSEEN_SUBSETS = ("holdout", "external")
@@ -98,10 +98,13 @@ def latest(scores: Iterable[UnseenScore]) -> UnseenScore:
 
 def images_of(score: UnseenScore) -> dict[str, ScoredImage] | None:
     """The images of a score by id; None if their table is lost or damaged: it could otherwise decide."""
-    images = {
-        row["image_id"]: ScoredImage(row["patient"], float(row["dice"]), row["truth_area_px"] > 0)
-        for row in read_table(score.run_id, "scores")
-    }
+    try:
+        images = {
+            row["image_id"]: ScoredImage(str(row["patient"]), float(row["dice"]), row["truth_area_px"] > 0)
+            for row in read_table(score.run_id, "scores")
+        }
+    except (LookupError, TypeError, ValueError):
+        return None
     means = [(image.dice, not image.positive) for image in images.values()]
     is_whole = len(images) == score.images and np.allclose(
         np.mean(means, axis=0), [score.dice, score.dice_baseline], rtol=0, atol=1e-6
@@ -112,7 +115,10 @@ def images_of(score: UnseenScore) -> dict[str, ScoredImage] | None:
 def read_table(run_id: str, name: str) -> list[dict[str, Any]]:
     """The rows of a table that ``log_table`` logged in a run; none if it is lost or damaged."""
     table = read_json(run_id, f"{name}.json")
-    return [dict(zip(table["columns"], row, strict=True)) for row in table["data"]] if table else []
+    try:
+        return [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
+    except (LookupError, TypeError, ValueError):
+        return []
 
 
 def read_json(run_id: str, name: str) -> Any:
@@ -120,7 +126,7 @@ def read_json(run_id: str, name: str) -> Any:
     try:
         path = mlflow.artifacts.download_artifacts(run_id=run_id, artifact_path=name)
         return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (MlflowException, OSError, ValueError) as error:
+    except (MlflowException, OSError, ValueError, RecursionError) as error:
         if is_outage(error):
             raise
         return None

@@ -19,7 +19,7 @@ from mlflow.exceptions import MlflowException
 
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.tracking import model_id_of
-from pneumo_experiments.tracking.buffered_client import is_outage
+from pneumo_experiments.tracking.servers import is_outage
 
 CHAMPION, CHALLENGER, NONE = "champion", "challenger", "none"  # aliases, and neither
 PROJECT_TAG, PROJECT = "project", "pneumo_experiments"  # of our registered models
@@ -211,8 +211,10 @@ def history(name: str) -> list[ChampionPeriod]:
     def add(number: str | None, since: str, until: str, reason: str) -> None:
         if number is not None:
             version = version_of(name, number)
-            dice = version.tags.get("dice") if version else None
-            shown = f"{float(dice):.4f}" if dice else UNKNOWN if version else "deleted"
+            shown = UNKNOWN if version else "deleted"
+            if version:
+                with suppress(LookupError, ValueError):  # no tag, or one that somebody edited
+                    shown = f"{float(version.tags['dice']):.4f}"
             periods.append(ChampionPeriod(number, since, until, shown, reason))
 
     # The champion that the next move, or this call, found.

@@ -6,7 +6,7 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import RLock
@@ -20,7 +20,7 @@ from pneumo_experiments.errors import ServerUnreachable
 from pneumo_experiments.files import write_atomically
 from pneumo_experiments.passwords import hide_passwords
 from pneumo_experiments.tracking.mlflow_calls import CALLS
-from pneumo_experiments.tracking.servers import ping
+from pneumo_experiments.tracking.servers import is_outage, ping
 from pneumo_experiments.tracking.store import SETTING, tracking_uri
 from pneumo_experiments.words import printable
 
@@ -29,30 +29,12 @@ from pneumo_experiments.words import printable
 RETRY_SECONDS, RETRY_FACTOR = 30, 10
 FOLDER, FILE, COPIES = Path("output"), "calls.jsonl", "files"
 WORTH_AN_ATTEMPT = ("model", "end")  # even right after a failed one
-# Unauthorized, forbidden, timeout, too many requests; from 500 on it is a server error.
-TEMPORARY_STATUSES = (401, 403, 408, 429)
 
 log = logging.getLogger(__name__)
 
 
 class StoreUnreachable(Exception):
     """The call failed for now; it may succeed later."""
-
-
-def is_outage(error: Exception) -> bool:
-    """Whether the same call may succeed later: no response, a locked database, a server error.
-
-    A response that is not MLflow's comes from a proxy before the server, whatever its status.
-    """
-    if str(error).startswith("API request to endpoint"):
-        return True
-    if isinstance(error, MlflowException):  # also what MLflow makes of requests' and SQLAlchemy's errors
-        status = error.get_http_status_code()
-    elif isinstance(error, requests.HTTPError) and error.response is not None:  # from an upload
-        status = error.response.status_code
-    else:
-        return isinstance(error, requests.ConnectionError | requests.Timeout)
-    return status in TEMPORARY_STATUSES or status >= 500
 
 
 @contextmanager
@@ -154,6 +136,7 @@ class BufferedClient:
     def _send_waiting(self) -> None:
         if not (before := len(self._waiting)):
             return
+        sent = list[Path]()
         try:
             while self._waiting:
                 try:
@@ -161,6 +144,8 @@ class BufferedClient:
                     name = call.pop("call")
                     if (result := self._attempt(name, call)) is not None:
                         log.warning("%s: the buffered %s is now logged as %s", self.store, name, result)
+                    if (path := Path(call.get("path", ""))).parts[:1] == (COPIES,):
+                        sent.append(self.folder / path)
                 except StoreUnreachable:
                     raise
                 except Exception as error:  # must neither end the training nor stop the other calls
@@ -172,7 +157,7 @@ class BufferedClient:
                 del self._waiting[0]
         finally:
             if len(self._waiting) < before:  # a process that is killed before sends these calls again
-                self._write()
+                self._write(sent)
         log.warning("%s: reachable again: sent the buffered calls", self.store)
         self._is_outage_logged = False
 
@@ -197,16 +182,20 @@ class BufferedClient:
         self._next_attempt = now + max(RETRY_SECONDS, RETRY_FACTOR * (now - start))
         return StoreUnreachable()
 
-    def _write(self) -> None:
+    def _write(self, sent: Sequence[Path] = ()) -> None:
+        """Rewrites the file; then removes these copies, and what is empty."""
         if lines := [*self._refused, *self._waiting]:
             with write_atomically(self.file) as temporary:
                 text = "".join(f"{line}\n" for line in lines)
                 temporary.write_text(text, encoding="utf-8", errors="surrogateescape")
-            return
-        self.file.unlink()
-        shutil.rmtree(self.folder / COPIES, ignore_errors=True)
-        with suppress(OSError):  # somebody's files are there as well
-            self.folder.rmdir()
+        else:
+            self.file.unlink(missing_ok=True)  # another process may have sent its calls
+        for copy in sent:
+            with suppress(OSError):
+                copy.unlink()
+        for folder in (*(copy.parent for copy in sent), self.folder / COPIES, self.folder):
+            with suppress(OSError):  # files of other calls, or somebody's, are there as well
+                folder.rmdir()
 
 
 def _reason(error: Exception) -> str:

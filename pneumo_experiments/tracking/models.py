@@ -14,7 +14,7 @@ import mlflow.pyfunc
 import requests
 import yaml
 from mlflow import MlflowClient
-from mlflow.entities import LoggedModelOutput, Metric
+from mlflow.entities import LoggedModelOutput, Metric, Run
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model, ModelSignature, get_model_info
 from mlflow.models.model import MLMODEL_FILE_NAME
@@ -23,6 +23,7 @@ from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.passwords import hide_passwords
+from pneumo_experiments.tracking.servers import is_outage
 
 LOADER = "pneumo_experiments.serving"
 PACKAGE = Path(__file__).parents[1]
@@ -90,6 +91,19 @@ def upload(run_id: str, path: str) -> str:
     model_id = client.create_logged_model(
         run.info.experiment_id, "pneumothorax", run_id, params=run.data.params
     ).model_id
+    try:
+        _complete(client, run, model_id, path)
+    except Exception as error:
+        if not is_outage(error):  # after which it is logged again, as another model
+            with suppress(MlflowException, requests.RequestException):
+                client.finalize_logged_model(model_id, "FAILED")
+        raise
+    return f"models:/{model_id}"
+
+
+def _complete(client: Any, run: Run, model_id: str, path: str) -> None:
+    """Gives a new logged model its metrics and files."""
+    run_id = run.info.run_id
     client.log_outputs(run_id, [LoggedModelOutput(model_id, step=0)])
     history = [each for name in run.data.metrics for each in client.get_metric_history(run_id, name)]
     own = [
@@ -103,7 +117,6 @@ def upload(run_id: str, path: str) -> str:
     form.save(str(Path(path, MLMODEL_FILE_NAME)))
     client.log_model_artifacts(model_id, path)
     client.finalize_logged_model(model_id, "READY")
-    return f"models:/{model_id}"
 
 
 def model_data(address: str, setting: str = "model") -> Path:

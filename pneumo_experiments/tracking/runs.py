@@ -10,6 +10,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 import mlflow
+import psutil
 from mlflow import MlflowClient
 from mlflow.entities import Run, RunTag
 from mlflow.environment_variables import MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING
@@ -24,7 +25,7 @@ from mlflow.utils.name_utils import (
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.passwords import hide_passwords
 from pneumo_experiments.settings import NONE, as_config, as_params
-from pneumo_experiments.tracking.buffered_client import FOLDER, BufferedClient, outages_as_user_errors
+from pneumo_experiments.tracking.buffered_client import FILE, FOLDER, BufferedClient, outages_as_user_errors
 from pneumo_experiments.tracking.code_version import CODE_VERSION_TAG, code_version
 from pneumo_experiments.tracking.log import (
     ActiveRun,
@@ -116,12 +117,21 @@ def _active(started: Run, buffer: str) -> Generator[ActiveRun]:
         yield active
     finally:
         active_runs.pop()
-        if is_outermost and len(client):
-            log.warning(
-                "%s: %d calls of this run are undelivered, buffered in %s; when the server is reachable,"
-                " send them with: python -m pneumo_experiments.tracking %s",
-                *(client.store, len(client), client.file, shlex.quote(str(client.file))),
-            )
+        if is_outermost:
+            _warn_of_unsent(client, info.run_id)
+
+
+def _warn_of_unsent(client: BufferedClient, run_id: str) -> None:
+    """Names the unsent calls of this process, and those left by killed ones that had joined the run."""
+    for file in sorted(client.folder.parent.glob(f"undelivered-{run_id}*/{FILE}")):
+        pid = file.parent.name.removeprefix(f"undelivered-{run_id}-")
+        if file == client.file or (pid.isdecimal() and not psutil.pid_exists(int(pid))):
+            with suppress(FileNotFoundError):  # another process has just sent it
+                log.warning(
+                    "%s: %d calls of this run are undelivered, buffered in %s; when the server is reachable,"
+                    " send them with: python -m pneumo_experiments.tracking %s",
+                    *(client.store, file.read_bytes().count(b"\n"), file, shlex.quote(str(file))),
+                )
 
 
 def _start(name: str, continues: str | None, parent: str | None, even_finished: bool) -> Run:

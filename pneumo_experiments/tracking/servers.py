@@ -8,6 +8,7 @@ from threading import Thread
 from urllib.parse import unquote, urlsplit
 
 import requests
+from mlflow.exceptions import MlflowException
 from mlflow.utils.file_utils import local_file_uri_to_path  # pyright: ignore[reportUnknownVariableType]
 from mlflow.utils.uri import is_local_uri  # pyright: ignore[reportUnknownVariableType]
 from sqlalchemy import NullPool, create_engine, make_url
@@ -19,12 +20,30 @@ from pneumo_experiments.passwords import hide_passwords
 DATABASE_PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
 PING_SECONDS = 5
 CONNECT_SECONDS = 15
+# Unauthorized, forbidden, timeout, too many requests; from 500 on it is a server error.
+TEMPORARY_STATUSES = (401, 403, 408, 429)
 # What to install for the database drivers whose package has another name than their module.
 DRIVER_PACKAGES = {
     "psycopg": "pneumo-experiments[postgres]",
     "psycopg2": "psycopg2-binary",
     "MySQLdb": "mysqlclient",
 }
+
+
+def is_outage(error: Exception) -> bool:
+    """Whether the same call may succeed later: no response, a locked database, a server error.
+
+    A response that is not MLflow's comes from a proxy before the server, whatever its status.
+    """
+    if str(error).startswith("API request to endpoint"):
+        return True
+    if isinstance(error, MlflowException):  # also what MLflow makes of requests' and SQLAlchemy's errors
+        status = error.get_http_status_code()
+    elif isinstance(error, requests.HTTPError) and error.response is not None:  # from an upload
+        status = error.response.status_code
+    else:
+        return isinstance(error, requests.ConnectionError | requests.Timeout)
+    return status in TEMPORARY_STATUSES or status >= 500
 
 
 def scheme_of(address: str) -> str:

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -21,7 +22,15 @@ from bombs import deflated_header, many_scans, tiny_precincts
 from dicom_files import GREYS, dicom_bytes, jpeg_file
 from helpers import ROOT, decoders
 
-from pneumo_experiments.dataset.decoder_pool import MAX_PENDING, DecodedImage, File, decode_all
+from pneumo_experiments.dataset.decoder_pool import (
+    MAX_PENDING,
+    Crashed,
+    DecodedImage,
+    File,
+    Request,
+    call_all,
+    decode_all,
+)
 from pneumo_experiments.dataset.resize import resize_image
 from pneumo_experiments.dicom import limits
 from pneumo_experiments.dicom.radiograph import read_radiograph
@@ -167,6 +176,24 @@ def test_a_decoder_that_dies_costs_one_row_or_none() -> None:
             os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
     # Those that were idle are dead as well, which nobody notices.
     assert all(isinstance(outcome, DecodedImage) for outcome in outcomes(*[("again", GOOD)] * 4))
+
+
+class Unreadable:
+    def __reduce__(self) -> Any:
+        return int, ("x",)  # ValueError when it is unpickled
+
+
+def test_a_request_that_cannot_be_unpickled_ends_its_process_not_the_work() -> None:
+    def kill_all() -> None:
+        for decoder in decoders():
+            decoder.kill()
+
+    watchdog = threading.Timer(30, kill_all)
+    watchdog.start()
+    ((_, reply),) = call_all([Request("a", 1, 1, print, (Unreadable(),))])
+    watchdog.cancel()
+    assert isinstance(reply, Crashed)
+    assert reply.returncode == 1
 
 
 @pytest.mark.parametrize(

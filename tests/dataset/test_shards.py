@@ -21,7 +21,7 @@ from samples import content_of, write_dataset
 
 from pneumo_experiments.dataset import decoder_pool, shards
 from pneumo_experiments.dataset.annotations import read_annotations
-from pneumo_experiments.dataset.decoder_pool import Message, Request
+from pneumo_experiments.dataset.decoder_pool import Crashed, Message, Request
 from pneumo_experiments.dataset.hdf5 import Dataset
 from pneumo_experiments.dataset.labels import Label, run_length_labels
 from pneumo_experiments.dataset.packed_image import hash_patient
@@ -251,6 +251,19 @@ def test_a_worker_ended_from_outside_is_an_error_and_the_rest_is_kept(
     assert [is_finished(job, tmp_path) for job in jobs] == [True, False, False]
     assert len(list(results(jobs, tmp_path, 2))) == IMAGES
     assert all(is_finished(job, tmp_path) for job in jobs)
+
+
+def test_a_file_that_ended_its_worker_and_cannot_be_read_again_is_rejected(
+    sample: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def reject(*_: object) -> bytes:
+        raise Rejected("cannot be read (Input/output error)")
+
+    crashed = Crashed("its decoder crashed", -signal.SIGSEGV)
+    monkeypatch.setattr(decoder_pool._Decoder, "call", lambda *_: crashed)
+    monkeypatch.setattr(shards, "read_file", reject)
+    found = list(results(jobs_of(sample)[-1:], tmp_path, 1))
+    assert {(result.content, result.reason) for result in found} == {("", "its decoder crashed")}
 
 
 def test_a_file_that_vanishes_ends_the_work_with_its_name(sample: Path, tmp_path: Path) -> None:

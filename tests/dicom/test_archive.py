@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tracemalloc
 import zipfile
 import zlib
 from collections import Counter
@@ -357,6 +358,20 @@ def test_a_bomb_in_a_zip_file_inflates_no_further_than_its_declared_size(tmp_pat
         )
         assert (done.returncode, done.stderr) == (0, "")
         assert done.stdout.splitlines() == outcome
+
+
+def test_a_few_bytes_of_bzip2_do_not_fill_the_memory(tmp_path: Path) -> None:
+    path, size = tmp_path / "a.zip", 96 * 2**20
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_BZIP2) as file:
+        file.writestr("bomb", bytes(size))
+    path.write_bytes(path.read_bytes().replace(size.to_bytes(4, "little"), (999).to_bytes(4, "little")))
+    tracemalloc.start()
+    try:
+        with pytest.raises(UserError, match="only other files"):
+            open_archive(path)
+        assert tracemalloc.get_traced_memory()[1] < 2**24
+    finally:
+        tracemalloc.stop()
 
 
 def test_a_linked_folder_is_read_and_each_folder_once(tmp_path: Path) -> None:

@@ -209,6 +209,20 @@ def test_an_export_that_cannot_be_written_is_one_line_and_replaces_no_other_file
     assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
 
 
+def test_a_file_that_appears_during_the_export_is_not_replaced(
+    exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write(temporary: Path, *_: object) -> None:
+        for path in (temporary, tmp_path / "model.onnx"):
+            path.write_text("mine")
+
+    monkeypatch.setattr(onnx_file, "write_onnx", write)
+    monkeypatch.setattr(onnx_file, "difference", lambda *_: Difference(0, 0))
+    with pytest.raises(UserError, match=r"model\.onnx: exists"):
+        onnx_file.export_onnx(tmp_path / "model.onnx", exported.detector)
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
+
+
 def test_too_many_networks_for_one_file_are_refused(
     tiny: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -322,8 +322,18 @@ def test_without_the_images_or_with_others_in_the_table_nothing_is_compared(stor
     ):
         table.write_text(json.dumps({**content, "data": damaged}))
         assert pair_of(second, first) is None
-    table.write_text(json.dumps(content)[:-9])
-    assert pair_of(second, first) is None
+    columns = content["columns"]
+    for text in (
+        json.dumps(content)[:-9],
+        "[" * 100_000,
+        *("5", '"text"', '{"data": 5}', json.dumps({"columns": columns, "data": [5]})),
+        json.dumps({"columns": [f"other {name}" for name in columns], "data": rows}),
+        json.dumps({"columns": columns, "data": [row[:2] for row in rows]}),
+        json.dumps({"columns": columns, "data": [[*row[:2], None, row[3]] for row in rows]}),
+        json.dumps({"columns": columns, "data": [[*row[:2], "high", "large"] for row in rows]}),
+    ):
+        table.write_text(text)
+        assert pair_of(second, first) is None
     table.write_text(json.dumps({**content, "data": rows[::-1]}))  # in another order
     assert pair_of(second, first) is not None
     table.unlink()
@@ -375,6 +385,8 @@ def test_the_history_shows_which_version_was_champion_when_and_why(store: Path) 
     assert [(each.number, each.until) for each in last] == [
         *(("2", "unknown"), ("3", last[-1].since), ("5", "now")),
     ]
+    client.set_model_version_tag("lungs", "5", "dice", "n/a")  # by hand
+    assert versions.history("lungs")[-1].dice == "unknown"
     client.delete_model_version("lungs", "5")
     last = versions.history("lungs")
     assert (last[-1].number, last[-1].until, last[-1].dice) == ("5", "unknown", "deleted")

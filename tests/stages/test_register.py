@@ -24,7 +24,7 @@ from pneumo_experiments.errors import UserError
 from pneumo_experiments.evaluation.subset import Subset, hash_image_ids, image_set_id, make_split
 from pneumo_experiments.learning.predict import Predictor
 from pneumo_experiments.metrics.thresholds import Thresholds
-from pneumo_experiments.registry import scores, versions
+from pneumo_experiments.registry import model_card, scores, versions
 from pneumo_experiments.registry.model_card import MAX_CHARACTERS, ModelCard
 from pneumo_experiments.registry.promotion import Challenge, Decision
 from pneumo_experiments.registry.versions import Version
@@ -286,6 +286,16 @@ def test_the_card_agrees_with_tags_and_tables(shelf: Shelf) -> None:
         "scores": f"#/experiments/0/runs/{run_id}",
         "report of the scores": f"#/experiments/0/runs/{run_id}/artifacts/report.html",
     }
+
+
+def test_a_card_is_written_though_tables_of_its_runs_are_damaged(
+    shelf: Shelf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        model_card, "read_table", lambda *_: [{"group": "all"}, {"value": "3", "images": "x"}]
+    )
+    monkeypatch.setattr(model_card, "read_json", lambda *_: {"parts": [5]})
+    assert "### Data and split" in called(shelf, model=shelf.strong, name="damaged").description
 
 
 def test_a_card_fits_whatever_its_texts_and_shows_no_markup_of_others(tiny: None) -> None:

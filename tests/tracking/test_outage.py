@@ -34,6 +34,7 @@ from pneumo_experiments.tracking import buffered_client
 from pneumo_experiments.tracking.__main__ import send_buffered
 from pneumo_experiments.tracking.buffered_client import BufferedClient
 from pneumo_experiments.tracking.log import active_runs
+from pneumo_experiments.tracking.servers import is_outage
 
 # Logs before, during and after an outage; continues at each line on stdin. Its stderr is the file err.
 TRAINING = """
@@ -480,7 +481,7 @@ def test_a_resumed_run_sends_the_calls_that_its_first_process_left(client: Mlflo
     ],
 )
 def test_only_a_temporary_error_is_an_outage(error: Exception, is_temporary: bool) -> None:
-    assert buffered_client.is_outage(error) == is_temporary
+    assert is_outage(error) == is_temporary
 
 
 @pytest.mark.parametrize("damage", ["nothing", "a run that is gone", "flipped bits", "an incomplete line"])
@@ -529,6 +530,23 @@ def test_buffered_files_are_sent_from_a_moved_folder_and_only_they_are_removed(
     send_buffered(Path("calls.jsonl"))
     assert [path.name for path in Path().rglob("*")] == ["letter.txt"]
     assert [artifact(run, f"{folder}/a.txt").read_text() for folder in ("x", "y")] == ["kept", "kept"]
+
+
+def test_copies_for_calls_of_another_process_stay(
+    client: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, first = client.create_run("0"), BufferedClient(tmp_path / "box")
+    second = BufferedClient(tmp_path / "box")
+    monkeypatch.setattr(first, "_next_attempt", float("inf"))  # as after a failed attempt
+    (tmp_path / "a.txt").write_text("kept")
+    artifact_call = {"run_id": run.info.run_id, "path": str(tmp_path / "a.txt")}
+    first.send_or_buffer("artifact", folder="x", **artifact_call)
+    sender = BufferedClient(tmp_path / "box")
+    first.send_or_buffer("artifact", folder="y", **artifact_call)
+    buffer_dice(second, run.info.run_id, 1)
+    assert sender.flush()
+    assert second.flush()  # though the file is gone
+    assert [path.read_text() for path in (tmp_path / "box").rglob("a.txt")] == ["kept"]
 
 
 def test_a_name_that_is_not_utf_8_can_be_sent(

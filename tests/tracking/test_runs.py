@@ -27,6 +27,8 @@ from pneumo_experiments import interrupts, tracking
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.registry.scores import best_model
 from pneumo_experiments.settings import Preprocess, Register, Sample, Score, Search, Train, as_config, flat
+from pneumo_experiments.tracking import processes
+from pneumo_experiments.tracking.buffered_client import BufferedClient
 from pneumo_experiments.tracking.log import active_runs
 from pneumo_experiments.tracking.processes import is_dead, process_tags
 
@@ -220,6 +222,34 @@ def test_a_process_is_dead_only_if_that_is_certain(machine: str, this_machine: s
     assert is_dead(machine, f"{os.getpid()}:1.0", this_machine) == is_certain
 
 
+def test_a_machine_id_that_is_not_ascii_counts_as_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    read = Path.read_text
+
+    def read_text(path: Path, encoding: str) -> str:
+        return b"\xff".decode(encoding) if path.name == "machine-id" else read(path, encoding)
+
+    monkeypatch.setattr(Path, "read_text", read_text)
+    assert processes._machine_id.__wrapped__().startswith("/")
+
+
+def test_calls_left_by_a_killed_process_that_had_joined_the_run_are_named(
+    store: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with suppress(KeyboardInterrupt), tracking.run("search", Search()) as run_id:
+        raise KeyboardInterrupt
+    dead, alive = 2**30, os.getppid()
+    for pid in (dead, alive):
+        left = BufferedClient(store / "output" / f"undelivered-{run_id}-{pid}")
+        left.buffer("tags", run_id=run_id, values={})
+    for again in (tracking.run("search", Search(), continues=run_id), tracking.joined_run(run_id)):
+        caplog.clear()
+        with again:
+            pass
+        assert f"1 calls of this run are undelivered, buffered in {store}" in caplog.text
+        assert f"-{dead}/calls.jsonl" in caplog.text
+        assert f"-{alive}/calls.jsonl" not in caplog.text
+
+
 def test_artifacts_of_a_new_experiment_lie_beside_the_database(
     store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -283,6 +313,17 @@ def test_scores_and_their_table_outlast_an_outage_and_arrive_once_though_they_ar
     assert len(MlflowClient().get_metric_history(run_id, "dice")) == 1
     table = mlflow.load_table("scores.json", run_ids=[run_id])
     assert list(table.itertuples(index=False, name=None)) == rows
+
+
+def test_a_model_whose_upload_fails_is_not_left_pending(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(MlflowClient, "log_model_artifacts", fail)
+    with pytest.raises(OSError, match="disk full"):
+        logged(store, None)
+    (model,) = MlflowClient().search_logged_models(["0"])
+    assert str(model.status) == "FAILED"
 
 
 def test_the_best_model_is_the_one_with_the_highest_dice_on_one_set_of_images(store: Path) -> None:
