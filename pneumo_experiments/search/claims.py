@@ -63,6 +63,11 @@ def claim(study: Study, task: str) -> bool:
     return study.user_attrs[key] == mine
 
 
+def holder(study: Study, task: str) -> dict[str, str] | None:
+    """The tags of the process that has claimed a task; None if none has."""
+    return study.user_attrs.get(CLAIM + task)
+
+
 def _is_alive(key: str, attributes: Mapping[str, Any]) -> bool:
     return time.time() - attributes.get(key, 0.0) < GRACE_SECONDS
 

@@ -7,7 +7,6 @@ import time
 import warnings
 from collections.abc import Generator
 from contextlib import ExitStack, contextmanager, suppress
-from datetime import datetime, timedelta
 from typing import Any
 
 import optuna
@@ -142,17 +141,19 @@ def retry(study: Study, trial: FrozenTrial) -> None:
         tracking.end_if_running(run_id, "KILLED")
 
 
-def retry_dead_trials(study: Study) -> None:
+def retry_dead_trials(study: Study, first_seen: dict[int, float]) -> None:
     """Fails the trials whose worker has died, and queues them again.
 
     Those of this machine at once, others when their heartbeat has stopped. A worker that died before its
-    trial's first line has left neither its name nor a heartbeat.
+    trial's first line has left neither its name nor a heartbeat: its trial is failed when it is still like
+    this after the grace period. ``first_seen`` keeps, by number, when this process saw such a trial first
+    (time.monotonic): the clocks of two machines may differ by hours.
     """
     with allow_experimental():
         optuna.storages.fail_stale_trials(study)
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        process, now = trial.user_attrs.get(PROCESS), datetime.now()
-        is_old = now - (trial.datetime_start or now) > timedelta(seconds=GRACE_SECONDS)
+        process, now = trial.user_attrs.get(PROCESS), time.monotonic()
+        is_old = process is None and now - first_seen.setdefault(trial.number, now) > GRACE_SECONDS
         if tracking.has_ended(process) if process else is_old:
             with suppress(UpdateFinishedTrialError, ValueError):  # another worker was faster
                 study.tell(trial.number, state=TrialState.FAIL)

@@ -32,8 +32,10 @@ from pneumo_experiments.settings import AUTO, Search, flat, is_none, read_config
 METRIC_NAMES = {"dice": "cross-fitted Dice", "seconds": "seconds per image"}
 MADE_WITH = "made_with"  # data, fixed settings and space, as text by name
 PARENT = "parent_run"  # id of the run above those of the trials
+PARENT_PROCESS = "parent_process"  # tags of the process that has that run, set after it
 REPORTED = "reported"  # the number of trials in the report
 CONFIRM = "confirm."  # and a trial's number: its second training's TrainingResult, or an error
+CONFIRM_RUN = "confirm_run."  # and a trial's number: id of the latest run of its second training
 # Attributes of a trial
 PATIENT_DICE = "patient_dice"  # see TrialScores
 # Constraints, violated above 0

@@ -19,6 +19,7 @@ from pneumo_experiments.passwords import hide_passwords
 from pneumo_experiments.search.space import Space, in_words, short, suggest, with_values
 from pneumo_experiments.search.storage import AS_GIVEN, ERROR, PROCESS, RUN_ID, retry
 from pneumo_experiments.search.study import (
+    CONFIRM_RUN,
     FALSE_ALARMS,
     PATIENT_DICE,
     TrainingResult,
@@ -66,6 +67,8 @@ class Trials:
     space: Space
     parent: str | None = None  # the run above those of the trials
     started: float = field(default_factory=time.monotonic)
+    first_seen: dict[int, float] = field(default_factory=dict[int, float])
+    """see ``retry_dead_trials``"""
     _training: TrialTraining | None = None
     _error: str | None = None
 
@@ -76,11 +79,16 @@ class Trials:
         return self._error
 
     def confirm(self, number: int) -> str | None:
-        """Trains a trial's settings again; returns the error, if that failed."""
+        """Trains a trial's settings again; returns the error, if that failed.
+
+        The run of a process that died in it ends as KILLED.
+        """
+        if run_id := self.study.user_attrs.get(f"{CONFIRM_RUN}{number}"):
+            tracking.end_if_running(run_id, "KILLED")
         values = self.study.get_trials(deepcopy=False)[number].params
         left = len(trials_to_confirm(self.study, self.settings.study.confirm))
         try:
-            scores = self._train(f"confirm {number}", second_settings(self.settings), values, left).scores
+            scores = self._train(number, second_settings(self.settings), values, left).scores
         except TrialFailed as failure:
             set_confirmation(self.study, number, str(failure))
             return str(failure)
@@ -96,8 +104,11 @@ class Trials:
         if len(active) >= self.settings.study.trials:
             raise StudyComplete
         try:
-            values = suggest(trial, self.space)
-            result = self._train(f"trial {trial.number}", self.settings, values, self._trials_left(), trial)
+            try:
+                values = suggest(trial, self.space)
+            except TRIAL_ERRORS as error:  # of the sampler
+                raise _failure(f"trial {trial.number}", error) from error
+            result = self._train(trial.number, self.settings, values, self._trials_left(), trial)
         except TrialFailed as failure:
             self._error = str(failure)
             trial.set_user_attr(ERROR, self._error)
@@ -114,14 +125,14 @@ class Trials:
 
     def _train(
         self,
-        title: str,
+        number: int,
         settings: Search,
         values: dict[str, Any],
         trials_left: int,
         trial: optuna.Trial | None = None,
     ) -> TrialResult:
         """Trains in a child run; only a ``trial`` may be pruned, and keeps its model. Raises TrialFailed."""
-        training = self._training_with(settings)
+        training, title = self._training_with(settings), f"{'confirm' if trial is None else 'trial'} {number}"
         recipe, line = with_values(settings.recipe, values), in_words(values)
         tried, start = replace(settings, recipe=recipe), time.perf_counter()
         epochs = settings.study.search_epochs * settings.study.folds_per_trial
@@ -129,6 +140,8 @@ class Trials:
             with tracking.run(f"{title}: {line}", tried, parent=self.parent) as run_id:
                 if trial is not None:
                     trial.set_user_attr(RUN_ID, run_id)
+                else:
+                    self.study.set_user_attr(f"{CONFIRM_RUN}{number}", run_id)
                 epoch, scores = self._run_epochs(training, recipe, trials_left, trial)
                 state = "pruned" if epoch < epochs else "complete"
                 result = TrialResult(scores, state, time.perf_counter() - start)
@@ -143,9 +156,7 @@ class Trials:
         except ServerUnreachable:
             raise
         except TRIAL_ERRORS as error:
-            reason = hide_passwords(str(error).split("\n")[0])[:500]
-            tqdm.write(f"search: {title} failed: {reason}")
-            raise TrialFailed(reason) from error
+            raise _failure(title, error) from error
         cells = "  ".join(f"{short(values[name]):>{max(len(name), 8)}}" for name in self.space)
         empty = "  all empty" if scores.empty_loss else ""
         tqdm.write(
@@ -160,6 +171,7 @@ class Trials:
             self._training = None  # its images leave the memory first
             with tracking.disabled():  # it belongs to no trial's run
                 self._training = TrialTraining(self.dataset, settings)
+            tracking.log_params({"cache_used": self._training.cache})
             names = "  ".join(f"{name:>8}" for name in self.space)
             print(f"  {'':<11}{'Dice':>8}{'on positives':>14}  {names}  {'time':>9}")
         return self._training
@@ -221,6 +233,13 @@ class Trials:
             training.save_model(folder, recipe)
             trial.set_user_attr("model", tracking.log_model(folder))
         delete_models(best[keep - 1 : keep])
+
+
+def _failure(title: str, error: Exception) -> TrialFailed:
+    """Prints the first line of an error; returns it as what ends the trial."""
+    reason = hide_passwords(str(error).split("\n")[0])[:500]
+    tqdm.write(f"search: {title} failed: {reason}")
+    return TrialFailed(reason)
 
 
 def delete_models(trials: list[FrozenTrial]) -> None:

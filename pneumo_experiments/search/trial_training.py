@@ -119,7 +119,9 @@ class TrialTraining:
         if limit and (parts := len(validation) // limit) > 1:
             validation = replace(validation, indices=validation.indices[_parts(validation, parts) == 0])
         validation = validation.in_memory(cache)
-        data = Subset(self._dataset, training).training_data(cache, self._compute)
+        images = Subset(self._dataset, training)
+        self.cache = images.choose_cache(cache, self._compute)
+        data = images.training_data(self.cache, self._compute)
         return _Fold(split, FoldImages(data, validation), _halves(validation))
 
     def _predictor(self, recipe: Recipe) -> Predictor:

@@ -8,6 +8,7 @@ from statistics import NormalDist
 from typing import Any
 
 import numpy as np
+import optuna
 from numpy.typing import NDArray
 from optuna.study import Study
 from optuna.trial import FrozenTrial
@@ -16,6 +17,7 @@ from pneumo_experiments.errors import UserError
 from pneumo_experiments.metrics.comparison import required_probability
 from pneumo_experiments.search.storage import AS_GIVEN, load_study, open_storage
 from pneumo_experiments.search.study import (
+    CONFIRM,
     FALSE_ALARMS,
     PATIENT_DICE,
     TrainingResult,
@@ -115,7 +117,15 @@ def _first(trial: FrozenTrial) -> TrainingResult:
 
 def best_of_study(address: str, name: str) -> dict[str, Any]:
     """The best settings of a study in a storage, by name; UserError if there is none."""
-    winner = choose_winner(load_study("from_study", open_storage(address), name))
+    storage = open_storage(address)
+    study = load_study("from_study", storage, name)
+    has_earlier = f"{name}-confirm" in optuna.get_all_study_names(storage)
+    if has_earlier and not any(key.startswith(CONFIRM) for key in study.user_attrs):
+        raise UserError(
+            f"from_study={name}: its second trainings are of an earlier version; run search with the same"
+            " settings again, which repeats them"
+        )
+    winner = choose_winner(study)
     if winner is None:
         raise UserError(f"from_study={name}: no trial of it has completed; search some")
     return winner.trial.params

@@ -74,7 +74,8 @@ def work(trials: Trials) -> None:
     """
     if count_workers(trials.settings.workers) > 1:
         _run_workers(trials)  # what they leave, after an error, is for this process
-    failures, outages, is_waiting = 0, 0, False
+    outages, is_waiting = 0, False
+    failures = {True: 0, False: 0}  # in a row: of trials, of second trainings
     while True:
         try:
             task = _next_task(trials)
@@ -98,16 +99,16 @@ def work(trials: Trials) -> None:
         except ServerUnreachable:
             tracking.wait_for_store()
         else:
-            outages = 0
-            failures = failures + 1 if error else 0
-            if failures >= MAX_FAILURES:
-                raise UserError(f"search: the last {failures} trials failed: {error}")
+            outages, is_trial = 0, task == "trial"
+            failures[is_trial] = failures[is_trial] + 1 if error else 0
+            if failures[is_trial] >= MAX_FAILURES:
+                raise UserError(f"search: the last {MAX_FAILURES} trials failed: {error}")
 
 
 def _next_task(trials: Trials) -> Literal["trial", "wait", "end"] | int:
     """A trial, or the number of one to confirm, which this process has claimed."""
     study, wanted = trials.study, trials.settings.study
-    retry_dead_trials(study)
+    retry_dead_trials(study, trials.first_seen)
     count, best = count_trials(study), best_trials(study)
     running = len(study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)))
     is_late = time.monotonic() >= trials.started + (wanted.timeout or inf)

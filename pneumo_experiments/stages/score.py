@@ -89,12 +89,12 @@ def score(settings: Score) -> ScoreResult:
 
 @dataclass(frozen=True)
 class _DatasetScore:
-    """A model's evaluation on a subset, and what is to be said of it."""
+    """A model's evaluation on a subset, what is to be said of it, and the model to compare it with."""
 
     name: str
     """of the subset: holdout, external, …"""
     evaluation: Evaluation
-    comparison: ModelComparison | None
+    baseline: Detector | None
     notes: Sequence[str]
 
     @property
@@ -125,21 +125,20 @@ def _evaluate(settings: Score, detector: Detector, dataset: Dataset) -> _Dataset
         baseline = load_models(settings.baseline, settings.dataset, settings.compute)
         check_unseen(settings.baseline, baseline, subset)
     counts = subset.count(detector.predictor, desc="score")
-    evaluation, comparison = Evaluation(subset, counts, detector.thresholds), None
+    evaluation = Evaluation(subset, counts, detector.thresholds)
     scores = evaluation.scores
     usual = {"in training": detector.prevalence, "by their labels": scores.positives / scores.images}
     notes = mask_warnings((evaluation.predicted_area / counts.image_area).tolist(), usual)
     if seen and name == "all":
         notes.append(f"{seen}: no external score; scores.csv marks what to leave out for one")
-    if baseline is not None:
-        others = subset.count(baseline.predictor, desc="baseline")
-        other = Evaluation(subset, others, baseline.thresholds)
-        comparison = ModelComparison(settings.baseline, evaluation, other)
-    return _DatasetScore(name, evaluation, comparison, notes)
+    return _DatasetScore(name, evaluation, baseline, notes)
 
 
 def _log_score(settings: Score, detector: Detector, model: str | None, result: _DatasetScore) -> ScoreResult:
-    """Logs the scores in the run, and as those of the model at an address if given; and the report."""
+    """Logs the scores in the run, and as those of the model at an address if given; and the report.
+
+    The baseline is evaluated after that: the scores stay if it fails.
+    """
     evaluation, prefix, scores = result.evaluation, result.prefix, result.evaluation.scores
     data_fingerprint = evaluation.subset.dataset.fingerprint
     facts = {"subset": result.name, "data_fingerprint": data_fingerprint} | scores.as_facts()
@@ -156,7 +155,11 @@ def _log_score(settings: Score, detector: Detector, model: str | None, result: _
         print(f"score: {note}")
     text = f"{result.name} images of {settings.dataset}, by {_model_text(settings)}.\n"
     text += "\n".join(f"{each}." for each in (line, *result.notes))
-    if (compared := result.comparison) is not None:
+    compared = None
+    if (baseline := result.baseline) is not None:
+        others = evaluation.subset.count(baseline.predictor, desc="baseline")
+        other = Evaluation(evaluation.subset, others, baseline.thresholds)
+        compared = ModelComparison(settings.baseline, evaluation, other)
         tracking.log_metrics(compared.as_metrics(prefix))
         print(f"score: against {compared.address}: {compared.comparison.line}")
         for image_id, difference, dice, before in compared.changed[:3]:

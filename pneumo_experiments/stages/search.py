@@ -9,10 +9,10 @@ from pathlib import Path
 from pneumo_experiments import tracking
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.passwords import hide_passwords
-from pneumo_experiments.search.claims import claim
+from pneumo_experiments.search.claims import claim, holder
 from pneumo_experiments.search.report import make_report
 from pneumo_experiments.search.space import in_words, unsearched_ranges, with_values
-from pneumo_experiments.search.study import PARENT, REPORTED, best_trials, count_trials
+from pneumo_experiments.search.study import PARENT, PARENT_PROCESS, REPORTED, best_trials, count_trials
 from pneumo_experiments.search.trial import Trials, delete_models
 from pneumo_experiments.search.trial_training import (
     TrialTraining,
@@ -71,9 +71,10 @@ def search(settings: Search, keep_start: bool = False) -> SearchResult:
 def _run_of_owner(trials: Trials) -> str | None:
     """The run of the process that owns the study; None if this process does, from now on."""
     while not claim(trials.study, OWNER):
-        if run_id := trials.study.user_attrs.get(PARENT):
-            return run_id
-        time.sleep(0.5)  # it is starting its run
+        attributes = trials.study.user_attrs
+        if attributes.get(PARENT_PROCESS) == holder(trials.study, OWNER):
+            return attributes[PARENT]
+        time.sleep(0.5)  # it is starting its run; an earlier owner's may still be there
     return None
 
 
@@ -84,6 +85,7 @@ def _search_in_run(trials: Trials, is_owner: bool = True, keep_start: bool = Fal
     with tracking.run("search", settings, continues=earlier, even_finished=True) as run_id:
         if is_owner:
             study.set_user_attr(PARENT, run_id)
+            study.set_user_attr(PARENT_PROCESS, tracking.process_tags())
         tracking.log_params({"study_used": study.study_name})
         tracking.log_dataset(settings.dataset, trials.dataset.fingerprint, "search")
         work(replace(trials, parent=run_id))

@@ -171,6 +171,7 @@ def _train_fold(
                 _log_epoch(result, epochs)
                 if is_main:
                     state.save(checkpoint)
+        state.trainer = result = None  # the optimizer leaves the device, and the wrapper of a group
         _print_end(state, settings)
         result = fold.finish(state)
         return result, _log_result(source, fold, result) if is_main else ""

@@ -15,6 +15,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Run, RunTag
 from mlflow.environment_variables import MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING
 from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST, ErrorCode
 from mlflow.tracking.context.registry import resolve_tags  # pyright: ignore[reportUnknownVariableType]
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME, MLFLOW_RUN_NOTE
 from mlflow.utils.name_utils import (
@@ -38,7 +39,7 @@ from pneumo_experiments.tracking.log import (
 )
 from pneumo_experiments.tracking.processes import end_orphaned_runs, end_with_mlflow_run, process_tags
 from pneumo_experiments.tracking.servers import check_server
-from pneumo_experiments.tracking.store import SETTING, open_store
+from pneumo_experiments.tracking.store import SETTING, open_store, tracking_uri
 from pneumo_experiments.tracking.system_metrics import log_system_metrics
 
 log = logging.getLogger(__name__)
@@ -93,11 +94,22 @@ def run(
 
 @contextmanager
 def joined_run(run_id: str) -> Generator[None]:
-    """Within it, the runs of this process are child runs of another process's run, which stays as it is."""
+    """Within it, the runs of this process are child runs of another process's run, which stays as it is.
+
+    Raises UserError if the store does not have that run.
+    """
     with outages_as_user_errors():
         _, given = _open()
+        try:
+            joined = MlflowClient().get_run(run_id)
+        except MlflowException as error:
+            if error.error_code != ErrorCode.Name(RESOURCE_DOES_NOT_EXIST):
+                raise
+            raise UserError(
+                f"{SETTING}={tracking_uri()}: has no run {run_id}, which this process was to join; give it"
+                " the same tracking server as the process that has that run"
+            ) from error
         _end_unused(given, run_id)
-        joined = MlflowClient().get_run(run_id)
     with _active(joined, f"{run_id}-{os.getpid()}"):
         yield
 

@@ -30,6 +30,7 @@ from pneumo_experiments.registry.promotion import Challenge, Decision
 from pneumo_experiments.registry.versions import Version
 from pneumo_experiments.serving import Detector, TrainedNetwork, load
 from pneumo_experiments.settings import Register, Score, Search, Train, as_config
+from pneumo_experiments.stages import score as score_stage
 from pneumo_experiments.stages.register import register
 from pneumo_experiments.stages.score import ScoreResult, score
 
@@ -345,8 +346,12 @@ def test_a_score_names_its_images_whatever_their_stored_size_and_order(shelf: Sh
 
 
 def test_a_score_against_a_baseline_shows_the_difference_and_the_images_that_changed(
-    shelf: Shelf, capsys: pytest.CaptureFixture[str]
+    shelf: Shelf, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(score_stage, "ModelComparison", _out_of_memory)
+        scored(shelf.strong, shelf.foreign, "all", baseline=shelf.empty)
+    assert "dice" in last_run("score").data.metrics  # the scores stay
     result = scored(shelf.strong, shelf.foreign, "all", baseline=shelf.empty)
     run = last_run("score")
     metrics = run.data.metrics
@@ -362,6 +367,10 @@ def test_a_score_against_a_baseline_shows_the_difference_and_the_images_that_cha
     assert f"against {shelf.empty}: +" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"baseline=.* images trained it"):
         scored(shelf.strong, shelf.dataset, "train", baseline=shelf.weak)
+
+
+def _out_of_memory(*arguments: Any) -> None:
+    raise MemoryError
 
 
 def test_every_score_keeps_the_identity_of_its_images_and_a_row_for_each(shelf: Shelf) -> None:

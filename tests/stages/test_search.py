@@ -12,6 +12,7 @@ from contextlib import closing
 from dataclasses import dataclass, field, replace
 from math import nan
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import mlflow
@@ -37,10 +38,11 @@ from pneumo_experiments.search import report as study_report
 from pneumo_experiments.search import trial as trial_module
 from pneumo_experiments.search import trial_training
 from pneumo_experiments.search.report import TRIALS_FOR_IMPORTANCE
-from pneumo_experiments.search.space import SPACE, suggest
-from pneumo_experiments.search.storage import open_storage
+from pneumo_experiments.search.space import SPACE, Space, suggest
+from pneumo_experiments.search.storage import open_storage, retry_dead_trials
 from pneumo_experiments.search.study import confirmations
 from pneumo_experiments.search.trial_training import TrialScores, TrialTraining
+from pneumo_experiments.search.winner import best_of_study
 from pneumo_experiments.settings import Recipe, Search, Train, flat
 from pneumo_experiments.stages import search as stage
 from pneumo_experiments.stages.search import SearchResult, search
@@ -98,7 +100,7 @@ class Quick:
         class Training:
             def __init__(self, dataset: Dataset, settings: Search) -> None:
                 made.append((settings.recipe.seed, settings.split.fold))
-                self.settings = settings
+                self.settings, self.cache = settings, "host"
 
             def epochs(
                 self, recipe: Recipe, trials_left: int = 1
@@ -235,6 +237,26 @@ def test_a_second_training_that_fails_is_not_repeated(quick: Quick) -> None:
     assert len(confirmations(study())) == 1
 
 
+def test_a_second_training_whose_process_has_died_ends_as_killed(quick: Quick) -> None:
+    quick(trials=2)
+    dead = MlflowClient().create_run("0", run_name="of a dead process").info.run_id
+    study().set_user_attr("confirm_run.0", dead)
+    quick(trials=2, confirm=1)
+    assert MlflowClient().get_run(dead).info.status == "KILLED"
+    again = {study().user_attrs[f"confirm_run.{number}"] for number in (0, 1)}
+    assert again == {run.info.run_id for run in runs("confirm")}
+    assert {run.info.status for run in runs("confirm")} == {"FINISHED"}
+
+
+def test_a_study_whose_second_trainings_are_of_an_earlier_version_gives_no_settings(quick: Quick) -> None:
+    quick(trials=2)
+    optuna.create_study(study_name="s-confirm", storage=STORAGE)
+    with pytest.raises(UserError, match=r"^from_study=s: .* an earlier version; run search with the same"):
+        best_of_study(STORAGE, "s")
+    quick(trials=2, confirm=1)
+    assert best_of_study(STORAGE, "s")
+
+
 def test_a_trial_with_too_many_false_alarms_is_infeasible_and_never_the_best(quick: Quick) -> None:
     # The more, the higher the Dice; of the settings as given 0.25.
     result = quick(alarms=first_value, trials=6, max_false_alarms=0.22, target=0.24, keep=1)
@@ -311,6 +333,31 @@ def test_three_failures_in_a_row_end_the_search_with_one_line(quick: Quick) -> N
         quick(value, trials=9)
     assert len(study().trials) == 3 + sum(trial.state is TrialState.WAITING for trial in study().trials)
     assert parent().info.status == "FAILED"
+
+
+def test_failures_of_trials_and_of_second_trainings_are_counted_apart(quick: Quick) -> None:
+    calls = iter(range(100))
+
+    def value(recipe: Recipe) -> float:
+        if next(calls) >= 4:  # after two trials
+            raise RuntimeError("no such device")
+        return first_value(recipe)
+
+    quick(value, trials=4, confirm=1)
+    assert [trial.state.name for trial in study().trials] == [*["COMPLETE"] * 2, *["FAIL"] * 2]
+    assert [run.info.status for run in runs("confirm")] == ["FAILED"] * 2
+
+
+def test_an_error_of_the_sampler_fails_one_trial(quick: Quick, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(trial: optuna.Trial, space: Space) -> dict[str, Any]:
+        if trial.number == 1:
+            raise RuntimeError("singular matrix")
+        return suggest(trial, space)
+
+    monkeypatch.setattr(trial_module, "suggest", failing)
+    quick(trials=3)
+    assert [trial.state.name for trial in study().trials] == ["COMPLETE", "FAIL", "COMPLETE"]
+    assert study().trials[1].user_attrs["error"] == "singular matrix"
 
 
 def test_after_ctrl_c_the_same_command_tries_the_same_trial_again(quick: Quick) -> None:
@@ -477,6 +524,7 @@ def test_second_trainings_have_their_own_fold_seed_and_start(
     assert capsys.readouterr().out.count("every trial starts from one network") == 2
     assert not [*Path("output/checkpoints").glob("warm-up-*/*.pt")]
     assert len(parent().inputs.dataset_inputs) == 1
+    assert parent().data.params["cache_used"] == "host"
 
 
 def test_a_trial_may_validate_on_a_part_of_the_patients_with_as_many_findings(settings: Search) -> None:
@@ -568,10 +616,12 @@ def _interrupt(*arguments: Any) -> None:
 # Several workers
 
 
-def owner_elsewhere(last_seen: float) -> None:
+def owner_elsewhere(last_seen: float, has_run: bool = True) -> None:
     """A process of another machine owns the study, and was seen then."""
     tags = {"pneumo.host": "another", "pneumo.machine": "", "pneumo.process": "1:1"}
     study().set_user_attr("claim.owner", tags)
+    if has_run:
+        study().set_user_attr("parent_process", tags)
     study().set_user_attr("alive.another//1:1", last_seen)
 
 
@@ -609,19 +659,39 @@ def test_a_worker_reports_when_the_owner_has_died_meanwhile(quick: Quick) -> Non
     assert reported() == 2
 
 
-@pytest.mark.parametrize("named", [True, False])
-def test_a_trial_whose_worker_has_died_is_run_again(quick: Quick, named: bool) -> None:
-    """It died in its first epoch, or before its first line: then its age tells."""
+def test_a_worker_waits_for_the_run_of_a_new_owner(quick: Quick, monkeypatch: pytest.MonkeyPatch) -> None:
+    quick(trials=1)
+    owner_elsewhere(time.time(), has_run=False)
+    new = MlflowClient().create_run("0", run_name="of the new owner").info.run_id
+
+    def start_run(seconds: float) -> None:
+        study().set_user_attr("parent_run", new)
+        owner_elsewhere(time.time())
+
+    monkeypatch.setattr(stage, "time", SimpleNamespace(sleep=start_run))
+    quick(trials=2)
+    parents = {run.info.run_name[:7]: run.data.tags["mlflow.parentRunId"] for run in runs("trial")}
+    assert parents == {"trial 0": parent().info.run_id, "trial 1": new}
+
+
+def test_a_trial_without_a_process_is_dead_after_a_minute_whatever_the_clocks_of_the_machines() -> None:
+    optuna.create_study(study_name="s", storage=STORAGE).ask()
+    new, first_seen = optuna.load_study(study_name="s", storage=open_storage(STORAGE)), dict[int, float]()
+    with closing(sqlite3.connect("optuna.db")) as database, database:
+        database.execute("UPDATE trials SET datetime_start = datetime(datetime_start, '-1 hour')")
+    retry_dead_trials(new, first_seen)
+    assert [trial.state.name for trial in new.trials] == ["RUNNING"]
+    first_seen[0] -= 61
+    retry_dead_trials(new, first_seen)
+    assert [trial.state.name for trial in new.trials] == ["FAIL", "WAITING"]
+
+
+def test_a_trial_whose_worker_has_died_is_run_again(quick: Quick) -> None:
     quick(trials=1)
     dead = study().ask()
     names = ("dice_weight", "focal_weight", "presence_weight")
     values = suggest(dead, {name: SPACE[name] for name in names})
-    if named:
-        ended = tracking.process_tags() | {"pneumo.process": "1:1.0"}
-        dead.set_user_attr("process", ended)
-    else:
-        with closing(sqlite3.connect("optuna.db")) as database, database:
-            database.execute("UPDATE trials SET datetime_start = datetime(datetime_start, '-61 seconds')")
+    dead.set_user_attr("process", tracking.process_tags() | {"pneumo.process": "1:1.0"})
     quick(trials=2)
     states = [trial.state.name for trial in study().trials]
     assert states == ["COMPLETE", "FAIL", "COMPLETE"]

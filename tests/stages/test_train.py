@@ -36,7 +36,7 @@ from pneumo_experiments.stages.main import _training_recipe
 from pneumo_experiments.stages.score import score
 from pneumo_experiments.stages.search import SearchResult
 from pneumo_experiments.stages.train import train
-from pneumo_experiments.training.fold import initial_network
+from pneumo_experiments.training.fold import Fold, FoldResult, initial_network
 from pneumo_experiments.training.loop import EpochResult
 from pneumo_experiments.training.resume import TrainingState
 
@@ -163,6 +163,13 @@ def test_another_micro_batch_restarts_the_training(
     capsys.readouterr()
     train(changed(settings, micro_batch=2))  # batch norm and the batch's Dice see other images
     assert "continues after" not in capsys.readouterr().out
+    finish = Fold.finish
+
+    def finish_alone(self: Fold, state: TrainingState) -> FoldResult:
+        assert state.trainer is None  # the optimizer has left the device
+        return finish(self, state)
+
+    monkeypatch.setattr(Fold, "finish", finish_alone)
     train(settings)
     assert "continues after epoch 1 of 2" in capsys.readouterr().out
 

@@ -59,6 +59,12 @@ def test_a_run_hides_passwords_in_its_params_its_config_file_and_its_error(store
     assert "cr3t" not in f"{run.to_dictionary()}{config}"
 
 
+def test_a_run_that_the_store_does_not_have_cannot_be_joined(store: Path) -> None:
+    words = rf"^MLFLOW_TRACKING_URI=.*: has no run {32 * '0'}, .* the same tracking server"
+    with pytest.raises(UserError, match=words), tracking.joined_run(32 * "0"):
+        pass
+
+
 def test_a_setting_that_differs_from_what_mlflow_run_logged_is_a_param_of_its_own(
     store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
