@@ -233,12 +233,3 @@ def test_the_loss_is_float32_whatever_the_network_computes_in(dtype: torch.dtype
     for name, term in terms.items():
         assert term.dtype == torch.float32, name
         assert term.item() == expected[name].item(), name
-
-
-def test_the_loss_is_computed_without_waiting_for_the_device() -> None:
-    output, target, present = outputs(3)
-    # Tensors on meta have no values: whatever would wait for the device fails on them.
-    nowhere = Output(*(logits.to("meta").requires_grad_() for logits in output))
-    loss = criterion(nowhere, target.to("meta"), present.to("meta"), EVERY_TERM)["loss"]
-    loss.backward()
-    assert nowhere.mask.grad is not None and nowhere.mask.grad.shape == target.shape
