@@ -111,17 +111,19 @@ def test_prefetched_items_come_in_order_and_raise_where_they_were_requested() ->
     assert results == [10, 5]
 
 
-def test_a_dropped_iterator_ends_its_thread_and_frees_its_items() -> None:
-    requested, item = list[int](), np.zeros(3)
-    reference = weakref.ref(item)
+def test_a_dropped_iterator_of_batches_ends_its_thread_and_frees_its_images() -> None:
+    requested = list[np.ndarray]()
 
-    def fetch(number: int, item: np.ndarray = item) -> np.ndarray:
-        requested.append(number)
-        return item
+    class Counting(Stored):
+        def images(self, indices: np.ndarray) -> np.ndarray:
+            requested.append(indices)
+            return super().images(indices)
 
-    fetched = prefetch(fetch, range(1000))
-    assert next(fetched) is item
-    del fetched, fetch, item
+    data = StreamedData(Counting(), np.zeros(64, int), np.arange(64) % 2 == 0)
+    reference = weakref.ref(data)
+    iterator = batches(data, make(Recipe, batch_size=1), 1, 1, CPU.device)
+    assert next(iterator).images.shape == (1, 1, 32, 32)
+    del iterator, data
     gc.collect()
     assert len(requested) <= 4  # the one that was requested for and those ahead of it
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("prefetch")]

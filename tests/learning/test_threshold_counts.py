@@ -101,6 +101,13 @@ def test_random_maps_are_counted_as_numpy_counts_them(side: int, shape: tuple[in
     assert np.array_equal(counted(masks, truths), one_by_one(masks, truths))
 
 
+def test_counting_does_not_wait_for_the_device() -> None:
+    masks, hundredths = torch.empty(4, 8, 8, device="meta"), torch.empty(101, device="meta")
+    truths = [np.eye(rows, 9, dtype=bool) for rows in (9, 7, 9, 9)]
+    # Tensors on "meta" have no values: an operation that would wait for one ends with an error.
+    assert count_at_thresholds(masks, truths, hundredths, 2 * 81).shape == (4, 2, 101)
+
+
 def test_a_missing_truth_is_refused() -> None:
     with pytest.raises(ValueError, match="2 predictions for 1 truths"):
         counted(np.zeros((2, 4, 4), np.float32), [np.zeros((4, 4), bool)])
