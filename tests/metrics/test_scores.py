@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pneumo_experiments.evaluation.pictures import calibration_plot
 from pneumo_experiments.metrics.scores import (
     CALIBRATION_COLUMNS,
     GROUP_COLUMNS,
@@ -94,12 +93,3 @@ def test_the_calibration_curve_has_a_point_for_each_tenth_with_images() -> None:
     assert rows[0]["fraction_positive_high"] == pytest.approx(1.96**2 / (2 + 1.96**2), abs=1e-4)
     error = sum(row["images"] * abs(row["mean_presence"] - row["fraction_positive"]) for row in rows) / 8
     assert score_images(images).calibration_error == pytest.approx(error, abs=1e-7)
-
-
-def test_the_calibration_plot_draws_its_points_where_they_are() -> None:
-    low, high, other = [0.1, 0.0, 0.0, 0.1], [0.9, 1.0, 0.8, 1.0], [0.1, 0.5, 0.0, 0.1]
-    picture = calibration_plot([low, high])
-    assert picture.dtype == np.uint8
-    assert picture.shape == (500, 500, 3)
-    assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 20
-    assert not np.array_equal(picture, calibration_plot([other, high]))
