@@ -19,7 +19,7 @@ import pytest
 import simulated_cuda
 import torch
 from dicom_files import dicom_bytes
-from helpers import changed, make, soak
+from helpers import make, soak
 from samples import stored_sample
 from simulated_cuda import count_syncs
 from tiny_network import add_tiny_network, random_network
@@ -86,7 +86,7 @@ def test_a_training_ends_in_a_model_that_scores_submits_and_predicts_dicom_bytes
     torch.backends.cudnn.benchmark = False
     monkeypatch.delitem(sys.modules, "pynvml", raising=False)
     tracking.warn_without_gpu_metrics.cache_clear()
-    trained = train(changed(settings, overlays=2))
+    trained = train(settings)
     logged = last_run().data.params
     used = [logged[f"{name}_used"] for name in ("device", "precision", "cache")]
     assert used == ["cuda:0", "bf16", "device"]

@@ -14,7 +14,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 from tiny_network import CPU, tiny_member
-from tracked import artifact, last_run, log_model, runs
+from tracked import artifact, last_run, log_model
 
 from pneumo_experiments import tracking
 from pneumo_experiments.dataset.hdf5 import Dataset
@@ -27,7 +27,6 @@ from pneumo_experiments.metrics.thresholds import ThresholdCounts, Thresholds, a
 from pneumo_experiments.serving import Detector, load
 from pneumo_experiments.settings import Score, Train
 from pneumo_experiments.stages.score import score
-from pneumo_experiments.stages.train import train
 
 pytestmark = pytest.mark.usefixtures("no_layout", "no_code")
 
@@ -190,21 +189,3 @@ def test_thresholds_are_searched_again_without_model_and_images(
         assert said in end.out
     names = {item.path for item in MlflowClient().list_artifacts(run.info.run_id)}
     assert {"threshold_trials.csv", "threshold_history.png", "threshold_contours.png"} <= names
-
-
-@pytest.mark.usefixtures("tiny", "store")
-def test_the_counts_of_all_folds_give_the_out_of_fold_dice(small_dataset: Path) -> None:
-    short = {"weights": "none", "epochs": 1, "batch_size": 8, "threshold_trials": 0, "overlays": 0}
-    settings = make(Train, network="tiny", dataset=small_dataset, fold="all", folds=2, device="cpu", **short)
-    trained = train(settings)
-    parent, fold = last_run("train"), last_run("fold 1")
-    searched, single = (
-        score(make(Score, counts=artifact(run, "threshold_counts.npz"), threshold_trials=0)).scores
-        for run in (parent, fold)
-    )
-    assert searched is not None and single is not None
-    metrics = runs("score")[-2].data.metrics
-    assert metrics["threshold_dice_cross_fitted"] == pytest.approx(parent.data.metrics["oof_dice"])
-    assert metrics["threshold_dice_exact"] == pytest.approx(parent.data.metrics["val_dice_optimistic"])
-    assert (searched.images, searched.patients) == (trained.scores.images, trained.scores.patients)
-    assert single.dice == pytest.approx(fold.data.metrics["val_dice_final"])

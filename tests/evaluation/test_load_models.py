@@ -12,7 +12,7 @@ import pytest
 from helpers import changed, make
 from mlflow import MlflowClient
 from tiny_network import tiny_member
-from tracked import last_run, log_model, table
+from tracked import artifact, last_run, log_model, runs, table
 
 from pneumo_experiments import tracking
 from pneumo_experiments.dataset.hdf5 import Dataset
@@ -172,6 +172,16 @@ def test_all_folds_become_one_model_that_is_scored_registered_and_served(
             mask = apply_thresholds(to_native(mean, opened.mask(index).shape), presence, detector.thresholds)
             assert float(row["presence"]) == pytest.approx(presence, abs=1e-6)
             assert int(row["predicted_area_px"]) == np.count_nonzero(mask)
+    searched, single = (
+        score(make(Score, counts=artifact(run, "threshold_counts.npz"), threshold_trials=0)).scores
+        for run in (parent, folds[1])
+    )
+    assert searched is not None and single is not None
+    metrics = runs("score")[-2].data.metrics
+    assert metrics["threshold_dice_cross_fitted"] == pytest.approx(parent.data.metrics["oof_dice"])
+    assert metrics["threshold_dice_exact"] == pytest.approx(best.dice)
+    assert (searched.images, searched.patients) == (trained.scores.images, trained.scores.patients)
+    assert single.dice == pytest.approx(folds[1].data.metrics["val_dice_final"])
     version = register(Register(model=trained.model))
     assert MlflowClient().get_model_version(version.name, version.number).tags["network"] == "tiny"
 
