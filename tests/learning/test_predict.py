@@ -40,16 +40,6 @@ def test_predictions_do_not_depend_on_the_batch(network: PneumothoraxNet) -> Non
         assert a.presence == pytest.approx(b.presence, abs=1e-5)
 
 
-def test_flip_averaging_is_symmetric(network: PneumothoraxNet) -> None:
-    images = squares(2).images.numpy()
-    predictor = Predictor(network, CPU, tta="flip")
-    (a, _), (b, _) = list(predictor.predict(images)), list(predictor.predict(images[:, :, ::-1]))
-    np.testing.assert_allclose(a.mask, b.mask[:, ::-1], atol=1e-5)
-    assert a.presence == pytest.approx(b.presence, abs=1e-5)
-    plain = next(Predictor(network, CPU).predict(images))
-    assert np.abs(plain.mask - a.mask).max() > 1e-4
-
-
 @pytest.mark.usefixtures("tiny")
 def test_scale_adds_the_prediction_of_the_enlarged_image_brought_back() -> None:
     network, images = random_network(0), squares(3).images.numpy()
@@ -76,9 +66,10 @@ def test_native_size_is_bilinear_between_pixel_centres() -> None:
 
 
 @pytest.mark.usefixtures("tiny")
-def test_an_ensemble_predicts_the_mean_of_its_members_in_any_order() -> None:
+def test_an_ensemble_predicts_the_mean_of_its_calibrated_members_in_any_order() -> None:
     images = squares(5).images.numpy()
     members = [Predictor(random_network(seed), CPU, tta="flip" if seed == 1 else "none") for seed in range(3)]
+    plain, members[2] = members[2], replace(members[2], calibration=Calibration(0.5, -1))
     alone = [list(member.predict(images)) for member in members]
     for order in itertools.permutations(range(3)):
         together = Ensemble(tuple(members[place] for place in order)).predict(images, batch_size=2)
@@ -89,6 +80,10 @@ def test_an_ensemble_predicts_the_mean_of_its_members_in_any_order() -> None:
             assert prediction.presence == pytest.approx(presence, abs=2e-7)
         assert image == 4
     assert np.ptp([each[0].presence for each in alone]) > 0.01  # the mean is none of them
+    before = list(plain.predict(images))  # calibration is of presence alone
+    assert all(np.array_equal(one.mask, other.mask) for one, other in zip(alone[2], before, strict=True))
+    odds = logit(np.array([each.presence for each in before])) * 0.5 - 1
+    np.testing.assert_allclose([each.presence for each in alone[2]], sigmoid(odds), atol=1e-6)
 
 
 # Calibration of presence: fitted, applied, and moved to another prevalence
@@ -194,21 +189,6 @@ def test_presence_of_0_and_1_and_between_neighbouring_floats_stays_in_order() ->
         np.testing.assert_allclose(after[inside], expected, atol=2e-6)
     assert np.array_equal(applied(Calibration(), presence), presence)
     assert np.isnan(applied(Calibration(2, 1), np.array([np.nan], np.float32)))  # so divergence is noticed
-
-
-@pytest.mark.usefixtures("tiny")
-def test_an_ensemble_predicts_the_mean_of_calibrated_members() -> None:
-    images, lines = squares(3).images.numpy(), [Calibration(0.5, -1), Calibration(2, 0.3)]
-    raw = [Predictor(random_network(seed), CPU, tta="flip") for seed in range(2)]
-    members = [replace(one, calibration=line) for one, line in zip(raw, lines, strict=True)]
-    expected = [
-        sigmoid(logit(np.array([p.presence for p in one.predict(images)])) * line.slope + line.bias)
-        for one, line in zip(raw, lines, strict=True)
-    ]
-    found = list(Ensemble(tuple(members)).predict(images))
-    np.testing.assert_allclose([one.presence for one in found], np.mean(expected, axis=0), atol=1e-6)
-    plain = list(Ensemble(tuple(raw)).predict(images))
-    assert all(np.array_equal(one.mask, other.mask) for one, other in zip(found, plain, strict=True))
 
 
 @pytest.mark.usefixtures("tiny")

@@ -76,21 +76,14 @@ def slow_mask(probability: np.ndarray, presence: float, thresholds: Thresholds) 
     return np.array(mask, bool).reshape(probability.shape)
 
 
-@given(images_with_truth, thresholds_on_grid)
-def test_a_mask_follows_the_rules_pixel_by_pixel(
-    image: tuple[np.ndarray, np.float32, np.ndarray], thresholds: Thresholds
-) -> None:
-    probability, presence, _ = image
-    expected = slow_mask(probability, float(presence), thresholds)
-    assert np.array_equal(apply_thresholds(probability, float(presence), thresholds), expected)
-
-
 @given(st.lists(images_with_truth, min_size=1, max_size=4), thresholds_on_grid)
-def test_counts_give_exactly_the_dice_of_the_masks(
+def test_masks_follow_the_rules_pixel_by_pixel_and_counts_give_exactly_their_dice(
     images: list[tuple[np.ndarray, np.float32, np.ndarray]], thresholds: Thresholds
 ) -> None:
-    counts = count_images([(probability, float(presence), truth) for probability, presence, truth in images])
-    masks = [slow_mask(probability, float(presence), thresholds) for probability, presence, _ in images]
+    given = [(probability, float(presence), truth) for probability, presence, truth in images]
+    counts, masks = count_images(given), [slow_mask(p, presence, thresholds) for p, presence, _ in given]
+    for (probability, presence, _), mask in zip(given, masks, strict=True):
+        assert np.array_equal(apply_thresholds(probability, presence, thresholds), mask)
     truths = [truth for _, _, truth in images]
     assert counts.dice(thresholds).tolist() == [dice(t, m) for t, m in zip(truths, masks, strict=True)]
     assert counts.predicted_area(thresholds).tolist() == [int(mask.sum()) for mask in masks]
