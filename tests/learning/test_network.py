@@ -310,18 +310,18 @@ def test_a_safetensors_file_is_read_number_by_number(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("prefix", "key"),
+    ("prefix", "key", "old"),
     [
-        ("", ""),
-        ("_orig_mod.", "model"),
-        ("net.module.encoder.", "model_state_dict"),
-        ("backbone.", "model/state_dict"),
-        ("", "state_dict"),
+        ("", "", False),
+        ("", "", True),
+        ("_orig_mod.", "model", False),
+        ("net.module.encoder.", "model_state_dict", False),
+        ("backbone.", "model/state_dict", True),
+        ("", "state_dict", False),
     ],
 )
-@pytest.mark.parametrize("old", [True, False])
 def test_a_backbone_is_found_in_a_checkpoint_and_below_a_prefix(
-    old: bool, prefix: str, key: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    prefix: str, key: str, old: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     state = resnet()
     if old:  # torch before 0.4.1 counted no batches, and a backbone may come without its classifier
