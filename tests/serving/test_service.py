@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import csv
-import gzip
 import io
 import json
 import os
 import shutil
+import struct
 import subprocess
 import sys
 import threading
 import time
 import urllib.error
 import urllib.request
+import zlib
 from base64 import b64decode, b64encode
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ from mlflow.models import convert_input_example_to_serving_input
 from mlflow.models.cli import commands
 from mlflow.pyfunc import load_model
 from PIL import Image
-from pydicom import dcmread
+from pydicom import dcmread, uid
 from tiny_network import CPU, random_network
 from tracking_server import free_port
 
@@ -54,6 +55,14 @@ def without_pixels() -> bytes:
     return content.getvalue()
 
 
+def deflate_bomb(megabytes: int = 220) -> bytes:
+    """Zeros, deflated to a thousandth."""
+    whole = dicom_bytes(GREYS, syntax=uid.DeflatedExplicitVRLittleEndian)
+    start = 144 + struct.unpack_from("<I", whole, 140)[0]  # after group 2, which is never deflated
+    packer = zlib.compressobj(1, wbits=-zlib.MAX_WBITS)
+    return whole[:start] + b"".join(packer.compress(bytes(10**6)) for _ in range(megabytes)) + packer.flush()
+
+
 def faults(folder: Path) -> dict[str, tuple[str | None, str]]:
     """What can be sent instead of a radiograph's base64 text, and a part of the reason that comes back."""
     (folder / "real.dcm").write_bytes(GOOD["light"])
@@ -70,7 +79,7 @@ def faults(folder: Path) -> dict[str, tuple[str | None, str]]:
         "half": (b64encode(GOOD["light"][: len(GOOD["light"]) // 2]).decode(), "truncated"),
         "no pixels": (b64encode(without_pixels()).decode(), "no pixel data"),
         "1 GB": (b64encode(huge).decode(), "32000 x 32000 pixels exceed"),
-        "bomb": (b64encode(gzip.compress(bytes(220 * 10**6), 1)).decode(), "inflates to more than"),
+        "deflate bomb": (b64encode(deflate_bomb()).decode(), "inflates to more than"),
     }
 
 
@@ -214,7 +223,7 @@ def test_64_files_with_every_fault_among_them_are_answered_in_every_format(
     goods = [(name, b64encode(content).decode()) for name, content in GOOD.items()]
     data += [goods[n % len(goods)] for n in range(64 - len(data))]
     data = [data[n * 5 % 64] for n in range(64)]  # mixed
-    slow = "bomb"  # is no different in another format
+    slow = "deflate bomb"  # is no different in another format
     fewer = [row for n, row in enumerate(data) if row[0] in wrong.keys() - {slow} or n < 6]
     for name, given in [("dataframe_split", data), *((name, fewer) for name in FORMATS)]:
         image_ids, texts = ([*column] for column in zip(*given, strict=True))
