@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,14 +20,13 @@ from pneumo_experiments import tracking
 from pneumo_experiments.dataset.hdf5 import Dataset
 from pneumo_experiments.dataset.rle import encode
 from pneumo_experiments.errors import UserError
-from pneumo_experiments.evaluation.subset import Subset
+from pneumo_experiments.evaluation.subset import Subset, all_images
 from pneumo_experiments.learning.predict import Predictor, to_native
 from pneumo_experiments.metrics.best_thresholds import best_of_all
-from pneumo_experiments.metrics.thresholds import Thresholds, apply_thresholds
+from pneumo_experiments.metrics.thresholds import ThresholdCounts, Thresholds, apply_thresholds
 from pneumo_experiments.serving import Detector, load
 from pneumo_experiments.settings import Score, Train
 from pneumo_experiments.stages.score import score
-from pneumo_experiments.stages.train import train
 
 pytestmark = pytest.mark.usefixtures("no_layout", "no_code")
 
@@ -41,6 +39,12 @@ def model(small_dataset: Path, tiny: None, store: Path) -> str:
     return logged(small_dataset)
 
 
+@pytest.fixture
+def settings(model: str, small_dataset: Path) -> Score:
+    """Of a score of that model on all images."""
+    return make(Score, model=model, dataset=small_dataset, subset="all", overlays=0, device="cpu")
+
+
 def logged(dataset: Path, prevalence: float | None = None) -> str:
     with Dataset.open(dataset) as opened:
         member, size = tiny_member(0), opened.image_size
@@ -51,75 +55,77 @@ def logged(dataset: Path, prevalence: float | None = None) -> str:
 def middle(model: str, dataset: Path) -> float:
     """A score, in hundredths, between those of the model's pixels."""
     with Dataset.open(dataset) as opened:
-        predictions = Subset(opened, np.arange(len(opened))).predictions(
-            load(tracking.model_data(model)).predictor
-        )
-        return round(float(np.median([prediction.mask for _, prediction in predictions])), 2)
+        predictor = load(tracking.model_data(model)).predictor
+        return round(float(np.median([one.mask for _, one in all_images(opened).predictions(predictor)])), 2)
 
 
-def test_given_thresholds_are_scored_logged_and_not_the_models(model: str, small_dataset: Path) -> None:
-    settings = make(Score, model=model, dataset=small_dataset, subset="all", overlays=0, device="cpu")
-    score(settings)
-    plain = last_run("score")
-    bottom = middle(model, small_dataset)
-    given = changed(settings, bottom_score=bottom, min_area_px=0)
-    result = score(given)
-    assert result.scores is not None
-    run, thresholds = last_run("score"), replace(OWN, bottom_score=bottom, min_area_px=0)
-    with Dataset.open(small_dataset) as opened:
-        counts = Subset(opened, np.arange(len(opened))).count(load(tracking.model_data(model)).predictor)
-    assert result.scores.dice == pytest.approx(counts.dice(thresholds).mean())
+def counts_of(dataset: Path, predictor: Predictor) -> ThresholdCounts:
+    with Dataset.open(dataset) as opened:
+        return all_images(opened).count(predictor)
+
+
+def dice_and_run(settings: Score, **changes: Any) -> tuple[float, Run]:
+    """Dice of a score with these changes, and its run."""
+    scores = score(changed(settings, **changes)).scores
+    assert scores is not None
+    return scores.dice, last_run("score")
+
+
+def presence_in(run: Run) -> np.ndarray:
+    table = mlflow.load_table("scores.json", run_ids=[run.info.run_id])
+    return np.array(table["presence"], np.float64)
+
+
+def runs_of_metrics(model: str) -> set[str]:
+    """The runs whose scores are among the model's own."""
+    metrics = mlflow.get_logged_model(model.removeprefix("models:/")).metrics or []
+    return {metric.run_id for metric in metrics}
+
+
+def test_given_thresholds_are_scored_logged_and_not_the_models(settings: Score) -> None:
+    bottom, (_, plain) = middle(settings.model, settings.dataset), dice_and_run(settings)
+    found, run = dice_and_run(settings, bottom_score=bottom, min_area_px=0)
+    thresholds = replace(OWN, bottom_score=bottom, min_area_px=0)
+    counts = counts_of(settings.dataset, load(tracking.model_data(settings.model)).predictor)
+    assert found == pytest.approx(counts.dice(thresholds).mean())
     assert counts.dice(thresholds).mean() != counts.dice(OWN).mean()
-    used = {name: run.data.params[f"{name}_used"] for name in vars(OWN)}
-    assert used == {name: str(value) for name, value in vars(thresholds).items()}
-    assert run.data.params["bottom_score"] == str(bottom)
-    assert run.data.params["top_score"] == "none"
+    params = run.data.params
+    assert {name: params[f"{name}_used"] for name in vars(OWN)} == as_texts(thresholds)
+    assert (params["bottom_score"], params["top_score"]) == (str(bottom), "none")
     assert f"with min_area_px 0, bottom_score {bottom}." in run.data.tags["mlflow.note.content"]
     assert " with " not in plain.data.tags["mlflow.note.content"].split("\n")[0]
-    metrics = mlflow.get_logged_model(model.removeprefix("models:/")).metrics or []
-    assert {metric.run_id for metric in metrics} == {plain.info.run_id}
+    assert runs_of_metrics(settings.model) == {plain.info.run_id}
 
 
-def test_another_augmentation_is_scored_logged_and_not_the_models(model: str, small_dataset: Path) -> None:
-    settings = make(Score, model=model, dataset=small_dataset, subset="all", overlays=0, device="cpu")
-    with Dataset.open(small_dataset) as opened:
-        network = load(tracking.model_data(model)).members[0].predictor.network
-        everyone = Subset(opened, np.arange(len(opened)))
-        counts = {tta: everyone.count(Predictor(network, CPU, tta)) for tta in ("none", "flip")}
+def as_texts(thresholds: Thresholds) -> dict[str, str]:
+    return {name: str(value) for name, value in vars(thresholds).items()}
+
+
+def test_another_augmentation_is_scored_logged_and_not_the_models(settings: Score) -> None:
+    network = load(tracking.model_data(settings.model)).members[0].predictor.network
+    counts = {tta: counts_of(settings.dataset, Predictor(network, CPU, tta)) for tta in ("none", "flip")}
     assert counts["none"].presence.tolist() != counts["flip"].presence.tolist()
     runs: dict[str, Run] = {}
     for tta, used in (("auto", "flip"), ("flip", "flip"), ("none", "none")):
-        result = score(changed(settings, tta=tta))
-        run = runs[tta] = last_run("score")
-        assert result.scores is not None
-        assert result.scores.dice == pytest.approx(counts[used].dice(OWN).mean())
-        assert result.scores.auroc == pytest.approx(run.data.metrics["all_auroc"])
-        table = mlflow.load_table("scores.json", run_ids=[run.info.run_id])
-        assert table["presence"].tolist() == pytest.approx(counts[used].presence.tolist(), abs=1e-6)
+        found, run = dice_and_run(settings, tta=tta)
+        assert found == pytest.approx(counts[used].dice(OWN).mean())
+        assert presence_in(run) == pytest.approx(counts[used].presence, abs=1e-6)
         assert (run.data.params["tta"], run.data.params["tta_used"]) == (tta, used)
+        runs[tta] = run
     assert "with tta none." in runs["none"].data.tags["mlflow.note.content"]
-    metrics = mlflow.get_logged_model(model.removeprefix("models:/")).metrics or []
-    assert {metric.run_id for metric in metrics} == {runs["auto"].info.run_id, runs["flip"].info.run_id}
+    assert runs_of_metrics(settings.model) == {runs[tta].info.run_id for tta in ("auto", "flip")}
 
 
-def test_another_prevalence_is_scored_logged_and_not_the_models(model: str, small_dataset: Path) -> None:
-    settings = make(Score, model=model, dataset=small_dataset, subset="all", overlays=0, device="cpu")
+def test_another_prevalence_is_scored_logged_and_not_the_models(settings: Score) -> None:
     with pytest.raises(UserError, match=r"prevalence=0\.05: .*this one holds None"):
         score(changed(settings, prevalence=0.05))
-    aware = logged(small_dataset, 0.5)
-    found: list[np.ndarray] = []
-    for prevalence in (None, 0.05):
-        score(changed(settings, model=aware, prevalence=prevalence))
-        run = last_run("score")
-        table = mlflow.load_table("scores.json", run_ids=[run.info.run_id])
-        found.append(np.array(table["presence"], np.float64))
-    odds = [presence / (1 - presence) for presence in found]
+    aware = logged(settings.dataset, 0.5)
+    runs = [dice_and_run(settings, model=aware, prevalence=value)[1] for value in (None, 0.05)]
+    odds = [presence / (1 - presence) for presence in map(presence_in, runs)]
     np.testing.assert_allclose(odds[1] / odds[0], 0.05 / 0.95, rtol=1e-4)
-    assert run.data.params["prevalence"] == "0.05"
-    assert "with prevalence 0.05." in run.data.tags["mlflow.note.content"]
-    metrics = mlflow.get_logged_model(aware.removeprefix("models:/")).metrics or []
-    assert run.info.run_id not in {metric.run_id for metric in metrics}
-    assert metrics
+    assert runs[1].data.params["prevalence"] == "0.05"
+    assert "with prevalence 0.05." in runs[1].data.tags["mlflow.note.content"]
+    assert runs_of_metrics(aware) == {runs[0].info.run_id}
 
 
 @pytest.mark.usefixtures("tiny", "store")
@@ -133,13 +139,9 @@ def test_a_request_may_bring_its_thresholds(dataset: Path) -> None:
         ((_, prediction),) = Subset(opened, np.array([index])).predictions(detector.predictor)
         shape = opened.mask(index).shape
     areas: list[int] = []
-    for params in (
-        {},
-        {"bottom_score": bottom, "min_area_px": 1},
-        {"presence_threshold": 1},
-        {"top_score": 1.0},
-    ):
-        frame = {"image_id": ["one"], "dicom": [file.read_bytes()]}
+    frame = {"image_id": ["one"], "dicom": [file.read_bytes()]}
+    given = {"bottom_score": bottom, "min_area_px": 1}
+    for params in ({}, given, {"presence_threshold": 1}, {"top_score": 1.0}):
         (row,) = served.predict(frame, params=params).to_dict("records")
         thresholds = replace(OWN, **params)
         mask = apply_thresholds(to_native(prediction.mask, shape), prediction.presence, thresholds)
@@ -161,56 +163,29 @@ def test_a_request_may_bring_its_thresholds(dataset: Path) -> None:
 
 
 def test_thresholds_are_searched_again_without_model_and_images(
-    model: str, small_dataset: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    settings: Score, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    score(make(Score, model=model, dataset=small_dataset, subset="all", overlays=0, device="cpu"))
+    score(settings)
     path = artifact(last_run("score"), "threshold_counts.npz")
-    with Dataset.open(small_dataset) as opened:
-        counts = Subset(opened, np.arange(len(opened))).count(load(tracking.model_data(model)).predictor)
-    words = [
-        "score",
-        "--counts",
-        str(path),
-        "--threshold_trials",
-        "5",
-        "--dataset",
-        "nowhere",
-        "--top_score",
-        "1",
-    ]
+    counts = counts_of(settings.dataset, load(tracking.model_data(settings.model)).predictor)
+    words = ["score", "--counts", str(path), "--threshold_trials", "5", "--top_score", "1"]
     capsys.readouterr()
-    end = ended([*words, "--model", "nowhere"], monkeypatch, capsys)
+    end = ended([*words, "--model", "nowhere", "--dataset", "nowhere"], monkeypatch, capsys)
     assert end.code == 0, end.err
     run, best = last_run("score"), best_of_all(counts)
     metrics, params = run.data.metrics, run.data.params
     assert metrics["threshold_dice_exact"] == pytest.approx(best.dice)
     assert metrics["threshold_dice_distance"] == pytest.approx(best.dice - metrics["threshold_dice_optuna"])
-    assert {name: params[f"{name}_best"] for name in vars(OWN)} == {
-        name: str(value) for name, value in vars(best.thresholds).items()
-    }
+    assert {name: params[f"{name}_best"] for name in vars(OWN)} == as_texts(best.thresholds)
     given = replace(best.thresholds, top_score=1.0)
     assert metrics["threshold_dice_given"] == pytest.approx(counts.dice(given).mean())
-    assert f"best of {best.combinations:,} combinations: Dice {best.dice:.4f}" in end.out
-    assert (
-        f"cross-fitted, thresholds from other patients: Dice {metrics['threshold_dice_cross_fitted']:.4f}"
-        in end.out
-    )
-    assert re.search(r"Optuna, 5 trials: Dice 0\.\d{4}, below the best by", end.out)
-    assert "as given: Dice" in end.out
+    crossed = metrics["threshold_dice_cross_fitted"]
+    for said in (
+        f"best of {best.combinations:,} combinations: Dice {best.dice:.4f}",
+        f"cross-fitted, thresholds from other patients: Dice {crossed:.4f}",
+        f"Optuna, 5 trials: Dice {metrics['threshold_dice_optuna']:.4f}, below the best by",
+        "as given: Dice",
+    ):
+        assert said in end.out
     names = {item.path for item in MlflowClient().list_artifacts(run.info.run_id)}
     assert {"threshold_trials.csv", "threshold_history.png", "threshold_contours.png"} <= names
-
-
-def test_the_counts_of_all_folds_give_the_out_of_fold_dice(model: str, small_dataset: Path) -> None:
-    settings = make(Train, network="tiny", dataset=small_dataset, weights="none", epochs=1, batch_size=8)
-    trained = train(changed(settings, fold="all", folds=2, threshold_trials=0, overlays=0, device="cpu"))
-    parent, fold = last_run("train"), last_run("fold 1")
-    searched = score(make(Score, counts=artifact(parent, "threshold_counts.npz"), threshold_trials=0)).scores
-    assert searched is not None
-    metrics = last_run("score").data.metrics
-    assert metrics["threshold_dice_cross_fitted"] == pytest.approx(parent.data.metrics["oof_dice"])
-    assert metrics["threshold_dice_exact"] == pytest.approx(parent.data.metrics["val_dice_optimistic"])
-    assert (searched.images, searched.patients) == (trained.scores.images, trained.scores.patients)
-    single = score(make(Score, counts=artifact(fold, "threshold_counts.npz"), threshold_trials=0)).scores
-    assert single is not None
-    assert single.dice == pytest.approx(fold.data.metrics["val_dice_final"])

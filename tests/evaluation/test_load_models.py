@@ -12,7 +12,7 @@ import pytest
 from helpers import changed, make
 from mlflow import MlflowClient
 from tiny_network import tiny_member
-from tracked import last_run, log_model, table
+from tracked import artifact, last_run, log_model, runs, table
 
 from pneumo_experiments import tracking
 from pneumo_experiments.dataset.hdf5 import Dataset
@@ -45,28 +45,16 @@ def test_score_takes_several_models_in_any_order(small_dataset: Path) -> None:
         split = make_split(opened, SETTINGS.split)
         holdout = Subset(opened, split.holdout)
         seen = hash_image_ids(Subset(opened, np.append(split.train, split.validation)))
-        detectors = [
-            Detector(
-                (member(seed, seed % 2),),
-                opened.image_size,
-                Thresholds(0, 0.4, 0, 0.3),
-                opened.fingerprint,
-                seen,
-            )
-            for seed in range(3)
-        ]
+        size, fingerprint, thresholds = opened.image_size, opened.fingerprint, Thresholds(0, 0.4, 0, 0.3)
+        members = [(member(seed, seed % 2),) for seed in range(3)]
+        detectors = [Detector(one, size, thresholds, fingerprint, seen) for one in members]
         alone = [list(holdout.predictions(detector.predictor)) for detector in detectors]
         presence = np.mean([[each.presence for _, each in one] for one in alone], axis=0)
     addresses = [log_model(detector, SETTINGS) for detector in detectors]
     tables: list[list[dict[str, str]]] = []
+    settings = make(Score, dataset=small_dataset, overlays=0, device="cpu")
     for order in ([0, 1, 2], [2, 0, 1]):
-        settings = make(
-            Score,
-            model=", ".join(addresses[place] for place in order),
-            dataset=small_dataset,
-            overlays=0,
-            device="cpu",
-        )
+        settings = changed(settings, model=", ".join(addresses[place] for place in order))
         result = score(settings)
         assert result.scores is not None
         run = last_run("score")
@@ -110,10 +98,8 @@ def test_the_thresholds_of_several_models_are_searched_on_their_mean_predictions
     assert counts.dice(means).mean() < best.dice - 1e-3
     addresses = [log_model(one, SETTINGS) for one in (*alone, other)]
     together = ",".join(addresses[:2])
-    settings = make(
-        Score, model=together, dataset=small_dataset, subset="validation", overlays=0, device="cpu"
-    )
-    scored = score(settings).scores
+    settings = make(Score, model=together, dataset=small_dataset, overlays=0, device="cpu")
+    scored = score(changed(settings, subset="validation")).scores
     assert scored is not None
     assert scored.dice == pytest.approx(best.dice)
     used = last_run("score").data.params
@@ -138,18 +124,8 @@ def test_the_thresholds_of_several_models_are_searched_on_their_mean_predictions
 def test_all_folds_become_one_model_that_is_scored_registered_and_served(
     small_dataset: Path, dataset: Path
 ) -> None:
-    settings = changed(
-        SETTINGS,
-        dataset=small_dataset,
-        fold="all",
-        weights="none",
-        epochs=1,
-        batch_size=8,
-        threshold_trials=0,
-        overlays=0,
-        device="cpu",
-    )
-    trained = train(settings)
+    short = {"weights": "none", "epochs": 1, "batch_size": 8, "threshold_trials": 0, "overlays": 0}
+    trained = train(changed(SETTINGS, dataset=small_dataset, fold="all", device="cpu", **short))
     parent = last_run("train")
     detector = load(tracking.model_data(trained.model))
     outputs = MlflowClient().get_run(parent.info.run_id).outputs.model_outputs
@@ -184,9 +160,8 @@ def test_all_folds_become_one_model_that_is_scored_registered_and_served(
         certain = replace(one, predictor=replace(one.predictor, calibration=Calibration(1.0, 30.0)))
         assert disagreement(replace(detector, members=(certain, other)), validations[0]) > MUCH_DISAGREEMENT
 
-        scored = score(
-            make(Score, model=trained.model, dataset=small_dataset, overlays=0, device="cpu")
-        ).scores
+        settings = make(Score, model=trained.model, dataset=small_dataset, overlays=0, device="cpu")
+        scored = score(settings).scores
         assert scored is not None
         pairs = zip(*(Subset(opened, holdout).predictions(one.predictor) for one in alone), strict=True)
         for row, ((index, first), (_, second)) in zip(
@@ -197,17 +172,23 @@ def test_all_folds_become_one_model_that_is_scored_registered_and_served(
             mask = apply_thresholds(to_native(mean, opened.mask(index).shape), presence, detector.thresholds)
             assert float(row["presence"]) == pytest.approx(presence, abs=1e-6)
             assert int(row["predicted_area_px"]) == np.count_nonzero(mask)
+    searched, single = (
+        score(make(Score, counts=artifact(run, "threshold_counts.npz"), threshold_trials=0)).scores
+        for run in (parent, folds[1])
+    )
+    assert searched is not None and single is not None
+    metrics = runs("score")[-2].data.metrics
+    assert metrics["threshold_dice_cross_fitted"] == pytest.approx(parent.data.metrics["oof_dice"])
+    assert metrics["threshold_dice_exact"] == pytest.approx(best.dice)
+    assert (searched.images, searched.patients) == (trained.scores.images, trained.scores.patients)
+    assert single.dice == pytest.approx(folds[1].data.metrics["val_dice_final"])
     version = register(Register(model=trained.model))
     assert MlflowClient().get_model_version(version.name, version.number).tags["network"] == "tiny"
 
-    files = sorted((dataset.parent / "sample" / "dicom-images-train").rglob("*.dcm"))[:3]
+    paths = sorted((dataset.parent / "sample" / "dicom-images-train").rglob("*.dcm"))[:3]
     served: Any = mlflow.pyfunc.load_model(f"models:/{version.name}/{version.number}")
-    contents = [file.read_bytes() for file in files]
-    answer = served.predict({"image_id": [file.stem for file in files], "dicom": contents})
-    singles = [
-        list(one.detect((file.stem, content) for file, content in zip(files, contents, strict=True)))
-        for one in alone
-    ]
-    assert len(answer) == len(files) > 0
-    for place, presence in enumerate(answer["presence"]):
-        assert presence == pytest.approx(np.mean([one[place].presence for one in singles]), abs=1e-6)
+    names, contents = [path.stem for path in paths], [path.read_bytes() for path in paths]
+    answer = served.predict({"image_id": names, "dicom": contents})
+    singles = [[found.presence for found in one.detect(zip(names, contents, strict=True))] for one in alone]
+    assert len(answer) == len(paths) > 0
+    np.testing.assert_allclose(answer["presence"], np.mean(singles, axis=0), atol=1e-6)

@@ -9,7 +9,12 @@ import pytest
 from reference_counts import count_images
 
 from pneumo_experiments.evaluation.evaluate import Evaluation
-from pneumo_experiments.evaluation.pictures import dice_by_area_plot, presence_curves, threshold_surface
+from pneumo_experiments.evaluation.pictures import (
+    calibration_plot,
+    dice_by_area_plot,
+    presence_curves,
+    threshold_surface,
+)
 from pneumo_experiments.metrics.best_thresholds import Optimum
 from pneumo_experiments.metrics.thresholds import Thresholds
 
@@ -71,3 +76,12 @@ def test_a_missed_image_has_a_mark_of_its_own() -> None:
     none = dice_by_area_plot(evaluation_of(area, [20, 300, 8000], [1] * 3))
     red = np.array([(p.astype(int)[..., 0] - p.astype(int)[..., 2] > 100).sum() for p in (some, none)])
     assert red[0] > red[1] + 20
+
+
+def test_the_calibration_plot_draws_its_points_where_they_are() -> None:
+    low, high, other = [0.1, 0.0, 0.0, 0.1], [0.9, 1.0, 0.8, 1.0], [0.1, 0.5, 0.0, 0.1]
+    picture = calibration_plot([low, high])
+    assert picture.dtype == np.uint8
+    assert picture.shape == (500, 500, 3)
+    assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 20
+    assert not np.array_equal(picture, calibration_plot([other, high]))

