@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
-import pickle
 import signal
 import tempfile
 import traceback
@@ -57,8 +57,10 @@ def launch(processes: int, work: Callable[..., Result], *arguments: Any) -> Resu
             stop(caught.sigval, None)
         except ChildFailedError as error:
             rank, failure = error.get_first_failure()
-            if (written := Path(folder) / str(rank)).is_file():
-                raise pickle.loads(written.read_bytes()) from None
+            if failures := [json.loads(file.read_text()) for file in sorted(Path(folder).iterdir())]:
+                # When one has left, the others fail in the same second: a mistake is the cause.
+                first = min(failures, key=lambda each: (not each["is_mistake"], each["rank"] != rank))
+                raise (UserError if first["is_mistake"] else RuntimeError)(first["text"]) from None
             raise RuntimeError(f"process {rank} of {processes} failed: {failure.message}") from None
         finally:
             for number, handler in before.items():
@@ -77,8 +79,9 @@ def _worker(folder: Path, work: Callable[..., Result], arguments: tuple[Any, ...
         return result if distributed.is_main_process() else None
     except Exception as error:
         is_mistake = isinstance(error, UserError)
-        failure = error if is_mistake else RuntimeError(f"process {rank} failed: {traceback.format_exc()}")
-        (folder / rank).write_bytes(pickle.dumps(failure))
+        text = str(error) if is_mistake else f"process {rank} failed: {traceback.format_exc()}"
+        failure = {"rank": int(rank), "is_mistake": is_mistake, "text": text}
+        (folder / rank).write_text(json.dumps(failure))
         raise
     finally:
         ignore_signals()
