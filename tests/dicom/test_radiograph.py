@@ -106,7 +106,7 @@ def test_padding_does_not_set_the_range() -> None:
     assert content != as_unsigned
     assert np.array_equal(pixels_of(as_unsigned), pixels_of(content))
     only_padding = dicom_bytes(np.full((4, 4), 7, np.uint16), 12, PixelPaddingValue=7)
-    assert rejection(only_padding) == "no contrast: at least 99% of its pixels have the same grey"
+    assert rejection(only_padding).startswith("no contrast")
 
 
 def test_bits_beyond_the_stored_ones_are_left_out() -> None:
@@ -217,7 +217,8 @@ def test_a_picture_without_contrast_is_rejected() -> None:
     labelled = black.copy()
     labelled[:10, :10] = 255  # 1%
     for picture in (black, black + 255, labelled, black.astype(np.uint16)):
-        assert rejection(dicom_bytes(picture, 8 * picture.itemsize)) == NO_CONTRAST
+        reason = rejection(dicom_bytes(picture, 8 * picture.itemsize))
+        assert reason == "no contrast: at least 99% of its pixels have the same grey"
     labelled[10, 0] = 255
     assert np.array_equal(pixels_of(dicom_bytes(labelled)), labelled)
 
@@ -238,13 +239,13 @@ def test_a_shape_that_contradicts_the_photometric_interpretation_is_noted() -> N
 def test_large_deep_pictures_take_little_memory_and_give_the_same_greys() -> None:
     picture = np.resize(RAMP.reshape(-1), (3000, 4000))
     content = dicom_bytes(picture, 12)
-    tracemalloc.start()
-    pixels = pixels_of(content)
-    peak_bytes = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
+    pixels, peak_bytes = with_peak(pixels_of, content)
     assert np.array_equal(pixels.reshape(-1)[: RAMP.size], stretched(RAMP).reshape(-1))
     assert np.array_equal(pixels[-1], stretched(RAMP).astype(np.uint8)[RAMP[0, 0] :].reshape(-1)[picture[-1]])
     assert peak_bytes < 4.5 * picture.size
+
+
+VIEWS = ("AP", "PA", "LL", "RL", "RLD", "LLD", "RLO", "LLO")
 
 
 @pytest.mark.parametrize(
@@ -252,17 +253,11 @@ def test_large_deep_pictures_take_little_memory_and_give_the_same_greys() -> Non
     [
         ({}, {"patient": "", "view": "", "sex": "", "age": -1}),
         ({"PatientID": " 17 ", "PatientName": "Doe^Jane"}, {"patient": "17"}),
-        *(
-            ({"PatientAge": f"{n:03}{unit}"}, {"age": n // per})
-            for n, unit, per in ((62, "Y", 1), (18, "M", 12))
-        ),
-        *(({"PatientAge": age}, {"age": 1 if age == "400D" else 0}) for age in ("051W", "400D")),
-        ({"PatientAge": "62"}, {"age": 62}),
+        *(({"PatientAge": age}, {"age": 62}) for age in ("62", "062Y")),
+        *(({"PatientAge": age}, {"age": 1}) for age in ("018M", "400D")),
+        ({"PatientAge": "051W"}, {"age": 0}),
         *(({"PatientAge": age}, {"age": -1}) for age in ("", "old")),
-        *(
-            ({"ViewPosition": view}, {"view": view})
-            for view in ["AP", "PA", "LL", "RL", "RLD", "LLD", "RLO", "LLO"]
-        ),
+        *(({"ViewPosition": view}, {"view": view}) for view in VIEWS),
         ({"ViewPosition": "pa", "PatientSex": "o"}, {"view": "PA", "sex": "O"}),
         *(({"ViewPosition": view}, {"view": "other"}) for view in ("LATERAL", "DOE^JANE", "PA\\AP")),
         *(({"PatientSex": sex}, {"sex": ""}) for sex in ("FEMALE", "DOE", "F\\M")),
@@ -280,10 +275,8 @@ def test_no_message_and_no_output_quotes_the_header(capfd: pytest.CaptureFixture
     log = io.StringIO()
     handler = logging.StreamHandler(log)
     logging.getLogger().addHandler(handler)  # as an application that keeps a log file
-    unknown = [
-        rejection(with_syntax("9.DOE^JANE.10008.1.2.4")),
-        rejection(with_syntax("1.2.840.10008.1.2.4.44")),
-    ]
+    names = "9.DOE^JANE.10008.1.2.4", "1.2.840.10008.1.2.4.44"
+    unknown = [rejection(with_syntax(name)) for name in names]
     damaged = dicom_bytes(RAMP, 12, RescaleSlope="7.12345", RescaleIntercept=0, VOILUTFunction="DOE^JANE")
     said = [
         *unknown,
@@ -426,26 +419,12 @@ def test_a_jpeg_picture_that_ends_early_in_a_whole_file_is_rejected() -> None:
 
 
 TEST_FILES = Path(pydicom.__file__).parent / "data" / "test_files"
-USED = [
-    "693_J2KI",
-    "CT_small",
-    "J2K_pixelrep_mismatch",
-    "JPEG2000",
-    "JPEG-lossy",
-    "JPEGLSNearLossless_08",
-    "JPEGLSNearLossless_16",
-    "JPGExtended",
-    "MR_small",
-    "MR_small_RLE",
-    "MR_small_bigendian",
-    "MR_small_expb",
-    "MR_small_implicit",
-    "MR_small_jp2klossless",
-    "MR_small_jpeg_ls_lossless",
-    "MR_small_padded",
-    "examples_overlay",
-    "image_dfl",
-]
+USED = {
+    "693_J2KI", "CT_small", "J2K_pixelrep_mismatch", "JPEG2000", "JPEG-lossy", "JPEGLSNearLossless_08",
+    "JPEGLSNearLossless_16", "JPGExtended", "MR_small", "MR_small_RLE", "MR_small_bigendian", "MR_small_expb",
+    "MR_small_implicit", "MR_small_jp2klossless", "MR_small_jpeg_ls_lossless", "MR_small_padded",
+    "examples_overlay", "image_dfl",
+}  # fmt: skip
 TWELVE_BIT_JPEG = {"JPEG-lossy", "JPGExtended"}  # which pydicom does not decode
 
 
@@ -475,7 +454,7 @@ def test_of_the_files_of_pydicom_exactly_the_single_grey_ones_are_used(
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", sorted(set(USED) - TWELVE_BIT_JPEG))
+@pytest.mark.parametrize("name", sorted(USED - TWELVE_BIT_JPEG))
 def test_files_of_pydicom_give_the_greys_that_its_own_functions_give(name: str) -> None:
     header = pydicom.dcmread(TEST_FILES / f"{name}.dcm")
     stored = header.pixel_array
