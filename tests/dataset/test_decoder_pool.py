@@ -85,7 +85,7 @@ def test_threads_share_the_processes_and_get_their_own_pictures() -> None:
     expected = [resize_image(read_radiograph(shifted(n), "").pixels, SIZE) for n in range(7)]
 
     def ask(number: int) -> None:
-        for _ in range(10):
+        for _ in range(5):
             found = outcomes(*((f"{number} {n}", shifted(n)) for n in range(7)))
             for outcome, pixels in zip(found, expected, strict=True):
                 assert isinstance(outcome, DecodedImage)

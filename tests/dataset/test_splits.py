@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from itertools import product
 from pathlib import Path
 
@@ -33,12 +32,12 @@ def assert_no_patient_twice(patients: list[str], parts: list[np.ndarray]) -> Non
     assert sum(map(len, names)) == len(set().union(*names))
 
 
-@pytest.mark.parametrize("folds", [2, 5, 10])
+@pytest.mark.parametrize(("folds", "seed"), [(2, 0), (5, 0), (10, 0), (5, 1), (5, 2)])
 def test_real_folds_share_no_patient_and_have_equal_areas(
-    subset: tuple[list[str], np.ndarray], folds: int
+    subset: tuple[list[str], np.ndarray], folds: int, seed: int
 ) -> None:
     patients, areas = subset
-    fold = assign_folds(patients, areas, folds, seed=0)
+    fold = assign_folds(patients, areas, folds, seed=seed)
     parts = [np.flatnonzero(fold == number) for number in range(folds)]
     assert_no_patient_twice(patients, parts)
     images = [len(part) for part in parts]
@@ -48,36 +47,16 @@ def test_real_folds_share_no_patient_and_have_equal_areas(
     edges = np.quantile(areas[areas > 0], np.linspace(0, 1, 11))
     in_decile = np.array([np.histogram(areas[part][areas[part] > 0], edges)[0] for part in parts])
     assert (in_decile.max(axis=0) - in_decile.min(axis=0)).max() <= 3
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_the_audit_of_real_folds_finds_no_shared_patient_and_similar_parts(
-    subset: tuple[list[str], np.ndarray], seed: int
-) -> None:
-    patients, areas = subset
-    found = audit(patients, areas, assign_folds(patients, areas, 5, seed=seed))
+    found = audit(patients, areas, fold)
     assert (found.shared_patients, found.separated_images, found.separated_share) == (0, 0, 0.0)
-    assert [facts.part for facts in found.parts] == [0, 1, 2, 3, 4]
-    assert sum(facts.images for facts in found.parts) == found.images == 12047
+    assert [(facts.part, facts.images) for facts in found.parts] == list(enumerate(images))
+    assert found.images == sum(images) == 12047
     assert sum(facts.patients for facts in found.parts) == len(set(patients)) == 6171
-    positives = [facts.positives for facts in found.parts]
+    assert [facts.positives for facts in found.parts] == positives
     assert sum(positives) == 2669
-    assert max(positives) <= 1.02 * min(positives)
-    deciles = np.array([facts.area_deciles_px for facts in found.parts])
-    of_all = np.quantile(areas[areas > 0], np.arange(1, 10) / 10)
-    assert np.abs(deciles / of_all - 1).max() < 0.05
-
-
-def test_the_audit_of_real_random_folds_counts_separated_images_as_a_slow_count_does(
-    subset: tuple[list[str], np.ndarray],
-) -> None:
-    patients, areas = subset
-    parts = np.random.default_rng(0).permutation(len(patients)) % 5
-    names = [{patients[index] for index in np.flatnonzero(parts == part)} for part in range(5)]
-    counts = Counter(name for inside in names for name in inside)
-    found = audit(patients, areas, parts)
-    assert found.separated_images == sum(counts[patient] > 1 for patient in patients)
-    assert found.shared_patients == sum(count > 1 for count in counts.values()) > 1000
+    if folds == 5:
+        deciles = np.array([facts.area_deciles_px for facts in found.parts])
+        assert np.abs(deciles / edges[1:-1] - 1).max() < 0.05
 
 
 def test_an_audit_of_parts_without_positives_or_images_is_plain_json() -> None:

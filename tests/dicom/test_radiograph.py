@@ -3,7 +3,6 @@ from __future__ import annotations
 import csv
 import io
 import logging
-import warnings
 import zlib
 from pathlib import Path
 from typing import Any
@@ -73,18 +72,17 @@ def test_a_rescale_comes_before_the_window() -> None:
 
 
 def test_windows_of_all_three_shapes_follow_their_formulas() -> None:
-    values = RAMP.astype(float)
-    window = {"WindowCenter": 1500, "WindowWidth": 800}
-    sigmoid = pixels_of(dicom_bytes(RAMP, 12, VOILUTFunction="SIGMOID", **window))
+    values, plain = RAMP.astype(float), pixels_of(dicom_bytes(RAMP, 12, **WINDOW))
+    sigmoid = pixels_of(dicom_bytes(RAMP, 12, VOILUTFunction="SIGMOID", **WINDOW))
     assert np.abs(sigmoid - 255 / (1 + np.exp(-4 * (values - 1500) / 800))).max() <= 0.5
-    exact = pixels_of(dicom_bytes(RAMP, 12, VOILUTFunction="LINEAR_EXACT", **window))
+    exact = pixels_of(dicom_bytes(RAMP, 12, VOILUTFunction="LINEAR_EXACT", **WINDOW))
     assert np.abs(exact - np.clip((values - 1100) / 800, 0, 1) * 255).max() <= 0.5
     step = pixels_of(dicom_bytes(RAMP, 12, WindowCenter=1500.5, WindowWidth=1))
     assert np.array_equal(step, np.where(RAMP > 1500, 255, 0))
     first_of_two = dicom_bytes(RAMP, 12, WindowCenter=[1500, 9], WindowWidth=[800, 2])
-    assert np.array_equal(pixels_of(first_of_two), pixels_of(dicom_bytes(RAMP, 12, **window)))
-    unknown = read_radiograph(dicom_bytes(RAMP, 12, VOILUTFunction="DOE^JANE", **window), "x")
-    assert np.array_equal(unknown.pixels, pixels_of(dicom_bytes(RAMP, 12, **window)))
+    assert np.array_equal(pixels_of(first_of_two), plain)
+    unknown = read_radiograph(dicom_bytes(RAMP, 12, VOILUTFunction="DOE^JANE", **WINDOW), "x")
+    assert np.array_equal(unknown.pixels, plain)
     assert unknown.notes == ("VOILUTFunction empty or damaged: not used",)
 
 
@@ -110,8 +108,7 @@ def test_padding_does_not_set_the_range() -> None:
 
 
 def test_bits_beyond_the_stored_ones_are_left_out() -> None:
-    overlaid = RAMP | (np.arange(4096, dtype=np.uint16).reshape(64, 64) % 3 << 12)
-    assert np.array_equal(pixels_of(dicom_bytes(overlaid, 12)), stretched(RAMP))
+    assert np.array_equal(pixels_of(dicom_bytes(RAMP | RAMP % 3 << 12, 12)), stretched(RAMP))
     wide = dicom_bytes(GREYS.astype(np.uint16) + 256 * 7, 8, WindowCenter=9, WindowWidth=9)
     assert np.array_equal(pixels_of(wide), GREYS)  # 8 bits stored are 8 bits, wherever
 
@@ -223,17 +220,20 @@ def test_a_picture_without_contrast_is_rejected() -> None:
     assert np.array_equal(pixels_of(dicom_bytes(labelled)), labelled)
 
 
-def test_a_shape_that_contradicts_the_photometric_interpretation_is_noted() -> None:
-    for photometric, shape, other in (
-        ("MONOCHROME2", "INVERSE", "IDENTITY"),
-        ("MONOCHROME1", "IDENTITY", "INVERSE"),
-    ):
-        plain = dicom_bytes(GREYS, PhotometricInterpretation=photometric)
-        contradicted = dicom_bytes(GREYS, PhotometricInterpretation=photometric, PresentationLUTShape=shape)
-        assert np.array_equal(pixels_of(contradicted), pixels_of(plain))
-        assert notes_of(contradicted) == (f"PresentationLUTShape contradicts {photometric}: not used",)
-        agreed = dicom_bytes(GREYS, PhotometricInterpretation=photometric, PresentationLUTShape=other)
-        assert notes_of(agreed) == ()
+@pytest.mark.parametrize(
+    ("photometric", "wrong", "right"),
+    [("MONOCHROME2", "INVERSE", "IDENTITY"), ("MONOCHROME1", "IDENTITY", "INVERSE")],
+)
+def test_a_shape_that_contradicts_the_photometric_interpretation_is_noted(
+    photometric: str, wrong: str, right: str
+) -> None:
+    plain, contradicted, agreed = (
+        read_radiograph(dicom_bytes(GREYS, PhotometricInterpretation=photometric, **header), "x")
+        for header in ({}, {"PresentationLUTShape": wrong}, {"PresentationLUTShape": right})
+    )
+    assert np.array_equal(contradicted.pixels, plain.pixels)
+    assert contradicted.notes == (f"PresentationLUTShape contradicts {photometric}: not used",)
+    assert agreed.notes == ()
 
 
 def test_large_deep_pictures_take_little_memory_and_give_the_same_greys() -> None:
@@ -328,21 +328,26 @@ def test_what_is_no_single_grayscale_image_is_rejected_with_the_reason(content: 
     assert rejection(content) == reason
 
 
-def test_what_the_standard_or_every_reader_allows_is_read_as_pydicom_reads_it() -> None:
-    longer = np.vstack([GREYS, np.zeros((1, 48), np.uint8), GREYS[:5]])
-    for content in (
-        dicom_bytes(longer, Rows=32),  # bytes after the pixels: PS3.5 8.1.1
-        dicom_bytes(GREYS, Rows=31, Columns=47),
-        dicom_bytes(GREYS, NumberOfFrames=0),
-        dicom_bytes(GREYS, NumberOfFrames=None),
-    ):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            expected = pydicom.dcmread(io.BytesIO(content)).pixel_array
-        assert np.array_equal(pixels_of(content), expected)
-    assert notes_of(dicom_bytes(longer, Rows=32)) == ("bytes after the pixels: not read",)
-    assert notes_of(dicom_bytes(GREYS, NumberOfFrames=0)) == ("NumberOfFrames 0: read as 1",)
-    assert notes_of(dicom_bytes(GREYS[:31, :47])) == ()  # an odd number, padded to an even one
+LONGER = dicom_bytes(np.vstack([GREYS, GREYS[:6]]), Rows=32)
+
+
+@pytest.mark.parametrize(
+    ("content", "notes"),
+    [
+        (LONGER, ("bytes after the pixels: not read",)),  # PS3.5 8.1.1
+        (dicom_bytes(GREYS, Rows=31, Columns=47), ("bytes after the pixels: not read",)),
+        (dicom_bytes(GREYS[:31, :47]), ()),  # an odd number, padded to an even one
+        (dicom_bytes(GREYS, NumberOfFrames=0), ("NumberOfFrames 0: read as 1",)),
+        (dicom_bytes(GREYS, NumberOfFrames=None), None),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_what_the_standard_or_every_reader_allows_is_read_as_pydicom_reads_it(
+    content: bytes, notes: tuple[str, ...] | None
+) -> None:
+    radiograph = read_radiograph(content, "x")
+    assert np.array_equal(radiograph.pixels, pydicom.dcmread(io.BytesIO(content)).pixel_array)
+    assert notes is None or radiograph.notes == notes
 
 
 def test_absurd_sizes_are_refused_before_memory_is_taken() -> None:
