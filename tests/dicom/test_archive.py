@@ -158,10 +158,12 @@ def test_a_file_that_cannot_be_read_is_rejected_and_one_that_is_gone_ends_the_wo
     with pytest.raises(UserError, match="gone: the file disappeared during the run") as caught:
         read_file(tmp_path, gone, 10)
     assert not isinstance(caught.value, Rejected)
-    with pytest.raises(Rejected, match=r"turned: cannot be read \(Is a directory\)"):
-        read_file(tmp_path, turned, 10)
-    with pytest.raises(Rejected, match=r"huge: rejected because 22,020,096 bytes are more than max_pixels"):
-        read_file(tmp_path, huge, 2**20)
+    for member, fault in (
+        (turned, "cannot be read"),
+        (huge, "rejected because 22,020,096 bytes are more than"),
+    ):
+        with pytest.raises(Rejected, match=f"{member.image_id}: {fault}"):
+            read_file(tmp_path, member, 2**20)
     assert len(read_file(tmp_path, huge, 2 * 2**20)) == huge.size
 
 
@@ -185,7 +187,6 @@ def test_of_differing_files_with_one_name_in_a_zip_file_none_is_used(tmp_path: P
     archive = open_archive(path, "stem")
     assert (ids(archive), archive.differing) == (["same"], ("one",))
     assert archive.duplicates == {"one": 2, "same": 2}
-    assert [read_file(path, member, 10) for member in archive.members] == [DICOM]
 
 
 def test_a_file_in_a_zip_file_may_have_any_path(tmp_path: Path) -> None:
