@@ -32,7 +32,7 @@ from pneumo_experiments.errors import Rejected, UserError
 from pneumo_experiments.synthetic.kaggle_layout import write_sample
 
 FILES_PER_SHARD = 5
-IMAGES = 2 * FILES_PER_SHARD + 3
+IMAGES = 2 * FILES_PER_SHARD + 1
 SETTINGS = ShardSettings(image_size=64, pixel_dtype="float32", max_pixels=2**20)
 
 
