@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import struct
+import tracemalloc
 import warnings
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import imagecodecs
 import jpeg_ls
@@ -14,20 +16,16 @@ import openjpeg
 import pydicom
 import pytest
 from PIL import Image
+from pydicom import uid
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.encaps import encapsulate
 from pydicom.pixels.encoders import RLELosslessEncoder
-from pydicom.uid import (
-    UID,
-    ExplicitVRLittleEndian,
-    JPEGBaseline8Bit,
-    SecondaryCaptureImageStorage,
-    generate_uid,
-)
+from pydicom.uid import UID, ExplicitVRLittleEndian, JPEGBaseline8Bit, SecondaryCaptureImageStorage
 
 from pneumo_experiments.dicom.radiograph import read_radiograph
 from pneumo_experiments.errors import Rejected
 
+T = TypeVar("T")
 ITEM = b"\xfe\xff\x00\xe0"
 RAMP = np.arange(4096, dtype=np.uint16).reshape(64, 64)
 GREYS = np.random.default_rng(0).integers(0, 256, (32, 48), np.uint8)
@@ -47,7 +45,7 @@ def dicom_bytes(
     meta = FileMetaDataset()
     meta.TransferSyntaxUID = syntax
     meta.MediaStorageSOPClassUID = SecondaryCaptureImageStorage
-    meta.MediaStorageSOPInstanceUID = generate_uid(entropy_srcs=["test"])
+    meta.MediaStorageSOPInstanceUID = "1.2.3"
     dataset = Dataset()
     dataset.file_meta = meta
     dataset.Rows, dataset.Columns = pixels.shape[:2]
@@ -127,9 +125,7 @@ def progressive_jpeg_by_hand(squares: np.ndarray) -> bytes:
     frame += segment(0xC2, struct.pack(">BHHB3B", 12, 8 * rows, 8 * columns, 1, 1, 0x11, 0)) + CATEGORIES
     frame += segment(0xDA, bytes((1, 1, 0, 0, 0, 0)))
     frame += huffman_coded(np.diff(squares.astype(int).reshape(-1) - 2048, prepend=0))
-    end_of_128 = (
-        b"\x10\1" + bytes(15) + b"\x70"
-    )  # the one code: 128 squares without more, and as many as follow
+    end_of_128 = b"\x10\1" + bytes(15) + b"\x70"  # the one code: 128 squares end, and as many as follow
     frame += segment(0xC4, end_of_128) + segment(0xDA, bytes((1, 1, 0, 1, 63, 0)))
     return b"\xff\xd8" + frame + bytes((squares.size - 128,)) + b"\xff\xd9"
 
@@ -138,9 +134,8 @@ def segment(marker: int, content: bytes) -> bytes:
     return bytes((0xFF, marker)) + struct.pack(">H", len(content) + 2) + content
 
 
-CATEGORIES = segment(
-    0xC4, bytes(5) + b"\x10" + bytes(11) + bytes(range(16))
-)  # codes of five bits for 0 to 15
+# Codes of five bits for 0 to 15.
+CATEGORIES = segment(0xC4, bytes(5) + b"\x10" + bytes(11) + bytes(range(16)))
 
 
 def huffman_coded(differences: np.ndarray) -> bytes:
@@ -194,11 +189,38 @@ def pixels_of(content: bytes) -> np.ndarray:
 
 
 def rejection(content: bytes, **options: Any) -> str:
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), pytest.raises(Rejected) as caught:
         warnings.simplefilter("error")
-        with pytest.raises(Rejected) as caught:
-            read_radiograph(content, "image-7", **options)
+        read_radiograph(content, "image-7", **options)
     message = str(caught.value)
     assert message.startswith("image-7: ")
     assert "\n" not in message
     return message.removeprefix("image-7: ")
+
+
+def with_peak(call: Callable[..., T], *args: Any, **options: Any) -> tuple[T, int]:
+    """What a call returns, and the bytes of memory that it took."""
+    tracemalloc.start()
+    result = call(*args, **options)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return result, peak
+
+
+# Of each syntax without loss the name that a reader gives it, and its encoder.
+LOSSLESS: dict[UID, tuple[str, Callable[[np.ndarray, int], bytes] | None]] = {
+    uid.ImplicitVRLittleEndian: ("uncompressed", None),
+    uid.ExplicitVRLittleEndian: ("uncompressed", None),
+    uid.ExplicitVRBigEndian: ("uncompressed big endian", None),
+    uid.DeflatedExplicitVRLittleEndian: ("deflated", None),
+    uid.RLELossless: ("RLE", rle),
+    uid.JPEG2000Lossless: ("JPEG 2000", jpeg_2000),
+    uid.JPEGLSLossless: ("JPEG-LS", jpeg_ls_frame),
+    uid.JPEGLossless: ("JPEG Lossless", lambda pixels, bits: jpeg_lossless(pixels, bits, predictor=6)),
+    uid.JPEGLosslessSV1: ("JPEG Lossless", jpeg_lossless),
+}
+
+
+def lossless_file(pixels: np.ndarray, bits: int, syntax: UID, **header: Any) -> bytes:
+    encode = LOSSLESS[syntax][1]
+    return dicom_bytes(pixels, bits, syntax, encode(pixels, bits) if encode else b"", **header)

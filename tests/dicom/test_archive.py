@@ -8,6 +8,7 @@ import tracemalloc
 import zipfile
 import zlib
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -29,26 +30,26 @@ def place(folder: Path, *names: str, content: bytes = DICOM) -> None:
         (folder / name).write_bytes(content)
 
 
+def zipped(path: Path, contents: dict[str, bytes], method: int = zipfile.ZIP_STORED) -> Path:
+    with zipfile.ZipFile(path, "w", method) as file:
+        for name, content in contents.items():
+            file.writestr(name, content, compresslevel=1)
+    return path
+
+
 def ids(archive: Archive) -> list[str]:
     return [member.image_id for member in archive.members]
 
 
-def test_dicom_files_are_known_by_their_name_or_their_first_bytes(tmp_path: Path) -> None:
+def test_dicom_files_are_known_by_name_or_first_bytes_and_the_rest_is_counted(tmp_path: Path) -> None:
     place(tmp_path, "b/1.2.3.dcm", "a/ID_1.DCM", "x.dicom", content=b"anything")
-    place(tmp_path, "IM000001", "1.2.840.7", "deep/down/scan.ima")
+    place(tmp_path, "IM000001", "1.2.840.7", "deep/down/scan.ima", "DICOMDIR", "__MACOSX/a.dcm", "x/._a.dcm")
+    place(tmp_path, ".DS_Store", "x/.DS_Store", "more.zip", content=b"PK")
     place(tmp_path, "notes.txt", "short", content=b"DICM")
     archive = open_archive(tmp_path)
     assert ids(archive) == ["1.2.3", "1.2.840.7", "ID_1", "IM000001", "scan.ima", "x"]
-    assert archive.skipped == {"other files": 2}
-    assert archive.files == 6
-
-
-def test_junk_is_passed_over_and_counted(tmp_path: Path) -> None:
-    place(tmp_path, "a.dcm", "__MACOSX/a.dcm", "x/._a.dcm", "DICOMDIR")
-    place(tmp_path, ".DS_Store", "x/.DS_Store", "more.zip", content=b"PK")
-    archive = open_archive(tmp_path)
-    assert ids(archive) == ["a"]
-    assert archive.skipped == {".DS_Store": 2, "DICOMDIR": 1, "__MACOSX and ._ files": 2, "zip files": 1}
+    junk = {".DS_Store": 2, "DICOMDIR": 1, "__MACOSX and ._ files": 2, "zip files": 1}
+    assert (archive.skipped, archive.files) == (junk | {"other files": 2}, 6)
 
 
 def test_of_equal_files_with_one_id_the_first_is_used_and_of_differing_ones_none(tmp_path: Path) -> None:
@@ -59,10 +60,7 @@ def test_of_equal_files_with_one_id_the_first_is_used_and_of_differing_ones_none
     archive = open_archive(tmp_path, "stem")
     annotated = open_archive(tmp_path, "auto", {"other", "swapped"})
     assert (annotated.members, annotated.differing) == (archive.members, archive.differing)
-    assert [(member.image_id, member.name) for member in archive.members] == [
-        ("same", "x/same.dcm"),
-        ("single", "single.dcm"),
-    ]
+    assert [member.name for member in archive.members] == ["x/same.dcm", "single.dcm"]
     assert archive.differing == ("other", "swapped")
     assert archive.duplicates == {"same": 2, "other": 2, "swapped": 2}
     assert archive.image_ids == {"same", "single", "other", "swapped"}
@@ -71,80 +69,54 @@ def test_of_equal_files_with_one_id_the_first_is_used_and_of_differing_ones_none
 
 def of_patients(tmp_path: Path) -> dict[str, str]:
     """Files of one name, the SOP Instance UID of each by its path."""
-    uids = dict[str, str]()
-    for number in range(4):
-        name, uid = f"PAT{number}/IM-0001-0001", f"1.2.3.{number}"
+    uids = {f"PAT{number}/IM-0001-0001": f"1.2.3.{number}" for number in range(4)}
+    for number, (name, uid) in enumerate(uids.items()):
         content = with_uids(dicom_bytes(GREYS + np.uint8(number)), instance=uid)
         place(tmp_path, f"{name}.dcm", content=content)
-        uids[name] = uid
     return uids
 
 
 def test_files_of_one_name_in_several_folders_are_told_apart(tmp_path: Path) -> None:
     uids = of_patients(tmp_path)
     place(tmp_path, "alone.dcm", "x/twice.dcm", "y/twice.dcm")
-    archive = open_archive(tmp_path)
-    assert ids(archive) == [*uids, "alone", "twice"]
-    assert archive.identified_by == (
-        "the file's name, or the file's path for 4 files of one name that differ"
-    )
-    assert archive.differing == ()
+    archive, by_uid = open_archive(tmp_path), open_archive(tmp_path, "sop_instance_uid")
+    assert (ids(archive), archive.differing) == ([*uids, "alone", "twice"], ())
+    told = "the file's name, or the file's path for 4 files of one name that differ"
+    assert (archive.identified_by, by_uid.identified_by) == (told, "the SOP Instance UID")
     assert ids(open_archive(tmp_path, "stem")) == ["alone", "twice"]
     assert ids(open_archive(tmp_path, "path")) == [*uids, "alone", "x/twice", "y/twice"]
-    by_uid = open_archive(tmp_path, "sop_instance_uid")
     assert ids(by_uid) == [*uids.values(), "alone", "twice"]
-    assert by_uid.identified_by == "the SOP Instance UID"
     assert {member.image_id: member.name for member in by_uid.members}["1.2.3.2"] == "PAT2/IM-0001-0001.dcm"
-
-
-def test_what_the_table_names_decides_what_the_ids_are(tmp_path: Path) -> None:
-    uids = of_patients(tmp_path)
+    # What a table names decides.
     for wanted in (list(uids), list(uids.values())):
-        archive = open_archive(tmp_path, wanted=[*wanted[1:], "gone"])
-        assert ids(archive) == wanted
+        assert ids(open_archive(tmp_path, wanted=[*wanted[1:], "gone"]))[:4] == wanted
     assert open_archive(tmp_path, wanted={"IM-0001-0001"}).differing == ("IM-0001-0001",)
 
 
 def test_objects_without_pictures_are_passed_over_and_counted_by_class(tmp_path: Path) -> None:
-    for kind, uid in {
-        "Basic Text SR Storage": "1.2.840.10008.5.1.4.1.1.88.11",
-        "Grayscale Softcopy Presentation State Storage": "1.2.840.10008.5.1.4.1.1.11.1",
-        "Key Object Selection Document Storage": "1.2.840.10008.5.1.4.1.1.88.59",
-    }.items():
-        written = with_uids(dicom_bytes(GREYS), sop_class=uid)
+    kinds = {
+        "Basic Text SR Storage": "88.11",
+        "Grayscale Softcopy Presentation State Storage": "11.1",
+        "Key Object Selection Document Storage": "88.59",
+    }
+    for kind, uid in kinds.items():
+        written = with_uids(dicom_bytes(GREYS), sop_class=f"1.2.840.10008.5.1.4.1.1.{uid}")
         place(tmp_path, f"{kind}.dcm", f"{kind} 2", content=written)
-    with pytest.raises(
-        UserError, match=r"no \.dcm, \.png or \.jpg files, only .*Basic Text SR Storage \(2\)"
-    ):
+    with pytest.raises(UserError, match=r"no \.dcm.* files, only .*Basic Text SR Storage \(2\)"):
         open_archive(tmp_path)
     for number, uid in enumerate(("1.2.840.10008.5.1.4.1.1.1", "1.2.840.10008.5.1.4.1.1.1.1", "1.2.3.4")):
         place(tmp_path, f"{number}.dcm", content=with_uids(dicom_bytes(GREYS), sop_class=uid))
     archive = open_archive(tmp_path)
-    assert ids(archive) == ["0", "1", "2"]
-    assert archive.skipped == {
-        "Basic Text SR Storage": 2,
-        "Grayscale Softcopy Presentation State Storage": 2,
-        "Key Object Selection Document Storage": 2,
-    }
-
-
-def test_an_id_that_is_a_path_leaves_no_folder(tmp_path: Path) -> None:
-    path = tmp_path / "a.zip"
-    with zipfile.ZipFile(path, "w") as file:
-        for name in ("../../x.dcm", "/y.dcm", "a/../z.dcm", "./b/w.dcm"):
-            file.writestr(name, DICOM + name.encode())
-    assert ids(open_archive(path, "path")) == ["a/z", "b/w", "x", "y"]
+    assert (ids(archive), archive.skipped) == (["0", "1", "2"], dict.fromkeys(kinds, 2))
 
 
 def test_a_zip_file_is_read_in_place_like_the_folder_that_it_holds(tmp_path: Path) -> None:
-    place(tmp_path / "folder", "s/1.dcm", "__MACOSX/s/._1.dcm", "s/IM2", "s/.DS_Store", "readme.txt")
+    place(tmp_path / "folder", "s/1.dcm", "__MACOSX/s/._1.dcm", "s/IM2", "s/.DS_Store")
     place(tmp_path / "folder", "readme.txt", content=b"hello")
     path = Path(shutil.make_archive(str(tmp_path / "packed"), "zip", tmp_path / "folder"))
     archive, folder = open_archive(path), open_archive(tmp_path / "folder")
-    assert [(m.image_id, m.name, m.size) for m in archive.members] == [
-        (m.image_id, m.name, m.size) for m in folder.members
-    ]
-    assert archive.skipped == folder.skipped
+    found, expected = ([replace(m, stamp=0, number=0) for m in read.members] for read in (archive, folder))
+    assert (found, archive.skipped) == (expected, folder.skipped)
     assert [read_file(path, member, 10) for member in archive.members] == [DICOM, DICOM]
 
 
@@ -153,28 +125,28 @@ def test_a_stamp_changes_with_the_file(tmp_path: Path) -> None:
     before = open_archive(tmp_path).members
     os.utime(tmp_path / "1.dcm", ns=(0, 12345))
     after = open_archive(tmp_path).members
-    assert after[0] != before[0]
-    assert after[1] == before[1]
-    stamps = list[int]()
-    for number, content in enumerate((b"1", b"2")):
-        with zipfile.ZipFile(tmp_path / f"{number}.zip", "w") as file:
-            file.writestr("a.dcm", DICOM + content)
-        stamps.append(open_archive(tmp_path / f"{number}.zip").members[0].stamp)
-    assert stamps[0] != stamps[1]
+    assert [one == other for one, other in zip(before, after, strict=True)] == [False, True]
+    paths = [zipped(tmp_path / f"{k}.zip", {"a.dcm": DICOM + bytes([k])}) for k in range(2)]
+    first, second = (open_archive(path).members[0] for path in paths)
+    assert first.stamp != second.stamp
 
 
-def test_where_there_is_nothing_the_error_names_it_and_the_remedy(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"nowhere: no such file or folder; name the folder that holds"):
-        open_archive(tmp_path / "nowhere")
-    with pytest.raises(UserError, match=r"contains no \.dcm, \.png or \.jpg files; name the folder"):
-        open_archive(tmp_path)
+@pytest.mark.parametrize(
+    ("name", "fault"),
+    [
+        ("nowhere", r"nowhere: no such file or folder; name the folder that holds"),
+        ("", r"contains no \.dcm, \.png or \.jpg files, only other files \(2\); name the folder"),
+        ("notes.txt", r"notes\.txt: neither a folder, nor a zip or tar file"),
+        ("empty", r"empty: contains no \.dcm, \.png or \.jpg files; name"),
+    ],
+)
+def test_where_there_is_nothing_the_error_names_it_and_the_remedy(
+    tmp_path: Path, name: str, fault: str
+) -> None:
     place(tmp_path, "notes.txt", content=b"hello")
-    with pytest.raises(UserError, match=r"notes\.txt: neither a folder, nor a zip or tar file"):
-        open_archive(tmp_path / "notes.txt")
-    with zipfile.ZipFile(tmp_path / "empty.zip", "w"):
-        pass
-    with pytest.raises(UserError, match=r"empty\.zip: contains no \.dcm, \.png or \.jpg files"):
-        open_archive(tmp_path / "empty.zip")
+    zipped(tmp_path / "empty", {})
+    with pytest.raises(UserError, match=fault):
+        open_archive(tmp_path / name)
 
 
 def test_a_file_that_cannot_be_read_is_rejected_and_one_that_is_gone_ends_the_work(tmp_path: Path) -> None:
@@ -184,33 +156,26 @@ def test_a_file_that_cannot_be_read_is_rejected_and_one_that_is_gone_ends_the_wo
     (tmp_path / "gone.dcm").unlink()
     (tmp_path / "turned.dcm").unlink()
     (tmp_path / "turned.dcm").mkdir()
-    with pytest.raises(UserError, match="gone: the file disappeared during the run; restore it") as caught:
+    with pytest.raises(UserError, match="gone: the file disappeared during the run") as caught:
         read_file(tmp_path, gone, 10)
     assert not isinstance(caught.value, Rejected)
-    with pytest.raises(Rejected, match=r"turned: cannot be read \(Is a directory\)"):
-        read_file(tmp_path, turned, 10)
-    with pytest.raises(Rejected, match=r"huge: rejected because 22,020,096 bytes are more than max_pixels"):
-        read_file(tmp_path, huge, 2**20)
+    for member, fault in (
+        (turned, "cannot be read"),
+        (huge, "rejected because 22,020,096 bytes are more than"),
+    ):
+        with pytest.raises(Rejected, match=f"{member.image_id}: {fault}"):
+            read_file(tmp_path, member, 2**20)
     assert len(read_file(tmp_path, huge, 2 * 2**20)) == huge.size
 
 
-def test_damage_and_encryption_in_a_zip_file_reject_one_file(tmp_path: Path) -> None:
-    path = tmp_path / "a.zip"
-    with zipfile.ZipFile(path, "w") as file:
-        for name in ("bad.dcm", "good.dcm", "secret.dcm"):
-            file.writestr(name, DICOM)
+def test_encryption_in_a_zip_file_rejects_one_file(tmp_path: Path) -> None:
+    path = zipped(tmp_path / "a.zip", {"good.dcm": DICOM, "secret.dcm": DICOM})
     content = bytearray(path.read_bytes())
-    with zipfile.ZipFile(path) as file:
-        offsets = {info.filename: info.header_offset for info in file.infolist()}
-    content[offsets["bad.dcm"] + 30 + len("bad.dcm") + 150] ^= 0xFF
-    content[offsets["secret.dcm"] + 6] |= 1
-    entry = content.rindex(b"secret.dcm") - 46
-    content[entry + 8] |= 1
+    content[content.index(b"secret.dcm") - 30 + 6] |= 1  # in the file's own header and in the list of files
+    content[content.rindex(b"secret.dcm") - 46 + 8] |= 1
     path.write_bytes(content)
-    bad, good, secret = open_archive(path).members
+    good, secret = open_archive(path).members
     assert read_file(path, good, 10) == DICOM
-    with pytest.raises(Rejected, match="bad: damaged in the zip file"):
-        read_file(path, bad, 10)
     with pytest.raises(Rejected, match="secret: encrypted, or an unsupported compression method"):
         read_file(path, secret, 10)
 
@@ -223,27 +188,21 @@ def test_of_differing_files_with_one_name_in_a_zip_file_none_is_used(tmp_path: P
     archive = open_archive(path, "stem")
     assert (ids(archive), archive.differing) == (["same"], ("one",))
     assert archive.duplicates == {"one": 2, "same": 2}
-    assert [read_file(path, member, 10) for member in archive.members] == [DICOM]
 
 
 def test_a_file_in_a_zip_file_may_have_any_path(tmp_path: Path) -> None:
-    path = tmp_path / "a.zip"
-    names = {"a": "./a.dcm", "b": "x//b.dcm", "c": "/c.dcm", "d": "../d.dcm", "e": "x/./e.dcm", "f": "f.dcm"}
-    with zipfile.ZipFile(path, "w") as file:
-        for image_id, name in names.items():
-            file.writestr(name, DICOM + image_id.encode())
-        file.writestr(".", DICOM)
+    names = {"a": "./a.dcm", "b": "x//b.dcm", "c": "/c.dcm", "d": "../../d.dcm", "e": "x/./y/../e.dcm"}
+    contents = {name: DICOM + image_id.encode() for image_id, name in names.items()}
+    path = zipped(tmp_path / "a.zip", contents | {".": DICOM})
     archive = open_archive(path)
-    assert ids(archive) == list(names)
-    assert archive.skipped == {"other files": 1}
+    assert (ids(archive), archive.skipped) == (list(names), {"other files": 1})
     for member in archive.members:
         assert read_file(path, member, 10) == DICOM + member.image_id.encode()
+    assert ids(open_archive(path, "path")) == ["a", "c", "d", "x/b", "x/y/e"]  # no id leaves the folder
 
 
 def test_a_zip_file_that_this_python_does_not_read_is_one_line(tmp_path: Path) -> None:
-    path = tmp_path / "a.zip"
-    with zipfile.ZipFile(path, "w") as file:
-        file.writestr("ä.dcm", DICOM)
+    path = zipped(tmp_path / "a.zip", {"ä.dcm": DICOM})
     content = path.read_bytes()
     entry = content.rindex(b"PK\x01\x02")
     path.write_bytes(content[: entry + 6] + b"\x63\x00" + content[entry + 8 :])
@@ -263,18 +222,14 @@ METHODS = [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_of_zip_is_read_and_its_damage_rejects_one_file(tmp_path: Path, method: int) -> None:
-    path = tmp_path / "a.zip"
     noise = DICOM + np.random.default_rng(0).bytes(20_000)
-    with zipfile.ZipFile(path, "w", method) as file:
-        file.writestr("bad.dcm", noise)
-        file.writestr("good", noise)  # known by its first bytes
-    content = bytearray(path.read_bytes())
+    path = zipped(tmp_path / "a.zip", {"bad.dcm": noise, "good": noise}, method)
+    content = path.read_bytes()
     bad, good = open_archive(path).members
     assert read_file(path, bad, 10_000) == read_file(path, good, 10_000) == noise
     for place in (46, 60, 9000):
-        changed = content.copy()
+        changed, other = bytearray(content), tmp_path / f"{place}.zip"
         changed[place] ^= 0xFF
-        other = tmp_path / f"{place}.zip"
         other.write_bytes(changed)
         bad, good = open_archive(other).members
         assert read_file(other, good, 10_000) == noise
@@ -324,40 +279,32 @@ from pneumo_experiments.dicom.containers import read_file
 from pneumo_experiments.errors import UserError
 pages = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (pages + 48 * 2**20,) * 2)
-root = Path(sys.argv[1])
-try:
-    archive = open_archive(root)
-    print(archive.skipped)
-    print(*(len(read_file(root, member, 10**6)) for member in archive.members))
-except UserError as error:
-    print(error)
+for path in map(Path, sys.argv[1:]):
+    try:
+        archive = open_archive(path)
+        print(archive.skipped, *(len(read_file(path, member, 10**6)) for member in archive.members))
+    except UserError as error:
+        print(error)
 """
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs to know how much memory is in use")
 @pytest.mark.parametrize("method", METHODS[1:])
 def test_a_bomb_in_a_zip_file_inflates_no_further_than_its_declared_size(tmp_path: Path, method: int) -> None:
-    path, size = tmp_path / "a.zip", 96 * 2**20
-    with zipfile.ZipFile(path, "w", method) as file:
-        file.writestr("bomb.dcm", bytes(size), compresslevel=1)
-    content, told = path.read_bytes(), size.to_bytes(4, "little")
+    size = 64 * 2**20
+    content = zipped(tmp_path / "a.zip", {"bomb.dcm": bytes(size)}, method).read_bytes()
+    told = size.to_bytes(4, "little")
     assert len(content) < 2**19
     assert content.count(told) == 2
-    content = content.replace(told, (999).to_bytes(4, "little"))
-    outcomes = [
-        ["{}", "bomb: damaged in the zip file"],
-        [
-            f"{path}: contains no .dcm, .png or .jpg files, only other files (1); name the folder that holds"
-            " them"
-        ],
-    ]
-    for name, outcome in zip((b"bomb.dcm", b"nosuffix"), outcomes, strict=True):
-        path.write_bytes(content.replace(b"bomb.dcm", name))
-        done = subprocess.run(
-            [sys.executable, "-c", BOMBER, path], capture_output=True, text=True, cwd=ROOT, check=False
-        )
-        assert (done.returncode, done.stderr) == (0, "")
-        assert done.stdout.splitlines() == outcome
+    named, unnamed = tmp_path / "named.zip", tmp_path / "unnamed.zip"
+    named.write_bytes(content.replace(told, (999).to_bytes(4, "little")))
+    unnamed.write_bytes(named.read_bytes().replace(b"bomb.dcm", b"nosuffix"))
+    command = [sys.executable, "-c", BOMBER, named, unnamed]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    first, second = done.stdout.splitlines()
+    assert first == "bomb: damaged in the zip file"
+    assert "contains no .dcm, .png or .jpg files, only other files (1)" in second
 
 
 def test_a_few_bytes_of_bzip2_do_not_fill_the_memory(tmp_path: Path) -> None:
@@ -375,21 +322,21 @@ def test_a_few_bytes_of_bzip2_do_not_fill_the_memory(tmp_path: Path) -> None:
 
 
 def test_a_linked_folder_is_read_and_each_folder_once(tmp_path: Path) -> None:
-    place(tmp_path / "elsewhere", "1.dcm", "deep/2.dcm")
-    place(tmp_path / "root", "z/3.dcm")
-    (tmp_path / "root" / "a-link").symlink_to(tmp_path / "elsewhere")
-    (tmp_path / "root" / "b-link").symlink_to(tmp_path / "elsewhere" / "deep")
-    (tmp_path / "root" / "c-link").symlink_to(tmp_path / "root" / "z")
-    (tmp_path / "root" / "z" / "up").symlink_to(tmp_path / "root")
-    (tmp_path / "elsewhere" / "again").symlink_to(tmp_path / "elsewhere")
-    (tmp_path / "root" / "round.dcm").symlink_to("round.dcm")
-    (tmp_path / "root" / "broken").symlink_to("nowhere")
-    archive = open_archive(tmp_path / "root")
-    assert {member.image_id: member.name for member in archive.members} == {
-        "1": "a-link/1.dcm",
-        "2": "b-link/2.dcm",
-        "3": "z/3.dcm",
-    }
+    root, elsewhere = tmp_path / "root", tmp_path / "elsewhere"
+    place(elsewhere, "1.dcm", "deep/2.dcm")
+    place(root, "z/3.dcm")
+    for link, target in {
+        root / "a-link": elsewhere,
+        root / "b-link": elsewhere / "deep",
+        root / "c-link": root / "z",
+        root / "z" / "up": root,
+        elsewhere / "again": elsewhere,
+        root / "round.dcm": Path("round.dcm"),
+        root / "broken": Path("nowhere"),
+    }.items():
+        link.symlink_to(target)
+    archive = open_archive(root)
+    assert [member.name for member in archive.members] == ["a-link/1.dcm", "b-link/2.dcm", "z/3.dcm"]
     assert (archive.files, archive.duplicates, archive.skipped) == (3, {}, {})
     assert [read_file(archive.root, member, 10) for member in archive.members] == [DICOM] * 3
 

@@ -22,14 +22,13 @@ def geometry_of(**header: Any) -> Geometry:
     [
         ({}, "right"),  # the usual display: the patient's left is on the right
         ({"PatientOrientation": ""}, "right"),
-        ({"PatientOrientation": ["L", "F"]}, "right"),
         ({"PatientOrientation": ["R", "F"]}, "left"),  # mirrored
         ({"PatientOrientation": ["RP", "FL"]}, "left"),
         ({"PatientOrientation": ["F", "L"]}, "bottom"),  # turned
         ({"PatientOrientation": ["H", "R"]}, "top"),
         ({"PatientOrientation": ["A", "F"]}, ""),  # from the side
         ({"PatientOrientation": ["AL", "F"]}, ""),
-        ({"PatientOrientation": "L"}, "right"),
+        ({"PatientOrientation": MultiValue(str, ["R"])}, "left"),
         ({"ViewPosition": "AP"}, "right"),
         ({"ViewPosition": "LL"}, ""),
         ({"ViewPosition": "LL", "PatientOrientation": ["R", "F"]}, "left"),
@@ -69,13 +68,13 @@ def test_a_damaged_spacing_or_orientation_costs_only_itself() -> None:
     assert np.array_equal(radiograph.pixels, GREYS)
 
 
+ALL = slice(None)
+
+
 def square(rows: slice, columns: slice, shape: tuple[int, int] = (20, 20)) -> np.ndarray:
     mask = np.zeros(shape, bool)
     mask[rows, columns] = True
     return mask
-
-
-ALL = slice(None)
 
 
 @pytest.mark.parametrize(
@@ -92,7 +91,3 @@ ALL = slice(None)
 )
 def test_a_side_counts_from_a_tenth_of_the_area(mask: np.ndarray, sides: tuple[str, ...]) -> None:
     assert tuple(side_of(mask, edge) for edge in ("right", "left", "bottom", "top", "")) == sides
-
-
-def test_a_multivalue_of_one_is_one_value() -> None:
-    assert geometry_of(PatientOrientation=MultiValue(str, ["R"])).left_edge == "left"
