@@ -55,7 +55,7 @@ def table(folder: Path, content: str | bytes) -> Path:
         'ImageId;EncodedPixels\na.1;3 2\nb.2;" -1"\na.1;"0;1;4;2"\n',
         *(f"ImageId,EncodedPixels\na.1,3 2\nb.2,{blank}\na.1,0 1 4 2\n" for blank in ("", "NaN", "None")),
         *(ROWS.replace(",", f"{end},") for end in (".dcm", ".PNG", ".jpeg", ".dicom")),
-        gzip.compress(ROWS.encode()),
+        gzip.compress(ROWS.encode(), mtime=0),
     ],
 )
 def test_every_dialect_of_the_table_reads_the_same(tmp_path: Path, content: str | bytes) -> None:
@@ -254,8 +254,8 @@ for name in sys.argv[1:]:
 
 def test_a_table_without_end_is_one_line_and_little_memory(tmp_path: Path) -> None:
     long, many = tmp_path / "long.csv.gz", tmp_path / "many.csv.gz"
-    long.write_bytes(gzip.compress(b"\n" * 2**27, 1))
-    many.write_bytes(gzip.compress(b"a\n" * 2**21, 1))
+    long.write_bytes(gzip.compress(b"\n" * 2**27, 1, mtime=0))
+    many.write_bytes(gzip.compress(b"a\n" * 2**21, 1, mtime=0))
     command = [sys.executable, "-c", READER, long, many, "/dev/zero"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     assert (done.returncode, done.stderr) == (0, "")
