@@ -96,7 +96,7 @@ def sleep(seconds: float, model_mb: float, words: list[str]) -> None:
 
     class Sleeping:
         def __init__(self, dataset: Any, settings: Any) -> None:
-            self.settings = settings
+            self.settings, self.cache = settings, "host"
 
         def epochs(self, recipe: Any, trials_left: int) -> Iterator[tuple[TrialScores, dict[str, float]]]:
             for epoch in range(1, self.settings.study.search_epochs + 1):
@@ -149,11 +149,12 @@ def overhead() -> None:
         with mlflow_server(address("mlflow"), folder) as server:
             for place, (storage, uri) in places.items():
                 start = time.perf_counter()
-                sleep_search(
+                search = sleep_search(
                     *(folder, uri or server),
                     study="overhead", storage=storage, trials=count,
                     sleep=sleep, search_epochs=epochs, model_mb=MODEL_MB,
-                ).wait()  # fmt: skip
+                )  # fmt: skip
+                assert search.wait() == 0
                 wall = time.perf_counter() - start
                 _, seconds = times_of(storage, "overhead")
                 per_trial = seconds / count - epochs * sleep
