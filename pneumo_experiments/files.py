@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import uuid
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
@@ -40,3 +41,8 @@ def writing(place: str) -> Generator[None]:
         raise UserError(
             f"{place}: cannot be written ({reason}); make room or choose another place"
         ) from error
+
+
+def file_name(name: str) -> str:
+    """The name as part of a file name on any system, at most 100 characters."""
+    return re.sub(r"[^A-Za-z0-9._-]", "_", name)[:100]

@@ -12,10 +12,10 @@ def plural(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'s' * (count != 1)}"
 
 
-def some_of(names: Sequence[str]) -> str:
+def some_of(names: Sequence[str], most: int = EXAMPLES) -> str:
     """The first names of a list, and how many more there are: 'a, b, c and 4 more'."""
-    more = f" and {len(names) - EXAMPLES:,} more" if len(names) > EXAMPLES else ""
-    return ", ".join(names[:EXAMPLES]) + more
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def printable(text: str) -> str:
@@ -23,3 +23,11 @@ def printable(text: str) -> str:
     if text.isprintable():  # as almost all are, and the pictures of a page are long
         return text
     return "".join(character if character.isprintable() else "\ufffd" for character in text)
+
+
+def escape(text: str) -> str:
+    r"""The text in UTF-8: a byte that is not becomes ``\udcff``.
+
+    Python keeps such bytes of file names as lone surrogates, which no codec can encode.
+    """
+    return text.encode("utf-8", "backslashreplace").decode()

@@ -49,9 +49,7 @@ ERRNO = re.compile(r"errno = (\d+)")
 
 def checksum(attributes: Mapping[str, Any], index: NDArray[np.void]) -> bytes:
     """SHA-256 of the index and of these attributes, in hexadecimal."""
-    values = {
-        name: value.decode() if isinstance(value, bytes) else value for name, value in attributes.items()
-    }
+    values = {name: _text(value) for name, value in attributes.items()}
     digest = hashlib.sha256(json.dumps([values, index.dtype.descr], sort_keys=True).encode())
     digest.update(index.tobytes())
     return digest.hexdigest().encode()

@@ -19,8 +19,9 @@ from pneumo_experiments.dataset.annotations import (
 from pneumo_experiments.dataset.labels import Label, run_length_labels
 from pneumo_experiments.dataset.packed_image import salted
 from pneumo_experiments.dataset.patients import Grouping, make_grouping, source_of, warn
+from pneumo_experiments.dataset.shards import LabelledFile
 from pneumo_experiments.dicom.archive import Archive, open_archive
-from pneumo_experiments.dicom.containers import DicomFile, read_file
+from pneumo_experiments.dicom.containers import DicomFile
 from pneumo_experiments.errors import Rejected, UserError
 from pneumo_experiments.progress_bar import ProgressBar
 from pneumo_experiments.settings import NONE, Preprocess
@@ -71,20 +72,17 @@ class Inputs:
         return ["other images or masks" if "masks" in self.recorded else "other DICOM files"]
 
     def _hash_contents(self) -> str:
-        def sha256(root: Path | None, member: DicomFile | None) -> str:
+        def content(member: DicomFile) -> str:
+            label = (self.labels or {}).get(member.image_id)
             try:
-                if root is None or member is None:
-                    return ""
-                return hashlib.sha256(read_file(root, member, self.max_pixels)).hexdigest()
+                return LabelledFile(self.archive.root, member, label, "").read(self.max_pixels)[2]
             except Rejected:
                 return ""
 
         def lines() -> Iterator[str]:
             with ProgressBar("compare", len(self.members), "file") as bar:
                 for member in self.members:
-                    label = (self.labels or {}).get(member.image_id) or Label()
-                    files = (self.archive.root, member), (label.root, label.file)
-                    yield f"{member.image_id} {''.join(sha256(*file) for file in files)}"
+                    yield f"{member.image_id} {content(member)}"
                     bar.update()
 
         return digest(lines())

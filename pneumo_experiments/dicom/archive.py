@@ -25,6 +25,7 @@ from pneumo_experiments.dicom.containers import (
 from pneumo_experiments.dicom.header import GZIP
 from pneumo_experiments.dicom.radiograph import MAX_PIXELS
 from pneumo_experiments.errors import Rejected, UserError
+from pneumo_experiments.words import escape
 
 UNREAD = {  # by suffix: what people have in folders, named when nothing else is there
     ".zip": "zip files",
@@ -178,11 +179,6 @@ def _scan(root: Path, files: Iterator[DicomFile], skipped: Counter[str]) -> list
     return members or pictures
 
 
-def _printable(image_id: str) -> str:
-    """The id in UTF-8, with undecodable bytes of a file's name written out."""
-    return image_id.encode("utf-8", "backslashreplace").decode()
-
-
 def _walk(folder: Path, skipped: Counter[str], other: Path | None) -> Iterator[DicomFile]:
     """Every file below a folder but ``other``, symbolic links followed, each folder once.
 
@@ -227,7 +223,7 @@ def _without_duplicates(
 ) -> Archive:
     """Of identical files with the same id keeps the first; drops all files of an id whose contents differ."""
     by_id: dict[str, list[DicomFile]] = {}
-    members = [replace(file, image_id=_printable(id)) for file, id in zip(files, ids, strict=True)]
+    members = [replace(file, image_id=escape(id)) for file, id in zip(files, ids, strict=True)]
     for member in sorted(members, key=lambda member: (member.image_id, member.name)):
         by_id.setdefault(member.image_id, []).append(member)
     duplicates = {image_id: same for image_id, same in by_id.items() if len(same) > 1}

@@ -322,7 +322,8 @@ def read_source(content: bytes, max_pixels: int) -> dict[str, str]:
     Absent, damaged and overlong ones are left out; a picture that is not DICOM has none. They name the
     patient: never print or log them.
     """
-    if is_picture(unpacked(content, max_pixels)):
+    content = unpacked(content, max_pixels)
+    if is_picture(content):
         return {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # pydicom warns about values that the standard does not allow

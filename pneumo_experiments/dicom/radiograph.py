@@ -44,7 +44,6 @@ SHAPES = {"MONOCHROME1": "INVERSE", "MONOCHROME2": "IDENTITY"}  # PresentationLU
 class Radiograph:
     """An image and its metadata; the raw PatientID is never printed or logged."""
 
-    image_id: str
     pixels: NDArray[np.uint8] = field(repr=False)  # (H, W), MONOCHROME2: dense tissue is bright
     patient: str = field(repr=False)
     view: str  # a defined term, "other", or empty
@@ -74,13 +73,12 @@ def read_radiograph(content: bytes, image_id: str, max_pixels: int = MAX_PIXELS)
             content = unpacked(content, max_pixels)
             if is_picture(content):
                 pixels, name, notes = read_picture(content, max_pixels)
-                return Radiograph(image_id, with_contrast(pixels), "", "", "", -1, Geometry(), name, notes)
+                return Radiograph(with_contrast(pixels), "", "", "", -1, Geometry(), name, notes)
             dataset, syntax = parse(content, max_pixels)
             header = Attributes(dataset)
             layout = read_layout(header, syntax, max_pixels)
             stored, bits = _stored_pixels(header, layout)
             return Radiograph(
-                image_id=image_id,
                 pixels=displayed(stored, bits, layout, header),
                 patient=text(header, "PatientID"),
                 view=defined_term(text(header, "ViewPosition"), VIEWS, other="other"),

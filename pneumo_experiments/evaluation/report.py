@@ -5,7 +5,6 @@ The page is made from the template ``score_page.html.j2``.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -29,6 +28,7 @@ from pneumo_experiments.evaluation.pictures import (
     threshold_surface,
 )
 from pneumo_experiments.figures import jpeg_uri
+from pneumo_experiments.files import file_name
 from pneumo_experiments.metrics.best_thresholds import best_of_all
 from pneumo_experiments.metrics.scores import BY_GROUP, CALIBRATION_COLUMNS, GROUP_COLUMNS, notes
 from pneumo_experiments.passwords import hide_passwords
@@ -227,11 +227,6 @@ def _galleries(
         else:
             shown[kind].append((ids[position], texts[position], source))
     return overlays, [(*KINDS[kind], pictures) for kind, pictures in shown.items() if pictures], omitted
-
-
-def file_name(name: str) -> str:
-    """The name as part of a file name on any system, at most 100 characters."""
-    return re.sub(r"[^A-Za-z0-9._-]", "_", name)[:100]
 
 
 def _group_rows(rows: Sequence[Numbers], group: str) -> list[tuple[list[str], list[tuple[str, str]]]]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -12,8 +10,8 @@ from numpy.typing import NDArray
 
 from pneumo_experiments import __version__
 from pneumo_experiments.dataset.resize import resize_image
-from pneumo_experiments.errors import UserError, reason_of
-from pneumo_experiments.files import write_atomically
+from pneumo_experiments.errors import UserError
+from pneumo_experiments.files import write_atomically, writing
 from pneumo_experiments.learning.onnx_export import (
     MEANINGS,
     PRODUCER,
@@ -44,7 +42,7 @@ class OnnxFile:
 def check_onnx(path: Path) -> None:
     """Raises UserError if a library is missing, or ``path`` holds anything but an earlier export."""
     require_onnx()
-    with _as_user_errors(path):
+    with writing(f"onnx_file={path}"):
         if path.exists() and not (path.is_file() and is_own_file(path)):
             raise UserError(f"onnx_file={path}: exists, and export did not write it; name another file")
 
@@ -55,7 +53,7 @@ def export_onnx(path: Path, detector: Detector) -> OnnxFile:
     Raises UserError, and leaves ``path`` as it was, when a probability differs by more than ``LIMIT``.
     """
     ensemble, batches = detector.predictor, check_batches(detector.image_size)
-    with _as_user_errors(path):
+    with writing(f"onnx_file={path}"):
         path.parent.mkdir(parents=True, exist_ok=True)
         with write_atomically(path) as temporary:
             write_onnx(temporary, ensemble, detector.image_size, _facts(detector))
@@ -98,11 +96,3 @@ def _facts(detector: Detector) -> dict[str, str]:
         "tta": ",".join(member.predictor.tta for member in detector.members),
         **MEANINGS,
     }
-
-
-@contextmanager
-def _as_user_errors(path: Path) -> Generator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"onnx_file={path}: cannot be written ({reason_of(error)})") from error

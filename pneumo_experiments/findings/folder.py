@@ -19,9 +19,8 @@ from pneumo_experiments.dicom.header import side_of
 from pneumo_experiments.dicom.limits import available_cores
 from pneumo_experiments.dicom.segmentation import Segment, write_segmentation
 from pneumo_experiments.errors import Rejected, UserError
-from pneumo_experiments.evaluation.report import file_name
 from pneumo_experiments.figures import overlay
-from pneumo_experiments.files import SUFFIX, write_atomically, writing
+from pneumo_experiments.files import SUFFIX, file_name, write_atomically, writing
 from pneumo_experiments.findings.submission import check_overwrite, write_submission, write_table
 from pneumo_experiments.findings.submission_check import expected_images, mask_warnings
 from pneumo_experiments.learning.loader import prefetch
@@ -30,6 +29,7 @@ from pneumo_experiments.passwords import hide_passwords
 from pneumo_experiments.progress_bar import ProgressBar
 from pneumo_experiments.serving import Detector, Finding
 from pneumo_experiments.settings import Score
+from pneumo_experiments.words import EXAMPLES
 
 TABLE = "findings.csv"
 COLUMNS = ("image_id", "presence", "area_px", "area_mm2", "spacing", "side", "rle", "error")
@@ -38,7 +38,6 @@ THREADS = min(4, available_cores())  # that draw and write
 MAX_NAME_BYTES = 200  # of an image id in a file name
 SIDES = {"right": "right side", "left": "left side", "both": "both sides", "": "side unknown"}
 PNG_LEVEL = 1  # a third of the usual time for a fifth more bytes
-EXAMPLES = 3
 
 
 @dataclass(frozen=True)

@@ -43,8 +43,8 @@ def write_table(path: Path, header: Sequence[str], rows: Iterable[Sequence[str]]
 def check_overwrite(path: Path) -> None:
     """Raises UserError when ``path`` holds anything that ``write_table`` did not write.
 
-    A table of labels looks like a submission. So a file next to each submission holds the digests of what
-    was written there; any other file, or a submission edited by hand, is never replaced.
+    A table of labels looks like a submission. So a file next to each table holds the digests of what was
+    written there; any other file, or a table edited by hand, is never replaced.
     """
     if path.is_dir():
         raise UserError(f"{path}: is a folder; name a file, such as {path / 'submission.csv'}")

@@ -236,7 +236,7 @@ def by_group(images: ScoredImages, groups: Mapping[str, Sequence[str]]) -> list[
 
 def calibration(images: ScoredImages) -> list[Row]:
     """Rows of CALIBRATION_COLUMNS: mean presence and fraction of positives of each bin that has images."""
-    everything, rows = np.ones((1, len(images.dices))), list[Row]()
+    rows = list[Row]()
     for number, here in enumerate(bins(images.presence)):
         if not here.any():
             continue
@@ -245,7 +245,7 @@ def calibration(images: ScoredImages) -> list[Row]:
             {"positive": lambda weights, truth=inside.truth: mean(truth, weights)}, {}, inside.patients
         )
         presence, positive = (
-            float(mean(values, everything, here)[0]) for values in (images.presence, images.truth)
+            float(mean(values, np.ones((1, len(values))))[0]) for values in (inside.presence, inside.truth)
         )
         rows.append(
             [number / BINS, (number + 1) / BINS, len(inside.dices), presence, positive, *ends["positive"]]

@@ -9,13 +9,13 @@ from urllib.parse import quote
 
 from mlflow import MlflowClient
 from mlflow.entities import Run
+from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
 from pneumo_experiments.registry.versions import if_exists
 from pneumo_experiments.settings import NONE, is_none
 from pneumo_experiments.tracking.code_version import CODE_VERSION_TAG, code_version
 
 STUDY_PARAM = "study_used"  # of a search, and of a training whose settings it found: the study's name
-PARENT_TAG = "mlflow.parentRunId"
 SEARCH, MAX_DEPTH = "search", 4  # name of its runs; main, train and fold, and one to spare
 NEWEST = ["attributes.start_time DESC"]
 
@@ -71,16 +71,17 @@ def _search_of(training: Run) -> Run | None:
     experiments, run = [training.info.experiment_id], training
     is_search = f"attributes.run_name = '{SEARCH}'"
     for _ in range(MAX_DEPTH):
-        parent = run.data.tags.get(PARENT_TAG)
+        parent = run.data.tags.get(MLFLOW_PARENT_RUN_ID)
         above = _run(parent) if parent else None
         if above is None:
             break
         if above.info.run_name == SEARCH:  # the training is a trial
             return above
-        if (search := _last(experiments, f"tags.`{PARENT_TAG}` = '{parent}' and {is_search}")) is not None:
+        below = f"tags.`{MLFLOW_PARENT_RUN_ID}` = '{parent}'"
+        if (search := _last(experiments, f"{below} and {is_search}")) is not None:
             return search
         run = above
-    fold = _last(experiments, f"tags.`{PARENT_TAG}` = '{training.info.run_id}'")
+    fold = _last(experiments, f"tags.`{MLFLOW_PARENT_RUN_ID}` = '{training.info.run_id}'")
     params = [each.data.params.get(STUDY_PARAM, NONE) for each in (training, fold) if each is not None]
     study = next((name for name in params if not is_none(name)), NONE)
     if is_none(study) or "'" in study:

@@ -91,11 +91,10 @@ class TrialTraining:
             with ProgressBar("trial", epochs * images.work(predictor), pieces=pieces) as bar:
                 for result in train_and_validate(predictor, images, recipe, epochs, advance=bar.update):
                     scores = _score_fold(fold, result)
-                    if result.epoch.number == epochs:
+                    if number == 0 and result.epoch.number == epochs:
                         last = replace(predictor, network=result.epoch.network)
                         scores = replace(scores, seconds_per_image=self._seconds_per_image(last))
-                        if number == 0:
-                            self._trained = last, scores.thresholds
+                        self._trained = last, scores.thresholds
                     mean = _mean([*finished, scores])
                     yield mean, result.metrics | {"val_dice_cross_fitted": mean.dice}
             assert scores is not None

@@ -20,6 +20,7 @@ from optuna.trial import TrialState
 
 from pneumo_experiments import tracking
 from pneumo_experiments.dataset.hdf5 import Dataset
+from pneumo_experiments.dicom.limits import available_cores
 from pneumo_experiments.errors import ServerUnreachable, UserError
 from pneumo_experiments.interrupts import Terminated, handle_signals
 from pneumo_experiments.learning.device import count_gpus
@@ -166,7 +167,7 @@ def _fraction(number: int, count: int) -> dict[str, str]:
     if gpus:
         visible = os.environ.get(GPUS, ",".join(map(str, range(gpus)))).split(",")
         return {GPUS: visible[number % gpus]}
-    return {THREADS: str(max(1, (os.cpu_count() or 1) // count))}
+    return {THREADS: str(max(1, available_cores() // count))}
 
 
 @contextmanager

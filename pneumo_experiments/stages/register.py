@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
 from dataclasses import asdict, astuple, replace
 from pathlib import Path
@@ -17,7 +16,7 @@ from pneumo_experiments.registry.model_card import model_card
 from pneumo_experiments.registry.promotion import Challenge, Decision, challenge, decide
 from pneumo_experiments.registry.scores import best_model, images_of, scores_of
 from pneumo_experiments.registry.versions import CHAMPION, Version
-from pneumo_experiments.serving import Detector, load, save
+from pneumo_experiments.serving import Detector, load, new_folder, save
 from pneumo_experiments.settings import BEST, NONE, Device, Register, Score
 from pneumo_experiments.stages.score import score
 
@@ -126,9 +125,9 @@ def _export(path: Path, detector: Detector) -> None:
 
 def _log_ensemble(detector: Detector) -> str:
     """Logs an ensemble as a model of the active run; returns its address."""
-    with tempfile.TemporaryDirectory() as folder:
-        save(Path(folder), detector)
-        return tracking.log_model(Path(folder))
+    with new_folder() as folder:
+        save(folder, detector)
+        return tracking.log_model(folder)
 
 
 def _compare(settings: Register, new: Version, detector: Detector, champion: Version | None) -> Challenge:

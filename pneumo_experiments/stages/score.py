@@ -38,6 +38,7 @@ from pneumo_experiments.metrics.scores import Scores
 from pneumo_experiments.registry.scores import UNSEEN_SUBSETS
 from pneumo_experiments.serving import Detector
 from pneumo_experiments.settings import AUTO, Score, flat, is_none
+from pneumo_experiments.words import plural
 
 # How names of metrics begin. Without a prefix they tell of images that neither trained the model nor chose
 # its epoch or thresholds; "external" is subset=all of another data set than that of the training.
@@ -275,12 +276,12 @@ def _check(settings: Score, path: Path) -> ScoreResult:
     tracking.log_params({"images": result.images, "positives": result.positives})
     lines = [result.positives_line(usual.positives), *result.doubts]
     summary = "\n".join(f"{each}." for each in lines)
-    tracking.describe(f"Check of the submission {path}: {len(result.problems)} problems.\n{summary}")
+    problems = plural(len(result.problems), "problem")
+    tracking.describe(f"Check of the submission {path}: {problems}.\n{summary}")
     for each in (*result.problems, *lines):
         print(f"score: {each}")
     if result.problems:
-        count = f"{len(result.problems)} problem{'s' * (len(result.problems) > 1)}"
-        raise UserError(f"check={path}: not a valid submission, {count}; the first: {result.problems[0]}")
+        raise UserError(f"check={path}: not a valid submission, {problems}; the first: {result.problems[0]}")
     ids = (
         "its ids were not checked: give sample_submission or dicom_dir"
         if expected is None

@@ -20,7 +20,7 @@ from pneumo_experiments.search.trial_training import (
     warmup_checkpoint,
     warmup_weights,
 )
-from pneumo_experiments.search.winner import choose_winner
+from pneumo_experiments.search.winner import Winner, choose_winner
 from pneumo_experiments.search.workers import open_search, work
 from pneumo_experiments.settings import Recipe, Search
 
@@ -58,7 +58,7 @@ def search(settings: Search, keep_start: bool = False) -> SearchResult:
                 work(replace(trials, parent=owners_run))
             is_reported = trials.study.user_attrs.get(REPORTED) == count_trials(trials.study)
             has_died = not is_reported and claim(trials.study, OWNER)
-            result = _search_in_run(trials) if has_died else _result(trials)
+            result = _search_in_run(trials) if has_died else _result(trials, choose_winner(trials.study))
         fingerprint = trials.dataset.fingerprint
         warmup_checkpoint(second_settings(settings), fingerprint).clear()
         start = warmup_weights(settings, fingerprint)
@@ -103,11 +103,10 @@ def _search_in_run(trials: Trials, is_owner: bool = True, keep_start: bool = Fal
                 tracking.log_image(picture, f"study/{name}.png")
         delete_models(best_trials(study)[settings.study.keep :])
         study.set_user_attr(REPORTED, count_trials(study))
-        return _result(trials)
+        return _result(trials, winner)
 
 
-def _result(trials: Trials) -> SearchResult:
-    winner = choose_winner(trials.study)
+def _result(trials: Trials, winner: Winner | None) -> SearchResult:
     if winner is None:
         raise UserError("search: no trial has completed; give it more trials, or more time")
     print(f"search: best is trial {winner.line}: {in_words(winner.trial.params)}")

@@ -31,7 +31,8 @@ from pneumo_experiments.training.fold import Fold, FoldResult
 from pneumo_experiments.training.folds import COLUMNS, MUCH_DISAGREEMENT, join_folds, predict_out_of_fold
 from pneumo_experiments.training.loop import EpochResult
 from pneumo_experiments.training.resume import TrainingState, checkpoint_of
-from pneumo_experiments.training.settings_source import SettingsSource, listed, settings_source
+from pneumo_experiments.training.settings_source import MAX_NAMED, SettingsSource, settings_source
+from pneumo_experiments.words import some_of
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,8 @@ def _read_source(settings: Train) -> SettingsSource:
         line = ", ".join(f"{name} {value}" for name, value in source.best.items())
         print(f"train: best settings of study {source.study}: {line}")
     if source.model is not None:
-        code = f"another one: {listed(source.changed_code)}" if source.changed_code else "the same"
+        changed = some_of(source.changed_code, MAX_NAMED)
+        code = f"another one: {changed}" if changed else "the same"
         print(f"train: repeats the training of {source.model}, dataset={source.settings.dataset}")
         print(f"train: the code is {code}")
     return source

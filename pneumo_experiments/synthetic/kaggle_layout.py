@@ -7,12 +7,19 @@ train-rle.csv                                    sample.json (its settings)
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import threading
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from io import BytesIO
+from multiprocessing import active_children, get_context, parent_process
+from multiprocessing.connection import wait
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +32,7 @@ from pydicom.encaps import encapsulate
 from pydicom.uid import UID, JPEGBaseline8Bit, SecondaryCaptureImageStorage
 
 from pneumo_experiments.dataset import rle
-from pneumo_experiments.dicom.limits import available_cores, worker_pool
+from pneumo_experiments.dicom.limits import ENVIRONMENT, available_cores
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.files import writing
 from pneumo_experiments.locks import LOCK, work_folder
@@ -155,7 +162,7 @@ def _write_images(
     if workers == 1:
         yield from map(write, plans)
         return
-    with worker_pool(workers) as pool:
+    with _worker_pool(workers) as pool:
         yield from pool.map(write, plans, chunksize=4)
 
 
@@ -220,3 +227,49 @@ def _dicom(
     file.PixelData = encapsulate([jpeg.getvalue()])
     file["PixelData"].VR = "OB"
     return file
+
+
+@contextmanager
+def _worker_pool(workers: int) -> Generator[ProcessPoolExecutor]:
+    """Processes that end with this one, even after kill -9; an exception in the block kills them."""
+    # Spawned, since fork is not safe when the caller has threads.
+    executor = ProcessPoolExecutor(workers, get_context("spawn"), _initialise_worker)
+    others = set(active_children())
+    saved = {name: os.environ.get(name) for name in ENVIRONMENT}
+    os.environ.update(ENVIRONMENT)  # inherited by the workers
+    try:
+        _start(executor, workers)
+        yield executor
+    except BaseException:
+        # They would finish what they have begun.
+        for process in set(active_children()) - others:
+            process.kill()
+        raise
+    finally:
+        executor.shutdown(cancel_futures=True)
+        for name, value in saved.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _start(executor: ProcessPoolExecutor, workers: int) -> None:
+    """Starts the workers with SIGINT ignored: Ctrl-C reaches all processes, only the parent handles it."""
+    main = threading.current_thread() is threading.main_thread()
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN) if main else None
+    try:
+        for _ in range(workers):
+            executor.submit(os.getpid)
+    finally:
+        if main:
+            signal.signal(signal.SIGINT, handler)
+
+
+def _initialise_worker() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Without this, workers of a parent killed by -9 would wait for work forever.
+    parent = parent_process()
+    if parent is not None:
+        sentinel = parent.sentinel
+        threading.Thread(target=lambda: (wait([sentinel]), os._exit(1)), daemon=True).start()

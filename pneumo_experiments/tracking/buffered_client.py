@@ -52,7 +52,7 @@ def outages_as_user_errors() -> Generator[None]:
 
 
 class BufferedClient:
-    """Sends calls of tracking.calls to the store; ``calls.jsonl`` of the folder has the unsent ones, by line.
+    """Sends calls of tracking.mlflow_calls to the store; the folder's ``calls.jsonl`` has the unsent ones.
 
     The file exists only while calls are buffered. The files that they name are copied to a folder beside it;
     their paths are relative to the file, so that all may be moved together.

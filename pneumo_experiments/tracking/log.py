@@ -21,15 +21,16 @@ from mlflow.data.meta_dataset import MetaDataset
 from mlflow.data.sources import (
     LocalArtifactDatasetSource,  # pyright: ignore[reportAttributeAccessIssue, reportUnknownVariableType]
 )
-from mlflow.utils.mlflow_tags import MLFLOW_LOGGED_ARTIFACTS
+from mlflow.utils.mlflow_tags import MLFLOW_LOGGED_ARTIFACTS, MLFLOW_RUN_NAME, MLFLOW_RUN_NOTE
 from numpy.typing import NDArray
 from PIL import Image
 
 from pneumo_experiments.settings import as_text
 from pneumo_experiments.tracking.buffered_client import BufferedClient, StoreUnreachable
-from pneumo_experiments.tracking.mlflow_calls import SCORE_TAG, escape
+from pneumo_experiments.tracking.mlflow_calls import SCORE_TAG
 from pneumo_experiments.tracking.models import model_id_of, save_model
 from pneumo_experiments.tracking.servers import local_path
+from pneumo_experiments.words import escape
 
 log = logging.getLogger(__name__)
 
@@ -81,7 +82,7 @@ def artifacts_of_active_run() -> str:
 
 
 def send(call: str, **arguments: Any) -> None:
-    """Sends a call of tracking.calls about the active run, now or when the store is reachable."""
+    """Sends a call of tracking.mlflow_calls about the active run, now or when the store is reachable."""
     if is_enabled():
         active_runs[-1].client.send_or_buffer(call, run_id=active_runs[-1].id, **arguments)
 
@@ -93,12 +94,12 @@ def now_ms() -> int:
 
 def describe(text: str) -> None:
     """Sets the description that the UI shows for the active run."""
-    send("tags", values={"mlflow.note.content": text})
+    send("tags", values={MLFLOW_RUN_NOTE: text})
 
 
 def rename(name: str) -> None:
     """Gives the active run another name."""
-    send("tags", values={"mlflow.runName": name})
+    send("tags", values={MLFLOW_RUN_NAME: name})
 
 
 def log_metrics(values: Mapping[str, float], step: int | None = None) -> None:

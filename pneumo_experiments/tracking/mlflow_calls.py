@@ -13,16 +13,9 @@ from mlflow.entities import Dataset, DatasetInput, InputTag, Param, RunTag
 from mlflow.exceptions import MlflowException
 
 from pneumo_experiments.tracking.models import upload
+from pneumo_experiments.words import escape
 
 SCORE_TAG = "score."  # tag of a model: followed by the identity of the scored images
-
-
-def escape(text: str) -> str:
-    r"""Text that every store accepts: a byte that is not UTF-8 becomes ``\udcff``.
-
-    Python keeps such bytes of file names as lone surrogates, which no codec can encode.
-    """
-    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _dataset(description: Mapping[str, str]) -> Dataset:

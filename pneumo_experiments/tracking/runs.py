@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shlex
-from collections.abc import Generator, Mapping
+from collections.abc import Generator
 from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
@@ -15,7 +15,6 @@ from mlflow import MlflowClient
 from mlflow.entities import Run, RunTag
 from mlflow.environment_variables import MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING
 from mlflow.exceptions import MlflowException
-from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST, ErrorCode
 from mlflow.tracking.context.registry import resolve_tags  # pyright: ignore[reportUnknownVariableType]
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME, MLFLOW_RUN_NOTE
 from mlflow.utils.name_utils import (
@@ -75,7 +74,7 @@ def run(
         try:
             samples = system_metrics or MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING.get()
             with outages_as_user_errors(), log_system_metrics(active) if samples else nullcontext():
-                texts = _hide(as_params(settings))
+                texts = {name: hide_passwords(text) for name, text in as_params(settings).items()}
                 if active.id != continues:
                     texts |= _differing(texts, started.data.params)
                 log_params(texts)
@@ -103,7 +102,7 @@ def joined_run(run_id: str) -> Generator[None]:
         try:
             joined = MlflowClient().get_run(run_id)
         except MlflowException as error:
-            if error.error_code != ErrorCode.Name(RESOURCE_DOES_NOT_EXIST):
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                 raise
             raise UserError(
                 f"{SETTING}={tracking_uri()}: has no run {run_id}, which this process was to join; give it"
@@ -201,10 +200,6 @@ def _is_random(name: str) -> bool:
     noun, _, number = rest.partition("-")
     is_usual = predicate in _GENERATOR_PREDICATES and noun in _GENERATOR_NOUNS and number.isdecimal()
     return not name or is_usual
-
-
-def _hide(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: hide_passwords(x) if isinstance(x, str) else x for name, x in values.items()}
 
 
 def _differing(texts: dict[str, str], logged: dict[str, str]) -> dict[str, str]:

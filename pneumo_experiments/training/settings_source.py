@@ -22,6 +22,7 @@ from pneumo_experiments.settings import (
     leaves,
     weight_shaping,
 )
+from pneumo_experiments.words import some_of
 
 MAX_NAMED = 5  # differences in a message
 
@@ -66,8 +67,9 @@ def settings_source(settings: Train, best: Mapping[str, Any] | None = None) -> S
     own, default = weight_shaping(settings), weight_shaping(Train())
     if given := sorted(name for name in own if own[name] != default[name]):
         raise UserError(
-            f"reproduce={settings.reproduce}: takes its settings from the model; leave out {listed(given)},"
-            " or train with a changed copy of the config.yaml in the model's run"
+            f"reproduce={settings.reproduce}: takes its settings from the model; leave out"
+            f" {some_of(given, MAX_NAMED)}, or train with a changed copy of the config.yaml in the model's"
+            " run"
         )
     return _from_model(settings)
 
@@ -106,16 +108,10 @@ def _checked_settings(address: str, member: TrainedNetwork) -> dict[str, Any]:
     if missing := sorted(shaping.keys() - recorded.keys()):
         raise UserError(
             f"reproduce={address}: not a model of train, or one of another version: it does not say"
-            f" {listed(missing)}; name a model that train has logged"
+            f" {some_of(missing, MAX_NAMED)}; name a model that train has logged"
         )
     by_name = {leaf.name: leaf for leaf in leaves(Train)}
     try:
         return {name: checked(by_name[name], recorded[name]) for name in shaping}
     except ValueError as error:
         raise UserError(f"reproduce={address}: its settings are damaged ({error}); train again") from None
-
-
-def listed(names: Sequence[str]) -> str:
-    """The first of the names, and how many more there are."""
-    more = len(names) - MAX_NAMED
-    return ", ".join(names[:MAX_NAMED]) + (f" and {more} more" if more > 0 else "")

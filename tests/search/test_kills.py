@@ -81,7 +81,7 @@ class Desk:
         assert len(set(map(settings_of, finished))) == trials
         assert trials_to_confirm(study, CONFIRM) == []
         self.check_runs(finished, len(confirmations(study)))
-        winner = choose_winner(study)
+        winner = choose_winner(study)  # that it is logged; its rule is in tests/metrics/test_comparison.py
         (parent,) = [run for run in self.runs() if run.info.run_name == "search"]
         assert winner and parent.data.metrics["best_trial"] == winner.trial.number
         return study

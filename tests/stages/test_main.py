@@ -300,7 +300,9 @@ def test_every_path_that_is_printed_or_a_param_can_be_opened_from_anywhere(chain
         assert [path for path in paths if path.startswith(str(chain.folder)) and path.endswith(end)], end
     for name in ("sample", "preprocess", "search", "train", "score", "register"):
         params = chain.runs[name][0].data.params
-        for setting in {"dataset", "dicom_dir", "rle_csv", "output_dir"} & params.keys():
+        settings = {"dataset", "dicom_dir", "rle_csv", "output_dir"} & params.keys()
+        assert settings, name
+        for setting in settings:
             assert params[setting] == "none" or Path(params[setting]).is_absolute(), (name, setting)
     main = chain.only("main").data.params
     assert (main["output_dir"], main["output_dir_used"]) == ("output", f"{chain.folder}/output")

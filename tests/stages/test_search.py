@@ -36,13 +36,14 @@ from pneumo_experiments.learning.network import build
 from pneumo_experiments.metrics.thresholds import ThresholdCounts, Thresholds
 from pneumo_experiments.search import report as study_report
 from pneumo_experiments.search import trial as trial_module
-from pneumo_experiments.search import trial_training
+from pneumo_experiments.search import trial_training, workers
 from pneumo_experiments.search.report import TRIALS_FOR_IMPORTANCE
 from pneumo_experiments.search.space import SPACE, Space, suggest
-from pneumo_experiments.search.storage import open_storage, retry_dead_trials
-from pneumo_experiments.search.study import confirmations
+from pneumo_experiments.search.storage import open_storage
+from pneumo_experiments.search.study import TrainingResult, confirmations, set_confirmation
 from pneumo_experiments.search.trial_training import TrialScores, TrialTraining
 from pneumo_experiments.search.winner import best_of_study
+from pneumo_experiments.search.workers import open_search
 from pneumo_experiments.settings import Recipe, Search, Train, flat
 from pneumo_experiments.stages import search as stage
 from pneumo_experiments.stages.search import SearchResult, search
@@ -246,6 +247,20 @@ def test_a_second_training_whose_process_has_died_ends_as_killed(quick: Quick) -
     again = {study().user_attrs[f"confirm_run.{number}"] for number in (0, 1)}
     assert again == {run.info.run_id for run in runs("confirm")}
     assert {run.info.status for run in runs("confirm")} == {"FINISHED"}
+
+
+def test_a_second_training_that_another_process_does_is_left_to_it(
+    quick: Quick, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quick(trials=2)
+    other = {"pneumo.machine": "elsewhere", "pneumo.process": "1:1.0"}
+    study().set_user_attr("claim.confirm.0", other)
+    study().set_user_attr("alive." + "/".join(other.values()), time.time())
+    result = TrainingResult(0.3, [0.3] * 4, {})
+    monkeypatch.setattr(workers.time, "sleep", lambda seconds: set_confirmation(study(), 0, result))
+    quick(trials=2, confirm=1)
+    assert confirmations(study()).keys() == {0, 1}
+    assert len(runs("confirm 1")) == 1 and not runs("confirm 0")
 
 
 def test_a_study_whose_second_trainings_are_of_an_earlier_version_gives_no_settings(quick: Quick) -> None:
@@ -674,16 +689,18 @@ def test_a_worker_waits_for_the_run_of_a_new_owner(quick: Quick, monkeypatch: py
     assert parents == {"trial 0": parent().info.run_id, "trial 1": new}
 
 
-def test_a_trial_without_a_process_is_dead_after_a_minute_whatever_the_clocks_of_the_machines() -> None:
-    optuna.create_study(study_name="s", storage=STORAGE).ask()
-    new, first_seen = optuna.load_study(study_name="s", storage=open_storage(STORAGE)), dict[int, float]()
-    with closing(sqlite3.connect("optuna.db")) as database, database:
-        database.execute("UPDATE trials SET datetime_start = datetime(datetime_start, '-1 hour')")
-    retry_dead_trials(new, first_seen)
-    assert [trial.state.name for trial in new.trials] == ["RUNNING"]
-    first_seen[0] -= 61
-    retry_dead_trials(new, first_seen)
-    assert [trial.state.name for trial in new.trials] == ["FAIL", "WAITING"]
+def test_a_trial_without_a_process_is_dead_after_a_minute_whatever_the_clocks_of_the_machines(
+    quick: Quick,
+) -> None:
+    with open_search(make(Search, dataset=quick.dataset, trials=2, **SHORT)) as trials:
+        study().ask()
+        with closing(sqlite3.connect("optuna.db")) as database, database:
+            database.execute("UPDATE trials SET datetime_start = datetime(datetime_start, '-1 hour')")
+        workers._next_task(trials)
+        assert trials.study.trials[0].state.name == "RUNNING"
+        trials.first_seen[0] -= 61
+        workers._next_task(trials)
+        assert trials.study.trials[0].state.name == "FAIL"
 
 
 def test_a_trial_whose_worker_has_died_is_run_again(quick: Quick) -> None:
