@@ -263,7 +263,7 @@ def main() -> None:
     print(f"| exact search, {optimum.combinations:.2g} combinations | {exact_s:.2f} | {optimum.dice:.4f} |")
     print(f"| coarse grid | {grid_s:.2f} | {counts.dice(on_grid).mean():.4f} |")
     print(
-        f"| Optuna, {chosen.trials} trials | {study_s:.2f} | {study['threshold_dice_optuna']:.4f} |\n\n"
+        f"| Optuna, {chosen.trials} trials | {study_s:.2f} | {study['thresholds/dice_optuna']:.4f} |\n\n"
         f"Peak memory after the exact search, the whole process: {peak_gb:.2f} GB. The exact search takes"
         f" {each_s:.1e} s per combination.\nScoring one combination from pixels takes {pixels_s:.2f} s"
         f" ({pixels_s / chosen.images * 1000:.2f} ms an image), {pixels_s / each_s:.1g} times as long."

@@ -91,13 +91,13 @@ def learning_curves(history: Sequence[Mapping[str, float]], baseline: float) -> 
 
     figure = Figure(figsize=(10, 4), layout="constrained")
     epochs = range(1, len(history) + 1)
-    losses = [name for name in history[-1] if name.startswith("loss")]
-    dices = [name for name in ("val_dice", "val_dice_positive") if name in history[-1]]
+    losses = [name for name in history[-1] if name.startswith("loss/")]
+    dices = [name for name in ("epoch/dice", "epoch/dice_positive") if name in history[-1]]
     for column, (title, names) in enumerate((("training loss", losses), ("validation", dices)), start=1):
         axes: Any = figure.add_subplot(1, 2, column)  # Matplotlib's types have unknown parts
         for name in names:
             values = [metrics.get(name, float("nan")) for metrics in history]
-            axes.plot(epochs, values, label=name.replace("_", " "), marker=".")
+            axes.plot(epochs, values, label=name.partition("/")[2].replace("_", " "), marker=".")
         if names is dices:
             axes.axhline(baseline, label="all-empty baseline", color="grey", linestyle="--")
         axes.set(title=title, xlabel="epoch")

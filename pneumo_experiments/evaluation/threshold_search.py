@@ -43,11 +43,14 @@ class ThresholdSearch:
 
     def as_metrics(self) -> dict[str, float]:
         """Mean Dice of the exact optimum, and that of the study's best trial with its distance to it."""
-        exact = {"threshold_dice_exact": self.optimum.dice}
+        exact = {"thresholds/dice_exact": self.optimum.dice}
         if self.study is None:
             return exact
         value = self.study.best_value
-        return exact | {"threshold_dice_optuna": value, "threshold_dice_distance": self.optimum.dice - value}
+        return exact | {
+            "thresholds/dice_optuna": value,
+            "thresholds/dice_distance": self.optimum.dice - value,
+        }
 
     def trials(self) -> list[tuple[float, ...]]:
         """The study's trials, with the columns of TRIAL_COLUMNS."""
@@ -106,9 +109,9 @@ class CountsSearch:
 
     def as_metrics(self) -> dict[str, float]:
         """The Dice of the optimum, of the study, cross-fitted, and as given."""
-        values = self.search.as_metrics() | {"threshold_dice_cross_fitted": self.cross_fitted_dice}
+        values = self.search.as_metrics() | {"thresholds/dice_cross_fitted": self.cross_fitted_dice}
         if self.given is not None:
-            values["threshold_dice_given"] = float(self.counts.dice(self.given).mean())
+            values["thresholds/dice_given"] = float(self.counts.dice(self.given).mean())
         return values
 
     def lines(self) -> list[str]:
@@ -122,10 +125,10 @@ class CountsSearch:
             f"cross-fitted, thresholds from other patients: Dice {self.cross_fitted_dice:.4f}",
         ]
         if trials := self.search.trials():
-            best, distance = values["threshold_dice_optuna"], values["threshold_dice_distance"]
+            best, distance = values["thresholds/dice_optuna"], values["thresholds/dice_distance"]
             lines.append(f"Optuna, {len(trials)} trials: Dice {best:.4f}, below the best by {distance:.4f}")
         if self.given is not None:
-            lines.append(f"as given: Dice {values['threshold_dice_given']:.4f} with {_text(self.given)}")
+            lines.append(f"as given: Dice {values['thresholds/dice_given']:.4f} with {_text(self.given)}")
         return lines
 
 

@@ -83,7 +83,7 @@ class FolderFindings:
     def counts(self) -> dict[str, int]:
         """The number of images, and of those that could not be read and that have a finding."""
         positives = sum(bool(row.written) for row in self.rows)
-        return {"images": len(self.rows), "rejected": len(self._rejected), "positives": positives}
+        return {"images": len(self.rows), "rejected": len(self._rejected), "masks": positives}
 
     @property
     def failure(self) -> str:

@@ -26,23 +26,29 @@ class Epoch:
 
     number: int  # from 1
     network: PneumothoraxNet  # to validate and save: the moving average where there is one
-    losses: dict[str, float]  # mean of each term over the images; "loss" is their weighted sum
+    losses: dict[str, float]  # mean of each term over the images; "total" is their weighted sum
     seconds: float
     images_per_second: float
-    wait_share: float  # fraction of the time spent waiting for data
+    wait_fraction: float  # of the time, spent waiting for data
     skipped_steps: int  # whose gradients were not finite
+    gradient_norm: float  # mean over the others, before clipping
+    learning_rate: float  # after the epoch, for layers without pretrained weights
     micro_batch: int  # images in one forward pass
     state: Callable[[], State]  # from which ``fit`` continues
 
-    @property
-    def speed(self) -> dict[str, float]:
-        """Time and throughput, as metrics."""
-        return {
+    def as_metrics(self) -> dict[str, float]:
+        """Losses, what the optimiser did, and speed, by name."""
+        optimizer = {"learning_rate": self.learning_rate, "gradient_norm": self.gradient_norm}
+        if self.skipped_steps:
+            optimizer["skipped_steps"] = self.skipped_steps
+        speed = {
             "seconds_per_epoch": self.seconds,
             "images_per_second": self.images_per_second,
-            "wait_share": self.wait_share,
-            "skipped_steps": self.skipped_steps,
-            "micro_batch_used": self.micro_batch,
+            "wait_fraction": self.wait_fraction,
+        }
+        groups = {"loss": self.losses, "optimizer": optimizer, "speed": speed}
+        return {
+            f"{group}/{name}": value for group, values in groups.items() for name, value in values.items()
         }
 
 
@@ -77,13 +83,16 @@ def fit(
         seed = (recipe.seed * 1_000_003 + number) * distributed.world_size() + distributed.rank()
         torch.manual_seed(seed)  # pyright: ignore[reportUnknownMemberType]
         network.train()
-        means, skipped, waited = RunningMeans(), torch.zeros((), device=device), 0.0
+        means, waited = RunningMeans(), 0.0
+        norms, skipped = torch.zeros((2,), device=device)
         start = requested = time.perf_counter()
         for batch in batches(data, recipe, number, epochs, device):
             waited += time.perf_counter() - requested
-            terms, finite = trainer.step(batch)
+            terms, norm = trainer.step(batch)
             means.add(terms, len(batch.images))
+            finite = torch.isfinite(norm)
             skipped += ~finite
+            norms += torch.where(finite, norm, 0)
             progress(batch.size)
             requested = time.perf_counter()
         losses, skipped_steps = means.numbers(), int(skipped)  # waits until the device is done
@@ -101,8 +110,10 @@ def fit(
             losses=losses,
             seconds=seconds,
             images_per_second=len(data) / seconds,
-            wait_share=waited / seconds,
+            wait_fraction=waited / seconds,
             skipped_steps=skipped_steps,
+            gradient_norm=float(norms) / max(1, steps_per_epoch - skipped_steps),
+            learning_rate=trainer.learning_rate,
             micro_batch=trainer.micro_batch,
             state=trainer.state,
         )

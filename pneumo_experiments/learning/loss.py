@@ -80,15 +80,13 @@ MASK_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 def criterion(output: Output, target: Tensor, present: Tensor, recipe: Recipe) -> dict[str, Tensor]:
-    """Unweighted loss terms of a batch, and their weighted sum as ``loss``; a weight of 0 omits a term.
+    """Unweighted loss terms of a batch, and their weighted sum as ``total``; a weight of 0 omits a term.
 
     ``target`` (n, S, S) is a soft mask, ``present`` (n,) is 1 for images with a pneumothorax.
-    ``loss_aux`` is the weighted sum of the mask losses of the auxiliary head.
+    ``aux`` is the weighted sum of the mask losses of the auxiliary head.
     """
     weights = {name: getattr(recipe.loss, name) for name in MASK_LOSSES if getattr(recipe.loss, name) > 0}
-    terms = {
-        f"loss_{name.removesuffix('_weight')}": MASK_LOSSES[name](output.mask, target) for name in weights
-    }
+    terms = {name.removesuffix("_weight"): MASK_LOSSES[name](output.mask, target) for name in weights}
     total = sum(
         (weight * term for weight, term in zip(weights.values(), terms.values(), strict=True)),
         _at_least_float32(target.new_zeros(())),
@@ -99,13 +97,13 @@ def criterion(output: Output, target: Tensor, present: Tensor, recipe: Recipe) -
             (weight * MASK_LOSSES[name](output.aux, target) for name, weight in weights.items()),
             _at_least_float32(target.new_zeros(())),
         )
-        terms["loss_aux"] = aux
+        terms["aux"] = aux
         total = total + recipe.loss.aux_weight * aux
     if recipe.loss.presence_weight > 0:
         presence = bce(output.presence, present)
-        terms["loss_presence"] = presence
+        terms["presence"] = presence
         total = total + recipe.loss.presence_weight * presence
-    return {"loss": total, **terms}
+    return {"total": total, **terms}
 
 
 class RunningMeans:

@@ -80,8 +80,13 @@ class Trainer:
         """Number of steps done."""
         return self.schedule.last_epoch
 
+    @property
+    def learning_rate(self) -> float:
+        """Of the next step, for layers without pretrained weights."""
+        return self.recipe.optimizer.learning_rate * lr_factor(self.recipe, self.steps / self.total_steps)
+
     def step(self, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
-        """One optimizer step; the batch's loss terms, and whether its gradient was finite, on the device.
+        """One optimizer step; the batch's loss terms, and the norm of its gradient, on the device.
 
         Without a finite gradient the network and its moving average stay as they were.
         """
@@ -107,7 +112,7 @@ class Trainer:
             torch.where(finite, buffer, old, out=buffer)
         if self.average is not None:
             self.average.update(self.network, finite)
-        return terms, finite
+        return terms, norm
 
     def _backward(self, batch: Batch) -> dict[str, Tensor]:
         """Gradients of the batch's mean loss, in equal pieces of at most ``micro_batch`` images."""
@@ -128,7 +133,7 @@ class Trainer:
                     ) from error
                 terms = criterion(output, batch.targets[rows], batch.present[rows], self.recipe)
                 # DDP averages gradients over the processes: the result must be that of the whole batch.
-                loss = terms["loss"] * (len(images) * distributed.world_size() / batch.size)
+                loss = terms["total"] * (len(images) * distributed.world_size() / batch.size)
                 if distributed.world_size() > 1:
                     # DDP waits for the gradient of every parameter, also of a head whose loss has no weight.
                     loss = loss + 0 * sum(logits.mean() for logits in output if logits is not None)

@@ -97,6 +97,17 @@ class Scores:
         """dice_positive as text."""
         return f"{self.dice_positive:.4f}" if self.positives else "undefined"
 
+    @property
+    def line(self) -> str:
+        """Dice with its interval and what it is to be compared with, in words."""
+        masks = round(self.positives - self.misses * self.images)
+        found = f", masks on {masks} of {self.positives}" if self.positives else ""
+        return (
+            f"Dice {self.dice:.4f} ({self.interval}), all-empty baseline {self.dice_baseline:.4f},"
+            f" Dice on positives {self.on_positives}, {self.images} images,"
+            f" {self.positives} with pneumothorax{found}"
+        )
+
     def as_metrics(self, prefix: str = "") -> dict[str, float]:
         """Every defined score by name, without the constants."""
         measured = {name: value for name, value in asdict(self).items() if name not in CONSTANTS}

@@ -14,9 +14,10 @@ from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 from pneumo_experiments.registry.versions import if_exists
 from pneumo_experiments.settings import NONE, is_none
 from pneumo_experiments.tracking.code_version import CODE_VERSION_TAG, code_version
+from pneumo_experiments.tracking.experiment import STAGE_TAG
 
 STUDY_PARAM = "study_used"  # of a search, and of a training whose settings it found: the study's name
-SEARCH, MAX_DEPTH = "search", 4  # name of its runs; main, train and fold, and one to spare
+MAX_DEPTH = 4  # main, train and fold, and one to spare
 NEWEST = ["attributes.start_time DESC"]
 
 
@@ -69,13 +70,13 @@ def _page(run: Run, artifact: str = "") -> str:
 def _search_of(training: Run) -> Run | None:
     """The search that found the settings of a training: around it, or in the same chain, or of its study."""
     experiments, run = [training.info.experiment_id], training
-    is_search = f"attributes.run_name = '{SEARCH}'"
+    is_search = f"tags.`{STAGE_TAG}` = 'search'"
     for _ in range(MAX_DEPTH):
         parent = run.data.tags.get(MLFLOW_PARENT_RUN_ID)
         above = _run(parent) if parent else None
         if above is None:
             break
-        if above.info.run_name == SEARCH:  # the training is a trial
+        if above.data.tags.get(STAGE_TAG) == "search":  # the training is a trial
             return above
         below = f"tags.`{MLFLOW_PARENT_RUN_ID}` = '{parent}'"
         if (search := _last(experiments, f"{below} and {is_search}")) is not None:

@@ -137,7 +137,7 @@ class Trials:
         tried, start = replace(settings, recipe=recipe), time.perf_counter()
         epochs = settings.study.search_epochs * settings.study.folds_per_trial
         try:
-            with tracking.run(f"{title}: {line}", tried, parent=self.parent) as run_id:
+            with tracking.run("trial", tried, title, parent=self.parent) as run_id:
                 if trial is not None:
                     trial.set_user_attr(RUN_ID, run_id)
                 else:
@@ -148,10 +148,10 @@ class Trials:
                 self._log(result, trial)
                 if trial is not None and state == "complete":
                     self._keep_model(trial, training, recipe, scores.dice)
-                in_full = state
+                pruned, in_full = "", state
                 if state == "pruned":
-                    tracking.rename(f"{title} (pruned): {line}")
-                    in_full = f"pruned after epoch {epoch} of {epochs}"
+                    pruned, in_full = "pruned ", f"pruned after epoch {epoch} of {epochs}"
+                tracking.rename(f"{title} {pruned}{scores.dice:.4f} · {line}")
                 tracking.describe(f"{title}, {in_full}: {line}.\nCross-fitted Dice {scores.dice:.4f}.")
         except ServerUnreachable:
             raise
@@ -210,8 +210,9 @@ class Trials:
         """Logs the scores in the run, and keeps them with the trial."""
         scores, thresholds = result.scores, asdict(result.scores.thresholds)
         facts = {"trial_state": result.state, "is_all_empty": scores.empty_loss > 0}
-        tracking.log_metrics({"trial_value": scores.dice, "trial_seconds": result.seconds})
-        tracking.log_params(facts | thresholds)
+        tracking.log_metrics({"trial/value": scores.dice, "trial/seconds": result.seconds})
+        tracking.log_params(facts)
+        tracking.log_thresholds(thresholds)
         if trial is None:
             return
         for name, value in self._constraints(scores).items():
@@ -231,7 +232,8 @@ class Trials:
             return
         with new_folder() as folder:
             training.save_model(folder, recipe)
-            trial.set_user_attr("model", tracking.log_model(folder))
+            name = f"{recipe.network.network}-{self.dataset.image_size}px-trial{trial.number}"
+            trial.set_user_attr("model", tracking.log_model(folder, name))
         delete_models(best[keep - 1 : keep])
 
 

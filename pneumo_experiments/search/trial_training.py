@@ -96,7 +96,7 @@ class TrialTraining:
                         scores = replace(scores, seconds_per_image=self._seconds_per_image(last))
                         self._trained = last, scores.thresholds
                     mean = _mean([*finished, scores])
-                    yield mean, result.metrics | {"val_dice_cross_fitted": mean.dice}
+                    yield mean, result.metrics | {"epoch/dice_cross_fitted": mean.dice}
             assert scores is not None
             finished.append(scores)
 

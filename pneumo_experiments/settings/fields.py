@@ -15,6 +15,11 @@ from pneumo_experiments.passwords import hide_passwords
 NONE = "none"  # how an absent value is written on the command line, in config files and in params
 AUTO = "auto"  # how "choose what suits best" is written
 LONGEST_TEXT = 1000  # characters, of an address for example
+# By these people compare runs: each run has them as params, and of the others those that were changed.
+KEY_SETTINGS = {
+    *("dataset", "image_size", "fold", "seed", "network", "weights", "epochs", "search_epochs", "trials"),
+    *("learning_rate", "batch_size", "bce_weight", "dice_weight", "focal_weight", "model", "subset"),
+}
 TRUE, FALSE = {"1", "true", "t", "yes", "y", "on"}, {"0", "false", "f", "no", "n", "off"}
 
 Settings = TypeVar("Settings")
@@ -184,9 +189,25 @@ def as_text(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def as_params(settings: object) -> dict[str, str]:
+def as_texts(settings: object) -> dict[str, str]:
     """All settings of an entry point by name, as text."""
     return {name: as_text(value) for name, value in flat(settings).items()}
+
+
+def as_params(settings: object) -> dict[str, str]:
+    """The key settings, and those that differ from their defaults, by name, as text."""
+    names = KEY_SETTINGS | {*chosen(settings)}
+    return {name: text for name, text in as_texts(settings).items() if name in names}
+
+
+def chosen(settings: object) -> dict[str, str]:
+    """The settings that differ from their defaults, by name, as text."""
+    values = flat(settings)
+    is_default = {
+        leaf.name: absolute(leaf, values[leaf.name]) == absolute(leaf, leaf.default)
+        for leaf in leaves(type(settings))
+    }
+    return {name: as_text(value) for name, value in values.items() if not is_default[name]}
 
 
 def as_config(settings: object) -> dict[str, int | float | bool | str]:
@@ -198,5 +219,5 @@ def as_config(settings: object) -> dict[str, int | float | bool | str]:
 
 def weight_shaping(settings: object) -> dict[str, str]:
     """The settings, as text, that change which weights a training ends with."""
-    texts = as_params(settings)
+    texts = as_texts(settings)
     return {leaf.name: texts[leaf.name] for leaf in leaves(type(settings)) if leaf.arg.shapes_weights}

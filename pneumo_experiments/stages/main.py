@@ -25,11 +25,12 @@ from pneumo_experiments.settings import (
     Search,
     Train,
     as_text,
+    as_texts,
 )
 from pneumo_experiments.stages.preprocess import preprocess
 from pneumo_experiments.stages.register import register
 from pneumo_experiments.stages.sample import sample
-from pneumo_experiments.stages.score import ScoreResult, score, scores_line
+from pneumo_experiments.stages.score import ScoreResult, score
 from pneumo_experiments.stages.search import SearchResult, search
 from pneumo_experiments.stages.train import training
 from pneumo_experiments.training.fold import is_model
@@ -39,7 +40,7 @@ from pneumo_experiments.words import plural
 def main(settings: Main) -> ScoreResult:
     """Preprocess, search, train, score, submit and register; returns the final scores."""
     is_synthetic, step = settings.source.dicom_dir is None, _announced(_steps(settings))
-    with tracking.run("main", settings):
+    with tracking.run("main", settings, f"main {_subject(settings)}"):
         if is_synthetic:
             next(step)
             settings = _with_sample(settings)
@@ -60,6 +61,8 @@ def main(settings: Main) -> ScoreResult:
             print(_work_line(settings, len(split_folds(opened, searching)[0].train)))
         next(step)
         best = search(searching, keep_start=True)
+        values = as_texts(best.recipe)  # the model is trained with them, whatever the params say
+        tracking.log_params({f"{name}_used": values[name] for name in best.searched})
         next(step)
         with training(_train_settings(settings, best, dataset)) as trained:
             scoring = Score(
@@ -73,6 +76,7 @@ def main(settings: Main) -> ScoreResult:
             result = score(scoring)
             assert result.scores is not None  # a labelled data set gives scores
             tracking.log_metrics(result.scores.as_metrics(result.prefix))
+            tracking.rename(f"main {_subject(settings)} · {result.scores.dice:.4f}")
             constant = {"dice_baseline": result.scores.dice_baseline}
             tracking.log_params(constant | {"interval_reliable": result.scores.interval_reliable})
             if settings.test_dir is not None:
@@ -85,10 +89,16 @@ def main(settings: Main) -> ScoreResult:
         source = "Synthetic sample" if is_synthetic else settings.source.dicom_dir
         tracking.describe(
             f"{source}: {settings.recipe.network.network} at {settings.format.image_size} px.\n"
-            f"{scores_line(result.scores)}."
+            f"{result.scores.line}."
         )
         _print_summary(result, version, settings, is_synthetic)
     return result
+
+
+def _subject(settings: Main) -> str:
+    data = settings.source.dicom_dir
+    name = "synthetic" if data is None else data.name
+    return f"{name} {settings.recipe.network.network} {settings.format.image_size}px"
 
 
 def _steps(settings: Main) -> list[str]:

@@ -35,7 +35,8 @@ def preprocess(settings: Preprocess) -> Path:
     """
     path = settings.dataset
     work = path.with_name(path.name + ".work")
-    with tracking.run("preprocess", settings):
+    name = f"preprocess {path.name} {settings.format.image_size}px"
+    with tracking.run("preprocess", settings, name):
         if path.is_dir():
             raise UserError(f"dataset={path}: is a folder; name a file, such as {path / 'dataset.h5'}")
         inputs = read_inputs(settings)

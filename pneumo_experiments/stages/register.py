@@ -127,7 +127,8 @@ def _log_ensemble(detector: Detector) -> str:
     """Logs an ensemble as a model of the active run; returns its address."""
     with new_folder() as folder:
         save(folder, detector)
-        return tracking.log_model(folder)
+        name = f"{detector.networks}-{detector.image_size}px-ensemble"
+        return tracking.log_model(folder, name)
 
 
 def _compare(settings: Register, new: Version, detector: Detector, champion: Version | None) -> Challenge:

@@ -43,9 +43,9 @@ from pneumo_experiments.words import plural
 # How names of metrics begin. Without a prefix they tell of images that neither trained the model nor chose
 # its epoch or thresholds; "external" is subset=all of another data set than that of the training.
 PREFIXES = dict.fromkeys(UNSEEN_SUBSETS, "") | {
-    "validation": "val_",
-    "train": "train_",
-    "all": "all_",
+    "validation": "val/",
+    "train": "train/",
+    "all": "all/",
 }
 
 
@@ -78,8 +78,9 @@ def score(settings: Score) -> ScoreResult:
         detector = detector.at_prevalence(settings.prevalence)
         device = str(detector.predictor.device)
         used = {"device": device, "precision": detector.precisions, "tta": detector.ttas}
-        used |= asdict(detector.thresholds)
         tracking.log_params({f"{name}_used": value for name, value in used.items()})
+        tracking.log_params({"network": detector.networks, "image_size": detector.image_size})
+        tracking.log_thresholds(asdict(detector.thresholds))
         if settings.dicom_dir is not None:
             return _score_folder(settings, detector, settings.dicom_dir)
         addresses = addresses_of(settings.model)
@@ -143,14 +144,18 @@ def _log_score(settings: Score, detector: Detector, model: str | None, result: _
     evaluation, prefix, scores = result.evaluation, result.prefix, result.evaluation.scores
     data_fingerprint = evaluation.subset.dataset.fingerprint
     facts = {"subset": result.name, "data_fingerprint": data_fingerprint} | scores.as_facts()
-    metrics = {prefix + end: value for end, value in evaluation.intervals.items() if not isnan(value)}
-    metrics |= scores.as_metrics(prefix)
+    metrics = scores.as_metrics(prefix)
+    for name, value in evaluation.intervals.items():
+        if not isnan(value) and prefix + name not in metrics:  # that of dice is among the scores
+            metrics[f"{prefix}interval/{name}"] = value
     tracking.log_scores(metrics, model, settings.dataset, evaluation.image_set_id, facts)
     constants = {key: value for key, value in facts.items() if key != "subset"}
     tracking.log_params(constants | {"identity": evaluation.image_set_id})
+    model_name = f"{detector.networks} {detector.image_size}px"
+    tracking.rename(f"score {model_name} on {result.name} · {scores.dice:.4f}")
     with counts_file(evaluation.counts) as path:
         tracking.log_file(path)
-    line = scores_line(scores)
+    line = scores.line
     print(f"score: {result.name}: {line}")
     for note in result.notes:
         print(f"score: {note}")
@@ -169,6 +174,8 @@ def _log_score(settings: Score, detector: Detector, model: str | None, result: _
     report = make_report(settings, result.name, evaluation, detector, compared, result.notes)
     for file_name, picture in report.pictures.items():
         tracking.log_image(picture, file_name)
+    for key, step, picture in report.gallery:
+        tracking.log_image_step(picture, key, step)
     tracking.log_page(report.page, PAGE)
     for name, (columns, rows) in report.tables.items():  # the evaluation view opens the last one
         tracking.log_table(columns, rows, name)
@@ -179,7 +186,9 @@ def _log_score(settings: Score, detector: Detector, model: str | None, result: _
 def _log_counts_search(path: Path, result: CountsSearch) -> None:
     best, lines = asdict(result.search.thresholds), result.lines()
     tracking.log_metrics(result.as_metrics())
-    tracking.log_params({f"{name}_best": value for name, value in best.items()} | result.scores.as_facts())
+    tracking.log_params(result.scores.as_facts())
+    tracking.log_thresholds(best)
+    tracking.rename(f"score thresholds of {plural(len(result.counts), 'image')}")
     if trials := result.search.trials():
         tracking.log_table(TRIAL_COLUMNS, trials, "threshold_trials")
     for file_name, picture in result.search.pictures().items():
@@ -197,6 +206,9 @@ def _score_folder(settings: Score, detector: Detector, folder: Path) -> ScoreRes
     for name, picture in findings.pictures.items():
         tracking.log_image(picture, name)
     tracking.log_params(findings.counts)
+    tracking.rename(
+        f"score {detector.networks} {detector.image_size}px on {plural(findings.counts['images'], 'file')}"
+    )
     tracking.describe(findings.description(model))
     for line in findings.lines:
         print(f"score: {line}")
@@ -228,17 +240,6 @@ def _name_subset(settings: Score, detector: Detector, dataset: Dataset, seen: st
     if settings.subset != "all" or dataset.fingerprint == detector.data_fingerprint:
         return settings.subset
     return "all" if seen else "external"
-
-
-def scores_line(scores: Scores) -> str:
-    """Dice with its interval and company, for the terminal."""
-    masks = round(scores.positives - scores.misses * scores.images)
-    found = f", masks on {masks} of {scores.positives}" if scores.positives else ""
-    return (
-        f"Dice {scores.dice:.4f} ({scores.interval}), all-empty baseline"
-        f" {scores.dice_baseline:.4f}, Dice on positives {scores.on_positives},"
-        f" {scores.images} images, {scores.positives} with pneumothorax{found}"
-    )
 
 
 def _subset(settings: Score, detector: Detector, dataset: Dataset) -> Subset:
@@ -273,7 +274,8 @@ def _check(settings: Score, path: Path) -> ScoreResult:
     usual = usual_masks(settings.dataset)
     result = check_submission(path, expected, {} if archive is None else native_shapes(archive), usual)
     tracking.log_json(asdict(result), "submission_check.json")
-    tracking.log_params({"images": result.images, "positives": result.positives})
+    tracking.log_params({"images": result.images, "masks": result.positives})
+    tracking.rename(f"score check of {path.name}")
     lines = [result.positives_line(usual.positives), *result.doubts]
     summary = "\n".join(f"{each}." for each in lines)
     problems = plural(len(result.problems), "problem")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from pneumo_experiments.search.trial_training import (
 from pneumo_experiments.search.winner import Winner, choose_winner
 from pneumo_experiments.search.workers import open_search, work
 from pneumo_experiments.settings import Recipe, Search
+from pneumo_experiments.words import plural
 
 OWNER = "owner"  # the task of the process whose run is the parent of the trials, and which reports
 
@@ -33,6 +35,8 @@ class SearchResult:
 
     recipe: Recipe
     trial: int
+    searched: Sequence[str]
+    """the names of these settings"""
     start: Path | None = None
     """state dict of the network that the trials started from, if it is kept"""
 
@@ -82,7 +86,9 @@ def _search_in_run(trials: Trials, is_owner: bool = True, keep_start: bool = Fal
     """Works in a run of its own, and reports."""
     study, settings = trials.study, trials.settings
     earlier = study.user_attrs.get(PARENT)
-    with tracking.run("search", settings, continues=earlier, even_finished=True) as run_id:
+    name = f"search {plural(settings.study.trials, 'trial')} {settings.recipe.network.network}"
+    name += f" {trials.dataset.image_size}px"
+    with tracking.run("search", settings, name, continues=earlier) as run_id:
         if is_owner:
             study.set_user_attr(PARENT, run_id)
             study.set_user_attr(PARENT_PROCESS, tracking.process_tags())
@@ -97,8 +103,11 @@ def _search_in_run(trials: Trials, is_owner: bool = True, keep_start: bool = Fal
         tracking.log_table(report.columns, report.rows, "trials")
         if winner is not None:
             tracking.log_yaml(report.best, "best.yaml")
-            tracking.log_metrics({"val_dice": winner.value, "best_trial": float(winner.trial.number)})
+            tracking.log_metrics(
+                {"search/value": winner.value, "search/best_trial": float(winner.trial.number)}
+            )
             tracking.describe(report.description)
+            tracking.rename(f"{name} · {winner.value:.4f}")
             for name, picture in report.pictures.items():
                 tracking.log_image(picture, f"study/{name}.png")
         delete_models(best_trials(study)[settings.study.keep :])
@@ -110,4 +119,5 @@ def _result(trials: Trials, winner: Winner | None) -> SearchResult:
     if winner is None:
         raise UserError("search: no trial has completed; give it more trials, or more time")
     print(f"search: best is trial {winner.line}: {in_words(winner.trial.params)}")
-    return SearchResult(with_values(trials.settings.recipe, winner.trial.params), winner.trial.number)
+    values = winner.trial.params
+    return SearchResult(with_values(trials.settings.recipe, values), winner.trial.number, [*values])

@@ -5,11 +5,13 @@ from __future__ import annotations
 import csv
 import os
 import tempfile
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
 from tqdm import tqdm
 
 from pneumo_experiments import tracking
@@ -26,11 +28,11 @@ from pneumo_experiments.metrics.thresholds import ThresholdCounts
 from pneumo_experiments.progress_bar import ProgressBar
 from pneumo_experiments.search.winner import best_of_study
 from pneumo_experiments.serving import Detector, new_folder, save
-from pneumo_experiments.settings import Train, is_none
+from pneumo_experiments.settings import Train, chosen, is_none, weight_shaping
 from pneumo_experiments.training.fold import Fold, FoldResult
 from pneumo_experiments.training.folds import COLUMNS, MUCH_DISAGREEMENT, join_folds, predict_out_of_fold
 from pneumo_experiments.training.loop import EpochResult
-from pneumo_experiments.training.resume import TrainingState, checkpoint_of
+from pneumo_experiments.training.resume import EPOCH_DICE, TrainingState, checkpoint_of
 from pneumo_experiments.training.settings_source import MAX_NAMED, SettingsSource, settings_source
 from pneumo_experiments.words import some_of
 
@@ -124,21 +126,19 @@ def _train(source: SettingsSource, dataset: Dataset, parent: str | None) -> Trai
     if settings.split.fold != "all":
         result, model = _train_fold("train", source, dataset, parent)
         return TrainResult(model, result.evaluation.scores)
-    with tracking.run("train", settings, parent=parent):
+    with tracking.run("train", settings, _run_name(settings, dataset, "train"), parent=parent):
         tracking.log_dataset(settings.dataset, dataset.fingerprint, "training")
         folds = list[FoldResult]()
         for number, one in enumerate(_settings_per_fold(settings)):
             left = settings.split.folds - number
-            folds.append(
-                _train_fold(f"fold {number}", replace(source, settings=one), dataset, folds_left=left)[0]
-            )
+            folds.append(_train_fold("fold", replace(source, settings=one), dataset, folds_left=left)[0])
         if not distributed.is_main_process():
             return TrainResult("", folds[0].evaluation.scores)
         return _finish_folds(settings, folds)
 
 
 def _train_fold(
-    name: str, source: SettingsSource, dataset: Dataset, parent: str | None = None, folds_left: int = 1
+    stage: str, source: SettingsSource, dataset: Dataset, parent: str | None = None, folds_left: int = 1
 ) -> tuple[FoldResult, str]:
     """Trains one fold in a run of its own; returns also the address of the model, which the main process has.
 
@@ -151,7 +151,12 @@ def _train_fold(
     state = distributed.broadcast(TrainingState.load(checkpoint) if can_resume else None)
     is_new, state = state is None, state or TrainingState()
     earlier = state.run_id or None
-    with tracking.run(name, settings, continues=earlier, parent=parent, system_metrics=True) as run_id:
+    with tracking.run(
+        *(stage, settings, _run_name(settings, dataset, stage)),
+        continues=earlier,
+        parent=parent,
+        system_metrics=True,
+    ) as run_id:
         _log_source(source, dataset)
         fold = Fold.prepare(settings, dataset)
         _log_fold(fold, dataset)
@@ -160,9 +165,10 @@ def _train_fold(
             if is_main:
                 checkpoint.clear()
         else:
-            _log_resumed(state, run_id, epochs)
+            _log_resumed(state, epochs)
         state.run_id = run_id
         work = fold.images.work(fold.predictor)
+        name = f"fold {settings.split.fold}" if stage == "fold" else stage
         with ProgressBar(
             *(name, epochs * work),
             finished=len(state.history) * work,
@@ -170,9 +176,10 @@ def _train_fold(
             is_shown=is_main,
         ) as bar:
             for result in fold.epochs(state, bar.update):
-                _log_epoch(result, epochs)
+                pictures = fold.follow(state, result.evaluation, result.epoch.network) if is_main else {}
                 if is_main:
-                    state.save(checkpoint)
+                    state.save(checkpoint)  # before it is logged: an interruption would log it twice
+                _log_epoch(result, epochs, pictures)
         state.trainer = result = None  # the optimizer leaves the device, and the wrapper of a group
         _print_end(state, settings)
         result = fold.finish(state)
@@ -207,20 +214,22 @@ def _log_fold(fold: Fold, dataset: Dataset) -> None:
     )
 
 
-def _log_resumed(state: TrainingState, run_id: str, epochs: int) -> None:
-    """The metrics of an interrupted training, if this is another run."""
-    if state.run_id != run_id:
-        for epoch, metrics in enumerate(state.history, start=1):
-            tracking.log_metrics(metrics, step=epoch)
+def _log_resumed(state: TrainingState, epochs: int) -> None:
+    """The metrics of an interrupted training that this run does not have."""
+    logged = tracking.last_step(EPOCH_DICE)
+    for epoch, metrics in enumerate(state.history[logged:], start=logged + 1):
+        tracking.log_metrics(metrics, step=epoch)
     print(f"train: continues after epoch {len(state.history)} of {epochs}")
 
 
-def _log_epoch(result: EpochResult, epochs: int) -> None:
+def _log_epoch(result: EpochResult, epochs: int, pictures: Mapping[str, NDArray[np.uint8]]) -> None:
     epoch, scores = result.epoch, result.scores
     tracking.log_metrics(result.metrics, step=epoch.number)
+    for key, picture in pictures.items():
+        tracking.log_image_step(picture, key, epoch.number)
     tqdm.write(
-        f"  epoch {epoch.number}/{epochs}  loss {epoch.losses['loss']:.4f}  validation Dice"
-        f" {scores.dice:.4f}  on positives {scores.on_positives}"
+        f"  epoch {epoch.number}/{epochs}  loss {epoch.losses['total']:.4f}  validation Dice"
+        f" {scores.dice:.4f} (all-empty {scores.dice_baseline:.4f})  on positives {scores.on_positives}"
         f"  {epoch.images_per_second:.1f} images/s  {tqdm.format_interval(result.seconds_left)} left"
     )
 
@@ -245,9 +254,10 @@ def _log_result(source: SettingsSource, fold: Fold, result: FoldResult) -> str:
         tracking.log_params({"same_weights": largest == 0, "weights_difference": f"{largest:.3g}"})
         differ = f"differ by up to {largest:.3g} from" if largest else "are"
         print(f"train: the weights {differ} {which}")
-    # Next to the curves, not on them: the weights that were kept, at their own thresholds.
-    tracking.log_metrics(result.as_metrics(), step=number)
+    # Of the weights that were kept, at their own thresholds; without a step they are the model's, too.
+    tracking.log_metrics(result.as_metrics())
     tracking.log_params(result.as_facts())
+    tracking.log_thresholds(asdict(detector.thresholds))
     _log_thresholds(result.search, evaluation.counts)
     tracking.log_image(learning_curves(result.history, scores.dice_baseline), "learning_curves.png")
     overlays = ranked_overlays(evaluation, predictor, settings.evaluation.overlays)
@@ -255,15 +265,14 @@ def _log_result(source: SettingsSource, fold: Fold, result: FoldResult) -> str:
         tracking.log_image(picture, f"overlays/{place:02}.png")
     if overlays:
         tracking.log_image(contact_sheet(overlays, columns=2), "overlays.png")
-    model, averaged = _log_model(detector), result.averaged_epochs
+    model, averaged = _log_model(detector, f"fold{settings.split.fold}"), result.averaged_epochs
     kept = f"kept epoch{'s' * (len(averaged) > 1)} {', '.join(map(str, averaged))} of {number}"
-    print(f"train: {kept}, logged as {model}")
+    line = f"validation {scores.line}"
     tracking.describe(
         f"{settings.recipe.network.network} at {detector.image_size} px, {len(fold.images.training)} images;"
-        f" {kept}.\n"
-        f"Validation Dice {scores.dice:.3f} (all-empty {scores.dice_baseline:.3f}),"
-        f" on positives {scores.on_positives}."
+        f" {kept}.\n{line}.\nModel {model}."
     )
+    print(f"train: {kept}; {line}")
     return model
 
 
@@ -277,8 +286,9 @@ def _finish_folds(settings: Train, folds: Sequence[FoldResult]) -> TrainResult:
         with path.open("w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows([COLUMNS, *predicted.rows])
         tracking.log_file(path)
-    tracking.log_metrics(scores.as_metrics("oof_") | joined.as_metrics())
-    tracking.log_params(scores.as_facts("oof_") | asdict(joined.detector.thresholds))
+    tracking.log_metrics(scores.as_metrics("oof/") | joined.as_metrics())
+    tracking.log_params(scores.as_facts("oof_"))
+    tracking.log_thresholds(asdict(joined.detector.thresholds))
     _log_thresholds(joined.search, joined.counts)
     if joined.disagreement > MUCH_DISAGREEMENT:
         print(
@@ -286,14 +296,12 @@ def _finish_folds(settings: Train, folds: Sequence[FoldResult]) -> TrainResult:
             " (standard deviation): their mean, and common thresholds, suit none of them; look at the folds'"
             " own scores"
         )
-    model = _log_model(joined.detector)
+    model, line = _log_model(joined.detector, f"{len(folds)}folds"), f"out-of-fold {scores.line}"
     tracking.describe(
-        f"{settings.recipe.network.network} at {image_size} px, one for each of"
-        f" {len(folds)} folds; together {model}.\n"
-        f"Out-of-fold Dice {scores.dice:.3f} (all-empty {scores.dice_baseline:.3f}),"
-        f" on positives {scores.on_positives}."
+        f"{settings.recipe.network.network} at {image_size} px, one for each of {len(folds)} folds.\n"
+        f"{line}.\nModel {model}, all of them together."
     )
-    print(f"train: {len(folds)} folds, out-of-fold Dice {scores.dice:.4f}, together logged as {model}")
+    print(f"train: {len(folds)} folds; {line}")
     return TrainResult(model, scores)
 
 
@@ -307,7 +315,20 @@ def _log_thresholds(search: ThresholdSearch, counts: ThresholdCounts) -> None:
         tracking.log_image(picture, file_name)
 
 
-def _log_model(detector: Detector) -> str:
+def _log_model(detector: Detector, end: str) -> str:
     with new_folder() as folder:
         save(folder, detector)
-        return tracking.log_model(folder)
+        return tracking.log_model(folder, f"{detector.networks}-{detector.image_size}px-{end}")
+
+
+def _run_name(settings: Train, dataset: Dataset, stage: str) -> str:
+    """What is special about a training: network, size, fold, and the settings that are not the usual ones."""
+    if stage == "fold":
+        return f"fold {settings.split.fold}"
+    fold = f"fold {settings.split.fold}" if settings.split.fold != "all" else f"{settings.split.folds} folds"
+    network = settings.recipe.network.network
+    names = weight_shaping(settings).keys() - {"network", "fold", "folds"}
+    special = [f"{name} {text}" for name, text in chosen(settings).items() if name in names]
+    return " · ".join(
+        [f"train {network} {dataset.image_size}px {fold}", *[some_of(special, 4)] * bool(special)]
+    )

@@ -11,12 +11,13 @@ import tempfile
 import time
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, cast
 
 import numpy as np
 import yaml
+from mlflow import MlflowClient
 from mlflow.data.meta_dataset import MetaDataset
 from mlflow.data.sources import (
     LocalArtifactDatasetSource,  # pyright: ignore[reportAttributeAccessIssue, reportUnknownVariableType]
@@ -32,6 +33,9 @@ from pneumo_experiments.tracking.models import model_id_of, save_model
 from pneumo_experiments.tracking.servers import local_path
 from pneumo_experiments.words import escape
 
+NAME_TAG = "pneumo.name"  # the name that the program gave a run; if it has another, a person gave that
+HEADLINE = ("dice", "dice_low", "dice_high", "dice_positive")  # of the hold-out, on the training's run too
+
 log = logging.getLogger(__name__)
 
 
@@ -44,6 +48,8 @@ class ActiveRun:
     artifacts: str  # address
     start_ms: int  # since 1970
     client: BufferedClient
+    is_named: bool = False  # by a person
+    tables: list[str] = field(default_factory=list[str])
 
 
 active_runs: list[ActiveRun] = []  # the innermost one last; none in a helper process
@@ -98,14 +104,33 @@ def describe(text: str) -> None:
 
 
 def rename(name: str) -> None:
-    """Gives the active run another name."""
-    send("tags", values={MLFLOW_RUN_NAME: name})
+    """Gives the active run another name, unless a person named it."""
+    if is_enabled() and not active_runs[-1].is_named:
+        send("tags", values={MLFLOW_RUN_NAME: name, NAME_TAG: name})
+
+
+def log_tags(values: Mapping[str, object]) -> None:
+    """Sets tags of the active run."""
+    send("tags", values={name: as_text(value) for name, value in values.items()})
+
+
+def log_thresholds(values: Mapping[str, float]) -> None:
+    """Sets the tag ``thresholds`` of the active run: they are results, no params."""
+    log_tags({"thresholds": ", ".join(f"{name} {value:g}" for name, value in values.items())})
 
 
 def log_metrics(values: Mapping[str, float], step: int | None = None) -> None:
     """Logs metrics of the active run."""
     numbers = {name: float(value) for name, value in values.items()}
     send("metrics", values=numbers, timestamp=now_ms(), step=step)
+
+
+def last_step(name: str) -> int:
+    """The last step at which the active run has a metric; 0 without one."""
+    if not is_enabled():
+        return 0
+    history = MlflowClient().get_metric_history(active_runs[-1].id, name)
+    return max((metric.step for metric in history), default=0)
 
 
 def log_scores(
@@ -124,6 +149,10 @@ def log_scores(
         tags = {SCORE_TAG + identity: texts}
         active_runs[-1].client.send_or_buffer("model_tags", model_id=model_id, values=tags)
     send("metrics", values=dict(values), timestamp=now_ms(), model_id=model_id, images=images)
+    if facts["subset"] == "holdout" and model_id is not None:  # people compare trainings by it
+        headline = {name: value for name, value in values.items() if name in HEADLINE}
+        constant = {name: as_text(value) for name, value in facts.items() if name == "dice_baseline"}
+        send("training_scores", model_id=model_id, values=headline, constants=constant, timestamp=now_ms())
 
 
 def log_params(values: Mapping[str, object]) -> None:
@@ -135,6 +164,20 @@ def log_image(pixels: NDArray[np.uint8], name: str) -> None:
     """Logs RGB pixels (H, W, 3) as an image file, artifact ``name`` of the active run."""
     with _new_artifact(name) as path:
         Image.fromarray(pixels).save(path)
+
+
+def log_image_step(pixels: NDArray[np.uint8], key: str, step: int, run_id: str | None = None) -> None:
+    """Logs RGB pixels (H, W, 3) for the image grid of the UI, which has a slider over the steps of a ``key``.
+
+    Of the active run, or of the one given.
+    """
+    if is_enabled():
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "image.png")
+            Image.fromarray(pixels).save(path)
+            active = active_runs[-1]
+            values = {"path": str(path), "key": key, "step": step, "timestamp": now_ms()}
+            active.client.send_or_buffer("image", run_id=run_id or active.id, **values)
 
 
 def log_json(value: Mapping[str, Any], name: str) -> None:
@@ -156,12 +199,16 @@ def log_page(text: str, name: str) -> None:
 def log_table(columns: Sequence[str], rows: Sequence[Sequence[object]], name: str) -> None:
     """Logs a table as artifacts ``name``.csv and ``name``.json, the latter in the format of mlflow.log_table.
 
-    mlflow.log_table itself would append the rows a second time when it is retried after a lost response.
+    mlflow.load_table(f"{name}.json") reads that of all runs. mlflow.log_table itself would append the rows a
+    second time when it is retried after a lost response.
     """
     with _new_artifact(f"{name}.csv") as path, path.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([columns, *rows])
     log_page(json.dumps({"columns": [*columns], "data": [*rows]}), f"{name}.json")
-    send("tags", values={MLFLOW_LOGGED_ARTIFACTS: json.dumps([{"path": f"{name}.json", "type": "table"}])})
+    if is_enabled():
+        active_runs[-1].tables.append(f"{name}.json")
+        tables = [{"path": table, "type": "table"} for table in active_runs[-1].tables[::-1]]
+        send("tags", values={MLFLOW_LOGGED_ARTIFACTS: json.dumps(tables)})  # the UI opens the first
 
 
 def log_file(path: Path) -> None:
@@ -193,7 +240,7 @@ def _data_set(path: Path, name: str, digest: str) -> dict[str, Any]:
     return MetaDataset(source, name=name, digest=digest).to_dict()
 
 
-def log_model(data: Path) -> str:
+def log_model(data: Path, name: str) -> str:
     """Logs the folder that serving.save wrote as a model of the active run; returns ``models:/<id>``.
 
     If the store is unreachable, the model is buffered, to be logged later: returns its local folder.
@@ -204,10 +251,11 @@ def log_model(data: Path) -> str:
         saved = Path(temporary, "model")
         save_model(saved, data)
         try:
-            return str(run.client.send("model", run_id=run.id, path=str(saved)))
+            return str(run.client.send("model", run_id=run.id, path=str(saved), name=name))
         except StoreUnreachable:
             shutil.rmtree(kept, ignore_errors=True)  # of an earlier process of this run
             shutil.copytree(saved, kept)
-    run.client.buffer("model", run_id=run.id, path=os.path.relpath(kept, run.client.folder))
+    path = os.path.relpath(kept, run.client.folder)
+    run.client.buffer("model", run_id=run.id, path=path, name=name)
     log.warning("%s: tracking server unreachable: model saved to %s", run.client.store, kept)
     return str(kept)

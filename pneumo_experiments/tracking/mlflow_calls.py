@@ -1,16 +1,18 @@
 """The calls that a run sends to MLflow; their arguments are valid JSON.
 
-All are idempotent, apart from a model: a call whose response was lost is sent again.
+All are idempotent, apart from a model and an image: a call whose response was lost is sent again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import mlflow
 from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Param, RunTag
 from mlflow.exceptions import MlflowException
+from PIL import Image
 
 from pneumo_experiments.tracking.models import upload
 from pneumo_experiments.words import escape
@@ -38,6 +40,20 @@ def metrics(
     mlflow.log_metrics(
         dict(values), step, run_id=run_id, timestamp=timestamp, model_id=model_id, dataset=scored
     )
+
+
+def training_scores(
+    run_id: str,
+    model_id: str,
+    values: Mapping[str, float],
+    constants: Mapping[str, str],
+    timestamp: int,
+) -> None:
+    """Logs a model's scores, measured by a run, in the run that trained it, unless that is deleted."""
+    training = MlflowClient().get_logged_model(model_id).source_run_id
+    if training and training != run_id and MlflowClient().get_run(training).info.lifecycle_stage == "active":
+        metrics(training, values, timestamp)
+        params(training, constants)
 
 
 def params(run_id: str, values: Mapping[str, str]) -> None:
@@ -75,6 +91,13 @@ def artifact(run_id: str, path: str, folder: str) -> None:
     MlflowClient().log_artifact(run_id, path, folder or None)  # pyright: ignore[reportUnknownMemberType]
 
 
+def image(run_id: str, path: str, key: str, step: int, timestamp: int) -> None:
+    """Logs an image for the UI's grid, under a key, at a step; ``timestamp`` in ms since 1970."""
+    client: Any = MlflowClient()
+    with Image.open(path) as picture:
+        client.log_image(run_id, picture, key=key, step=step, timestamp=timestamp, synchronous=True)
+
+
 def end(run_id: str, status: str, end_time: int) -> None:
     """Ends a run; ``end_time`` in ms since 1970."""
     MlflowClient().set_terminated(run_id, status, end_time)
@@ -82,11 +105,13 @@ def end(run_id: str, status: str, end_time: int) -> None:
 
 CALLS: dict[str, Callable[..., str | None]] = {
     "metrics": metrics,
+    "training_scores": training_scores,
     "params": params,
     "tags": tags,
     "model_tags": model_tags,
     "dataset": dataset,
     "artifact": artifact,
+    "image": image,
     "model": upload,
     "end": end,
 }

@@ -80,7 +80,7 @@ def save_model(folder: Path, data: Path) -> None:
     )
 
 
-def upload(run_id: str, path: str) -> str:
+def upload(run_id: str, path: str, name: str = "pneumothorax") -> str:
     """Logs a folder that ``save_model`` wrote as a model of a run; returns ``models:/<id>``.
 
     mlflow.pyfunc.log_model would load it to try its example, which takes seconds, and put the model's copy of
@@ -89,7 +89,7 @@ def upload(run_id: str, path: str) -> str:
     client: Any = MlflowClient()
     run = client.get_run(run_id)
     model_id = client.create_logged_model(
-        run.info.experiment_id, "pneumothorax", run_id, params=run.data.params
+        run.info.experiment_id, name, run_id, params=run.data.params
     ).model_id
     try:
         _complete(client, run, model_id, path)

@@ -24,10 +24,12 @@ from mlflow.utils.name_utils import (
 
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.passwords import hide_passwords
-from pneumo_experiments.settings import NONE, as_config, as_params
+from pneumo_experiments.settings import NONE, as_config, as_params, as_texts
 from pneumo_experiments.tracking.buffered_client import FILE, FOLDER, BufferedClient, outages_as_user_errors
 from pneumo_experiments.tracking.code_version import CODE_VERSION_TAG, code_version
+from pneumo_experiments.tracking.experiment import STAGE_TAG
 from pneumo_experiments.tracking.log import (
+    NAME_TAG,
     ActiveRun,
     active_runs,
     is_enabled,
@@ -46,19 +48,22 @@ log = logging.getLogger(__name__)
 
 @contextmanager
 def run(
-    name: str,
+    stage: str,
     settings: object,
+    name: str = "",
+    *,
     continues: str | None = None,
     parent: str | None = None,
     system_metrics: bool = False,
-    even_finished: bool = False,
 ) -> Generator[str]:
-    """Starts a run with every setting as a param; yields its id.
+    """Starts a run of a stage, with a name that says what is special about it; yields its id.
 
+    Its params are the key settings and those that differ from their defaults; all are in its config.yaml.
     Inside another run it is a child run. In a process started by `mlflow run`, the first run is the one that
-    `mlflow run` created. It ends FINISHED, KILLED after Ctrl-C or SIGTERM, else FAILED.
-    ``continues`` is the run to resume, if it still exists and this is no child run; if it is finished, only
-    with ``even_finished``.
+    `mlflow run` created, whose name stays if a person gave it. It ends FINISHED, KILLED after Ctrl-C or
+    SIGTERM, else FAILED with the error as its description.
+    ``continues`` is the run to resume, if it still exists and this is no child run; a finished one only if it
+    is a search, which may have more trials.
     ``parent`` is the parent run, if another process has it.
     ``system_metrics`` logs CPU, memory and GPU use every few seconds.
     If the store becomes unreachable, the run continues: see BufferedClient. Raises UserError if it is
@@ -68,24 +73,26 @@ def run(
         yield ""
         return
     with outages_as_user_errors():
-        started = _start(name, continues, parent, even_finished)
+        started, is_named = _start(stage, name or stage, continues, parent)
     status = "FAILED"
-    with _active(started, started.info.run_id) as active:
+    with _active(started, started.info.run_id, is_named) as active:
         try:
             samples = system_metrics or MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING.get()
             with outages_as_user_errors(), log_system_metrics(active) if samples else nullcontext():
-                texts = {name: hide_passwords(text) for name, text in as_params(settings).items()}
+                texts = as_params(settings)
                 if active.id != continues:
-                    texts |= _differing(texts, started.data.params)
-                log_params(texts)
+                    texts |= _differing(as_texts(settings), started.data.params)
+                log_params({name: hide_passwords(text) for name, text in texts.items()})
                 log_yaml(as_config(settings), "config.yaml")  # repeats the step: -P config=…
                 yield active.id
             status = "FINISHED"
         except KeyboardInterrupt:
             status = "KILLED"
             raise
-        except UserError as error:
-            send("tags", values={"error": hide_passwords(str(error))[:5000]})
+        except Exception as error:
+            reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+            reason = hide_passwords(reason)[:5000]
+            send("tags", values={"error": reason, MLFLOW_RUN_NOTE: f"Failed: {reason}"})
             raise
         finally:
             send("end", status=status, end_time=now_ms())
@@ -109,12 +116,12 @@ def joined_run(run_id: str) -> Generator[None]:
                 " the same tracking server as the process that has that run"
             ) from error
         _end_unused(given, run_id)
-    with _active(joined, f"{run_id}-{os.getpid()}"):
+    with _active(joined, f"{run_id}-{os.getpid()}", is_named=True):
         yield
 
 
 @contextmanager
-def _active(started: Run, buffer: str) -> Generator[ActiveRun]:
+def _active(started: Run, buffer: str, is_named: bool) -> Generator[ActiveRun]:
     """Makes a run the active one; at the end of the outermost run, warns of unsent calls.
 
     A resumed run also sends the calls that an earlier process left in the ``buffer`` of this name.
@@ -122,7 +129,8 @@ def _active(started: Run, buffer: str) -> Generator[ActiveRun]:
     info, is_outermost = started.info, not active_runs
     folder = (FOLDER / f"undelivered-{buffer}").absolute()
     client = BufferedClient(folder) if is_outermost else active_runs[-1].client
-    active = ActiveRun(info.run_id, info.experiment_id, info.artifact_uri or "", info.start_time or 0, client)
+    where = (info.run_id, info.experiment_id, info.artifact_uri or "", info.start_time or 0)
+    active = ActiveRun(*where, client, is_named)
     active_runs.append(active)
     try:
         yield active
@@ -145,8 +153,11 @@ def _warn_of_unsent(client: BufferedClient, run_id: str) -> None:
                 )
 
 
-def _start(name: str, continues: str | None, parent: str | None, even_finished: bool) -> Run:
-    """Creates a run, or takes the one to resume or that `mlflow run` created for this process."""
+def _start(stage: str, name: str, continues: str | None, parent: str | None) -> tuple[Run, bool]:
+    """Creates a run, or takes the one to resume or that `mlflow run` created for this process.
+
+    Returns also whether a person named it.
+    """
     if active_runs:
         check_server(SETTING, mlflow.get_tracking_uri())  # since the outer run started
         experiment, given, parent = active_runs[-1].experiment_id, None, active_runs[-1].id
@@ -154,18 +165,22 @@ def _start(name: str, continues: str | None, parent: str | None, even_finished: 
         experiment, given = _open()
     client: Any = MlflowClient()  # not earlier: it would create a store
     # Tags at once: end_orphaned_runs needs them, whenever the process is killed.
-    tags = process_tags() | {CODE_VERSION_TAG: code_version()}
-    if parent is None and continues is not None and _is_resumable(continues, even_finished):
+    tags = process_tags() | {CODE_VERSION_TAG: code_version(), STAGE_TAG: stage}
+    names = {MLFLOW_RUN_NAME: name, NAME_TAG: name}
+    if parent is None and continues is not None and _is_resumable(continues):
         _end_unused(given, continues)
         given = continues
     elif given is None:
-        tags |= {MLFLOW_PARENT_RUN_ID: parent} if parent else {}
-        return client.create_run(experiment, tags=resolve_tags(tags), run_name=name)
-    elif _is_random(client.get_run(given).info.run_name or ""):
-        tags[MLFLOW_RUN_NAME] = name
+        tags |= names | ({MLFLOW_PARENT_RUN_ID: parent} if parent else {})
+        return client.create_run(experiment, tags=resolve_tags(tags), run_name=name), False
+    earlier = client.get_run(given)
+    is_named = not _is_random(before := earlier.info.run_name or "") and before != earlier.data.tags.get(
+        NAME_TAG
+    )
+    tags |= {} if is_named else names
     client.update_run(given, status="RUNNING")
     client.log_batch(given, tags=[RunTag(*tag) for tag in tags.items()])
-    return client.get_run(given)
+    return client.get_run(given), is_named
 
 
 def _open() -> tuple[str, str | None]:
@@ -185,13 +200,14 @@ def _end_unused(given: str | None, continued: str) -> None:
         client.set_terminated(given, "FINISHED")
 
 
-def _is_resumable(run_id: str, even_finished: bool) -> bool:
+def _is_resumable(run_id: str) -> bool:
     try:
-        info = MlflowClient().get_run(run_id).info
+        earlier = MlflowClient().get_run(run_id)
     except MlflowException:
         return False
     # A finished training is complete: resumed, it would have its last results twice.
-    return info.lifecycle_stage == "active" and (even_finished or info.status != "FINISHED")
+    is_open = earlier.info.status != "FINISHED" or earlier.data.tags.get(STAGE_TAG) == "search"
+    return earlier.info.lifecycle_stage == "active" and is_open
 
 
 def _is_random(name: str) -> bool:

@@ -8,12 +8,13 @@ import time
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import mlflow
 from alembic.migration import MigrationContext
 from filelock import FileLock
 from mlflow import MlflowClient
-from mlflow.entities import Experiment, LifecycleStage
+from mlflow.entities import Experiment, LifecycleStage, ViewType
 from mlflow.exceptions import MlflowException
 from mlflow.store.db.base_sql_model import Base
 from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
@@ -22,6 +23,7 @@ from sqlalchemy import Engine, NullPool, create_engine, inspect, make_url, text
 from pneumo_experiments.errors import ServerUnreachable, UserError
 from pneumo_experiments.files import write_atomically
 from pneumo_experiments.passwords import hide_passwords
+from pneumo_experiments.tracking.experiment import DEFAULT_EXPERIMENT, missing_tags
 from pneumo_experiments.tracking.servers import (
     DATABASE_PORTS,
     check_server,
@@ -38,7 +40,6 @@ LOCK_TIMEOUT_SECONDS = 60
 # Any number that other programs do not take; the connection's end releases it.
 POSTGRESQL_LOCK = 7_368_662_513
 OUTDATED = "out-of-date database schema"  # MLflow's words
-KIND_TAG = "mlflow.experimentKind"
 QUIET = {
     "mlflow.store.db.utils": logging.CRITICAL,  # a traceback for each lock
     "mlflow.pyfunc": logging.WARNING,  # a line for the example of each model
@@ -70,11 +71,9 @@ def open_store() -> str:
                     f"{location}: MLflow would store artifacts in {local_path(location)};"
                     " rename the folder: UTF-8, and no % before two digits"
                 )
-            # Else the UI opens its pages for language models, without curves or registered models.
-            if KIND_TAG not in experiment.tags:
+            for name, text in missing_tags(experiment).items():
                 with suppress(MlflowException):  # another process has just set it
-                    id, kind = experiment.experiment_id, "custom_model_development"
-                    MlflowClient().set_experiment_tag(id, KIND_TAG, kind)
+                    MlflowClient().set_experiment_tag(experiment.experiment_id, name, text)
     except UserError:
         raise
     except Exception as error:  # MLflow, SQLAlchemy, its drivers and the file system: errors of many kinds
@@ -110,16 +109,19 @@ def _remedy(error: Exception) -> str:
 def _experiment() -> Experiment:
     """The experiment that the environment names; raises UserError if that, or the run, is gone."""
     run_id, name = os.environ.get("MLFLOW_RUN_ID"), os.environ.get("MLFLOW_EXPERIMENT_NAME")
-    id, info, setting = os.environ.get("MLFLOW_EXPERIMENT_ID") or "0", None, f"MLFLOW_EXPERIMENT_NAME={name}"
+    id, info, setting = os.environ.get("MLFLOW_EXPERIMENT_ID"), None, f"MLFLOW_EXPERIMENT_NAME={name}"
     try:
+        if not name and (id or "0") == "0":
+            _rename_default(run_id)
         if run_id:  # `mlflow run` has created the run
             setting = f"MLFLOW_RUN_ID={run_id}"
             info = mlflow.get_run(run_id).info
             experiment = mlflow.get_experiment(info.experiment_id)
-        elif name is None:
+        elif id and name is None:
             setting = f"MLFLOW_EXPERIMENT_ID={id}"
             experiment = mlflow.get_experiment(id)
         else:
+            name = name or DEFAULT_EXPERIMENT
             experiment = mlflow.get_experiment_by_name(name) or _create_experiment(name)
     except MlflowException as error:
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
@@ -139,6 +141,22 @@ def _experiment() -> Experiment:
             " that variable for a new one"
         )
     return experiment
+
+
+def _rename_default(run_id: str | None) -> None:
+    """Gives MLflow's first experiment our name, in a store of this machine where it has no other runs.
+
+    `mlflow run` starts its runs there, and a new store has no other experiment.
+    """
+    client: Any = MlflowClient()
+    if database_file(mlflow.get_tracking_uri()) is None or client.get_experiment_by_name(DEFAULT_EXPERIMENT):
+        return
+    default = client.get_experiment_by_name(Experiment.DEFAULT_EXPERIMENT_NAME)
+    if default is None or default.experiment_id != "0" or default.lifecycle_stage != LifecycleStage.ACTIVE:
+        return
+    runs = client.search_runs(["0"], run_view_type=ViewType.ALL, max_results=2)
+    if {run.info.run_id for run in runs} <= {run_id}:
+        client.rename_experiment("0", DEFAULT_EXPERIMENT)
 
 
 def _create_experiment(name: str) -> Experiment:

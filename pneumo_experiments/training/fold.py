@@ -16,6 +16,7 @@ from pneumo_experiments.dataset.hdf5 import Dataset
 from pneumo_experiments.dataset.splits import Split
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.evaluation.evaluate import Evaluation
+from pneumo_experiments.evaluation.pictures import draw_overlays
 from pneumo_experiments.evaluation.subset import Subset, hash_image_ids, make_split
 from pneumo_experiments.evaluation.threshold_search import ThresholdSearch, search_thresholds
 from pneumo_experiments.figures import contact_sheet, overlay
@@ -36,6 +37,7 @@ from pneumo_experiments.training.loop import EpochResult, FoldImages, train_and_
 from pneumo_experiments.training.resume import TrainingState
 
 MAX_SHOWN = 12  # images of the first batch
+MAX_FOLLOWED, FOLLOWED_PX = 6, 256  # images that are drawn after each epoch, and the side of a panel
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,18 @@ class Fold:
         while not state.is_stuck(schedule.patience) and (result := next(results, None)):
             state.add(result, schedule.best_k)
             yield result
+
+    def follow(
+        self, state: TrainingState, evaluation: Evaluation, network: PneumothoraxNet
+    ) -> dict[str, NDArray[np.uint8]]:
+        """Overlays of the same few validation images after each epoch, by name; the first epoch chooses."""
+        if not state.followed:
+            count = min(MAX_FOLLOWED, self.settings.evaluation.overlays)
+            state.followed = dict([*_typical_images(evaluation).items()][:count])
+        texts = evaluation.captions()
+        captions = {place: f"{name}: {texts[place]}" for name, place in state.followed.items()}
+        drawn = draw_overlays(evaluation, replace(self.predictor, network=network), captions, FOLLOWED_PX)
+        return dict(zip(state.followed, drawn, strict=True)) if captions else {}
 
     def finish(self, state: TrainingState) -> FoldResult:
         """Chooses weights, calibration and thresholds by the validation images."""
@@ -153,21 +167,40 @@ class FoldResult:
 
     def as_metrics(self) -> dict[str, float]:
         """The scores of the weights that were kept, at their own thresholds, and how those were found."""
-        final = self.evaluation.scores.as_metrics("val_").items()
-        error = {"val_calibration_error_raw": self.raw_calibration_error}
-        return {f"{name}_final": value for name, value in final} | error | self.search.as_metrics()
+        error = {"val/calibration_error_raw": self.raw_calibration_error}
+        return self.evaluation.scores.as_metrics("val/") | error | self.search.as_metrics()
 
     def as_facts(self) -> dict[str, object]:
-        """What was chosen: epochs, weights, thresholds and calibration; and the images' constants."""
+        """What was chosen: epochs, weights and calibration; and the images' constants."""
         (predictor,) = self.detector.predictor.members
         return {
             "best_epoch": self.best_epoch,
             "averaged_epochs": len(self.averaged_epochs),
             "own_batch_statistics": self.own_batch_statistics,
-            **asdict(self.detector.thresholds),
             **{f"presence_{name}": value for name, value in asdict(predictor.calibration).items()},
             **self.evaluation.scores.as_facts("val_"),
         }
+
+
+def _typical_images(evaluation: Evaluation) -> dict[str, int]:
+    """Positions of findings of median and small area, and of the healthy images most and least suspected."""
+    area, presence = evaluation.counts.truth_area, evaluation.counts.presence
+    findings = [place for place in np.argsort(area, kind="stable").tolist() if area[place]]
+    healthy = [place for place in np.argsort(-presence, kind="stable").tolist() if not area[place]]
+    middle = len(findings) // 2
+    chosen = [
+        *(("typical finding", place) for place in findings[middle : middle + 1]),
+        *(("small finding", place) for place in findings[:1]),
+        *(("suspected healthy", place) for place in healthy[:1]),
+        *(("healthy", place) for place in healthy[-1:]),
+        *(("another typical finding", place) for place in findings[middle + 1 : middle + 2]),
+        *(("another small finding", place) for place in findings[1:2]),
+    ]
+    return {
+        name: place
+        for number, (name, place) in enumerate(chosen)
+        if place not in [p for _, p in chosen[:number]]
+    }
 
 
 def initial_network(network: Network, seed: int) -> PneumothoraxNet:

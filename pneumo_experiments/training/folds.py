@@ -69,7 +69,10 @@ class FoldsModel:
 
     def as_metrics(self) -> dict[str, float]:
         """How the thresholds were found; their Dice on the very images that chose them is optimistic."""
-        chosen = {"val_dice_optimistic": self.search.optimum.dice, "members_disagreement": self.disagreement}
+        chosen = {
+            "thresholds/dice_optimistic": self.search.optimum.dice,
+            "oof/members_disagreement": self.disagreement,
+        }
         return self.search.as_metrics() | chosen
 
 

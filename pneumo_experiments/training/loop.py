@@ -48,8 +48,8 @@ class EpochResult:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """Losses, scores as ``val_dice`` and so on, and speed."""
-        return self.epoch.losses | self.scores.as_metrics("val_") | self.epoch.speed
+        """Losses, scores as ``epoch/dice`` and so on, speed, and how the optimiser did."""
+        return self.epoch.as_metrics() | self.scores.as_metrics("epoch/")
 
 
 def train_and_validate(

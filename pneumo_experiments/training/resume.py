@@ -15,7 +15,8 @@ from pneumo_experiments.metrics.thresholds import ThresholdCounts
 from pneumo_experiments.settings import Train, weight_shaping
 from pneumo_experiments.training.loop import EpochResult
 
-VERSION = 2  # of checkpoints: increase when an earlier one would continue as another training
+EPOCH_DICE = "epoch/dice"
+VERSION = 3  # of checkpoints: increase when an earlier one would continue as another training
 
 
 @dataclass
@@ -34,6 +35,8 @@ class TrainingState:
     """state dicts, in host memory"""
     trainer: State | None = None
     """from which training continues"""
+    followed: dict[str, int] = field(default_factory=dict[str, int])
+    """positions of the validation images that are drawn after each epoch, by name"""
     counts: dict[int, ThresholdCounts] = field(default_factory=dict[int, ThresholdCounts])
     """of the validation images; an epoch before an interruption is predicted again"""
 
@@ -48,12 +51,13 @@ class TrainingState:
                 f"{checkpoint.folder}: written by another version; training starts over", stacklevel=2
             )
             return None
-        return cls(last["run_id"], last["history"], last["dices"], last["networks"], last["state"])
+        names = ("run_id", "history", "dices", "networks", "state", "followed")
+        return cls(*(last[name] for name in names))
 
     def save(self, checkpoint: Checkpoint) -> None:
         """Writes everything that continuing after the latest epoch needs."""
         last = {"version": VERSION, "run_id": self.run_id, "history": self.history, "dices": self.dices}
-        checkpoint.save(last | {"state": self.trainer}, self.networks)
+        checkpoint.save(last | {"state": self.trainer, "followed": self.followed}, self.networks)
 
     def add(self, result: EpochResult, best_k: int) -> None:
         """Keeps the epoch's network if it is among the best; of equal ones the later."""
@@ -74,11 +78,11 @@ class TrainingState:
     @property
     def learned(self) -> list[dict[str, float]]:
         """Metrics from the first epoch on that finds something; of all epochs if there is nothing to find."""
-        return list(dropwhile(lambda metrics: metrics.get("val_dice_positive") == 0, self.history))
+        return list(dropwhile(lambda metrics: metrics.get("epoch/dice_positive") == 0, self.history))
 
     def is_stuck(self, patience: int) -> bool:
         """Whether so many epochs of ``learned`` brought no better Dice; never for a patience of 0."""
-        dices = [metrics["val_dice"] for metrics in self.learned]
+        dices = [metrics[EPOCH_DICE] for metrics in self.learned]
         return bool(dices) and 0 < patience < len(dices) - dices.index(max(dices))
 
 

@@ -174,16 +174,16 @@ def test_thresholds_are_searched_again_without_model_and_images(
     assert end.code == 0, end.err
     run, best = last_run("score"), best_of_all(counts)
     metrics, params = run.data.metrics, run.data.params
-    assert metrics["threshold_dice_exact"] == pytest.approx(best.dice)
-    assert metrics["threshold_dice_distance"] == pytest.approx(best.dice - metrics["threshold_dice_optuna"])
+    assert metrics["thresholds/dice_exact"] == pytest.approx(best.dice)
+    assert metrics["thresholds/dice_distance"] == pytest.approx(best.dice - metrics["thresholds/dice_optuna"])
     assert {name: params[f"{name}_best"] for name in vars(OWN)} == as_texts(best.thresholds)
     given = replace(best.thresholds, top_score=1.0)
-    assert metrics["threshold_dice_given"] == pytest.approx(counts.dice(given).mean())
-    crossed = metrics["threshold_dice_cross_fitted"]
+    assert metrics["thresholds/dice_given"] == pytest.approx(counts.dice(given).mean())
+    crossed = metrics["thresholds/dice_cross_fitted"]
     for said in (
         f"best of {best.combinations:,} combinations: Dice {best.dice:.4f}",
         f"cross-fitted, thresholds from other patients: Dice {crossed:.4f}",
-        f"Optuna, 5 trials: Dice {metrics['threshold_dice_optuna']:.4f}, below the best by",
+        f"Optuna, 5 trials: Dice {metrics['thresholds/dice_optuna']:.4f}, below the best by",
         "as given: Dice",
     ):
         assert said in end.out

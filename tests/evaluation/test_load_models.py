@@ -149,12 +149,12 @@ def test_all_folds_become_one_model_that_is_scored_registered_and_served(
         best = best_of_all(joined)
         assert detector.thresholds == best.thresholds
         assert parent.data.params["top_score"] == str(best.thresholds.top_score)
-        assert parent.data.metrics["val_dice_optimistic"] == pytest.approx(best.dice)
-        assert parent.data.metrics["oof_dice"] == pytest.approx(trained.scores.dice)
+        assert parent.data.metrics["thresholds/dice_optimistic"] == pytest.approx(best.dice)
+        assert parent.data.metrics["oof/dice"] == pytest.approx(trained.scores.dice)
         pixels = opened.images(holdout[:COMPARED_IMAGES])
         a, b = (np.array([p.presence for p in one.predictor.predict(pixels)]) for one in alone)
         expected = float(np.abs(a - b).mean() / 2)  # the standard deviation of two
-        assert parent.data.metrics["members_disagreement"] == pytest.approx(expected, abs=1e-6)
+        assert parent.data.metrics["oof/members_disagreement"] == pytest.approx(expected, abs=1e-6)
         assert disagreement(detector, validations[0]) == pytest.approx(expected, abs=1e-6)
         one, other = detector.members
         certain = replace(one, predictor=replace(one.predictor, calibration=Calibration(1.0, 30.0)))
@@ -178,10 +178,10 @@ def test_all_folds_become_one_model_that_is_scored_registered_and_served(
     )
     assert searched is not None and single is not None
     metrics = runs("score")[-2].data.metrics
-    assert metrics["threshold_dice_cross_fitted"] == pytest.approx(parent.data.metrics["oof_dice"])
-    assert metrics["threshold_dice_exact"] == pytest.approx(best.dice)
+    assert metrics["thresholds/dice_cross_fitted"] == pytest.approx(parent.data.metrics["oof/dice"])
+    assert metrics["thresholds/dice_exact"] == pytest.approx(best.dice)
     assert (searched.images, searched.patients) == (trained.scores.images, trained.scores.patients)
-    assert single.dice == pytest.approx(folds[1].data.metrics["val_dice_final"])
+    assert single.dice == pytest.approx(folds[1].data.metrics["val/dice"])
     version = register(Register(model=trained.model))
     assert MlflowClient().get_model_version(version.name, version.number).tags["network"] == "tiny"
 

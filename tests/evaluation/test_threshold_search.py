@@ -30,10 +30,10 @@ def test_the_study_comes_near_the_exact_optimum_and_each_trial_is_recorded_with_
     counts = count_images(squares(40, seed=2, side=80))
     search = search_thresholds(counts, trials=60, seed=0)
     metrics, trials = search.as_metrics(), search.trials()
-    exact, optuna = metrics["threshold_dice_exact"], metrics["threshold_dice_optuna"]
+    exact, optuna = metrics["thresholds/dice_exact"], metrics["thresholds/dice_optuna"]
     assert exact == counts.dice(search.thresholds).mean()
     assert counts.dice(best_on_grid(counts)).mean() <= optuna < exact
-    assert metrics["threshold_dice_distance"] == exact - optuna
+    assert metrics["thresholds/dice_distance"] == exact - optuna
     names = ("trial", "presence_threshold", "top_score", "min_area_px", "bottom_score", "dice")
     assert names == TRIAL_COLUMNS
     assert [trial[0] for trial in trials] == list(range(60))
@@ -51,7 +51,7 @@ def test_the_study_does_not_undo_the_choice_of_the_centre() -> None:
     found = np.where(truth, 0.85, 0.05).astype(np.float32)
     counts = count_images([(found, presence, truth & (presence > 0.5)) for presence in (0.05, 0.85)])
     search = search_thresholds(counts, trials=30, seed=0)
-    assert search.as_metrics()["threshold_dice_distance"] == 0
+    assert search.as_metrics()["thresholds/dice_distance"] == 0
     assert search.thresholds == best_of_all(counts).thresholds
     assert search.thresholds.presence_threshold == pytest.approx(0.45)
 
@@ -74,7 +74,7 @@ def test_without_trials_there_is_no_study_and_the_thresholds_are_the_same() -> N
     counts = count_images(squares(10, seed=2))
     search = search_thresholds(counts, trials=0, seed=0)
     assert search.thresholds == search_thresholds(counts, trials=2, seed=0).thresholds
-    assert set(search.as_metrics()) == {"threshold_dice_exact"}
+    assert set(search.as_metrics()) == {"thresholds/dice_exact"}
     assert (search.trials(), search.pictures()) == ([], {})
 
 

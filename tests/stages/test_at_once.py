@@ -116,7 +116,7 @@ def test_a_second_training_with_the_same_settings_waits_and_neither_enters_the_o
     assert "epoch 1/1" in second
     one, two = runs("train")
     assert steps_of(one) == steps_of(two) == [1]
-    assert steps_of(one, "val_dice_final") == steps_of(two, "val_dice_final") == [1]
+    assert steps_of(one, "val/dice") == steps_of(two, "val/dice") == [1]
     assert one.data.metrics["loss"] == two.data.metrics["loss"]
     models = MlflowClient().search_logged_models(["0"])
     assert sorted(str(model.source_run_id) for model in models) == sorted([one.info.run_id, two.info.run_id])
@@ -149,7 +149,7 @@ def test_main_killed_after_its_training_takes_it_as_it_ended(
     ended, taken = runs("train")
     assert ended.info.status == taken.info.status == "FINISHED"
     assert steps_of(ended) == steps_of(taken) == [1, 2]  # each run shows all, once
-    assert ended.data.metrics["val_dice_final"] == taken.data.metrics["val_dice_final"]
+    assert ended.data.metrics["val/dice"] == taken.data.metrics["val/dice"]
     assert [run.info.status for run in runs("main")] == ["KILLED", "FINISHED"]
     assert not [*Path("output").rglob("*.pt")]
 

@@ -205,11 +205,11 @@ def test_every_score_has_its_interval_and_stands_by_group(chain: Chain) -> None:
 def test_the_thresholds_are_the_exact_ones_and_the_study_is_recorded_beside_them(chain: Chain) -> None:
     train = chain.only("train")
     exact, distance = (
-        train.data.metrics["threshold_dice_exact"],
-        train.data.metrics["threshold_dice_distance"],
+        train.data.metrics["thresholds/dice_exact"],
+        train.data.metrics["thresholds/dice_distance"],
     )
-    assert exact == pytest.approx(train.data.metrics["val_dice_final"], abs=1e-12)
-    assert distance == exact - train.data.metrics["threshold_dice_optuna"] >= 0
+    assert exact == pytest.approx(train.data.metrics["val/dice"], abs=1e-12)
+    assert distance == exact - train.data.metrics["thresholds/dice_optuna"] >= 0
     with artifact(train, "threshold_trials.csv").open(newline="") as file:
         assert len(list(csv.DictReader(file))) == SMALL["threshold_trials"]
     for name in ("threshold_history.png", "threshold_contours.png"):

@@ -80,7 +80,7 @@ def test_all_folds_are_child_runs_and_each_image_is_scored_by_a_network_that_nev
         assert np.count_nonzero(mask) == int(row["predicted_area_px"])
         assert dice(mask, truth) == pytest.approx(float(row["dice"]))
     mean = np.mean([float(row["dice"]) for row in rows])
-    assert parent.data.metrics["oof_dice"] == pytest.approx(mean)
+    assert parent.data.metrics["oof/dice"] == pytest.approx(mean)
     assert parent.data.params["oof_images"] == str(len(rows))
     assert not {"dice", "val_dice", "oof_images"} & parent.data.metrics.keys()
 
@@ -119,7 +119,7 @@ def test_the_run_holds_curves_pictures_and_how_the_time_was_spent(settings: Trai
     for name in ("loss", "val_dice", "val_auroc", "images_per_second", "wait_share", "skipped_steps"):
         steps = [metric.step for metric in client.get_metric_history(run.info.run_id, name)]
         assert steps == [1, 2], name
-    final = [metric.step for metric in client.get_metric_history(run.info.run_id, "val_dice_final")]
+    final = [metric.step for metric in client.get_metric_history(run.info.run_id, "val/dice")]
     assert final == [2]
     detector = load(tracking.model_data(f"models:/{run.outputs.model_outputs[0].model_id}"))
     (predictor,) = detector.predictor.members
@@ -137,7 +137,7 @@ def test_the_run_holds_curves_pictures_and_how_the_time_was_spent(settings: Trai
         assert run.data.metrics[f"val_calibration_error_{name}"] == pytest.approx(error, abs=1e-6)
     assert float(run.data.params["presence_slope"]) == predictor.calibration.slope
     assert float(run.data.params["presence_bias"]) == predictor.calibration.bias
-    assert run.data.metrics["threshold_dice_exact"] == own.dice(detector.thresholds).mean()
+    assert run.data.metrics["thresholds/dice_exact"] == own.dice(detector.thresholds).mean()
     constants = {"val_images", "val_positives", "val_dice_baseline", "best_epoch", "bottom_score"}
     assert constants <= run.data.params.keys()
     assert not constants & run.data.metrics.keys()
@@ -264,7 +264,7 @@ def test_two_processes_train_in_one_run(
     (model,) = MlflowClient().search_logged_models(["0"])
     assert model.source_run_id == run.info.run_id
     assert f"logged as {model.model_uri}" in said
-    (final,) = MlflowClient().get_metric_history(run.info.run_id, "val_dice_final")
+    (final,) = MlflowClient().get_metric_history(run.info.run_id, "val/dice")
     epochs = MlflowClient().get_metric_history(run.info.run_id, "val_dice")
     # Of the same images at the best of all thresholds, not of the coarse grid alone.
     assert max(epoch.value for epoch in epochs) <= final.value + 1e-12 <= 1 + 1e-12

@@ -72,7 +72,7 @@ def test_a_fold_is_trained_and_evaluated_without_a_store(small_dataset: Path, tm
         np.testing.assert_array_equal(again.pixels, counts.pixels)
         np.testing.assert_allclose(again.presence, counts.presence, atol=1e-6)
         assert counts.patient.tolist() == [entry.patient for entry in evaluation.subset.entries]
-        assert result.as_metrics()["val_dice_final"] == evaluation.scores.dice
+        assert result.as_metrics()["val/dice"] == evaluation.scores.dice
         everyone = all_images(dataset)
         whole = Evaluation(everyone, everyone.count(result.detector.predictor), evaluation.thresholds)
         seen = [row[-1] for row in whole.image_rows(result.detector.training_images)]
