@@ -267,12 +267,12 @@ def _log_result(source: SettingsSource, fold: Fold, result: FoldResult) -> str:
         tracking.log_image(contact_sheet(overlays, columns=2), "overlays.png")
     model, averaged = _log_model(detector, f"fold{settings.split.fold}"), result.averaged_epochs
     kept = f"kept epoch{'s' * (len(averaged) > 1)} {', '.join(map(str, averaged))} of {number}"
-    line = f"validation {scores.line}"
+    line = f"Validation {scores.line}"
     tracking.describe(
         f"{settings.recipe.network.network} at {detector.image_size} px, {len(fold.images.training)} images;"
         f" {kept}.\n{line}.\nModel {model}."
     )
-    print(f"train: {kept}; {line}")
+    print(f"train: {kept}. {line}")
     return model
 
 
@@ -296,12 +296,12 @@ def _finish_folds(settings: Train, folds: Sequence[FoldResult]) -> TrainResult:
             " (standard deviation): their mean, and common thresholds, suit none of them; look at the folds'"
             " own scores"
         )
-    model, line = _log_model(joined.detector, f"{len(folds)}folds"), f"out-of-fold {scores.line}"
+    model, line = _log_model(joined.detector, f"{len(folds)}folds"), f"Out-of-fold {scores.line}"
     tracking.describe(
         f"{settings.recipe.network.network} at {image_size} px, one for each of {len(folds)} folds.\n"
         f"{line}.\nModel {model}, all of them together."
     )
-    print(f"train: {len(folds)} folds; {line}")
+    print(f"train: {len(folds)} folds. {line}")
     return TrainResult(model, scores)
 
 

@@ -18,6 +18,7 @@ STAGE_TAG = "pneumo.stage"  # of a run: train, trial, score, …: what it does, 
 KIND_TAG = "mlflow.experimentKind"  # without it the UI opens its pages for language models
 NOTE_TAG = "mlflow.note.content"
 VIEW_TAG = "mlflow.sharedViewState."  # and the view's key: what the UI itself writes for "share view"
+RUN_NAME = "attributes.`Run Name`"  # the name of that column
 SINCE_MS = 1_764_374_400_000  # the UI wants a date
 
 DESCRIPTION = """\
@@ -52,7 +53,9 @@ class View:
             "searchFilter": f"tags.`{STAGE_TAG}` = '{self.stage}'",
             "orderByKey": columns[0],
             "orderByAsc": False,
-            "selectedColumns": [*columns, "attributes.`Duration`", "attributes.`Dataset`"],
+            "selectedColumns": columns,
+            "columnOrder": [RUN_NAME, *columns],
+            "columnWidths": {RUN_NAME: 330} | {column: max(95, 8 * len(column) - 50) for column in columns},
         }
         packed = b64encode(zlib.compress(json.dumps(state).encode())).decode()
         times = {"createdAt": SINCE_MS, "updatedAt": SINCE_MS}
@@ -97,4 +100,4 @@ def missing_tags(experiment: Experiment) -> dict[str, str]:
 
 def view_address(experiment_id: str, view: str) -> str:
     """The page of a view, after the address of the UI."""
-    return f"#/experiments/{experiment_id}/runs?viewStateShareKey={view}"
+    return f"#/experiments/{experiment_id}/runs?workflowType=machine_learning&viewStateShareKey={view}"

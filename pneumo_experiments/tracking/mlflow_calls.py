@@ -49,10 +49,13 @@ def training_scores(
     constants: Mapping[str, str],
     timestamp: int,
 ) -> None:
-    """Logs a model's scores, measured by a run, in the run that trained it, unless that is deleted."""
+    """Logs a model's scores, measured by a run, in the run that trained it, unless that is deleted.
+
+    At another step than the model's: else MLflow would give them to the model once more, without the images.
+    """
     training = MlflowClient().get_logged_model(model_id).source_run_id
     if training and training != run_id and MlflowClient().get_run(training).info.lifecycle_stage == "active":
-        metrics(training, values, timestamp)
+        metrics(training, values, timestamp, step=1)
         params(training, constants)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from math import isnan
 
 from pneumo_experiments.evaluation.evaluate import Evaluation
 from pneumo_experiments.evaluation.subset import Subset
@@ -15,6 +16,9 @@ from pneumo_experiments.learning.trainer import State
 from pneumo_experiments.metrics.scores import Scores
 from pneumo_experiments.metrics.thresholds import best_on_grid
 from pneumo_experiments.settings import Recipe
+
+
+CURVES = ("dice", "dice_positive", "sensitivity", "specificity", "auroc")  # scores after each epoch
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,8 @@ class EpochResult:
     @property
     def metrics(self) -> dict[str, float]:
         """Losses, scores as ``epoch/dice`` and so on, speed, and how the optimiser did."""
-        return self.epoch.as_metrics() | self.scores.as_metrics("epoch/")
+        scores = {f"epoch/{name}": getattr(self.scores, name) for name in CURVES}
+        return self.epoch.as_metrics() | {name: value for name, value in scores.items() if not isnan(value)}
 
 
 def train_and_validate(
