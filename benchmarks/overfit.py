@@ -99,7 +99,7 @@ def overfit(everything: Subset, predictor: Predictor, recipe: Recipe, epochs: in
             continue
         scores, _ = scored(everything, predictor)
         print(
-            f"epoch {epoch.number:3}  loss {epoch.losses['loss']:.4f}  Dice {scores.dice:.4f}"
+            f"epoch {epoch.number:3}  loss {epoch.losses['total']:.4f}  Dice {scores.dice:.4f}"
             f"  on positives {scores.dice_positive:.4f}  {time.perf_counter() - start:.0f} s",
             flush=True,
         )

@@ -103,7 +103,7 @@ def sleep(seconds: float, model_mb: float, words: list[str]) -> None:
                 time.sleep(seconds)
                 value = 0.8 - 0.01 * abs(np.log(recipe.loss.dice_weight)) + 0.001 * epoch
                 scores = (value, value, value / 2, 0.0, 0.0, Thresholds(), 0.01)
-                yield TrialScores(*scores, np.full(2, value)), {"val_dice_cross_fitted": value}
+                yield TrialScores(*scores, np.full(2, value)), {"epoch/dice_cross_fitted": value}
 
         def save_model(self, folder: Path, recipe: Any) -> None:
             (folder / "weights.pt").write_bytes(weights)

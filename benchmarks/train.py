@@ -179,7 +179,7 @@ def flops_per_image(size: int) -> float:
     """
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         output = PneumothoraxNet(Recipe().network.network)(torch.empty(2, 1, size, size))
-        criterion(output, torch.empty(2, size, size), torch.empty(2), Recipe())["loss"].backward()
+        criterion(output, torch.empty(2, size, size), torch.empty(2), Recipe())["total"].backward()
     return counter.get_total_flops() / 2
 
 
@@ -217,7 +217,7 @@ def compare(
         f"{our_rate:.3g}",
         f"{median(seconds / epoch.seconds for (seconds, _), epoch in turns):.2f}",
         f"{median(waited for (_, waited), _ in turns):.2%}",
-        f"{median(epoch.wait_share for _, epoch in turns):.2%}",
+        f"{median(epoch.wait_fraction for _, epoch in turns):.2%}",
     ], our_rate
 
 
@@ -312,7 +312,7 @@ def steps(path: Path, cache: str, recipe: Recipe, compute: ComputeConfig, count:
     with hdf5.Dataset.open(path) as dataset:
         data = training_data(dataset, cache, compute, count * recipe.batches.batch_size)
         (epoch,) = fit(fresh(recipe, compute), data, recipe, 1)
-    return f"loss {epoch.losses['loss']:.3f}, {epoch.skipped_steps} steps skipped"
+    return f"loss {epoch.losses['total']:.3f}, {epoch.skipped_steps} steps skipped"
 
 
 def resumed(path: Path, cache: str, recipe: Recipe, compute: ComputeConfig, count: int) -> str:
@@ -326,7 +326,7 @@ def resumed(path: Path, cache: str, recipe: Recipe, compute: ComputeConfig, coun
         assert last is not None
         second = build(recipe.network.network, "none", 1)
         (epoch,) = fit(Predictor(second, compute), data, recipe, 2, state=last["state"])
-    return f"loss {first.losses['loss']:.3f}, then {epoch.losses['loss']:.3f}"
+    return f"loss {first.losses['total']:.3f}, then {epoch.losses['total']:.3f}"
 
 
 def validated(path: Path, network: str, compute: ComputeConfig) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import shlex
+import shutil
+from collections.abc import Mapping, Sequence
 
 EXAMPLES = 3  # names of a list
 
@@ -10,6 +12,18 @@ EXAMPLES = 3  # names of a list
 def plural(count: int, noun: str) -> str:
     """A count with its noun: '1 file', '2 files'."""
     return f"{count:,} {noun}{'s' * (count != 1)}"
+
+
+def command(stage: str, **settings: object) -> str:
+    """The command line of an entry point with these settings, as one types it here."""
+    program = "pneumo" if shutil.which("pneumo") else "python -m pneumo_experiments"
+    options = [f"--{name} {shlex.quote(str(value))}" for name, value in settings.items()]
+    return " ".join([program, stage, *options])
+
+
+def rows(values: Mapping[str, str]) -> str:
+    """Lines of names and values, for the end of a command."""
+    return "\n".join(f"{name:<9} {value}" for name, value in values.items())
 
 
 def some_of(names: Sequence[str], most: int = EXAMPLES) -> str:

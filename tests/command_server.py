@@ -185,7 +185,7 @@ def serve(address: str) -> None:
     do_not_wait_for_the_disk()
     read_migrations_once()
     sqlalchemy.orm.configure_mappers()  # takes MLflow's first client a second
-    figures.learning_curves([{"loss": 0.0}], 0)  # a process's first picture takes a second as well
+    figures.learning_curves([{"loss/total": 0.0}], 0)  # a process's first picture takes a second as well
     requirements_utils._init_modules_to_packages_map()  # as the first model that a process logs does
     choose_compute(Device(device="cpu"))  # which times formats, once in a process
     collect_rarely()  # a process that ends would visit, and so copy, all of this

@@ -17,6 +17,7 @@ from pneumo_experiments.learning.predict import Predictor
 from pneumo_experiments.learning.trainer import State, Trainer
 from pneumo_experiments.settings import Recipe
 
+NORM = "gradient_norm"
 MAX_SKIPPED_FRACTION = 0.1  # of an epoch's steps: beyond that the training has diverged
 
 
@@ -31,7 +32,7 @@ class Epoch:
     images_per_second: float
     wait_fraction: float  # of the time, spent waiting for data
     skipped_steps: int  # whose gradients were not finite
-    gradient_norm: float  # mean over the others, before clipping
+    gradient_norm: float  # mean over the steps, before clipping; 0 for a skipped one
     learning_rate: float  # after the epoch, for layers without pretrained weights
     micro_batch: int  # images in one forward pass
     state: Callable[[], State]  # from which ``fit`` continues
@@ -83,16 +84,13 @@ def fit(
         seed = (recipe.seed * 1_000_003 + number) * distributed.world_size() + distributed.rank()
         torch.manual_seed(seed)  # pyright: ignore[reportUnknownMemberType]
         network.train()
-        means, waited = RunningMeans(), 0.0
-        norms, skipped = torch.zeros((2,), device=device)
+        means, skipped, waited = RunningMeans(), torch.zeros((), device=device), 0.0
         start = requested = time.perf_counter()
         for batch in batches(data, recipe, number, epochs, device):
             waited += time.perf_counter() - requested
             terms, norm = trainer.step(batch)
-            means.add(terms, len(batch.images))
-            finite = torch.isfinite(norm)
-            skipped += ~finite
-            norms += torch.where(finite, norm, 0)
+            means.add(terms | {NORM: norm}, len(batch.images))
+            skipped += ~torch.isfinite(norm)
             progress(batch.size)
             requested = time.perf_counter()
         losses, skipped_steps = means.numbers(), int(skipped)  # waits until the device is done
@@ -107,12 +105,12 @@ def fit(
         yield Epoch(
             number=number,
             network=trainer.average.network if trainer.average else network,
-            losses=losses,
+            losses={name: value for name, value in losses.items() if name != NORM},
             seconds=seconds,
             images_per_second=len(data) / seconds,
             wait_fraction=waited / seconds,
             skipped_steps=skipped_steps,
-            gradient_norm=float(norms) / max(1, steps_per_epoch - skipped_steps),
+            gradient_norm=losses[NORM],
             learning_rate=trainer.learning_rate,
             micro_batch=trainer.micro_batch,
             state=trainer.state,

@@ -89,7 +89,9 @@ def main(settings: Main) -> ScoreResult:
         source = "Synthetic sample" if is_synthetic else settings.source.dicom_dir
         tracking.describe(
             f"{source}: {settings.recipe.network.network} at {settings.format.image_size} px.\n"
-            f"{result.scores.line}."
+            f"{result.scores.line}.\n"
+            f"[Report]({result.link}), [training]({trained.link}),"
+            f" [{version.name} version {version.number}](#/models/{version.name}/versions/{version.number})"
         )
         _print_summary(result, version, settings, is_synthetic)
     return result

@@ -25,7 +25,7 @@ from pneumo_experiments.files import write_atomically, writing
 from pneumo_experiments.locks import LOCK, work_folder
 from pneumo_experiments.progress_bar import ProgressBar
 from pneumo_experiments.settings import Preprocess
-from pneumo_experiments.words import plural
+from pneumo_experiments.words import command, plural, rows
 
 
 def preprocess(settings: Preprocess) -> Path:
@@ -44,6 +44,10 @@ def preprocess(settings: Preprocess) -> Path:
             print(f"preprocess: {path} exists already, from the same files and settings")
             _log_report(path)
         _describe(path, inputs.grouping)
+        page = tracking.page_of_active_run()
+    if tracking.active_run() is None:
+        stage = "train" if inputs.labels is not None else "score"
+        print(rows({"run": page, "next": command(stage, dataset=path)}))
     return path
 
 

@@ -8,6 +8,7 @@ from pneumo_experiments import tracking
 from pneumo_experiments.progress_bar import ProgressBar
 from pneumo_experiments.settings import Sample
 from pneumo_experiments.synthetic.kaggle_layout import is_sample, write_sample
+from pneumo_experiments.words import command, rows
 
 
 def sample(settings: Sample) -> Path:
@@ -21,4 +22,7 @@ def sample(settings: Sample) -> Path:
                 written = write_sample(folder, size.images, size.test_images, settings.seed, bar.update)
         result = f"{total} synthetic radiographs in {folder}" if written else f"{folder} exists already"
         print(f"sample: {result}")
+    if tracking.active_run() is None:
+        files = {"dicom_dir": folder / "dicom-images-train", "rle_csv": folder / "train-rle.csv"}
+        print(rows({"next": command("preprocess", **files)}))
     return folder

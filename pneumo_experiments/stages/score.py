@@ -38,7 +38,7 @@ from pneumo_experiments.metrics.scores import Scores
 from pneumo_experiments.registry.scores import UNSEEN_SUBSETS
 from pneumo_experiments.serving import Detector
 from pneumo_experiments.settings import AUTO, Score, flat, is_none
-from pneumo_experiments.words import plural
+from pneumo_experiments.words import command, plural, rows
 
 # How names of metrics begin. Without a prefix they tell of images that neither trained the model nor chose
 # its epoch or thresholds; "external" is subset=all of another data set than that of the training.
@@ -57,6 +57,7 @@ class ScoreResult:
     report: str  # its address
     submission: Path | None
     prefix: str = ""  # of the scores' names
+    link: str = ""  # to the report, in the UI
 
 
 def score(settings: Score) -> ScoreResult:
@@ -65,28 +66,38 @@ def score(settings: Score) -> ScoreResult:
     With ``counts`` it only searches thresholds in that file.
     """
     with tracking.run("score", settings):
-        if settings.check is not None:
-            return _check(settings, settings.check)
-        if settings.counts is not None:
-            search = search_counts(load_counts(settings.counts), settings.threshold_trials, _given(settings))
-            _log_counts_search(settings.counts, search)
-            return ScoreResult(search.scores, "", None)
-        if settings.dicom_dir is not None and settings.dicom_seg:
-            require_highdicom()
-        own = load_models(settings.model, settings.dataset, settings.compute)
-        detector = own.with_thresholds(_given(settings)).with_tta(settings.tta)
-        detector = detector.at_prevalence(settings.prevalence)
-        device = str(detector.predictor.device)
-        used = {"device": device, "precision": detector.precisions, "tta": detector.ttas}
-        tracking.log_params({f"{name}_used": value for name, value in used.items()})
-        tracking.log_params({"network": detector.networks, "image_size": detector.image_size})
-        tracking.log_thresholds(asdict(detector.thresholds))
-        if settings.dicom_dir is not None:
-            return _score_folder(settings, detector, settings.dicom_dir)
-        addresses = addresses_of(settings.model)
-        # The scores are no model's if it was put together or changed for this run alone.
-        model = addresses[0] if len(addresses) == 1 and detector == own else None
-        return _score_dataset(settings, detector, model)
+        result, page = _score(settings), tracking.page_of_active_run()
+    if tracking.active_run() is None:
+        closing = {"report": result.report, "run": page}
+        if result.prefix == "" and result.report and addresses_of(settings.model) == [settings.model]:
+            closing["next"] = command("register", model=settings.model, dataset=settings.dataset)
+        print(rows({name: text for name, text in closing.items() if text}))
+    return result
+
+
+def _score(settings: Score) -> ScoreResult:
+    if settings.check is not None:
+        return _check(settings, settings.check)
+    if settings.counts is not None:
+        search = search_counts(load_counts(settings.counts), settings.threshold_trials, _given(settings))
+        _log_counts_search(settings.counts, search)
+        return ScoreResult(search.scores, "", None)
+    if settings.dicom_dir is not None and settings.dicom_seg:
+        require_highdicom()
+    own = load_models(settings.model, settings.dataset, settings.compute)
+    detector = own.with_thresholds(_given(settings)).with_tta(settings.tta)
+    detector = detector.at_prevalence(settings.prevalence)
+    device = str(detector.predictor.device)
+    used = {"device": device, "precision": detector.precisions, "tta": detector.ttas}
+    tracking.log_params({f"{name}_used": value for name, value in used.items()})
+    tracking.log_params({"network": detector.networks, "image_size": detector.image_size})
+    tracking.log_thresholds(asdict(detector.thresholds))
+    if settings.dicom_dir is not None:
+        return _score_folder(settings, detector, settings.dicom_dir)
+    addresses = addresses_of(settings.model)
+    # The scores are no model's if it was put together or changed for this run alone.
+    model = addresses[0] if len(addresses) == 1 and detector == own else None
+    return _score_dataset(settings, detector, model)
 
 
 @dataclass(frozen=True)
@@ -177,10 +188,11 @@ def _log_score(settings: Score, detector: Detector, model: str | None, result: _
     for key, step, picture in report.gallery:
         tracking.log_image_step(picture, key, step)
     tracking.log_page(report.page, PAGE)
-    for name, (columns, rows) in report.tables.items():  # the evaluation view opens the last one
-        tracking.log_table(columns, rows, name)
+    for name, table in report.tables.items():  # the evaluation view opens the last one
+        tracking.log_table(*table, name)
     tracking.describe(text)
-    return ScoreResult(scores, f"{tracking.artifacts_of_active_run()}/{PAGE}", None, prefix)
+    report, link = f"{tracking.artifacts_of_active_run()}/{PAGE}", tracking.link_to_active_run(PAGE)
+    return ScoreResult(scores, report, None, prefix, link)
 
 
 def _log_counts_search(path: Path, result: CountsSearch) -> None:

@@ -23,8 +23,8 @@ from pneumo_experiments.search.trial_training import (
 )
 from pneumo_experiments.search.winner import Winner, choose_winner
 from pneumo_experiments.search.workers import open_search, work
-from pneumo_experiments.settings import Recipe, Search
-from pneumo_experiments.words import plural
+from pneumo_experiments.settings import Recipe, Search, chosen
+from pneumo_experiments.words import command, plural, rows
 
 OWNER = "owner"  # the task of the process whose run is the parent of the trials, and which reports
 
@@ -37,6 +37,8 @@ class SearchResult:
     trial: int
     searched: Sequence[str]
     """the names of these settings"""
+    page: str
+    """of the run in the UI"""
     start: Path | None = None
     """state dict of the network that the trials started from, if it is kept"""
 
@@ -69,6 +71,11 @@ def search(settings: Search, keep_start: bool = False) -> SearchResult:
         if keep_start and start.is_file():
             return replace(result, start=start)
         warmup_checkpoint(settings, fingerprint).clear()
+        given: dict[str, object] = {"dataset": settings.dataset, "from_study": trials.study.study_name}
+        if "storage" in chosen(settings):
+            given["storage"] = hide_passwords(settings.study.storage)
+    if tracking.active_run() is None:
+        print(rows({"run": result.page, "next": command("train", **given)}))
     return result
 
 
@@ -120,4 +127,6 @@ def _result(trials: Trials, winner: Winner | None) -> SearchResult:
         raise UserError("search: no trial has completed; give it more trials, or more time")
     print(f"search: best is trial {winner.line}: {in_words(winner.trial.params)}")
     values = winner.trial.params
-    return SearchResult(with_values(trials.settings.recipe, values), winner.trial.number, [*values])
+    page = tracking.page_of_active_run() if tracking.active_run() else "see the process that owns the study"
+    recipe = with_values(trials.settings.recipe, values)
+    return SearchResult(recipe, winner.trial.number, [*values], page)

@@ -34,7 +34,7 @@ from pneumo_experiments.training.folds import COLUMNS, MUCH_DISAGREEMENT, join_f
 from pneumo_experiments.training.loop import EpochResult
 from pneumo_experiments.training.resume import EPOCH_DICE, TrainingState, checkpoint_of
 from pneumo_experiments.training.settings_source import MAX_NAMED, SettingsSource, settings_source
-from pneumo_experiments.words import some_of
+from pneumo_experiments.words import command, rows, some_of
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,11 @@ class TrainResult:
 
     model: str
     scores: Scores
+    dataset: Path
+    page: str
+    """of its run in the UI"""
+    link: str
+    """to that page, within the UI"""
 
 
 def train(settings: Train) -> TrainResult:
@@ -52,7 +57,11 @@ def train(settings: Train) -> TrainResult:
     with the same settings runs. One that was interrupted goes on.
     """
     with training(settings) as result:
-        return result
+        pass
+    if result.model:  # which the main process of a group has
+        following = command("score", model=result.model, dataset=result.dataset)
+        print(rows({"model": result.model, "run": result.page, "next": following}))
+    return result
 
 
 @contextmanager
@@ -124,8 +133,7 @@ def _settings_per_fold(settings: Train) -> list[Train]:
 def _train(source: SettingsSource, dataset: Dataset, parent: str | None) -> TrainResult:
     settings = source.settings
     if settings.split.fold != "all":
-        result, model = _train_fold("train", source, dataset, parent)
-        return TrainResult(model, result.evaluation.scores)
+        return _train_fold("train", source, dataset, parent)[1]
     with tracking.run("train", settings, _run_name(settings, dataset, "train"), parent=parent):
         tracking.log_dataset(settings.dataset, dataset.fingerprint, "training")
         folds = list[FoldResult]()
@@ -133,14 +141,14 @@ def _train(source: SettingsSource, dataset: Dataset, parent: str | None) -> Trai
             left = settings.split.folds - number
             folds.append(_train_fold("fold", replace(source, settings=one), dataset, folds_left=left)[0])
         if not distributed.is_main_process():
-            return TrainResult("", folds[0].evaluation.scores)
+            return TrainResult("", folds[0].evaluation.scores, settings.dataset, "", "")
         return _finish_folds(settings, folds)
 
 
 def _train_fold(
     stage: str, source: SettingsSource, dataset: Dataset, parent: str | None = None, folds_left: int = 1
-) -> tuple[FoldResult, str]:
-    """Trains one fold in a run of its own; returns also the address of the model, which the main process has.
+) -> tuple[FoldResult, TrainResult]:
+    """Trains one fold in a run of its own; returns also its model, whose address the main process has.
 
     An interrupted training with the same settings continues after its last whole epoch, in the same run.
     With this one, ``folds_left`` are to be trained.
@@ -183,7 +191,9 @@ def _train_fold(
         state.trainer = result = None  # the optimizer leaves the device, and the wrapper of a group
         _print_end(state, settings)
         result = fold.finish(state)
-        return result, _log_result(source, fold, result) if is_main else ""
+        model = _log_result(source, fold, result) if is_main else ""
+        places = (tracking.page_of_active_run(), tracking.link_to_active_run()) if is_main else ("", "")
+        return result, TrainResult(model, result.evaluation.scores, settings.dataset, *places)
 
 
 def _log_source(source: SettingsSource, dataset: Dataset) -> None:
@@ -302,7 +312,8 @@ def _finish_folds(settings: Train, folds: Sequence[FoldResult]) -> TrainResult:
         f"{line}.\nModel {model}, all of them together."
     )
     print(f"train: {len(folds)} folds. {line}")
-    return TrainResult(model, scores)
+    places = tracking.page_of_active_run(), tracking.link_to_active_run()
+    return TrainResult(model, scores, settings.dataset, *places)
 
 
 def _log_thresholds(search: ThresholdSearch, counts: ThresholdCounts) -> None:

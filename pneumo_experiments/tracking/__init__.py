@@ -23,6 +23,7 @@ from pneumo_experiments.tracking.log import (
     disabled,
     experiment_of_active_run,
     last_step,
+    link_to_active_run,
     log_dataset,
     log_file,
     log_image,
@@ -37,6 +38,7 @@ from pneumo_experiments.tracking.log import (
     log_tags,
     log_thresholds,
     log_yaml,
+    page_of_active_run,
     rename,
 )
 from pneumo_experiments.tracking.models import delete_model, model_data, model_id_of

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, cast
 
+import mlflow
 import numpy as np
 import yaml
 from mlflow import MlflowClient
@@ -26,12 +27,13 @@ from mlflow.utils.mlflow_tags import MLFLOW_LOGGED_ARTIFACTS, MLFLOW_RUN_NAME, M
 from numpy.typing import NDArray
 from PIL import Image
 
+from pneumo_experiments.passwords import hide_passwords
 from pneumo_experiments.settings import as_text
 from pneumo_experiments.tracking.buffered_client import BufferedClient, StoreUnreachable
 from pneumo_experiments.tracking.mlflow_calls import SCORE_TAG
 from pneumo_experiments.tracking.models import model_id_of, save_model
 from pneumo_experiments.tracking.servers import local_path
-from pneumo_experiments.words import escape
+from pneumo_experiments.words import command, escape
 
 NAME_TAG = "pneumo.name"  # the name that the program gave a run; if it has another, a person gave that
 HEADLINE = ("dice", "dice_low", "dice_high", "dice_positive")  # of the hold-out, on the training's run too
@@ -79,6 +81,23 @@ def active_run() -> str | None:
 def experiment_of_active_run() -> str:
     """Id of the active run's experiment."""
     return active_runs[-1].experiment_id
+
+
+def link_to_active_run(artifact: str = "") -> str:
+    """The active run's page in the UI, or that of an artifact, relative to every other page of the UI."""
+    run = active_runs[-1]
+    page = f"#/experiments/{run.experiment_id}/runs/{run.id}"
+    return f"{page}/artifacts/{artifact}" if artifact else page
+
+
+def page_of_active_run() -> str:
+    """The active run's page in the UI: its address, or for a database what to start first."""
+    page, uri = link_to_active_run(), mlflow.get_tracking_uri()
+    return (
+        f"{hide_passwords(uri)}/{page}"
+        if uri.startswith("http")
+        else f"{page}, in the browser: {command('ui')}"
+    )
 
 
 def artifacts_of_active_run() -> str:

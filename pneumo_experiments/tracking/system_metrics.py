@@ -74,13 +74,13 @@ def log_system_metrics(run: ActiveRun) -> Generator[None]:
     processes, gpu, stop = ProcessTree(), None, Event()
     with suppress(Exception):
         gpu = _gpu_monitor()
-    interval: float = MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL.get() or INTERVAL_SECONDS
+    interval: Any = MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL.get()
 
     def watch() -> None:
         try:
             is_last = False
             while not is_last:
-                is_last = stop.wait(interval)
+                is_last = stop.wait(interval or INTERVAL_SECONDS)
                 values = processes.sample()
                 if gpu is not None:
                     gpu.collect_metrics()

@@ -17,7 +17,6 @@ from pneumo_experiments.metrics.scores import Scores
 from pneumo_experiments.metrics.thresholds import best_on_grid
 from pneumo_experiments.settings import Recipe
 
-
 CURVES = ("dice", "dice_positive", "sensitivity", "specificity", "auroc")  # scores after each epoch
 
 

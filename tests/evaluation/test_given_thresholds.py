@@ -79,7 +79,7 @@ def presence_in(run: Run) -> np.ndarray:
 def runs_of_metrics(model: str) -> set[str]:
     """The runs whose scores are among the model's own."""
     metrics = mlflow.get_logged_model(model.removeprefix("models:/")).metrics or []
-    return {metric.run_id for metric in metrics}
+    return {metric.run_id for metric in metrics if metric.key == "dice"}
 
 
 def test_given_thresholds_are_scored_logged_and_not_the_models(settings: Score) -> None:
@@ -90,15 +90,16 @@ def test_given_thresholds_are_scored_logged_and_not_the_models(settings: Score) 
     assert found == pytest.approx(counts.dice(thresholds).mean())
     assert counts.dice(thresholds).mean() != counts.dice(OWN).mean()
     params = run.data.params
-    assert {name: params[f"{name}_used"] for name in vars(OWN)} == as_texts(thresholds)
-    assert (params["bottom_score"], params["top_score"]) == (str(bottom), "none")
+    assert run.data.tags["thresholds"] == as_text(thresholds)
+    assert params["bottom_score"] == str(bottom)
+    assert "top_score" not in params  # as it is by default
     assert f"with min_area_px 0, bottom_score {bottom}." in run.data.tags["mlflow.note.content"]
     assert " with " not in plain.data.tags["mlflow.note.content"].split("\n")[0]
     assert runs_of_metrics(settings.model) == {plain.info.run_id}
 
 
-def as_texts(thresholds: Thresholds) -> dict[str, str]:
-    return {name: str(value) for name, value in vars(thresholds).items()}
+def as_text(thresholds: Thresholds) -> str:
+    return ", ".join(f"{name} {value:g}" for name, value in vars(thresholds).items())
 
 
 def test_another_augmentation_is_scored_logged_and_not_the_models(settings: Score) -> None:
@@ -173,10 +174,10 @@ def test_thresholds_are_searched_again_without_model_and_images(
     end = ended([*words, "--model", "nowhere", "--dataset", "nowhere"], monkeypatch, capsys)
     assert end.code == 0, end.err
     run, best = last_run("score"), best_of_all(counts)
-    metrics, params = run.data.metrics, run.data.params
+    metrics = run.data.metrics
     assert metrics["thresholds/dice_exact"] == pytest.approx(best.dice)
     assert metrics["thresholds/dice_distance"] == pytest.approx(best.dice - metrics["thresholds/dice_optuna"])
-    assert {name: params[f"{name}_best"] for name in vars(OWN)} == as_texts(best.thresholds)
+    assert run.data.tags["thresholds"] == as_text(best.thresholds)
     given = replace(best.thresholds, top_score=1.0)
     assert metrics["thresholds/dice_given"] == pytest.approx(counts.dice(given).mean())
     crossed = metrics["thresholds/dice_cross_fitted"]

@@ -148,7 +148,7 @@ def test_all_folds_become_one_model_that_is_scored_registered_and_served(
         assert [one.prevalence for one in (detector, *alone)] == [pytest.approx(known.mean())] * 3
         best = best_of_all(joined)
         assert detector.thresholds == best.thresholds
-        assert parent.data.params["top_score"] == str(best.thresholds.top_score)
+        assert f"top_score {best.thresholds.top_score:g}," in parent.data.tags["thresholds"]
         assert parent.data.metrics["thresholds/dice_optimistic"] == pytest.approx(best.dice)
         assert parent.data.metrics["oof/dice"] == pytest.approx(trained.scores.dice)
         pixels = opened.images(holdout[:COMPARED_IMAGES])

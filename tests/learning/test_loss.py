@@ -196,29 +196,29 @@ def test_every_term_is_returned_unweighted_under_its_name() -> None:
     terms = criterion(output, target, present, EVERY_TERM)
     by_name = {"bce": bce, "dice": soft_dice, "dice_image": soft_dice_per_image}
     by_name |= {"focal": focal, "lovasz": lovasz_hinge}
-    assert set(terms) == {"loss", "loss_aux", "loss_presence", *(f"loss_{name}" for name in by_name)}
+    assert set(terms) == {"total", "aux", "presence", *by_name}
     total = aux = 0.0
     for name, loss in by_name.items():
-        assert terms[f"loss_{name}"].item() == loss(output.mask, target).item()
+        assert terms[name].item() == loss(output.mask, target).item()
         total += getattr(EVERY_TERM.loss, f"{name}_weight") * loss(output.mask, target).item()
         aux += getattr(EVERY_TERM.loss, f"{name}_weight") * loss(output.aux, target).item()
-    assert terms["loss_aux"].item() == pytest.approx(aux, rel=1e-5)
+    assert terms["aux"].item() == pytest.approx(aux, rel=1e-5)
     sure = [1 / (1 + math.exp(-x)) for x in (0.3, 1.0, 2.0)]  # of the right prediction
-    assert terms["loss_presence"].item() == pytest.approx(-sum(map(math.log, sure)) / 3)
-    total += 0.4 * aux + 0.7 * terms["loss_presence"].item()
-    assert terms["loss"].item() == pytest.approx(total, rel=1e-5)
+    assert terms["presence"].item() == pytest.approx(-sum(map(math.log, sure)) / 3)
+    total += 0.4 * aux + 0.7 * terms["presence"].item()
+    assert terms["total"].item() == pytest.approx(total, rel=1e-5)
 
 
 def test_terms_without_a_weight_are_left_out_and_the_newer_ones_have_none_by_default() -> None:
     output, target, present = outputs(1)
-    unasked = {"loss_dice_image", "loss_lovasz"}
+    unasked = {"dice_image", "lovasz"}
     assert not unasked & set(criterion(output, target, present, Recipe()))
     nothing = dict.fromkeys((*MASK_LOSSES, "aux_weight", "presence_weight"), 0.0)
     for name in MASK_LOSSES:
         terms = criterion(output, target, present, make(Recipe, **nothing | {name: 2.0}))
-        term = f"loss_{name.removesuffix('_weight')}"
-        assert set(terms) == {"loss", term}
-        assert terms["loss"].item() == pytest.approx(2 * terms[term].item())
+        term = name.removesuffix("_weight")
+        assert set(terms) == {"total", term}
+        assert terms["total"].item() == pytest.approx(2 * terms[term].item())
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])

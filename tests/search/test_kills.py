@@ -83,7 +83,7 @@ class Desk:
         self.check_runs(finished, len(confirmations(study)))
         winner = choose_winner(study)  # that it is logged; its rule is in tests/metrics/test_comparison.py
         (parent,) = [run for run in self.runs() if run.info.run_name == "search"]
-        assert winner and parent.data.metrics["best_trial"] == winner.trial.number
+        assert winner and parent.data.metrics["search/best_trial"] == winner.trial.number
         return study
 
     def check_runs(self, finished: list[FrozenTrial], confirmed: int) -> None:

@@ -30,7 +30,7 @@ SHORT = {"weights": "none", "precision": "fp32", "threshold_trials": 0, "overlay
 SHORT |= {"batch_size": 8, "best_k": 1, "tta": "none"}
 
 
-def steps_of(run: Run, metric: str = "loss") -> list[int]:
+def steps_of(run: Run, metric: str = "loss/total") -> list[int]:
     return [found.step for found in MlflowClient().get_metric_history(run.info.run_id, metric)]
 
 
@@ -117,7 +117,7 @@ def test_a_second_training_with_the_same_settings_waits_and_neither_enters_the_o
     one, two = runs("train")
     assert steps_of(one) == steps_of(two) == [1]
     assert steps_of(one, "val/dice") == steps_of(two, "val/dice") == [1]
-    assert one.data.metrics["loss"] == two.data.metrics["loss"]
+    assert one.data.metrics["loss/total"] == two.data.metrics["loss/total"]
     models = MlflowClient().search_logged_models(["0"])
     assert sorted(str(model.source_run_id) for model in models) == sorted([one.info.run_id, two.info.run_id])
     assert not (store / "output").exists()

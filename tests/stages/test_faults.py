@@ -44,7 +44,7 @@ from pneumo_experiments.stages.train import train
 pytestmark = pytest.mark.usefixtures("no_layout", "no_code", "tiny_default")
 
 # How the time was spent, which no two trainings share.
-TIMES = {"seconds_per_epoch", "images_per_second", "wait_share", "wait_fraction"}
+TIMES = {"speed/seconds_per_epoch", "speed/images_per_second", "speed/wait_fraction"}
 
 
 def settings_of(dataset: Path, **changes: Any) -> Train:
@@ -119,7 +119,7 @@ def test_a_killed_training_continues_in_its_run_and_ends_with_the_same_result(
     assert code == -signal.SIGKILL, said
     (run,) = runs()
     assert run.info.status == "RUNNING"
-    assert recorded(run)["val_dice"][0][0] == 1
+    assert recorded(run)["epoch/dice"][0][0] == 1
     assert bool([*store.rglob("*.part")]) == ("save" in moment)
 
     train(settings)
@@ -182,8 +182,8 @@ def test_a_changed_data_set_restarts_the_training_and_the_stale_checkpoint_stays
     assert "continues after" not in said
     assert re.findall(r"at \d+ px.* (\d+) images", said) == ["16", "8"]
     first, second = runs()
-    assert len(recorded(first)["loss"]) == len(recorded(second)["loss"]) == 1
-    assert recorded(first)["loss"] != recorded(second)["loss"]
+    assert len(recorded(first)["loss/total"]) == len(recorded(second)["loss/total"]) == 1
+    assert recorded(first)["loss/total"] != recorded(second)["loss/total"]
     assert second.inputs is not None
     assert second.inputs.dataset_inputs[0].dataset.digest == fingerprint[:16]
     assert stale.items() < checkpoint_files().items()

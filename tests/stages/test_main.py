@@ -152,7 +152,7 @@ def test_a_setting_is_one_param_of_every_run_that_uses_it(chain: Chain) -> None:
 def test_dice_is_what_score_measured_and_val_dice_what_training_did(chain: Chain) -> None:
     for name in ("search", "trial 0", "trial 1", "train"):
         (run,) = chain.runs[name]
-        assert "val_dice" in run.data.metrics, name
+        assert "val/dice" in run.data.metrics, name
         assert not [metric for metric in run.data.metrics if metric.startswith(("dice", "auroc"))], name
     assert {"threshold_trials", "presence_threshold"}.isdisjoint(chain.only("search").data.params)
     for name in ("preprocess", "train", "score", "main"):

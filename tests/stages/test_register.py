@@ -388,7 +388,7 @@ def test_every_score_keeps_the_identity_of_its_images_and_a_row_for_each(shelf: 
     found = {(metric.key, metric.dataset_digest): metric.value for metric in logged.metrics or []}
     for subset, run in runs.items():
         params, metrics = run.data.params, run.data.metrics
-        name = "train_dice" if subset == "train" else "dice"
+        name = "train/dice" if subset == "train" else "dice"
         assert found[name, params["identity"]] == metrics[name]
         assert f'"subset": "{subset}"' in logged.tags[f"score.{params['identity']}"]
         assert {"images", "positives", "patients", "dice_baseline"} <= params.keys()
@@ -439,7 +439,7 @@ def test_images_and_patients_that_a_model_has_seen_are_not_external(
     assert f"score: {told}{remedy}" in capsys.readouterr().out
     run = last_run("score")
     assert told in run.data.tags["mlflow.note.content"]
-    assert ("all_dice" in run.data.metrics, "dice" in run.data.metrics) == (True, False)
+    assert ("all/dice" in run.data.metrics, "dice" in run.data.metrics) == (True, False)
     assert [row["seen"] for row in table(run, "scores.csv")] == expected
     page = artifact(run, "report.html").read_text(encoding="utf-8")
     assert told in page

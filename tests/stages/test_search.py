@@ -109,7 +109,7 @@ class Quick:
                 for part in (0.5, 1):
                     dice = value(recipe) * part
                     scores = (dice, dice + 0.01, dice / 2, alarms(recipe), 0.0, Thresholds(), 0.01)
-                    yield TrialScores(*scores, np.full(4, dice)), {"val_dice_cross_fitted": dice}
+                    yield TrialScores(*scores, np.full(4, dice)), {"epoch/dice_cross_fitted": dice}
 
             def save_model(self, folder: Path, recipe: Recipe) -> None:
                 (folder / "weights.pt").write_bytes(bytes(1000))
@@ -151,7 +151,7 @@ def test_every_trial_is_a_child_run_of_one_parent_with_its_own_settings(quick: Q
         )
         assert float(run.data.params["dice_weight"]) == trial.params["dice_weight"]
         assert run.data.params["trial_state"] == "complete"
-        assert run.data.metrics["trial_value"] == trial.value == trial.user_attrs["dice"]
+        assert run.data.metrics["trial/value"] == trial.value == trial.user_attrs["dice"]
     assert [run.info.status for run in runs()] == ["FINISHED"] * 3
 
 
@@ -165,7 +165,7 @@ def test_the_parent_holds_the_table_of_trials_the_best_settings_and_pictures(qui
     assert [row["dice_weight"] for row in rows] == [t.params["dice_weight"] for t in study().trials]
     best = yaml.safe_load(artifact(parent(), "best.yaml").read_text())
     assert best["dice_weight"] == result.recipe.loss.dice_weight == study().best_params["dice_weight"]
-    assert parent().data.metrics["best_trial"] == result.trial == study().best_trial.number
+    assert parent().data.metrics["search/best_trial"] == result.trial == study().best_trial.number
     names = {path.path for path in MlflowClient().list_artifacts(parent().info.run_id, "study")}
     assert names == {f"study/{name}.png" for name in PICTURES}
 
@@ -217,7 +217,7 @@ def test_the_second_trainings_of_the_best_and_of_the_settings_as_given_choose_th
     assert confirmations(study()).keys() == {0, best.number, second.number}
     is_clear = gain > 0.02
     assert result.trial == (second.number if is_clear else 0)
-    assert parent().data.metrics["val_dice"] == pytest.approx(0.4 + gain * is_clear)
+    assert parent().data.metrics["search/value"] == pytest.approx(0.4 + gain * is_clear)
     note = parent().data.tags["mlflow.note.content"]
     others = {second.number: f"{0.4 + gain:.4f}", best.number: "0.3000"}
     listed = ", ".join(f"{number} ({others[number]})" for number in sorted(others))

@@ -82,7 +82,7 @@ def test_all_folds_are_child_runs_and_each_image_is_scored_by_a_network_that_nev
     mean = np.mean([float(row["dice"]) for row in rows])
     assert parent.data.metrics["oof/dice"] == pytest.approx(mean)
     assert parent.data.params["oof_images"] == str(len(rows))
-    assert not {"dice", "val_dice", "oof_images"} & parent.data.metrics.keys()
+    assert not {"dice", "val/dice", "oof_images"} & parent.data.metrics.keys()
 
 
 def test_folds_that_had_ended_are_not_trained_again(
@@ -116,7 +116,7 @@ def test_the_run_holds_curves_pictures_and_how_the_time_was_spent(settings: Trai
     client = MlflowClient()
     names = {item.path for item in client.list_artifacts(run.info.run_id)}
     assert {"first_batch.png", "learning_curves.png", "overlays.png", "split.json"} <= names
-    for name in ("loss", "val_dice", "val_auroc", "images_per_second", "wait_share", "skipped_steps"):
+    for name in ("loss/total", "epoch/dice", "epoch/auroc", "speed/images_per_second", "speed/wait_fraction"):
         steps = [metric.step for metric in client.get_metric_history(run.info.run_id, name)]
         assert steps == [1, 2], name
     final = [metric.step for metric in client.get_metric_history(run.info.run_id, "val/dice")]
@@ -134,11 +134,11 @@ def test_the_run_holds_curves_pictures_and_how_the_time_was_spent(settings: Trai
     assert predictor.calibration != Calibration()
     for name, counts in (("raw", plain), ("final", own)):
         (error,) = calibration_error(truth, counts.presence, np.ones((1, len(truth))))
-        assert run.data.metrics[f"val_calibration_error_{name}"] == pytest.approx(error, abs=1e-6)
+        assert run.data.metrics[f"val/calibration_error_{name}"] == pytest.approx(error, abs=1e-6)
     assert float(run.data.params["presence_slope"]) == predictor.calibration.slope
     assert float(run.data.params["presence_bias"]) == predictor.calibration.bias
     assert run.data.metrics["thresholds/dice_exact"] == own.dice(detector.thresholds).mean()
-    constants = {"val_images", "val_positives", "val_dice_baseline", "best_epoch", "bottom_score"}
+    constants = {"val_images", "val_positives", "val_dice_baseline", "best_epoch"}
     assert constants <= run.data.params.keys()
     assert not constants & run.data.metrics.keys()
     assert not {"dice", "dice_positive", "auroc"} & run.data.metrics.keys()
@@ -260,12 +260,12 @@ def test_two_processes_train_in_one_run(
     assert code == 0, said
     (run,) = runs()
     assert run.info.status == "FINISHED"
-    assert {m.step for m in MlflowClient().get_metric_history(run.info.run_id, "loss")} == {1, 2}
+    assert {m.step for m in MlflowClient().get_metric_history(run.info.run_id, "loss/total")} == {1, 2}
     (model,) = MlflowClient().search_logged_models(["0"])
     assert model.source_run_id == run.info.run_id
     assert f"logged as {model.model_uri}" in said
     (final,) = MlflowClient().get_metric_history(run.info.run_id, "val/dice")
-    epochs = MlflowClient().get_metric_history(run.info.run_id, "val_dice")
+    epochs = MlflowClient().get_metric_history(run.info.run_id, "epoch/dice")
     # Of the same images at the best of all thresholds, not of the coarse grid alone.
     assert max(epoch.value for epoch in epochs) <= final.value + 1e-12 <= 1 + 1e-12
     assert said.count("epoch 1/2") == 1
@@ -348,4 +348,4 @@ def test_under_mlflow_run_a_training_goes_on_in_its_first_run(settings: Train, t
     assert (run.info.run_name, other.info.run_name) == ("train", "continued in an earlier run")
     assert run.info.run_id in other.data.tags["mlflow.note.content"]
     assert run.info.status == other.info.status == "FINISHED"
-    assert len({m.step for m in MlflowClient().get_metric_history(run.info.run_id, "loss")}) == 2
+    assert len({m.step for m in MlflowClient().get_metric_history(run.info.run_id, "loss/total")}) == 2

@@ -61,13 +61,13 @@ def test_a_fold_is_trained_and_evaluated_without_a_store(small_dataset: Path, tm
         settings, state = settings_of(small_dataset, best_k=1), TrainingState()
         result = trained(settings, dataset, state)
         evaluation, counts = result.evaluation, result.evaluation.counts
-        assert [metrics["val_dice"] for metrics in state.history] == [m["val_dice"] for m in result.history]
+        assert state.history == result.history
         assert len(state.history) == 3
-        assert state.dices == {result.best_epoch: max(m["val_dice"] for m in state.history)}
+        assert state.dices == {result.best_epoch: max(m["epoch/dice"] for m in state.history)}
         best = best_of_all(counts)
         assert evaluation.thresholds == best.thresholds
         assert evaluation.scores.dice == pytest.approx(best.dice, abs=1e-12)
-        assert evaluation.scores.dice >= max(metrics["val_dice"] for metrics in state.history) - 1e-12
+        assert evaluation.scores.dice >= max(metrics["epoch/dice"] for metrics in state.history) - 1e-12
         again = evaluation.subset.count(result.detector.predictor)
         np.testing.assert_array_equal(again.pixels, counts.pixels)
         np.testing.assert_allclose(again.presence, counts.presence, atol=1e-6)

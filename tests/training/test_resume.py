@@ -29,7 +29,7 @@ def test_patience_does_not_count_the_epochs_before_something_is_found() -> None:
     def is_stuck(patience: int, *epochs: tuple[float, float | None]) -> bool:
         """With these values of Dice and, unless None, of Dice on positives."""
         history = [
-            {"val_dice": dice} | ({} if on is None else {"val_dice_positive": on}) for dice, on in epochs
+            {"epoch/dice": dice} | ({} if on is None else {"epoch/dice_positive": on}) for dice, on in epochs
         ]
         return TrainingState("a", history).is_stuck(patience)
 
