@@ -225,6 +225,8 @@ def working_in(folder: Path, uri: str) -> Iterator[None]:
         patch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
         patch.setenv("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # as tracking does when it is imported
         patch.setenv("MLFLOW_TRACKING_URI", uri)
+        if not uri.startswith("sqlite"):  # ours is a second experiment there
+            patch.setenv("MLFLOW_EXPERIMENT_NAME", "Default")
         mlflow.set_tracking_uri(None)  # pyright: ignore[reportArgumentType]
         yield
     mlflow.set_tracking_uri(None)  # pyright: ignore[reportArgumentType]

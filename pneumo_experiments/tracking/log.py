@@ -259,7 +259,7 @@ def _data_set(path: Path, name: str, digest: str) -> dict[str, Any]:
     return MetaDataset(source, name=name, digest=digest).to_dict()
 
 
-def log_model(data: Path, name: str) -> str:
+def log_model(data: Path, name: str = "pneumothorax") -> str:
     """Logs the folder that serving.save wrote as a model of the active run; returns ``models:/<id>``.
 
     If the store is unreachable, the model is buffered, to be logged later: returns its local folder.

@@ -16,6 +16,7 @@ from filelock import FileLock
 from mlflow import MlflowClient
 from mlflow.entities import Experiment, LifecycleStage, ViewType
 from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST
 from mlflow.store.db.base_sql_model import Base
 from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 from sqlalchemy import Engine, NullPool, create_engine, inspect, make_url, text
@@ -24,6 +25,7 @@ from pneumo_experiments.errors import ServerUnreachable, UserError
 from pneumo_experiments.files import write_atomically
 from pneumo_experiments.passwords import hide_passwords
 from pneumo_experiments.tracking.experiment import DEFAULT_EXPERIMENT, missing_tags
+from pneumo_experiments.tracking.processes import HOST_TAG
 from pneumo_experiments.tracking.servers import (
     DATABASE_PORTS,
     check_server,
@@ -144,7 +146,7 @@ def _experiment() -> Experiment:
 
 
 def _rename_default(run_id: str | None) -> None:
-    """Gives MLflow's first experiment our name, in a store of this machine where it has no other runs.
+    """Gives MLflow's first experiment our name, in a store of this machine where all its runs are ours.
 
     `mlflow run` starts its runs there, and a new store has no other experiment.
     """
@@ -154,17 +156,22 @@ def _rename_default(run_id: str | None) -> None:
     default = client.get_experiment_by_name(Experiment.DEFAULT_EXPERIMENT_NAME)
     if default is None or default.experiment_id != "0" or default.lifecycle_stage != LifecycleStage.ACTIVE:
         return
-    runs = client.search_runs(["0"], run_view_type=ViewType.ALL, max_results=2)
-    if {run.info.run_id for run in runs} <= {run_id}:
+    runs = client.search_runs(["0"], run_view_type=ViewType.ALL)
+    if all(run.info.run_id == run_id or HOST_TAG in run.data.tags for run in runs):
         client.rename_experiment("0", DEFAULT_EXPERIMENT)
 
 
 def _create_experiment(name: str) -> Experiment:
-    if file := database_file(mlflow.get_tracking_uri()):
-        # By default the artifacts would be stored in the working directory of the first process.
-        location = (file.parent / "mlruns").as_uri()
-        mlflow.create_experiment(name, artifact_location=location)  # pyright: ignore[reportUnknownMemberType]
-    return mlflow.set_experiment(name)  # pyright: ignore[reportUnknownMemberType]
+    """Not by mlflow.set_experiment, which would set it for the whole process."""
+    client: Any = MlflowClient()
+    # By default the artifacts would be stored in the working directory of the first process.
+    file = database_file(mlflow.get_tracking_uri())
+    with suppress(MlflowException):  # another process has just created it
+        client.create_experiment(name, artifact_location=(file.parent / "mlruns").as_uri() if file else None)
+    experiment = mlflow.get_experiment_by_name(name)
+    if experiment is None:
+        raise MlflowException(f"the experiment {name} cannot be created", RESOURCE_DOES_NOT_EXIST)
+    return experiment
 
 
 @contextmanager

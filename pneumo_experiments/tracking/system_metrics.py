@@ -9,7 +9,7 @@ from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from functools import cache
 from threading import Event, Thread
-from typing import Any
+from typing import Any, cast
 
 import psutil
 from mlflow.environment_variables import MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL
@@ -74,7 +74,7 @@ def log_system_metrics(run: ActiveRun) -> Generator[None]:
     processes, gpu, stop = ProcessTree(), None, Event()
     with suppress(Exception):
         gpu = _gpu_monitor()
-    interval: Any = MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL.get()
+    interval = cast("float | None", MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL.get())
 
     def watch() -> None:
         try:

@@ -82,21 +82,21 @@ class Desk:
         assert trials_to_confirm(study, CONFIRM) == []
         self.check_runs(finished, len(confirmations(study)))
         winner = choose_winner(study)  # that it is logged; its rule is in tests/metrics/test_comparison.py
-        (parent,) = [run for run in self.runs() if run.info.run_name == "search"]
+        (parent,) = [run for run in self.runs() if run.data.tags["pneumo.stage"] == "search"]
         assert winner and parent.data.metrics["search/best_trial"] == winner.trial.number
         return study
 
     def check_runs(self, finished: list[FrozenTrial], confirmed: int) -> None:
         """Asserts one finished run for each finished trial, all under one parent, and none RUNNING."""
         runs = self.runs()
-        (parent,) = [run for run in runs if run.info.run_name == "search"]
+        (parent,) = [run for run in runs if run.data.tags["pneumo.stage"] == "search"]
         assert parent.info.status == "FINISHED"
         below = {run.info.run_id: run for run in runs if run is not parent}
         assert {run.data.tags.get("mlflow.parentRunId") for run in below.values()} == {parent.info.run_id}
         # A worker that was killed between the end of its run and that of its trial leaves one run more.
         ended = {run_id for run_id, run in below.items() if run.info.status == "FINISHED"}
         assert {trial.user_attrs["run_id"] for trial in finished} <= ended
-        again = {str(run.info.run_name).partition(":")[0] for run in runs} - {"search"}
+        again = {" ".join(str(run.info.run_name).split()[:2]) for run in below.values()}
         assert len([name for name in again if name.startswith("confirm")]) >= confirmed
         assert {run.info.status for run in below.values()} <= {"FINISHED", "KILLED"}
 

@@ -163,4 +163,4 @@ def test_a_store_whose_creation_is_killed_is_created_by_the_next_command(
     code, output = commands.start("register", folder=tmp_path, environment=variables).communicate()
     assert code == 2, output
     assert "no model of this experiment was scored" in output
-    assert MlflowClient(variables["MLFLOW_TRACKING_URI"]).get_experiment("0").name == "Default"
+    assert MlflowClient(variables["MLFLOW_TRACKING_URI"]).get_experiment("0").name == "pneumothorax"

@@ -128,7 +128,7 @@ class Training:
 
 def start(server: Server, folder: Path, commands: CommandServer, *words: str) -> Training:
     folder.mkdir()
-    variables = environment() | {"MLFLOW_TRACKING_URI": server.uri}
+    variables = environment() | {"MLFLOW_TRACKING_URI": server.uri, "MLFLOW_EXPERIMENT_NAME": "Default"}
     variables |= {"MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL": "1"}
     return Training(folder, commands.start(*words, folder=folder, environment=variables, code=TRAINING))
 
@@ -168,7 +168,7 @@ def outage(tmp_path_factory: pytest.TempPathFactory, commands: CommandServer) ->
         cut_off.finish()
         left = calls_in(cut_off.file)
         left_files = sorted(path.name for path in cut_off.file.parent.rglob("*.*"))
-        variables = environment() | {"MLFLOW_TRACKING_URI": server.uri}
+        variables = environment() | {"MLFLOW_TRACKING_URI": server.uri, "MLFLOW_EXPERIMENT_NAME": "Default"}
         server.start()
         reconnected.resume()
         reconnected.finish()

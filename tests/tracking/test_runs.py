@@ -26,7 +26,16 @@ from tracking_server import TIMEOUT_SECONDS, wait_until
 from pneumo_experiments import interrupts, tracking
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.registry.scores import best_model
-from pneumo_experiments.settings import Preprocess, Register, Sample, Score, Search, Train, as_config, flat
+from pneumo_experiments.settings import (
+    Preprocess,
+    Register,
+    Sample,
+    Score,
+    Search,
+    Train,
+    as_config,
+    as_params,
+)
 from pneumo_experiments.tracking import processes
 from pneumo_experiments.tracking.buffered_client import BufferedClient
 from pneumo_experiments.tracking.log import active_runs
@@ -88,15 +97,15 @@ def test_a_name_that_somebody_gave_to_the_run_stays(
 ) -> None:
     run = MlflowClient().create_run("0", run_name=given)  # as `mlflow run` does, with --run-name or without
     monkeypatch.setenv("MLFLOW_RUN_ID", run.info.run_id)
-    with tracking.run("train", make(Train)), tracking.run("fold 0", make(Train)):
+    with tracking.run("train", make(Train)), tracking.run("fold", make(Train), "fold 0"):
         pass
     assert set(runs(store)) == {given or "train", "fold 0"}
 
 
-def test_runs_nest_under_their_step_and_hold_every_setting(store: Path) -> None:
+def test_runs_nest_under_their_step_and_hold_the_settings_that_matter(store: Path) -> None:
     with tracking.run("search", make(Search, study="mine")):
         tracking.describe("Two\nlines.")
-        with tracking.run("trial 0", make(Train, epochs=3)):
+        with tracking.run("trial", make(Train, epochs=3), "trial 0"):
             tracking.log_metrics({"dice": 0.25}, step=1)
             tracking.log_metrics({"dice": 0.5}, step=2)
         tracking.log_params({"best": 0, "path": None})
@@ -105,8 +114,14 @@ def test_runs_nest_under_their_step_and_hold_every_setting(store: Path) -> None:
     assert trial.data.tags["mlflow.parentRunId"] == search.info.run_id
     assert "mlflow.parentRunId" not in search.data.tags
     assert search.data.tags["mlflow.note.content"] == "Two\nlines."
-    assert set(flat(Search())) <= set(search.data.params)
-    assert (search.data.params["study"], search.data.params["path"]) == ("mine", "none")
+    chosen, params = {"study": "mine"}, search.data.params
+    usual = as_params(Search())
+    assert {"network", "learning_rate", "dice_weight", "trials", "fold"} <= usual.keys()
+    assert {"sampler", "workers", "augment", "study", "warmup"}.isdisjoint(usual)
+    assert params == usual | chosen | {"best": "0", "path": "none"}
+    config = yaml.safe_load(artifact(search, "config.yaml").read_text())
+    assert config == as_config(make(Search, study="mine"))  # has all
+    assert [run.data.tags["pneumo.stage"] for run in (search, trial)] == ["search", "trial"]
     assert trial.data.params["epochs"] == "3"
     history = MlflowClient().get_metric_history(trial.info.run_id, "dice")
     assert [(metric.step, metric.value) for metric in history] == [(1, 0.25), (2, 0.5)]
@@ -130,8 +145,11 @@ def test_a_run_ends_as_its_step_does_and_its_parent_may_live_on(
             raise error
         assert statuses(store) == {"parent": "RUNNING", "main": status, "sample": status}
     assert statuses(store)["parent"] == "FINISHED"
-    mistakes = [run.data.tags.get("error") for name, run in runs(store).items() if name != "parent"]
-    assert mistakes == (["a: is wrong; fix it"] * 2 if isinstance(error, UserError) else [None] * 2)
+    reason = {UserError: "a: is wrong; fix it", RuntimeError: "RuntimeError: a bug"}.get(type(error))
+    for name in ("main", "sample"):
+        tags = runs(store)[name].data.tags
+        assert tags.get("error") == reason
+        assert tags.get("mlflow.note.content") == (reason and f"Failed: {reason}")
     assert active_runs == []
 
 
@@ -189,7 +207,7 @@ def test_a_signal_kills_every_nested_run_and_a_second_signal_is_ignored(
     assert statuses(store) == {"main": "KILLED", "sample": "KILLED"}
 
 
-def test_only_orphans_of_this_machine_are_marked_killed(store: Path) -> None:
+def test_only_orphans_of_this_machine_are_marked_killed(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     client, tags = MlflowClient(), process_tags()
     gone = tags | {"pneumo.process": f"{os.getpid()}:1.0"}
     machine, boot, namespace = tags["pneumo.machine"].split("/")
@@ -202,6 +220,7 @@ def test_only_orphans_of_this_machine_are_marked_killed(store: Path) -> None:
         "of the same name": gone | {"pneumo.machine": f"{machine[:-1]}?/{boot[:-1]}?/{namespace}"},
         "another's": {},
     }
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", "0")  # with another's run in it, it keeps its name
     for name, its in left.items():
         client.create_run("0", run_name=name, tags=its)
     assert tracking.open_store() == tracking.open_store() == "0"
@@ -256,12 +275,32 @@ def test_calls_left_by_a_killed_process_that_had_joined_the_run_are_named(
         assert f"-{alive}/calls.jsonl" not in caplog.text
 
 
+def test_the_first_experiment_takes_our_name_where_all_its_runs_are_ours(
+    empty_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for tags, names in (
+        ({}, {"Default", "pneumothorax"}),
+        (process_tags(), {"pneumothorax"}),
+        (None, {"pneumothorax"}),
+    ):
+        folder = tmp_path / f"{tags is None} {bool(tags)}"
+        folder.mkdir()
+        copy_store(empty_store, folder)
+        with working_in(folder, store_address(folder)):
+            client = MlflowClient()
+            if tags is not None:
+                client.create_run("0", tags=tags)
+            experiment = tracking.open_store()
+            assert {each.name for each in client.search_experiments()} == names
+            assert client.get_experiment(experiment).name == "pneumothorax"
+            monkeypatch.setenv("MLFLOW_RUN_ID", client.create_run("0").info.run_id)
+            assert tracking.open_store() == "0"  # as `mlflow run` chose, with a name or without
+            monkeypatch.delenv("MLFLOW_RUN_ID")
+
+
 def test_artifacts_of_a_new_experiment_lie_beside_the_database(
     store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # set_experiment sets both, for the whole process.
-    monkeypatch.setattr("mlflow.tracking.fluent._active_experiment_id", None)
-    monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", "")
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "lungs")
     (store / "elsewhere").mkdir()
     monkeypatch.chdir(store / "elsewhere")
@@ -317,6 +356,8 @@ def test_scores_and_their_table_outlast_an_outage_and_arrive_once_though_they_ar
     assert metrics == [("dice", 0.75, "siim holdout", HOLDOUT)]
     assert json.loads(found.tags[f"score.{HOLDOUT}"])["subset"] == "holdout"
     assert len(MlflowClient().get_metric_history(run_id, "dice")) == 1
+    training = MlflowClient().get_run(found.source_run_id).data
+    assert (training.metrics, training.params["dice_baseline"]) == ({"dice": 0.75}, "0.5")
     table = mlflow.load_table("scores.json", run_ids=[run_id])
     assert list(table.itertuples(index=False, name=None)) == rows
 
@@ -456,8 +497,7 @@ def test_a_command_uses_the_run_that_mlflow_run_created_and_ends_with_it(
     wait_until(lambda: not list((end.store / "output").iterdir()))
     ((name, run),) = runs(end.store).items()
     assert name == "sample"
-    expected = {"images": "2e3", "test_images": str(Sample().size.test_images), "seed": "0"}
-    assert run.data.params == expected | {"output_dir": str(end.store / Sample().output_dir)}
+    assert run.data.params == {"images": "2e3", "seed": "0"}
 
 
 @pytest.mark.parametrize("how", STOPS)

@@ -113,6 +113,6 @@ def test_system_metrics_continue_in_a_resumed_run(
     steps = [metric.step for metric in both]
     assert steps == sorted(steps)
     assert all(0 <= metric.value <= 100 for metric in both)
-    memory = client.get_run(run_id).data.metrics["system/system_memory_usage_megabytes"]
+    memory = client.get_run(run_id).data.metrics["system/memory_usage_megabytes"]
     assert 100 < memory < 10_000_000
     assert capfd.readouterr().err == ""
