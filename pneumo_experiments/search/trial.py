@@ -142,6 +142,7 @@ class Trials:
                     trial.set_user_attr(RUN_ID, run_id)
                 else:
                     self.study.set_user_attr(f"{CONFIRM_RUN}{number}", run_id)
+                tracking.log_params(values)  # those that equal their defaults, too
                 epoch, scores = self._run_epochs(training, recipe, trials_left, trial)
                 state = "pruned" if epoch < epochs else "complete"
                 result = TrialResult(scores, state, time.perf_counter() - start)

@@ -18,7 +18,8 @@ LONGEST_TEXT = 1000  # characters, of an address for example
 # By these people compare runs: each run has them as params, and of the others those that were changed.
 KEY_SETTINGS = {
     *("dataset", "image_size", "fold", "seed", "network", "weights", "epochs", "search_epochs", "trials"),
-    *("learning_rate", "batch_size", "bce_weight", "dice_weight", "focal_weight", "model", "subset"),
+    *("learning_rate", "batch_size", "bce_weight", "dice_weight", "focal_weight", "presence_weight"),
+    *("model", "subset"),
 }
 TRUE, FALSE = {"1", "true", "t", "yes", "y", "on"}, {"0", "false", "f", "no", "n", "off"}
 

@@ -200,7 +200,7 @@ def _log_source(source: SettingsSource, dataset: Dataset) -> None:
     """The data set, and where the settings come from."""
     tracking.log_dataset(source.settings.dataset, dataset.fingerprint, "training")
     if source.study:
-        tracking.log_params({"study_used": source.study})
+        tracking.log_params({"study_used": source.study} | dict(source.best))
     if source.model is not None:
         same_data = dataset.fingerprint == source.data_fingerprint
         tracking.log_params({"same_code": not source.changed_code, "same_data": same_data})

@@ -501,5 +501,9 @@ def test_killed_among_its_files_the_same_command_leaves_what_an_undisturbed_one_
     assert start("killed").communicate()[0] == 0
     assert left("killed") == left("whole")
     assert len(left("whole")) > 100
-    scores = [run.info.status for run in MlflowClient().search_runs(["0"]) if run.info.run_name == "score"]
+    scores = [
+        run.info.status
+        for run in MlflowClient().search_runs(["0"])
+        if run.data.tags["pneumo.stage"] == "score"
+    ]
     assert sorted(scores) == ["FINISHED", "FINISHED", "KILLED"]

@@ -157,7 +157,7 @@ def test_a_submission_has_a_row_for_every_bomb(
     assert f"submitted as empty: header: {TOO_LONG}" in said
     assert "5 images" in said
     assert "3 could not be read" in said
-    (run,) = MlflowClient().search_runs(["0"], "attributes.run_name = 'score'")
+    (run,) = MlflowClient().search_runs(["0"], "tags.`pneumo.stage` = 'score'")
     assert run.info.status == "FINISHED"
     assert 0 < peak_bytes() < MOST_BYTES
 
@@ -229,6 +229,6 @@ def test_a_command_can_be_stopped_while_it_decodes_a_bomb(
     assert ended == code, said
     assert "Traceback" not in said
     run = MlflowClient().search_runs(["0"], order_by=["attributes.start_time DESC"])[0]
-    assert (run.info.run_name, run.info.status) == (stage, status)
+    assert (run.data.tags["pneumo.stage"], run.info.status) == (stage, status)
     if number != signal.SIGKILL:
         assert not [*tmp_path.glob("*.csv*"), *tmp_path.glob("*.h5"), *tmp_path.glob("*.part")]

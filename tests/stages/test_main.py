@@ -101,7 +101,8 @@ def run_chain(folder: Path, commands: CommandServer | None, **settings: object) 
         search_all_experiments=True, order_by=["attributes.start_time ASC"], output_format="list"
     )
     for run in found:
-        runs.setdefault(run.info.run_name.partition(":")[0], []).append(run)  # trial 0: dice_weight 1, …
+        stage, name = run.data.tags["pneumo.stage"], str(run.info.run_name)
+        runs.setdefault(name[: len("trial 0")] if stage == "trial" else stage, []).append(run)
     return Chain(folder, uri, output, runs)
 
 
@@ -150,10 +151,18 @@ def test_a_setting_is_one_param_of_every_run_that_uses_it(chain: Chain) -> None:
 
 
 def test_dice_is_what_score_measured_and_val_dice_what_training_did(chain: Chain) -> None:
-    for name in ("search", "trial 0", "trial 1", "train"):
-        (run,) = chain.runs[name]
-        assert "val/dice" in run.data.metrics, name
-        assert not [metric for metric in run.data.metrics if metric.startswith(("dice", "auroc"))], name
+    of_validation = {"search": "search/value", "trial 0": "trial/value", "trial 1": "trial/value"}
+    for name, metric in of_validation.items():
+        metrics = chain.only(name).data.metrics
+        assert metric in metrics
+        assert not {each for each in metrics if each.startswith(("dice", "auroc", "val/"))}, name
+    train, scored = chain.only("train").data, chain.runs["score"][0].data
+    assert "val/dice" in train.metrics
+    headline = {name: value for name, value in train.metrics.items() if "/" not in name}
+    assert headline == {
+        name: scored.metrics[name] for name in ("dice", "dice_low", "dice_high", "dice_positive")
+    }
+    assert train.params["dice_baseline"] == scored.params["dice_baseline"]
     assert {"threshold_trials", "presence_threshold"}.isdisjoint(chain.only("search").data.params)
     for name in ("preprocess", "train", "score", "main"):
         constants = {"images", "positives", "patients", "dice_baseline", "val_images", "val_dice_baseline"}
@@ -164,7 +173,7 @@ def test_dice_is_what_score_measured_and_val_dice_what_training_did(chain: Chain
 
 def test_the_final_scores_stand_at_the_parent_and_the_model_and_on_the_terminal(chain: Chain) -> None:
     dice = chain.only("main").data.metrics["dice"]
-    scored = next(run for run in chain.runs["score"] if run.data.params["dicom_dir"] == "none")
+    scored = next(run for run in chain.runs["score"] if "dicom_dir" not in run.data.params)
     assert scored.data.metrics["dice"] == dice
     model = mlflow.get_logged_model(scored.data.params["model"].removeprefix("models:/"))
     assert dice in {metric.value for metric in model.metrics or [] if metric.key == "dice"}
@@ -182,16 +191,17 @@ def test_the_data_set_is_an_input_with_its_fingerprint(chain: Chain) -> None:
 
 
 def test_every_score_has_its_interval_and_stands_by_group(chain: Chain) -> None:
-    scored = next(run for run in chain.runs["score"] if run.data.params["dicom_dir"] == "none")
+    scored = next(run for run in chain.runs["score"] if "dicom_dir" not in run.data.params)
     metrics = scored.data.metrics
-    for name in ("dice", "specificity", "auroc", "average_precision", "false_alarms", "calibration_error"):
-        assert metrics[f"{name}_low"] <= metrics[f"{name}_high"]
+    assert metrics["dice_low"] <= metrics["dice"] <= metrics["dice_high"]
+    for name in ("specificity", "auroc", "average_precision", "false_alarms", "calibration_error"):
+        assert metrics[f"interval/{name}_low"] <= metrics[f"interval/{name}_high"]
         assert name in metrics
     with artifact(scored, "by_group.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert {row["group"] for row in rows} == {"all", "area", "view", "sex", "age"}
     assert float(rows[0]["dice"]) == metrics["dice"]
-    assert float(rows[0]["specificity_high"]) == metrics["specificity_high"]
+    assert float(rows[0]["specificity_high"]) == metrics["interval/specificity_high"]
     for group in ("view", "sex", "age"):
         images = sum(int(row["images"]) for row in rows if row["group"] == group)
         assert images == int(scored.data.params["images"])
@@ -199,7 +209,8 @@ def test_every_score_has_its_interval_and_stands_by_group(chain: Chain) -> None:
         assert sum(int(row["images"]) for row in csv.DictReader(file)) == int(scored.data.params["images"])
     assert artifact(scored, "calibration.png").is_file()
     tables = json.loads(scored.data.tags["mlflow.loggedArtifacts"])
-    assert tables == [{"path": "scores.json", "type": "table"}]  # what the evaluation view opens
+    names = ["scores.json", "calibration.json", "by_group.json"]  # the evaluation view opens the first
+    assert tables == [{"path": name, "type": "table"} for name in names]
 
 
 def test_the_thresholds_are_the_exact_ones_and_the_study_is_recorded_beside_them(chain: Chain) -> None:
@@ -218,7 +229,7 @@ def test_the_thresholds_are_the_exact_ones_and_the_study_is_recorded_beside_them
 
 
 def test_the_report_and_its_pictures_are_artifacts_of_the_final_run(chain: Chain) -> None:
-    scored = next(run for run in chain.runs["score"] if run.data.params["dicom_dir"] == "none")
+    scored = next(run for run in chain.runs["score"] if "dicom_dir" not in run.data.params)
     page = artifact(scored, "report.html").read_text(encoding="utf-8")
     assert f"<b>{scored.data.metrics['dice']:.4f}</b>" in page
     pictures = sorted(item.path for item in MlflowClient().list_artifacts(scored.info.run_id, "overlays"))
@@ -389,7 +400,7 @@ def test_real_radiographs_go_through_the_same_command(
         assert areas.pop(image_id) == (*numbers, row["view"], row["sex"], int(row["age"]))
     assert areas == {}
     assert masks == {image_id: int(row["union_area_px"]) for image_id, row in known.items()}
-    scored = next(run for run in runs("score") if run.data.params["dicom_dir"] == "none")
+    scored = next(run for run in runs("score") if "dicom_dir" not in run.data.params)
     assert int(scored.data.params["images"]) >= 2
     with (store / "output" / "submission.csv").open() as file:
         assert len(file.readlines()) == 1 + 10

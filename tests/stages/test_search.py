@@ -125,7 +125,7 @@ def quick(small_dataset: Path) -> Quick:
 
 
 def parent() -> Run:
-    (run,) = [run for run in runs() if run.info.run_name == "search"]
+    (run,) = runs("search")
     return run
 
 
@@ -142,12 +142,12 @@ def finished() -> list[optuna.trial.FrozenTrial]:
 
 def test_every_trial_is_a_child_run_of_one_parent_with_its_own_settings(quick: Quick) -> None:
     quick(trials=2)
-    children = [run for run in runs() if run.info.run_name != "search"]
+    children = runs("trial")
     assert {run.data.tags["mlflow.parentRunId"] for run in children} == {parent().info.run_id}
     for trial, run in zip(study().trials, children, strict=True):
         assert run.info.run_id == trial.user_attrs["run_id"]
         assert run.info.run_name.startswith(
-            f"trial {trial.number}: dice_weight {trial.params['dice_weight']:.3g}"
+            f"trial {trial.number} {trial.value:.4f} · dice_weight {trial.params['dice_weight']:.3g}"
         )
         assert float(run.data.params["dice_weight"]) == trial.params["dice_weight"]
         assert run.data.params["trial_state"] == "complete"
@@ -184,7 +184,7 @@ def test_a_pruned_trial_is_visible_as_pruned(quick: Quick) -> None:
     assert [trial.state.name for trial in study().trials] == ["COMPLETE", "PRUNED", "PRUNED"]
     (run,) = [run for run in runs() if run.info.run_name.startswith("trial 1")]
     assert run.data.params["trial_state"] == "pruned"
-    assert run.info.run_name.startswith("trial 1 (pruned): ")
+    assert run.info.run_name.startswith("trial 1 pruned 0.")
 
 
 def test_only_the_models_of_the_best_trials_stay(quick: Quick) -> None:
@@ -459,7 +459,7 @@ def test_the_best_settings_train_a_network(
         name: flat(settings)[name] for name in ("dataset", "weights", "batch_size", "precision", "device")
     }
     train(make(Train, **shared, from_study="s", storage=STORAGE, epochs=1, threshold_trials=0, overlays=0))
-    trained = [run for run in runs() if run.info.run_name.startswith("train")]
+    trained = runs("train")
     assert len(trained) == 2
     assert result.recipe.loss.dice_weight != 1.0  # the default
     for run in trained:

@@ -100,12 +100,12 @@ def test_folds_that_had_ended_are_not_trained_again(
         patch.setattr(Checkpoint, "save", save_and_stop_in_the_second_fold)
         with pytest.raises(KeyboardInterrupt):
             train(folds)
-    assert capsys.readouterr().out.count("epoch 1/1") == 2
+    assert capsys.readouterr().out.count("epoch 1/1") == 1  # of the second it is not said, but saved
     train(folds)
     said = capsys.readouterr().out
     assert said.count("continues after epoch 1 of 1") == 2
     assert "epoch 1/1" not in said
-    parents = [run for run in runs() if run.info.run_name == "train"]
+    parents = [run for run in runs() if run.data.tags.get("pneumo.stage") == "train"]
     assert [run.info.status for run in parents] == ["KILLED", "FINISHED"]
     assert not list(Path("output/checkpoints").glob("*"))
 
@@ -120,7 +120,7 @@ def test_the_run_holds_curves_pictures_and_how_the_time_was_spent(settings: Trai
         steps = [metric.step for metric in client.get_metric_history(run.info.run_id, name)]
         assert steps == [1, 2], name
     final = [metric.step for metric in client.get_metric_history(run.info.run_id, "val/dice")]
-    assert final == [2]
+    assert final == [0]
     detector = load(tracking.model_data(f"models:/{run.outputs.model_outputs[0].model_id}"))
     (predictor,) = detector.predictor.members
     with Dataset.open(settings.dataset) as opened:
@@ -132,9 +132,9 @@ def test_the_run_holds_curves_pictures_and_how_the_time_was_spent(settings: Trai
         truth, own = plain.truth_area > 0, validation.count(predictor)
     assert predictor.calibration == fit_calibration(plain.presence, truth, detector.prevalence)
     assert predictor.calibration != Calibration()
-    for name, counts in (("raw", plain), ("final", own)):
+    for name, counts in (("_raw", plain), ("", own)):
         (error,) = calibration_error(truth, counts.presence, np.ones((1, len(truth))))
-        assert run.data.metrics[f"val/calibration_error_{name}"] == pytest.approx(error, abs=1e-6)
+        assert run.data.metrics[f"val/calibration_error{name}"] == pytest.approx(error, abs=1e-6)
     assert float(run.data.params["presence_slope"]) == predictor.calibration.slope
     assert float(run.data.params["presence_bias"]) == predictor.calibration.bias
     assert run.data.metrics["thresholds/dice_exact"] == own.dice(detector.thresholds).mean()
@@ -263,7 +263,7 @@ def test_two_processes_train_in_one_run(
     assert {m.step for m in MlflowClient().get_metric_history(run.info.run_id, "loss/total")} == {1, 2}
     (model,) = MlflowClient().search_logged_models(["0"])
     assert model.source_run_id == run.info.run_id
-    assert f"logged as {model.model_uri}" in said
+    assert f"model     {model.model_uri}" in said
     (final,) = MlflowClient().get_metric_history(run.info.run_id, "val/dice")
     epochs = MlflowClient().get_metric_history(run.info.run_id, "epoch/dice")
     # Of the same images at the best of all thresholds, not of the coarse grid alone.
@@ -317,7 +317,7 @@ def test_main_starts_from_the_network_of_the_trials_unless_that_is_a_models(
     weights: str, is_kept: bool, tmp_path: Path
 ) -> None:
     settings = make(Main, weights=weights)
-    recipe = _training_recipe(settings, SearchResult(settings.recipe, 0, tmp_path / "epoch-1.pt"))
+    recipe = _training_recipe(settings, SearchResult(settings.recipe, 0, [], "", tmp_path / "epoch-1.pt"))
     assert recipe.network.weights == (weights if is_kept else f"{tmp_path}/epoch-1.pt")
 
 
@@ -345,7 +345,8 @@ def test_under_mlflow_run_a_training_goes_on_in_its_first_run(settings: Train, t
     assert done.returncode == 0, done.stderr[-3000:]
     assert "train: continues after epoch" in done.stdout + done.stderr
     run, other = runs()
-    assert (run.info.run_name, other.info.run_name) == ("train", "continued in an earlier run")
+    assert run.info.run_name.startswith("train tiny 16px fold 0 · ")
+    assert other.info.run_name == "continued in an earlier run"
     assert run.info.run_id in other.data.tags["mlflow.note.content"]
     assert run.info.status == other.info.status == "FINISHED"
     assert len({m.step for m in MlflowClient().get_metric_history(run.info.run_id, "loss/total")}) == 2
