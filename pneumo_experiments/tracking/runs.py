@@ -42,6 +42,7 @@ from pneumo_experiments.tracking.processes import end_orphaned_runs, end_with_ml
 from pneumo_experiments.tracking.servers import check_server
 from pneumo_experiments.tracking.store import SETTING, open_store, tracking_uri
 from pneumo_experiments.tracking.system_metrics import log_system_metrics
+from pneumo_experiments.words import escape
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +74,7 @@ def run(
         yield ""
         return
     with outages_as_user_errors():
-        started, is_named = _start(stage, name or stage, continues, parent)
+        started, is_named = _start(stage, escape(name or stage), continues, parent)
     status = "FAILED"
     with _active(started, started.info.run_id, is_named) as active:
         try:

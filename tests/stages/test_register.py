@@ -393,7 +393,7 @@ def test_every_score_keeps_the_identity_of_its_images_and_a_row_for_each(shelf: 
         assert f'"subset": "{subset}"' in logged.tags[f"score.{params['identity']}"]
         assert {"images", "positives", "patients", "dice_baseline"} <= params.keys()
         assert not {"images", "positives", "dice_baseline"} & metrics.keys()
-        assert (float(params["presence_threshold_used"]), params["presence_threshold"]) == (0, "none")
+        assert run.data.tags["thresholds"].startswith("presence_threshold 0, ")
         assert params["interval_reliable"] == "true"
         assert params["precision_used"] == ("bf16" if subset == "external" else "fp32")
     assert len({run.data.params["identity"] for run in runs.values()}) == 3
