@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import re
 import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext, suppress
 from importlib import import_module
 from pathlib import Path
 from types import MappingProxyType
@@ -16,6 +18,7 @@ from typing import Any, Literal, NoReturn, get_args, get_origin
 
 import click
 from click.core import ParameterSource
+from click.shell_completion import CompletionItem, get_completion_class
 
 from pneumo_experiments import __version__
 from pneumo_experiments.errors import UserError, reason_of
@@ -31,13 +34,17 @@ from pneumo_experiments.settings import (
     Settings,
     absolute,
     as_text,
+    check_inputs,
+    config_text,
+    entry_points_with,
     from_flat,
     leaves,
     limits,
     parse,
     read_config,
 )
-from pneumo_experiments.terminal import make_streams_unfailing
+from pneumo_experiments.terminal import make_streams_unfailing, silence
+from pneumo_experiments.words import some_of
 
 # Of the system: no room, no permission, a disk that cannot be written, a name that is too long.
 REFUSALS = {
@@ -45,6 +52,8 @@ REFUSALS = {
     *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EMFILE, errno.EIO),
 }
 FULL_BYTES = 2**20
+SCRIPT = "pneumo"
+MAX_NAMED = 4  # settings of others in a config file
 
 
 class EntryPoint(click.Command):
@@ -81,6 +90,17 @@ class SettingType(click.ParamType):  # pyright: ignore[reportMissingTypeArgument
         except ValueError as error:
             self.fail(str(error), param, ctx)
 
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        if self.name == "path" or self.leaf.arg.missing:
+            return [CompletionItem(incomplete, type="file")]
+        words = ("true", "false") if self.leaf.type is bool else get_args(self.leaf.type)
+        words = [*words, *self.leaf.arg.names_file]
+        return [
+            CompletionItem(word) for word in words if isinstance(word, str) and word.startswith(incomplete)
+        ]
+
 
 def _option_of(leaf: Leaf) -> click.Option:
     text = f"{leaf.arg.help}  [default: {as_text(leaf.default)}]"
@@ -88,25 +108,65 @@ def _option_of(leaf: Leaf) -> click.Option:
     return click.Option([f"--{leaf.name}"], type=SettingType(leaf), help=text)
 
 
+def _switch(name: str, text: str) -> click.Option:
+    # --name alone, and --name true as `mlflow run -P name=true` passes it.
+    return click.Option(
+        [f"--{name}"], type=bool, is_flag=False, flag_value=True, default=False, metavar="", help=text
+    )
+
+
+def _terminal_options() -> list[click.Option]:
+    """What every entry point has besides its settings."""
+    levels = click.Choice(["debug", "info", "warning", "error"])
+    return [
+        _switch("dry_run", "say what would be read, done and written, and end: no run, no file"),
+        _switch("print_config", "print all settings as a config file, and end"),
+        _switch("quiet", "show nothing but warnings and errors"),
+        click.Option(["--log_level"], type=levels, help="show what libraries log, from this level on"),
+    ]
+
+
 def _command_of(name: str) -> click.Command:
     kind: type[Any] = ENTRY_POINTS[name]
 
     @click.pass_context
     def call(ctx: click.Context, **_: Any) -> None:
-        settings = resolve(ctx, kind)
-        stage = import_module(f"pneumo_experiments.stages.{name}")  # heavy libraries load only now
-        run: Callable[[Any], object] = getattr(stage, name)
-        run(settings)
+        if level := ctx.params["log_level"]:
+            _log_from(level)
+        with silence() if ctx.params["quiet"] else nullcontext():
+            settings = resolve(ctx, kind)
+            if ctx.params["print_config"]:
+                click.echo(config_text(settings), nl=False)
+                return
+            check_inputs(settings)
+            if ctx.params["dry_run"]:
+                from pneumo_experiments.dry_run import lines
 
+                for line in lines(name, settings):
+                    click.echo(line)
+                return
+            if sys.stdout.isatty():
+                click.echo(f"{name}: starting")  # what follows takes seconds
+            stage = import_module(f"pneumo_experiments.stages.{name}")  # heavy libraries load only now
+            run: Callable[[Any], object] = getattr(stage, name)
+            run(settings)
+
+    own, common = leaves(kind), _terminal_options()
     command = EntryPoint(
         name,
-        params=[_option_of(leaf) for leaf in (CONFIG, *leaves(kind))],
+        params=[*(_option_of(leaf) for leaf in (CONFIG, *own)), *common],
         callback=call,
         help=kind.__doc__,
         short_help=(kind.__doc__ or "").split("\n")[0],
     )
-    command.headings = {leaf.name: leaf.heading for leaf in leaves(kind) if leaf.heading}
+    headings = {leaf.name: leaf.heading for leaf in own if leaf.heading}
+    command.headings = headings | {option.name or "": "Terminal" for option in common}
     return command
+
+
+def _log_from(level: str) -> None:
+    logging.basicConfig(level=level.upper(), format="%(levelname)s %(name)s: %(message)s")
+    os.environ["MLFLOW_LOGGING_LEVEL"] = level.upper()  # it has a handler of its own
 
 
 def resolve(ctx: click.Context, kind: type[Settings]) -> Settings:
@@ -114,17 +174,24 @@ def resolve(ctx: click.Context, kind: type[Settings]) -> Settings:
 
     Their paths are absolute.
     """
-    given = {n for n in ctx.params if ctx.get_parameter_source(n) is ParameterSource.COMMANDLINE}
+    names = [leaf.name for leaf in leaves(kind)]
+    given = [name for name in names if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE]
     path: Path | None = ctx.params["config"]
+    in_config = bool(ctx.params["print_config"])  # then stdout is a config file
     if kind is Main and path is None and ctx.params["dicom_dir"] is None and DEMO.is_file():
-        click.echo(f"main: no dicom_dir and no config: synthetic radiographs, with {DEMO}")
+        click.echo(f"main: no dicom_dir and no config: synthetic radiographs, with {DEMO}", err=in_config)
         path = DEMO
     if path and not path.exists() and (own := DEMO.parents[1] / path).is_file():
         path = own  # the project has it, and `mlflow run` was called elsewhere
-        click.echo(f"{ctx.info_name}: config: {path}")
-    values = read_config(path, kind) if path else {}
+        click.echo(f"{ctx.info_name}: config: {path}", err=in_config)
+    values, others = read_config(path, kind) if path else ({}, [])
+    if others:
+        unused = some_of(
+            [f"{name} (of {' and '.join(entry_points_with(name))})" for name in others], MAX_NAMED
+        )
+        click.echo(f"{ctx.info_name}: config={path}: not used here: {unused}", err=in_config)
     defaults = {leaf.name: leaf.default for leaf in leaves(kind) if leaf.arg.declared}
-    for name in given - {"config"}:
+    for name in given:
         # `mlflow run` passes the defaults in MLproject like explicit choices: the config file beats these.
         is_passed_default = "MLFLOW_RUN_ID" in os.environ and name in defaults
         if not (name in values and is_passed_default and ctx.params[name] == defaults[name]):
@@ -179,32 +246,67 @@ def mlproject(path: Path) -> None:
     path.write_text(mlproject_text(), encoding="utf-8")
 
 
+@cli.command(short_help="Show the runs in the browser: MLflow's UI for the store in use.")
+@click.option(
+    "--port", type=click.IntRange(1, 65535), help="of this machine; by default a free one from 5000"
+)
+def ui(port: int | None) -> None:
+    """Show the runs in the browser: MLflow's UI for the store in use, for this machine alone.
+
+    Ctrl-C ends it.
+    """
+    click.echo("ui: starting MLflow's server")
+    from pneumo_experiments.ui import serve
+
+    for line in serve(port):
+        click.echo(line)
+
+
+@cli.command(short_help="Print what makes a shell complete names and values.")
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(shell: str) -> None:
+    """Print what makes a shell complete names and values of the command pneumo.
+
+    \b
+    bash: add eval "$(pneumo completion bash)" to ~/.bashrc
+    zsh:  add eval "$(pneumo completion zsh)" to ~/.zshrc
+    fish: pneumo completion fish > ~/.config/fish/completions/pneumo.fish
+    """  # noqa: D301 (click's own mark)
+    kind = get_completion_class(shell)
+    assert kind is not None
+    click.echo(kind(cli, {}, SCRIPT, f"_{SCRIPT.upper()}_COMPLETE").source())
+
+
+def _program() -> str:
+    """How the program was called."""
+    return SCRIPT if Path(sys.argv[0]).stem == SCRIPT else "python -m pneumo_experiments"
+
+
 def main() -> NoReturn:
     """Runs the command line; a user's mistake is one line on stderr and exit code 2."""
     handle_signals()
     make_streams_unfailing()
     try:
-        cli.main(prog_name="python -m pneumo_experiments", standalone_mode=False)
+        cli.main(prog_name=_program(), standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:
         error.show()
         sys.exit(error.exit_code)
     except click.UsageError as error:
-        _complain(_one_line(error))
-        sys.exit(error.exit_code)
+        _fail(_one_line(error), error.exit_code)
     except (UserError, click.ClickException) as error:
-        _complain(str(error))
-        sys.exit(error.exit_code)
+        _fail(str(error), error.exit_code)
     except OSError as error:
         if error.errno not in REFUSALS:
             raise
-        _complain(_refused(error))
-        sys.exit(UserError.exit_code)
+        _fail(_refused(error), UserError.exit_code)
     except (KeyboardInterrupt, click.Abort) as stop:
         if isinstance(stop.__cause__, EOFError):  # a bug of ours: click makes an Abort of it, too
             raise stop.__cause__ from None
         cause = stop.__cause__  # click makes an Abort of every interrupt
         how = " by SIGTERM" if isinstance(cause, Terminated) else ""
-        _complain(f"stopped{how}; the same command again does the rest")
+        line = f"Stopped{how}; the same command again does the rest"
+        click.echo(line, err=True)
+        _end_given_run("KILLED", line)
         sys.exit(cause.exit_code if isinstance(cause, Terminated) else Interrupted.exit_code)
     sys.exit(0)
 
@@ -220,14 +322,30 @@ def _refused(error: OSError) -> str:
     return f"{reason_of(error)}{where}; make room or choose another place"
 
 
-def _complain(message: str) -> None:
+def _fail(message: str, exit_code: int) -> NoReturn:
     text = hide_passwords(" ".join(message.split()))  # any setting may have been given an address
     click.echo(f"{click.style('Error:', fg='red', bold=True)} {text}", err=True)
+    _end_given_run("FAILED", text)
+    sys.exit(exit_code)
+
+
+def _end_given_run(status: str, reason: str) -> None:
+    """Ends the run that `mlflow run` created for this process, if none of ours has begun in it."""
+    if "MLFLOW_RUN_ID" in os.environ:
+        with suppress(Exception):  # the reason stands on the terminal
+            from pneumo_experiments.tracking.runs import end_given_run  # which takes seconds
+
+            end_given_run(status, reason)
 
 
 def _one_line(error: click.UsageError) -> str:
-    path = error.ctx.command_path if error.ctx else "python -m pneumo_experiments"
+    path = error.ctx.command_path if error.ctx else _program()
     message = error.format_message()
+    if isinstance(error, click.NoSuchOption) and error.ctx:
+        setting = error.option_name.lstrip("-")
+        if owners := entry_points_with(setting):
+            own, owners = error.ctx.info_name, " and ".join(owners)
+            message = f"{setting} is a setting of {owners}, not of {own}"
     if isinstance(error, click.BadParameter) and error.param is not None:
         short = re.sub(r"\S{60,}", lambda match: match[0][:50] + "…", error.message)  # what a line can hold
         message = f"{error.param.name}: {short}"

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pneumo_experiments.settings.fields import NONE, Arg
 from pneumo_experiments.settings.groups import (
+    DATASET,
     STORAGE,
-    DatasetPath,
     Evaluation,
     GivenThresholds,
     ImageFormat,
@@ -46,7 +46,9 @@ class Preprocess:
     """Read DICOM files and run-length annotations into one HDF5 data set."""
 
     source: SourceFiles = field(default_factory=SourceFiles)
-    dataset: DatasetPath = Path("output/dataset.h5")
+    dataset: Annotated[Path, Arg("data set file (HDF5) to write", shapes_weights=False, declared=True)] = (
+        Path("output/dataset.h5")
+    )
     format: ImageFormat = field(default_factory=ImageFormat)
     reading: Reading = field(default_factory=Reading)
     overwrite: Annotated[
@@ -58,7 +60,10 @@ class Preprocess:
 class Train:
     """Train a network on a data set and log it as a model."""
 
-    dataset: DatasetPath = Path("output/dataset.h5")
+    dataset: Annotated[
+        Path,
+        replace(DATASET, unless=("reproduce",)),
+    ] = Path("output/dataset.h5")
     schedule: Schedule = field(default_factory=Schedule)
     recipe: Recipe = field(default_factory=Recipe)
     split: SplitSettings = field(default_factory=SplitSettings)
@@ -83,7 +88,7 @@ class Train:
 class Search:
     """Search loss weights and other settings with Optuna by short trainings."""
 
-    dataset: DatasetPath = Path("output/dataset.h5")
+    dataset: Annotated[Path, DATASET] = Path("output/dataset.h5")
     study: StudySettings = field(default_factory=StudySettings)
     recipe: Recipe = field(default_factory=Recipe)
     split: SplitSettings = field(default_factory=SplitSettings)
@@ -110,7 +115,10 @@ class Score:
             declared=True,
         ),
     ] = "models:/pneumothorax@champion"
-    dataset: DatasetPath = Path("output/dataset.h5")
+    dataset: Annotated[
+        Path,
+        replace(DATASET, unless=("dicom_dir", "check", "counts")),
+    ] = Path("output/dataset.h5")
     subset: Annotated[
         Literal["holdout", "validation", "train", "all"], Arg("patients to score, in the model's own split")
     ] = "holdout"
@@ -123,6 +131,9 @@ class Score:
             "folder of DICOM files without labels (or PNG or JPEG copies), a zip or tar file of them, or one"
             " file: writes findings and the submission instead",
             declared=True,
+            missing="name the folder that holds the files",
+            folder_too=True,
+            unless=("counts",),
         ),
     ] = None
     image_id: ImageIds = "auto"
@@ -139,13 +150,18 @@ class Score:
     max_rejected: MaxRejected = 1.0
     sample_submission: Annotated[
         Path | None,
-        Arg("the challenge's table of test images: gives the submission its order", declared=True),
+        Arg(
+            "the challenge's table of test images: gives the submission its order",
+            declared=True,
+            missing="name the challenge's sample submission",
+        ),
     ] = None
     check: Annotated[
         Path | None,
         Arg(
             "submission to check, by sample_submission and dicom_dir if given; nothing else is done",
             declared=True,
+            missing="name a submission",
         ),
     ] = None
     counts: Annotated[
@@ -153,6 +169,7 @@ class Score:
         Arg(
             "threshold_counts.npz of train or score: thresholds are searched in it; nothing else is done",
             declared=True,
+            missing="name threshold_counts.npz, an artifact of train and score",
         ),
     ] = None
     threshold_trials: ThresholdTrials = 200
@@ -213,7 +230,13 @@ class Main:
 
     source: SourceFiles = field(default_factory=SourceFiles)
     test_dir: Annotated[
-        Path | None, Arg("folder of files without labels, as dicom_dir, for the submission", declared=True)
+        Path | None,
+        Arg(
+            "folder of files without labels, as dicom_dir, for the submission",
+            declared=True,
+            missing="name the folder that holds the files",
+            folder_too=True,
+        ),
     ] = None
     output_dir: Annotated[Path, Arg("folder for data sets and the submission", declared=True)] = Path(
         "output"

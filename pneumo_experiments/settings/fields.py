@@ -28,6 +28,8 @@ class Arg:
     ``shapes_weights`` is False for what may change when an interrupted training continues, or between the
     searches of one study. ``declared`` ones are parameters in MLproject: what goes in and out. A text that
     ``names_file`` is a file's path unless it is one of these words; one that ``is_database`` is its address.
+    A path that is read has ``missing``: what to do if nothing is there. It may be a folder if that is
+    ``folder_too``, and is not read where one of the settings in ``unless`` is given.
     """
 
     help: str
@@ -38,6 +40,9 @@ class Arg:
     declared: bool = False
     names_file: tuple[str, ...] = ()
     is_database: bool = False
+    missing: str = ""
+    folder_too: bool = False
+    unless: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

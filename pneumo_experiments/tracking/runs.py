@@ -16,7 +16,12 @@ from mlflow.entities import Run, RunTag
 from mlflow.environment_variables import MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING
 from mlflow.exceptions import MlflowException
 from mlflow.tracking.context.registry import resolve_tags  # pyright: ignore[reportUnknownVariableType]
-from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME, MLFLOW_RUN_NOTE
+from mlflow.utils.mlflow_tags import (
+    MLFLOW_PARENT_RUN_ID,
+    MLFLOW_PROJECT_ENTRY_POINT,
+    MLFLOW_RUN_NAME,
+    MLFLOW_RUN_NOTE,
+)
 from mlflow.utils.name_utils import (
     _GENERATOR_NOUNS,  # pyright: ignore[reportPrivateUsage]
     _GENERATOR_PREDICATES,  # pyright: ignore[reportPrivateUsage]
@@ -224,3 +229,18 @@ def end_if_running(run_id: str, status: str) -> None:
     with suppress(MlflowException):
         if client.get_run(run_id).info.status == "RUNNING":
             client.set_terminated(run_id, status)
+
+
+def end_given_run(status: str, reason: str) -> None:
+    """Ends the run that `mlflow run` created for this process, named after its entry point.
+
+    Does nothing if that has ended, or if something else than `mlflow run` created it.
+    """
+    check_server(SETTING, mlflow.get_tracking_uri())
+    client, given = MlflowClient(), os.environ["MLFLOW_RUN_ID"]
+    run = client.get_run(given)
+    if run.info.status == "RUNNING" and (name := run.data.tags.get(MLFLOW_PROJECT_ENTRY_POINT)):
+        if _is_random(run.info.run_name or ""):
+            client.set_tag(given, MLFLOW_RUN_NAME, name)
+        client.set_tag(given, MLFLOW_RUN_NOTE, reason)
+        client.set_terminated(given, status)
