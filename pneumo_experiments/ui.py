@@ -20,7 +20,6 @@ from urllib.parse import quote
 from urllib.request import ProxyHandler, build_opener
 
 from pneumo_experiments.errors import UserError
-from pneumo_experiments.interrupts import Interrupted
 from pneumo_experiments.passwords import hide_passwords
 
 HOST, PORTS = "127.0.0.1", range(5000, 5100)
@@ -57,7 +56,7 @@ def serve(port: int | None) -> Iterator[str]:
             yield f"the runs: {runs_page(address)} (Ctrl-C ends)"
             server.wait()
             _check_alive(server, log)
-        except Interrupted:
+        except KeyboardInterrupt:
             pass
         finally:
             server.terminate()
@@ -69,11 +68,13 @@ def runs_page(server: str) -> str:
     name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT
     try:
         found = _get(f"{server}/api/2.0/mlflow/experiments/get-by-name?experiment_name={quote(name)}")
-    except (OSError, ValueError):  # it has none, or wants a password
-        return f"{server}/#/experiments/0/runs"
-    tags = {tag["key"] for tag in found["experiment"].get("tags", [])}
-    view = f"?viewStateShareKey={VIEW}" if f"mlflow.sharedViewState.{VIEW}" in tags else ""
-    return f"{server}/#/experiments/{found['experiment']['experiment_id']}/runs{view}"
+        experiment = found["experiment"]
+    except (OSError, ValueError, LookupError):  # it has none, or wants a password
+        experiment = {"experiment_id": "0"}
+    tags = {tag["key"] for tag in experiment.get("tags", ())}
+    view = f"&viewStateShareKey={VIEW}" if f"mlflow.sharedViewState.{VIEW}" in tags else ""
+    # Else the UI opens beside its pages for language models.
+    return f"{server}/#/experiments/{experiment['experiment_id']}/runs?workflowType=machine_learning{view}"
 
 
 def _get(address: str) -> Any:
