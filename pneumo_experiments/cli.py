@@ -7,12 +7,14 @@ import logging
 import os
 import re
 import shutil
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext, suppress
 from importlib import import_module
 from pathlib import Path
+from subprocess import DEVNULL
 from types import MappingProxyType
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
@@ -53,6 +55,9 @@ REFUSALS = {
 }
 FULL_BYTES = 2**20
 SCRIPT = "pneumo"
+END_GIVEN_RUN = (
+    "import sys; from pneumo_experiments.tracking.runs import end_given_run as end; end(*sys.argv[1:])"
+)
 MAX_NAMED = 4  # settings of others in a config file
 
 
@@ -286,6 +291,7 @@ def main() -> NoReturn:
     """Runs the command line; a user's mistake is one line on stderr and exit code 2."""
     handle_signals()
     make_streams_unfailing()
+    given = os.environ.get("MLFLOW_RUN_ID", "")
     try:
         cli.main(prog_name=_program(), standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:
@@ -306,7 +312,7 @@ def main() -> NoReturn:
         how = " by SIGTERM" if isinstance(cause, Terminated) else ""
         line = f"Stopped{how}; the same command again does the rest"
         click.echo(line, err=True)
-        _end_given_run("KILLED", line)
+        _end_given_run("KILLED", line, given, wait=True)
         sys.exit(cause.exit_code if isinstance(cause, Terminated) else Interrupted.exit_code)
     sys.exit(0)
 
@@ -325,17 +331,27 @@ def _refused(error: OSError) -> str:
 def _fail(message: str, exit_code: int) -> NoReturn:
     text = hide_passwords(" ".join(message.split()))  # any setting may have been given an address
     click.echo(f"{click.style('Error:', fg='red', bold=True)} {text}", err=True)
-    _end_given_run("FAILED", text)
+    _end_given_run("FAILED", text, os.environ.get("MLFLOW_RUN_ID", ""))  # "": a run of ours has begun in it
     sys.exit(exit_code)
 
 
-def _end_given_run(status: str, reason: str) -> None:
-    """Ends the run that `mlflow run` created for this process, if none of ours has begun in it."""
-    if "MLFLOW_RUN_ID" in os.environ:
-        with suppress(Exception):  # the reason stands on the terminal
-            from pneumo_experiments.tracking.runs import end_given_run  # which takes seconds
+def _end_given_run(status: str, reason: str, run_id: str, wait: bool = False) -> None:
+    """Ends the run that `mlflow run` created for this process; ``wait``: not before `mlflow run` has ended.
 
-            end_given_run(status, reason)
+    In a new process: the import of MLflow in this one may have been interrupted, and cannot be repeated.
+    """
+    option = "--mlflow_pid"
+    if not run_id or option not in sys.argv:
+        return
+    mlflow_pid = sys.argv[sys.argv.index(option) + 1] if wait else ""
+    command = [sys.executable, "-P", "-c", END_GIVEN_RUN, run_id, status, reason, mlflow_pid]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    with suppress(OSError):  # the reason stands on the terminal
+        ending = subprocess.Popen(
+            command, env=environment, stdin=DEVNULL, stdout=DEVNULL, stderr=DEVNULL, start_new_session=True
+        )
+        if not wait:
+            ending.wait()
 
 
 def _one_line(error: click.UsageError) -> str:

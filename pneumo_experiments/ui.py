@@ -13,7 +13,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 from urllib.parse import quote
@@ -36,19 +37,21 @@ def serve(port: int | None) -> Iterator[str]:
     """
     store = os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
     if store.startswith(("http://", "https://")):
-        yield f"the runs: {runs_page(store.rstrip('/'))}"
+        server = re.sub("//[^/]*@", "//", store.rstrip("/"))  # a browser asks for the password
+        yield f"the runs: {runs_page(server)}"
         return
     file = re.fullmatch(r"sqlite(?:\+\w+)?:///([^?]+)(\?.*)?", store)
     if file and not Path(file[1]).is_file():  # the server would create it, with its artifacts elsewhere
         raise UserError(
             f"MLFLOW_TRACKING_URI={store}: no runs there yet; start with main, as `make demo` does"
         )
-    address = f"http://{HOST}:{port or _free_port()}"
+    address = f"http://{HOST}:{_free_port([port] if port else PORTS)}"
     command = [sys.executable, "-m", "mlflow", "server", "--host", HOST, "--port", address.rpartition(":")[2]]
     command += ["--backend-store-uri", store, "--workers", "1", "--uvicorn-opts", "--log-level warning"]
     environment = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    environment |= os.environ | {"PYTHONSAFEPATH": "1"}  # it imports nothing from the working directory
     with tempfile.TemporaryFile("w+") as log:
-        server = subprocess.Popen(command, stdout=log, stderr=log, env=environment | os.environ)
+        server = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
         try:
             while not _responds(f"{address}/health"):
                 _check_alive(server, log)
@@ -66,20 +69,15 @@ def serve(port: int | None) -> Iterator[str]:
 def runs_page(server: str) -> str:
     """Address of the runs of the experiment in use, in its saved view; of the store's first one without."""
     name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT
-    try:
-        found = _get(f"{server}/api/2.0/mlflow/experiments/get-by-name?experiment_name={quote(name)}")
-        experiment = found["experiment"]
-    except (OSError, ValueError, LookupError):  # it has none, or wants a password
-        experiment = {"experiment_id": "0"}
+    experiment: dict[str, Any] = {"experiment_id": "0"}
+    with suppress(OSError, ValueError, LookupError):  # there is none, or the server wants a password
+        address = f"{server}/api/2.0/mlflow/experiments/get-by-name?experiment_name={quote(name)}"
+        with OPENER.open(address, timeout=10) as response:
+            experiment = json.load(response)["experiment"]
     tags = {tag["key"] for tag in experiment.get("tags", ())}
     view = f"&viewStateShareKey={VIEW}" if f"mlflow.sharedViewState.{VIEW}" in tags else ""
     # Else the UI opens beside its pages for language models.
     return f"{server}/#/experiments/{experiment['experiment_id']}/runs?workflowType=machine_learning{view}"
-
-
-def _get(address: str) -> Any:
-    with OPENER.open(address, timeout=10) as response:
-        return json.load(response)
 
 
 def _responds(address: str) -> bool:
@@ -97,8 +95,8 @@ def _check_alive(server: subprocess.Popen[bytes], log: IO[str]) -> None:
         raise UserError(f"MLflow's server ended: {hide_passwords(last.strip())}")
 
 
-def _free_port() -> int:
-    for port in PORTS:
+def _free_port(ports: Sequence[int]) -> int:
+    for port in ports:
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server does
             try:
@@ -106,4 +104,4 @@ def _free_port() -> int:
             except OSError:
                 continue
             return port
-    raise UserError(f"ports {PORTS[0]} to {PORTS[-1]}: all in use; name another with --port")
+    raise UserError(f"port={ports[0]}: in use; leave port out for the next free one, or name another")

@@ -46,6 +46,7 @@ from pneumo_experiments.tracking.servers import check_server
 from pneumo_experiments.tracking.store import SETTING, open_store, tracking_uri
 from pneumo_experiments.tracking.system_metrics import log_system_metrics
 
+WAIT_SECONDS = 600  # for `mlflow run` to end
 log = logging.getLogger(__name__)
 
 
@@ -231,16 +232,22 @@ def end_if_running(run_id: str, status: str) -> None:
             client.set_terminated(run_id, status)
 
 
-def end_given_run(status: str, reason: str) -> None:
-    """Ends the run that `mlflow run` created for this process, named after its entry point.
+def end_given_run(run_id: str, status: str, reason: str, mlflow_pid: str = "") -> None:
+    """Ends the run that `mlflow run` created, named after its entry point; one that has ended stays so.
 
-    Does nothing if that has ended, or if something else than `mlflow run` created it.
+    After that of an interrupted process `mlflow run` itself says FAILED, whatever was said before. So with
+    its ``mlflow_pid`` this waits until it has ended.
     """
+    if mlflow_pid:
+        with suppress(psutil.Error):
+            psutil.Process(int(mlflow_pid)).wait(WAIT_SECONDS)
     check_server(SETTING, mlflow.get_tracking_uri())
-    client, given = MlflowClient(), os.environ["MLFLOW_RUN_ID"]
-    run = client.get_run(given)
-    if run.info.status == "RUNNING" and (name := run.data.tags.get(MLFLOW_PROJECT_ENTRY_POINT)):
-        if _is_random(run.info.run_name or ""):
-            client.set_tag(given, MLFLOW_RUN_NAME, name)
-        client.set_tag(given, MLFLOW_RUN_NOTE, reason)
-        client.set_terminated(given, status)
+    client = MlflowClient()
+    run = client.get_run(run_id)
+    tags, info = run.data.tags, run.info
+    if MLFLOW_PROJECT_ENTRY_POINT in tags and info.status in ("RUNNING", "FAILED" if mlflow_pid else ""):
+        if _is_random(info.run_name or ""):
+            client.set_tag(run_id, MLFLOW_RUN_NAME, tags[MLFLOW_PROJECT_ENTRY_POINT])
+        if MLFLOW_RUN_NOTE not in tags:
+            client.set_tag(run_id, MLFLOW_RUN_NOTE, reason)
+        client.set_terminated(run_id, status, info.end_time)
