@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from importlib import import_module
 from pathlib import Path
@@ -191,10 +191,8 @@ def resolve(ctx: click.Context, kind: type[Settings]) -> Settings:
         click.echo(f"{ctx.info_name}: config: {path}", err=in_config)
     values, others = read_config(path, kind) if path else ({}, [])
     if others:
-        unused = some_of(
-            [f"{name} (of {' and '.join(entry_points_with(name))})" for name in others], MAX_NAMED
-        )
-        click.echo(f"{ctx.info_name}: config={path}: not used here: {unused}", err=in_config)
+        theirs = some_of([f"{name} (of {_names_of(entry_points_with(name))})" for name in others], MAX_NAMED)
+        click.echo(f"{ctx.info_name}: config={path}: {ctx.info_name} does not use {theirs}", err=in_config)
     defaults = {leaf.name: leaf.default for leaf in leaves(kind) if leaf.arg.declared}
     for name in given:
         # `mlflow run` passes the defaults in MLproject like explicit choices: the config file beats these.
@@ -204,6 +202,11 @@ def resolve(ctx: click.Context, kind: type[Settings]) -> Settings:
     return from_flat(
         kind, {leaf.name: absolute(leaf, values.get(leaf.name, leaf.default)) for leaf in leaves(kind)}
     )
+
+
+def _names_of(entry_points: Sequence[str]) -> str:
+    """Names with commas, and "and" before the last."""
+    return " and ".join(filter(None, [", ".join(entry_points[:-1]), entry_points[-1]]))
 
 
 def _underscored(word: str) -> str:
@@ -360,8 +363,7 @@ def _one_line(error: click.UsageError) -> str:
     if isinstance(error, click.NoSuchOption) and error.ctx:
         setting = error.option_name.lstrip("-")
         if owners := entry_points_with(setting):
-            own, owners = error.ctx.info_name, " and ".join(owners)
-            message = f"{setting} is a setting of {owners}, not of {own}"
+            message = f"{setting} is a setting of {_names_of(owners)}, not of {error.ctx.info_name}"
     if isinstance(error, click.BadParameter) and error.param is not None:
         short = re.sub(r"\S{60,}", lambda match: match[0][:50] + "…", error.message)  # what a line can hold
         message = f"{error.param.name}: {short}"
