@@ -381,8 +381,8 @@ def test_bash_completes_the_script_pneumo(tmp_path: Path) -> None:
     script = tmp_path / "pneumo"
     script.write_text(f"#!{sys.executable}\nfrom pneumo_experiments.cli import main\nmain()\n")
     script.chmod(0o755)
-    asked = """eval "$(pneumo completion bash)"; COMP_WORDS=(pneumo sea); COMP_CWORD=1; _pneumo_completion pneumo
-        echo "${COMPREPLY[@]}"; pneumo tain; pneumo --version"""
+    asked = """eval "$(pneumo completion bash)"; COMP_WORDS=(pneumo sea); COMP_CWORD=1
+        _pneumo_completion pneumo; echo "${COMPREPLY[@]}"; pneumo tain; pneumo --version"""
     environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(["bash", "-c", asked], capture_output=True, text=True, env=environment)
     assert done.stdout.splitlines() == ["search", f"pneumo, version {__version__}"]

@@ -10,7 +10,7 @@ import pytest
 from command_server import CommandServer
 from helpers import copy_store, ended, environment, soak, store_address
 from mlflow import MlflowClient
-from tracking_server import Server, free_port, wait_until
+from tracking_server import Server, free_port
 
 from pneumo_experiments.ui import EXPERIMENT, serve
 
@@ -75,4 +75,5 @@ def test_the_server_takes_the_next_free_port_and_ends_quietly(
     command.send_signal(2)
     assert command.communicate() == (0, "")
     port = int(address.rpartition(":")[2].partition("/")[0])
-    wait_until(lambda: socket.socket().connect_ex(("127.0.0.1", port)) != 0)
+    with socket.socket() as probe:
+        assert probe.connect_ex(("127.0.0.1", port)) != 0
