@@ -42,6 +42,7 @@ FORMAT, FORMAT_VERSION = "pneumo_experiments", 2
 KINDS = ("images", "ann", "rle")
 MAX_THREADS = 8  # that decompress images; more wait for memory
 REMEDY = "delete it and run preprocess again"
+OTHER_FILE = "name the file that preprocess wrote, or run preprocess"  # not ours to have deleted
 
 hdf5 = cast("Any", h5py)  # it has no type stubs
 ERRNO = re.compile(r"errno = (\d+)")
@@ -66,7 +67,7 @@ class Dataset:
         with hdf5.File(path, "r", locking=False) as file:
             attributes = {name: np.asarray(value).item() for name, value in file.attrs.items()}
             if attributes.pop("format", None) not in (FORMAT.encode(), FORMAT):  # the latter in version 1
-                raise UserError(f"{path}: not a data set of {FORMAT}; {REMEDY}, or name another dataset")
+                raise UserError(f"{path}: not a data set of {FORMAT}; {OTHER_FILE}")
             version = attributes.pop("format_version", None)
             if version != FORMAT_VERSION:
                 raise UserError(f"{path}: format version {version} instead of {FORMAT_VERSION}; {REMEDY}")
@@ -104,7 +105,7 @@ class Dataset:
             with path.open("rb"):
                 pass
             if not hdf5.is_hdf5(path):
-                raise UserError(f"{path}: not an HDF5 file, or truncated; {REMEDY}, or name another dataset")
+                raise UserError(f"{path}: not an HDF5 file; {OTHER_FILE}")
             return cls(path)
         except PermissionError as error:
             raise UserError(f"{path}: cannot be read ({error.strerror}); check its permissions") from None

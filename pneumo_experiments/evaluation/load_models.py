@@ -30,14 +30,14 @@ def addresses_of(model: str) -> list[str]:
     return addresses
 
 
-def load_models(model: str, dataset: Path, compute: Device) -> Detector:
+def load_models(model: str, dataset: Path, compute: Device, setting: str = "model") -> Detector:
     """The model at an address, or the ensemble of those at several with commas between, on a device.
 
     The thresholds of an ensemble are the best for its predictions of the validation images, if ``dataset`` is
     that of the training: networks with one split predict theirs together, as the ensemble does. Else they
-    are means of the models' thresholds, with a warning.
+    are means of the models' thresholds, with a warning. ``setting`` is what errors call the model.
     """
-    detectors = [load(tracking.model_data(address)).on(compute) for address in addresses_of(model)]
+    detectors = [load(tracking.model_data(each, setting)).on(compute) for each in addresses_of(model)]
     if len(detectors) == 1:
         return detectors[0]
     joined = make_ensemble(detectors)

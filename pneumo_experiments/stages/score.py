@@ -123,7 +123,7 @@ def _evaluate(settings: Score, detector: Detector, dataset: Dataset) -> _Dataset
     seen = describe_seen(subset, detector.training_images, "the model")
     name, baseline = _name_subset(settings, detector, dataset, seen), None
     if not is_none(settings.baseline):
-        baseline = load_models(settings.baseline, settings.dataset, settings.compute)
+        baseline = load_models(settings.baseline, settings.dataset, settings.compute, "baseline")
         check_unseen(settings.baseline, baseline, subset)
     counts = subset.count(detector.predictor, desc="score")
     evaluation = Evaluation(subset, counts, detector.thresholds)

@@ -88,6 +88,8 @@ def _read_source(settings: Train) -> SettingsSource:
     if source.study:
         line = ", ".join(f"{name} {value}" for name, value in source.best.items())
         print(f"train: best settings of study {source.study}: {line}")
+        if source.replaced:
+            print(f"train: they stand in place of the given {some_of(source.replaced, MAX_NAMED)}")
     if source.model is not None:
         changed = some_of(source.changed_code, MAX_NAMED)
         code = f"another one: {changed}" if changed else "the same"

@@ -150,6 +150,7 @@ MISTAKES = [
             ("banana", ""),
         )
     ),
+    ("score --subset all --baseline models:/m-9", "baseline=models:/m-9: cannot be loaded"),
     ("register --model best", "model=best: no model of this experiment was scored"),
     ("register --name a/b", "name=a/b: cannot be"),
     ("score --dataset labelled.h5", "…was trained on another data set"),
@@ -169,6 +170,7 @@ MISTAKES = [
         "search --storage postgresql://me:secret@127.0.0.1:9/study",
         "storage=postgresql://me:***@127.0.0.1:9/study: ",
     ),
+    ("train --from_study s --storage sqlite:///typo.db", "storage=sqlite:///typo.db: no such database; name"),
     *(
         (
             f"search --storage {address}",
