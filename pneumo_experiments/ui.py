@@ -24,7 +24,7 @@ from pneumo_experiments.errors import UserError
 from pneumo_experiments.passwords import hide_passwords
 
 HOST, PORTS = "127.0.0.1", range(5000, 5100)
-EXPERIMENT = "pneumothorax"  # unless MLFLOW_EXPERIMENT_NAME names another
+EXPERIMENT = "pneumothorax"  # unless the environment names another
 VIEW = "trainings"  # the saved view that opens, if the experiment has it
 OPENER = build_opener(ProxyHandler({}))  # of another server than ours, proxies are none of our business
 
@@ -68,12 +68,15 @@ def serve(port: int | None) -> Iterator[str]:
 
 def runs_page(server: str) -> str:
     """Address of the runs of the experiment in use, in its saved view; of the store's first one without."""
-    name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT
+    name, id = os.environ.get("MLFLOW_EXPERIMENT_NAME"), os.environ.get("MLFLOW_EXPERIMENT_ID")
+    call = f"get-by-name?experiment_name={quote(name or EXPERIMENT)}"
+    if id and not name:
+        call = f"get?experiment_id={id}"
     experiment: dict[str, Any] = {"experiment_id": "0"}
-    with suppress(OSError, ValueError, LookupError):  # there is none, or the server wants a password
-        address = f"{server}/api/2.0/mlflow/experiments/get-by-name?experiment_name={quote(name)}"
-        with OPENER.open(address, timeout=10) as response:
-            experiment = json.load(response)["experiment"]
+    address = f"{server}/api/2.0/mlflow/experiments/{call}"
+    # There is none, or the server wants a password.
+    with suppress(OSError, ValueError, LookupError), OPENER.open(address, timeout=10) as response:
+        experiment = json.load(response)["experiment"]
     tags = {tag["key"] for tag in experiment.get("tags", ())}
     view = f"&viewStateShareKey={VIEW}" if f"mlflow.sharedViewState.{VIEW}" in tags else ""
     # Else the UI opens beside its pages for language models.

@@ -37,6 +37,10 @@ def test_of_a_server_the_link_opens_the_experiment_in_use_in_its_view(
     assert [*serve(None)] == [runs.format(ours)]
     server.client.set_experiment_tag(ours, "mlflow.sharedViewState.trainings", "{}")
     assert [*serve(None)] == [f"{runs.format(ours)}&viewStateShareKey=trainings"]
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", "0")
+    assert [*serve(None)] == [runs.format(0)]
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", EXPERIMENT)
+    assert [*serve(None)] == [f"{runs.format(ours)}&viewStateShareKey=trainings"]
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "Default")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri.replace("//", "//me:secret@"))
     assert [*serve(None)] == [runs.format(0)]

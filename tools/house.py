@@ -15,7 +15,7 @@ from pathlib import Path
 
 # The floors of docs/architecture.md, from the top: a room imports from its own floor and from lower ones.
 FLOORS = (
-    ("cli.py", "__main__.py"),
+    ("cli.py", "__main__.py", "dry_run.py", "ui.py"),
     ("stages",),
     ("training", "search", "findings", "registry", "export", "experiment"),
     ("evaluation",),
