@@ -10,7 +10,7 @@ below one entry point are unique, so that users need not know the groups.
 # These names are for other modules.
 # ruff: noqa: F401
 # pyright: reportUnusedImport=false
-from pneumo_experiments.settings.config_file import CONFIG, DEMO, read_config, read_yaml
+from pneumo_experiments.settings.config_file import CONFIG, DEMO, find_config, read_config, read_yaml
 from pneumo_experiments.settings.entry_points import (
     BEST,
     ENTRY_POINTS,

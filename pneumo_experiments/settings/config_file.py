@@ -12,11 +12,21 @@ from pneumo_experiments.errors import UserError, reason_of
 from pneumo_experiments.settings.entry_points import ENTRY_POINTS
 from pneumo_experiments.settings.fields import Arg, Leaf, as_text, leaves, parse
 
-CONFIG_HELP = "YAML file of settings by name; an option beats the file, the file beats the default"
+CONFIG_HELP = (
+    "YAML file of settings by name, or demo, which ships with the package; an option beats the file, the file"
+    " beats the default"
+)
 CONFIG = Leaf("config", Path | None, Arg(CONFIG_HELP, declared=True), None)  # of every entry point
-# main uses it when neither data nor a config file are given.
-DEMO = Path(__file__).parents[2] / "configs" / "demo.yaml"
+CONFIGS = Path(__file__).parents[1] / "configs"  # files that ship with the package
+DEMO = CONFIGS / "demo.yaml"  # main uses it when neither data nor a config file are given
 MAX_BYTES = 2**20
+
+
+def find_config(path: Path) -> Path:
+    """The file; where there is none, that of the package which is called so: demo, or configs/demo.yaml."""
+    own = CONFIGS / path.with_suffix(".yaml").name
+    is_own = not path.is_file() and str(path.parent) in (".", CONFIGS.name) and own.is_file()
+    return own if is_own else path
 
 
 def read_config(path: Path, kind: type) -> dict[str, Any]:

@@ -207,8 +207,7 @@ class Register:
 class Main:
     """Run the whole chain: preprocess, search, train, score, register.
 
-    Without dicom_dir it uses a synthetic data set, and without config as well the values of
-    configs/demo.yaml.
+    Without dicom_dir it uses a synthetic data set, and without config as well the values of config=demo.
     """
 
     source: SourceFiles = field(default_factory=SourceFiles)
