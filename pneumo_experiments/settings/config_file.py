@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, cast
 
@@ -10,7 +9,7 @@ import yaml
 
 from pneumo_experiments.errors import UserError, reason_of
 from pneumo_experiments.settings.entry_points import ENTRY_POINTS
-from pneumo_experiments.settings.fields import Arg, Leaf, as_text, leaves, parse
+from pneumo_experiments.settings.fields import Arg, Leaf, as_text, leaves, no_setting, parse
 
 CONFIG_HELP = (
     "YAML file of settings by name, or demo, which ships with the package; an option beats the file, the file"
@@ -39,9 +38,7 @@ def read_config(path: Path, kind: type) -> dict[str, Any]:
     own, values = {leaf.name: leaf for leaf in leaves(kind)}, dict[str, Any]()
     for name, value in read_yaml("config", path, "epochs: 12").items():
         if not isinstance(name, str) or name not in known:
-            nearest = get_close_matches(str(name), known, n=1)
-            hint = f"did you mean {nearest[0]}?" if nearest else "see --help for the names"
-            raise UserError(f"config={path}: no setting is called {str(name)[:60]!r}; {hint}")
+            raise UserError(f"config={path}: {no_setting(name, known)}")
         if isinstance(value, dict | list | tuple | set):
             raise UserError(f"config={path}: {name}: give one value, not several")
         if name in own:

@@ -4,9 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pneumo_experiments.settings.fields import NONE, Arg
+from pneumo_experiments.errors import UserError
+from pneumo_experiments.settings.fields import (
+    NONE,
+    Arg,
+    absolute,
+    checked,
+    from_flat,
+    leaves,
+    no_setting,
+    parse,
+)
 from pneumo_experiments.settings.groups import (
     STORAGE,
     DatasetPath,
@@ -29,11 +39,42 @@ from pneumo_experiments.settings.recipe import Device, Recipe, Seed, SplitSettin
 
 BEST = "best"  # in place of a model: the experiment's best one
 
+
+class EntryPointSettings:
+    """What the settings of all entry points have in common."""
+
+    @classmethod
+    def of(cls, **settings: object) -> Self:
+        """The settings of a command, by the names, values and defaults of the command line.
+
+        A value is a text or has the setting's type; None stands for none. Paths are relative to the working
+        folder. Raises UserError for a name or a value that the command line would refuse.
+
+        >>> settings = Train.of(dataset="dataset.h5", epochs=3, network="fcn_resnet101")
+        >>> settings.schedule.epochs, settings.recipe.network.network, settings.dataset.is_absolute()
+        (3, 'fcn_resnet101', True)
+        >>> Train.of(epoch=3)
+        Traceback (most recent call last):
+        pneumo_experiments.errors.UserError: train: no setting is called 'epoch'; did you mean epochs?
+        """
+        own = {leaf.name: leaf for leaf in leaves(cls)}
+        values = {name: leaf.default for name, leaf in own.items()}
+        for name, value in settings.items():
+            if name not in own:
+                raise UserError(f"{cls.__name__.lower()}: {no_setting(name, own)}")
+            try:
+                is_text = isinstance(value, str)
+                values[name] = parse(own[name], value) if is_text else checked(own[name], value)
+            except ValueError as error:
+                raise UserError(f"{name}: {error}") from None
+        return from_flat(cls, {name: absolute(own[name], value) for name, value in values.items()})
+
+
 # The docstring is the command's help; --help shows the fields in this order.
 
 
 @dataclass(frozen=True)
-class Sample:
+class Sample(EntryPointSettings):
     """Write a synthetic data set in the layout of the SIIM-ACR pneumothorax task."""
 
     output_dir: Annotated[Path, Arg("folder to write", declared=True)] = Path("output/sample")
@@ -42,7 +83,7 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Preprocess:
+class Preprocess(EntryPointSettings):
     """Read DICOM files and run-length annotations into one HDF5 data set."""
 
     source: SourceFiles = field(default_factory=SourceFiles)
@@ -55,7 +96,7 @@ class Preprocess:
 
 
 @dataclass(frozen=True)
-class Train:
+class Train(EntryPointSettings):
     """Train a network on a data set and log it as a model."""
 
     dataset: DatasetPath = Path("output/dataset.h5")
@@ -80,7 +121,7 @@ class Train:
 
 
 @dataclass(frozen=True)
-class Search:
+class Search(EntryPointSettings):
     """Search loss weights and other settings with Optuna by short trainings."""
 
     dataset: DatasetPath = Path("output/dataset.h5")
@@ -100,7 +141,7 @@ class Search:
 
 
 @dataclass(frozen=True)
-class Score:
+class Score(EntryPointSettings):
     """Score a model, write its findings in a folder, check a submission, or search thresholds in counts."""
 
     model: Annotated[
@@ -170,7 +211,7 @@ class Score:
 
 
 @dataclass(frozen=True)
-class Register:
+class Register(EntryPointSettings):
     """Register a model, and make it the champion if it earned that; or move or list the champions."""
 
     model: Annotated[
@@ -204,7 +245,7 @@ class Register:
 
 
 @dataclass(frozen=True)
-class Main:
+class Main(EntryPointSettings):
     """Run the whole chain: preprocess, search, train, score, register.
 
     Without dicom_dir it uses a synthetic data set, and without config as well the values of config=demo.
