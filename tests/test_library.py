@@ -161,6 +161,26 @@ def test_a_torch_dataset_has_the_chosen_rows_in_order_and_travels_to_other_proce
             everything[len(dataset)]
 
 
+def test_a_script_without_a_main_guard_does_not_run_again_in_worker_processes(tmp_path: Path) -> None:
+    script = """
+from pathlib import Path
+from pneumo_experiments.synthetic.kaggle_layout import write_sample
+print("once", flush=True)
+write_sample(Path("sample"), 10, 0, seed=0, workers=2)
+"""
+    (tmp_path / "script.py").write_text(script)
+    done = subprocess.run(
+        [sys.executable, "script.py"],
+        cwd=tmp_path,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "once\n", "")
+    assert len(list(tmp_path.rglob("*.dcm"))) == 10
+
+
 def test_best_thresholds_refuses_what_is_no_probability() -> None:
     truths = np.zeros((2, 8, 8), bool)
     for value in (-0.1, 1.5, float("nan")):
