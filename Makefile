@@ -10,7 +10,7 @@ export PATH := $(BIN):$(PATH)
 export MLFLOW_DISABLE_TELEMETRY ?= true
 
 demo: setup
-	@mlflow run . --env-manager local -P config=configs/demo.yaml
+	@mlflow run . --env-manager local -P config=demo
 
 # Two files at a time: torch in more processes than cores would only get in its own way. Ends with the ten slowest.
 test: setup

@@ -39,6 +39,7 @@ from pneumo_experiments.settings import (
     check_inputs,
     config_text,
     entry_points_with,
+    find_config,
     from_flat,
     leaves,
     limits,
@@ -186,8 +187,8 @@ def resolve(ctx: click.Context, kind: type[Settings]) -> Settings:
     if kind is Main and path is None and ctx.params["dicom_dir"] is None and DEMO.is_file():
         click.echo(f"main: no dicom_dir and no config: synthetic radiographs, with {DEMO}", err=in_config)
         path = DEMO
-    if path and not path.exists() and (own := DEMO.parents[1] / path).is_file():
-        path = own  # the project has it, and `mlflow run` was called elsewhere
+    if path and (found := find_config(path)) != path:
+        path = found
         click.echo(f"{ctx.info_name}: config: {path}", err=in_config)
     values, others = read_config(path, kind) if path else ({}, [])
     if others:

@@ -16,7 +16,7 @@ from helpers import ROOT, End, ended
 
 from pneumo_experiments import __version__, cli
 from pneumo_experiments.errors import UserError
-from pneumo_experiments.settings import ENTRY_POINTS, Main, Train, as_config, flat, leaves
+from pneumo_experiments.settings import DEMO, ENTRY_POINTS, Main, Train, as_config, flat, leaves
 
 
 def resolved(name: str, *words: str) -> Any:
@@ -166,7 +166,7 @@ def test_a_terminal_that_is_full_or_closed_ends_no_work(streams: str, heard: str
 
 def test_main_without_data_and_config_takes_the_demo_s_values_and_with_data_the_defaults() -> None:
     demo, real = flat(resolved("main")), flat(resolved("main", "--dicom_dir", "radiographs"))
-    small = yaml.safe_load((ROOT / "configs" / "demo.yaml").read_text())
+    small = yaml.safe_load(DEMO.read_text())
     assert small.items() <= demo.items()
     assert not small.items() & real.items()
     given = {"dicom_dir": Path("radiographs").absolute(), "storage": f"sqlite:///{Path.cwd()}/optuna.db"}
@@ -249,17 +249,19 @@ def test_a_config_file_is_the_caller_s_before_the_project_s(
 ) -> None:
     words = ("train", "--config", "configs/demo.yaml")
     monkeypatch.chdir(tmp_path)
-    demo = yaml.safe_load((ROOT / "configs" / "demo.yaml").read_text())
-    assert resolved(*words).schedule.epochs == demo["epochs"]
-    says, others = capsys.readouterr().out.splitlines()
-    assert says == f"train: config: {ROOT / 'configs' / 'demo.yaml'}"
-    assert others.startswith(f"train: config={ROOT}/configs/demo.yaml: train does not use images (of main")
+    demo = yaml.safe_load(DEMO.read_text())
+    for name in ("configs/demo.yaml", "demo"):
+        assert resolved("train", "--config", name).schedule.epochs == demo["epochs"]
+        says, others = capsys.readouterr().out.splitlines()
+        assert says == f"train: config: {DEMO}"
+        assert others.startswith(f"train: config={DEMO}: train does not use images (of main and sample), ")
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs" / "demo.yaml").write_text("epochs: 777")
     assert resolved(*words).schedule.epochs == 777
     assert capsys.readouterr().out == ""
-    with pytest.raises(UserError, match=r"^config=configs/other.yaml: cannot be read"):
-        resolved("train", "--config", "configs/other.yaml")
+    for name in ("configs/other.yaml", "other/demo.yaml", "/demo"):
+        with pytest.raises(UserError, match=rf"^config={name}: cannot be read"):
+            resolved("train", "--config", name)
 
 
 def test_a_command_works_in_the_folder_of_the_process_that_called_it_or_says_where(

@@ -57,9 +57,18 @@ def checksum(attributes: Mapping[str, Any], index: NDArray[np.void]) -> bytes:
 
 
 class Dataset:
-    """An open data set file; an image is addressed by its row in the index.
+    """An open data set file of n images of S x S pixels; an image is addressed by its row in the index.
 
-    Its chunks are read past the HDF5 library, which lets one thread read at a time.
+    Its chunks are read past the HDF5 library, which lets one thread read at a time. ``entries`` (n,) are the
+    rows of the index, ``settings`` those of preprocess, as texts.
+
+    >>> with Dataset.open("dataset.h5") as dataset:
+    ...     first, images, targets = dataset.entries[0], dataset.images([0, 1]), dataset.targets([0, 1])
+    ...     mask, run_lengths = dataset.mask(1), dataset.rle(1)
+    >>> len(dataset), images.shape, targets.shape, images.dtype
+    (24, (2, 16, 16), (2, 16, 16), dtype('uint8'))
+    >>> first.image_id, mask.shape == (first.rows, first.columns), rle.encode(mask) == run_lengths
+    ('image-0', True, True)
     """
 
     def __init__(self, path: Path) -> None:
@@ -94,11 +103,16 @@ class Dataset:
         self._pool = ThreadPoolExecutor(min(available_cores(), MAX_THREADS), "images")
 
     @classmethod
-    def open(cls, path: Path) -> Dataset:
+    def open(cls, path: Path | str) -> Dataset:
         """Opens a data set for reading; use it in ``with``, or close it.
 
         Raises UserError if the file is missing, cannot be read, or is damaged beside its images.
+
+        >>> Dataset.open("other.h5")
+        Traceback (most recent call last):
+        pneumo_experiments.errors.UserError: other.h5: no such data set; run preprocess to write it
         """
+        path = Path(path)
         if not path.is_file():
             raise UserError(f"{path}: no such data set; run preprocess to write it")
         try:
@@ -117,6 +131,9 @@ class Dataset:
     def close(self) -> None:
         self._pool.shutdown()
         self._file.close()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Dataset.open, (self.path.absolute(),)  # another process opens the file itself
 
     def __enter__(self) -> Dataset:
         return self

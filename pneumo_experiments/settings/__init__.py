@@ -15,6 +15,7 @@ from pneumo_experiments.settings.config_file import (
     DEMO,
     config_text,
     entry_points_with,
+    find_config,
     read_config,
     read_yaml,
 )

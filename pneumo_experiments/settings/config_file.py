@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, cast
 
@@ -10,18 +9,37 @@ import yaml
 
 from pneumo_experiments.errors import UserError, reason_of
 from pneumo_experiments.settings.entry_points import ENTRY_POINTS
-from pneumo_experiments.settings.fields import Arg, Leaf, as_config, as_params, as_text, leaves, parse
+from pneumo_experiments.settings.fields import (
+    Arg,
+    Leaf,
+    as_config,
+    as_params,
+    as_text,
+    leaves,
+    no_setting,
+    parse,
+)
 
-CONFIG_HELP = "YAML file of settings by name; an option beats the file, the file beats the default"
+CONFIG_HELP = (
+    "YAML file of settings by name, or demo, which ships with the package; an option beats the file, the file"
+    " beats the default"
+)
 CONFIG = Leaf("config", Path | None, Arg(CONFIG_HELP, declared=True), None)  # of every entry point
-# main uses it when neither data nor a config file are given.
-DEMO = Path(__file__).parents[2] / "configs" / "demo.yaml"
+CONFIGS = Path(__file__).parents[1] / "configs"  # files that ship with the package
+DEMO = CONFIGS / "demo.yaml"  # main uses it when neither data nor a config file are given
 MAX_BYTES = 2**20
 
 
 def entry_points_with(setting: str) -> list[str]:
     """The entry points that have a setting of this name."""
     return [name for name, kind in ENTRY_POINTS.items() if any(leaf.name == setting for leaf in leaves(kind))]
+
+
+def find_config(path: Path) -> Path:
+    """The file; where there is none, that of the package which is called so: demo, or configs/demo.yaml."""
+    own = CONFIGS / path.with_suffix(".yaml").name
+    is_own = not path.is_file() and str(path.parent) in (".", CONFIGS.name) and own.is_file()
+    return own if is_own else path
 
 
 def read_config(path: Path, kind: type) -> tuple[dict[str, Any], list[str]]:
@@ -34,9 +52,7 @@ def read_config(path: Path, kind: type) -> tuple[dict[str, Any], list[str]]:
     for name, value in read_yaml("config", path, "epochs: 12").items():
         if not isinstance(name, str) or not entry_points_with(name):
             known = {leaf.name for each in ENTRY_POINTS.values() for leaf in leaves(each)}
-            nearest = get_close_matches(str(name), known, n=1)
-            hint = f"did you mean {nearest[0]}?" if nearest else "see --help for the names"
-            raise UserError(f"config={path}: no setting is called {str(name)[:60]!r}; {hint}")
+            raise UserError(f"config={path}: {no_setting(name, known)}")
         if isinstance(value, dict | list | tuple | set):
             raise UserError(f"config={path}: {name}: give one value, not several")
         if name in own:

@@ -4,9 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pneumo_experiments.settings.fields import NONE, Arg
+from pneumo_experiments.errors import UserError
+from pneumo_experiments.settings.fields import (
+    NONE,
+    Arg,
+    absolute,
+    checked,
+    from_flat,
+    leaves,
+    no_setting,
+    parse,
+)
 from pneumo_experiments.settings.groups import (
     DATASET,
     STORAGE,
@@ -29,11 +39,42 @@ from pneumo_experiments.settings.recipe import Device, Recipe, Seed, SplitSettin
 
 BEST = "best"  # in place of a model: the experiment's best one
 
+
+class EntryPointSettings:
+    """What the settings of all entry points have in common."""
+
+    @classmethod
+    def of(cls, **settings: object) -> Self:
+        """The settings of a command, by the names, values and defaults of the command line.
+
+        A value is a text or has the setting's type; None stands for none. Paths are relative to the working
+        folder. Raises UserError for a name or a value that the command line would refuse.
+
+        >>> settings = Train.of(dataset="dataset.h5", epochs=3, network="fcn_resnet101")
+        >>> settings.schedule.epochs, settings.recipe.network.network, settings.dataset.is_absolute()
+        (3, 'fcn_resnet101', True)
+        >>> Train.of(epoch=3)
+        Traceback (most recent call last):
+        pneumo_experiments.errors.UserError: train: no setting is called 'epoch'; did you mean epochs?
+        """
+        own = {leaf.name: leaf for leaf in leaves(cls)}
+        values = {name: leaf.default for name, leaf in own.items()}
+        for name, value in settings.items():
+            if name not in own:
+                raise UserError(f"{cls.__name__.lower()}: {no_setting(name, own)}")
+            try:
+                is_text = isinstance(value, str)
+                values[name] = parse(own[name], value) if is_text else checked(own[name], value)
+            except ValueError as error:
+                raise UserError(f"{name}: {error}") from None
+        return from_flat(cls, {name: absolute(own[name], value) for name, value in values.items()})
+
+
 # The docstring is the command's help; --help shows the fields in this order.
 
 
 @dataclass(frozen=True)
-class Sample:
+class Sample(EntryPointSettings):
     """Write a synthetic data set in the layout of the SIIM-ACR pneumothorax task."""
 
     output_dir: Annotated[Path, Arg("folder to write", declared=True)] = Path("output/sample")
@@ -42,7 +83,7 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Preprocess:
+class Preprocess(EntryPointSettings):
     """Read DICOM files and run-length annotations into one HDF5 data set."""
 
     source: SourceFiles = field(default_factory=SourceFiles)
@@ -57,7 +98,7 @@ class Preprocess:
 
 
 @dataclass(frozen=True)
-class Train:
+class Train(EntryPointSettings):
     """Train a network on a data set and log it as a model."""
 
     dataset: Annotated[
@@ -85,7 +126,7 @@ class Train:
 
 
 @dataclass(frozen=True)
-class Search:
+class Search(EntryPointSettings):
     """Search loss weights and other settings with Optuna by short trainings."""
 
     dataset: Annotated[Path, DATASET] = Path("output/dataset.h5")
@@ -105,7 +146,7 @@ class Search:
 
 
 @dataclass(frozen=True)
-class Score:
+class Score(EntryPointSettings):
     """Score a model, write its findings in a folder, check a submission, or search thresholds in counts."""
 
     model: Annotated[
@@ -187,7 +228,7 @@ class Score:
 
 
 @dataclass(frozen=True)
-class Register:
+class Register(EntryPointSettings):
     """Register a model, and make it the champion if it earned that; or move or list the champions."""
 
     model: Annotated[
@@ -221,11 +262,10 @@ class Register:
 
 
 @dataclass(frozen=True)
-class Main:
+class Main(EntryPointSettings):
     """Run the whole chain: preprocess, search, train, score, register.
 
-    Without dicom_dir it uses a synthetic data set, and without config as well the values of
-    configs/demo.yaml.
+    Without dicom_dir it uses a synthetic data set, and without config as well the values of config=demo.
     """
 
     source: SourceFiles = field(default_factory=SourceFiles)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
+from difflib import get_close_matches
 from functools import cache
 from math import inf, isfinite
 from pathlib import Path
@@ -71,6 +72,13 @@ def _leaves(kind: type, heading: str) -> Iterator[Leaf]:
         else:
             accepted, arg = get_args(hint)
             yield Leaf(f.name, accepted, arg, f.default, heading)
+
+
+def no_setting(name: object, names: Iterable[str]) -> str:
+    """Says that no setting has this name, and which of these is the nearest."""
+    nearest = get_close_matches(str(name), names, n=1)
+    hint = f"did you mean {nearest[0]}?" if nearest else "see --help for the names"
+    return f"no setting is called {str(name)[:60]!r}; {hint}"
 
 
 def from_flat(kind: type[Settings], values: Mapping[str, Any]) -> Settings:

@@ -62,7 +62,13 @@ class ScoreResult:
 def score(settings: Score) -> ScoreResult:
     """Scores the model on one part of a data set, writes its findings in a folder, or checks a submission.
 
-    With ``counts`` it only searches thresholds in that file.
+    With ``counts`` it only searches thresholds in that file. In a run of MLflow, as on the command line.
+    Raises UserError for a model and a data set that do not fit, and for a submission with problems.
+
+    >>> scores = score(Score.of(dataset="dataset.h5", subset="holdout")).scores
+    score: holdout: Dice ...
+    >>> scores.images, scores.positives, scores.dice_baseline
+    (4, 2, 0.5)
     """
     with tracking.run("score", settings):
         if settings.check is not None:

@@ -21,7 +21,6 @@ ADDRESS = "https://git.invalid/project"
 def repository(folder: Path) -> dict[str, str]:
     """Makes a git repository of the project; environment in which ADDRESS leads to it."""
     shutil.copytree(ROOT / "pneumo_experiments", folder / "pneumo_experiments")
-    shutil.copytree(ROOT / "configs", folder / "configs")
     for name in ("MLproject", "conda.yaml"):
         shutil.copy(ROOT / name, folder)
     author = ("-c", "user.name=somebody", "-c", "user.email=somebody@example.org")
@@ -53,7 +52,7 @@ def test_relative_paths_are_those_of_the_folder_where_mlflow_run_was_called(
     assert ended == 0, said
     (clone,) = (path.parent for path in clones.glob("*/MLproject"))
     lines = [line[12:] for line in said.splitlines() if line.startswith("preprocess: ")]
-    assert lines[0] == f"config: {clone}/configs/demo.yaml"
+    assert lines[0] == f"config: {clone}/pneumo_experiments/configs/demo.yaml"
     assert lines[-2] == f"report: {here}/output/dataset.report.html"
     assert lines[-1].endswith(f": {here}/output/dataset.h5")
     assert all(Path(path).is_file() for path in re.findall(r"(?<=: )/\S+", "\n".join(lines)))
