@@ -101,11 +101,9 @@ class SettingType(click.ParamType):  # pyright: ignore[reportMissingTypeArgument
     ) -> list[CompletionItem]:
         if self.name == "path" or self.leaf.arg.missing:
             return [CompletionItem(incomplete, type="file")]
-        words = ("true", "false") if self.leaf.type is bool else get_args(self.leaf.type)
-        words = [*words, *self.leaf.arg.names_file]
-        return [
-            CompletionItem(word) for word in words if isinstance(word, str) and word.startswith(incomplete)
-        ]
+        is_choice = get_origin(self.leaf.type) is Literal
+        words = ("true", "false") if self.leaf.type is bool else get_args(self.leaf.type) if is_choice else ()
+        return [CompletionItem(word) for word in words if word.startswith(incomplete)]
 
 
 def _option_of(leaf: Leaf) -> click.Option:
