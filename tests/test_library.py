@@ -6,6 +6,7 @@ import ast
 import doctest
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -62,6 +63,17 @@ def test_the_example_of_a_public_name_does_what_it_says(name: str, folder: Path,
     for each in found:
         runner.run(each, out=said.append)
     assert runner.tries and not runner.failures, "".join(said)
+
+
+def test_the_example_of_the_page_from_python_runs(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    exec(block.replace("epochs=1,", "epochs=1, threshold_trials=0, overlays=0,"), {})
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[:2]] == ["a", "b"]
+    assert re.fullmatch(r"models:/m-\w+ [01]\.\d+ 95% .*", lines[-1])
+    names = set(re.findall(r"`(\w+)", page.partition("## Names")[2]))
+    assert {*pneumo_experiments.__all__} <= names
 
 
 def test_importing_the_package_imports_no_library() -> None:
