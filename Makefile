@@ -10,7 +10,7 @@ export PATH := $(BIN):$(PATH)
 export MLFLOW_DISABLE_TELEMETRY ?= true
 
 demo: setup
-	@mlflow run . --env-manager local -P config=configs/demo.yaml
+	@mlflow run . --env-manager local -P config=demo
 
 # Two files at a time: torch in more processes than cores would only get in its own way. Ends with the ten slowest.
 test: setup
@@ -30,18 +30,20 @@ soak: setup
 	@PNEUMO_KILLS=25 python -m pytest -s $$(grep -rl soak tests --include='test_*.py')
 
 ui: setup
-	@echo "the runs: http://127.0.0.1:5000/#/experiments/0/runs?workflowType=machine_learning (Ctrl-C ends)"
-	@mlflow ui --host 127.0.0.1 --port 5000
+	@python -m pneumo_experiments ui
 
 setup: $(VENV)/ready
 
-$(VENV)/ready: requirements.lock
+# A .venv that works is updated in place: what else was installed there stays.
+$(VENV)/ready: requirements.lock pyproject.toml
 	@test -n "$(PYTHON)" || { echo "no Python 3.11 or later found; install one or name it: make PYTHON=/path/to/python3" >&2; exit 2; }
 	@echo "setting up $(VENV) (once): torch, mlflow and what they need, several GB; 1 to 10 minutes, by the connection"
-	@$(PYTHON) -m venv --clear $(VENV)
-	@$(BIN)/python -m pip install --quiet uv
+	@$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || $(PYTHON) -m venv --clear $(VENV)
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(BIN)/python -m ensurepip >/dev/null
+	@$(BIN)/uv --version >/dev/null 2>&1 || $(BIN)/python -m pip install --quiet uv
 	@$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --require-hashes -r requirements.lock \
 		|| $(BIN)/python -m pip install --quiet --require-hashes -r requirements.lock
+	@$(BIN)/python -m pip install --quiet --no-deps --editable .  # the command pneumo, for this folder
 	@touch $@
 
 # After a change of pyproject.toml: the lock for all platforms. It keeps the versions that it has.

@@ -1,6 +1,6 @@
 """Runs the entry point main and counts the floating-point work of its networks; benchmarks/demo.py starts it.
 
-python benchmarks/counted_main.py COUNTS.json --config configs/demo.yaml …
+python benchmarks/counted_main.py COUNTS.json --config demo …
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ def one_by_one(detector: Detector, files: Files) -> None:
 
 def in_batches(detector: Detector, files: Files) -> None:
     """What the detector does."""
-    for finding in detector.detect(files):
+    for finding in detector.detect_each(files):
         assert not finding.error
 
 

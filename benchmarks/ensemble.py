@@ -2,7 +2,7 @@
 
 Run in the project's environment: python benchmarks/ensemble.py
 
-Trains `fold=all` with configs/demo.yaml on the synthetic sample, in an empty folder with its own store: some
+Trains `fold=all` with config=demo on the synthetic sample, in an empty folder with its own store: some
 minutes. Prints Markdown.
 """
 
@@ -27,7 +27,7 @@ def command(folder: Path, *words: str) -> str:
         "MLFLOW_TRACKING_URI": f"sqlite:///{folder / 'mlflow.db'}",
     }
     done = subprocess.run(
-        [sys.executable, "-m", "pneumo_experiments", *words, "--config", str(ROOT / "configs" / "demo.yaml")],
+        [sys.executable, "-m", "pneumo_experiments", *words, "--config", "demo"],
         cwd=folder, env=environment, text=True, capture_output=True,
     )  # fmt: skip
     if done.returncode:

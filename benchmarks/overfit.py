@@ -30,7 +30,7 @@ from pneumo_experiments.figures import contact_sheet, overlay
 from pneumo_experiments.learning.device import choose_compute
 from pneumo_experiments.learning.fit import fit
 from pneumo_experiments.learning.loader import load
-from pneumo_experiments.learning.network import build
+from pneumo_experiments.learning.network import build_network
 from pneumo_experiments.learning.predict import Predictor, to_native
 from pneumo_experiments.metrics.scores import Scores
 from pneumo_experiments.metrics.thresholds import Thresholds, apply_thresholds, best_on_grid
@@ -61,7 +61,9 @@ def main() -> None:
     arguments = parser.parse_args()
     values = {"weights": "none", "augment": False, "batch_size": 4, "learning_rate": 1e-3, "warmup": 0.1}
     recipe = from_flat(Recipe, values | {"positive_share": 0.0})
-    predictor = Predictor(build(recipe.network.network, "none", recipe.seed), choose_compute(Device()))
+    predictor = Predictor(
+        build_network(recipe.network.network, "none", recipe.seed), choose_compute(Device())
+    )
     print(f"{machine()}, {predictor.compute.device}, {predictor.compute.precision}")
     with tempfile.TemporaryDirectory() as folder:
         os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder}/mlflow.db"

@@ -184,7 +184,7 @@ def measure_folder(files: int, repeats: int) -> None:
             return next(detector.predictor.predict(image[None]))
 
         def findings_alone() -> None:
-            for finding in detector.detect(read_files(archive.root, archive.members)):
+            for finding in detector.detect_each(read_files(archive.root, archive.members)):
                 encode(finding.mask)
 
         def whole(**settings: Any) -> None:

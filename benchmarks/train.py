@@ -49,7 +49,7 @@ from pneumo_experiments.learning.fit import Epoch, fit
 from pneumo_experiments.learning.launch import launch
 from pneumo_experiments.learning.loader import InMemoryData, StreamedData, choose_cache, load
 from pneumo_experiments.learning.loss import criterion
-from pneumo_experiments.learning.network import PneumothoraxNet, build
+from pneumo_experiments.learning.network import PneumothoraxNet, build_network
 from pneumo_experiments.learning.predict import Predictor
 from pneumo_experiments.learning.threshold_counts import ThresholdCounter
 from pneumo_experiments.settings import Batches, Device, Recipe
@@ -149,7 +149,7 @@ def ours(
 
 def fresh(recipe: Recipe, compute: ComputeConfig) -> Predictor:
     """The recipe's network with random weights."""
-    return Predictor(build(recipe.network.network, "none", recipe.seed), compute)
+    return Predictor(build_network(recipe.network.network, "none", recipe.seed), compute)
 
 
 def dataset_of(size: int, folder: Path) -> Path:
@@ -324,7 +324,7 @@ def resumed(path: Path, cache: str, recipe: Recipe, compute: ComputeConfig, coun
         checkpoint.save({"state": first.state()}, {})
         last = checkpoint.last()
         assert last is not None
-        second = build(recipe.network.network, "none", 1)
+        second = build_network(recipe.network.network, "none", 1)
         (epoch,) = fit(Predictor(second, compute), data, recipe, 2, state=last["state"])
     return f"loss {first.losses['total']:.3f}, then {epoch.losses['total']:.3f}"
 
@@ -332,7 +332,7 @@ def resumed(path: Path, cache: str, recipe: Recipe, compute: ComputeConfig, coun
 def validated(path: Path, network: str, compute: ComputeConfig) -> str:
     """Predictions of all images, and their counts of pixels."""
     with hdf5.Dataset.open(path) as dataset:
-        counter = ThresholdCounter(Predictor(build(network, "none", 0), compute, tta="flip"))
+        counter = ThresholdCounter(Predictor(build_network(network, "none", 0), compute, tta="flip"))
         counter.add(dataset.images(range(SAMPLE)), map(dataset.mask, range(SAMPLE)))
         counts = counter.read()
         areas = [entry.area_px for entry in dataset.entries]

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import re
 import shutil
+import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext, suppress
 from importlib import import_module
 from pathlib import Path
+from subprocess import DEVNULL
 from types import MappingProxyType
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
 import click
 from click.core import ParameterSource
+from click.shell_completion import CompletionItem, get_completion_class
 
 from pneumo_experiments import __version__
 from pneumo_experiments.errors import UserError, reason_of
@@ -31,13 +36,18 @@ from pneumo_experiments.settings import (
     Settings,
     absolute,
     as_text,
+    check_inputs,
+    config_text,
+    entry_points_with,
+    find_config,
     from_flat,
     leaves,
     limits,
     parse,
     read_config,
 )
-from pneumo_experiments.terminal import make_streams_unfailing
+from pneumo_experiments.terminal import make_streams_unfailing, silence
+from pneumo_experiments.words import some_of
 
 # Of the system: no room, no permission, a disk that cannot be written, a name that is too long.
 REFUSALS = {
@@ -45,6 +55,11 @@ REFUSALS = {
     *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EMFILE, errno.EIO),
 }
 FULL_BYTES = 2**20
+SCRIPT = "pneumo"
+END_GIVEN_RUN = (
+    "import sys; from pneumo_experiments.tracking.runs import end_given_run as end; end(*sys.argv[1:])"
+)
+MAX_NAMED = 4  # settings of others in a config file
 
 
 class EntryPoint(click.Command):
@@ -81,6 +96,15 @@ class SettingType(click.ParamType):  # pyright: ignore[reportMissingTypeArgument
         except ValueError as error:
             self.fail(str(error), param, ctx)
 
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        if self.name == "path" or self.leaf.arg.missing:
+            return [CompletionItem(incomplete, type="file")]
+        is_choice = get_origin(self.leaf.type) is Literal
+        words = ("true", "false") if self.leaf.type is bool else get_args(self.leaf.type) if is_choice else ()
+        return [CompletionItem(word) for word in words if word.startswith(incomplete)]
+
 
 def _option_of(leaf: Leaf) -> click.Option:
     text = f"{leaf.arg.help}  [default: {as_text(leaf.default)}]"
@@ -88,25 +112,65 @@ def _option_of(leaf: Leaf) -> click.Option:
     return click.Option([f"--{leaf.name}"], type=SettingType(leaf), help=text)
 
 
+def _switch(name: str, text: str) -> click.Option:
+    # --name alone, and --name true as `mlflow run -P name=true` passes it.
+    return click.Option(
+        [f"--{name}"], type=bool, is_flag=False, flag_value=True, default=False, metavar="", help=text
+    )
+
+
+def _terminal_options() -> list[click.Option]:
+    """What every entry point has besides its settings."""
+    levels = click.Choice(["debug", "info", "warning", "error"])
+    return [
+        _switch("dry_run", "say what would be read, done and written, and end: no run, no file"),
+        _switch("print_config", "print all settings as a config file, and end"),
+        _switch("quiet", "show nothing but warnings and errors"),
+        click.Option(["--log_level"], type=levels, help="show what libraries log, from this level on"),
+    ]
+
+
 def _command_of(name: str) -> click.Command:
     kind: type[Any] = ENTRY_POINTS[name]
 
     @click.pass_context
     def call(ctx: click.Context, **_: Any) -> None:
-        settings = resolve(ctx, kind)
-        stage = import_module(f"pneumo_experiments.stages.{name}")  # heavy libraries load only now
-        run: Callable[[Any], object] = getattr(stage, name)
-        run(settings)
+        if level := ctx.params["log_level"]:
+            _log_from(level)
+        with silence() if ctx.params["quiet"] else nullcontext():
+            settings = resolve(ctx, kind)
+            if ctx.params["print_config"]:
+                click.echo(config_text(settings), nl=False)
+                return
+            check_inputs(settings)
+            if ctx.params["dry_run"]:
+                from pneumo_experiments.dry_run import lines
 
+                for line in lines(name, settings):
+                    click.echo(line)
+                return
+            if sys.stdout.isatty():
+                click.echo(f"{name}: starting")  # what follows takes seconds
+            stage = import_module(f"pneumo_experiments.stages.{name}")  # heavy libraries load only now
+            run: Callable[[Any], object] = getattr(stage, name)
+            run(settings)
+
+    own, common = leaves(kind), _terminal_options()
     command = EntryPoint(
         name,
-        params=[_option_of(leaf) for leaf in (CONFIG, *leaves(kind))],
+        params=[*(_option_of(leaf) for leaf in (CONFIG, *own)), *common],
         callback=call,
         help=kind.__doc__,
         short_help=(kind.__doc__ or "").split("\n")[0],
     )
-    command.headings = {leaf.name: leaf.heading for leaf in leaves(kind) if leaf.heading}
+    headings = {leaf.name: leaf.heading for leaf in own if leaf.heading}
+    command.headings = headings | {option.name or "": "Terminal" for option in common}
     return command
+
+
+def _log_from(level: str) -> None:
+    logging.basicConfig(level=level.upper(), format="%(levelname)s %(name)s: %(message)s")
+    os.environ["MLFLOW_LOGGING_LEVEL"] = level.upper()  # it has a handler of its own
 
 
 def resolve(ctx: click.Context, kind: type[Settings]) -> Settings:
@@ -114,17 +178,22 @@ def resolve(ctx: click.Context, kind: type[Settings]) -> Settings:
 
     Their paths are absolute.
     """
-    given = {n for n in ctx.params if ctx.get_parameter_source(n) is ParameterSource.COMMANDLINE}
+    names = [leaf.name for leaf in leaves(kind)]
+    given = [name for name in names if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE]
     path: Path | None = ctx.params["config"]
+    in_config = bool(ctx.params["print_config"])  # then stdout is a config file
     if kind is Main and path is None and ctx.params["dicom_dir"] is None and DEMO.is_file():
-        click.echo(f"main: no dicom_dir and no config: synthetic radiographs, with {DEMO}")
+        click.echo(f"main: no dicom_dir and no config: synthetic radiographs, with {DEMO}", err=in_config)
         path = DEMO
-    if path and not path.exists() and (own := DEMO.parents[1] / path).is_file():
-        path = own  # the project has it, and `mlflow run` was called elsewhere
-        click.echo(f"{ctx.info_name}: config: {path}")
-    values = read_config(path, kind) if path else {}
+    if path and (found := find_config(path)) != path:
+        path = found
+        click.echo(f"{ctx.info_name}: config: {path}", err=in_config)
+    values, others = read_config(path, kind) if path else ({}, [])
+    if others:
+        theirs = some_of([f"{name} (of {_names_of(entry_points_with(name))})" for name in others], MAX_NAMED)
+        click.echo(f"{ctx.info_name}: config={path}: {ctx.info_name} does not use {theirs}", err=in_config)
     defaults = {leaf.name: leaf.default for leaf in leaves(kind) if leaf.arg.declared}
-    for name in given - {"config"}:
+    for name in given:
         # `mlflow run` passes the defaults in MLproject like explicit choices: the config file beats these.
         is_passed_default = "MLFLOW_RUN_ID" in os.environ and name in defaults
         if not (name in values and is_passed_default and ctx.params[name] == defaults[name]):
@@ -132,6 +201,11 @@ def resolve(ctx: click.Context, kind: type[Settings]) -> Settings:
     return from_flat(
         kind, {leaf.name: absolute(leaf, values.get(leaf.name, leaf.default)) for leaf in leaves(kind)}
     )
+
+
+def _names_of(entry_points: Sequence[str]) -> str:
+    """Names with commas, and "and" before the last."""
+    return " and ".join(filter(None, [", ".join(entry_points[:-1]), entry_points[-1]]))
 
 
 def _underscored(word: str) -> str:
@@ -179,32 +253,68 @@ def mlproject(path: Path) -> None:
     path.write_text(mlproject_text(), encoding="utf-8")
 
 
+@cli.command(short_help="Show the runs in the browser: MLflow's UI for the store in use.")
+@click.option(
+    "--port", type=click.IntRange(1, 65535), help="of this machine; by default a free one from 5000"
+)
+def ui(port: int | None) -> None:
+    """Show the runs in the browser: MLflow's UI for the store in use, for this machine alone.
+
+    Ctrl-C ends it.
+    """
+    click.echo("ui: starting MLflow's server")
+    from pneumo_experiments.ui import serve
+
+    for line in serve(port):
+        click.echo(line)
+
+
+@cli.command(short_help="Print what makes a shell complete names and values.")
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(shell: str) -> None:
+    """Print what makes a shell complete names and values of the command pneumo.
+
+    \b
+    bash: add eval "$(pneumo completion bash)" to ~/.bashrc
+    zsh:  add eval "$(pneumo completion zsh)" to ~/.zshrc
+    fish: pneumo completion fish > ~/.config/fish/completions/pneumo.fish
+    """  # noqa: D301 (click's own mark)
+    kind = get_completion_class(shell)
+    assert kind is not None
+    click.echo(kind(cli, {}, SCRIPT, f"_{SCRIPT.upper()}_COMPLETE").source())
+
+
+def _program() -> str:
+    """How the program was called."""
+    return SCRIPT if Path(sys.argv[0]).stem == SCRIPT else "python -m pneumo_experiments"
+
+
 def main() -> NoReturn:
     """Runs the command line; a user's mistake is one line on stderr and exit code 2."""
     handle_signals()
     make_streams_unfailing()
+    given = os.environ.get("MLFLOW_RUN_ID", "")
     try:
-        cli.main(prog_name="python -m pneumo_experiments", standalone_mode=False)
+        cli.main(prog_name=_program(), standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:
         error.show()
         sys.exit(error.exit_code)
     except click.UsageError as error:
-        _complain(_one_line(error))
-        sys.exit(error.exit_code)
+        _fail(_one_line(error), error.exit_code)
     except (UserError, click.ClickException) as error:
-        _complain(str(error))
-        sys.exit(error.exit_code)
+        _fail(str(error), error.exit_code)
     except OSError as error:
         if error.errno not in REFUSALS:
             raise
-        _complain(_refused(error))
-        sys.exit(UserError.exit_code)
+        _fail(_refused(error), UserError.exit_code)
     except (KeyboardInterrupt, click.Abort) as stop:
         if isinstance(stop.__cause__, EOFError):  # a bug of ours: click makes an Abort of it, too
             raise stop.__cause__ from None
         cause = stop.__cause__  # click makes an Abort of every interrupt
         how = " by SIGTERM" if isinstance(cause, Terminated) else ""
-        _complain(f"stopped{how}; the same command again does the rest")
+        line = f"Stopped{how}; the same command again does the rest"
+        click.echo(line, err=True)
+        _end_given_run("KILLED", line, given, wait=True)
         sys.exit(cause.exit_code if isinstance(cause, Terminated) else Interrupted.exit_code)
     sys.exit(0)
 
@@ -220,14 +330,39 @@ def _refused(error: OSError) -> str:
     return f"{reason_of(error)}{where}; make room or choose another place"
 
 
-def _complain(message: str) -> None:
+def _fail(message: str, exit_code: int) -> NoReturn:
     text = hide_passwords(" ".join(message.split()))  # any setting may have been given an address
     click.echo(f"{click.style('Error:', fg='red', bold=True)} {text}", err=True)
+    _end_given_run("FAILED", text, os.environ.get("MLFLOW_RUN_ID", ""))  # "": a run of ours has begun in it
+    sys.exit(exit_code)
+
+
+def _end_given_run(status: str, reason: str, run_id: str, wait: bool = False) -> None:
+    """Ends the run that `mlflow run` created for this process; ``wait``: not before `mlflow run` has ended.
+
+    In a new process: the import of MLflow in this one may have been interrupted, and cannot be repeated.
+    """
+    option = "--mlflow_pid"
+    if not run_id or option not in sys.argv:
+        return
+    mlflow_pid = sys.argv[sys.argv.index(option) + 1] if wait else ""
+    command = [sys.executable, "-P", "-c", END_GIVEN_RUN, run_id, status, reason, mlflow_pid]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    with suppress(OSError):  # the reason stands on the terminal
+        ending = subprocess.Popen(
+            command, env=environment, stdin=DEVNULL, stdout=DEVNULL, stderr=DEVNULL, start_new_session=True
+        )
+        if not wait:
+            ending.wait()
 
 
 def _one_line(error: click.UsageError) -> str:
-    path = error.ctx.command_path if error.ctx else "python -m pneumo_experiments"
+    path = error.ctx.command_path if error.ctx else _program()
     message = error.format_message()
+    if isinstance(error, click.NoSuchOption) and error.ctx:
+        setting = error.option_name.lstrip("-")
+        if owners := entry_points_with(setting):
+            message = f"{setting} is a setting of {_names_of(owners)}, not of {error.ctx.info_name}"
     if isinstance(error, click.BadParameter) and error.param is not None:
         short = re.sub(r"\S{60,}", lambda match: match[0][:50] + "…", error.message)  # what a line can hold
         message = f"{error.param.name}: {short}"

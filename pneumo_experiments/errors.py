@@ -10,6 +10,12 @@ class UserError(ValueError):
     """A mistake in the input: the message is one line that names the culprit and the fix.
 
     The command line prints the message and exits with ``exit_code``, without a traceback.
+
+    >>> try:
+    ...     train(Train.of(epochs=0))
+    ... except UserError as error:
+    ...     print(error)
+    epochs: 0 is not in the range 1<=x<=100000
     """
 
     exit_code: ClassVar[int] = 2

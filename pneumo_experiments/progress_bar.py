@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import KW_ONLY, dataclass
 
@@ -38,7 +39,7 @@ class ProgressBar:
             desc=self.name,
             unit=self.unit,
             leave=self.is_kept,
-            disable=None if self.is_shown else True,
+            disable=None if self.is_shown and "TQDM_DISABLE" not in os.environ else True,
             bar_format=None if isinstance(self.total, int) else WITHOUT_COUNTS,
         )
         # From the first update on: what comes before, such as the start of processes, happens once.

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
+from collections.abc import Generator
+from contextlib import contextmanager, redirect_stdout
 from io import TextIOWrapper
+from pathlib import Path
 
 from pneumo_experiments.errors import reason_of
 
@@ -31,7 +35,7 @@ class _UnfailingStream(TextIOWrapper):
         os.close(null)
         # Buffered text goes there too: else Python would fail on it once more at exit.
         super().flush()
-        if self is sys.stdout:
+        if self is sys.stdout and error.errno != errno.EPIPE:  # a reader such as head has what it wants
             print(f"stdout: cannot be written ({reason_of(error)}); continuing without it", file=sys.stderr)
 
 
@@ -53,3 +57,20 @@ def make_streams_unfailing() -> None:
         # Names that the terminal cannot show are escaped; each line is shown at once, in a pipe, too.
         encoding, errors = stream.encoding if stream else "utf-8", "backslashreplace"
         setattr(sys, name, _UnfailingStream(buffer, encoding, errors, line_buffering=True))
+
+
+@contextmanager
+def silence() -> Generator[None]:
+    """Within it, neither this process nor those that it starts show anything but warnings and errors."""
+    sys.stdout.flush()
+    before, null = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 1)
+    os.environ["TQDM_DISABLE"] = "1"
+    try:
+        with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):
+            yield
+    finally:
+        del os.environ["TQDM_DISABLE"]
+        os.dup2(before, 1)
+        os.close(before)
+        os.close(null)

@@ -39,7 +39,7 @@ from pneumo_experiments.learning.device import ComputeConfig, choose_compute  # 
 from pneumo_experiments.learning.fit import fit  # noqa: E402
 from pneumo_experiments.learning.loader import Batch, StreamedData, load  # noqa: E402
 from pneumo_experiments.learning.loss import RunningMeans  # noqa: E402
-from pneumo_experiments.learning.network import PneumothoraxNet, build  # noqa: E402
+from pneumo_experiments.learning.network import PneumothoraxNet, build_network  # noqa: E402
 from pneumo_experiments.learning.predict import Predictor  # noqa: E402
 from pneumo_experiments.learning.trainer import Trainer  # noqa: E402
 from pneumo_experiments.metrics.thresholds import Thresholds  # noqa: E402
@@ -135,11 +135,13 @@ def test_masks_of_a_folder_are_those_of_the_host_to_the_last_pixel(min_area_px: 
         compute = choose_compute(make(Device, device=name, precision="fp32"))
         predictor = Predictor(network, compute, "flip", Calibration(0.6, -1))
         detector = Detector((TrainedNetwork(predictor, {}),), 64, thresholds, "")
-        presences = [finding.presence for finding in detector.detect(files) if finding.presence is not None]
+        presences = [
+            finding.presence for finding in detector.detect_each(files) if finding.presence is not None
+        ]
         # Half of the images are empty by presence alone.
         middle = float(np.median(presences))
         detector = replace(detector, thresholds=replace(thresholds, presence_threshold=middle))
-        found[name] = list(detector.detect(files))
+        found[name] = list(detector.detect_each(files))
     masks = {name: [f.mask for f in found[name] if f.mask is not None] for name in found}
     assert [f.image_id for f in found["cuda"]] == [f.image_id for f in found["cpu"]] == [i for i, _ in files]
     assert [f.error for f in found["cuda"]] == [f.error for f in found["cpu"]]
@@ -188,7 +190,7 @@ def test_in_an_epoch_the_host_waits_only_for_its_sums(dataset: Path, cache: str)
             data = StreamedData(opened, rows, present)
         else:
             data = load(opened, rows, present, 32, str(compute.device) if cache == "device" else "cpu")
-        epochs = fit(Predictor(build("tiny", "none", 0), compute), data, recipe, 2)
+        epochs = fit(Predictor(build_network("tiny", "none", 0), compute), data, recipe, 2)
         next(epochs)
         with count_syncs() as waits:
             epoch = next(epochs)
@@ -210,7 +212,7 @@ def test_the_host_waits_once_for_all_predictions_of_a_validation(dataset: Path, 
         subset = Subset(opened, np.arange(len(opened))).in_memory(cache)
         assert (subset.pixels is None) == (cache == "stream")
         compute, line = choose_compute(Device()), Calibration(0.5, -1)
-        predictor = Predictor(build("tiny", "none", 0), compute, "flip", line)
+        predictor = Predictor(build_network("tiny", "none", 0), compute, "flip", line)
         subset.count(predictor)
         with count_syncs() as waits:
             counts = subset.count(predictor)

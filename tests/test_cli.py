@@ -11,11 +11,12 @@ from typing import Any
 import click
 import pytest
 import yaml
-from helpers import ROOT, ended
+from click.shell_completion import BashComplete
+from helpers import ROOT, End, ended
 
-from pneumo_experiments import cli
+from pneumo_experiments import __version__, cli
 from pneumo_experiments.errors import UserError
-from pneumo_experiments.settings import ENTRY_POINTS, Main, Train, as_config, flat, leaves
+from pneumo_experiments.settings import DEMO, ENTRY_POINTS, Main, Train, as_config, flat, leaves
 
 
 def resolved(name: str, *words: str) -> Any:
@@ -40,6 +41,14 @@ HELP = "; see python -m pneumo_experiments"
         ("train --augment perhaps", f"augment: 'perhaps' is not a valid boolean; give true or false{HELP}"),
         ("train --augment=", f"augment: '' is not a valid boolean; give true or false{HELP}"),
         ("train --lerning_rate 1", "No such option '--lerning_rate'. Did you mean '--learning_rate'?"),
+        (
+            "train --image_size 64",
+            f"image_size is a setting of main and preprocess, not of train{HELP} train --",
+        ),
+        ("sample --epochs 3", f"epochs is a setting of main and train, not of sample{HELP} sample --help"),
+        ("preprocess", "dicom_dir: none given; name the folder that holds the DICOM files"),
+        ("main --dicom_dir .", "rle_csv: none given; the chain trains, so it needs dicom_dir's annotations"),
+        ("train --dry_run perhaps", "dry_run: 'perhaps' is not a valid boolean"),
         ("tain", "No such command 'tain'"),
         ("train stray", f"Got unexpected extra argument (stray){HELP}"),
         (f"train --epochs {'9' * 5000}", f"epochs: '{'9' * 49}… is not a valid whole number{HELP}"),
@@ -115,14 +124,18 @@ def test_a_hostile_value_of_any_setting_is_one_short_line_or_within_the_limits(n
 
 
 WRITES = """
-import os, sys
+import os, sys, time
 from pneumo_experiments.terminal import make_streams_unfailing
 make_streams_unfailing()
 print("to stdout")
+for line in range(100):
+    print(line)
+    time.sleep(0.001)
 file = open("file", "w+")
 print("to stderr", file=sys.stderr)
 sys.stdout.flush()
 assert file.read() == "" and os.fstat(file.fileno()).st_size == 0
+file.write("done")
 """
 
 
@@ -134,6 +147,7 @@ assert file.read() == "" and os.fstat(file.fileno()).st_size == 0
         (">&- 2>&-", ""),
         ("<&- >&- 2>&-", ""),
         ("2>&-", ""),
+        ("| true; test -s file", ""),  # the reader is gone, as that of `| head`
     ],
 )
 def test_a_terminal_that_is_full_or_closed_ends_no_work(streams: str, heard: str, tmp_path: Path) -> None:
@@ -152,7 +166,7 @@ def test_a_terminal_that_is_full_or_closed_ends_no_work(streams: str, heard: str
 
 def test_main_without_data_and_config_takes_the_demo_s_values_and_with_data_the_defaults() -> None:
     demo, real = flat(resolved("main")), flat(resolved("main", "--dicom_dir", "radiographs"))
-    small = yaml.safe_load((ROOT / "configs" / "demo.yaml").read_text())
+    small = yaml.safe_load(DEMO.read_text())
     assert small.items() <= demo.items()
     assert not small.items() & real.items()
     given = {"dicom_dir": Path("radiographs").absolute(), "storage": f"sqlite:///{Path.cwd()}/optuna.db"}
@@ -235,15 +249,19 @@ def test_a_config_file_is_the_caller_s_before_the_project_s(
 ) -> None:
     words = ("train", "--config", "configs/demo.yaml")
     monkeypatch.chdir(tmp_path)
-    demo = yaml.safe_load((ROOT / "configs" / "demo.yaml").read_text())
-    assert resolved(*words).schedule.epochs == demo["epochs"]
-    assert capsys.readouterr().out == f"train: config: {ROOT / 'configs' / 'demo.yaml'}\n"
+    demo = yaml.safe_load(DEMO.read_text())
+    for name in ("configs/demo.yaml", "demo"):
+        assert resolved("train", "--config", name).schedule.epochs == demo["epochs"]
+        says, others = capsys.readouterr().out.splitlines()
+        assert says == f"train: config: {DEMO}"
+        assert others.startswith(f"train: config={DEMO}: train does not use images (of main and sample), ")
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs" / "demo.yaml").write_text("epochs: 777")
     assert resolved(*words).schedule.epochs == 777
     assert capsys.readouterr().out == ""
-    with pytest.raises(UserError, match=r"^config=configs/other.yaml: cannot be read"):
-        resolved("train", "--config", "configs/other.yaml")
+    for name in ("configs/other.yaml", "other/demo.yaml", "/demo"):
+        with pytest.raises(UserError, match=rf"^config={name}: cannot be read"):
+            resolved("train", "--config", name)
 
 
 def test_a_command_works_in_the_folder_of_the_process_that_called_it_or_says_where(
@@ -293,6 +311,95 @@ def test_the_resolved_settings_as_a_config_file_give_the_same_settings(name: str
     settings = resolved(name, *(["--seed", "5"] if "seed" in flat(ENTRY_POINTS[name]()) else []))
     config.write_text(yaml.safe_dump(as_config(settings)))
     assert resolved(name, "--config", str(config)) == settings
+
+
+@pytest.mark.parametrize("name", ENTRY_POINTS)
+def test_the_printed_config_repeats_the_command(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changes = {
+        "main": "--epochs 7",
+        "sample": "--images 11",
+        "preprocess": "--dicom_dir x --pixel-dtype uint8",
+        "train": "--augment no --fold 3",
+        "search": "--searched learning_rate",
+        "score": "--top_score 0.5",
+        "register": "--version 2",
+    }
+    words = changes[name].split()
+    end = ended([name, *words, "--print-config"], monkeypatch, capsys)
+    assert (end.code, end.err.count("\n")) == (0, name == "main")  # which names the demo's config
+    (tmp_path / "c.yaml").write_text(end.out)
+    expected = resolved(name, *words)
+    assert resolved(name, "--config", str(tmp_path / "c.yaml")) == expected != ENTRY_POINTS[name]()
+
+
+def test_a_printed_config_shows_no_password(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    address = "postgresql://me:secret@host/studies"
+    end = ended(["search", "--storage", address, "--print_config"], monkeypatch, capsys)
+    assert "secret" not in end.out
+    assert "# storage: postgresql://me:***@host/studies  # the password is not shown" in end.out.splitlines()
+    assert "storage" not in yaml.safe_load(end.out)
+
+
+def test_a_setting_of_others_in_a_config_file_is_named_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "small.yaml"
+    config.write_text("image_size: 64\nepochs: 3\n")
+    for name, unused in (
+        ("train", "image_size (of main and preprocess)"),
+        ("preprocess", "epochs (of main and train)"),
+    ):
+        resolved(name, "--config", str(config))
+        assert capsys.readouterr().out == f"{name}: config={config}: {name} does not use {unused}\n"
+    resolved("main", "--config", str(config))
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [
+        ("tra", {"train"}),
+        ("u", {"ui"}),
+        ("train --netw", {"--network"}),
+        ("train --network fcn", {"fcn_resnet50", "fcn_resnet101"}),
+        ("train --augment t", {"true"}),
+        ("train --weights ima", {"file"}),
+        ("train --dataset outp", {"file"}),
+        ("train --log_level d", {"debug"}),
+        ("completion f", {"fish"}),
+    ],
+)
+def test_words_are_completed(typed: str, offered: set[str]) -> None:
+    *before, last = typed.split()
+    found = BashComplete(cli.cli, {}, "pneumo", "_PNEUMO_COMPLETE").get_completions(before, last)
+    assert {item.type if item.type == "file" else item.value for item in found} == offered
+
+
+def test_bash_completes_the_script_pneumo(tmp_path: Path) -> None:
+    script = tmp_path / "pneumo"
+    script.write_text(f"#!{sys.executable}\nfrom pneumo_experiments.cli import main\nmain()\n")
+    script.chmod(0o755)
+    asked = """eval "$(pneumo completion bash)"; COMP_WORDS=(pneumo sea); COMP_CWORD=1
+        _pneumo_completion pneumo; echo "${COMPREPLY[@]}"; pneumo tain; pneumo --version"""
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(["bash", "-c", asked], capture_output=True, text=True, env=environment)
+    assert done.stdout.splitlines() == ["search", f"pneumo, version {__version__}"]
+    assert done.stderr.endswith("; see pneumo --help\n") or "See pneumo --help" in done.stderr
+
+
+def test_a_quiet_command_shows_mistakes_alone(
+    store: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    words = ["sample", "--output_dir", "s", "--images", "10", "--test_images", "0"]
+    assert ended([*words, "--quiet"], monkeypatch, capfd) == End(0, "", "")
+    assert ended(words, monkeypatch, capfd).out == "sample: s exists already\n"
+    (store / "s" / "sample.json").unlink()
+    end = ended([*words, "--quiet", "true"], monkeypatch, capfd)
+    assert (end.code, end.out, end.err.count("\n")) == (2, "", 1)
 
 
 def test_dashes_are_underscores_and_h_is_help(capsys: pytest.CaptureFixture[str]) -> None:

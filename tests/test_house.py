@@ -122,13 +122,20 @@ def test_dependency_files_hold_no_address() -> None:
         assert "://" not in text, name
 
 
-def test_help_imports_nothing_heavy() -> None:
+def test_help_printed_settings_and_missing_inputs_import_nothing_heavy() -> None:
     heavy = {"torch", "mlflow", "optuna", "numpy", "h5py", "pydicom", "pandas"}
     code = f"""
 import sys
 from pneumo_experiments.cli import cli
-for words in (["--help"], ["main", "--help"], ["train", "--help"]):
+from pneumo_experiments.errors import UserError
+for words in (["--help"], ["main", "--help"], ["train", "--help"], ["train", "--print_config"]):
     cli.main(words, standalone_mode=False)
+for words in (["train", "--dataset", "missing"], ["score", "--dicom_dir", "missing"], ["preprocess"]):
+    try:
+        cli.main(words, standalone_mode=False)
+        assert False, words
+    except UserError:
+        pass
 print(sorted({heavy} & set(sys.modules)))"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout.splitlines()[-1] == "[]"

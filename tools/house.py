@@ -15,7 +15,7 @@ from pathlib import Path
 
 # The floors of docs/architecture.md, from the top: a room imports from its own floor and from lower ones.
 FLOORS = (
-    ("cli.py", "__main__.py"),
+    ("cli.py", "__main__.py", "dry_run.py", "ui.py"),
     ("stages",),
     ("training", "search", "findings", "registry", "export", "experiment"),
     ("evaluation",),
@@ -69,11 +69,15 @@ def parameters(function: Function) -> int:
 
 
 def imports_between(modules: list[Module]) -> dict[str, set[str]]:
-    """The modules of the package that each one imports; a package's face stands for what it offers."""
+    """The modules of the package that each one imports; a package's face stands for what it offers.
+
+    That of the whole package imports none of them before a user asks for it.
+    """
     names = {module.name for module in modules}
     found = dict[str, set[str]]()
     for module in modules:
-        inside = (name if name in names else name.rpartition(".")[0] for name in module.imports())
+        imports = module.imports() if module.room != "__init__.py" else ()
+        inside = (name if name in names else name.rpartition(".")[0] for name in imports)
         found[module.name] = {name for name in inside if name in names and name != module.name}
     return found
 

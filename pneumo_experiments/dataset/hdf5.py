@@ -42,6 +42,7 @@ FORMAT, FORMAT_VERSION = "pneumo_experiments", 2
 KINDS = ("images", "ann", "rle")
 MAX_THREADS = 8  # that decompress images; more wait for memory
 REMEDY = "delete it and run preprocess again"
+OTHER_FILE = "name the file that preprocess wrote, or run preprocess"  # not ours to have deleted
 
 hdf5 = cast("Any", h5py)  # it has no type stubs
 ERRNO = re.compile(r"errno = (\d+)")
@@ -56,9 +57,18 @@ def checksum(attributes: Mapping[str, Any], index: NDArray[np.void]) -> bytes:
 
 
 class Dataset:
-    """An open data set file; an image is addressed by its row in the index.
+    """An open data set file of n images of S x S pixels; an image is addressed by its row in the index.
 
-    Its chunks are read past the HDF5 library, which lets one thread read at a time.
+    Its chunks are read past the HDF5 library, which lets one thread read at a time. ``entries`` (n,) are the
+    rows of the index, ``settings`` those of preprocess, as texts.
+
+    >>> with Dataset.open("dataset.h5") as dataset:
+    ...     first, images, targets = dataset.entries[0], dataset.images([0, 1]), dataset.targets([0, 1])
+    ...     mask, run_lengths = dataset.mask(1), dataset.rle(1)
+    >>> len(dataset), images.shape, targets.shape, images.dtype
+    (24, (2, 16, 16), (2, 16, 16), dtype('uint8'))
+    >>> first.image_id, mask.shape == (first.rows, first.columns), rle.encode(mask) == run_lengths
+    ('image-0', True, True)
     """
 
     def __init__(self, path: Path) -> None:
@@ -66,7 +76,7 @@ class Dataset:
         with hdf5.File(path, "r", locking=False) as file:
             attributes = {name: np.asarray(value).item() for name, value in file.attrs.items()}
             if attributes.pop("format", None) not in (FORMAT.encode(), FORMAT):  # the latter in version 1
-                raise UserError(f"{path}: not a data set of {FORMAT}; {REMEDY}, or name another dataset")
+                raise UserError(f"{path}: not a data set of {FORMAT}; {OTHER_FILE}")
             version = attributes.pop("format_version", None)
             if version != FORMAT_VERSION:
                 raise UserError(f"{path}: format version {version} instead of {FORMAT_VERSION}; {REMEDY}")
@@ -93,18 +103,23 @@ class Dataset:
         self._pool = ThreadPoolExecutor(min(available_cores(), MAX_THREADS), "images")
 
     @classmethod
-    def open(cls, path: Path) -> Dataset:
+    def open(cls, path: Path | str) -> Dataset:
         """Opens a data set for reading; use it in ``with``, or close it.
 
         Raises UserError if the file is missing, cannot be read, or is damaged beside its images.
+
+        >>> Dataset.open("other.h5")
+        Traceback (most recent call last):
+        pneumo_experiments.errors.UserError: other.h5: no such data set; run preprocess to write it
         """
+        path = Path(path)
         if not path.is_file():
             raise UserError(f"{path}: no such data set; run preprocess to write it")
         try:
             with path.open("rb"):
                 pass
             if not hdf5.is_hdf5(path):
-                raise UserError(f"{path}: not an HDF5 file, or truncated; {REMEDY}, or name another dataset")
+                raise UserError(f"{path}: not an HDF5 file; {OTHER_FILE}")
             return cls(path)
         except PermissionError as error:
             raise UserError(f"{path}: cannot be read ({error.strerror}); check its permissions") from None
@@ -116,6 +131,9 @@ class Dataset:
     def close(self) -> None:
         self._pool.shutdown()
         self._file.close()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Dataset.open, (self.path.absolute(),)  # another process opens the file itself
 
     def __enter__(self) -> Dataset:
         return self

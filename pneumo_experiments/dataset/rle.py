@@ -3,6 +3,15 @@
 Pairs ``gap length``: the first gap is the 0-based start, each later one counts from the end of the
 previous run. Pixels are counted down columns: pixel p is at x = p // rows, y = p % rows. ``-1`` is an
 empty mask.
+
+>>> mask = rle.decode("5 2", (4, 3))
+>>> mask.astype(int)
+array([[0, 0, 0],
+       [0, 1, 0],
+       [0, 1, 0],
+       [0, 0, 0]])
+>>> rle.encode(mask)
+'5 2'
 """
 
 from __future__ import annotations

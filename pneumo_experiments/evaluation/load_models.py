@@ -30,14 +30,37 @@ def addresses_of(model: str) -> list[str]:
     return addresses
 
 
-def load_models(model: str, dataset: Path, compute: Device) -> Detector:
+def load_model(address: str | Path) -> Detector:
+    """The model at a ``models:/`` or ``runs:/`` address, or in the folder of a logged model.
+
+    On the best available device. An address is looked up in the store that MLFLOW_TRACKING_URI names, by
+    default mlflow.db in the working folder; a folder needs no store. Nothing in a model is executed. Raises
+    UserError if it cannot be loaded, or if another project logged it.
+
+    >>> load_model("model").image_size
+    16
+    >>> load_model("models:/pneumothorax@champion").thresholds
+    Thresholds(presence_threshold=..., top_score=..., min_area_px=..., bottom_score=...)
+    """
+    if not Path(address).is_dir():
+        store = tracking.database_file(tracking.tracking_uri())
+        if store is not None and not store.exists():  # MLflow would create it
+            raise UserError(
+                f"model={address}: no folder, and there is no store {store}; give a model's folder, or name"
+                " the store in MLFLOW_TRACKING_URI"
+            )
+        tracking.open_store()
+    return load(tracking.model_data(str(address)))
+
+
+def load_models(model: str, dataset: Path, compute: Device, setting: str = "model") -> Detector:
     """The model at an address, or the ensemble of those at several with commas between, on a device.
 
     The thresholds of an ensemble are the best for its predictions of the validation images, if ``dataset`` is
     that of the training: networks with one split predict theirs together, as the ensemble does. Else they
-    are means of the models' thresholds, with a warning.
+    are means of the models' thresholds, with a warning. ``setting`` is what errors call the model.
     """
-    detectors = [load(tracking.model_data(address)).on(compute) for address in addresses_of(model)]
+    detectors = [load(tracking.model_data(each, setting)).on(compute) for each in addresses_of(model)]
     if len(detectors) == 1:
         return detectors[0]
     joined = make_ensemble(detectors)

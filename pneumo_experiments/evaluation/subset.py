@@ -147,7 +147,16 @@ def require_positives(training: Subset) -> None:
 
 
 def make_split(dataset: Dataset, settings: SplitSettings) -> Split:
-    """The split of the data set's patients; the same for the same data set and settings."""
+    """The split of the data set's patients; the same for the same data set and settings.
+
+    Rows of the images that train, validate and are held out; no patient is in two. Raises UserError for a
+    data set without labels, and if ``fold`` is none of the folds.
+
+    >>> with Dataset.open("dataset.h5") as dataset:
+    ...     split = make_split(dataset, Train.of(fold=1, holdout=0.25).split)
+    >>> len(split.train), len(split.validation), len(split.holdout)
+    (14, 4, 6)
+    """
     dataset.require_labels()
     if not settings.fold.isdecimal():
         raise UserError(

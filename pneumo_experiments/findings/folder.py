@@ -187,7 +187,7 @@ def _rows(
 
     files = read_files(archive.root, members)
     bar = ProgressBar("score", len(members), is_kept=True)
-    with bar, closing(detector.detect(files, with_source=settings.dicom_seg)) as findings:
+    with bar, closing(detector.detect_each(files, with_source=settings.dicom_seg)) as findings:
         for row in prefetch(describe, findings, THREADS):
             bar.update()
             yield row

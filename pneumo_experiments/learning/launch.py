@@ -20,6 +20,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.interrupts import handle_signals, ignore_signals, stop
 from pneumo_experiments.learning import distributed
+from pneumo_experiments.spawning import without_main
 from pneumo_experiments.terminal import make_streams_unfailing
 
 Result = TypeVar("Result")
@@ -50,7 +51,7 @@ def launch(processes: int, work: Callable[..., Result], *arguments: Any) -> Resu
         max_restarts=0,
     )
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, without_main():
         try:
             return elastic_launch(config, _worker)(Path(folder), work, arguments)[0]
         except SignalException as caught:

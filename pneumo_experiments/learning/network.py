@@ -62,9 +62,9 @@ class Output(NamedTuple):
 class PneumothoraxNet(nn.Module):
     """A torchvision segmentation network with one mask logit per pixel and one presence logit per image.
 
-    ``pretrained`` holds the names (of named_parameters) of the parameters that ``build`` loaded, ``source``
-    their origin and file name (or none), ``source_sha256`` the file's digest, ``training_images`` the
-    digests of the images that trained them, where they are a model's.
+    ``pretrained`` holds the names (of named_parameters) of the parameters that ``build_network`` loaded,
+    ``source`` their origin and file name (or none), ``source_sha256`` the file's digest, ``training_images``
+    the digests of the images that trained them, where they are a model's.
     """
 
     mean: Tensor
@@ -118,14 +118,21 @@ def _upsampled(logits: Tensor, size: torch.Size) -> Tensor:
     return functional.interpolate(logits.float(), size=size, mode="bilinear", align_corners=False)[:, 0]
 
 
-def build(network: str, weights: str, seed: int) -> PneumothoraxNet:
+def build_network(network: str = "fcn_resnet50", weights: str = "auto", seed: int = 0) -> PneumothoraxNet:
     """A network for training; ``weights`` is auto, imagenet, coco, none or a file with a state dict.
 
     A file may hold the state dict of this network, of torchvision's segmentation network of the same name
     (its last layers are loaded if they have one class) or of its ResNet; also within a checkpoint, and with
     ``module.``, ``encoder.`` and such before the names, or be a safetensors file. Raises UserError when the
-    weights cannot be downloaded or read safely, or do not fit.
+    weights cannot be downloaded or read safely, or do not fit, and for a network that is not in NETWORKS.
+
+    >>> network = build_network("fcn_resnet50", weights="none", seed=0)
+    >>> output = network(torch.zeros(2, 1, 64, 64))
+    >>> output.mask.shape, output.presence.shape
+    (torch.Size([2, 64, 64]), torch.Size([2]))
     """
+    if network not in NETWORKS:
+        raise UserError(f"network={network}: is none of {', '.join(NETWORKS)}")
     # Layers are initialised from torch's global generator.
     torch.manual_seed(seed)  # pyright: ignore[reportUnknownMemberType]
     net = PneumothoraxNet(network)

@@ -17,9 +17,35 @@ from torch.nn import functional
 
 from pneumo_experiments.learning.device import copy_to_device, from_numpy
 from pneumo_experiments.learning.predict import AnyPredictor, require_finite
+from pneumo_experiments.metrics.best_thresholds import Optimum, best_of_all
 from pneumo_experiments.metrics.thresholds import HUNDREDTHS, ThresholdCounts, Thresholds
 
 MAX_PIXELS_AT_ONCE = 2**23  # native pixels, about 30 bytes each while they are counted
+
+
+def best_thresholds(
+    probabilities: NDArray[np.float32], presences: NDArray[np.float32], truths: Sequence[NDArray[np.bool_]]
+) -> Optimum:
+    """The thresholds with the highest mean Dice of all, for the predictions of n labelled images.
+
+    Probabilities of pixels (n, S, S) are interpolated to the size (H, W) of each truth, and compared with
+    whole hundredths; ``presences`` (n,) are the probabilities of a pneumothorax in the image. Raises
+    ValueError for probabilities outside [0, 1] and for numbers of images that differ.
+
+    >>> truths = np.zeros((3, 64, 64), bool)
+    >>> truths[:2, 16:32, 16:32] = True
+    >>> probabilities = np.where(truths, 0.6, 0.2).astype(np.float32)
+    >>> best = best_thresholds(probabilities, np.array([0.9, 0.7, 0.1], np.float32), truths)
+    >>> best.dice
+    1.0
+    >>> best.thresholds
+    Thresholds(presence_threshold=0.35, top_score=0.7, min_area_px=0, bottom_score=0.4)
+    """
+    if not ((probabilities >= 0) & (probabilities <= 1)).all():
+        raise ValueError("probabilities outside [0, 1]")
+    pixels = from_numpy(np.ascontiguousarray(probabilities, np.float32))
+    counts = count_at_thresholds(pixels, truths, from_numpy(HUNDREDTHS)).numpy()
+    return best_of_all(ThresholdCounts.of(counts, presences.astype(np.float32)))
 
 
 class ThresholdCounter:

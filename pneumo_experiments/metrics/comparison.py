@@ -39,7 +39,12 @@ def compare(dices: NDArray[np.float64], baseline: NDArray[np.float64], patients:
     """Compares the Dice of two models on n >= 1 images, all (n,).
 
     Paired: each resample draws patients, with all their images, for both models at once. What is hard for
-    both cancels out, so small differences show on few images.
+    both cancels out, so small differences show on few images. ``patients`` are the patients' names.
+
+    >>> rng = np.random.default_rng(0)
+    >>> baseline, patients = rng.uniform(0.2, 0.8, 200), [f"patient {number // 2}" for number in range(200)]
+    >>> print(compare(baseline + rng.normal(0.02, 0.05, 200), baseline, patients).line)
+    +0.0155 Dice (95% +0.0086 to +0.0224), better with a probability of 0.9999...
     """
     differences = dices - baseline
     measures: dict[str, Measure] = {"difference": lambda weights: mean(differences, weights)}

@@ -35,7 +35,15 @@ def dice_of_areas(
 
 
 def dice(truth: NDArray[np.bool_], prediction: NDArray[np.bool_]) -> float:
-    """Dice of two boolean masks (H, W); 1.0 when both are empty."""
+    """Dice of two boolean masks (H, W); 1.0 when both are empty. ValueError if their shapes differ.
+
+    >>> truth, prediction = np.zeros((2, 4, 4), bool)
+    >>> dice(truth, prediction)
+    1.0
+    >>> truth[:2], prediction[1:3] = True, True
+    >>> dice(truth, prediction)
+    0.5
+    """
     if truth.shape != prediction.shape:
         raise ValueError(
             f"truth is {truth.shape}, prediction {prediction.shape}: masks of one image must match"

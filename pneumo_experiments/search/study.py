@@ -122,7 +122,7 @@ def _warm_start(storage: BaseStorage, settings: Search, space: Space) -> list[di
     if is_none(source):
         return []
     if Path(source).is_file():
-        return [within(read_config(Path(source), Search), space)]
+        return [within(read_config(Path(source), Search)[0], space)]
     other = load_study("warm_start", storage, source)
     return [within(trial.params, space) for trial in best_trials(other)[:WARM_STARTS]]
 

@@ -13,8 +13,10 @@ from numpy.typing import NDArray
 from optuna.study import Study
 from optuna.trial import FrozenTrial
 
+from pneumo_experiments import tracking
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.metrics.comparison import required_probability
+from pneumo_experiments.passwords import hide_passwords
 from pneumo_experiments.search.storage import AS_GIVEN, load_study, open_storage
 from pneumo_experiments.search.study import (
     CONFIRM,
@@ -117,6 +119,11 @@ def _first(trial: FrozenTrial) -> TrainingResult:
 
 def best_of_study(address: str, name: str) -> dict[str, Any]:
     """The best settings of a study in a storage, by name; UserError if there is none."""
+    if (file := tracking.database_file(address)) and not file.is_file():  # it would be created
+        raise UserError(
+            f"storage={hide_passwords(address)}: no such database; name the one in which search has"
+            f" from_study={name}"
+        )
     storage = open_storage(address)
     study = load_study("from_study", storage, name)
     has_earlier = f"{name}-confirm" in optuna.get_all_study_names(storage)

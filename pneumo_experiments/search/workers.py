@@ -38,6 +38,7 @@ from pneumo_experiments.search.study import (
 from pneumo_experiments.search.trial import Trials
 from pneumo_experiments.search.trial_training import second_settings, split_folds
 from pneumo_experiments.settings import Search, is_none
+from pneumo_experiments.spawning import without_main
 from pneumo_experiments.terminal import make_streams_unfailing
 
 MAX_OUTAGES = 5  # of the database in a row
@@ -144,7 +145,7 @@ def _run_workers(trials: Trials) -> None:
     processes: list[BaseProcess] = []
     try:
         for number in range(count):
-            with _environment(_fraction(number, count)):
+            with _environment(_fraction(number, count)), without_main():
                 arguments = (replace(trials.settings, workers=1), trials.parent)
                 process = context.Process(target=_work, args=arguments, name=f"search worker {number}")
                 process.start()

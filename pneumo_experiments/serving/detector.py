@@ -7,14 +7,15 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import islice
 from math import fsum
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pneumo_experiments.dataset.decoder_pool import DecodedImage, File, decode_all
+from pneumo_experiments.dataset.decoder_pool import MAX_FILE_BYTES, DecodedImage, File, decode_all
 from pneumo_experiments.dicom.header import Geometry
-from pneumo_experiments.errors import Rejected, UserError
+from pneumo_experiments.errors import Rejected, UserError, reason_of
 from pneumo_experiments.learning.calibration import log_odds
 from pneumo_experiments.learning.device import choose_compute
 from pneumo_experiments.learning.predict import (
@@ -68,6 +69,17 @@ class Detector:
 
     ``training_images`` holds digests of the images, and of their patients, that trained them or chose their
     epochs and thresholds. ``prevalence`` is the fraction of positives among these images; None if unknown.
+    The torch modules are ``members[k].predictor.network``.
+
+    >>> detector = load_model("model")
+    >>> for finding in detector.detect_files(["radiographs/a.dcm", "radiographs/no.dcm"]):
+    ...     print(finding.error or (finding.image_id, finding.mask.shape))
+    ('a', (1024, 1024))
+    no: cannot be read (No such file or directory)
+    >>> stricter = detector.with_thresholds({"presence_threshold": 0.9})
+    >>> images = torch.zeros(2, 1, detector.image_size, detector.image_size)
+    >>> detector.members[0].predictor.network(images).mask.shape
+    torch.Size([2, 16, 16])
     """
 
     members: tuple[TrainedNetwork, ...]
@@ -141,7 +153,33 @@ class Detector:
         members = (replace(member, predictor=change(member.predictor)) for member in self.members)
         return replace(self, members=tuple(members))
 
-    def detect(self, files: Iterable[File], with_source: bool = False) -> Generator[Finding]:
+    def detect(self, dicom: bytes, image_id: str = "image") -> Finding:
+        """Presence and mask of one radiograph: the bytes of a DICOM file, or of a PNG or JPEG copy.
+
+        Raises Rejected, a UserError, with the reason why it cannot be used.
+
+        >>> finding = load_model("model").detect(Path("radiographs/a.dcm").read_bytes())
+        >>> 0 <= finding.presence <= 1, finding.mask.dtype, finding.mask.shape
+        (True, dtype('bool'), (1024, 1024))
+        """
+        (finding,) = self.detect_each([(image_id, dicom)])
+        if finding.error:
+            raise Rejected(finding.error)
+        return finding
+
+    def detect_files(self, paths: Iterable[Path | str]) -> Generator[Finding]:
+        """Presence and mask of each file, in order; its image id is its name without the suffix.
+
+        An unusable file has its error in its finding. Files are read slightly ahead, and never all at once.
+
+        >>> detector = load_model("model")
+        >>> findings = detector.detect_files(sorted(Path("radiographs").glob("*.dcm")))
+        >>> [(finding.image_id, rle.encode(finding.mask)) for finding in findings]
+        [('a', '...'), ('b', '...')]
+        """
+        return self.detect_each(map(_read, map(Path, paths)))
+
+    def detect_each(self, files: Iterable[File], with_source: bool = False) -> Generator[Finding]:
         """Presence and mask of each radiograph, in order; an unusable file has its error in its finding.
 
         Files (image id, DICOM bytes) are read slightly ahead, decoded in parallel and predicted in batches.
@@ -193,6 +231,20 @@ class Detector:
             else:
                 native = to_native(predicted.mask[row].numpy(), shape)
                 yield apply_thresholds(native, presences[row], self.thresholds)
+
+
+def _read(path: Path) -> File:
+    """The image id and the bytes of a file, or the reason why it has none."""
+    try:
+        if path.stat().st_size > MAX_FILE_BYTES:
+            reason = f"rejected because a file may have {MAX_FILE_BYTES:,} bytes at most"
+        elif path.is_file():
+            return path.stem, path.read_bytes()
+        else:
+            reason = "is no file"  # a pipe would block
+    except OSError as error:
+        reason = f"cannot be read ({reason_of(error)})"
+    return path.stem, Rejected(f"{path.stem}: {reason}")
 
 
 def _listed(values: Iterable[object]) -> str:

@@ -54,7 +54,7 @@ class ServedModel:
         reason = ""
         try:
             detector = self.detector.at_prevalence(given.pop("prevalence", None))
-            for finding in detector.with_thresholds(given).detect(files):
+            for finding in detector.with_thresholds(given).detect_each(files):
                 rows.append(row_of(finding, pictures))
         except UserError as error:
             reason = str(error)

@@ -10,7 +10,15 @@ below one entry point are unique, so that users need not know the groups.
 # These names are for other modules.
 # ruff: noqa: F401
 # pyright: reportUnusedImport=false
-from pneumo_experiments.settings.config_file import CONFIG, DEMO, read_config, read_yaml
+from pneumo_experiments.settings.config_file import (
+    CONFIG,
+    DEMO,
+    config_text,
+    entry_points_with,
+    find_config,
+    read_config,
+    read_yaml,
+)
 from pneumo_experiments.settings.entry_points import (
     BEST,
     ENTRY_POINTS,
@@ -54,6 +62,7 @@ from pneumo_experiments.settings.groups import (
     SourceFiles,
     StudySettings,
 )
+from pneumo_experiments.settings.inputs import check_inputs, input_paths
 from pneumo_experiments.settings.recipe import (
     Batches,
     Device,

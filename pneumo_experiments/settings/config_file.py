@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, cast
 
@@ -10,28 +9,50 @@ import yaml
 
 from pneumo_experiments.errors import UserError, reason_of
 from pneumo_experiments.settings.entry_points import ENTRY_POINTS
-from pneumo_experiments.settings.fields import Arg, Leaf, as_text, leaves, parse
+from pneumo_experiments.settings.fields import (
+    Arg,
+    Leaf,
+    as_config,
+    as_params,
+    as_text,
+    leaves,
+    no_setting,
+    parse,
+)
 
-CONFIG_HELP = "YAML file of settings by name; an option beats the file, the file beats the default"
+CONFIG_HELP = (
+    "YAML file of settings by name, or demo, which ships with the package; an option beats the file, the file"
+    " beats the default"
+)
 CONFIG = Leaf("config", Path | None, Arg(CONFIG_HELP, declared=True), None)  # of every entry point
-# main uses it when neither data nor a config file are given.
-DEMO = Path(__file__).parents[2] / "configs" / "demo.yaml"
+CONFIGS = Path(__file__).parents[1] / "configs"  # files that ship with the package
+DEMO = CONFIGS / "demo.yaml"  # main uses it when neither data nor a config file are given
 MAX_BYTES = 2**20
 
 
-def read_config(path: Path, kind: type) -> dict[str, Any]:
-    """The values of an entry point's settings in a file, by name; those of other entry points are ignored.
+def entry_points_with(setting: str) -> list[str]:
+    """The entry points that have a setting of this name."""
+    return [name for name, kind in ENTRY_POINTS.items() if any(leaf.name == setting for leaf in leaves(kind))]
+
+
+def find_config(path: Path) -> Path:
+    """The file; where there is none, that of the package which is called so: demo, or configs/demo.yaml."""
+    own = CONFIGS / path.with_suffix(".yaml").name
+    is_own = not path.is_file() and str(path.parent) in (".", CONFIGS.name) and own.is_file()
+    return own if is_own else path
+
+
+def read_config(path: Path, kind: type) -> tuple[dict[str, Any], list[str]]:
+    """The values of an entry point's settings in a file, by name; and the names of settings of others alone.
 
     Raises UserError for a file that cannot be read, is not a mapping of names to single values, or has a name
     that no entry point knows or a value that the setting does not accept.
     """
-    known = {leaf.name for each in ENTRY_POINTS.values() for leaf in leaves(each)}
-    own, values = {leaf.name: leaf for leaf in leaves(kind)}, dict[str, Any]()
+    own, values, others = {leaf.name: leaf for leaf in leaves(kind)}, dict[str, Any](), list[str]()
     for name, value in read_yaml("config", path, "epochs: 12").items():
-        if not isinstance(name, str) or name not in known:
-            nearest = get_close_matches(str(name), known, n=1)
-            hint = f"did you mean {nearest[0]}?" if nearest else "see --help for the names"
-            raise UserError(f"config={path}: no setting is called {str(name)[:60]!r}; {hint}")
+        if not isinstance(name, str) or not entry_points_with(name):
+            known = {leaf.name for each in ENTRY_POINTS.values() for leaf in leaves(each)}
+            raise UserError(f"config={path}: {no_setting(name, known)}")
         if isinstance(value, dict | list | tuple | set):
             raise UserError(f"config={path}: {name}: give one value, not several")
         if name in own:
@@ -39,7 +60,17 @@ def read_config(path: Path, kind: type) -> dict[str, Any]:
                 values[name] = parse(own[name], as_text(value))
             except ValueError as error:
                 raise UserError(f"config={path}: {name}: {error}") from None
-    return values
+        else:
+            others.append(name)
+    return values, others
+
+
+def config_text(settings: object) -> str:
+    """The settings of an entry point as a config file; one whose value holds a password is a comment."""
+    values, texts = as_config(settings), as_params(settings)
+    hidden = [name for name, value in values.items() if as_text(value) != texts[name]]
+    lines = [f"# {name}: {values.pop(name)}  # the password is not shown" for name in hidden]
+    return "\n".join([yaml.safe_dump(values, sort_keys=False, allow_unicode=True).rstrip(), *lines, ""])
 
 
 def read_yaml(setting: str, path: Path, example: str) -> dict[object, object]:

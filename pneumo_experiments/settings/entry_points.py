@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pneumo_experiments.settings.fields import NONE, Arg
+from pneumo_experiments.errors import UserError
+from pneumo_experiments.settings.fields import (
+    NONE,
+    Arg,
+    absolute,
+    checked,
+    from_flat,
+    leaves,
+    no_setting,
+    parse,
+)
 from pneumo_experiments.settings.groups import (
+    DATASET,
     STORAGE,
-    DatasetPath,
     Evaluation,
     GivenThresholds,
     ImageFormat,
@@ -29,11 +39,42 @@ from pneumo_experiments.settings.recipe import Device, Recipe, Seed, SplitSettin
 
 BEST = "best"  # in place of a model: the experiment's best one
 
+
+class EntryPointSettings:
+    """What the settings of all entry points have in common."""
+
+    @classmethod
+    def of(cls, **settings: object) -> Self:
+        """The settings of a command, by the names, values and defaults of the command line.
+
+        A value is a text or has the setting's type; None stands for none. Paths are relative to the working
+        folder. Raises UserError for a name or a value that the command line would refuse.
+
+        >>> settings = Train.of(dataset="dataset.h5", epochs=3, network="fcn_resnet101")
+        >>> settings.schedule.epochs, settings.recipe.network.network, settings.dataset.is_absolute()
+        (3, 'fcn_resnet101', True)
+        >>> Train.of(epoch=3)
+        Traceback (most recent call last):
+        pneumo_experiments.errors.UserError: train: no setting is called 'epoch'; did you mean epochs?
+        """
+        own = {leaf.name: leaf for leaf in leaves(cls)}
+        values = {name: leaf.default for name, leaf in own.items()}
+        for name, value in settings.items():
+            if name not in own:
+                raise UserError(f"{cls.__name__.lower()}: {no_setting(name, own)}")
+            try:
+                is_text = isinstance(value, str)
+                values[name] = parse(own[name], value) if is_text else checked(own[name], value)
+            except ValueError as error:
+                raise UserError(f"{name}: {error}") from None
+        return from_flat(cls, {name: absolute(own[name], value) for name, value in values.items()})
+
+
 # The docstring is the command's help; --help shows the fields in this order.
 
 
 @dataclass(frozen=True)
-class Sample:
+class Sample(EntryPointSettings):
     """Write a synthetic data set in the layout of the SIIM-ACR pneumothorax task."""
 
     output_dir: Annotated[Path, Arg("folder to write", declared=True)] = Path("output/sample")
@@ -42,11 +83,13 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Preprocess:
+class Preprocess(EntryPointSettings):
     """Read DICOM files and run-length annotations into one HDF5 data set."""
 
     source: SourceFiles = field(default_factory=SourceFiles)
-    dataset: DatasetPath = Path("output/dataset.h5")
+    dataset: Annotated[Path, Arg("data set file (HDF5) to write", shapes_weights=False, declared=True)] = (
+        Path("output/dataset.h5")
+    )
     format: ImageFormat = field(default_factory=ImageFormat)
     reading: Reading = field(default_factory=Reading)
     overwrite: Annotated[
@@ -55,10 +98,13 @@ class Preprocess:
 
 
 @dataclass(frozen=True)
-class Train:
+class Train(EntryPointSettings):
     """Train a network on a data set and log it as a model."""
 
-    dataset: DatasetPath = Path("output/dataset.h5")
+    dataset: Annotated[
+        Path,
+        replace(DATASET, unless=("reproduce",)),
+    ] = Path("output/dataset.h5")
     schedule: Schedule = field(default_factory=Schedule)
     recipe: Recipe = field(default_factory=Recipe)
     split: SplitSettings = field(default_factory=SplitSettings)
@@ -80,10 +126,10 @@ class Train:
 
 
 @dataclass(frozen=True)
-class Search:
+class Search(EntryPointSettings):
     """Search loss weights and other settings with Optuna by short trainings."""
 
-    dataset: DatasetPath = Path("output/dataset.h5")
+    dataset: Annotated[Path, DATASET] = Path("output/dataset.h5")
     study: StudySettings = field(default_factory=StudySettings)
     recipe: Recipe = field(default_factory=Recipe)
     split: SplitSettings = field(default_factory=SplitSettings)
@@ -100,7 +146,7 @@ class Search:
 
 
 @dataclass(frozen=True)
-class Score:
+class Score(EntryPointSettings):
     """Score a model, write its findings in a folder, check a submission, or search thresholds in counts."""
 
     model: Annotated[
@@ -110,7 +156,10 @@ class Score:
             declared=True,
         ),
     ] = "models:/pneumothorax@champion"
-    dataset: DatasetPath = Path("output/dataset.h5")
+    dataset: Annotated[
+        Path,
+        replace(DATASET, unless=("dicom_dir", "check", "counts")),
+    ] = Path("output/dataset.h5")
     subset: Annotated[
         Literal["holdout", "validation", "train", "all"], Arg("patients to score, in the model's own split")
     ] = "holdout"
@@ -123,6 +172,9 @@ class Score:
             "folder of DICOM files without labels (or PNG or JPEG copies), a zip or tar file of them, or one"
             " file: writes findings and the submission instead",
             declared=True,
+            missing="name the folder that holds the files",
+            folder_too=True,
+            unless=("counts",),
         ),
     ] = None
     image_id: ImageIds = "auto"
@@ -139,13 +191,18 @@ class Score:
     max_rejected: MaxRejected = 1.0
     sample_submission: Annotated[
         Path | None,
-        Arg("the challenge's table of test images: gives the submission its order", declared=True),
+        Arg(
+            "the challenge's table of test images: gives the submission its order",
+            declared=True,
+            missing="name the challenge's sample submission",
+        ),
     ] = None
     check: Annotated[
         Path | None,
         Arg(
             "submission to check, by sample_submission and dicom_dir if given; nothing else is done",
             declared=True,
+            missing="name a submission",
         ),
     ] = None
     counts: Annotated[
@@ -153,6 +210,7 @@ class Score:
         Arg(
             "threshold_counts.npz of train or score: thresholds are searched in it; nothing else is done",
             declared=True,
+            missing="name threshold_counts.npz, an artifact of train and score",
         ),
     ] = None
     threshold_trials: ThresholdTrials = 200
@@ -170,7 +228,7 @@ class Score:
 
 
 @dataclass(frozen=True)
-class Register:
+class Register(EntryPointSettings):
     """Register a model, and make it the champion if it earned that; or move or list the champions."""
 
     model: Annotated[
@@ -204,16 +262,21 @@ class Register:
 
 
 @dataclass(frozen=True)
-class Main:
+class Main(EntryPointSettings):
     """Run the whole chain: preprocess, search, train, score, register.
 
-    Without dicom_dir it uses a synthetic data set, and without config as well the values of
-    configs/demo.yaml.
+    Without dicom_dir it uses a synthetic data set, and without config as well the values of config=demo.
     """
 
     source: SourceFiles = field(default_factory=SourceFiles)
     test_dir: Annotated[
-        Path | None, Arg("folder of files without labels, as dicom_dir, for the submission", declared=True)
+        Path | None,
+        Arg(
+            "folder of files without labels, as dicom_dir, for the submission",
+            declared=True,
+            missing="name the folder that holds the files",
+            folder_too=True,
+        ),
     ] = None
     output_dir: Annotated[Path, Arg("folder for data sets and the submission", declared=True)] = Path(
         "output"

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
+from difflib import get_close_matches
 from functools import cache
 from math import inf, isfinite
 from pathlib import Path
@@ -34,6 +35,8 @@ class Arg:
     ``shapes_weights`` is False for what may change when an interrupted training continues, or between the
     searches of one study. ``declared`` ones are parameters in MLproject: what goes in and out. A text that
     ``names_file`` is a file's path unless it is one of these words; one that ``is_database`` is its address.
+    A path that is read has ``missing``: what to do if nothing is there. It may be a folder if that is
+    ``folder_too``, and is not read where one of the settings in ``unless`` is given.
     """
 
     help: str
@@ -44,6 +47,9 @@ class Arg:
     declared: bool = False
     names_file: tuple[str, ...] = ()
     is_database: bool = False
+    missing: str = ""
+    folder_too: bool = False
+    unless: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -72,6 +78,13 @@ def _leaves(kind: type, heading: str) -> Iterator[Leaf]:
         else:
             accepted, arg = get_args(hint)
             yield Leaf(f.name, accepted, arg, f.default, heading)
+
+
+def no_setting(name: object, names: Iterable[str]) -> str:
+    """Says that no setting has this name, and which of these is the nearest."""
+    nearest = get_close_matches(str(name), names, n=1)
+    hint = f"did you mean {nearest[0]}?" if nearest else "see --help for the names"
+    return f"no setting is called {str(name)[:60]!r}; {hint}"
 
 
 def from_flat(kind: type[Settings], values: Mapping[str, Any]) -> Settings:

@@ -8,9 +8,12 @@ from typing import Annotated, Literal
 
 from pneumo_experiments.settings.fields import AUTO, NONE, Arg
 
-DatasetPath = Annotated[
-    Path, Arg("data set file (HDF5) that preprocess wrote", shapes_weights=False, declared=True)
-]
+DATASET = Arg(
+    "data set file (HDF5) that preprocess wrote",
+    shapes_weights=False,
+    declared=True,
+    missing="run preprocess to write it",
+)
 Overlays = Annotated[
     int, Arg("overlays of radiograph, truth and prediction to log", 0, 1000, shapes_weights=False)
 ]
@@ -68,11 +71,17 @@ class SourceFiles:
             "folder with the DICOM files, searched with all its subfolders, a zip or tar file of them, or one"
             " file; without DICOM files PNG and JPEG copies are read",
             declared=True,
+            missing="name the folder that holds the DICOM files",
+            folder_too=True,
         ),
     ] = None
     rle_csv: Annotated[
         Path | None,
-        Arg("run-length annotations (train-rle.csv); none for a set without labels", declared=True),
+        Arg(
+            "run-length annotations (train-rle.csv); none for a set without labels",
+            declared=True,
+            missing="name the table of annotations",
+        ),
     ] = None
     masks_dir: Annotated[
         Path | None,
@@ -81,6 +90,8 @@ class SourceFiles:
             " lengths; rle_csv is then none, or the table of new_filename, ImageId and has_pneumo that comes"
             " with such copies",
             declared=True,
+            missing="name the folder that holds the masks",
+            folder_too=True,
         ),
     ] = None
     rle_size: Annotated[
@@ -99,6 +110,7 @@ class SourceFiles:
             " for SIIM-ACR's images and PatientID for others, none takes PatientID for all",
             declared=True,
             names_file=(AUTO, NONE),
+            missing="give auto, none, or a table of image id and patient",
         ),
     ] = AUTO
     image_id: ImageIds = "auto"
@@ -206,7 +218,9 @@ class StudySettings:
     space: Annotated[
         Path | None,
         Arg(
-            "YAML file of other ranges, such as `dice_weight: {low: 0.1, high: 3, log: true}`", declared=True
+            "YAML file of other ranges, such as `dice_weight: {low: 0.1, high: 3, log: true}`",
+            declared=True,
+            missing="name a YAML file of ranges",
         ),
     ] = None
     search_epochs: Annotated[int, Arg("epochs of each trial", 1, 100_000)] = 3

@@ -149,6 +149,8 @@ class Network:
             " (random), a file with a state dict, a model's address, or auto: imagenet where it can be"
             " downloaded, else none",
             names_file=(AUTO, NONE, "imagenet", "coco"),
+            missing="give auto, imagenet, coco, none, a file with a state dict, or a model's address",
+            folder_too=True,
         ),
     ] = AUTO
     tta: Annotated[

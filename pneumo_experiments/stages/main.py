@@ -10,7 +10,6 @@ from typing import Literal
 
 from pneumo_experiments import tracking
 from pneumo_experiments.dataset.hdf5 import Dataset
-from pneumo_experiments.errors import UserError
 from pneumo_experiments.findings.folder import check_findings_folder
 from pneumo_experiments.findings.submission import check_overwrite
 from pneumo_experiments.registry import versions
@@ -26,6 +25,7 @@ from pneumo_experiments.settings import (
     Train,
     as_text,
     as_texts,
+    check_inputs,
 )
 from pneumo_experiments.stages.preprocess import preprocess
 from pneumo_experiments.stages.register import register
@@ -39,16 +39,12 @@ from pneumo_experiments.words import plural
 
 def main(settings: Main) -> ScoreResult:
     """Preprocess, search, train, score, submit and register; returns the final scores."""
+    check_inputs(settings)
     is_synthetic, step = settings.source.dicom_dir is None, _announced(_steps(settings))
     with tracking.run("main", settings, f"main {_subject(settings)}"):
         if is_synthetic:
             next(step)
             settings = _with_sample(settings)
-        elif settings.source.rle_csv is None and settings.source.masks_dir is None:
-            raise UserError(
-                "rle_csv: none given; the chain trains, so it needs dicom_dir's annotations (train-rle.csv),"
-                " or masks_dir"
-            )
         submission, findings = settings.output_dir / "submission.csv", settings.output_dir / "findings"
         if settings.test_dir is not None:
             check_overwrite(submission)  # not only when all is trained

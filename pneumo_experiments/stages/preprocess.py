@@ -31,7 +31,14 @@ from pneumo_experiments.words import command, plural, rows
 def preprocess(settings: Preprocess) -> Path:
     """Writes the data set unless it exists, made from the same files and settings; returns its path.
 
-    Continues an interrupted run.
+    Continues an interrupted run. In a run of MLflow, as on the command line. Raises UserError for input that
+    cannot be used, and for a file that is there already, made from other files or settings.
+
+    >>> path = preprocess(Preprocess.of(dicom_dir="radiographs", rle_csv="rle.csv", image_size=32))
+    preprocess: ...
+    >>> with Dataset.open(path) as dataset:
+    ...     dataset.images([0, 1]).shape, [entry.area_px > 0 for entry in dataset.entries]
+    ((2, 32, 32), [True, False])
     """
     path = settings.dataset
     work = path.with_name(path.name + ".work")

@@ -12,7 +12,15 @@ from pneumo_experiments.words import command, rows
 
 
 def sample(settings: Sample) -> Path:
-    """Writes the sample unless the folder has one with the same settings; returns the folder."""
+    """Writes the sample unless the folder has one with the same settings; returns the folder.
+
+    In a run of MLflow, as on the command line. Raises UserError if it cannot be written.
+
+    >>> folder = sample(Sample.of(output_dir="sample", images=10, test_images=0))
+    sample: 10 synthetic radiographs in ...
+    >>> len(list(folder.rglob("*.dcm"))), (folder / "train-rle.csv").is_file()
+    (10, True)
+    """
     folder, size = settings.output_dir, settings.size
     total, written = size.images + size.test_images, False
     with tracking.run("sample", settings):

@@ -63,7 +63,13 @@ class ScoreResult:
 def score(settings: Score) -> ScoreResult:
     """Scores the model on one part of a data set, writes its findings in a folder, or checks a submission.
 
-    With ``counts`` it only searches thresholds in that file.
+    With ``counts`` it only searches thresholds in that file. In a run of MLflow, as on the command line.
+    Raises UserError for a model and a data set that do not fit, and for a submission with problems.
+
+    >>> scores = score(Score.of(dataset="dataset.h5", subset="holdout")).scores
+    score: holdout: Dice ...
+    >>> scores.images, scores.positives, scores.dice_baseline
+    (4, 2, 0.5)
     """
     with tracking.run("score", settings):
         result, page = _score(settings), tracking.page_of_active_run()
@@ -135,7 +141,7 @@ def _evaluate(settings: Score, detector: Detector, dataset: Dataset) -> _Dataset
     seen = describe_seen(subset, detector.training_images, "the model")
     name, baseline = _name_subset(settings, detector, dataset, seen), None
     if not is_none(settings.baseline):
-        baseline = load_models(settings.baseline, settings.dataset, settings.compute)
+        baseline = load_models(settings.baseline, settings.dataset, settings.compute, "baseline")
         check_unseen(settings.baseline, baseline, subset)
     counts = subset.count(detector.predictor, desc="score")
     evaluation = Evaluation(subset, counts, detector.thresholds)

@@ -48,7 +48,14 @@ def search(settings: Search, keep_start: bool = False) -> SearchResult:
 
     The process that creates the study owns it: the trials of all are child runs of its run, and it writes the
     report. With ``keep_start`` the file of the network after the warm-up epochs stays, for the training that
-    follows. Raises UserError if the study belongs to other data or settings, and if no trial completes.
+    follows. In a run of MLflow, as on the command line. Raises UserError if the study belongs to other data
+    or settings, and if no trial completes.
+
+    >>> settings = Search.of(dataset="dataset.h5", trials=2, search_epochs=1, weights="none", confirm=0)
+    >>> result = search(settings)
+    search: ...
+    >>> result.trial in (0, 1), result.recipe.loss.dice_weight > 0
+    (True, True)
     """
     with open_search(settings) as trials:
         print(hide_passwords(f"search: study {trials.study.study_name} in {settings.study.storage}"))

@@ -54,7 +54,15 @@ def train(settings: Train) -> TrainResult:
     """Trains one network, or for ``fold=all`` one per fold, and then returns their ensemble.
 
     With ``processes``, or started by torchrun, several processes do it together. Waits while another training
-    with the same settings runs. One that was interrupted goes on.
+    with the same settings runs. One that was interrupted goes on. In a run of MLflow, as on the command line.
+    Raises UserError for a data set without labels or positive images, and for weights that do not fit.
+
+    >>> settings = Train.of(dataset="dataset.h5", epochs=1, weights="none", threshold_trials=0, overlays=0)
+    >>> result = train(settings)
+    train: ...
+    >>> detector = load_model(result.model)
+    >>> result.scores.images, 0 <= result.scores.dice <= 1
+    (4, True)
     """
     with training(settings) as result:
         pass
@@ -99,6 +107,8 @@ def _read_source(settings: Train) -> SettingsSource:
     if source.study:
         line = ", ".join(f"{name} {value}" for name, value in source.best.items())
         print(f"train: best settings of study {source.study}: {line}")
+        if source.replaced:
+            print(f"train: they stand in place of the given {some_of(source.replaced, MAX_NAMED)}")
     if source.model is not None:
         changed = some_of(source.changed_code, MAX_NAMED)
         code = f"another one: {changed}" if changed else "the same"

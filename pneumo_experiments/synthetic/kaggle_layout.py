@@ -36,6 +36,7 @@ from pneumo_experiments.dicom.limits import ENVIRONMENT, available_cores
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.files import writing
 from pneumo_experiments.locks import LOCK, work_folder
+from pneumo_experiments.spawning import without_main
 from pneumo_experiments.synthetic.anatomy import build
 from pneumo_experiments.synthetic.radiographs import draw_radiograph
 
@@ -259,8 +260,9 @@ def _start(executor: ProcessPoolExecutor, workers: int) -> None:
     main = threading.current_thread() is threading.main_thread()
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN) if main else None
     try:
-        for _ in range(workers):
-            executor.submit(os.getpid)
+        with without_main():
+            for _ in range(workers):
+                executor.submit(os.getpid)
     finally:
         if main:
             signal.signal(signal.SIGINT, handler)

@@ -16,7 +16,12 @@ from mlflow.entities import Run, RunTag
 from mlflow.environment_variables import MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING
 from mlflow.exceptions import MlflowException
 from mlflow.tracking.context.registry import resolve_tags  # pyright: ignore[reportUnknownVariableType]
-from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME, MLFLOW_RUN_NOTE
+from mlflow.utils.mlflow_tags import (
+    MLFLOW_PARENT_RUN_ID,
+    MLFLOW_PROJECT_ENTRY_POINT,
+    MLFLOW_RUN_NAME,
+    MLFLOW_RUN_NOTE,
+)
 from mlflow.utils.name_utils import (
     _GENERATOR_NOUNS,  # pyright: ignore[reportPrivateUsage]
     _GENERATOR_PREDICATES,  # pyright: ignore[reportPrivateUsage]
@@ -44,6 +49,7 @@ from pneumo_experiments.tracking.store import SETTING, open_store, tracking_uri
 from pneumo_experiments.tracking.system_metrics import log_system_metrics
 from pneumo_experiments.words import escape
 
+WAIT_SECONDS = 600  # for `mlflow run` to end
 log = logging.getLogger(__name__)
 
 
@@ -241,3 +247,24 @@ def end_if_running(run_id: str, status: str) -> None:
     with suppress(MlflowException):
         if client.get_run(run_id).info.status == "RUNNING":
             client.set_terminated(run_id, status)
+
+
+def end_given_run(run_id: str, status: str, reason: str, mlflow_pid: str = "") -> None:
+    """Ends the run that `mlflow run` created, named after its entry point; one that has ended stays so.
+
+    After that of an interrupted process `mlflow run` itself says FAILED, whatever was said before. So with
+    its ``mlflow_pid`` this waits until it has ended.
+    """
+    if mlflow_pid:
+        with suppress(psutil.Error):
+            psutil.Process(int(mlflow_pid)).wait(WAIT_SECONDS)
+    check_server(SETTING, mlflow.get_tracking_uri())
+    client = MlflowClient()
+    run = client.get_run(run_id)
+    tags, info = run.data.tags, run.info
+    if MLFLOW_PROJECT_ENTRY_POINT in tags and info.status in ("RUNNING", "FAILED" if mlflow_pid else ""):
+        if _is_random(info.run_name or ""):
+            client.set_tag(run_id, MLFLOW_RUN_NAME, tags[MLFLOW_PROJECT_ENTRY_POINT])
+        if MLFLOW_RUN_NOTE not in tags:
+            client.set_tag(run_id, MLFLOW_RUN_NOTE, reason)
+        client.set_terminated(run_id, status, info.end_time)

@@ -25,7 +25,7 @@ from pneumo_experiments.learning.averaging import STATISTICS_IMAGES, mean_state,
 from pneumo_experiments.learning.calibration import fit_calibration
 from pneumo_experiments.learning.device import choose_compute, from_numpy
 from pneumo_experiments.learning.loader import batches
-from pneumo_experiments.learning.network import PneumothoraxNet, build
+from pneumo_experiments.learning.network import PneumothoraxNet, build_network
 from pneumo_experiments.learning.predict import Predictor
 from pneumo_experiments.metrics.dice import calibration_error
 from pneumo_experiments.metrics.thresholds import ThresholdCounts, Thresholds, best_on_grid
@@ -204,20 +204,20 @@ def _typical_images(evaluation: Evaluation) -> dict[str, int]:
 
 
 def initial_network(network: Network, seed: int) -> PneumothoraxNet:
-    """See ``build``; the weights may also be those of a model of this project: its address, or its folder.
+    """See ``build_network``; the weights may also be those of a model of this project: address or folder.
 
     What that model has seen, the new network has seen, too. Raises UserError for a model of several networks.
     """
     weights = network.weights
     if not is_model(weights):
-        return build(network.network, weights, seed)
+        return build_network(network.network, weights, seed)
     folder = tracking.model_data(weights, "weights")
     model = load(folder)
     if len(model.members) > 1:
         raise UserError(
             f"weights={weights}: is the mean of {len(model.members)} networks; name a model of one"
         )
-    built = build(network.network, str(folder / WEIGHTS), seed)
+    built = build_network(network.network, str(folder / WEIGHTS), seed)
     built.source, built.training_images = weights, model.training_images
     return built
 

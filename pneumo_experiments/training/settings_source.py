@@ -35,6 +35,8 @@ class SettingsSource:
     study: str = ""
     best: Mapping[str, Any] = field(default_factory=dict[str, Any])
     """the study's best values, by name"""
+    replaced: Sequence[str] = ()
+    """the names of settings that were given, in whose place these stand"""
     model: str | None = None
     """the address of the model whose training is repeated"""
     changed_code: Sequence[str] = ()
@@ -60,8 +62,10 @@ def settings_source(settings: Train, best: Mapping[str, Any] | None = None) -> S
         if best is None:
             return SettingsSource(settings)
         # The run's config.yaml repeats this training, also when the study has found something better.
-        complete = from_flat(Train, flat(settings) | dict(best) | {"from_study": NONE})
-        return SettingsSource(complete, settings.from_study, best)
+        given, default = flat(settings), flat(Train())
+        replaced = [name for name, value in best.items() if given[name] not in (default[name], value)]
+        complete = from_flat(Train, given | dict(best) | {"from_study": NONE})
+        return SettingsSource(complete, settings.from_study, best, replaced)
     if not is_none(settings.from_study):
         raise UserError("reproduce and from_study both name settings; give one of them")
     own, default = weight_shaping(settings), weight_shaping(Train())

@@ -187,6 +187,8 @@ def test_all_folds_become_one_model_that_is_scored_registered_and_served(
     served: Any = mlflow.pyfunc.load_model(f"models:/{version.name}/{version.number}")
     names, contents = [path.stem for path in paths], [path.read_bytes() for path in paths]
     answer = served.predict({"image_id": names, "dicom": contents})
-    singles = [[found.presence for found in one.detect(zip(names, contents, strict=True))] for one in alone]
+    singles = [
+        [found.presence for found in one.detect_each(zip(names, contents, strict=True))] for one in alone
+    ]
     assert len(answer) == len(paths) > 0
     np.testing.assert_allclose(answer["presence"], np.mean(singles, axis=0), atol=1e-6)

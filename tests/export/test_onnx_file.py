@@ -163,7 +163,7 @@ def test_the_example_of_the_docs_outlines_what_the_model_outlines(
         Path("radiograph.dcm").write_bytes(file.read_bytes())
         names: dict[str, Any] = {}
         exec(code, names)
-        (finding,) = exported.detector.detect([(file.stem, file.read_bytes())])
+        (finding,) = exported.detector.detect_each([(file.stem, file.read_bytes())])
         assert finding.mask is not None
         assert names["mask"].shape == finding.mask.shape
         assert np.count_nonzero(names["mask"] != finding.mask) <= finding.mask.size / 10_000

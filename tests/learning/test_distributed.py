@@ -17,7 +17,7 @@ from pneumo_experiments.learning import distributed
 from pneumo_experiments.learning.averaging import update_batch_norm
 from pneumo_experiments.learning.fit import fit
 from pneumo_experiments.learning.launch import launch
-from pneumo_experiments.learning.network import build
+from pneumo_experiments.learning.network import build_network
 from pneumo_experiments.learning.predict import Predictor
 from pneumo_experiments.settings import Recipe
 
@@ -31,7 +31,7 @@ RECIPE = make(Recipe, batch_size=5, learning_rate=1e-3, augment=True, ema=0.9, s
 def trained(recipe: Recipe) -> dict[str, Any]:
     """Losses of each epoch and the last weights, of however many processes run this."""
     add_tiny_network()
-    network = build("tiny", "none", 0)
+    network = build_network("tiny", "none", 0)
     for module in network.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0  # each process draws its own
@@ -50,7 +50,7 @@ def loss_of_presence() -> float:
     add_tiny_network()
     weights = {"bce_weight": 0, "dice_weight": 0, "focal_weight": 0, "aux_weight": 0}
     recipe = make(Recipe, batch_size=2, augment=False, **weights)
-    (epoch,) = fit(Predictor(build("tiny", "none", 0), CPU), noise(4), recipe, 1)
+    (epoch,) = fit(Predictor(build_network("tiny", "none", 0), CPU), noise(4), recipe, 1)
     return epoch.losses["total"]
 
 
@@ -142,7 +142,7 @@ def test_synchronised_batch_normalisation_is_that_of_all_rows(together: Together
 
 def test_on_gpus_torch_s_own_layers_keep_parameters_and_names(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
-    network = build("fcn_resnet50", "none", 0)
+    network = build_network("fcn_resnet50", "none", 0)
     before = dict(network.named_parameters())
     names = list(network.state_dict())
     layers = [type(module) for module in network.modules()].count(nn.BatchNorm2d)

@@ -23,7 +23,7 @@ from pneumo_experiments.learning.checkpoint import Checkpoint
 from pneumo_experiments.learning.device import ComputeConfig, choose_compute
 from pneumo_experiments.learning.fit import Epoch, fit
 from pneumo_experiments.learning.loader import batches
-from pneumo_experiments.learning.network import Output, PneumothoraxNet, build
+from pneumo_experiments.learning.network import Output, PneumothoraxNet, build_network
 from pneumo_experiments.learning.predict import Predictor
 from pneumo_experiments.learning.trainer import Trainer, lr_factor, parameter_groups
 from pneumo_experiments.settings import Device, Recipe
@@ -40,10 +40,10 @@ def assert_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None
 @pytest.mark.parametrize("ema", [0.0, 0.9])
 def test_a_resumed_training_ends_in_the_same_weights_bit_for_bit(ema: float, tmp_path: Path) -> None:
     recipe = make(Recipe, batch_size=4, augment=True, seed=3, ema=ema, learning_rate=1e-3)
-    whole = build("tiny", "none", 0)
+    whole = build_network("tiny", "none", 0)
     epochs = list(fit(Predictor(whole, CPU), noise(6), recipe, 3))
     checkpoint = Checkpoint(tmp_path / "one")
-    stopped = build("tiny", "none", 0)
+    stopped = build_network("tiny", "none", 0)
     for epoch in fit(Predictor(stopped, CPU), noise(6), recipe, 3):
         if epoch.number == 2:
             checkpoint.save({"state": epoch.state()}, {})
@@ -51,7 +51,7 @@ def test_a_resumed_training_ends_in_the_same_weights_bit_for_bit(ema: float, tmp
     torch.rand(5)  # the global generator in another state
     last = checkpoint.last()
     assert last is not None
-    other = build("tiny", "none", 1)
+    other = build_network("tiny", "none", 1)
     (final,) = list(fit(Predictor(other, CPU), noise(6), recipe, 3, state=last["state"]))
     assert final.number == 3
     assert final.losses == epochs[-1].losses
@@ -139,7 +139,7 @@ def test_steps_without_a_finite_gradient_are_skipped_and_counted_and_many_end_th
 
 
 def test_pretrained_layers_learn_at_their_own_rate() -> None:
-    network = build("tiny", "none", 0)
+    network = build_network("tiny", "none", 0)
     before = weights_of(network)
     network.pretrained = frozenset(name for name, _ in network.named_parameters() if "backbone" in name)
     recipe = make(Recipe, batch_size=4, augment=False, pretrained_lr_scale=0, weight_decay=0.01)
@@ -155,7 +155,7 @@ def test_pretrained_layers_learn_at_their_own_rate() -> None:
 )
 def test_training_learns_to_segment_bright_squares(name: str, count: int, learning_rate: float) -> None:
     recipe = make(Recipe, batch_size=8, learning_rate=learning_rate, augment=False, positive_share=0, seed=1)
-    network = build(name, "none", recipe.seed)
+    network = build_network(name, "none", recipe.seed)
     compute = CPU if name == "tiny" else choose_compute(Device())
     epochs = list(fit(Predictor(network, compute), squares(16), recipe, count))
     assert [epoch.number for epoch in epochs] == list(range(1, count + 1))
@@ -173,7 +173,7 @@ def test_training_learns_to_segment_bright_squares(name: str, count: int, learni
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_batch_without_a_finite_gradient_changes_nothing(precision: str) -> None:
-    network = build("tiny", "none", 0)
+    network = build_network("tiny", "none", 0)
     recipe = make(Recipe, batch_size=2, learning_rate=1e-2, ema=0.5, augment=False)
     trainer = Trainer(Predictor(network, ComputeConfig(CPU.device, precision)), recipe, 400)
     (batch,) = batches(noise(2), recipe, 1, 1, CPU.device)
@@ -194,7 +194,7 @@ def test_a_batch_without_a_finite_gradient_changes_nothing(precision: str) -> No
 
 
 def test_without_a_weight_in_the_loss_the_auxiliary_head_stays_as_it_is() -> None:
-    network = build("tiny", "none", 0)
+    network = build_network("tiny", "none", 0)
     before, batch_norm = weights_of(network.aux_head), weights_of(network.mask_head)["1.running_mean"]
     recipe = make(Recipe, batch_size=2, augment=False, aux_weight=0.0, weight_decay=1.0)
     trainer = Trainer(Predictor(network, CPU), recipe, 2)
@@ -219,7 +219,7 @@ def test_the_rate_rises_for_a_fifth_and_ends_near_zero() -> None:
 
 @pytest.mark.parametrize("count", [2, 4])
 def test_only_kernels_decay_and_each_parameter_has_the_rate_of_its_layer(count: int) -> None:
-    network = build("tiny", "none", 0)
+    network = build_network("tiny", "none", 0)
     if count == 4:
         network.pretrained = frozenset(n for n, _ in network.named_parameters() if n.startswith("backbone."))
     recipe = make(Recipe, learning_rate=1e-2, pretrained_lr_scale=0.1, weight_decay=0.3)
@@ -239,7 +239,7 @@ def test_only_kernels_decay_and_each_parameter_has_the_rate_of_its_layer(count: 
 
 
 def test_the_moving_average_follows_the_weights_as_its_formula_says() -> None:
-    network = build("tiny", "none", 0)
+    network = build_network("tiny", "none", 0)
     average = MovingAverage(network, 0.5)
     name = "presence_head.bias"
     expected = float(network.presence_head.bias.detach())

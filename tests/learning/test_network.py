@@ -22,7 +22,7 @@ from torchvision.models import segmentation
 
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.learning import network as network_module
-from pneumo_experiments.learning.network import NETWORKS, PneumothoraxNet, build
+from pneumo_experiments.learning.network import NETWORKS, PneumothoraxNet, build_network
 
 ARCHITECTURES = ("fcn_resnet50", "deeplabv3_resnet50")  # the 101s differ from these in depth alone
 State = dict[Any, Tensor]
@@ -220,7 +220,7 @@ def test_the_output_is_torchvisions_for_the_image_in_three_channels(network: str
 def test_imagenet_weights_replace_only_the_backbone_initialisation(weights: str, torch_home: Path) -> None:
     state = resnet()
     in_the_cache(torch_home, models.ResNet50_Weights.IMAGENET1K_V2.url, state)
-    net = build("fcn_resnet50", weights, seed=0)
+    net = build_network("fcn_resnet50", weights, seed=0)
     ours = net.backbone.state_dict()
     assert all(holds(ours[name], state[name]) for name in ours)
     assert ours["layer1.0.bn3.weight"].min() > 0.5  # no longer the identity
@@ -237,7 +237,7 @@ def test_coco_weights_fill_all_but_the_last_layers_and_the_presence_head(
 ) -> None:
     state = constants(torchvision_shapes(network, num_classes=21, aux_loss=True))
     in_the_cache(torch_home, NETWORKS[network].coco.url, state)
-    net = build(network, "coco", seed=0)
+    net = build_network(network, "coco", seed=0)
     last = {"mask_head.4.weight", "mask_head.4.bias", "aux_head.4.weight", "aux_head.4.bias"}
     own = last | {"presence_head.weight", "presence_head.bias"}
     assert net.pretrained == {name for name, _ in net.named_parameters()} - own
@@ -259,14 +259,14 @@ def test_weights_that_cannot_be_downloaded_are_an_error_that_says_what_to_do(
     weights: str, torch_home: Path
 ) -> None:
     with pytest.raises(UserError, match=rf"^weights={weights}: cannot .*weights=none .*weights=FILE.*$"):
-        build("fcn_resnet50", weights, seed=0)
+        build_network("fcn_resnet50", weights, seed=0)
     assert [path for path in torch_home.rglob("*") if path.is_file()] == []
 
 
 def test_auto_weights_continue_without_a_connection_and_warn(
     torch_home: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    net = build("fcn_resnet50", "auto", seed=0)
+    net = build_network("fcn_resnet50", "auto", seed=0)
     assert "random values, which needs many more epochs" in caplog.text
     assert (net.source, net.source_sha256) == ("none", "none")
     assert net.pretrained == frozenset()
@@ -277,7 +277,7 @@ def test_a_damaged_download_is_named(torch_home: Path) -> None:
     path = in_the_cache(torch_home, models.ResNet50_Weights.IMAGENET1K_V2.url, {})
     path.write_bytes(b"half a down")
     with pytest.raises(UserError, match=rf"{path.name}: .* delete it"):
-        build("fcn_resnet50", "auto", seed=0)
+        build_network("fcn_resnet50", "auto", seed=0)
 
 
 # Weights from a file
@@ -286,7 +286,7 @@ def test_a_damaged_download_is_named(torch_home: Path) -> None:
 def test_saved_weights_of_a_network_come_back_whole(tmp_path: Path) -> None:
     state = constants({n: value.shape for n, value in fresh("deeplabv3_resnet50").state_dict().items()})
     torch.save(state, tmp_path / "weights.pt")
-    net = build("deeplabv3_resnet50", str(tmp_path / "weights.pt"), seed=9)
+    net = build_network("deeplabv3_resnet50", str(tmp_path / "weights.pt"), seed=9)
     assert all(holds(tensor, state[name]) for name, tensor in net.state_dict().items())
     assert net.pretrained == {name for name, _ in net.named_parameters()}
     assert copy.deepcopy(net).pretrained == net.pretrained
@@ -299,14 +299,14 @@ def test_a_safetensors_file_is_read_number_by_number(tmp_path: Path) -> None:
     state, path = resnet(), tmp_path / "model.safetensors"
     state["conv1.weight"] = torch.linspace(-1, 1, state["conv1.weight"].numel()).view(64, 3, 7, 7).half()
     save_file({name: tensor.contiguous() for name, tensor in state.items()}, path, {"format": "pt"})
-    net = build("fcn_resnet50", str(path), seed=0)
+    net = build_network("fcn_resnet50", str(path), seed=0)
     assert torch.equal(net.backbone["conv1"].weight, state["conv1.weight"].float())
     assert holds(net.backbone["layer4"][2].bn3.weight, state["layer4.2.bn3.weight"])
     assert net.source == "model.safetensors"
     for damaged in (path.read_bytes()[:-1], b"", b"\xff" * 100, path.read_bytes()[:500]):
         path.write_bytes(damaged)
         with pytest.raises(UserError, match="not a state dict that can be read safely"):
-            build("fcn_resnet50", str(path), seed=0)
+            build_network("fcn_resnet50", str(path), seed=0)
 
 
 @pytest.mark.parametrize(
@@ -333,7 +333,7 @@ def test_a_backbone_is_found_in_a_checkpoint_and_below_a_prefix(
     for name in reversed(key.split("/") if key else []):
         written = {name: written, "epoch": 7, "hyper_parameters": {"lr": 1e-3}}
     torch.save(written, tmp_path / "w.pt")
-    net = build("fcn_resnet50", str(tmp_path / "w.pt"), seed=0)
+    net = build_network("fcn_resnet50", str(tmp_path / "w.pt"), seed=0)
     assert holds(net.backbone["conv1"].weight, state["conv1.weight"])
     assert holds(net.backbone["layer4"][2].bn3.weight, state["layer4.2.bn3.weight"])
     assert torch.equal(net.mask_head[0].weight, fresh("fcn_resnet50").mask_head[0].weight)
@@ -347,7 +347,7 @@ def test_a_backbone_without_its_last_stage_is_loaded_with_a_warning(
 ) -> None:
     state = resnet()
     torch.save({n: t for n, t in state.items() if not n.startswith(("layer4.", "fc."))}, tmp_path / "w.pt")
-    net = build("fcn_resnet50", str(tmp_path / "w.pt"), seed=0)
+    net = build_network("fcn_resnet50", str(tmp_path / "w.pt"), seed=0)
     assert holds(net.backbone["layer3"][5].conv3.weight, state["layer3.5.conv3.weight"])
     assert torch.equal(
         net.backbone["layer4"][2].conv3.weight, fresh("fcn_resnet50").backbone["layer4"][2].conv3.weight
@@ -360,7 +360,7 @@ def test_a_backbone_without_its_last_stage_is_loaded_with_a_warning(
 def test_a_file_without_auxiliary_head_leaves_that_as_it_was_initialised(tmp_path: Path) -> None:
     state = constants(torchvision_shapes("fcn_resnet50", num_classes=1, aux_loss=False))
     torch.save(state, tmp_path / "weights.pt")
-    net = build("fcn_resnet50", str(tmp_path / "weights.pt"), seed=0)
+    net = build_network("fcn_resnet50", str(tmp_path / "weights.pt"), seed=0)
     assert holds(net.mask_head[4].weight, state["classifier.4.weight"])  # one class, as ours
     assert torch.equal(net.aux_head[0].weight, fresh("fcn_resnet50").aux_head[0].weight)
     assert {name.partition(".")[0] for name in net.pretrained} == {"backbone", "mask_head"}
@@ -420,5 +420,5 @@ def test_a_wrong_weights_file_is_named_with_what_is_wrong(
     elif content is not None:
         torch.save(content, path)
     with pytest.raises(UserError, match=rf"^weights=.*weights\.pt: .*{complaint}") as caught:
-        build("fcn_resnet50", str(path), seed=0)
+        build_network("fcn_resnet50", str(path), seed=0)
     assert "\n" not in str(caught.value)

@@ -17,7 +17,7 @@ from tiny_network import CPU, random_network, squares, tiny_member
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.learning.calibration import Calibration, fit_calibration
 from pneumo_experiments.learning.device import choose_compute
-from pneumo_experiments.learning.network import PneumothoraxNet, build
+from pneumo_experiments.learning.network import PneumothoraxNet, build_network
 from pneumo_experiments.learning.predict import Ensemble, Predictor, to_native
 from pneumo_experiments.metrics.dice import auroc, calibration_error
 from pneumo_experiments.metrics.thresholds import Thresholds
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("tiny")
 
 @pytest.fixture(scope="module")
 def network(tiny: None) -> PneumothoraxNet:
-    return build("tiny", "none", seed=0)
+    return build_network("tiny", "none", seed=0)
 
 
 def test_predictions_do_not_depend_on_the_batch(network: PneumothoraxNet) -> None:

@@ -20,7 +20,7 @@ from pneumo_experiments.evaluation.pictures import ranked_overlays
 from pneumo_experiments.evaluation.subset import Subset
 from pneumo_experiments.figures import overlay
 from pneumo_experiments.learning.device import ComputeConfig
-from pneumo_experiments.learning.network import Output, PneumothoraxNet, build
+from pneumo_experiments.learning.network import Output, PneumothoraxNet, build_network
 from pneumo_experiments.learning.predict import Predictor, to_native
 from pneumo_experiments.learning.threshold_counts import (
     ThresholdCounter,
@@ -148,7 +148,7 @@ def opened(dataset: Path) -> Iterator[Dataset]:
 
 @pytest.fixture(scope="module")
 def predictor(tiny: None) -> Predictor:
-    return Predictor(build("tiny", "none", seed=0), CPU)
+    return Predictor(build_network("tiny", "none", seed=0), CPU)
 
 
 def with_native_sizes(opened: Dataset, sizes: list[tuple[int, int]]) -> Dataset:
@@ -180,7 +180,7 @@ def test_the_counts_of_a_subset_are_those_of_its_predictions_one_by_one(
 @pytest.mark.usefixtures("tiny")
 @pytest.mark.parametrize("head", ["mask_head", "presence_head"])
 def test_a_diverged_network_is_an_error_with_advice(opened: Dataset, head: str) -> None:
-    network = build("tiny", "none", seed=0)
+    network = build_network("tiny", "none", seed=0)
     for weights in getattr(network, head).parameters():
         torch.nn.init.constant_(weights, float("nan"))
     diverged = Predictor(network, CPU)

@@ -313,7 +313,7 @@ def test_a_png_picture_and_a_gzip_file_are_answered_like_their_dicom_file() -> N
     picture = io.BytesIO()
     Image.fromarray(GREYS).save(picture, "PNG")
     contents = [dicom_bytes(GREYS), picture.getvalue(), gzip.compress(dicom_bytes(GREYS))]
-    original, *others = trained(0).detect([(str(n), content) for n, content in enumerate(contents)])
+    original, *others = trained(0).detect_each([(str(n), content) for n, content in enumerate(contents)])
     assert original.error == ""
     for other in others:
         assert (other.error, other.presence) == ("", pytest.approx(original.presence, abs=1e-6))
@@ -324,11 +324,11 @@ def test_a_png_picture_and_a_gzip_file_are_answered_like_their_dicom_file() -> N
 def test_a_batch_of_any_size_keeps_its_order_and_its_outputs() -> None:
     files = [(str(n), b"no DICOM" if n % 5 == 4 else jpeg_file(GREYS)) for n in range(37)]
     one = trained(0)
-    findings = list(one.detect(files))
+    findings = list(one.detect_each(files))
     assert [finding.image_id for finding in findings] == [image_id for image_id, _ in files]
     assert [bool(finding.error) for finding in findings] == [n % 5 == 4 for n in range(37)]
-    (alone,) = one.detect(files[:1])
+    (alone,) = one.detect_each(files[:1])
     presences = [finding.presence for finding in findings if not finding.error]
     assert presences == [pytest.approx(alone.presence, abs=1e-5)] * 30
-    assert [finding.error for finding in one.detect(files[4:5])] == ["4: not a DICOM file"]
-    assert not list(one.detect([]))
+    assert [finding.error for finding in one.detect_each(files[4:5])] == ["4: not a DICOM file"]
+    assert not list(one.detect_each([]))

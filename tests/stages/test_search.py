@@ -32,7 +32,7 @@ from pneumo_experiments.dataset.hdf5 import Dataset
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.evaluation.evaluate import Evaluation
 from pneumo_experiments.interrupts import Interrupted
-from pneumo_experiments.learning.network import build
+from pneumo_experiments.learning.network import build_network
 from pneumo_experiments.metrics.thresholds import ThresholdCounts, Thresholds
 from pneumo_experiments.search import report as study_report
 from pneumo_experiments.search import trial as trial_module
@@ -516,7 +516,7 @@ def test_warm_up_epochs_are_trained_once_and_deleted_at_the_end(
         first = TrialTraining(dataset, settings)._initial.state_dict()  # what every trial starts from
         saved = trial_training.warmup_checkpoint(settings, dataset.fingerprint).last()
     assert saved is not None
-    untrained = build(settings.recipe.network.network, "none", settings.recipe.seed).state_dict()
+    untrained = build_network(settings.recipe.network.network, "none", settings.recipe.seed).state_dict()
     assert all(torch.equal(first[name], saved["networks"][1][name]) for name in first)
     assert not torch.equal(first["mask_head.0.weight"], untrained["mask_head.0.weight"])
     search(changed(settings, trials=3))
@@ -567,7 +567,7 @@ def test_a_kept_start_is_the_network_that_the_trials_started_from(settings: Sear
     assert search(settings, keep_start=True).start == start  # the study has ended: trained again
     again = torch.load(start, weights_only=True)
     assert all(torch.equal(first[name], again[name]) for name in first)
-    untrained = build(settings.recipe.network.network, "none", settings.recipe.seed).state_dict()
+    untrained = build_network(settings.recipe.network.network, "none", settings.recipe.seed).state_dict()
     assert not torch.equal(first["mask_head.0.weight"], untrained["mask_head.0.weight"])
     other = changed(settings, search_warmup_epochs=0, study="other")
     assert search(other, keep_start=True).start is None

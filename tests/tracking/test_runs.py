@@ -40,6 +40,7 @@ from pneumo_experiments.tracking import processes
 from pneumo_experiments.tracking.buffered_client import BufferedClient
 from pneumo_experiments.tracking.log import active_runs
 from pneumo_experiments.tracking.processes import is_dead, process_tags
+from pneumo_experiments.tracking.runs import end_given_run
 
 
 def runs(store: Path) -> dict[str, Run]:
@@ -100,6 +101,25 @@ def test_a_name_that_somebody_gave_to_the_run_stays(
     with tracking.run("train", make(Train)), tracking.run("fold", make(Train), "fold 0"):
         pass
     assert set(runs(store)) == {given or "train", "fold 0"}
+
+
+@pytest.mark.parametrize(
+    ("tags", "name", "expected"),
+    [
+        ({"mlflow.project.entryPoint": "score"}, "able-ant-7", ("score", "KILLED", "why")),
+        ({"mlflow.project.entryPoint": "score"}, "mine", ("mine", "KILLED", "why")),
+        ({}, "able-ant-7", ("able-ant-7", "RUNNING", None)),  # not of `mlflow run`
+    ],
+)
+def test_a_run_of_mlflow_run_in_which_nothing_began_ends_with_name_and_reason(
+    tags: dict[str, str], name: str, expected: tuple[str, str, str | None], store: Path
+) -> None:
+    given = MlflowClient().create_run("0", run_name=name, tags=tags).info.run_id
+    end_given_run(given, "KILLED", "why")
+    run = MlflowClient().get_run(given)
+    assert (run.info.run_name, run.info.status, run.data.tags.get("mlflow.note.content")) == expected
+    end_given_run(given, "FAILED", "another")  # what has ended stays as it is
+    assert MlflowClient().get_run(given).data.tags.get("mlflow.note.content") in ("why", None)
 
 
 def test_runs_nest_under_their_step_and_hold_the_settings_that_matter(store: Path) -> None:
@@ -468,15 +488,15 @@ def stopped(
 
 
 @pytest.mark.parametrize(
-    ("how", "code", "line"), [("ctrl-c", 130, "stopped"), ("sigterm", 143, "stopped by SIGTERM")]
+    ("how", "code", "line"), [("ctrl-c", 130, "Stopped;"), ("sigterm", 143, "Stopped by SIGTERM;")]
 )
 def test_a_stopped_command_says_so_and_leaves_a_killed_run_and_no_files(
     how: str, code: int, line: str, stopped: dict[str, Stopped]
 ) -> None:
     end = stopped[how]
     assert (end.code, end.status) == (code, "KILLED")
-    *progress, error = end.output.strip().splitlines()
-    assert error.startswith(f"Error: {line}")
+    *progress, last = end.output.strip().splitlines()
+    assert last.startswith(line)
     assert all(re.fullmatch("sample: about .* left", told) for told in progress)
     assert list((end.store / "output").iterdir()) == []
 

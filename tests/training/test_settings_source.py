@@ -18,9 +18,10 @@ from samples import write
 from pneumo_experiments import tracking
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.serving import load
-from pneumo_experiments.settings import Register, Train
+from pneumo_experiments.settings import Register, Train, flat
 from pneumo_experiments.stages.register import register
 from pneumo_experiments.stages.train import train
+from pneumo_experiments.training.settings_source import settings_source
 
 pytestmark = pytest.mark.usefixtures("no_layout")
 
@@ -62,6 +63,13 @@ def reproduce(model: str, **values: object) -> tuple[str, Run]:
 def weights(address: str) -> dict[str, torch.Tensor]:
     (member,) = load(tracking.model_data(address)).members
     return member.predictor.network.state_dict()
+
+
+def test_settings_of_a_study_that_replace_given_ones_are_named() -> None:
+    best = {"dice_weight": 0.5, "focal_weight": 3.0, "learning_rate": 0.1}
+    source = settings_source(make(Train, from_study="s", dice_weight=2.0, focal_weight=3.0), best)
+    assert flat(source.settings).items() >= best.items()
+    assert source.replaced == ["dice_weight"]  # the same one, and the default, are no surprise
 
 
 def test_a_champion_is_trained_again_with_the_same_settings_to_the_same_weights(

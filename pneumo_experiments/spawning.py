@@ -1,0 +1,22 @@
+"""Processes that start from any program, also from a user's script."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Generator
+from contextlib import contextmanager
+from types import ModuleType
+
+
+@contextmanager
+def without_main() -> Generator[None]:
+    """Processes that multiprocessing spawns in the block do not import the main program.
+
+    They need this package alone, and would run a script that has no ``if __name__ == "__main__":`` again.
+    """
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main

@@ -1,0 +1,104 @@
+"""What --dry_run says, and that it does nothing."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from helpers import End, ended
+
+from pneumo_experiments.dataset.hdf5 import Dataset
+from pneumo_experiments.evaluation.subset import Subset, make_split
+from pneumo_experiments.settings import ENTRY_POINTS, SplitSettings
+
+
+@pytest.fixture
+def desk(tmp_path: Path, dataset: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory, with a data set and the radiographs that it is made of, but without a store."""
+    shutil.copy(dataset, tmp_path)
+    (tmp_path / "sample").symlink_to(dataset.with_name("sample"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    return tmp_path
+
+
+WORDS = {
+    "main": "--dicom_dir sample --rle_csv sample/train-rle.csv",
+    "sample": "",
+    "preprocess": "--dicom_dir sample --rle_csv sample/train-rle.csv",
+    "train": "--dataset d.h5 --fold 1 --epochs 3",
+    "search": "--dataset d.h5",
+    "score": "--dataset d.h5",
+    "register": "",
+}
+
+
+@pytest.mark.parametrize("name", ENTRY_POINTS)
+def test_a_dry_run_says_where_the_run_would_be_and_writes_nothing(
+    name: str, desk: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = sorted(desk.rglob("*"))
+    end = ended([name, *WORDS[name].split(), "--dry-run"], monkeypatch, capsys)
+    assert (end.code, end.err) == (0, "")
+    lines = end.out.splitlines()
+    assert f"  a run in sqlite:///{desk}/mlflow.db".replace(f"{desk}/", "") in lines
+    assert lines[-1] == f"{name}: a dry run: nothing is done"
+    assert sorted(desk.rglob("*")) == before
+
+
+def dry(words: str, patch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> End:
+    return ended([*words.split(), "--dry_run"], patch, capsys)
+
+
+def test_a_dry_training_shows_what_was_chosen_and_each_subset(
+    desk: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = dry(f"train {WORDS['train']}", monkeypatch, capsys).out.splitlines()
+    chosen = [line.split()[1:] for line in lines if line.startswith("*")]
+    assert chosen == [["dataset", "d.h5"], ["epochs", "3"], ["fold", "1"]]
+    with Dataset.open(Path("d.h5")) as dataset:
+        parts = make_split(dataset, SplitSettings(fold="1"))
+        for name in ("train", "validation", "holdout"):
+            subset = Subset(dataset, getattr(parts, name))
+            counts = len(subset), (subset.areas_px > 0).sum(), len(set(subset.patients))
+            assert [name, *map(str, counts)] in [line.split() for line in lines]
+    count = len(parts.train)
+    assert any(
+        f"3 epochs of {count} images, and {len(parts.validation)} to validate" in line for line in lines
+    )
+    assert any("kB of memory" in line for line in lines)
+
+
+def test_a_dry_preprocess_counts_the_files_and_a_dry_score_of_a_folder_too(
+    desk: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with Dataset.open(Path("d.h5")) as dataset:
+        positive = sum(entry.annotations > 0 for entry in dataset.entries)
+        count = len(dataset)
+    said = dry(f"preprocess {WORDS['preprocess']} --image_size 64", monkeypatch, capsys).out
+    assert f"  {count} images, {positive} with run lengths\n" in said
+    assert f"  at 64 px less than {2 * count * 64 * 64 * 4 / 1000:.0f} kB" in said
+    said = dry("score --dicom_dir sample/dicom-images-train --submission s.csv", monkeypatch, capsys).out
+    assert f"  {count} images in sample/dicom-images-train\n" in said
+    assert "  s.csv\n" in said
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        ("train --dataset d.h5 --fold 7", "fold=7: does not exist; set fold from 0 to 4"),
+        ("train --dataset missing.h5", "dataset=missing.h5: no such file; run preprocess to write it"),
+        ("preprocess --dicom_dir . --rle_csv sample/sample.json", "sample/sample.json: found the one column"),
+    ],
+)
+def test_a_dry_run_finds_mistakes(
+    words: str,
+    line: str,
+    desk: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    end = dry(words, monkeypatch, capsys)
+    assert (end.code, end.err.count("\n")) == (2, 1)
+    assert end.err.startswith(f"Error: {line}")
