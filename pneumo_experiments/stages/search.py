@@ -87,7 +87,8 @@ def _search_in_run(trials: Trials, is_owner: bool = True, keep_start: bool = Fal
             study.set_user_attr(PARENT, run_id)
             study.set_user_attr(PARENT_PROCESS, tracking.process_tags())
         tracking.log_params({"study_used": study.study_name})
-        tracking.log_dataset(settings.dataset, trials.dataset.fingerprint, "search")
+        data = trials.dataset
+        tracking.log_dataset(settings.dataset, data.fingerprint, "search", data.profile)
         work(replace(trials, parent=run_id))
         has_start = warmup_weights(settings, trials.dataset.fingerprint).is_file()
         if keep_start and settings.study.search_warmup_epochs > 0 and not has_start:

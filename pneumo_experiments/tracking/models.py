@@ -44,9 +44,10 @@ SIGNATURE = ModelSignature(
     outputs=Schema(
         [
             ColSpec(DataType.string, "image_id"),
-            ColSpec(DataType.double, "presence", required=False),  # null where a file cannot be used
-            ColSpec(DataType.long, "area_px"),
-            ColSpec(DataType.string, "rle"),
+            # Null where a file cannot be used: no area and no run lengths would read as healthy.
+            ColSpec(DataType.double, "presence", required=False),
+            ColSpec(DataType.long, "area_px", required=False),
+            ColSpec(DataType.string, "rle", required=False),
             ColSpec(DataType.string, "error"),
         ]
     ),
