@@ -45,7 +45,7 @@ def overlay(
 
     width, height = base.size
     gap = max(4, size_px // 32)
-    text_px = max(11, size_px // 20)
+    text_px = max(11, size_px // 15)  # pages show it smaller
     font = ImageFont.load_default(size=text_px)
     line = round(text_px * 1.3)
     canvas_size = (gap + (width + gap) * len(panels), 4 * gap + 2 * line + height)

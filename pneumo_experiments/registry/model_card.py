@@ -130,14 +130,14 @@ def model_card(version: Version, detector: Detector, decision: Decision, lineage
     )
 
 
-def _score_text(row: Row, name: str) -> str:
+def _score_text(row: Row, name: str, digits: int = 3) -> str:
     """``0.912 (0.858 to 0.956), 31 of 34``, without what is undefined."""
     value, *ends = (row.get(f"{name}{end}") for end in ("", "_low", "_high"))
     if value is None:
         return "–"
-    interval = "" if None in ends else f" ({ends[0]:.3f} to {ends[1]:.3f})"
+    interval = "" if None in ends else f" ({ends[0]:.{digits}f} to {ends[1]:.{digits}f})"
     note = f", {row[f'{name}_note']}" if row.get(f"{name}_note") else ""
-    return f"{value:.3f}{interval}{note}"
+    return f"{value:.{digits}f}{interval}{note}"
 
 
 @cache

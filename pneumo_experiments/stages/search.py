@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from pneumo_experiments import tracking
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.passwords import hide_passwords
 from pneumo_experiments.search.claims import claim, holder
+from pneumo_experiments.search.dashboard import save_note
 from pneumo_experiments.search.report import make_report
 from pneumo_experiments.search.space import in_words, unsearched_ranges, with_values
 from pneumo_experiments.search.study import PARENT, PARENT_PROCESS, REPORTED, best_trials, count_trials
@@ -23,6 +25,7 @@ from pneumo_experiments.search.trial_training import (
 from pneumo_experiments.search.winner import Winner, choose_winner
 from pneumo_experiments.search.workers import open_search, work
 from pneumo_experiments.settings import Recipe, Search
+from pneumo_experiments.words import plural
 
 OWNER = "owner"  # the task of the process whose run is the parent of the trials, and which reports
 
@@ -47,7 +50,7 @@ def search(settings: Search, keep_start: bool = False) -> SearchResult:
     with open_search(settings) as trials:
         print(hide_passwords(f"search: study {trials.study.study_name} in {settings.study.storage}"))
         if (count := count_trials(trials.study)) >= settings.study.trials:
-            print(f"search: the study has {count} trials already; increase trials to continue")
+            print(f"search: the study has {plural(count, 'trial')} already; increase trials to continue")
         if others := unsearched_ranges(settings.study):
             print(f"search: space has ranges of {', '.join(others)}, too; searched names what is searched")
         owners_run = _run_of_owner(trials)
@@ -100,15 +103,20 @@ def _search_in_run(trials: Trials, is_owner: bool = True, keep_start: bool = Fal
             tracking.log_yaml(report.best, "best.yaml")
             tracking.log_metrics({"val_dice": winner.value, "best_trial": float(winner.trial.number)})
             tracking.describe(report.description)
+            save_note(study, report.description)
+            for number, values in report.curves:
+                tracking.log_metrics(values, step=number)
             for name, picture in report.pictures.items():
                 tracking.log_image(picture, f"study/{name}.png")
         delete_models(best_trials(study)[settings.study.keep :])
         study.set_user_attr(REPORTED, count_trials(study))
-        return _result(trials, winner)
+        return _result(trials, winner, report.notes)
 
 
-def _result(trials: Trials, winner: Winner | None) -> SearchResult:
+def _result(trials: Trials, winner: Winner | None, notes: Sequence[str] = ()) -> SearchResult:
     if winner is None:
         raise UserError("search: no trial has completed; give it more trials, or more time")
     print(f"search: best is trial {winner.line}: {in_words(winner.trial.params)}")
+    for note in notes:
+        print(f"search: {note}")
     return SearchResult(with_values(trials.settings.recipe, winner.trial.params), winner.trial.number)

@@ -291,7 +291,7 @@ def test_the_card_agrees_with_tags_and_tables(shelf: Shelf) -> None:
         *("Each decision about a champion uses these images up", "masks, the baseline: 0.0000"),
         *(f"fingerprint: `{fingerprint[:16]}", "split_seed=0", "\n| all images | "),
         f"| {large['value']} | &emsp;{images}"
-        f" | &emsp;1.000 ({low:.3f} to 1.000), {images} of {images}{note} | &emsp;– |",
+        f" | &emsp;1.00 ({low:.2f} to 1.00), {images} of {images}{note} | &emsp;– |",
     ):
         assert text in card, text
     links = dict(re.findall(r"\[(.*?)\]\((#/experiments/0/runs/.*?)\)", card))
