@@ -224,7 +224,7 @@ def _table(completed: Sequence[FrozenTrial], winner: Winner) -> Iterator[str]:
     if winner.trial.number not in [trial.number for trial in shown]:
         shown[-1:] = [winner.trial]
     header = ["trial", "Dice", "on positives", *names, "seconds"]
-    yield f"| {' | '.join(header)} |"
+    yield f"| {' | &emsp;'.join(header)} |"
     yield "|" + "---|" * len(header)
     for trial in shown:
         facts = (first_value(trial), trial.user_attrs.get("dice_positive"))
@@ -232,6 +232,6 @@ def _table(completed: Sequence[FrozenTrial], winner: Winner) -> Iterator[str]:
         cells += [short(trial.params.get(name)) for name in names]
         cells.append(f"{trial.user_attrs.get('seconds', 0):.0f}")
         mark = "**" if trial.number == winner.trial.number else ""
-        yield f"| {' | '.join(f'{mark}{cell}{mark}' for cell in cells)} |"
+        yield f"| {' | &emsp;'.join(f'{mark}{cell}{mark}' for cell in cells)} |"
     if len(completed) > len(shown):
         yield f"\nThe best {len(shown)} of {len(completed)} completed trials; trials.csv has all."

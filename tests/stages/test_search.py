@@ -190,7 +190,7 @@ def test_the_description_has_the_best_trials_in_order_and_what_the_result_does_n
     assert f"search: {told}" in capsys.readouterr().out
     note = parent().data.tags["mlflow.note.content"]
     assert told.replace("no trial", "No trial") in note
-    rows = [line.strip("| ").split(" | ") for line in note.splitlines() if line.startswith("| ")]
+    rows = [line.strip("| ").split(" | &emsp;") for line in note.splitlines() if line.startswith("| ")]
     best = sorted(study().trials, key=lambda trial: -trial.values[0])[:20]
     assert rows[0] == ["trial", "Dice", "on positives", *TWO.split(","), "seconds"]
     assert [row[0].strip("*") for row in rows[1:]] == [str(trial.number) for trial in best]
