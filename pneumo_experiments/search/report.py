@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
-from pneumo_experiments.figures import pixels_of, pyplot_picture
+from pneumo_experiments.figures import history_of_trials, pyplot_picture
 from pneumo_experiments.search.space import short, with_values
 from pneumo_experiments.search.storage import AS_GIVEN, ERROR, RUN_ID
 from pneumo_experiments.search.study import (
@@ -116,25 +116,17 @@ def _slices(plots: Any, study: Study, **arguments: Any) -> None:
 
 def _history(study: Study) -> NDArray[np.uint8]:
     """The Dice of each trial in order, of pruned ones the last, and the best so far."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
-    figure = Figure(figsize=(9, 5), layout="constrained")
-    axes: Any = figure.add_subplot()
     trials = study.get_trials(deepcopy=False)
-    for state, colour, marker in ((TrialState.COMPLETE, "tab:blue", "o"), (TrialState.PRUNED, "grey", "x")):
-        points = [(t.number, _value(t)) for t in trials if t.state is state and _value(t) is not None]
-        if points:
-            axes.plot(*zip(*points, strict=True), marker, color=colour, label=f"{state.name.lower()} trials")
+    points = {
+        f"{state.name.lower()} trials": [
+            (trial.number, value)
+            for trial in trials
+            if trial.state is state and (value := _value(trial)) is not None
+        ]
+        for state in (TrialState.COMPLETE, TrialState.PRUNED)
+    }
     best = [(number, values[BEST_VALUE]) for number, values in _curves(study) if BEST_VALUE in values]
-    if best:
-        best.append((len(trials) - 1, best[-1][1]))
-        axes.step(*zip(*best, strict=True), where="post", color="tab:orange", label="best so far")
-    axes.set(xlabel="trial", ylabel=METRIC_NAMES["dice"])
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.grid(alpha=0.3)
-    axes.legend()
-    return pixels_of(figure)
+    return history_of_trials(points, [*best, *((len(trials) - 1, value) for _, value in best[-1:])])
 
 
 def _curves(study: Study) -> Iterator[tuple[int, dict[str, float]]]:

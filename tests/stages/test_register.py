@@ -168,7 +168,7 @@ def test_a_walk_from_a_weak_champion_to_a_better_one_and_back(
     assert back.out == "register: walk version 1 is the champion: moved by hand from version 2\n"
     assert alias("walk") == "1"
     description = MlflowClient().get_registered_model("walk").description
-    assert description.startswith("The champion is [version 1](#/models/walk/versions/1).\n\nFinds and")
+    assert description.startswith("The champion is [version 1](#/models/walk/versions/1).\n\nDice 0.")
     assert called(shelf, name="walk", version=2).champion
     assert called(shelf, name="walk", version=2).champion  # is it already
     capsys.readouterr()
@@ -200,7 +200,7 @@ def test_models_without_common_images_are_scored_on_a_data_set_that_neither_has_
     assert "scores the new version" in out
     assert "scores version 1" in out
     assert "on 80 external images" in version.reason
-    changed = "### What changed since version 1, the champion before\n\n- split_seed: `0`, now `7`\n\n###"
+    changed = "### Changed since version 1, then the champion\n\n- split_seed: `0`, now `7`\n\n###"
     assert changed.replace("_", "\\_") in version.description
     assert "better with a probability of 0.5;" in version.reason
     assert {run.info.status for run in MlflowClient().search_runs(["0"])} == {"FINISHED"}
@@ -272,8 +272,8 @@ def test_the_card_agrees_with_tags_and_tables(shelf: Shelf) -> None:
     low, high = (score.metrics[f"dice_{end}"] for end in ("low", "high"))
     assert (tags["dice"], tags["dice_interval"]) == (f"{score.dice:.4f}", f"{low:.4f} to {high:.4f}")
     assert card.splitlines()[0] == (
-        f"Finds and outlines pneumothorax on chest radiographs: Dice {score.dice:.3f} ({low:.3f} to"
-        f" {high:.3f}) on {score.images} holdout images."
+        f"Dice {score.dice:.3f} ({low:.3f} to {high:.3f}) on {score.images} holdout images. Finds and"
+        " outlines pneumothorax on chest radiographs."
     )
     run_id = score.run_id
     rows = scores.read_table(run_id, "by_group")
@@ -286,7 +286,7 @@ def test_the_card_agrees_with_tags_and_tables(shelf: Shelf) -> None:
     for text in (
         *("Not a medical device", "\n- presence\\_threshold 0: an image with a lower"),
         f"`MLFLOW_TRACKING_URI={tracking.tracking_uri()} mlflow models serve -m models:/card/2 ",
-        "### What changed since version 1, the champion before\n\nNothing that is recorded",
+        "### Changed since version 1, then the champion\n\nNothing that is recorded",
         *(f"code: `{tracking.code_version()}`", "made the champion; Dice ", "requires 0.9925."),
         *("Each decision about a champion uses these images up", "masks, the baseline: 0.0000"),
         *(f"fingerprint: `{fingerprint[:16]}", "split_seed=0", "\n| all images | "),
@@ -335,7 +335,8 @@ def test_a_card_fits_whatever_its_texts_and_shows_no_markup_of_others(tiny: None
         {"seed": ("0", "`1`"), **{f"name {n}": ("a", "b") for n in range(MAX_CHANGES + 1)}},
     ).text
     assert MAX_CHARACTERS - 100 < len(text) <= MAX_CHARACTERS
-    assert "Dice 0.500 (0.100 to 0.900) on 3 holdout images.\n\n**Unreliable: so few patients" in text
+    assert text.startswith("Dice 0.500 (0.100 to 0.900) on 3 holdout images. Finds and")
+    assert "\n\n**Unreliable: so few patients" in text
     assert "- seed: `0`, now `?1?`\n" in text
     assert "- and 2 more settings: compare" in text
     assert "\\<b\\>\\*why\\*" in text
