@@ -19,7 +19,6 @@ from PIL import Image
 
 from pneumo_experiments import tracking
 from pneumo_experiments.search.storage import allow_experimental
-from pneumo_experiments.settings import is_none
 
 MAX_ATTRIBUTE = 2045  # characters; a longer note is divided
 ARTIFACTS = Path("output/optuna-artifacts")  # of a database that is no file
@@ -45,9 +44,7 @@ def save_note(study: Study, text: str, trial_id: int | None = None) -> None:
 
 
 def show_trial(trial: optuna.Trial, storage: str, note: str, pictures: Sequence[NDArray[np.uint8]]) -> None:
-    """Gives a running trial of a storage that lasts its note and pictures, RGB (h, w, 3)."""
-    if is_none(storage):
-        return
+    """Gives a running trial its note and pictures, RGB (h, w, 3), as far as they can be written."""
     save_note(trial.study, note, trial._trial_id)  # pyright: ignore[reportPrivateUsage]
     folder = artifact_folder(storage)
     with suppress(OSError), allow_experimental(), tempfile.TemporaryDirectory() as temporary:

@@ -35,7 +35,7 @@ from pneumo_experiments.search.study import (
 )
 from pneumo_experiments.search.trial_training import TrialScores, TrialTraining, second_settings
 from pneumo_experiments.serving import new_folder
-from pneumo_experiments.settings import Recipe, Search
+from pneumo_experiments.settings import Recipe, Search, is_none
 
 OVERLAYS = 3  # of a trial, for optuna-dashboard: best, median and worst
 # What ends one trial, not the search: a training that diverged, or that did not fit in the memory.
@@ -155,15 +155,15 @@ class Trials:
                     tracking.rename(f"{title} (pruned): {line}")
                     in_full = f"pruned after epoch {epoch} of {epochs}"
                 tracking.describe(f"{title}, {in_full}: {line}.\nCross-fitted Dice {scores.dice:.4f}.")
+                if trial is not None and not is_none(self.settings.study.storage):
+                    pictures = training.overlays(OVERLAYS) if state == "complete" else []
+                    reached = f"Dice {scores.dice:.4f}, on positives {scores.dice_positive:.4f}"
+                    note = f"{in_full}: {reached}; MLflow run {run_id}"
+                    show_trial(trial, self.settings.study.storage, note, pictures)
         except ServerUnreachable:
             raise
         except TRIAL_ERRORS as error:
             raise _failure(title, error) from error
-        if trial is not None:
-            pictures = training.overlays(OVERLAYS) if state == "complete" else []
-            reached = f"Dice {scores.dice:.4f}, on positives {scores.dice_positive:.4f}"
-            note = f"{in_full}: {reached}; MLflow run {run_id}"
-            show_trial(trial, self.settings.study.storage, note, pictures)
         cells = "  ".join(f"{short(values[name]):>{max(len(name), 8)}}" for name in self.space)
         empty = "  all empty" if scores.empty_loss else ""
         tqdm.write(
