@@ -26,7 +26,14 @@ class ServerUnreachable(UserError):
 
 
 class Rejected(UserError):
-    """One file that cannot be used; the message is the reason, the other files are still used."""
+    """One file that cannot be used, and the ``reason``; the other files are still used.
+
+    The message names the image too, where it is known whose file that is.
+    """
+
+    def __init__(self, reason: str, image_id: str = "") -> None:
+        super().__init__(f"{image_id}: {reason}" if image_id else reason)
+        self.reason = reason
 
 
 def reason_of(error: OSError) -> str:

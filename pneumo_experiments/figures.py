@@ -45,7 +45,7 @@ def overlay(
 
     width, height = base.size
     gap = max(4, size_px // 32)
-    text_px = max(11, size_px // 20)
+    text_px = max(11, size_px // 15)  # pages show it smaller
     font = ImageFont.load_default(size=text_px)
     line = round(text_px * 1.3)
     canvas_size = (gap + (width + gap) * len(panels), 4 * gap + 2 * line + height)
@@ -104,6 +104,27 @@ def learning_curves(history: Sequence[Mapping[str, float]], baseline: float) -> 
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
         axes.legend()
+    return pixels_of(figure)
+
+
+def history_of_trials(
+    points: Mapping[str, Sequence[tuple[int, float]]], best: Sequence[tuple[int, float]]
+) -> NDArray[np.uint8]:
+    """Number and Dice of trials, each kind with its own mark, and the best so far; RGB (h, w, 3)."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    axes: Any = figure.add_subplot()
+    for marker, (name, kind) in zip("ox+", points.items(), strict=False):
+        if kind:
+            axes.plot(*zip(*kind, strict=True), marker, label=name)
+    if best:
+        axes.step(*zip(*best, strict=True), where="post", color="tab:green", label="best so far")
+    axes.set(xlabel="trial", ylabel="cross-fitted Dice")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.3)
+    axes.legend()
     return pixels_of(figure)
 
 

@@ -8,6 +8,7 @@ from pneumo_experiments.figures import (
     PREDICTION,
     TRUTH,
     contact_sheet,
+    history_of_trials,
     overlay,
     pyplot_picture,
 )
@@ -139,3 +140,13 @@ def test_a_style_that_a_pyplot_picture_sets_ends_with_it() -> None:
 
     assert pyplot_picture(draw).std() > 1
     assert pyplot.rcParams["axes.facecolor"] == before
+
+
+def test_the_history_shows_pruned_trials_with_a_mark_of_their_own() -> None:
+    complete, best = [(0, 0.7), (2, 0.8)], [(0, 0.7), (2, 0.8)]
+    orange = np.array([255, 127, 14])  # Matplotlib's second colour
+    counts = [
+        (history_of_trials({"complete": complete, "pruned": pruned}, best) == orange).all(axis=2).sum()
+        for pruned in ([], [(1, 0.6)])
+    ]
+    assert counts[0] == 0 < counts[1]

@@ -201,8 +201,7 @@ def _quantiles(values: Sequence[float]) -> dict[str, float] | None:
 
 def _by_reason(rejected: Sequence[tuple[str, str]]) -> list[Rejection]:
     kinds: dict[str, list[RejectedFile]] = {}
-    for image_id, text in sorted(rejected):
-        reason = text.removeprefix(f"{image_id}: ")  # prefix of Rejected's messages
+    for image_id, reason in sorted(rejected):
         kinds.setdefault(NUMBER.sub("n", reason), []).append(RejectedFile(image_id, reason))
     return [Rejection(*kind) for kind in sorted(kinds.items(), key=lambda kind: (-len(kind[1]), kind[0]))]
 

@@ -78,8 +78,8 @@ class DecodedImage(NamedTuple):
 class Crashed(Rejected):
     """The process that read a file ended, with this exit code of its own."""
 
-    def __init__(self, reason: str, returncode: int) -> None:
-        super().__init__(reason)
+    def __init__(self, reason: str, image_id: str, returncode: int) -> None:
+        super().__init__(reason, image_id)
         self.returncode = returncode
 
 
@@ -117,7 +117,7 @@ def decode_all(
         refused = content if isinstance(content, Rejected) else None
         size = 0 if isinstance(content, Rejected) else len(content)
         if size > MAX_BYTES_PER_PIXEL * max_pixels + MAX_HEADER_BYTES:
-            refused = Rejected(f"{image_id}: rejected because {size:,} bytes are more than max_pixels allows")
+            refused = Rejected(f"rejected because {size:,} bytes are more than max_pixels allows", image_id)
         return Request(image_id, max_pixels, size, _decode, (content, image_size, with_source), refused)
 
     with closing(call_all(request(*file) for file in files)) as replies:
@@ -231,10 +231,12 @@ class _Decoder:
             }
             exit_code = self.kill()
             reason = reasons.get(exit_code, "its decoder crashed")
-            return Crashed(f"{request.image_id}: {reason}", exit_code)
+            return Crashed(reason, request.image_id, exit_code)
         if "error" in fields:
             raise UserError(fields["error"])
-        return Rejected(fields["rejected"]) if "rejected" in fields else (fields, content)
+        if "rejected" in fields:
+            return Rejected(fields["rejected"], request.image_id)
+        return fields, content
 
     def kill(self) -> int:
         """Kills the process if it is still running; returns its exit code."""
@@ -308,7 +310,7 @@ def serve() -> None:
             with limit_time(seconds):
                 reply = request.function(request.image_id, request.max_pixels, *request.arguments)
         except Rejected as reason:
-            reply = {"rejected": str(reason)}, b""
+            reply = {"rejected": reason.reason}, b""
         except UserError as error:
             reply = {"error": str(error)}, b""
         except MemoryError:

@@ -144,6 +144,13 @@ class Dataset:
     def __len__(self) -> int:
         return len(self.entries)
 
+    @property
+    def profile(self) -> dict[str, int]:
+        """What it holds, in numbers: images, patients, positives if it has labels, and the images' side."""
+        positives = {"positives": sum(entry.area_px > 0 for entry in self.entries)} if self.labelled else {}
+        patients = len({entry.patient for entry in self.entries})
+        return {"images": len(self), "patients": patients, **positives, "image_size": self.image_size}
+
     def images(self, indices: Sequence[int] | NDArray[np.int64]) -> NDArray[np.uint8]:
         """8-bit images (n, S, S); raises UserError if one is damaged."""
         return self._read("images", indices)

@@ -17,7 +17,7 @@ from pneumo_experiments.dataset.rle import EMPTY
 from pneumo_experiments.dicom.containers import DicomFile, read_file
 from pneumo_experiments.dicom.header import unpacked
 from pneumo_experiments.dicom.picture import is_picture, read_mask
-from pneumo_experiments.errors import Rejected, UserError
+from pneumo_experiments.errors import Rejected
 
 CHALLENGE_SIDE = 1024  # pixels
 MAX_COVERED = 0.6  # of the image; the challenge's largest mask has 0.15
@@ -85,21 +85,19 @@ def read_label(
         annotations = int(mask.any())
         if label.presence is not None and label.presence != bool(annotations):
             state = "empty" if label.presence else "not empty"
-            raise InvalidRunLengths(
-                f"{image_id}: has_pneumo is {int(label.presence)}, and its mask is {state}"
-            )
+            raise InvalidRunLengths(f"has_pneumo is {int(label.presence)}, and its mask is {state}", image_id)
     elif not masks:
         return LabelMask()
     else:
         try:
             is_copy = label.side and shape[0] == shape[1]
             mask, overlapping = unite(masks, (label.side, label.side) if is_copy else shape, image_id)
-        except UserError as error:
-            raise InvalidRunLengths(str(error)) from None
+        except Rejected as error:
+            raise InvalidRunLengths(error.reason, image_id) from None
     (rows, columns), (height, width) = mask.shape, shape
     if rows * width != height * columns:
         raise InvalidRunLengths(
-            f"{image_id}: {kind} of {columns} x {rows} px for an image of {width} x {height}; use those of it"
+            f"{kind} of {columns} x {rows} px for an image of {width} x {height}; use those of it", image_id
         )
     is_resized = mask.shape != shape
     notes = [f"{kind} for {columns} x {rows} px: resized to the image's"] if is_resized else []
@@ -125,5 +123,5 @@ def _mask_of(content: bytes, image_id: str, max_pixels: int) -> NDArray[np.bool_
     except MemoryError:
         raise
     except Exception as error:  # Pillow raises many types for damaged files
-        reason = str(error) if isinstance(error, Rejected) else "the file of its mask is damaged"
-        raise Rejected(f"{image_id}: {reason}") from None
+        reason = error.reason if isinstance(error, Rejected) else "the file of its mask is damaged"
+        raise Rejected(reason, image_id) from None

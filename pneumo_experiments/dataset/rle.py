@@ -21,7 +21,7 @@ import re
 import numpy as np
 from numpy.typing import NDArray
 
-from pneumo_experiments.errors import UserError
+from pneumo_experiments.errors import Rejected
 
 EMPTY = "-1"
 ABSOLUTE = (
@@ -36,7 +36,7 @@ PAIRS = re.compile(r"\s*+(?:[0-9]{1,18}+\s++[0-9]{1,18}+(?:\s++|\Z))++", re.ASCI
 def decode(text: str, shape: tuple[int, int], image_id: str = "") -> NDArray[np.bool_]:
     """Mask of ``shape`` (H, W) from run lengths; all False for -1; runs of length 0 are allowed.
 
-    Raises UserError for anything but pairs of integers, and for runs beyond the last pixel.
+    Raises Rejected for anything but pairs of integers, and for runs beyond the last pixel.
     """
     rows, columns = shape
     if text == EMPTY:  # most images; zeroed lazily by the system
@@ -46,11 +46,11 @@ def decode(text: str, shape: tuple[int, int], image_id: str = "") -> NDArray[np.
     rest = rows * columns - end
     if rest < 0:
         if are_absolute(lengths) and lengths[-2:].sum() <= rows * columns + 1:  # a first pixel may be 1
-            raise UserError(f"{image_id}: {ABSOLUTE}")
-        raise UserError(
-            f"{image_id}: run lengths reach pixel {end} of an image with {rows * columns}"
-            f" ({columns} x {rows}); check that the annotation belongs to this image; rle_size is"
-            " for copies of another size"
+            raise Rejected(ABSOLUTE, image_id)
+        raise Rejected(
+            f"run lengths reach pixel {end} of an image with {rows * columns} ({columns} x {rows}); check"
+            " that the annotation belongs to this image; rle_size is for copies of another size",
+            image_id,
         )
     lengths = np.append(lengths, rest)
     filled = np.arange(lengths.size) % 2 == 1  # gap, run, gap, run, …, gap
@@ -79,21 +79,21 @@ def are_absolute(lengths: NDArray[np.int64]) -> bool:
 
 
 def to_lengths(text: str, image_id: str = "") -> NDArray[np.int64]:
-    """The integers of the text, an even number; empty for -1. Raises UserError for anything but pairs."""
+    """The integers of the text, an even number; empty for -1. Raises Rejected for anything but pairs."""
     if PAIRS.fullmatch(text):
         return np.fromstring(text, np.int64, sep=" ")
     parts = text.split()
     if parts == [EMPTY]:
         return np.zeros(0, np.int64)
     if not parts:
-        raise UserError(f"{image_id}: no run lengths; an empty mask is written {EMPTY}")
+        raise Rejected(f"no run lengths; an empty mask is written {EMPTY}", image_id)
     for part in parts:
         # int() would also accept "+1" and "1_0".
         if not (part.isascii() and part.isdigit() and len(part) <= 18):
             problem = "negative" if part.startswith("-") else "not a whole number of pixels"
-            raise UserError(
-                f"{image_id}: run length {part[:20]!r} is {problem}; write pairs 'gap length' or {EMPTY}"
+            raise Rejected(
+                f"run length {part[:20]!r} is {problem}; write pairs 'gap length' or {EMPTY}", image_id
             )
     if len(parts) % 2:
-        raise UserError(f"{image_id}: odd number of run lengths ({len(parts)}); write pairs 'gap length'")
+        raise Rejected(f"odd number of run lengths ({len(parts)}); write pairs 'gap length'", image_id)
     return np.array(parts, np.int64)  # separated by Unicode white space, which only split() recognises

@@ -39,7 +39,7 @@ from pneumo_experiments.files import write_atomically
 FILES_PER_SHARD = 32
 # Signals that no decoder ends by.
 FROM_OUTSIDE = (signal.SIGKILL, signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGQUIT)
-VERSION = 5  # increase it when the content of shard files changes
+VERSION = 6  # increase it when the content of shard files changes
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class FileResult:
     format: str = ""
     notes: Sequence[str] = ()  # what its header says and was not used
     overlapping: bool = False  # whether annotations overlap
-    reason: str = ""
+    reason: str = ""  # without the id
     invalid_run_lengths: bool = False
     packed: Packed | None = None
 
@@ -172,7 +172,7 @@ def convert(image_id: str, max_pixels: int, file: LabelledFile, settings: ShardS
         found = read_label(file.label or Label(), mask_file, radiograph.shape, image_id, max_pixels)
     except Rejected as reason:
         is_invalid = isinstance(reason, InvalidRunLengths)
-        return _as_message(FileResult(image_id, digest, reason=str(reason), invalid_run_lengths=is_invalid))
+        return _as_message(FileResult(image_id, digest, reason=reason.reason, invalid_run_lengths=is_invalid))
     mask, annotated = found.mask, found.annotated
     entry = Entry(
         image_id=image_id,
@@ -220,7 +220,7 @@ def _converted(jobs: Sequence[Job], workers: int) -> Generator[FileResult]:
             digest = ""
             with suppress(Rejected):
                 *_, digest = request.arguments[0].read(request.max_pixels)
-            yield FileResult(request.image_id, digest, reason=str(reply))
+            yield FileResult(request.image_id, digest, reason=reply.reason)
 
 
 def _as_message(result: FileResult) -> Message:

@@ -71,7 +71,7 @@ def read_file(root: Path, member: DicomFile, max_pixels: int) -> bytes:
     """
     if member.size > MAX_BYTES_PER_PIXEL * max_pixels + MAX_HEADER_BYTES:
         raise Rejected(
-            f"{member.image_id}: rejected because {member.size:,} bytes are more than max_pixels allows"
+            f"rejected because {member.size:,} bytes are more than max_pixels allows", member.image_id
         )
     try:
         if root.is_dir():
@@ -88,17 +88,17 @@ def read_file(root: Path, member: DicomFile, max_pixels: int) -> bytes:
             f"{member.image_id}: the file disappeared during the run; restore it and run the command again"
         ) from None
     except OSError as error:
-        raise Rejected(f"{member.image_id}: cannot be read ({error.strerror or 'damaged'})") from None
+        raise Rejected(f"cannot be read ({error.strerror or 'damaged'})", member.image_id) from None
     except RuntimeError:  # encrypted; NotImplementedError for an unknown compression method
         raise Rejected(
-            f"{member.image_id}: encrypted, or an unsupported compression method in the zip file"
+            "encrypted, or an unsupported compression method in the zip file", member.image_id
         ) from None
     except DAMAGE_ERRORS:
         content, is_tar = b"", False
     if is_tar and len(content) != member.size:
-        raise Rejected(f"{member.image_id}: truncated in the tar file")
+        raise Rejected("truncated in the tar file", member.image_id)
     if not is_tar and (len(content) != member.size or zlib.crc32(content) != member.stamp):
-        raise Rejected(f"{member.image_id}: damaged in the zip file")
+        raise Rejected("damaged in the zip file", member.image_id)
     return content
 
 

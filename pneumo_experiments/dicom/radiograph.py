@@ -89,13 +89,13 @@ def read_radiograph(content: bytes, image_id: str, max_pixels: int = MAX_PIXELS)
                 notes=tuple(sorted(header.notes)),  # last: all that is above adds to them
             )
     except Rejected as error:
-        reason = str(error)
+        reason = error.reason
     except MemoryError:
         raise
     except Exception as error:  # pydicom and the decoders raise many types for damaged bytes
         # Only the type: the error's text may quote the header.
         reason = f"cannot be decoded: damaged, truncated or not supported ({type(error).__name__})"
-    raise Rejected(f"{image_id}: {reason}")
+    raise Rejected(reason, image_id)
 
 
 def _stored_pixels(header: Attributes, layout: Layout) -> tuple[StoredPixels, int]:

@@ -58,8 +58,8 @@ def write_segmentation(path: Path, segment: Segment, parameters: Mapping[str, st
         raise
     except Exception as error:  # for a value that only highdicom refuses; its text may quote the header
         raise Rejected(
-            f"{segment.image_id}: no DICOM Segmentation: highdicom refuses the file's header"
-            f" ({type(error).__name__})"
+            f"no DICOM Segmentation: highdicom refuses the file's header ({type(error).__name__})",
+            segment.image_id,
         ) from None
     with write_atomically(path) as temporary:
         written.save_as(temporary, enforce_file_format=True)
@@ -115,7 +115,7 @@ def _dataset(segment: Segment) -> Dataset:
         value = source.get(keyword, "")
         if not UID(value, validation_mode=config.IGNORE).is_valid:
             problem = "is not valid" if value else "is missing"
-            raise Rejected(f"{segment.image_id}: no DICOM Segmentation: the file's {keyword} {problem}")
+            raise Rejected(f"no DICOM Segmentation: the file's {keyword} {problem}", segment.image_id)
     dataset = Dataset()
     for keyword in ATTRIBUTES:
         vr, value = dictionary_VR(keyword), source.get(keyword, "")
@@ -124,9 +124,8 @@ def _dataset(segment: Segment) -> Dataset:
             keyword == "PatientSex" and value not in SEXES
         ):
             if keyword in IDENTITY:  # another patient's object is worse than none
-                raise Rejected(
-                    f"{segment.image_id}: no DICOM Segmentation: the file's {keyword} is not valid"
-                )
+                reason = f"no DICOM Segmentation: the file's {keyword} is not valid"
+                raise Rejected(reason, segment.image_id)
             value = ""
         setattr(dataset, keyword, value.split("\\") if "\\" in value else value)
     if not dataset.LossyImageCompression:

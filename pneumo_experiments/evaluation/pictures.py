@@ -31,7 +31,7 @@ def _axes(width: float, height: float, columns: int = 1) -> tuple[Any, list[Any]
 def calibration_plot(rows: Sequence[Row]) -> Picture:
     """Fraction of positives with its interval over mean presence, a point for each row of a calibration."""
     presence, positive, low, high = [*zip(*rows, strict=True)][-4:]
-    figure, (axes,) = _axes(5, 5)
+    figure, (axes,) = _axes(6, 5)
     axes.plot([0, 1], [0, 1], color="grey", linestyle="--", label="calibrated")
     axes.vlines(presence, low, high, alpha=0.5, label="95% interval")
     axes.plot(presence, positive, marker="o", label="bins of presence")
@@ -132,9 +132,9 @@ def threshold_surface(evaluation: Evaluation, optimum: Optimum) -> Picture:
     """Mean Dice of each top_score and bottom_score, with those used and the best ones marked."""
     surface, best = optimum.surface, optimum.thresholds
     used, used_dice = evaluation.thresholds, evaluation.scores.dice
-    figure, (axes,) = _axes(7.5, 5.6)
+    figure, (axes,) = _axes(6, 5)
     shown = axes.imshow(surface, origin="lower", extent=(-0.005, 1.005, -0.005, 1.005), cmap="viridis")
-    figure.colorbar(shown, label="mean Dice, with the best presence threshold and area")
+    figure.colorbar(shown, label="mean Dice, with the best presence threshold and area", shrink=0.85)
     axes.plot(
         *(used.bottom_score, used.top_score),
         *("o",),

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from functools import cached_property
 
 import numpy as np
 
+from pneumo_experiments import tracking
 from pneumo_experiments.data_report.html import address, template
 from pneumo_experiments.evaluation.evaluate import (
     CHANGE_COLUMNS,
@@ -56,6 +58,7 @@ SCORES = {
     "calibration_error": "expected calibration error of the probability of presence, ten bins",
 }
 GROUPS = {"area": "Area of the finding (thirds)", "view": "View", "sex": "Sex", "age": "Age in years"}
+HEADLINE = {"dice": "Dice", "dice_baseline": "all-empty baseline", "dice_positive": "Dice on positives"}
 UNDEFINED = "–"
 # Of each kind of overlay its title and what it shows.
 KINDS = {
@@ -71,6 +74,33 @@ Numbers = Mapping[str, str | float | None]  # by name; a score that is undefined
 
 
 @dataclass(frozen=True)
+class Context:
+    """What a report is about, beside the evaluation."""
+
+    settings: Score
+    subset: str
+    """name of the images"""
+    training_runs: Sequence[str] = ()
+    """ids of the runs that logged the model or its members"""
+    warnings: Sequence[str] = ()
+
+    def facts(self, evaluation: Evaluation, detector: Detector) -> dict[str, str]:
+        """Name and value of what is known of the model, of the images and of this score."""
+        dataset, run = evaluation.subset.dataset, tracking.active_run()
+        thresholds = asdict(evaluation.thresholds).items()
+        return {
+            "model": hide_passwords(self.settings.model),
+            "network": f"{detector.networks}, {detector.image_size} px",
+            **({"training run": ", ".join(self.training_runs)} if self.training_runs else {}),
+            "trained on data set": detector.data_fingerprint[:16],
+            "images": f"{self.subset} of {dataset.path.name}, data set {dataset.fingerprint[:16]}",
+            "thresholds": ", ".join(f"{name} {value:g}" for name, value in thresholds),
+            "scored": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC{f', run {run}' if run else ''}",
+            "code": tracking.code_version(),
+        }
+
+
+@dataclass(frozen=True)
 class Report:
     """Tables by name, pictures by file name, and the page that shows them."""
 
@@ -83,12 +113,13 @@ class Report:
 
 @dataclass(frozen=True, eq=False)
 class Figure:
-    """A chart, and what it shows."""
+    """A chart, and what it shows; one that is not wide takes half of the page's width."""
 
     title: str
     file_name: str
     picture: Picture
     note: str
+    is_wide: bool = True
 
     @cached_property
     def source(self) -> str:
@@ -97,14 +128,9 @@ class Figure:
 
 
 def make_report(
-    settings: Score,
-    name: str,
-    evaluation: Evaluation,
-    detector: Detector,
-    comparison: ModelComparison | None = None,
-    warnings: Sequence[str] = (),
+    context: Context, evaluation: Evaluation, detector: Detector, comparison: ModelComparison | None = None
 ) -> Report:
-    """The report of a model's evaluation on the images called ``name``; ``warnings`` stand on the page."""
+    """The report of a model's evaluation on some images."""
     scores, figures = evaluation.scores, _figures(evaluation)
     tables: dict[str, Table] = {
         "by_group": (GROUP_COLUMNS, evaluation.groups),
@@ -118,22 +144,20 @@ def make_report(
         changes.append(Figure("Difference of Dice", "comparison.png", picture, note))
     tables["scores"] = (IMAGE_COLUMNS, evaluation.image_rows(detector.training_images))
     room = MAX_PICTURE_BYTES - sum(len(figure.source) for figure in [*figures, *changes])
-    overlays, galleries, omitted = _galleries(evaluation, detector, settings.overlays, room)
+    overlays, galleries, omitted = _galleries(evaluation, detector, context.settings.overlays, room)
     few = "" if scores.interval_reliable else (
         f"Intervals are unreliable: the findings are of {plural(scores.positive_patients, 'patient')}."
     )  # fmt: skip
-    images = f"{name} of {settings.dataset.name}"
-    used = {each: f"{value:g}" for each, value in asdict(evaluation.thresholds).items()}
     numbers = asdict(scores) | evaluation.intervals
     numbers |= notes(numbers)
     rows = [dict(zip(GROUP_COLUMNS, row, strict=True)) for row in evaluation.groups]
     groups = [row | notes(row) for row in rows]
     page = template("evaluation", "score_page.html.j2").render(
-        title=f"Score: {name} images of {settings.dataset.name}",
-        facts={"model": hide_passwords(settings.model), "images": images} | used,
-        warning=" ".join([few, *(f"{line[0].upper()}{line[1:]}." for line in warnings)]).strip(),
+        title=f"Score: {context.subset} images of {evaluation.subset.dataset.path.name}",
+        facts=context.facts(evaluation, detector),
+        warning=" ".join([few, *(f"{line[0].upper()}{line[1:]}." for line in context.warnings)]).strip(),
         counts={each: numbers[each] for each in ("images", "positives", "patients")},
-        headline={each: _number(numbers[each]) for each in ("dice", "dice_baseline", "dice_positive")},
+        headline={label: _number(numbers[each]) for each, label in HEADLINE.items()},
         scores=[
             (each.replace("_", " "), _number(numbers[each]), _interval(numbers, each), meaning)
             for each, meaning in SCORES.items()
@@ -164,18 +188,19 @@ def _figures(evaluation: Evaluation) -> list[Figure]:
         figures.append(
             Figure("Presence: ROC, and precision and recall", "presence_curves.png", picture, note)
         )
-    note = "The fraction of images with pneumothorax in each tenth of the probability of presence."
-    picture = calibration_plot(evaluation.calibration)
-    figures.append(Figure("Calibration of presence", "calibration.png", picture, note))
     if scores.positives:
         picture, note = dice_by_area_plot(evaluation), "Each mark is an image with pneumothorax."
         figures.append(Figure("Dice by area", "dice_by_area.png", picture, note))
+    note = "The fraction of images with pneumothorax in each tenth of the probability of presence."
+    picture = calibration_plot(evaluation.calibration)
+    figures.append(Figure("Calibration of presence", "calibration.png", picture, note, is_wide=False))
     note = (
         f"The highest Dice of all thresholds is {best.dice:.4f} on these images, those used have"
         f" {scores.dice:.4f}. Thresholds chosen by these images would make their score too high."
     )
     picture = threshold_surface(evaluation, best)
-    return [*figures, Figure("Dice over thresholds", "threshold_surface.png", picture, note)]
+    surface = Figure("Dice over thresholds", "threshold_surface.png", picture, note, is_wide=False)
+    return [*figures, surface]
 
 
 def choose_images(evaluation: Evaluation, number: int) -> dict[int, str]:
@@ -214,7 +239,8 @@ def _galleries(
     chosen, texts = choose_images(evaluation, number), evaluation.captions()
     ids = {position: evaluation.subset.entries[position].image_id for position in chosen}
     captions = {
-        position: f"{kind}: {ids[position][:MAX_ID_LENGTH]}, {texts[position]}"
+        # The id last: one too long for the picture is cut, and the page has it as well.
+        position: f"{kind}: {texts[position]}: {ids[position][:MAX_ID_LENGTH]}"
         for position, kind in chosen.items()
     }
     overlays, omitted = dict[str, Picture](), 0

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 from urllib.parse import quote
 
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
+from pneumo_experiments.registry.scores import read_artifact
 from pneumo_experiments.registry.versions import if_exists
-from pneumo_experiments.settings import NONE, is_none
+from pneumo_experiments.settings import NONE, Train, as_text, is_none, leaves
 from pneumo_experiments.tracking.code_version import CODE_VERSION_TAG, code_version
 from pneumo_experiments.tracking.experiment import STAGE_TAG
 
@@ -31,6 +32,8 @@ class Lineage:
     """ids of the runs that logged the model or its members"""
     code_version: str
     """of the trainings"""
+    shaping: Mapping[str, str]
+    """what shaped the weights of the first training: its settings, data set and code, by name"""
 
 
 def lineage(model_ids: Sequence[str], fingerprint: str) -> Lineage:
@@ -52,7 +55,29 @@ def lineage(model_ids: Sequence[str], fingerprint: str) -> Lineage:
         reports = [file.path for file in files if file.path.endswith(".report.html")]
         links["data report"] = _page(data, *reports[:1])
     versions = dict.fromkeys(run.data.tags.get(CODE_VERSION_TAG, "unknown") for run in runs)
-    return Lineage(links, [run.info.run_id for run in runs], ", ".join(versions) or code_version())
+    code = ", ".join(versions) or code_version()
+    return Lineage(links, [run.info.run_id for run in runs], code, _shaping(runs[0]) if runs else {})
+
+
+def changes(champion_id: str | None, origin: Lineage) -> dict[str, tuple[str, str]]:
+    """What shaped a logged champion's weights otherwise than a new model's: both values by name.
+
+    What is unknown of one of them is left out.
+    """
+    model = if_exists(lambda: MlflowClient().get_logged_model(champion_id)) if champion_id else None
+    run = _run(model.source_run_id) if model else None
+    before, now = _shaping(run) if run else {}, origin.shaping
+    return {name: (text, now[name]) for name, text in before.items() if now.get(name, text) != text}
+
+
+def _shaping(run: Run) -> dict[str, str]:
+    config: Any = read_artifact(run.info.run_id, "config.yaml")
+    known = cast("dict[str, Any]", config if isinstance(config, dict) else {})
+    names = [leaf.name for leaf in leaves(Train) if leaf.arg.shapes_weights]
+    facts = {name: as_text(known[name]) for name in names if name in known}
+    inputs = run.inputs.dataset_inputs if run.inputs else []
+    facts |= {"data set": inputs[0].dataset.digest} if inputs else {}
+    return facts | ({"code": code} if (code := run.data.tags.get(CODE_VERSION_TAG)) else {})
 
 
 def score_links(run_id: str) -> dict[str, str]:

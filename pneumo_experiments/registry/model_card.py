@@ -5,25 +5,28 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from shlex import quote
 from typing import Any, cast
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from pneumo_experiments.metrics.scores import notes
-from pneumo_experiments.registry.lineage import Lineage, score_links
+from pneumo_experiments.registry.lineage import Lineage, changes, score_links
 from pneumo_experiments.registry.promotion import Decision
-from pneumo_experiments.registry.scores import read_json, read_table
+from pneumo_experiments.registry.scores import read_artifact, read_table
 from pneumo_experiments.registry.versions import CHALLENGER, CHAMPION, NONE, Version
 from pneumo_experiments.serving import Detector
+from pneumo_experiments.tracking import tracking_uri
 from pneumo_experiments.words import plural, printable
 
 MAX_CHARACTERS = 4800  # of a description; PostgreSQL refuses more than 5000
 MAX_REASON = 700
 MAX_FOLDS = 5  # that are named
+MAX_CHANGES = 15  # since the champion, that are named
 DECISIONS = {CHAMPION: "made the champion", CHALLENGER: "a challenger", NONE: "no alias"}
 
 Row = Mapping[str, Any]
@@ -43,11 +46,13 @@ class ModelCard:
     """rows of the table by_group of the run that scored the model, with notes; none if they are lost"""
     parts: Mapping[str, Mapping[str, int]]
     """images, patients and positives of each part of the split, where one training has one split"""
+    changes: Mapping[str, tuple[str, str]]
+    """the champion's and this model's value of what shaped the weights and differs"""
 
     @property
     def text(self) -> str:
         """At most MAX_CHARACTERS; links at the end are left out where there is no room."""
-        text = _template().render(card=self, thresholds=asdict(self.detector.thresholds))
+        text = _template().render(card=self, thresholds=self.detector.thresholds, most=MAX_CHANGES)
         if len(text) > MAX_CHARACTERS and self.links:
             return replace(self, links=dict([*self.links.items()][:-1])).text
         return text[:MAX_CHARACTERS]
@@ -58,6 +63,13 @@ class ModelCard:
         return f"{DECISIONS[self.decision.alias]}; {self.decision.reason[:MAX_REASON]}"
 
     @property
+    def serve(self) -> str:
+        """The command that serves the model, without the password of the store."""
+        address = f"models:/{self.version.name}/{self.version.number}"
+        command = f"mlflow models serve -m {address} --env-manager local --port 5001"
+        return f"MLFLOW_TRACKING_URI={quote(tracking_uri())} {command}"
+
+    @property
     def everyone(self) -> Row:
         """The row of all images; empty if it is lost."""
         return next((row for row in self.groups if row["group"] == "all"), dict[str, Any]())
@@ -66,7 +78,12 @@ class ModelCard:
     def dice(self) -> str:
         """Dice with its interval, of a model that has a score."""
         assert self.decision.challenge.score is not None
-        return _score_text({**self.everyone, **self.decision.challenge.score.metrics}, "dice")
+        return _score_text(self.decision.challenge.score.metrics, "dice")
+
+    @property
+    def is_unreliable(self) -> bool:
+        """Whether too few patients bear on the interval of Dice."""
+        return bool(self.everyone.get("dice_note"))
 
     @property
     def sizes(self) -> list[tuple[str, Row]]:
@@ -98,7 +115,7 @@ def model_card(version: Version, detector: Detector, decision: Decision, lineage
         rows = read_table(score.run_id, "by_group") if score else []
         groups = [row | notes(row) for row in rows if {"group", "value", "images"} <= row.keys()]
     with suppress(LookupError, TypeError, ValueError, AttributeError):
-        split: Any = read_json(runs[0], "split.json") if len(runs) == 1 else None
+        split: Any = read_artifact(runs[0], "split.json") if len(runs) == 1 else None
         for name, part in split["parts"].items():
             parts[name] = {key: int(part[key]) for key in ("images", "patients", "positives")}
     return ModelCard(
@@ -109,17 +126,18 @@ def model_card(version: Version, detector: Detector, decision: Decision, lineage
         {**lineage.links, **(score_links(score.run_id) if score else {})},
         groups,
         parts,
+        changes(champion.model_id, lineage) if (champion := decision.challenge.champion) else {},
     )
 
 
-def _score_text(row: Row, name: str) -> str:
+def _score_text(row: Row, name: str, digits: int = 3) -> str:
     """``0.912 (0.858 to 0.956), 31 of 34``, without what is undefined."""
     value, *ends = (row.get(f"{name}{end}") for end in ("", "_low", "_high"))
     if value is None:
         return "–"
-    interval = "" if None in ends else f" ({ends[0]:.3f} to {ends[1]:.3f})"
+    interval = "" if None in ends else f" ({ends[0]:.{digits}f} to {ends[1]:.{digits}f})"
     note = f", {row[f'{name}_note']}" if row.get(f"{name}_note") else ""
-    return f"{value:.3f}{interval}{note}"
+    return f"{value:.{digits}f}{interval}{note}"
 
 
 @cache

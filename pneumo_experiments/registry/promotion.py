@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 
@@ -51,6 +50,17 @@ class Challenge:
     problem: str = ""
     """why there is no pair"""
 
+    @property
+    def opponent(self) -> str:
+        """What a new version is compared with: the champion's number, or ``baseline``."""
+        return self.champion.number if self.champion else "baseline"
+
+    def is_known_to(self, version: Version) -> bool:
+        """Whether the version was decided by the same comparison, as its tags tell."""
+        pair, tags = self.pair, version.tags
+        is_same = pair is not None and version.is_decided_on(pair.new.identity)
+        return is_same and tags.get("compared_with") == self.opponent
+
     def counted(self, registry: Registry, version: Version, models: int) -> Challenge:
         """Counts the decision about the version, unless it is none, and sets what it requires."""
         if self.pair is None or registry.promote == "never":
@@ -69,20 +79,18 @@ class Decision:
     challenge: Challenge
 
     def tags(self) -> dict[str, str]:
-        """Tags of the version: the reason, its score and the comparison."""
-        score, pair, champion = self.challenge.score, self.challenge.pair, self.challenge.champion
-        tags: dict[str, Any] = {"reason": self.reason}
+        """Tags of the version: the reason, its Dice, the images and what it was compared with on them.
+
+        Few, since the list of versions shows them; the model card has the rest.
+        """
+        score, tags = self.challenge.score, {"reason": self.reason}
         if score is not None:
-            ends = {f"dice_{end}": score.metrics.get(f"dice_{end}") for end in ("low", "high")}
-            tags |= {"dice": score.dice, **ends, "dice_baseline": score.dice_baseline, "images": score.images}
-            tags |= {"identity": score.identity, "subset": score.subset}
-        if pair is not None:
-            tags |= {"compared_with": champion.number if champion else "baseline"}
-            tags |= {"gain": pair.comparison.difference}
-            tags |= {"probability_better": pair.comparison.probability_better}
-        if pair is not None and pair.decision:
-            tags |= {"decision_number": pair.decision, "required_probability": round(pair.required, 9)}
-        return {name: str(value) for name, value in tags.items() if value is not None}
+            tags |= {"dice": f"{score.dice:.4f}", "identity": score.identity}
+            low, high = (score.metrics.get(f"dice_{end}") for end in ("low", "high"))
+            tags |= {} if low is None or high is None else {"dice_interval": f"{low:.4f} to {high:.4f}"}
+        if self.challenge.pair is not None:
+            tags |= {"compared_with": self.challenge.opponent}
+        return tags
 
 
 def challenge(model_id: str | None, champion: Version | None) -> Challenge:
@@ -149,7 +157,7 @@ def _verdict(registry: Registry, challenge: Challenge) -> tuple[bool, str]:
         return False, f"{line}; needs a gain above min_gain={registry.min_gain:g}: {more}"
     if found.probability_better < pair.required:
         return False, f"{line}; not sure enough: {more}"
-    return True, line if champion else f"the first champion: {line}"
+    return True, line
 
 
 def _least_positives(champion: Version | None) -> int:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, cast
 import mlflow
 import mlflow.artifacts
 import numpy as np
+import yaml
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
@@ -114,19 +115,20 @@ def images_of(score: UnseenScore) -> dict[str, ScoredImage] | None:
 
 def read_table(run_id: str, name: str) -> list[dict[str, Any]]:
     """The rows of a table that ``log_table`` logged in a run; none if it is lost or damaged."""
-    table = read_json(run_id, f"{name}.json")
+    table = read_artifact(run_id, f"{name}.json")
     try:
         return [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
     except (LookupError, TypeError, ValueError):
         return []
 
 
-def read_json(run_id: str, name: str) -> Any:
-    """What a JSON artifact of a run holds; None if it is lost or damaged."""
+def read_artifact(run_id: str, name: str) -> Any:
+    """What a JSON or YAML artifact of a run holds; None if it is lost or damaged."""
     try:
         path = mlflow.artifacts.download_artifacts(run_id=run_id, artifact_path=name)
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (MlflowException, OSError, ValueError, RecursionError) as error:
+        text = Path(path).read_text(encoding="utf-8")
+        return json.loads(text) if name.endswith(".json") else yaml.safe_load(text)
+    except (MlflowException, OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         if is_outage(error):
             raise
         return None

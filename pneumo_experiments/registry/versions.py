@@ -26,7 +26,6 @@ PROJECT_TAG, PROJECT = "project", "pneumo_experiments"  # of our registered mode
 # Tags of the registered model: one for each move of the alias champion, named by its time, and one for each
 # decision, named by the identity of its images and the version.
 MOVE_TAG, DECISION_TAG = "champion.", "decision."
-SINCE_TAG, UNTIL_TAG = "champion_since", "champion_until"  # of a version: its last time as the champion
 MAX_DESCRIPTION = 5000  # characters: PostgreSQL refuses more
 MAX_REASON = 1000
 UNKNOWN, NOW = "unknown", "now"
@@ -48,6 +47,11 @@ class Version:
     def reason(self) -> str:
         """Why it was made the champion, or not."""
         return self.tags.get("reason", "")
+
+    def is_decided_on(self, identity: str) -> bool:
+        """Whether the images of this identity decided whether it becomes the champion."""
+        decided = self.tags.get("decision") in (CHAMPION, CHALLENGER)
+        return decided and self.tags.get("identity") == identity
 
     @property
     def model_id(self) -> str | None:
@@ -116,11 +120,10 @@ def require_ours(name: str) -> None:
 
 
 @contextmanager
-def registering(address: str, name: str, tags: Mapping[str, str]) -> Generator[Version]:
-    """Registers a new version with these tags, and yields it for the block to decide about it.
+def registering(address: str, name: str) -> Generator[Version]:
+    """Registers a new version, and yields it for the block to decide about it.
 
-    Raises UserError for what the store refuses, here and in the block: the name, an alias, a change of a
-    version that was deleted meanwhile.
+    Raises UserError for what the store refuses, here and in the block: see ``deciding``.
     """
     model_id = model_id_of(address)
     claim(name)
@@ -128,10 +131,21 @@ def registering(address: str, name: str, tags: Mapping[str, str]) -> Generator[V
     source = f"models:/{model_id}" if model_id else address
     silence = redirect_stderr(StringIO())  # it would say that the model exists already, which claim made
     with refusals(f"name={name}: cannot be registered", "use letters and digits"), silence:
-        new = mlflow.register_model(source, name, tags=dict(tags))  # pyright: ignore[reportUnknownMemberType]
+        new = mlflow.register_model(source, name)  # pyright: ignore[reportUnknownMemberType]
+    with deciding(_version(new, champion=False)) as version:
+        yield version
+
+
+@contextmanager
+def deciding(version: Version) -> Generator[Version]:
+    """Yields a version for the block to decide about it.
+
+    Raises UserError for what the store refuses in the block: an alias, a change of a version that was deleted
+    meanwhile.
+    """
     remedy = "register again, or with promote=never in a store without aliases"
-    with refusals(f"name={name}: version {new.version} cannot be decided", remedy):
-        yield _version(new, champion=False)
+    with refusals(f"name={version.name}: version {version.number} cannot be decided", remedy):
+        yield version
 
 
 def champion_of(name: str) -> Version | None:
@@ -146,21 +160,32 @@ def version_of(name: str, number: str) -> Version | None:
     return None if found is None else _version(found, CHAMPION in found.aliases)
 
 
+def version_with(name: str, model_id: str) -> Version | None:
+    """The latest version of a logged model; None if it has none."""
+    numbers = [int(each.number) for each in _versions(name) if each.model_id == model_id]
+    return version_of(name, str(max(numbers))) if numbers else None
+
+
 def count_decision(version: Version, identity: str) -> int:
     """Notes that a version is decided on these images; returns which decision on them it is, from 1.
 
     Called before the decision: of a process that is killed the note stays. A tag for each version, so that
-    nothing is lost however many write. Versions decided without such a tag tell it by their own.
+    nothing is lost however many write, and another one when it is compared with another champion. Versions
+    decided without such a tag tell it by their own.
     """
     client, name, tag = _client(), version.name, f"{DECISION_TAG}{identity}."
     now = datetime.now(UTC).isoformat(timespec="seconds")
-    client.set_registered_model_tag(name, tag + version.number, now)
+    again = f".after.{version.tags.get('compared_with')}" if version.is_decided_on(identity) else ""
+    client.set_registered_model_tag(name, tag + version.number + again, now)
     noted = {key.removeprefix(tag) for key in client.get_registered_model(name).tags if key.startswith(tag)}
+    return len(noted | {each.number for each in _versions(name) if each.is_decided_on(identity)})
+
+
+def _versions(name: str) -> list[Version]:
+    """All versions of a registered model; none is said to be the champion."""
     quote = '"' if "'" in name else "'"
-    for each in client.search_model_versions(f"name = {quote}{name}{quote}"):
-        if each.tags.get("identity") == identity and each.tags.get("decision") in (CHAMPION, CHALLENGER):
-            noted.add(str(each.version))
-    return len(noted)
+    found = _client().search_model_versions(f"name = {quote}{name}{quote}")
+    return [_version(each, champion=False) for each in found]
 
 
 def decide(version: Version, alias: str, tags: Mapping[str, str]) -> None:
@@ -174,7 +199,7 @@ def decide(version: Version, alias: str, tags: Mapping[str, str]) -> None:
 
 
 def make_champion(version: Version, reason: str) -> None:
-    """Moves the alias champion to a version, and notes that in tags of model, version and former champion."""
+    """Moves the alias champion to a version, and notes that in a tag of the registered model."""
     client, name, number = _client(), version.name, version.number
     before = champion_of(name)
     _set_alias(version, CHAMPION)
@@ -184,10 +209,6 @@ def make_champion(version: Version, reason: str) -> None:
     time = since.isoformat(timespec="milliseconds").replace("+00:00", "Z")
     move = {"version": number, "replaced": replaced, "reason": reason[:MAX_REASON]}
     client.set_registered_model_tag(name, MOVE_TAG + time, json.dumps(move))
-    client.set_model_version_tag(name, number, SINCE_TAG, time)
-    if_exists(lambda: client.delete_model_version_tag(name, number, UNTIL_TAG))
-    if replaced not in (None, number):
-        if_exists(lambda: client.set_model_version_tag(name, replaced, UNTIL_TAG, time))
     if str(client.get_registered_model(name).aliases.get(CHALLENGER)) == number:
         if_exists(lambda: client.delete_registered_model_alias(name, CHALLENGER))
 

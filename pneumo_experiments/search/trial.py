@@ -16,6 +16,7 @@ from pneumo_experiments import tracking
 from pneumo_experiments.dataset.hdf5 import Dataset
 from pneumo_experiments.errors import ServerUnreachable, UserError
 from pneumo_experiments.passwords import hide_passwords
+from pneumo_experiments.search.dashboard import show_trial
 from pneumo_experiments.search.space import Space, in_words, short, suggest, with_values
 from pneumo_experiments.search.storage import AS_GIVEN, ERROR, PROCESS, RUN_ID, retry
 from pneumo_experiments.search.study import (
@@ -34,8 +35,9 @@ from pneumo_experiments.search.study import (
 )
 from pneumo_experiments.search.trial_training import TrialScores, TrialTraining, second_settings
 from pneumo_experiments.serving import new_folder
-from pneumo_experiments.settings import Recipe, Search
+from pneumo_experiments.settings import Recipe, Search, is_none
 
+OVERLAYS = 3  # of a trial, for optuna-dashboard: best, median and worst
 # What ends one trial, not the search: a training that diverged, or that did not fit in the memory.
 TRIAL_ERRORS = (UserError, RuntimeError, MemoryError)
 
@@ -154,6 +156,11 @@ class Trials:
                     pruned, in_full = "pruned ", f"pruned after epoch {epoch} of {epochs}"
                 tracking.rename(f"{title} {pruned}{scores.dice:.4f} · {line}")
                 tracking.describe(f"{title}, {in_full}: {line}.\nCross-fitted Dice {scores.dice:.4f}.")
+                if trial is not None and not is_none(self.settings.study.storage):
+                    pictures = training.overlays(OVERLAYS) if state == "complete" else []
+                    reached = f"Dice {scores.dice:.4f}, on positives {scores.dice_positive:.4f}"
+                    note = f"{in_full}: {reached}; MLflow run {run_id}"
+                    show_trial(trial, self.settings.study.storage, note, pictures)
         except ServerUnreachable:
             raise
         except TRIAL_ERRORS as error:
@@ -205,7 +212,8 @@ class Trials:
         """Trials that this worker has still to run, this one included, if the others run as many."""
         study = self.settings.study
         running = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-        return -(-(study.trials - count_trials(self.study) + study.trained_again) // max(1, len(running)))
+        again = len(trials_to_confirm(self.study, study.confirm))  # as far as is known
+        return -(-(study.trials - count_trials(self.study) + again) // max(1, len(running)))
 
     def _log(self, result: TrialResult, trial: optuna.Trial | None) -> None:
         """Logs the scores in the run, and keeps them with the trial."""

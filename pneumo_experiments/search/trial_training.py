@@ -18,6 +18,8 @@ from numpy.typing import NDArray
 from pneumo_experiments.dataset.hdf5 import Dataset
 from pneumo_experiments.dataset.splits import Split, assign_folds
 from pneumo_experiments.errors import UserError
+from pneumo_experiments.evaluation.evaluate import Evaluation
+from pneumo_experiments.evaluation.pictures import Picture, ranked_overlays
 from pneumo_experiments.evaluation.subset import Subset, make_split, require_positives
 from pneumo_experiments.learning.checkpoint import Checkpoint
 from pneumo_experiments.learning.device import choose_compute
@@ -75,26 +77,30 @@ class TrialTraining:
         self._dataset, self.settings = dataset, settings
         self._compute = choose_compute(settings.compute)
         self._folds = [self._fold(split) for split in split_folds(dataset, settings)]
-        self._trained: tuple[Predictor, Thresholds] | None = None  # on the first fold, in the latest trial
+        # On the first fold, in the latest trial that was not pruned.
+        self._trained: tuple[Predictor, Evaluation] | None = None
+        self._is_announced = False  # how long all trials take
         self._initial = self._initial_network()
 
     def epochs(self, recipe: Recipe, trials_left: int = 1) -> Iterator[tuple[TrialScores, dict[str, float]]]:
         """Trains with a recipe on each fold in turn; scores and metrics after each epoch of each fold.
 
-        The caller may stop at any time. ``trials_left``, with this one, are announced on the terminal: how
-        long they take together.
+        The caller may stop at any time. ``trials_left``, with this one, are announced on the terminal in the
+        first trial: how long they take together.
         """
         epochs, finished = self.settings.study.search_epochs, list[TrialScores]()
+        is_announced, self._is_announced = self._is_announced, True
         for number, fold in enumerate(self._folds):
             predictor, scores = self._predictor(recipe), None
             images, pieces = fold.images, trials_left * len(self._folds) - number
+            pieces = 1 if is_announced else pieces  # the search says more, once a trial has ended
             with ProgressBar("trial", epochs * images.work(predictor), pieces=pieces) as bar:
                 for result in train_and_validate(predictor, images, recipe, epochs, advance=bar.update):
                     scores = _score_fold(fold, result)
                     if number == 0 and result.epoch.number == epochs:
                         last = replace(predictor, network=result.epoch.network)
                         scores = replace(scores, seconds_per_image=self._seconds_per_image(last))
-                        self._trained = last, scores.thresholds
+                        self._trained = last, result.evaluation
                     mean = _mean([*finished, scores])
                     yield mean, result.metrics | {"epoch/dice_cross_fitted": mean.dice}
             assert scores is not None
@@ -103,9 +109,15 @@ class TrialTraining:
     def save_model(self, folder: Path, recipe: Recipe) -> None:
         """Saves what ``epochs`` has trained on the first fold as a model, with its thresholds."""
         assert self._trained is not None
-        predictor, thresholds = self._trained
-        settings = replace(self.settings, recipe=recipe)
-        save(folder, make_detector(predictor, settings, thresholds, self._dataset, self._folds[0].split))
+        predictor, evaluation = self._trained
+        settings, split = replace(self.settings, recipe=recipe), self._folds[0].split
+        save(folder, make_detector(predictor, settings, evaluation.thresholds, self._dataset, split))
+
+    def overlays(self, count: int) -> list[Picture]:
+        """So many validation images of the first fold, from best to worst, as ``epochs`` ended there."""
+        assert self._trained is not None
+        predictor, evaluation = self._trained
+        return ranked_overlays(evaluation, predictor, count)
 
     def _fold(self, split: Split) -> _Fold:
         settings, training = self.settings, split.train
@@ -113,11 +125,7 @@ class TrialTraining:
             shuffled = np.random.default_rng(settings.recipe.seed).permutation(training)
             training = np.sort(shuffled[:limit])
         cache = settings.recipe.batches.cache
-        validation = Subset(self._dataset, split.validation)
-        limit = settings.study.search_validation_images
-        if limit and (parts := len(validation) // limit) > 1:
-            validation = replace(validation, indices=validation.indices[_parts(validation, parts) == 0])
-        validation = validation.in_memory(cache)
+        validation = validation_images(self._dataset, settings, split).in_memory(cache)
         images = Subset(self._dataset, training)
         self.cache = images.choose_cache(cache, self._compute)
         data = images.training_data(self.cache, self._compute)
@@ -188,6 +196,20 @@ def split_folds(dataset: Dataset, settings: Search) -> list[Split]:
         require_positives(Subset(dataset, split.train))
         _halves(Subset(dataset, split.validation))
     return splits
+
+
+def validation_images(dataset: Dataset, settings: Search, split: Split) -> Subset:
+    """The images that a trial validates on: a part of them, if the settings limit their number."""
+    validation, limit = Subset(dataset, split.validation), settings.study.search_validation_images
+    if limit and (parts := len(validation) // limit) > 1:
+        validation = replace(validation, indices=validation.indices[_parts(validation, parts) == 0])
+    return validation
+
+
+def all_empty_dice(dataset: Dataset, settings: Search) -> float:
+    """The Dice of a trial that predicts every image empty: the mean over its folds."""
+    subsets = [validation_images(dataset, settings, split) for split in split_folds(dataset, settings)]
+    return float(np.mean([(subset.areas_px == 0).mean() for subset in subsets]))
 
 
 def second_settings(settings: Search) -> Search:

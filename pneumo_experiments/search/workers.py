@@ -24,12 +24,14 @@ from pneumo_experiments.dicom.limits import available_cores
 from pneumo_experiments.errors import ServerUnreachable, UserError
 from pneumo_experiments.interrupts import Terminated, handle_signals
 from pneumo_experiments.learning.device import count_gpus
+from pneumo_experiments.progress_bar import duration
 from pneumo_experiments.search.claims import claim, heartbeat
 from pneumo_experiments.search.space import search_space
 from pneumo_experiments.search.storage import open_storage, retry_dead_trials
 from pneumo_experiments.search.study import (
     best_trials,
     count_trials,
+    counts_toward_total,
     first_value,
     open_study,
     trials_to_confirm,
@@ -40,6 +42,7 @@ from pneumo_experiments.search.trial_training import second_settings, split_fold
 from pneumo_experiments.settings import Search, is_none
 from pneumo_experiments.spawning import without_main
 from pneumo_experiments.terminal import make_streams_unfailing
+from pneumo_experiments.words import plural
 
 MAX_OUTAGES = 5  # of the database in a row
 MAX_FAILURES = 3  # of trials in a row: then the cause is not a trial's settings
@@ -103,8 +106,26 @@ def work(trials: Trials) -> None:
         else:
             outages, is_trial = 0, task == "trial"
             failures[is_trial] = failures[is_trial] + 1 if error else 0
+            if is_trial and (line := _progress(trials)):
+                print(line)
             if failures[is_trial] >= MAX_FAILURES:
                 raise UserError(f"search: the last {MAX_FAILURES} trials failed: {error}")
+
+
+def _progress(trials: Trials) -> str:
+    """How many trials are done, and about how long the others take if none is slower; empty after the last.
+
+    With the second trainings that would follow now.
+    """
+    study, wanted = trials.study, trials.settings.study
+    done = [trial for trial in study.get_trials(deepcopy=False) if counts_toward_total(trial)]
+    if not done or len(done) >= wanted.trials:
+        return ""
+    seconds = [trial.user_attrs["seconds"] for trial in done if "seconds" in trial.user_attrs]
+    at_once = max(1, len(study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))))
+    left = wanted.trials - len(done) + len(trials_to_confirm(study, wanted.confirm))
+    about = f", {duration(left / at_once * sum(seconds) / len(seconds))} left" if seconds else ""
+    return f"search: {len(done)} of {plural(wanted.trials, 'trial')} done{about}"
 
 
 def _next_task(trials: Trials) -> Literal["trial", "wait", "end"] | int:

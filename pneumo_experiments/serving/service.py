@@ -107,7 +107,7 @@ def files_of(frame: pd.DataFrame) -> Iterator[File]:
             yield image_id, _content(image_id, cell)
         else:
             reason = "the request has no column dicom; give columns image_id (optional) and dicom"
-            yield image_id, Rejected(f"{image_id}: {reason}")
+            yield image_id, Rejected(reason, image_id)
 
 
 def _content(image_id: str, cell: object) -> bytes | Rejected:
@@ -117,15 +117,15 @@ def _content(image_id: str, cell: object) -> bytes | Rejected:
     elif _is_missing(cell):
         content = b""
     elif not isinstance(cell, str):
-        return Rejected(f"{image_id}: dicom is a {type(cell).__name__}; give bytes or their base64 text")
+        return Rejected(f"dicom is a {type(cell).__name__}; give bytes or their base64 text", image_id)
     elif len(cell) > MAX_FILE_BYTES * 3 // 2:  # base64 has 4 characters for 3 bytes, and line ends
-        return Rejected(f"{image_id}: rejected because a file may have {MAX_FILE_BYTES:,} bytes at most")
+        return Rejected(f"rejected because a file may have {MAX_FILE_BYTES:,} bytes at most", image_id)
     else:
         try:
             content = a2b_base64("".join(cell.split()), strict_mode=True)
         except ValueError:
-            return Rejected(f"{image_id}: dicom is not base64 text")
-    return content or Rejected(f"{image_id}: no file: dicom is empty")
+            return Rejected("dicom is not base64 text", image_id)
+    return content or Rejected("no file: dicom is empty", image_id)
 
 
 def _is_missing(cell: object) -> bool:

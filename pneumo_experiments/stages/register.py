@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import AbstractContextManager
 from dataclasses import asdict, astuple, replace
 from pathlib import Path
 
@@ -69,19 +70,36 @@ def _register(settings: Register) -> Version:
     members = [id for address in addresses if (id := tracking.model_id_of(address))]
     versions.claim(name)
     address = addresses[0] if len(addresses) == 1 else _log_ensemble(detector)
+    existing = versions.version_with(name, members[0]) if address == addresses[0] and members else None
+    if existing is not None and _is_decided(settings, existing):
+        state = "the champion"
+        if not existing.champion:
+            remedy = f"version={existing.number} makes it the champion"
+            state = f"not the champion ({existing.reason}); {remedy}"
+        print(f"register: {model} is already {name} version {existing.number}, {state}")
+        return existing
     origin = lineage(members, detector.data_fingerprint)
-    tags = {"data_fingerprint": detector.data_fingerprint, "network": detector.networks}
-    tags |= {"code_version": origin.code_version} | ({"members": ",".join(members)} if members[1:] else {})
-    with versions.registering(address, name, tags) as new:
+    deciding: AbstractContextManager[Version] = (
+        versions.deciding(existing) if existing else versions.registering(address, name)
+    )
+    with deciding as new:
         decision = _decide(settings, new, detector, origin, models)
     version = versions.version_of(name, new.number)
     if version is None:
         raise UserError(f"name={name}: version {new.number} was deleted meanwhile; register again")
-    state = "champion" if version.champion else "not champion"
+    state = "the champion" if version.champion else "not the champion"
     line = f"{name} version {version.number} is {state}: {decision.reason}"
     tracking.describe(f"{line}.\nModel {model}.")
     print(f"register: {line}")
     return version
+
+
+def _is_decided(settings: Register, version: Version) -> bool:
+    """Whether nothing is left to decide about a version: it is the champion, or its comparison is known."""
+    if version.champion or settings.registry.promote == "never":
+        return True
+    known = challenge(version.model_id, versions.champion_of(version.name))
+    return settings.registry.promote == "auto" and known.is_known_to(version)
 
 
 def _decide(settings: Register, new: Version, detector: Detector, origin: Lineage, models: int) -> Decision:
@@ -174,7 +192,7 @@ def _move_champion(name: str, number: str) -> Version:
     with versions.refusals(f"version={number}: cannot become the champion", "no alias moved"):
         versions.make_champion(version, reason)
         versions.describe_champion(version, version.description)
-    line = f"{name} version {number} is champion: {reason}"
+    line = f"{name} version {number} is the champion: {reason}"
     tracking.describe(f"{line}.")
     print(f"register: {line}")
     return replace(version, champion=True, tags={**version.tags, "reason": reason})

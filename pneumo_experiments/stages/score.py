@@ -17,7 +17,7 @@ from pneumo_experiments.dicom.segmentation import require_highdicom
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.evaluation.evaluate import Evaluation, ModelComparison
 from pneumo_experiments.evaluation.load_models import addresses_of, check_unseen, load_models
-from pneumo_experiments.evaluation.report import PAGE, make_report
+from pneumo_experiments.evaluation.report import PAGE, Context, make_report
 from pneumo_experiments.evaluation.subset import Subset, all_images, describe_seen, make_split
 from pneumo_experiments.evaluation.threshold_search import (
     TRIAL_COLUMNS,
@@ -188,7 +188,9 @@ def _log_score(settings: Score, detector: Detector, model: str | None, result: _
         for image_id, difference, dice, before in compared.changed[:3]:
             print(f"score:   {image_id}: Dice {dice:.3f} instead of {before:.3f} ({difference:+.3f})")
         text += f"\nAgainst {compared.address}: {compared.comparison.line}."
-    report = make_report(settings, result.name, evaluation, detector, compared, result.notes)
+    runs = [run for each in addresses_of(settings.model) if (run := tracking.run_of(each))]
+    context = Context(settings, result.name, runs, result.notes)
+    report = make_report(context, evaluation, detector, compared)
     for file_name, picture in report.pictures.items():
         tracking.log_image(picture, file_name)
     for key, step, picture in report.gallery:

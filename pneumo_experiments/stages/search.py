@@ -11,6 +11,7 @@ from pneumo_experiments import tracking
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.passwords import hide_passwords
 from pneumo_experiments.search.claims import claim, holder
+from pneumo_experiments.search.dashboard import save_note
 from pneumo_experiments.search.report import make_report
 from pneumo_experiments.search.space import in_words, unsearched_ranges, with_values
 from pneumo_experiments.search.study import PARENT, PARENT_PROCESS, REPORTED, best_trials, count_trials
@@ -60,7 +61,7 @@ def search(settings: Search, keep_start: bool = False) -> SearchResult:
     with open_search(settings) as trials:
         print(hide_passwords(f"search: study {trials.study.study_name} in {settings.study.storage}"))
         if (count := count_trials(trials.study)) >= settings.study.trials:
-            print(f"search: the study has {count} trials already; increase trials to continue")
+            print(f"search: the study has {plural(count, 'trial')} already; increase trials to continue")
         if others := unsearched_ranges(settings.study):
             print(f"search: space has ranges of {', '.join(others)}, too; searched names what is searched")
         owners_run = _run_of_owner(trials)
@@ -107,7 +108,8 @@ def _search_in_run(trials: Trials, is_owner: bool = True, keep_start: bool = Fal
             study.set_user_attr(PARENT, run_id)
             study.set_user_attr(PARENT_PROCESS, tracking.process_tags())
         tracking.log_params({"study_used": study.study_name})
-        tracking.log_dataset(settings.dataset, trials.dataset.fingerprint, "search")
+        data = trials.dataset
+        tracking.log_dataset(settings.dataset, data.fingerprint, "search", data.profile)
         work(replace(trials, parent=run_id))
         has_start = warmup_weights(settings, trials.dataset.fingerprint).is_file()
         if keep_start and settings.study.search_warmup_epochs > 0 and not has_start:
@@ -122,17 +124,22 @@ def _search_in_run(trials: Trials, is_owner: bool = True, keep_start: bool = Fal
             )
             tracking.describe(report.description)
             tracking.rename(f"{name} · {winner.value:.4f}")
+            save_note(study, report.description)
+            for number, values in report.curves:
+                tracking.log_metrics(values, step=number)
             for name, picture in report.pictures.items():
                 tracking.log_image(picture, f"study/{name}.png")
         delete_models(best_trials(study)[settings.study.keep :])
         study.set_user_attr(REPORTED, count_trials(study))
-        return _result(trials, winner)
+        return _result(trials, winner, report.notes)
 
 
-def _result(trials: Trials, winner: Winner | None) -> SearchResult:
+def _result(trials: Trials, winner: Winner | None, notes: Sequence[str] = ()) -> SearchResult:
     if winner is None:
         raise UserError("search: no trial has completed; give it more trials, or more time")
     print(f"search: best is trial {winner.line}: {in_words(winner.trial.params)}")
+    for note in notes:
+        print(f"search: {note}")
     values = winner.trial.params
     page = tracking.page_of_active_run() if tracking.active_run() else "see the process that owns the study"
     recipe = with_values(trials.settings.recipe, values)

@@ -17,7 +17,7 @@ from mlflow import MlflowClient
 from mlflow.entities import LoggedModelOutput, Metric, Run
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model, ModelSignature, get_model_info
-from mlflow.models.model import MLMODEL_FILE_NAME
+from mlflow.models.model import MLMODEL_FILE_NAME, ModelInfo
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 
@@ -44,9 +44,10 @@ SIGNATURE = ModelSignature(
     outputs=Schema(
         [
             ColSpec(DataType.string, "image_id"),
-            ColSpec(DataType.double, "presence", required=False),  # null where a file cannot be used
-            ColSpec(DataType.long, "area_px"),
-            ColSpec(DataType.string, "rle"),
+            # Null where a file cannot be used: no area and no run lengths would read as healthy.
+            ColSpec(DataType.double, "presence", required=False),
+            ColSpec(DataType.long, "area_px", required=False),
+            ColSpec(DataType.string, "rle", required=False),
             ColSpec(DataType.string, "error"),
         ]
     ),
@@ -157,8 +158,17 @@ def _cannot_be_loaded(given: str, reason: str) -> UserError:
 
 def model_id_of(address: str) -> str | None:
     """Id of the logged model at an address; None if it is no logged model."""
+    return _info(address).model_id
+
+
+def run_of(address: str) -> str | None:
+    """Id of the run that logged the model at an address; None if it is no logged model."""
+    return _info(address).run_id or None
+
+
+def _info(address: str) -> ModelInfo:
     try:
-        return get_model_info(address).model_id
+        return get_model_info(address)
     except MlflowException as error:
         reason = str(error).split("\n")[0]
         raise UserError(f"model={address}: not found ({reason})") from error

@@ -75,7 +75,7 @@ def full(order: int = 1, annotated: Collection[str] | None = TABLE) -> Statistic
     results[3] = replace(results[3], notes=("a window",))
     results[4] = replace(results[4], notes=("a table",))
     results += [
-        FileResult("r2", reason="r2: 5 frames instead of one"),
+        FileResult("r2", reason="5 frames instead of one"),
         FileResult("r1", reason="12 frames instead of one"),
         FileResult("r3", reason="not a DICOM file"),
         FileResult("r5", reason="odd number of run lengths (3); write pairs", invalid_run_lengths=True),

@@ -82,6 +82,6 @@ def test_the_calibration_plot_draws_its_points_where_they_are() -> None:
     low, high, other = [0.1, 0.0, 0.0, 0.1], [0.9, 1.0, 0.8, 1.0], [0.1, 0.5, 0.0, 0.1]
     picture = calibration_plot([low, high])
     assert picture.dtype == np.uint8
-    assert picture.shape == (500, 500, 3)
+    assert picture.shape == (500, 600, 3)
     assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 20
     assert not np.array_equal(picture, calibration_plot([other, high]))

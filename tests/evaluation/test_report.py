@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,7 +23,7 @@ from pneumo_experiments.dataset.packed_image import Entry, ResizedImage
 from pneumo_experiments.dataset.resize import area_resize
 from pneumo_experiments.evaluation import report as report_module
 from pneumo_experiments.evaluation.evaluate import Evaluation, ModelComparison
-from pneumo_experiments.evaluation.report import SCORES, Report, choose_images, make_report
+from pneumo_experiments.evaluation.report import SCORES, Context, Report, choose_images, make_report
 from pneumo_experiments.evaluation.subset import all_images
 from pneumo_experiments.learning.device import ComputeConfig
 from pneumo_experiments.learning.network import Output, PneumothoraxNet
@@ -32,6 +33,7 @@ from pneumo_experiments.metrics.scores import Scores
 from pneumo_experiments.metrics.thresholds import Thresholds
 from pneumo_experiments.serving import Detector, TrainedNetwork
 from pneumo_experiments.settings import Score
+from pneumo_experiments.tracking import code_version
 
 pytestmark = pytest.mark.usefixtures("no_layout")
 
@@ -121,14 +123,15 @@ def report_of(
     write_dataset(path, packed(radiographs(findings, ids), "uint8"), image_size=SIZE, pixel_dtype="uint8")
     settings = make(Score, dataset=path, model="models:/m-<b>&", subset="all", overlays=overlays)
     predictor = Predictor(network, ComputeConfig(torch.device("cpu"), "fp32"))
-    detector = Detector((TrainedNetwork(predictor, {}),), SIZE, THRESHOLDS, "")
+    detector = Detector((TrainedNetwork(predictor, {"network": "tiny"}),), SIZE, THRESHOLDS, "f" * 64)
     with Dataset.open(path) as dataset:
         subset = all_images(dataset)
         evaluation, comparison = Evaluation(subset, subset.count(predictor), THRESHOLDS), None
         if baseline is not None:
             other = Evaluation(subset, subset.count(predictor), baseline)
             comparison = ModelComparison("models:/m-<other>", evaluation, other)
-        report = make_report(settings, "all", evaluation, detector, comparison)
+        context = Context(settings, "all", ["d0" * 16])
+        report = make_report(context, evaluation, detector, comparison)
         assert len(evaluation.image_set_id) == 32
         return Made(report, evaluation, comparison)
 
@@ -183,7 +186,13 @@ def test_the_page_has_every_score_with_its_interval(mixed: Made) -> None:
         assert dice == f"{float(row['dice']):.3f}{interval}{note}"
     seen = Reader(mixed.html).text
     assert f"{mixed.scores.images} images" not in seen  # the strip's number stands before its name
-    assert f"dice {mixed.scores.dice:.4f}" in seen
+    assert f"Dice {mixed.scores.dice:.4f}" in seen
+    for fact in (
+        *(f"network tiny, {SIZE} px", f"training run {'d0' * 16}", f"trained on data set {'f' * 16}"),
+        *(f"data set {mixed.evaluation.subset.dataset.fingerprint[:16]}", f"code {code_version()}"),
+    ):
+        assert fact in seen
+    assert re.search(rf"scored {datetime.now(UTC).year}-\d\d-\d\d \d\d:\d\d UTC", seen)
     assert "the findings are of" not in seen  # those of 7 patients are not few
 
 

@@ -177,11 +177,11 @@ def test_a_data_set_is_made_without_the_bombs(
     reasons = {image_id: result.reason for image_id, result in found.items()}
     assert [image_id for image_id, result in found.items() if result.packed] == ["a", "z"], reasons
     assert found["header"].reason in (
-        "header: needs more than 0.3 GB of memory to decode",
-        f"header: {TOO_LONG}",
+        "needs more than 0.3 GB of memory to decode",
+        TOO_LONG,
     )
     assert "cannot be decoded" in found["precincts"].reason
-    assert found["scans"].reason == f"scans: {TOO_LONG}"
+    assert found["scans"].reason == TOO_LONG
     assert all(len(result.content) == 64 for result in found.values())
     assert 0 < peak_bytes() < MOST_BYTES
 

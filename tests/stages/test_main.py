@@ -254,9 +254,9 @@ def test_the_registered_champion_answers_dicom_bytes_and_survives_a_bad_file(
 ) -> None:
     mlflow.set_tracking_uri(chain.uri)
     version = MlflowClient().get_model_version_by_alias("pneumothorax", "champion")
-    assert float(version.tags["dice"]) == chain.only("main").data.metrics["dice"]
+    assert version.tags["dice"] == f"{chain.only('main').data.metrics['dice']:.4f}"
     with Dataset.open(next((chain.folder / "output").glob("dataset-*.h5"))) as dataset:
-        assert version.tags["data_fingerprint"] == dataset.fingerprint
+        assert dataset.fingerprint[:16] in version.description
     model = mlflow.pyfunc.load_model("models:/pneumothorax@champion")
     content = dicom.read_bytes()
     asked = pd.DataFrame(

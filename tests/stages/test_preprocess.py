@@ -125,6 +125,20 @@ def test_the_same_again_says_so_and_writes_nothing(
     assert "d.report.html" in artifacts()
 
 
+def test_a_touched_copy_is_the_same_input_though_one_of_its_files_is_empty(
+    sample: Path, store: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, copy = copy_of(sample, store / "own"), store / "copy"
+    sorted(first.rglob("*.dcm"))[1].write_bytes(b"")
+    preprocess(settings_of(first, max_rejected=0.5))
+    assert f"{IMAGES} files found: {IMAGES - 1} used, 1 rejected" in capsys.readouterr().out
+    shutil.copytree(first, copy)
+    for path in copy.rglob("*.dcm"):
+        os.utime(path, ns=(1, 1))
+    preprocess(settings_of(copy, max_rejected=0.5))
+    assert "d.h5 exists already, from the same files and settings" in capsys.readouterr().out
+
+
 def test_other_input_or_settings_are_named_and_refused_until_overwrite(
     sample: Path, made: Path, store: Path
 ) -> None:

@@ -24,6 +24,7 @@ import yaml
 from helpers import changed, ended, make
 from mlflow import MlflowClient
 from mlflow.entities import Run
+from optuna.storages import RDBStorage
 from optuna.trial import TrialState
 from tracked import artifact, runs
 
@@ -111,6 +112,9 @@ class Quick:
                     scores = (dice, dice + 0.01, dice / 2, alarms(recipe), 0.0, Thresholds(), 0.01)
                     yield TrialScores(*scores, np.full(4, dice)), {"epoch/dice_cross_fitted": dice}
 
+            def overlays(self, count: int) -> list[Any]:
+                return [np.zeros((4, 4, 3), np.uint8)]
+
             def save_model(self, folder: Path, recipe: Recipe) -> None:
                 (folder / "weights.pt").write_bytes(bytes(1000))
 
@@ -168,6 +172,60 @@ def test_the_parent_holds_the_table_of_trials_the_best_settings_and_pictures(qui
     assert parent().data.metrics["search/best_trial"] == result.trial == study().best_trial.number
     names = {path.path for path in MlflowClient().list_artifacts(parent().info.run_id, "study")}
     assert names == {f"study/{name}.png" for name in PICTURES}
+    values = [trial.values[0] for trial in study().trials]
+    curves = {
+        name: MlflowClient().get_metric_history(parent().info.run_id, name)
+        for name in ("trial/value", "search/best_value")
+    }
+    points = {name: [(point.step, point.value) for point in curve] for name, curve in curves.items()}
+    assert points["trial/value"] == [*enumerate(values)]
+    assert points["search/best_value"] == [(n, max(values[: n + 1])) for n in range(len(values))]
+
+
+def test_the_description_has_the_best_trials_in_order_and_what_the_result_does_not_say(
+    quick: Quick, capsys: pytest.CaptureFixture[str]
+) -> None:
+    quick(trials=22, searched=TWO)  # their Dice are below 0.5, that of all-empty masks is above
+    told = "no trial beat all-empty masks, which have a Dice of 0."
+    assert f"search: {told}" in capsys.readouterr().out
+    note = parent().data.tags["mlflow.note.content"]
+    assert told.replace("no trial", "No trial") in note
+    rows = [line.strip("| ").split(" | &emsp;") for line in note.splitlines() if line.startswith("| ")]
+    best = sorted(study().trials, key=lambda trial: -trial.values[0])[:20]
+    assert rows[0] == ["trial", "Dice", "on positives", *TWO.split(","), "seconds"]
+    assert [row[0].strip("*") for row in rows[1:]] == [str(trial.number) for trial in best]
+    assert rows[1][0] == f"**{best[0].number}**"
+    assert "The best 20 of 22 completed trials" in note
+
+
+def test_a_dashboard_finds_notes_and_overlays_of_the_trials(quick: Quick) -> None:
+    values = iter([0.5, 0.5, 0.1, 0.1])
+    quick(lambda recipe: next(values), trials=2, pruner="median")
+    (file,) = Path("optuna.db-artifacts").iterdir()
+    first, second = study().trials
+    (picture,) = [json.loads(v) for k, v in first.system_attrs.items() if k.startswith("artifacts:")]
+    assert (picture["artifact_id"], picture["mimetype"]) == (file.name, "image/png")
+    assert not any(name.startswith("artifacts:") for name in second.system_attrs)
+    storage = RDBStorage(STORAGE)
+    notes = storage.get_study_system_attrs(storage.get_study_id_from_name("s"))
+    run = first.user_attrs["run_id"]
+    assert notes["dashboard:1:note_str:0"] == f"complete: Dice 0.5000, on positives 0.2500; MLflow run {run}"
+    assert notes["dashboard:2:note_str:0"].startswith("pruned after epoch 1 of 2: Dice 0.0500")
+    assert notes["dashboard:note_str:0"].startswith("Study s: 1 complete, 1 pruned.\nBest: trial 0")
+    assert notes["dashboard:note_ver"] == 1
+
+
+def test_a_trial_whose_process_died_is_interrupted_and_not_counted(
+    quick: Quick, capsys: pytest.CaptureFixture[str]
+) -> None:
+    quick(trials=1)
+    study().tell(study().ask({"dice_weight": SPACE["dice_weight"]}), state=TrialState.FAIL)
+    quick(trials=3)
+    assert "search: 2 of 3 trials done, about 10 seconds left\n" in capsys.readouterr().out
+    assert "Study s: 3 complete.\n" in parent().data.tags["mlflow.note.content"]
+    table = json.loads(artifact(parent(), "trials.json").read_text())
+    states = [row[table["columns"].index("state")] for row in table["data"]]
+    assert states == ["complete", "interrupted", "complete", "complete"]
 
 
 @pytest.mark.pictures

@@ -338,7 +338,7 @@ def test_a_server_that_starts_to_fail_ends_the_next_stage_with_one_line(behaviou
         "start": lambda: tracking.run("sample", Sample()).__enter__(),
         "best": lambda: scores.best_model("lungs"),
         "data": lambda: tracking.model_data("models:/nobody@champion"),
-        "register": lambda: versions.registering("models:/m-1", "lungs", {}).__enter__(),
+        "register": lambda: versions.registering("models:/m-1", "lungs").__enter__(),
     }
     if behaviour == "hangs":  # each call takes seconds
         stages = {"start": stages["start"]}
@@ -362,7 +362,7 @@ def test_a_registry_that_knows_no_aliases_is_one_line(proxy: Proxy, tmp_path: Pa
     proxy.refused = "/registered-models/alias"
     with pytest.raises(UserError) as error, tracking.run("register", Register()) as run_id:
         model = tracking.log_model(tmp_path / "made")
-        with versions.registering(model, "without", {}) as new:
+        with versions.registering(model, "without") as new:
             versions.decide(new, "champion", {"reason": "the first"})
     assert len(str(error.value).splitlines()) == 1
     assert "/registered-models/alias" in str(error.value)

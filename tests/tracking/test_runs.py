@@ -198,9 +198,10 @@ def test_a_data_set_that_another_process_logs_at_the_same_time_is_logged(
 
     monkeypatch.setattr(MlflowClient, "log_inputs", lose_the_race)
     with tracking.run("train", Train()):
-        tracking.log_dataset(Path("siim.h5"), "0123456789abcdef", "training")
+        tracking.log_dataset(Path("siim.h5"), "0123456789abcdef", "training", {"images": 3})
     assert len(attempts) == 2
-    assert len(last_run("train").inputs.dataset_inputs) == 1
+    (data,) = last_run("train").inputs.dataset_inputs
+    assert json.loads(data.dataset.profile) == {"images": 3}
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

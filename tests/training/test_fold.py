@@ -11,7 +11,7 @@ from helpers import make
 
 from pneumo_experiments.dataset.hdf5 import Dataset
 from pneumo_experiments.evaluation.evaluate import Evaluation
-from pneumo_experiments.evaluation.report import make_report
+from pneumo_experiments.evaluation.report import Context, make_report
 from pneumo_experiments.evaluation.subset import all_images
 from pneumo_experiments.learning.checkpoint import Checkpoint
 from pneumo_experiments.metrics.best_thresholds import best_of_all
@@ -77,7 +77,7 @@ def test_a_fold_is_trained_and_evaluated_without_a_store(small_dataset: Path, tm
         whole = Evaluation(everyone, everyone.count(result.detector.predictor), evaluation.thresholds)
         seen = [row[-1] for row in whole.image_rows(result.detector.training_images)]
         assert (seen.count("image"), len(seen)) == (24, 24)
-        report = make_report(make(Score, overlays=2), "all", whole, result.detector)
+        report = make_report(Context(make(Score, overlays=2), "all"), whole, result.detector)
         assert f"<b>{whole.scores.dice:.4f}</b>" in report.page
         assert len([name for name in report.pictures if name.startswith("overlays/")]) == 2
         dices = [row[list(report.tables["scores"][0]).index("dice")] for row in report.tables["scores"][1]]
