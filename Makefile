@@ -1,5 +1,5 @@
 # make demo: the main job on synthetic radiographs. make test: all tests. Each sets up .venv first.
-.PHONY: demo test check bench soak ui lock setup
+.PHONY: demo test check bench soak ui docs lock setup
 SHELL := bash
 VENV := .venv
 BIN := $(CURDIR)/$(VENV)/bin
@@ -32,6 +32,11 @@ soak: setup
 ui: setup
 	@echo "the runs: http://127.0.0.1:5000/#/experiments/0/runs?workflowType=machine_learning (Ctrl-C ends)"
 	@mlflow ui --host 127.0.0.1 --port 5000
+
+# The pages of docs/ as a site. Its search needs a server: python -m http.server --directory site
+docs: setup
+	@NO_MKDOCS_2_WARNING=1 mkdocs build --strict --quiet
+	@echo "site/index.html"
 
 setup: $(VENV)/ready
 

@@ -14,11 +14,7 @@ HEAD = """\
 # command. Their defaults are not declared: MLflow would pass them like explicit choices, which beat a config
 # file.
 """
-LOCAL = "name: pneumo_experiments\nconda_env: conda.yaml\n"
-# Kubernetes names a job after the project, which then may not have an underscore.
-IN_IMAGE = "name: pneumo-experiments\ndocker_env: {{image: {}}}\n"
-# A shell that MLflow starts in the project's folder runs it: the parent of that shell is MLflow.
-COMMAND = "python -m pneumo_experiments --mlflow_pid $PPID"
+COMMAND = "python -m pneumo_experiments"
 
 
 def mlproject_text(image: str | None = None) -> str:
@@ -26,10 +22,10 @@ def mlproject_text(image: str | None = None) -> str:
 
     With ``image`` MLflow starts the commands in a container of that image.
     """
-    # In a container the process of `mlflow run` is not to be seen, and paths are the container's.
-    head, command = (
-        (IN_IMAGE.format(json.dumps(image)), COMMAND.partition(" --")[0]) if image else (LOCAL, COMMAND)
-    )
+    # A shell that MLflow starts in the project's folder runs it: the parent of that shell is MLflow.
+    head, command = "name: pneumo_experiments\nconda_env: conda.yaml\n", f"{COMMAND} --mlflow_pid $PPID"
+    if image:  # Kubernetes names a job after the project, and allows no underscore; MLflow is not to be seen
+        head, command = f"name: pneumo-experiments\ndocker_env: {{image: {json.dumps(image)}}}\n", COMMAND
     entry_points = (_entry_point(name, kind, command) for name, kind in ENTRY_POINTS.items())
     return f"{HEAD}{head}entry_points:\n{''.join(entry_points)}"
 
