@@ -1,5 +1,5 @@
 # make demo: the main job on synthetic radiographs. make test: all tests. Each sets up .venv first.
-.PHONY: demo test check bench soak ui lock setup
+.PHONY: demo test check bench soak ui docs lock setup
 SHELL := bash
 VENV := .venv
 BIN := $(CURDIR)/$(VENV)/bin
@@ -31,6 +31,11 @@ soak: setup
 
 ui: setup
 	@python -m pneumo_experiments ui
+
+# The pages of docs/ as a site. Its search needs a server: python -m http.server --directory site
+docs: setup
+	@NO_MKDOCS_2_WARNING=1 mkdocs build --strict --quiet
+	@echo "site/index.html"
 
 setup: $(VENV)/ready
 

@@ -246,11 +246,13 @@ for _name in ENTRY_POINTS:
 
 @cli.command(short_help="Write MLproject from the settings.")
 @click.argument("path", type=click.Path(path_type=Path), default="MLproject")
-def mlproject(path: Path) -> None:
+@click.option("--image", help="container image in which `mlflow run` starts the commands")
+def mlproject(path: Path, image: str | None) -> None:
     """Write MLproject from the settings."""
     from pneumo_experiments.mlproject import mlproject_text
 
-    path.write_text(mlproject_text(), encoding="utf-8")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(mlproject_text(image), encoding="utf-8")
 
 
 @cli.command(short_help="Show the runs in the browser: MLflow's UI for the store in use.")
