@@ -6,7 +6,9 @@ import time
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
+import numpy as np
 import optuna
+from numpy.typing import NDArray
 from optuna.exceptions import TrialPruned
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
@@ -37,7 +39,7 @@ from pneumo_experiments.search.trial_training import TrialScores, TrialTraining,
 from pneumo_experiments.serving import new_folder
 from pneumo_experiments.settings import Recipe, Search, is_none
 
-OVERLAYS = 3  # of a trial, for optuna-dashboard: best, median and worst
+OVERLAYS = ("best image", "worst image")  # of a trial that is kept, by their Dice
 # What ends one trial, not the search: a training that diverged, or that did not fit in the memory.
 TRIAL_ERRORS = (UserError, RuntimeError, MemoryError)
 
@@ -145,19 +147,21 @@ class Trials:
                 else:
                     self.study.set_user_attr(f"{CONFIRM_RUN}{number}", run_id)
                 tracking.log_params(values)  # those that equal their defaults, too
+                data = self.dataset
+                tracking.log_dataset(settings.dataset, data.fingerprint, "trial", data.profile)
                 epoch, scores = self._run_epochs(training, recipe, trials_left, trial)
                 state = "pruned" if epoch < epochs else "complete"
                 result = TrialResult(scores, state, time.perf_counter() - start)
                 self._log(result, trial)
+                pictures = list[NDArray[np.uint8]]()
                 if trial is not None and state == "complete":
-                    self._keep_model(trial, training, recipe, scores.dice)
+                    pictures = self._keep_model(trial, training, recipe, scores.dice)
                 pruned, in_full = "", state
                 if state == "pruned":
                     pruned, in_full = "pruned ", f"pruned after epoch {epoch} of {epochs}"
                 tracking.rename(f"{title} {pruned}{scores.dice:.4f} · {line}")
                 tracking.describe(f"{title}, {in_full}: {line}.\nCross-fitted Dice {scores.dice:.4f}.")
                 if trial is not None and not is_none(self.settings.study.storage):
-                    pictures = training.overlays(OVERLAYS) if state == "complete" else []
                     reached = f"Dice {scores.dice:.4f}, on positives {scores.dice_positive:.4f}"
                     note = f"{in_full}: {reached}; MLflow run {run_id}"
                     show_trial(trial, self.settings.study.storage, note, pictures)
@@ -234,16 +238,25 @@ class Trials:
         for name, value in measured.items():
             trial.set_user_attr(name, value)
 
-    def _keep_model(self, trial: optuna.Trial, training: TrialTraining, recipe: Recipe, dice: float) -> None:
-        """Logs the model if the trial is among the best so far, and deletes the one that it displaces."""
+    def _keep_model(
+        self, trial: optuna.Trial, training: TrialTraining, recipe: Recipe, dice: float
+    ) -> list[NDArray[np.uint8]]:
+        """Logs the model if the trial is among the best so far, and deletes the one that it displaces.
+
+        Returns its overlays, which the search's run has, too; none of a trial that is not kept.
+        """
         keep, best, rank = self.settings.study.keep, best_trials(trial.study), (violation(trial), -dice)
         if sum((violation(other), -first_value(other)) <= rank for other in best) >= keep:
-            return
+            return []
         with new_folder() as folder:
             training.save_model(folder, recipe)
             name = f"{recipe.network.network}-{self.dataset.image_size}px-trial{trial.number}"
             trial.set_user_attr("model", tracking.log_model(folder, name))
         delete_models(best[keep - 1 : keep])
+        pictures = training.overlays(len(OVERLAYS))
+        for key, picture in zip(OVERLAYS, pictures, strict=False):
+            tracking.log_image_step(picture, key, trial.number, self.parent)
+        return pictures
 
 
 def _failure(title: str, error: Exception) -> TrialFailed:

@@ -53,7 +53,7 @@ def main(settings: Main) -> ScoreResult:
         dataset = preprocess(_preprocess_settings(settings))
         searching = _search_settings(settings, dataset)
         with Dataset.open(dataset) as opened:
-            tracking.log_dataset(dataset, opened.fingerprint, "main")
+            tracking.log_dataset(dataset, opened.fingerprint, "main", opened.profile)
             print(_work_line(settings, len(split_folds(opened, searching)[0].train)))
         next(step)
         best = search(searching, keep_start=True)

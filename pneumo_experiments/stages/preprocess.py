@@ -188,7 +188,7 @@ def _describe(path: Path, grouping: Grouping) -> None:
         sources = describe_sources(count_sources(entries, grouping))
         patients, positives = len({e.patient for e in entries}), sum(e.area_px > 0 for e in entries)
         counts = {"images": len(entries), "positives": positives, "patients": patients}
-        tracking.log_dataset(path, dataset.fingerprint, "preprocessed")
+        tracking.log_dataset(path, dataset.fingerprint, "preprocessed", dataset.profile)
         tracking.log_params(counts | {"patients_from": sources})
         warn_about_grouping(dataset)
         labels = f"{positives:,} with pneumothorax" if dataset.labelled else "without labels"

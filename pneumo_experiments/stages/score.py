@@ -132,7 +132,7 @@ def _score_dataset(settings: Score, detector: Detector, model: str | None) -> Sc
                 f"dataset={settings.dataset}: has images of {dataset.image_size} px, the model was trained on"
                 f" {detector.image_size} px; run preprocess with image_size={detector.image_size}"
             )
-        tracking.log_dataset(settings.dataset, dataset.fingerprint, settings.subset)
+        tracking.log_dataset(settings.dataset, dataset.fingerprint, settings.subset, dataset.profile)
         return _log_score(settings, detector, model, _evaluate(settings, detector, dataset))
 
 

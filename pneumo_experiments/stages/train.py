@@ -145,7 +145,7 @@ def _train(source: SettingsSource, dataset: Dataset, parent: str | None) -> Trai
     if settings.split.fold != "all":
         return _train_fold("train", source, dataset, parent)[1]
     with tracking.run("train", settings, _run_name(settings, dataset, "train"), parent=parent):
-        tracking.log_dataset(settings.dataset, dataset.fingerprint, "training")
+        tracking.log_dataset(settings.dataset, dataset.fingerprint, "training", dataset.profile)
         folds = list[FoldResult]()
         for number, one in enumerate(_settings_per_fold(settings)):
             left = settings.split.folds - number
@@ -208,7 +208,7 @@ def _train_fold(
 
 def _log_source(source: SettingsSource, dataset: Dataset) -> None:
     """The data set, and where the settings come from."""
-    tracking.log_dataset(source.settings.dataset, dataset.fingerprint, "training")
+    tracking.log_dataset(source.settings.dataset, dataset.fingerprint, "training", dataset.profile)
     if source.study:
         tracking.log_params({"study_used": source.study} | dict(source.best))
     if source.model is not None:
@@ -222,6 +222,7 @@ def _log_fold(fold: Fold, dataset: Dataset) -> None:
     predictor, images = fold.predictor, fold.images
     network, compute = predictor.network, predictor.compute
     tracking.log_json(describe_split(dataset, fold.split), "split.json")
+    tracking.log_params({"image_size": dataset.image_size})
     used = {"cache": fold.cache, "device": str(compute.device), "precision": compute.precision}
     tracking.log_params({f"{name}_used": value for name, value in used.items()})
     tracking.log_params({"weights_source": network.source, "weights_sha256": network.source_sha256})
