@@ -25,8 +25,8 @@ from pneumo_experiments.settings import (
     StudySettings,
     Train,
     absolute,
-    as_params,
     as_text,
+    as_texts,
     input_paths,
     leaves,
 )
@@ -46,7 +46,7 @@ class _Plan:
 
 def lines(name: str, settings: object) -> Iterator[str]:
     """Settings, inputs, outputs and work of a command. Raises UserError for inputs that cannot be used."""
-    texts, plan = as_params(settings), _plan(settings)
+    texts, plan = as_texts(settings), _plan(settings)
     yield f"{name}: settings, * where they are not the defaults"
     for leaf in leaves(type(settings)):
         mark = " " if texts[leaf.name] == as_text(absolute(leaf, leaf.default)) else "*"

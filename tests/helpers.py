@@ -20,7 +20,7 @@ import psutil
 import pytest
 
 from pneumo_experiments import cli
-from pneumo_experiments.settings import Settings, as_params, flat, from_flat
+from pneumo_experiments.settings import Settings, as_texts, flat, from_flat
 
 # Before torch is imported, here and in the processes that tests start: two test files run side by side, and
 # threads of both would wait for each other.
@@ -69,7 +69,7 @@ def changed(settings: Settings, **values: Any) -> Settings:
 
 def words_of(settings: Settings) -> list[str]:
     """What gives the command line these settings."""
-    return [word for name, text in as_params(settings).items() for word in (f"--{name}", text)]
+    return [word for name, text in as_texts(settings).items() for word in (f"--{name}", text)]
 
 
 @dataclass(frozen=True)

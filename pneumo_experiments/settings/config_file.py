@@ -13,8 +13,8 @@ from pneumo_experiments.settings.fields import (
     Arg,
     Leaf,
     as_config,
-    as_params,
     as_text,
+    as_texts,
     leaves,
     no_setting,
     parse,
@@ -67,7 +67,7 @@ def read_config(path: Path, kind: type) -> tuple[dict[str, Any], list[str]]:
 
 def config_text(settings: object) -> str:
     """The settings of an entry point as a config file; one whose value holds a password is a comment."""
-    values, texts = as_config(settings), as_params(settings)
+    values, texts = as_config(settings), as_texts(settings)
     hidden = [name for name, value in values.items() if as_text(value) != texts[name]]
     lines = [f"# {name}: {values.pop(name)}  # the password is not shown" for name in hidden]
     return "\n".join([yaml.safe_dump(values, sort_keys=False, allow_unicode=True).rstrip(), *lines, ""])

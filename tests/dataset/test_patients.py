@@ -143,7 +143,7 @@ def test_by_default_patients_come_from_the_shipped_table_and_else_from_patient_i
     line = "shipped table: 3, PatientID: 2, unknown: 2"
     assert f"7 images of 5 patients ({line}), 7 with pneumothorax" in capsys.readouterr().out
     (run,) = MlflowClient().search_runs(["0"])
-    assert (run.data.params["patients_csv"], run.data.params["patients_from"]) == ("auto", line)
+    assert run.data.params["patients_from"] == line
     assert line in run.data.tags["mlflow.note.content"]
     page = (store / "d.report.html").read_text()
     card = page.split("<h3>Source of the patients</h3>")[1].split("</section>")[0]

@@ -57,7 +57,7 @@ class Bright(torch.nn.Module):
 
 
 THRESHOLDS = Thresholds(min_area_px=20, top_score=0.6, bottom_score=0.4)
-DETECTOR = Detector((TrainedNetwork(Predictor(Bright(), CPU), {}),), SIZE, THRESHOLDS, "")  # type: ignore[arg-type]
+DETECTOR = Detector((TrainedNetwork(Predictor(Bright(), CPU), {"network": "bright"}),), SIZE, THRESHOLDS, "")  # type: ignore[arg-type]
 
 
 def picture(columns: slice = slice(0, 0), shape: tuple[int, int] = SHAPE) -> np.ndarray:

@@ -242,9 +242,12 @@ class Trap(mlflow.pyfunc.PythonModel):
 def test_a_command_refuses_a_model_before_its_pickle_or_code_is_read(
     entry_point: str, model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    Path("d.h5").touch()  # a data set that is missing would be refused before
+    dataset = ["--dataset", "d.h5"]
+
     def line_of(folder: Path) -> str:
         capsys.readouterr()  # what making the model said
-        end = ended([entry_point, "--model", str(folder)], monkeypatch, capsys)
+        end = ended([entry_point, "--model", str(folder), *dataset], monkeypatch, capsys)
         (line,) = end.err.splitlines()
         assert end.code == 2, line
         assert {run.info.status for run in MlflowClient().search_runs(["0"])} == {"FAILED"}

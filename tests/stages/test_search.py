@@ -200,7 +200,7 @@ def test_the_description_has_the_best_trials_in_order_and_what_the_result_does_n
 
 def test_a_dashboard_finds_notes_and_overlays_of_the_trials(quick: Quick) -> None:
     values = iter([0.5, 0.5, 0.1, 0.1])
-    quick(lambda recipe: next(values), trials=2, pruner="median")
+    quick(lambda recipe: next(values), trials=2, pruner="median", keep=1)
     (file,) = Path("optuna.db-artifacts").iterdir()
     first, second = study().trials
     (picture,) = [json.loads(v) for k, v in first.system_attrs.items() if k.startswith("artifacts:")]

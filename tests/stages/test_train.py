@@ -31,7 +31,7 @@ from pneumo_experiments.learning.network import PneumothoraxNet
 from pneumo_experiments.metrics.dice import calibration_error, dice
 from pneumo_experiments.metrics.thresholds import Thresholds
 from pneumo_experiments.serving import Detector, load
-from pneumo_experiments.settings import Main, Score, Train, as_params, flat
+from pneumo_experiments.settings import Main, Score, Train, as_texts, flat
 from pneumo_experiments.stages.main import _training_recipe
 from pneumo_experiments.stages.score import score
 from pneumo_experiments.stages.search import SearchResult
@@ -253,7 +253,7 @@ def test_two_processes_train_in_one_run(
     settings: Train, store: Path, tiny_default: None, commands: CommandServer
 ) -> None:
     chosen = changed(settings, network="fcn_resnet50", processes=2, aux_weight=0.0)
-    words = [word for name, text in as_params(chosen).items() for word in (f"--{name}", text)]
+    words = [word for name, text in as_texts(chosen).items() for word in (f"--{name}", text)]
     code, said = commands.start(
         "train", *words, folder=store, environment=dict(os.environ), tiny=True, code=FORKED
     ).communicate()
