@@ -180,8 +180,8 @@ def test_every_file_has_a_row_and_every_finding_a_picture(
     assert submitted == {name: row["rle"] or "-1" for name, row in rows.items()}
 
     (run,) = MlflowClient().search_runs(["0"])
-    counts = {name: run.data.params[name] for name in ("images", "rejected", "positives")}
-    assert counts == {"images": "7", "rejected": "2", "positives": "4"}
+    counts = {name: run.data.params[name] for name in ("images", "rejected", "masks")}
+    assert counts == {"images": "7", "rejected": "2", "masks": "4"}
     artifacts = names(Path("mlruns/0") / run.info.run_id / "artifacts")
     shown = sorted(name for name in artifacts if name.startswith("overlays/"))
     assert artifacts == {"config.yaml", "findings.csv", "submission.csv", *shown}
