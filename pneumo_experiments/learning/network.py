@@ -8,7 +8,7 @@ import math
 import re
 import socket
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -146,11 +146,7 @@ def build_network(network: str = "fcn_resnet50", weights: str = "auto", seed: in
             path = _download(pretrained[name])
         except (OSError, RuntimeError, HTTPException) as error:  # no network, time-out, full disk; wrong hash
             if weights == "auto":
-                log.warning(
-                    "ImageNet weights cannot be downloaded (%s): starting from random values,"
-                    " which needs many more epochs; weights=FILE takes a state dict",
-                    error,
-                )
+                _warn_of_random_weights(str(error))
                 return net
             raise UserError(
                 f"weights={weights}: cannot download them ({error});"
@@ -258,6 +254,15 @@ def _without_prefix(state: dict[str, Tensor]) -> dict[str, Tensor]:
                 log.warning("weights: %d tensors outside %s are not used", left, prefix)
             return inside
     return state
+
+
+@cache  # once, however many networks a process builds
+def _warn_of_random_weights(reason: str) -> None:
+    log.warning(
+        "ImageNet weights cannot be downloaded (%s): starting from random values,"
+        " which needs many more epochs; weights=FILE takes a state dict",
+        reason,
+    )
 
 
 def _load(net: PneumothoraxNet, state: dict[str, Tensor], path: Path) -> frozenset[str]:

@@ -41,7 +41,8 @@ def main(settings: Main) -> ScoreResult:
     """Preprocess, search, train, score, submit and register; returns the final scores."""
     check_inputs(settings)
     is_synthetic, step = settings.source.dicom_dir is None, _announced(_steps(settings))
-    with tracking.run("main", settings, f"main {_subject(settings)}"):
+    name = _run_name(settings)
+    with tracking.run("main", settings, name):
         if is_synthetic:
             next(step)
             settings = _with_sample(settings)
@@ -72,7 +73,7 @@ def main(settings: Main) -> ScoreResult:
             result = score(scoring)
             assert result.scores is not None  # a labelled data set gives scores
             tracking.log_metrics(result.scores.as_metrics(result.prefix))
-            tracking.rename(f"main {_subject(settings)} · {result.scores.dice:.4f}")
+            tracking.rename(f"{name} · {result.scores.dice:.4f}")
             constant = {"dice_baseline": result.scores.dice_baseline}
             tracking.log_params(constant | {"interval_reliable": result.scores.interval_reliable})
             if settings.test_dir is not None:
@@ -93,10 +94,10 @@ def main(settings: Main) -> ScoreResult:
     return result
 
 
-def _subject(settings: Main) -> str:
+def _run_name(settings: Main) -> str:
     data = settings.source.dicom_dir
     name = "synthetic" if data is None else data.name
-    return f"{name} {settings.recipe.network.network} {settings.format.image_size}px"
+    return f"main {name} {settings.recipe.network.network} {settings.format.image_size}px"
 
 
 def _steps(settings: Main) -> list[str]:

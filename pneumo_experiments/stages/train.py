@@ -28,7 +28,7 @@ from pneumo_experiments.metrics.thresholds import ThresholdCounts
 from pneumo_experiments.progress_bar import ProgressBar
 from pneumo_experiments.search.winner import best_of_study
 from pneumo_experiments.serving import Detector, new_folder, save
-from pneumo_experiments.settings import Train, chosen, is_none, weight_shaping
+from pneumo_experiments.settings import Train, chosen, flat, is_none, weight_shaping
 from pneumo_experiments.training.fold import Fold, FoldResult
 from pneumo_experiments.training.folds import COLUMNS, MUCH_DISAGREEMENT, join_folds, predict_out_of_fold
 from pneumo_experiments.training.loop import EpochResult
@@ -345,12 +345,14 @@ def _log_model(detector: Detector, end: str) -> str:
 
 def _run_name(settings: Train, dataset: Dataset, stage: str) -> str:
     """What is special about a training: network, size, fold, and the settings that are not the usual ones."""
+    split, recipe = settings.split, settings.recipe
     if stage == "fold":
-        return f"fold {settings.split.fold}"
-    fold = f"fold {settings.split.fold}" if settings.split.fold != "all" else f"{settings.split.folds} folds"
-    network = settings.recipe.network.network
-    names = weight_shaping(settings).keys() - {"network", "fold", "folds"}
-    special = [f"{name} {text}" for name, text in chosen(settings).items() if name in names]
-    return " · ".join(
-        [f"train {network} {dataset.image_size}px {fold}", *[some_of(special, 4)] * bool(special)]
-    )
+        return f"fold {split.fold}"
+    fold = f"fold {split.fold}" if split.fold != "all" else f"{split.folds} folds"
+    # The most telling first: the end of a long name is cut.
+    groups = (recipe.loss, recipe.optimizer, recipe.batches, recipe.network, settings.schedule, split)
+    given, shaping = chosen(settings), weight_shaping(settings).keys() - {"network", "fold", "folds"}
+    names = ["seed", *(name for group in groups for name in flat(group))]
+    special = [f"{name} {Path(given[name]).name}" for name in names if name in given and name in shaping]
+    start = f"train {recipe.network.network} {dataset.image_size}px {fold}"
+    return " · ".join([start, some_of(special, 4)] if special else [start])
