@@ -137,7 +137,8 @@ def _command_of(name: str) -> click.Command:
     def call(ctx: click.Context, **_: Any) -> None:
         if level := ctx.params["log_level"]:
             _log_from(level)
-        with silence() if ctx.params["quiet"] else nullcontext():
+        is_asked_for = ctx.params["print_config"] or ctx.params["dry_run"]
+        with silence() if ctx.params["quiet"] and not is_asked_for else nullcontext():
             settings = resolve(ctx, kind)
             if ctx.params["print_config"]:
                 click.echo(config_text(settings), nl=False)

@@ -59,6 +59,25 @@ def overlay(
     return np.asarray(canvas)
 
 
+def outlines(
+    image: NDArray[np.uint8],
+    truth: NDArray[np.bool_],
+    prediction: NDArray[np.bool_],
+    caption: str,
+    size_px: int = 384,
+) -> NDArray[np.uint8]:
+    """One panel with the outlines of truth (green) and prediction (orange), both (H, W); RGB, square.
+
+    The UI's image grid shows a square; of a wide picture it would cut off most.
+    """
+    panel = _draw_mask(_draw_mask(_panel(image, truth.shape, size_px), truth, TRUTH), prediction, PREDICTION)
+    canvas = Image.new("RGB", (size_px, size_px), BACKGROUND)
+    canvas.paste(panel, ((size_px - panel.width) // 2, (size_px - panel.height) // 2))
+    font = ImageFont.load_default(size=size_px // 22)
+    ImageDraw.Draw(canvas).text((size_px // 64, size_px // 64), _fit_text(caption, font, size_px), TEXT, font)
+    return np.asarray(canvas)
+
+
 def outlined(image: NDArray[np.uint8], mask: NDArray[np.bool_], size_px: int) -> NDArray[np.uint8]:
     """The image (h, w) with the outline of the mask (H, W), in the mask's proportions; RGB.
 

@@ -49,7 +49,7 @@ def load_model(address: str | Path) -> Detector:
                 f"model={address}: no folder, and there is no store {store}; give a model's folder, or name"
                 " the store in MLFLOW_TRACKING_URI"
             )
-        tracking.open_store()
+        tracking.connect_store()
     return load(tracking.model_data(str(address)))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -157,7 +157,11 @@ def threshold_surface(evaluation: Evaluation, optimum: Optimum) -> Picture:
 
 
 def draw_overlays(
-    evaluation: Evaluation, predictor: AnyPredictor, captions: Mapping[int, str], size_px: int = 384
+    evaluation: Evaluation,
+    predictor: AnyPredictor,
+    captions: Mapping[int, str],
+    size_px: int = 384,
+    draw: Callable[..., Picture] = overlay,
 ) -> Iterator[Picture]:
     """Overlays of the images at some positions of the subset, with their captions."""
     subset, thresholds = evaluation.subset, evaluation.thresholds
@@ -165,10 +169,12 @@ def draw_overlays(
     for caption, (index, prediction) in zip(captions.values(), shown.predictions(predictor), strict=True):
         truth = shown.dataset.mask(index)
         mask = apply_thresholds(to_native(prediction.mask, truth.shape), prediction.presence, thresholds)
-        yield overlay(shown.dataset.images(np.array([index]))[0], truth, mask, caption, size_px)
+        yield draw(shown.dataset.images(np.array([index]))[0], truth, mask, caption, size_px)
 
 
-def ranked_overlays(evaluation: Evaluation, predictor: AnyPredictor, count: int) -> list[Picture]:
+def ranked_overlays(
+    evaluation: Evaluation, predictor: AnyPredictor, count: int, draw: Callable[..., Picture] = overlay
+) -> list[Picture]:
     """Overlays of so many positives from best to worst Dice, with negatives when there are too few.
 
     Three and more include the best, median and worst, so labelled.
@@ -179,7 +185,7 @@ def ranked_overlays(evaluation: Evaluation, predictor: AnyPredictor, count: int)
     chosen = _evenly_spaced(positives, count) | dict.fromkeys(negatives[: max(0, count - len(positives))], "")
     texts = evaluation.captions()
     captions = {position: f"{label} {texts[position]}".strip() for position, label in chosen.items()}
-    return list(draw_overlays(evaluation, predictor, captions)) if count else []
+    return list(draw_overlays(evaluation, predictor, captions, draw=draw)) if count else []
 
 
 def _evenly_spaced(ordered: list[int], count: int) -> dict[int, str]:

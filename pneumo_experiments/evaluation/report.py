@@ -107,8 +107,6 @@ class Report:
     tables: Mapping[str, Table]
     pictures: Mapping[str, Picture]
     page: str
-    gallery: Sequence[tuple[str, int, Picture]]
-    """the overlays again, each with its kind and a number within that kind"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -174,7 +172,7 @@ def make_report(
         max_id_length=MAX_ID_LENGTH,
     )
     charts = {figure.file_name: figure.picture for figure in [*figures, *changes]}
-    return Report(tables, charts | overlays, page, _numbered(evaluation, overlays))
+    return Report(tables, charts | overlays, page)
 
 
 def _figures(evaluation: Evaluation) -> list[Figure]:
@@ -255,14 +253,6 @@ def _galleries(
         else:
             shown[kind].append((ids[position], texts[position], source))
     return overlays, [(*KINDS[kind], pictures) for kind, pictures in shown.items() if pictures], omitted
-
-
-def _numbered(evaluation: Evaluation, overlays: Mapping[str, Picture]) -> list[tuple[str, int, Picture]]:
-    kinds = [*choose_images(evaluation, len(overlays)).values()]
-    return [
-        (kind, kinds[: place + 1].count(kind), picture)
-        for place, (kind, picture) in enumerate(zip(kinds, overlays.values(), strict=True))
-    ]
 
 
 def _group_rows(rows: Sequence[Numbers], group: str) -> list[tuple[list[str], list[tuple[str, str]]]]:

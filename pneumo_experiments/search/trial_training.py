@@ -21,6 +21,7 @@ from pneumo_experiments.errors import UserError
 from pneumo_experiments.evaluation.evaluate import Evaluation
 from pneumo_experiments.evaluation.pictures import Picture, ranked_overlays
 from pneumo_experiments.evaluation.subset import Subset, make_split, require_positives
+from pneumo_experiments.figures import outlines
 from pneumo_experiments.learning.checkpoint import Checkpoint
 from pneumo_experiments.learning.device import choose_compute
 from pneumo_experiments.learning.fit import fit
@@ -117,7 +118,7 @@ class TrialTraining:
         """So many validation images of the first fold, from best to worst, as ``epochs`` ended there."""
         assert self._trained is not None
         predictor, evaluation = self._trained
-        return ranked_overlays(evaluation, predictor, count)
+        return ranked_overlays(evaluation, predictor, count, outlines)
 
     def _fold(self, split: Split) -> _Fold:
         settings, training = self.settings, split.train

@@ -37,6 +37,8 @@ def entry_points_with(setting: str) -> list[str]:
 
 def find_config(path: Path) -> Path:
     """The file; where there is none, that of the package which is called so: demo, or configs/demo.yaml."""
+    if not path.name:  # a folder, such as . or /
+        return path
     own = CONFIGS / path.with_suffix(".yaml").name
     is_own = not path.is_file() and str(path.parent) in (".", CONFIGS.name) and own.is_file()
     return own if is_own else path

@@ -53,8 +53,10 @@ def preprocess(settings: Preprocess) -> Path:
         _describe(path, inputs.grouping)
         page = tracking.page_of_active_run()
     if tracking.active_run() is None:
-        stage = "train" if inputs.labels is not None else "score"
-        print(rows({"run": page, "next": command(stage, dataset=path)}))
+        following = command("train", dataset=path)
+        if inputs.labels is None:
+            following = command("score", dicom_dir=settings.source.dicom_dir)
+        print(rows({"run": page, "next": following}))
     return path
 
 

@@ -35,6 +35,7 @@ from pneumo_experiments.findings.submission_check import (
     usual_masks,
 )
 from pneumo_experiments.metrics.scores import Scores
+from pneumo_experiments.passwords import hide_passwords
 from pneumo_experiments.registry.scores import UNSEEN_SUBSETS
 from pneumo_experiments.serving import Detector
 from pneumo_experiments.settings import AUTO, Score, flat, is_none
@@ -77,7 +78,7 @@ def score(settings: Score) -> ScoreResult:
         closing = {"report": result.report, "run": page}
         if result.prefix == "" and result.report and addresses_of(settings.model) == [settings.model]:
             closing["next"] = command("register", model=settings.model, dataset=settings.dataset)
-        print(rows({name: text for name, text in closing.items() if text}))
+        print(hide_passwords(rows({name: text for name, text in closing.items() if text})))
     return result
 
 
@@ -115,6 +116,7 @@ class _DatasetScore:
     evaluation: Evaluation
     baseline: Detector | None
     notes: Sequence[str]
+    training_runs: Sequence[str]
 
     @property
     def prefix(self) -> str:
@@ -137,6 +139,8 @@ def _score_dataset(settings: Score, detector: Detector, model: str | None) -> Sc
 
 
 def _evaluate(settings: Score, detector: Detector, dataset: Dataset) -> _DatasetScore:
+    # Asked before the long work: the store may be unreachable after it.
+    runs = [run for each in addresses_of(settings.model) if (run := tracking.run_of(each))]
     subset = _subset(settings, detector, dataset)
     seen = describe_seen(subset, detector.training_images, "the model")
     name, baseline = _name_subset(settings, detector, dataset, seen), None
@@ -150,7 +154,7 @@ def _evaluate(settings: Score, detector: Detector, dataset: Dataset) -> _Dataset
     notes = mask_warnings((evaluation.predicted_area / counts.image_area).tolist(), usual)
     if seen and name == "all":
         notes.append(f"{seen}: no external score; scores.csv marks what to leave out for one")
-    return _DatasetScore(name, evaluation, baseline, notes)
+    return _DatasetScore(name, evaluation, baseline, notes, runs)
 
 
 def _log_score(settings: Score, detector: Detector, model: str | None, result: _DatasetScore) -> ScoreResult:
@@ -188,13 +192,10 @@ def _log_score(settings: Score, detector: Detector, model: str | None, result: _
         for image_id, difference, dice, before in compared.changed[:3]:
             print(f"score:   {image_id}: Dice {dice:.3f} instead of {before:.3f} ({difference:+.3f})")
         text += f"\nAgainst {compared.address}: {compared.comparison.line}."
-    runs = [run for each in addresses_of(settings.model) if (run := tracking.run_of(each))]
-    context = Context(settings, result.name, runs, result.notes)
+    context = Context(settings, result.name, result.training_runs, result.notes)
     report = make_report(context, evaluation, detector, compared)
     for file_name, picture in report.pictures.items():
         tracking.log_image(picture, file_name)
-    for key, step, picture in report.gallery:
-        tracking.log_image_step(picture, key, step)
     tracking.log_page(report.page, PAGE)
     for name, table in report.tables.items():  # the evaluation view opens the last one
         tracking.log_table(*table, name)
@@ -247,7 +248,8 @@ def _model_text(settings: Score) -> str:
     other = {} if settings.tta == AUTO else {"tta": settings.tta}
     other |= {} if settings.prevalence is None else {"prevalence": settings.prevalence}
     given = ", ".join(f"{name} {value}" for name, value in (_given(settings) | other).items())
-    return f"{settings.model} with {given}" if given else settings.model
+    model = hide_passwords(settings.model)
+    return f"{model} with {given}" if given else model
 
 
 def _name_subset(settings: Score, detector: Detector, dataset: Dataset, seen: str) -> str:

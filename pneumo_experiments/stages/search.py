@@ -24,7 +24,7 @@ from pneumo_experiments.search.trial_training import (
 )
 from pneumo_experiments.search.winner import Winner, choose_winner
 from pneumo_experiments.search.workers import open_search, work
-from pneumo_experiments.settings import Recipe, Search, chosen
+from pneumo_experiments.settings import Recipe, Search, chosen, is_none
 from pneumo_experiments.words import command, plural, rows
 
 OWNER = "owner"  # the task of the process whose run is the parent of the trials, and which reports
@@ -83,7 +83,10 @@ def search(settings: Search, keep_start: bool = False) -> SearchResult:
         if "storage" in chosen(settings):
             given["storage"] = hide_passwords(settings.study.storage)
     if tracking.active_run() is None:
-        print(rows({"run": result.page, "next": command("train", **given)}))
+        following = command("train", **given)
+        if is_none(settings.study.storage):
+            following = "train with best.yaml, a file of the run, as config"
+        print(rows({"run": result.page, "next": following}))
     return result
 
 
@@ -125,8 +128,10 @@ def _search_in_run(trials: Trials, is_owner: bool = True, keep_start: bool = Fal
             tracking.describe(report.description)
             tracking.rename(f"{name} · {winner.value:.4f}")
             save_note(study, report.description)
+            logged = tracking.logged_steps("trial/value")  # by an earlier command
             for number, values in report.curves:
-                tracking.log_metrics(values, step=number)
+                if number not in logged:
+                    tracking.log_metrics(values, step=number)
             for name, picture in report.pictures.items():
                 tracking.log_image(picture, f"study/{name}.png")
         delete_models(best_trials(study)[settings.study.keep :])

@@ -237,9 +237,10 @@ def _log_fold(fold: Fold, dataset: Dataset) -> None:
 
 def _log_resumed(state: TrainingState, epochs: int) -> None:
     """The metrics of an interrupted training that this run does not have."""
-    logged = tracking.last_step(EPOCH_DICE)
-    for epoch, metrics in enumerate(state.history[logged:], start=logged + 1):
-        tracking.log_metrics(metrics, step=epoch)
+    logged = tracking.logged_steps(EPOCH_DICE)
+    for epoch, metrics in enumerate(state.history, start=1):
+        if epoch not in logged:
+            tracking.log_metrics(metrics, step=epoch)
     print(f"train: continues after epoch {len(state.history)} of {epochs}")
 
 
@@ -353,6 +354,7 @@ def _run_name(settings: Train, dataset: Dataset, stage: str) -> str:
     groups = (recipe.loss, recipe.optimizer, recipe.batches, recipe.network, settings.schedule, split)
     given, shaping = chosen(settings), weight_shaping(settings).keys() - {"network", "fold", "folds"}
     names = ["seed", *(name for group in groups for name in flat(group))]
-    special = [f"{name} {Path(given[name]).name}" for name in names if name in given and name in shaping]
+    texts = {name: Path(text).name if Path(text).is_absolute() else text for name, text in given.items()}
+    special = [f"{name} {texts[name]}" for name in names if name in texts and name in shaping]
     start = f"train {recipe.network.network} {dataset.image_size}px {fold}"
     return " · ".join([start, some_of(special, 4)] if special else [start])

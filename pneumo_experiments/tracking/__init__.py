@@ -22,7 +22,6 @@ from pneumo_experiments.tracking.log import (
     describe,
     disabled,
     experiment_of_active_run,
-    last_step,
     link_to_active_run,
     log_dataset,
     log_file,
@@ -38,6 +37,7 @@ from pneumo_experiments.tracking.log import (
     log_tags,
     log_thresholds,
     log_yaml,
+    logged_steps,
     page_of_active_run,
     rename,
 )
@@ -45,5 +45,5 @@ from pneumo_experiments.tracking.models import delete_model, model_data, model_i
 from pneumo_experiments.tracking.processes import end_with_mlflow_run, has_ended, process_tags
 from pneumo_experiments.tracking.runs import end_if_running, joined_run, run
 from pneumo_experiments.tracking.servers import check_server, database_file, with_driver
-from pneumo_experiments.tracking.store import open_store, tracking_uri, wait_for_store
+from pneumo_experiments.tracking.store import connect_store, open_store, tracking_uri, wait_for_store
 from pneumo_experiments.tracking.system_metrics import warn_without_gpu_metrics

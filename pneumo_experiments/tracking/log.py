@@ -35,6 +35,7 @@ from pneumo_experiments.tracking.models import model_id_of, save_model
 from pneumo_experiments.tracking.servers import local_path
 from pneumo_experiments.words import command, escape
 
+LONGEST_NAME = 250  # characters, in PostgreSQL
 NAME_TAG = "pneumo.name"  # the name that the program gave a run; if it has another, a person gave that
 HEADLINE = ("dice", "dice_low", "dice_high", "dice_positive")  # of the hold-out, on the training's run too
 
@@ -125,7 +126,12 @@ def describe(text: str) -> None:
 def rename(name: str) -> None:
     """Gives the active run another name, unless a person named it."""
     if is_enabled() and not active_runs[-1].is_named:
-        send("tags", values={MLFLOW_RUN_NAME: name, NAME_TAG: name})
+        send("tags", values={MLFLOW_RUN_NAME: as_name(name), NAME_TAG: as_name(name)})
+
+
+def as_name(text: str) -> str:
+    """The text as the name of a run: without passwords, in UTF-8, and as long as every database takes it."""
+    return escape(hide_passwords(text))[:LONGEST_NAME]
 
 
 def log_tags(values: Mapping[str, object]) -> None:
@@ -144,12 +150,11 @@ def log_metrics(values: Mapping[str, float], step: int | None = None) -> None:
     send("metrics", values=numbers, timestamp=now_ms(), step=step)
 
 
-def last_step(name: str) -> int:
-    """The last step at which the active run has a metric; 0 without one."""
+def logged_steps(name: str) -> set[int]:
+    """The steps at which the active run has a metric."""
     if not is_enabled():
-        return 0
-    history = MlflowClient().get_metric_history(active_runs[-1].id, name)
-    return max((metric.step for metric in history), default=0)
+        return set()
+    return {metric.step for metric in MlflowClient().get_metric_history(active_runs[-1].id, name)}
 
 
 def log_scores(

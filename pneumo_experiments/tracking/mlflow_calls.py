@@ -12,6 +12,7 @@ import mlflow
 from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Param, RunTag
 from mlflow.exceptions import MlflowException
+from mlflow.utils.mlflow_tags import MLFLOW_LOGGED_IMAGES
 from PIL import Image
 
 from pneumo_experiments.tracking.models import upload
@@ -53,8 +54,15 @@ def training_scores(
 
     At another step than the model's: else MLflow would give them to the model once more, without the images.
     """
-    training = MlflowClient().get_logged_model(model_id).source_run_id
-    if training and training != run_id and MlflowClient().get_run(training).info.lifecycle_stage == "active":
+    client, training = MlflowClient(), None
+    try:
+        training = client.get_logged_model(model_id).source_run_id
+        is_there = training != run_id and client.get_run(training or "").info.lifecycle_stage == "active"
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        is_there = False
+    if training and is_there:
         metrics(training, values, timestamp, step=1)
         params(training, constants)
 
@@ -97,6 +105,11 @@ def artifact(run_id: str, path: str, folder: str) -> None:
 def image(run_id: str, path: str, key: str, step: int, timestamp: int) -> None:
     """Logs an image for the UI's grid, under a key, at a step; ``timestamp`` in ms since 1970."""
     client: Any = MlflowClient()
+    try:  # the tag that log_image sets last: two workers that set it first would collide
+        client.set_tag(run_id, MLFLOW_LOGGED_IMAGES, True)
+    except MlflowException as error:
+        if error.error_code != "BAD_REQUEST":
+            raise
     with Image.open(path) as picture:
         client.log_image(run_id, picture, key=key, step=step, timestamp=timestamp, synchronous=True)
 

@@ -37,6 +37,7 @@ from pneumo_experiments.tracking.log import (
     NAME_TAG,
     ActiveRun,
     active_runs,
+    as_name,
     is_enabled,
     log_params,
     log_yaml,
@@ -47,7 +48,6 @@ from pneumo_experiments.tracking.processes import end_orphaned_runs, end_with_ml
 from pneumo_experiments.tracking.servers import check_server
 from pneumo_experiments.tracking.store import SETTING, open_store, tracking_uri
 from pneumo_experiments.tracking.system_metrics import log_system_metrics
-from pneumo_experiments.words import escape
 
 WAIT_SECONDS = 600  # for `mlflow run` to end
 log = logging.getLogger(__name__)
@@ -80,7 +80,7 @@ def run(
         yield ""
         return
     with outages_as_user_errors():
-        started, is_named = _start(stage, escape(name or stage), continues, parent)
+        started, is_named = _start(stage, as_name(name or stage), continues, parent)
     status = "FAILED"
     with _active(started, started.info.run_id, is_named) as active:
         try:
@@ -185,6 +185,8 @@ def _start(stage: str, name: str, continues: str | None, parent: str | None) -> 
         NAME_TAG
     )
     tags |= {} if is_named else names
+    if "error" in earlier.data.tags:  # it goes on
+        tags |= {"error": "", MLFLOW_RUN_NOTE: ""}
     client.update_run(given, status="RUNNING")
     client.log_batch(given, tags=[RunTag(*tag) for tag in tags.items()])
     return client.get_run(given), is_named
@@ -202,8 +204,10 @@ def _end_unused(given: str | None, continued: str) -> None:
     """Ends the run that `mlflow run` created, with a note that says where the work continued."""
     if given is not None:
         client = MlflowClient()  # it cannot be deleted: `mlflow run` ends it once more
-        client.set_tag(given, MLFLOW_RUN_NAME, "continued in an earlier run")
-        client.set_tag(given, MLFLOW_RUN_NOTE, f"This process continued run {continued}.")
+        tags = process_tags() | {MLFLOW_RUN_NOTE: f"This process continued run {continued}."}
+        if _is_random(client.get_run(given).info.run_name or ""):
+            tags[MLFLOW_RUN_NAME] = "continued in an earlier run"
+        client.log_batch(given, tags=[RunTag(*tag) for tag in tags.items()])
         client.set_terminated(given, "FINISHED")
 
 
@@ -267,4 +271,5 @@ def end_given_run(run_id: str, status: str, reason: str, mlflow_pid: str = "") -
             client.set_tag(run_id, MLFLOW_RUN_NAME, tags[MLFLOW_PROJECT_ENTRY_POINT])
         if MLFLOW_RUN_NOTE not in tags:
             client.set_tag(run_id, MLFLOW_RUN_NOTE, reason)
+        client.log_batch(run_id, tags=[RunTag(*tag) for tag in process_tags().items()])  # it is ours
         client.set_terminated(run_id, status, info.end_time)

@@ -60,6 +60,28 @@ def open_store() -> str:
 
     Raises UserError if the store cannot be opened.
     """
+    with _connected():
+        experiment = _experiment()
+        if is_misread_by_mlflow(location := experiment.artifact_location):
+            raise UserError(
+                f"{location}: MLflow would store artifacts in {local_path(location)};"
+                " rename the folder: UTF-8, and no % before two digits"
+            )
+        for name, text in missing_tags(experiment).items():
+            with suppress(MlflowException):  # another process has just set it
+                MlflowClient().set_experiment_tag(experiment.experiment_id, name, text)
+    return experiment.experiment_id
+
+
+def connect_store() -> None:
+    """Opens the store to read from it: without an experiment. Raises UserError if it cannot be opened."""
+    with _connected():
+        pass
+
+
+@contextmanager
+def _connected() -> Generator[None]:
+    """The store, locked if it is a database; what fails becomes a UserError."""
     for name, level in QUIET.items():
         logging.getLogger(name).setLevel(level)
     try:
@@ -67,20 +89,11 @@ def open_store() -> str:
         if (uri := with_driver(mlflow.get_tracking_uri())) != mlflow.get_tracking_uri():
             mlflow.set_tracking_uri(uri)  # also for the processes that this one starts
         with _lock(uri):
-            experiment = _experiment()
-            if is_misread_by_mlflow(location := experiment.artifact_location):
-                raise UserError(
-                    f"{location}: MLflow would store artifacts in {local_path(location)};"
-                    " rename the folder: UTF-8, and no % before two digits"
-                )
-            for name, text in missing_tags(experiment).items():
-                with suppress(MlflowException):  # another process has just set it
-                    MlflowClient().set_experiment_tag(experiment.experiment_id, name, text)
+            yield
     except UserError:
         raise
     except Exception as error:  # MLflow, SQLAlchemy, its drivers and the file system: errors of many kinds
         raise UserError(f"{SETTING}={tracking_uri()}: {_remedy(error)}") from error
-    return experiment.experiment_id
 
 
 def _remedy(error: Exception) -> str:
@@ -124,6 +137,7 @@ def _experiment() -> Experiment:
             experiment = mlflow.get_experiment(id)
         else:
             name = name or DEFAULT_EXPERIMENT
+            setting = f"MLFLOW_EXPERIMENT_NAME={name}"
             experiment = mlflow.get_experiment_by_name(name) or _create_experiment(name)
     except MlflowException as error:
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
@@ -166,8 +180,11 @@ def _create_experiment(name: str) -> Experiment:
     client: Any = MlflowClient()
     # By default the artifacts would be stored in the working directory of the first process.
     file = database_file(mlflow.get_tracking_uri())
-    with suppress(MlflowException):  # another process has just created it
+    try:
         client.create_experiment(name, artifact_location=(file.parent / "mlruns").as_uri() if file else None)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":  # another process has just created it
+            raise
     experiment = mlflow.get_experiment_by_name(name)
     if experiment is None:
         raise MlflowException(f"the experiment {name} cannot be created", RESOURCE_DOES_NOT_EXIST)

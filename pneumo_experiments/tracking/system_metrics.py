@@ -28,7 +28,9 @@ class ProcessTree:
     """The process and those below it; of a group that trains together, all processes on the machine."""
 
     def __init__(self) -> None:
-        self._root = psutil.Process(os.getppid() if "LOCAL_RANK" in os.environ else None)
+        self._root = psutil.Process()
+        if "LOCAL_RANK" in os.environ:
+            self._root = self._root.parent() or self._root  # process 1 of a container has none
         self._since, self._seconds = time.monotonic(), self._use()[0]
 
     def sample(self) -> dict[str, float]:

@@ -19,7 +19,7 @@ from pneumo_experiments.evaluation.evaluate import Evaluation
 from pneumo_experiments.evaluation.pictures import draw_overlays
 from pneumo_experiments.evaluation.subset import Subset, hash_image_ids, make_split
 from pneumo_experiments.evaluation.threshold_search import ThresholdSearch, search_thresholds
-from pneumo_experiments.figures import contact_sheet, overlay
+from pneumo_experiments.figures import contact_sheet, outlines, overlay
 from pneumo_experiments.learning import distributed
 from pneumo_experiments.learning.averaging import STATISTICS_IMAGES, mean_state, update_batch_norm
 from pneumo_experiments.learning.calibration import fit_calibration
@@ -37,7 +37,7 @@ from pneumo_experiments.training.loop import EpochResult, FoldImages, train_and_
 from pneumo_experiments.training.resume import TrainingState
 
 MAX_SHOWN = 12  # images of the first batch
-MAX_FOLLOWED, FOLLOWED_PX = 6, 256  # images that are drawn after each epoch, and the side of a panel
+MAX_FOLLOWED, FOLLOWED_PX = 6, 512  # images that are drawn after each epoch, and their side
 
 
 @dataclass(frozen=True)
@@ -92,9 +92,9 @@ class Fold:
         if not state.followed:
             count = min(MAX_FOLLOWED, self.settings.evaluation.overlays)
             state.followed = dict([*_typical_images(evaluation).items()][:count])
-        texts = evaluation.captions()
-        captions = {place: f"{name}: {texts[place]}" for name, place in state.followed.items()}
-        drawn = draw_overlays(evaluation, replace(self.predictor, network=network), captions, FOLLOWED_PX)
+        dices, predictor = evaluation.images.dices, replace(self.predictor, network=network)
+        captions = {place: f"{name}: Dice {dices[place]:.2f}" for name, place in state.followed.items()}
+        drawn = draw_overlays(evaluation, predictor, captions, FOLLOWED_PX, outlines)
         return dict(zip(state.followed, drawn, strict=True)) if captions else {}
 
     def finish(self, state: TrainingState) -> FoldResult:

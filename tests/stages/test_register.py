@@ -286,7 +286,7 @@ def test_the_card_agrees_with_tags_and_tables(shelf: Shelf) -> None:
     for text in (
         *("Not a medical device", "\n- presence\\_threshold 0: an image with a lower"),
         f"`MLFLOW_TRACKING_URI={tracking.tracking_uri()} mlflow models serve -m models:/card/2 ",
-        "### Changed since version 1, then the champion\n\nNothing that is recorded",
+        "### Changed since version 1, then the champion\n\nNo difference is recorded",
         *(f"code: `{tracking.code_version()}`", "made the champion; Dice ", "requires 0.9925."),
         *("Each decision about a champion uses these images up", "masks, the baseline: 0.0000"),
         *(f"fingerprint: `{fingerprint[:16]}", "split_seed=0", "\n| all images | "),

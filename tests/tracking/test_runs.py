@@ -20,6 +20,7 @@ from helpers import copy_store, environment, make, store_address, working_in
 from mlflow import MlflowClient
 from mlflow.entities import DatasetInput, Run
 from mlflow.exceptions import MlflowException
+from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 from tracked import artifact, last_run
 from tracking_server import TIMEOUT_SECONDS, wait_until
 
@@ -101,6 +102,31 @@ def test_a_name_that_somebody_gave_to_the_run_stays(
     with tracking.run("train", make(Train)), tracking.run("fold", make(Train), "fold 0"):
         pass
     assert set(runs(store)) == {given or "train", "fold 0"}
+
+
+def test_a_name_is_cut_to_what_every_database_takes_and_shows_no_password(store: Path) -> None:
+    with tracking.run("train", Train(), f"train https://me:secret@host/x {'long ' * 100}"):
+        pass
+    (name,) = runs(store)
+    assert len(name) == 250
+    assert name.startswith("train https://me:***@host/x long ")
+
+
+def test_a_run_that_goes_on_after_an_error_no_longer_has_it(store: Path) -> None:
+    with suppress(UserError), tracking.run("train", Train()) as run_id:
+        raise UserError("no room")
+    assert MlflowClient().get_run(run_id).data.tags["mlflow.note.content"] == "Failed: no room"
+    with tracking.run("train", Train(), continues=run_id) as again:
+        tags = MlflowClient().get_run(run_id).data.tags
+    assert (again, tags["error"], tags["mlflow.note.content"]) == (run_id, "", "")
+
+
+def test_scores_of_a_model_whose_training_is_purged_are_not_its_runs(store: Path) -> None:
+    model = logged(store, None)
+    (run,) = runs(store).values()
+    SqlAlchemyStore(store_address(store), "mlruns")._hard_delete_run(run.info.run_id)
+    evaluated(model, 0.5)
+    assert statuses(store) == {"score": "FINISHED"}
 
 
 @pytest.mark.parametrize(
