@@ -367,7 +367,8 @@ def _one_line(error: click.UsageError) -> str:
         if owners := entry_points_with(setting):
             message = f"{setting} is a setting of {_names_of(owners)}, not of {error.ctx.info_name}"
     if isinstance(error, click.BadParameter) and error.param is not None:
-        short = re.sub(r"\S{60,}", lambda match: match[0][:50] + "…", error.message)  # what a line can hold
+        text = error.message or "missing"
+        short = re.sub(r"\S{60,}", lambda match: match[0][:50] + "…", text)  # what a line can hold
         message = f"{error.param.name}: {short}"
     message = message.rstrip(". ")
     return f"{message} See {path} --help" if message.endswith("?") else f"{message}; see {path} --help"

@@ -20,6 +20,7 @@ from pneumo_experiments.errors import UserError
 from pneumo_experiments.registry.versions import if_exists
 from pneumo_experiments.tracking.mlflow_calls import SCORE_TAG
 from pneumo_experiments.tracking.servers import is_outage
+from pneumo_experiments.words import plural
 
 # Subsets whose images neither trained a model nor chose its epoch or thresholds.
 UNSEEN_SUBSETS = ("holdout", "external")
@@ -88,7 +89,7 @@ def best_model(identity: str | None) -> BestModel:
         identity, why = latest(score for score, _ in scores).identity, "the images scored last"
     compared = [(score, model_id) for score, model_id in scores if score.identity == identity]
     best, model_id = max(compared, key=lambda scored: (scored[0].dice, scored[0].timestamp))
-    line = f"best of {len(compared)} models scored on {best.images_text}, {why}"
+    line = f"best of {plural(len(compared), 'model')} scored on {best.images_text}, {why}"
     return BestModel(f"models:/{model_id}", line, len(compared))
 
 

@@ -20,6 +20,7 @@ from pneumo_experiments.registry.versions import CHAMPION, Version
 from pneumo_experiments.serving import Detector, load, new_folder, save
 from pneumo_experiments.settings import BEST, NONE, Device, Register, Score
 from pneumo_experiments.stages.score import score
+from pneumo_experiments.words import command, rows
 
 # Longer than it takes another `register` to move the alias after its last look at it.
 SETTLE_SECONDS = 0.5
@@ -36,9 +37,18 @@ def register(settings: Register) -> Version | None:
     with tracking.run("register", settings):
         if settings.history:
             return _print_history(settings.registry.name)
-        if settings.version is not None:
-            return _move_champion(settings.registry.name, str(settings.version))
-        return _register(settings)
+        moved = settings.version
+        name = settings.registry.name
+        version = _register(settings) if moved is None else _move_champion(name, str(moved))
+        state = "champion" if version.champion else "not champion"
+        tracking.rename(f"register {name} version {version.number} · {state}")
+        page = tracking.page_of_active_run()
+    if tracking.active_run() is None:
+        model = f"models:/{name}/{version.number}"
+        print(
+            rows({"model": model, "run": page, "next": f"{command('score', model=model)} --dicom_dir FOLDER"})
+        )
+    return version
 
 
 def _check_task(settings: Register) -> None:

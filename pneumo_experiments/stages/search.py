@@ -24,7 +24,7 @@ from pneumo_experiments.search.trial_training import (
 )
 from pneumo_experiments.search.winner import Winner, choose_winner
 from pneumo_experiments.search.workers import open_search, work
-from pneumo_experiments.settings import Recipe, Search, chosen, is_none
+from pneumo_experiments.settings import Recipe, Search, chosen
 from pneumo_experiments.words import command, plural, rows
 
 OWNER = "owner"  # the task of the process whose run is the parent of the trials, and which reports
@@ -40,6 +40,8 @@ class SearchResult:
     """the names of these settings"""
     page: str
     """of the run in the UI"""
+    best: Path
+    """best.yaml of the run, if the store is on this machine"""
     start: Path | None = None
     """state dict of the network that the trials started from, if it is kept"""
 
@@ -84,8 +86,8 @@ def search(settings: Search, keep_start: bool = False) -> SearchResult:
             given["storage"] = hide_passwords(settings.study.storage)
     if tracking.active_run() is None:
         following = command("train", **given)
-        if is_none(settings.study.storage):
-            following = "train with best.yaml, a file of the run, as config"
+        if result.best.is_file():  # with all settings of the search, not only those that were searched
+            following = command("train", config=result.best)
         print(rows({"run": result.page, "next": following}))
     return result
 
@@ -148,4 +150,5 @@ def _result(trials: Trials, winner: Winner | None, notes: Sequence[str] = ()) ->
     values = winner.trial.params
     page = tracking.page_of_active_run() if tracking.active_run() else "see the process that owns the study"
     recipe = with_values(trials.settings.recipe, values)
-    return SearchResult(recipe, winner.trial.number, [*values], page)
+    best = Path(tracking.artifacts_of_active_run() if tracking.active_run() else "", "best.yaml")
+    return SearchResult(recipe, winner.trial.number, [*values], page, best)

@@ -199,7 +199,13 @@ def _train_fold(
                     state.save(checkpoint)  # before it is logged: an interruption would log it twice
                 _log_epoch(result, epochs, pictures)
         state.trainer = result = None  # the optimizer leaves the device, and the wrapper of a group
-        _print_end(state, settings)
+        if len(state.history) < epochs:
+            print(f"train: no better Dice in {settings.schedule.patience} epochs: stopped early")
+        if not state.learned:
+            print(
+                "train: it has learned little: after every epoch an empty mask for every image was the best"
+                " answer; try more epochs, another learning_rate, or pretrained weights"
+            )
         result = fold.finish(state)
         model = _log_result(source, fold, result) if is_main else ""
         places = (tracking.page_of_active_run(), tracking.link_to_active_run()) if is_main else ("", "")
@@ -248,22 +254,12 @@ def _log_epoch(result: EpochResult, epochs: int, pictures: Mapping[str, NDArray[
     epoch, scores = result.epoch, result.scores
     tracking.log_metrics(result.metrics, step=epoch.number)
     for key, picture in pictures.items():
-        tracking.log_image_step(picture, key, epoch.number)
+        tracking.log_image_step(picture, key, epoch.number - 1)  # the UI's slider begins at 0
     tqdm.write(
         f"  epoch {epoch.number}/{epochs}  loss {epoch.losses['total']:.4f}  validation Dice"
         f" {scores.dice:.4f} (all-empty {scores.dice_baseline:.4f})  on positives {scores.on_positives}"
         f"  {epoch.images_per_second:.1f} images/s  {tqdm.format_interval(result.seconds_left)} left"
     )
-
-
-def _print_end(state: TrainingState, settings: Train) -> None:
-    if len(state.history) < settings.schedule.epochs:
-        print(f"train: no better Dice in {settings.schedule.patience} epochs: stopped early")
-    if not state.learned:
-        print(
-            "train: every epoch's best answer was an empty mask for every image: try more epochs, another"
-            " learning_rate, or pretrained weights"
-        )
 
 
 def _log_result(source: SettingsSource, fold: Fold, result: FoldResult) -> str:

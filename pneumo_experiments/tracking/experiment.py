@@ -22,8 +22,7 @@ RUN_NAME = "attributes.`Run Name`"  # the name of that column
 SINCE_MS = 1_764_374_400_000  # the UI wants a date
 
 DESCRIPTION = """\
-Detection and segmentation of pneumothorax on chest radiographs. Views (top right, or `pneumo ui`):
-**trainings**, **trials** and **scores**.
+Pneumothorax on chest radiographs. **Views (top right): trainings, trials, scores.**
 
 | metric | of which images | what it says |
 |---|---|---|
@@ -50,7 +49,7 @@ class View:
         columns = [f"metrics.`{metric}`" for metric in self.metrics]
         columns += [f"params.`{param}`" for param in self.params]
         state = {
-            "searchFilter": f"tags.`{STAGE_TAG}` = '{self.stage}'",
+            "searchFilter": f"tags.`{STAGE_TAG}` = '{self.stage}' and attributes.status != 'FAILED'",
             "orderByKey": columns[0],
             "orderByAsc": False,
             "selectedColumns": columns,

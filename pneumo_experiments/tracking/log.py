@@ -35,6 +35,8 @@ from pneumo_experiments.tracking.models import model_id_of, save_model
 from pneumo_experiments.tracking.servers import local_path
 from pneumo_experiments.words import command, escape
 
+UI = "http://127.0.0.1:5000"  # of `pneumo ui`, unless that port is taken
+MODEL_TRAINING = "workflowType=machine_learning"  # else the UI shows its pages for language models
 LONGEST_NAME = 250  # characters, in PostgreSQL
 NAME_TAG = "pneumo.name"  # the name that the program gave a run; if it has another, a person gave that
 HEADLINE = ("dice", "dice_low", "dice_high", "dice_positive")  # of the hold-out, on the training's run too
@@ -88,16 +90,14 @@ def link_to_active_run(artifact: str = "") -> str:
     """The active run's page in the UI, or that of an artifact, relative to every other page of the UI."""
     run = active_runs[-1]
     page = f"#/experiments/{run.experiment_id}/runs/{run.id}"
-    return f"{page}/artifacts/{artifact}" if artifact else page
+    return f"{page}/artifacts/{artifact}" if artifact else f"{page}?{MODEL_TRAINING}"
 
 
 def page_of_active_run() -> str:
-    """The active run's page in the UI: its address, or for a database what to start first."""
-    page, uri = link_to_active_run(), mlflow.get_tracking_uri()
+    """Address of the active run's page in the UI; for a database as `pneumo ui` serves it."""
+    uri, page = mlflow.get_tracking_uri(), link_to_active_run()
     return (
-        f"{hide_passwords(uri)}/{page}"
-        if uri.startswith("http")
-        else f"{page}, in the browser: {command('ui')}"
+        f"{hide_passwords(uri)}/{page}" if uri.startswith("http") else f"{UI}/{page}, after: {command('ui')}"
     )
 
 

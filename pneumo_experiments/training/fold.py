@@ -93,7 +93,10 @@ class Fold:
             count = min(MAX_FOLLOWED, self.settings.evaluation.overlays)
             state.followed = dict([*_typical_images(evaluation).items()][:count])
         dices, predictor = evaluation.images.dices, replace(self.predictor, network=network)
-        captions = {place: f"{name}: Dice {dices[place]:.2f}" for name, place in state.followed.items()}
+        epoch = len(state.history)
+        captions = {
+            place: f"epoch {epoch}, {name}: Dice {dices[place]:.2f}" for name, place in state.followed.items()
+        }
         drawn = draw_overlays(evaluation, predictor, captions, FOLLOWED_PX, outlines)
         return dict(zip(state.followed, drawn, strict=True)) if captions else {}
 

@@ -184,7 +184,7 @@ def learning(settings: Train) -> Train:
 def test_patience_counts_from_the_first_epoch_that_finds_something(
     learning: Train, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    nothing, stopped = "every epoch's best answer was an empty mask", "no better Dice in 1 epochs: stopped"
+    nothing, stopped = "after every epoch an empty mask for every image was the best", "no better Dice in 1 epochs: stopped"
     train(changed(learning, patience=1, epochs=3, learning_rate=1e-9))
     said = capsys.readouterr().out
     assert nothing in said
@@ -317,7 +317,9 @@ def test_main_starts_from_the_network_of_the_trials_unless_that_is_a_models(
     weights: str, is_kept: bool, tmp_path: Path
 ) -> None:
     settings = make(Main, weights=weights)
-    recipe = _training_recipe(settings, SearchResult(settings.recipe, 0, [], "", tmp_path / "epoch-1.pt"))
+    recipe = _training_recipe(
+        settings, SearchResult(settings.recipe, 0, [], "", Path("best.yaml"), tmp_path / "epoch-1.pt")
+    )
     assert recipe.network.weights == (weights if is_kept else f"{tmp_path}/epoch-1.pt")
 
 

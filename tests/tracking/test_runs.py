@@ -438,7 +438,7 @@ def test_the_best_model_is_the_one_with_the_highest_dice_on_one_set_of_images(st
     assert best()[0] == highest
     evaluated(other, 0.95, "c" * 32, "holdout")
     assert best()[0] == other
-    assert "best of 1 models scored on 48 holdout images (cccccccc)" in best()[1]
+    assert "best of 1 model scored on 48 holdout images (cccccccc)" in best()[1]
     assert best(HOLDOUT) == (highest, f"best of 2 models scored on {images}, the champion's images", 2)
     assert best("d" * 32)[0] == other
 
