@@ -18,9 +18,9 @@ COPY pyproject.toml README.md LICENSE /tmp/project/
 COPY pneumo_experiments /tmp/project/pneumo_experiments
 RUN pip install --no-deps --no-build-isolation /tmp/project && rm -r /tmp/project
 
-RUN useradd --create-home --uid 1000 pneumo && install -d -o pneumo -g pneumo /work
+RUN useradd --create-home --uid 1000 pneumo && install -d -o pneumo -g pneumo /workspace
 USER pneumo
-WORKDIR /work
+WORKDIR /workspace
 
 # No ENTRYPOINT: `mlflow run` starts an image with a whole command.
 CMD ["python", "-m", "pneumo_experiments", "--help"]
