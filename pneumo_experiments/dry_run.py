@@ -24,11 +24,9 @@ from pneumo_experiments.settings import (
     SplitSettings,
     StudySettings,
     Train,
-    absolute,
-    as_text,
     as_texts,
+    chosen,
     input_paths,
-    leaves,
 )
 from pneumo_experiments.words import plural
 
@@ -46,11 +44,10 @@ class _Plan:
 
 def lines(name: str, settings: object) -> Iterator[str]:
     """Settings, inputs, outputs and work of a command. Raises UserError for inputs that cannot be used."""
-    texts, plan = as_texts(settings), _plan(settings)
+    plan, given = _plan(settings), chosen(settings)
     yield f"{name}: settings, * where they are not the defaults"
-    for leaf in leaves(type(settings)):
-        mark = " " if texts[leaf.name] == as_text(absolute(leaf, leaf.default)) else "*"
-        yield f"{mark} {leaf.name:<26}{hide_passwords(texts[leaf.name])}"
+    for setting, text in as_texts(settings).items():
+        yield f"{'*' if setting in given else ' '} {setting:<26}{hide_passwords(text)}"
     yield f"{name}: would read"
     for leaf, path in input_paths(settings):
         yield f"  {leaf.name}={path}" + (f", {_size(path.stat().st_size)}" if path.is_file() else "")

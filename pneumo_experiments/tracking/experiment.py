@@ -95,8 +95,3 @@ def missing_tags(experiment: Experiment) -> dict[str, str]:
     }
     wanted |= {name: text for name, text in once.items() if name not in experiment.tags}
     return {name: text for name, text in wanted.items() if experiment.tags.get(name) != text}
-
-
-def view_address(experiment_id: str, view: str) -> str:
-    """The page of a view, after the address of the UI."""
-    return f"#/experiments/{experiment_id}/runs?workflowType=machine_learning&viewStateShareKey={view}"

@@ -121,6 +121,9 @@ def test_the_run_holds_curves_pictures_and_how_the_time_was_spent(settings: Trai
         assert steps == [1, 2], name
     final = [metric.step for metric in client.get_metric_history(run.info.run_id, "val/dice")]
     assert final == [0]
+    images = [item.path.split("+")[:3] for item in client.list_artifacts(run.info.run_id, "images")]
+    followed = {(path.removeprefix("images/"), int(step)) for path, _, step in images}
+    assert followed == {(name, step) for name in ("typical finding", "small finding") for step in (0, 1)}
     detector = load(tracking.model_data(f"models:/{run.outputs.model_outputs[0].model_id}"))
     (predictor,) = detector.predictor.members
     with Dataset.open(settings.dataset) as opened:
