@@ -34,7 +34,6 @@ from pneumo_experiments.tracking.log import (
     log_params,
     log_scores,
     log_table,
-    log_tags,
     log_thresholds,
     log_yaml,
     logged_steps,

@@ -134,14 +134,10 @@ def as_name(text: str) -> str:
     return escape(hide_passwords(text))[:LONGEST_NAME]
 
 
-def log_tags(values: Mapping[str, object]) -> None:
-    """Sets tags of the active run."""
-    send("tags", values={name: as_text(value) for name, value in values.items()})
-
-
 def log_thresholds(values: Mapping[str, float]) -> None:
     """Sets the tag ``thresholds`` of the active run: they are results, no params."""
-    log_tags({"thresholds": ", ".join(f"{name} {value:g}" for name, value in values.items())})
+    text = ", ".join(f"{name} {value:g}" for name, value in values.items())
+    send("tags", values={"thresholds": text})
 
 
 def log_metrics(values: Mapping[str, float], step: int | None = None) -> None:
