@@ -15,6 +15,7 @@ from pneumo_experiments.dataset.splits import split
 from pneumo_experiments.dicom.archive import ImageId, open_archive
 from pneumo_experiments.passwords import hide_passwords
 from pneumo_experiments.settings import (
+    BEST,
     Main,
     Preprocess,
     Register,
@@ -27,6 +28,7 @@ from pneumo_experiments.settings import (
     as_texts,
     chosen,
     input_paths,
+    is_none,
 )
 from pneumo_experiments.words import plural
 
@@ -74,22 +76,35 @@ def _plan(settings: object) -> _Plan:
             parts = _Split(settings.dataset, settings.split)
             return _Plan(parts.table, [settings.study.storage], [_trials(settings.study, parts.train)])
         case Score():
-            inputs, outputs = [f"model {settings.model}"], list[Path]()
+            needs_model = settings.check is None and settings.counts is None
+            inputs, outputs = [_model(settings.model)] * needs_model, list[Path]()
             if settings.dicom_dir is not None:
                 inputs.append(_files(settings.dicom_dir, settings.image_id))
                 outputs = [] if settings.check else [settings.submission, settings.findings]
-            elif settings.check is None and settings.counts is None:
+            elif needs_model:
                 with Dataset.open(settings.dataset) as dataset:
                     inputs += [_header(), _row("all", dataset.entries)]
                 inputs.append(f"of these {settings.subset}, by the split that the model holds")
             return _Plan(inputs, outputs)
         case Register():
             outputs = [settings.onnx_file] * (settings.export == "onnx")
-            return _Plan([f"model {settings.model}"], [*outputs, f"a version of {settings.registry.name}"])
+            if settings.history or settings.version is not None:
+                return _Plan()
+            return _Plan([_model(settings.model)], [*outputs, f"a version of {settings.registry.name}"])
         case Main():
             return _chain(settings)
         case _:
             raise TypeError(type(settings).__name__)
+
+
+def _model(setting: str) -> str:
+    """What a model or an ensemble is; it is loaded, so that a dry run finds one that cannot be."""
+    if setting == BEST:
+        return "the best model of the experiment, which is known when it runs"
+    from pneumo_experiments.evaluation.load_models import addresses_of, load_model  # torch takes its time
+
+    models = [load_model(address) for address in addresses_of(setting)]
+    return f"model {setting}: " + ", ".join(f"{one.networks} at {one.image_size} px" for one in models)
 
 
 def _radiographs(settings: Preprocess) -> list[str]:
@@ -107,6 +122,7 @@ def _radiographs(settings: Preprocess) -> list[str]:
 def _training(settings: Train) -> _Plan:
     parts, epochs = _Split(settings.dataset, settings.split), plural(settings.schedule.epochs, "epoch")
     folds = f"{settings.split.folds} folds of " if settings.split.fold == "all" else ""
+    study = [] if is_none(settings.from_study) else [f"the best settings of study {settings.from_study} win"]
     room = _size((2 * parts.train + parts.validation) * parts.image_size**2)
     return _Plan(
         parts.table,
@@ -115,6 +131,7 @@ def _training(settings: Train) -> _Plan:
             f"{folds}{epochs} of {parts.train:,} images, and {parts.validation:,} to validate after each; how"
             " long that takes is known after its first seconds",
             f"{room} of memory for images and masks (cache=stream needs less), and what the network needs",
+            *study,
         ],
     )
 

@@ -47,9 +47,10 @@ def serve(port: int | None) -> Iterator[str]:
         )
     address = f"http://{HOST}:{_free_port([port] if port else PORTS)}"
     command = [sys.executable, "-m", "mlflow", "server", "--host", HOST, "--port", address.rpartition(":")[2]]
-    command += ["--backend-store-uri", store, "--workers", "1", "--uvicorn-opts", "--log-level warning"]
+    command += ["--workers", "1", "--uvicorn-opts", "--log-level warning"]
     environment = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
-    environment |= os.environ | {"PYTHONSAFEPATH": "1"}  # it imports nothing from the working directory
+    # It imports nothing from the working directory; as an argument, all users could read a password in it.
+    environment |= os.environ | {"PYTHONSAFEPATH": "1", "MLFLOW_BACKEND_STORE_URI": store}
     with tempfile.TemporaryFile("w+") as log:
         server = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
         try:

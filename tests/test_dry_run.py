@@ -7,15 +7,22 @@ from pathlib import Path
 
 import pytest
 from helpers import End, ended
+from tiny_network import tiny_member
 
 from pneumo_experiments.dataset.hdf5 import Dataset
 from pneumo_experiments.evaluation.subset import Subset, make_split
+from pneumo_experiments.metrics.thresholds import Thresholds
+from pneumo_experiments.serving import Detector, new_folder, save
 from pneumo_experiments.settings import ENTRY_POINTS, SplitSettings
+from pneumo_experiments.tracking.models import save_model
 
 
 @pytest.fixture
-def desk(tmp_path: Path, dataset: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The working directory, with a data set and the radiographs that it is made of, but without a store."""
+def desk(tmp_path: Path, dataset: Path, tiny: None, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory, with a data set, its radiographs and a model, but without a store."""
+    with new_folder() as data:
+        save(data, Detector((tiny_member(0),), 32, Thresholds(), "f" * 64))
+        save_model(tmp_path / "model", data)
     shutil.copy(dataset, tmp_path)
     (tmp_path / "sample").symlink_to(dataset.with_name("sample"))
     monkeypatch.chdir(tmp_path)
@@ -29,7 +36,7 @@ WORDS = {
     "preprocess": "--dicom_dir sample --rle_csv sample/train-rle.csv",
     "train": "--dataset d.h5 --fold 1 --epochs 3",
     "search": "--dataset d.h5",
-    "score": "--dataset d.h5",
+    "score": "--dataset d.h5 --model model",
     "register": "",
 }
 
@@ -79,7 +86,9 @@ def test_a_dry_preprocess_counts_the_files_and_a_dry_score_of_a_folder_too(
     said = dry(f"preprocess {WORDS['preprocess']} --image_size 64", monkeypatch, capsys).out
     assert f"  {count} images, {positive} with run lengths\n" in said
     assert f"  at 64 px less than {2 * count * 64 * 64 * 4 / 1000:.0f} kB" in said
-    said = dry("score --dicom_dir sample/dicom-images-train --submission s.csv", monkeypatch, capsys).out
+    words = "score --model model --dicom_dir sample/dicom-images-train --submission s.csv"
+    said = dry(words, monkeypatch, capsys).out
+    assert "  model model: tiny at 32 px\n" in said
     assert f"  {count} images in sample/dicom-images-train\n" in said
     assert "  s.csv\n" in said
 
@@ -88,6 +97,8 @@ def test_a_dry_preprocess_counts_the_files_and_a_dry_score_of_a_folder_too(
     ("words", "line"),
     [
         ("train --dataset d.h5 --fold 7", "fold=7: does not exist; set fold from 0 to 4"),
+        ("score --dataset d.h5", "model=models:/pneumothorax@champion: no folder, and there is no store"),
+        ("register --model nothing", "model=nothing: no folder, and there is no store"),
         ("train --dataset missing.h5", "dataset=missing.h5: no such file; run preprocess to write it"),
         ("preprocess --dicom_dir . --rle_csv sample/sample.json", "sample/sample.json: found the one column"),
     ],

@@ -144,12 +144,13 @@ def test_what_logs_nothing_works_without_a_store(
 def test_a_file_that_cannot_be_used_costs_its_own_finding_and_alone_it_is_an_error(folder: Path) -> None:
     detector, file = load_model("model"), folder / "radiographs" / "a.dcm"
     os.mkfifo(folder / "pipe.dcm")
-    findings = detector.detect_files([folder / "pipe.dcm", str(file), "gone.dcm", folder, "rle.csv"])
+    findings = detector.detect_files([folder / "pipe.dcm", str(file), "gone.dcm", "\0.dcm", folder, "rle.csv"])
     name = folder.name
     assert [finding.error for finding in findings] == [
         "pipe: is no file",
         "",
         "gone: cannot be read (No such file or directory)",
+        "\0: is no file: its path has a null character",
         f"{name}: is no file",
         "rle: not a DICOM file",
     ]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
-from urllib.parse import quote
 
 from mlflow import MlflowClient
 from mlflow.entities import Run
@@ -16,6 +15,7 @@ from pneumo_experiments.registry.versions import if_exists
 from pneumo_experiments.settings import NONE, Train, as_text, is_none, leaves
 from pneumo_experiments.tracking.code_version import CODE_VERSION_TAG, code_version
 from pneumo_experiments.tracking.experiment import STAGE_TAG
+from pneumo_experiments.tracking.log import link_to_run
 
 STUDY_PARAM = "study_used"  # of a search, and of a training whose settings it found: the study's name
 MAX_DEPTH = 4  # main, train and fold, and one to spare
@@ -88,8 +88,7 @@ def score_links(run_id: str) -> dict[str, str]:
 
 def _page(run: Run, artifact: str = "") -> str:
     """The page of a run, or of one of its artifacts."""
-    page = f"#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}"
-    return f"{page}/artifacts/{quote(artifact)}" if artifact else page
+    return link_to_run(run.info.experiment_id, run.info.run_id, artifact)
 
 
 def _search_of(training: Run) -> Run | None:

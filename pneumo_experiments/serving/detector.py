@@ -244,6 +244,8 @@ def _read(path: Path) -> File:
             reason = "is no file"  # a pipe would block
     except OSError as error:
         reason = f"cannot be read ({reason_of(error)})"
+    except ValueError:
+        reason = "is no file: its path has a null character"
     return path.stem, Rejected(f"{path.stem}: {reason}")
 
 

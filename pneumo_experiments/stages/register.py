@@ -79,8 +79,7 @@ def _register(settings: Register) -> Version:
         _export(settings.onnx_file, detector)
     members = [id for address in addresses if (id := tracking.model_id_of(address))]
     versions.claim(name)
-    address = addresses[0] if len(addresses) == 1 else _log_ensemble(detector)
-    existing = versions.version_with(name, members[0]) if address == addresses[0] and members else None
+    existing = versions.version_with(name, members) if len(members) == len(addresses) else None
     if existing is not None and _is_decided(settings, existing):
         state = "the champion"
         if not existing.champion:
@@ -89,10 +88,12 @@ def _register(settings: Register) -> Version:
         print(f"register: {model} is already {name} version {existing.number}, {state}")
         return existing
     origin = lineage(members, detector.data_fingerprint)
+    address = addresses[0] if existing or len(addresses) == 1 else _log_ensemble(detector)
     deciding: AbstractContextManager[Version] = (
         versions.deciding(existing) if existing else versions.registering(address, name)
     )
     with deciding as new:
+        versions.note_members(new, members)
         decision = _decide(settings, new, detector, origin, models)
     version = versions.version_of(name, new.number)
     if version is None:

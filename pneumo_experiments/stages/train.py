@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import logging
 import os
 import tempfile
 from collections.abc import Generator, Mapping, Sequence
@@ -35,6 +36,8 @@ from pneumo_experiments.training.loop import EpochResult
 from pneumo_experiments.training.resume import EPOCH_DICE, TrainingState, checkpoint_of
 from pneumo_experiments.training.settings_source import MAX_NAMED, SettingsSource, settings_source
 from pneumo_experiments.words import command, rows, some_of
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -258,7 +261,7 @@ def _log_epoch(result: EpochResult, epochs: int, pictures: Mapping[str, NDArray[
     tqdm.write(
         f"  epoch {epoch.number}/{epochs}  loss {epoch.losses['total']:.4f}  validation Dice"
         f" {scores.dice:.4f} (all-empty {scores.dice_baseline:.4f})  on positives {scores.on_positives}"
-        f"  {epoch.images_per_second:.1f} images/s  {tqdm.format_interval(result.seconds_left)} left"
+        f"  {epoch.images_per_second:.1f} images/s"
     )
 
 
@@ -309,10 +312,10 @@ def _finish_folds(settings: Train, folds: Sequence[FoldResult]) -> TrainResult:
     tracking.log_thresholds(asdict(joined.detector.thresholds))
     _log_thresholds(joined.search, joined.counts)
     if joined.disagreement > MUCH_DISAGREEMENT:
-        print(
-            f"train: warning: the networks' probabilities of presence differ by {joined.disagreement:.2f}"
-            " (standard deviation): their mean, and common thresholds, suit none of them; look at the folds'"
-            " own scores"
+        log.warning(
+            "the networks' probabilities of presence differ by %.2f (standard deviation): their mean, and"
+            " common thresholds, suit none of them; look at the folds' own scores",
+            joined.disagreement,
         )
     model, line = _log_model(joined.detector, f"{len(folds)}folds"), f"Out-of-fold {scores.line}"
     tracking.describe(

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, cast
+from urllib.parse import quote
 
 import mlflow
 import numpy as np
@@ -89,8 +90,13 @@ def experiment_of_active_run() -> str:
 def link_to_active_run(artifact: str = "") -> str:
     """The active run's page in the UI, or that of an artifact, relative to every other page of the UI."""
     run = active_runs[-1]
-    page = f"#/experiments/{run.experiment_id}/runs/{run.id}"
-    return f"{page}/artifacts/{artifact}" if artifact else f"{page}?{MODEL_TRAINING}"
+    return link_to_run(run.experiment_id, run.id, artifact)
+
+
+def link_to_run(experiment_id: str, run_id: str, artifact: str = "") -> str:
+    """A run's page in the UI, or that of an artifact, relative to every other page of the UI."""
+    page = f"#/experiments/{experiment_id}/runs/{run_id}"
+    return f"{page}/artifacts/{quote(artifact)}" if artifact else f"{page}?{MODEL_TRAINING}"
 
 
 def page_of_active_run() -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from math import isnan
@@ -42,7 +41,6 @@ class EpochResult:
 
     epoch: Epoch
     evaluation: Evaluation
-    seconds_left: float  # until the last epoch ends, at the rate so far
 
     @property
     def scores(self) -> Scores:
@@ -69,10 +67,8 @@ def train_and_validate(
     The caller may stop at any time; training continues from the ``state`` of an epoch. ``advance`` is called
     with each bit of work that is done.
     """
-    start = time.perf_counter()
     trained = fit(predictor, images.training, recipe, epochs, advance, state)
-    for done, epoch in enumerate(trained, start=1):
+    for epoch in trained:
         counts = images.validation.count(replace(predictor, network=epoch.network))
         advance(images.validating(predictor))
-        left = (time.perf_counter() - start) / done * (epochs - epoch.number)
-        yield EpochResult(epoch, Evaluation(images.validation, counts, best_on_grid(counts)), left)
+        yield EpochResult(epoch, Evaluation(images.validation, counts, best_on_grid(counts)))

@@ -32,6 +32,7 @@ from pneumo_experiments.serving import Detector, TrainedNetwork, load
 from pneumo_experiments.settings import Register, Score, Search, Train, as_config
 from pneumo_experiments.stages.register import register
 from pneumo_experiments.stages.score import ScoreResult, score
+from pneumo_experiments.tracking.log import MODEL_TRAINING
 
 pytestmark = pytest.mark.usefixtures("no_layout", "no_code")
 
@@ -215,9 +216,11 @@ def test_several_models_are_registered_as_one(shelf: Shelf) -> None:
     assert version.champion
     assert len(load(tracking.model_data("models:/several/1")).members) == 2
     ids = sorted(address.removeprefix("models:/") for address in (shelf.strong, shelf.weak))
-    links = dict(re.findall(r"\[(.*?)\]\(#/experiments/0/runs/(\w+)[)/]", version.description))
+    links = dict(re.findall(r"\[(.*?)\]\(#/experiments/0/runs/(\w+)[?/]", version.description))
     trainings = [MlflowClient().get_logged_model(one).source_run_id for one in ids]
     assert [links["training 1"], links["training 2"]] == trainings
+    assert called(shelf, model=f"{shelf.weak},{shelf.strong}", name="several").number == version.number
+    assert len(MlflowClient().search_model_versions("name = 'several'")) == 1
 
 
 @pytest.mark.parametrize(
@@ -297,12 +300,12 @@ def test_the_card_agrees_with_tags_and_tables(shelf: Shelf) -> None:
         f" | &emsp;1.00 ({low:.2f} to 1.00), {images} of {images}{note} | &emsp;– |",
     ):
         assert text in card, text
-    links = dict(re.findall(r"\[(.*?)\]\((#/experiments/0/runs/.*?)\)", card))
+    links, view = dict(re.findall(r"\[(.*?)\]\((#/experiments/0/runs/.*?)\)", card)), f"?{MODEL_TRAINING}"
     assert links == {
-        "training": f"#/experiments/0/runs/{training}",
+        "training": f"#/experiments/0/runs/{training}{view}",
         "config": f"#/experiments/0/runs/{training}/artifacts/config.yaml",
-        "search": f"#/experiments/0/runs/{searches['mine']}",
-        "scores": f"#/experiments/0/runs/{run_id}",
+        "search": f"#/experiments/0/runs/{searches['mine']}{view}",
+        "scores": f"#/experiments/0/runs/{run_id}{view}",
         "report of the scores": f"#/experiments/0/runs/{run_id}/artifacts/report.html",
     }
 
