@@ -10,9 +10,10 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from importlib import import_module
+from itertools import chain, product
 from pathlib import Path
 from subprocess import DEVNULL
 from types import MappingProxyType
@@ -34,6 +35,7 @@ from pneumo_experiments.settings import (
     Leaf,
     Main,
     Settings,
+    Train,
     absolute,
     as_text,
     check_inputs,
@@ -45,6 +47,7 @@ from pneumo_experiments.settings import (
     limits,
     parse,
     read_config,
+    split_configs,
 )
 from pneumo_experiments.terminal import make_streams_unfailing, silence
 from pneumo_experiments.words import some_of
@@ -59,6 +62,7 @@ SCRIPT = "pneumo"
 END_GIVEN_RUN = (
     "import sys; from pneumo_experiments.tracking.runs import end_given_run as end; end(*sys.argv[1:])"
 )
+CONFIGS_HELP = "train once with each of these config files, on top of config; with commas between"
 MAX_NAMED = 4  # settings of others in a config file
 
 
@@ -77,11 +81,15 @@ class EntryPoint(click.Command):
                 formatter.write_dl(records)
 
 
+class Several(tuple[Any, ...]):
+    """Values of one setting, for a training each."""
+
+
 class SettingType(click.ParamType):  # pyright: ignore[reportMissingTypeArgument]
     """What a setting accepts."""
 
-    def __init__(self, leaf: Leaf) -> None:
-        self.leaf = leaf
+    def __init__(self, leaf: Leaf, takes_several: bool = False) -> None:
+        self.leaf, self.takes_several = leaf, takes_several
         kinds = {bool: "boolean", str: "text", int: "whole number", float: "number"}
         options = get_args(leaf.type) or (leaf.type,)
         self.name = "path" if Path in options else " or ".join(kinds.get(each, NONE) for each in options)
@@ -92,6 +100,8 @@ class SettingType(click.ParamType):  # pyright: ignore[reportMissingTypeArgument
 
     def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         try:
+            if self.takes_several and "," in value:
+                return Several(parse(self.leaf, text.strip()) for text in value.split(","))
             return parse(self.leaf, value)
         except ValueError as error:
             self.fail(str(error), param, ctx)
@@ -106,10 +116,12 @@ class SettingType(click.ParamType):  # pyright: ignore[reportMissingTypeArgument
         return [CompletionItem(word) for word in words if word.startswith(incomplete)]
 
 
-def _option_of(leaf: Leaf) -> click.Option:
+def _option_of(leaf: Leaf, kind: type) -> click.Option:
+    is_place = Path in (get_args(leaf.type) or (leaf.type,)) or leaf.arg.names_file or leaf.arg.is_database
+    takes_several = kind is Train and leaf.arg.shapes_weights and not is_place
     text = f"{leaf.arg.help}  [default: {as_text(leaf.default)}]"
     text += "" if leaf.arg.max is None else f"  [{limits(leaf.arg)}]"
-    return click.Option([f"--{leaf.name}"], type=SettingType(leaf), help=text)
+    return click.Option([f"--{leaf.name}"], type=SettingType(leaf, takes_several), help=text)
 
 
 def _switch(name: str, text: str) -> click.Option:
@@ -139,27 +151,32 @@ def _command_of(name: str) -> click.Command:
             _log_from(level)
         is_asked_for = ctx.params["print_config"] or ctx.params["dry_run"]
         with silence() if ctx.params["quiet"] and not is_asked_for else nullcontext():
-            settings = resolve(ctx, kind)
+            each = resolve(ctx, kind)
             if ctx.params["print_config"]:
-                click.echo(config_text(settings), nl=False)
+                click.echo("---\n".join(map(config_text, each)), nl=False)
                 return
-            check_inputs(settings)
+            for settings in each:
+                check_inputs(settings)
             if ctx.params["dry_run"]:
                 from pneumo_experiments.dry_run import lines
 
-                for line in lines(name, settings):
+                for line in chain.from_iterable(lines(name, settings) for settings in each):
                     click.echo(line)
                 return
             if sys.stdout.isatty():
                 click.echo(f"{name}: starting")  # what follows takes seconds
             stage = import_module(f"pneumo_experiments.stages.{name}")  # heavy libraries load only now
+            if len(each) > 1:
+                stage.train_each(each)
+                return
             run: Callable[[Any], object] = getattr(stage, name)
-            run(settings)
+            run(each[0])
 
     own, common = leaves(kind), _terminal_options()
+    several = [click.Option(["--configs"], help=CONFIGS_HELP)] if kind is Train else []
     command = EntryPoint(
         name,
-        params=[*(_option_of(leaf) for leaf in (CONFIG, *own)), *common],
+        params=[*(_option_of(leaf, kind) for leaf in (CONFIG, *own)), *several, *common],
         callback=call,
         help=kind.__doc__,
         short_help=(kind.__doc__ or "").split("\n")[0],
@@ -174,34 +191,70 @@ def _log_from(level: str) -> None:
     os.environ["MLFLOW_LOGGING_LEVEL"] = level.upper()  # it has a handler of its own
 
 
-def resolve(ctx: click.Context, kind: type[Settings]) -> Settings:
+def resolve(ctx: click.Context, kind: type[Settings]) -> list[Settings]:
     """The settings of a command: an option beats the config file, the file beats the default.
 
-    Their paths are absolute.
+    Several only of train, whose settings may have a list of values: one for each combination. Their paths are
+    absolute.
     """
-    names = [leaf.name for leaf in leaves(kind)]
-    given = [name for name in names if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE]
     path: Path | None = ctx.params["config"]
     in_config = bool(ctx.params["print_config"])  # then stdout is a config file
     if kind is Main and path is None and ctx.params["dicom_dir"] is None and DEMO.is_file():
         click.echo(f"main: no dicom_dir and no config: synthetic radiographs, with {DEMO}", err=in_config)
         path = DEMO
-    if path and (found := find_config(path)) != path:
-        path = found
-        click.echo(f"{ctx.info_name}: config: {path}", err=in_config)
-    values, others = read_config(path, kind) if path else ({}, [])
-    if others:
-        theirs = some_of([f"{name} (of {_names_of(entry_points_with(name))})" for name in others], MAX_NAMED)
-        click.echo(f"{ctx.info_name}: config={path}: {ctx.info_name} does not use {theirs}", err=in_config)
-    defaults = {leaf.name: leaf.default for leaf in leaves(kind) if leaf.arg.declared}
-    for name in given:
-        # `mlflow run` passes the defaults in MLproject like explicit choices: the config file beats these.
-        is_passed_default = "MLFLOW_RUN_ID" in os.environ and name in defaults
-        if not (name in values and is_passed_default and ctx.params[name] == defaults[name]):
-            values[name] = ctx.params[name]
-    return from_flat(
-        kind, {leaf.name: absolute(leaf, values.get(leaf.name, leaf.default)) for leaf in leaves(kind)}
+    values = _read_configs(ctx, kind, split_configs(path) if path else [])
+    # Each of these on top of config.
+    several = [_read_configs(ctx, kind, [Path(text)]) for text in filter(None, _listed(ctx, "configs"))]
+    combined = chain.from_iterable(
+        _combinations(_with_options(ctx, kind, values | one)) for one in several or [{}]
     )
+    return [
+        from_flat(
+            kind, {leaf.name: absolute(leaf, one.get(leaf.name, leaf.default)) for leaf in leaves(kind)}
+        )
+        for one in combined
+    ]
+
+
+def _with_options(ctx: click.Context, kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of config files, and the options that beat them."""
+    chosen = dict(values)
+    for leaf in leaves(kind):
+        name, value = leaf.name, ctx.params[leaf.name]
+        if ctx.get_parameter_source(name) is not ParameterSource.COMMANDLINE:
+            continue
+        # `mlflow run` passes the defaults in MLproject like explicit choices: the config file beats these.
+        is_passed_default = "MLFLOW_RUN_ID" in os.environ and leaf.arg.declared and value == leaf.default
+        if not (is_passed_default and name in values):
+            chosen[name] = value
+    return chosen
+
+
+def _read_configs(ctx: click.Context, kind: type, paths: Sequence[Path]) -> dict[str, Any]:
+    """The values in config files, of which a later one beats an earlier one; says where they were found."""
+    values, in_config = dict[str, Any](), bool(ctx.params["print_config"])
+    for path in paths:
+        if (found := find_config(path)) != path:
+            click.echo(f"{ctx.info_name}: config: {found}", err=in_config)
+        own, others = read_config(found, kind)
+        values |= own
+        if others:
+            named = [f"{name} (of {_names_of(entry_points_with(name))})" for name in others]
+            theirs = some_of(named, MAX_NAMED)
+            line = f"{ctx.info_name}: config={found}: {ctx.info_name} does not use {theirs}"
+            click.echo(line, err=in_config)
+    return values
+
+
+def _listed(ctx: click.Context, name: str) -> list[str]:
+    return [text.strip() for text in (ctx.params.get(name) or "").split(",")]
+
+
+def _combinations(values: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """One value of each list: all combinations, without repetitions."""
+    lists = {name: dict.fromkeys(value) for name, value in values.items() if isinstance(value, Several)}
+    for combination in product(*lists.values()):
+        yield {**values, **dict(zip(lists, combination, strict=True))}
 
 
 def _names_of(entry_points: Sequence[str]) -> str:

@@ -21,9 +21,9 @@ from pneumo_experiments.settings import DEMO, ENTRY_POINTS, Main, Train, as_conf
 
 def resolved(name: str, *words: str) -> Any:
     command = cli.cli.commands[name]
-    return cli.resolve(
-        command.make_context(name, [*words], parent=cli.cli.make_context("", [name])), ENTRY_POINTS[name]
-    )
+    context = command.make_context(name, [*words], parent=cli.cli.make_context("", [name]))
+    (one,) = cli.resolve(context, ENTRY_POINTS[name])
+    return one
 
 
 HELP = "; see python -m pneumo_experiments"
@@ -262,6 +262,32 @@ def test_a_config_file_is_the_caller_s_before_the_project_s(
     for name in ("configs/other.yaml", "other/demo.yaml", "/demo"):
         with pytest.raises(UserError, match=rf"^config={name}: cannot be read"):
             resolved("train", "--config", name)
+
+
+def test_of_several_config_files_the_later_one_wins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("a.yaml").write_text("epochs: 7\nseed: 1")
+    Path("b.yaml").write_text("epochs: 8\nwarmup: 0.1")
+    found = resolved("train", "--config", "demo,a.yaml, b.yaml", "--seed", "3")
+    assert (found.schedule.epochs, found.recipe.seed, found.recipe.optimizer.warmup) == (8, 3, 0.1)
+    assert found.recipe.network.weights == "none"  # of the demo
+    Path("a,b").write_text("epochs: 9")
+    assert resolved("train", "--config", "a,b").schedule.epochs == 9
+    with pytest.raises(UserError, match=r"^config=nix: cannot be read"):
+        resolved("train", "--config", "a.yaml,nix")
+    # Each on top of config, and an option beats them all; without repetitions.
+    context = cli.cli.commands["train"].make_context(
+        "train",
+        ["--config", "a.yaml", "--configs", "b.yaml,demo", "--seed", "0,1,0", "--batch_size", "4"],
+        parent=cli.cli.make_context("", ["train"]),
+    )
+    each: Any = cli.resolve(context, Train)
+    assert [(one.schedule.epochs, one.recipe.seed) for one in each] == [(8, 0), (8, 1), (1, 0), (1, 1)]
+    assert {one.recipe.batches.batch_size for one in each} == {4}
+    end = ended(["train", "--seed", "0,x"], monkeypatch, capsys)
+    assert (end.code, end.err) == (2, f"Error: seed: 'x' is not a valid whole number{HELP} train --help\n")
 
 
 def test_a_command_works_in_the_folder_of_the_process_that_called_it_or_says_where(

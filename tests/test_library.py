@@ -109,7 +109,7 @@ def test_settings_from_python_are_those_of_the_command_line(name: str) -> None:
     kind, given = ENTRY_POINTS[name], {"dicom_dir": "d"} if name == "main" else {}
     words = [word for name, text in given.items() for word in (f"--{name}", text)]
     context = cli.cli.commands[name].make_context(name, words, parent=cli.cli.make_context("", [name]))
-    assert kind.of(**given) == cli.resolve(context, kind)  # pyright: ignore
+    assert [kind.of(**given)] == cli.resolve(context, kind)  # pyright: ignore
 
 
 def test_a_setting_from_python_has_the_type_and_the_errors_of_the_command_line() -> None:
@@ -144,7 +144,9 @@ def test_what_logs_nothing_works_without_a_store(
 def test_a_file_that_cannot_be_used_costs_its_own_finding_and_alone_it_is_an_error(folder: Path) -> None:
     detector, file = load_model("model"), folder / "radiographs" / "a.dcm"
     os.mkfifo(folder / "pipe.dcm")
-    findings = detector.detect_files([folder / "pipe.dcm", str(file), "gone.dcm", "\0.dcm", folder, "rle.csv"])
+    findings = detector.detect_files(
+        [folder / "pipe.dcm", str(file), "gone.dcm", "\0.dcm", folder, "rle.csv"]
+    )
     name = folder.name
     assert [finding.error for finding in findings] == [
         "pipe: is no file",

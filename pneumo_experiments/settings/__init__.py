@@ -18,6 +18,7 @@ from pneumo_experiments.settings.config_file import (
     find_config,
     read_config,
     read_yaml,
+    split_configs,
 )
 from pneumo_experiments.settings.entry_points import (
     BEST,

@@ -21,11 +21,13 @@ from pneumo_experiments.settings.fields import (
 )
 
 CONFIG_HELP = (
-    "YAML file of settings by name, or demo, which ships with the package; an option beats the file, the file"
-    " beats the default"
+    "YAML file of settings by name, or one that ships with the package: {}; of several with commas"
+    " between, a later one beats an earlier one; an option beats the file, the file beats the default"
 )
-CONFIG = Leaf("config", Path | None, Arg(CONFIG_HELP, declared=True), None)  # of every entry point
 CONFIGS = Path(__file__).parents[1] / "configs"  # files that ship with the package
+PRESETS = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+CONFIG_ARG = Arg(CONFIG_HELP.format(", ".join(PRESETS)), declared=True)
+CONFIG = Leaf("config", Path | None, CONFIG_ARG, None)  # of every entry point
 DEMO = CONFIGS / "demo.yaml"  # main uses it when neither data nor a config file are given
 MAX_BYTES = 2**20
 
@@ -33,6 +35,13 @@ MAX_BYTES = 2**20
 def entry_points_with(setting: str) -> list[str]:
     """The entry points that have a setting of this name."""
     return [name for name, kind in ENTRY_POINTS.items() if any(leaf.name == setting for leaf in leaves(kind))]
+
+
+def split_configs(paths: Path) -> list[Path]:
+    """The config files of a setting that takes several with commas between."""
+    if paths.is_file():
+        return [paths]
+    return [Path(text.strip()).expanduser() for text in str(paths).split(",")]
 
 
 def find_config(path: Path) -> Path:

@@ -7,9 +7,10 @@ import logging
 import os
 import tempfile
 from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +18,7 @@ from tqdm import tqdm
 
 from pneumo_experiments import tracking
 from pneumo_experiments.dataset.hdf5 import Dataset
+from pneumo_experiments.errors import UserError
 from pneumo_experiments.evaluation.pictures import ranked_overlays
 from pneumo_experiments.evaluation.subset import describe_split
 from pneumo_experiments.evaluation.threshold_search import TRIAL_COLUMNS, ThresholdSearch, counts_file
@@ -29,12 +31,13 @@ from pneumo_experiments.metrics.thresholds import ThresholdCounts
 from pneumo_experiments.progress_bar import ProgressBar
 from pneumo_experiments.search.winner import best_of_study
 from pneumo_experiments.serving import Detector, new_folder, save
-from pneumo_experiments.settings import Train, chosen, flat, is_none, weight_shaping
+from pneumo_experiments.settings import Arg, Train, chosen, flat, is_none, weight_shaping
 from pneumo_experiments.training.fold import Fold, FoldResult
 from pneumo_experiments.training.folds import COLUMNS, MUCH_DISAGREEMENT, join_folds, predict_out_of_fold
 from pneumo_experiments.training.loop import EpochResult
 from pneumo_experiments.training.resume import EPOCH_DICE, TrainingState, checkpoint_of
 from pneumo_experiments.training.settings_source import MAX_NAMED, SettingsSource, settings_source
+from pneumo_experiments.training.several import FIGURES, group_by_seed, varied_settings
 from pneumo_experiments.words import command, rows, some_of
 
 log = logging.getLogger(__name__)
@@ -73,6 +76,51 @@ def train(settings: Train) -> TrainResult:
         following = command("score", model=result.model, dataset=result.dataset)
         print(rows({"model": result.model, "run": result.page, "next": following}))
     return result
+
+
+def train_each(several: Sequence[Train]) -> list[TrainResult]:
+    """Trains with each of these settings, in child runs of one that shows the mean and spread over seeds.
+
+    Stopped and started again, it trains only what is left. Raises UserError within a group of processes that
+    torchrun started.
+    """
+    if is_launched():
+        raise UserError("train: torchrun trains one network; give one value for each setting")
+    varied = varied_settings(several)
+    lists = {name: list(dict.fromkeys(one[name] for one in varied)) for name in varied[0]}
+    texts = [f"{name} {','.join(values)}" for name, values in lists.items()]
+    datasets = ",".join(dict.fromkeys(str(one.dataset) for one in several))
+    results = list[TrainResult]()
+    with (
+        tracking.run("trainings", _Trainings(datasets, "; ".join(texts)), f"trainings {'; '.join(texts)}"),
+        ExitStack() as kept,  # all checkpoints, so that no training that has ended is repeated
+    ):
+        for number, (settings, values) in enumerate(zip(several, varied, strict=True), start=1):
+            line = ", ".join(f"{name} {value}" for name, value in values.items())
+            print(f"train: training {number} of {len(several)}: {line}")
+            results.append(kept.enter_context(training(settings)))
+        groups = group_by_seed(varied, [result.scores for result in results])
+        columns, table = [*groups[0].settings, *FIGURES], [one.row for one in groups]
+        tracking.log_table(columns, table, "trainings")
+        for step, group in enumerate(groups):
+            metrics = {"trainings/dice_mean": group.dice_mean, "trainings/dice_sd": group.dice_sd}
+            tracking.log_metrics(metrics, step=step)
+        lines = [columns, ["---"] * len(columns), *table]
+        tracking.describe("\n".join(f"| {' | '.join(line)} |" for line in lines))
+        page = tracking.page_of_active_run()
+    widths = [max(map(len, column)) for column in zip(columns, *table, strict=True)]
+    for line in [columns, *table]:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+    print(rows({"run": page}))
+    return results
+
+
+@dataclass(frozen=True)
+class _Trainings:
+    """What a run of several trainings has in common, and what differs."""
+
+    dataset: Annotated[str, Arg("data sets")]
+    values: Annotated[str, Arg("settings with several values")]
 
 
 @contextmanager
