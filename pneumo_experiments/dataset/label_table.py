@@ -40,21 +40,21 @@ class LabelTable:
         patients = make_grouping(patients_csv, [*annotations]).hashes
         if unknown := len(annotations) - len(patients):
             warn(
-                f"rle_csv={path}: the patients of {unknown:,} of {len(annotations):,} images are unknown: each"
-                " counts as one of its own; if patients have several images, name them in patients_csv"
+                f"rle_csv={path}: the patients of {unknown:,} of {len(annotations):,} images are unknown;"
+                " each counts as its own: if patients have several images, name them in patients_csv"
             )
-        shape = (side or CHALLENGE_SIDE,) * 2
+        side = side or CHALLENGE_SIDE
         entries, run_lengths = list[Entry](), list[str]()
         for image_id, texts in annotations.items():
             try:
-                label = read_label(Label(tuple(texts)), b"", shape, image_id, 0)
+                label = read_label(Label(tuple(texts)), b"", (side, side), image_id, 0)
             except Rejected as error:
                 raise UserError(f"rle_csv={path}: {error}") from None
             area_px = 0 if label.mask is None else int(np.count_nonzero(label.mask))
             patient = patients.get(image_id) or hash_patient("", image_id)
-            entries.append(Entry(image_id, patient, "", "", -1, *shape, label.annotations, area_px))
+            entries.append(Entry(image_id, patient, "", "", -1, side, side, label.annotations, area_px))
             run_lengths.append(rle.EMPTY if label.mask is None else rle.encode(label.mask))
-        digest = hashlib.sha256(content + f" {shape[0]}".encode()).hexdigest()
+        digest = hashlib.sha256(content + f" {side}".encode()).hexdigest()
         return cls(path, digest, entries, run_lengths)
 
     def __len__(self) -> int:

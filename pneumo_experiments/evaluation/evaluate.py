@@ -1,4 +1,4 @@
-"""A model, or given masks, on labelled images: scores, their tables, and the comparison with another model."""
+"""A model or given masks on labelled images: scores, their tables, and the comparison with another model."""
 
 from __future__ import annotations
 
@@ -36,11 +36,17 @@ Change = tuple[str, float, float, float]  # CHANGE_COLUMNS
 class Evaluation:
     """Predictions of a subset, counted, with thresholds; what follows from them is computed once."""
 
-    subset: LabelledImages
+    labelled: LabelledImages
     counts: ThresholdCounts
     thresholds: Thresholds
     masks_only: bool = False
-    """whether the counts are of given masks: then nothing is known of probabilities, and any threshold fits"""
+    """whether the counts are of given masks: then no probability is known, and any threshold fits"""
+
+    @property
+    def subset(self) -> Subset:
+        """The images with their pixels; those of a table alone have none."""
+        assert isinstance(self.labelled, Subset)
+        return self.labelled
 
     @cached_property
     def images(self) -> ScoredImages:
@@ -66,12 +72,12 @@ class Evaluation:
     @cached_property
     def image_set_id(self) -> str:
         """See ``image_set_id``."""
-        return image_set_id(self.subset)
+        return image_set_id(self.labelled)
 
     @cached_property
     def groups(self) -> list[Row]:
         """Rows of GROUP_COLUMNS: scores by area, view, sex and age."""
-        entries = self.subset.entries
+        entries = self.labelled.entries
         groups = {
             "area": area_terciles(self.counts.truth_area),
             "view": [entry.view or UNKNOWN for entry in entries],
@@ -92,13 +98,13 @@ class Evaluation:
         """
         nothing = [None] * len(self.counts)
         columns = (
-            [entry.image_id for entry in self.subset.entries],
+            [entry.image_id for entry in self.labelled.entries],
             self.counts.patient.tolist(),
             self.counts.truth_area.tolist(),
             self.predicted_area.tolist(),
             self.images.dices.tolist(),
             nothing if self.masks_only else self.counts.presence.tolist(),
-            [UNKNOWN] * len(nothing) if seen is None else seen_by(self.subset, seen),
+            [UNKNOWN] * len(nothing) if seen is None else seen_by(self.labelled, seen),
         )
         return [*zip(*columns, strict=True)]
 
@@ -161,7 +167,7 @@ class ModelComparison:
     def changed(self) -> list[Change]:
         """The images that changed most, in falling order."""
         most: list[int] = np.argsort(-np.abs(self.differences), kind="stable")[:MAX_CHANGED].tolist()
-        entries, dices = self.model.subset.entries, self.model.images.dices
+        entries, dices = self.model.labelled.entries, self.model.images.dices
         others = self.baseline.images.dices
         return [
             (entries[i].image_id, float(self.differences[i]), float(dices[i]), float(others[i]))

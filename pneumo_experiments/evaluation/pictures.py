@@ -165,10 +165,8 @@ def draw_overlays(
     size_px: int = 384,
     draw: Callable[..., Picture] = overlay,
 ) -> Iterator[Picture]:
-    """Overlays of the images at some positions of the subset, with their captions; none without pixels."""
+    """Overlays of the images at some positions of the subset, with their captions."""
     subset = evaluation.subset
-    if not isinstance(subset, Subset):
-        return
     shown = Subset(subset.dataset, subset.indices[list(captions)])
     masks = _masks(shown, predictor, evaluation.thresholds)
     for caption, index, mask in zip(captions.values(), shown.indices.tolist(), masks, strict=True):

@@ -30,8 +30,8 @@ from pneumo_experiments.evaluation.pictures import (
     presence_curves,
     threshold_surface,
 )
-from pneumo_experiments.figures import jpeg_uri
 from pneumo_experiments.evaluation.subset import Subset
+from pneumo_experiments.figures import jpeg_uri
 from pneumo_experiments.files import file_name
 from pneumo_experiments.learning.predict import AnyPredictor
 from pneumo_experiments.metrics.best_thresholds import best_of_all
@@ -95,7 +95,7 @@ class Context:
 
     def facts(self, evaluation: Evaluation, model: Detector | GivenMasks) -> dict[str, str]:
         """Name and value of what is known of the model, of the images and of this score."""
-        dataset, run = evaluation.subset.dataset, tracking.active_run()
+        dataset, run = evaluation.labelled.dataset, tracking.active_run()
         thresholds = asdict(evaluation.thresholds).items()
         if isinstance(model, GivenMasks):
             own = {"masks": f"as given, SHA-256 {model.sha256[:16]}"}
@@ -171,7 +171,7 @@ def make_report(
     rows = [dict(zip(GROUP_COLUMNS, row, strict=True)) for row in evaluation.groups]
     groups = [row | notes(row) for row in rows]
     page = template("evaluation", "score_page.html.j2").render(
-        title=f"Score: {context.subset} images of {evaluation.subset.dataset.path.name}",
+        title=f"Score: {context.subset} images of {evaluation.labelled.dataset.path.name}",
         facts=context.facts(evaluation, model),
         warning=" ".join([few, *(f"{line[0].upper()}{line[1:]}." for line in context.warnings)]).strip(),
         counts={each: numbers[each] for each in ("images", "positives", "patients")},
@@ -258,7 +258,8 @@ def _galleries(
 
     A gallery has a title, a note, and for each overlay the image's id, a note and the data: URI.
     """
-    number = number if isinstance(evaluation.subset, Subset) else 0  # a table has no pixels
+    if not isinstance(evaluation.labelled, Subset):
+        return {}, [], 0  # a table has no pixels
     chosen, texts = choose_images(evaluation, number), evaluation.captions()
     ids = {position: evaluation.subset.entries[position].image_id for position in chosen}
     captions = {

@@ -223,7 +223,7 @@ def seen_by(subset: LabelledImages, seen: frozenset[str]) -> list[str]:
     return [next((name for name, digest in own.items() if digest in seen), "") for own in each]
 
 
-def describe_seen(subset: Subset, seen: frozenset[str], model: str) -> str:
+def describe_seen(subset: LabelledImages, seen: frozenset[str], model: str) -> str:
     """How many images the model has seen, and of how many others the patients; empty if none."""
     by = Counter(seen_by(subset, seen))
     text = f"{by['image']:,} of {plural(len(subset), 'image')} trained {model} or chose its thresholds"

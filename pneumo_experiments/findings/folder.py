@@ -90,9 +90,9 @@ class FolderFindings:
         """That more than max_rejected of the images could not be read; else empty."""
         if len(self._rejected) <= self.settings.max_rejected * len(self.rows):
             return ""
+        of_all = f"{len(self._rejected)} of {plural(len(self.rows), 'image')}"
         return (
-            f"dicom_dir={self.folder}: {len(self._rejected):,} of {plural(len(self.rows), 'image')} could not be"
-            f" read, more than max_rejected={self.settings.max_rejected:g}; all files are written;"
+            f"dicom_dir={self.folder}: {of_all} could not be read, more than max_rejected={self.settings.max_rejected:g}; all files are written;"
             f" the first: {self._rejected[0]}"
         )
 
@@ -136,8 +136,9 @@ def write_findings(settings: Score, detector: Detector, folder: Path, model_text
     order = sorted(archive.image_ids) if wanted is None else wanted
     if missing := [image_id for image_id in order if image_id not in archive.image_ids]:
         raise UserError(
-            f"dicom_dir={folder}: {len(missing):,} of {plural(len(order), 'image')} of {settings.sample_submission}"
-            f" have no file, such as {missing[0]}; name the folder with all test images"
+            f"dicom_dir={folder}: {len(missing):,} of {plural(len(order), 'image')} of"
+            f" {settings.sample_submission} have no file, such as {missing[0]}; name the folder with all test"
+            " images"
         )
     rows = list[Row]()
 

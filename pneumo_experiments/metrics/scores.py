@@ -165,13 +165,11 @@ class ScoredImages:
             "false_alarms": lambda weights: mean(predicted & ~truth, weights),
             "misses": lambda weights: mean(~predicted & truth, weights),
         }
-        if presence is None:
-            return measures
-        return measures | {
-            "auroc": lambda weights: auroc(truth, presence, weights),
-            "average_precision": lambda weights: average_precision(truth, presence, weights),
-            "calibration_error": lambda weights: calibration_error(truth, presence, weights),
-        }
+        if presence is not None:
+            measures["auroc"] = lambda weights: auroc(truth, presence, weights)
+            measures["average_precision"] = lambda weights: average_precision(truth, presence, weights)
+            measures["calibration_error"] = lambda weights: calibration_error(truth, presence, weights)
+        return measures
 
     def intervals(self, names: Collection[str] = ()) -> dict[str, float]:
         """95% intervals of these scores, or of all: ``<name>_low`` and ``<name>_high``; NaN if undefined."""

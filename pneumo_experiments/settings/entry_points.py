@@ -8,6 +8,7 @@ from typing import Annotated, Literal, Self
 
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.settings.fields import (
+    AUTO,
     NONE,
     Arg,
     absolute,

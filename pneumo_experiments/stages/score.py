@@ -1,4 +1,4 @@
-"""Entry point ``score``: Dice of a model or a file on labelled images, the submission for others, its check."""
+"""Entry point ``score``: Dice on labelled images, the submission for unlabelled ones, or its check."""
 
 from __future__ import annotations
 
@@ -227,8 +227,8 @@ def _evaluate_given(settings: Score, dataset: Dataset | LabelTable) -> _Labelled
         return _LabelledScore(name, PREFIXES[name], masks, evaluation, baseline, notes)
     prefix = PREFIXES[name] or f"{name}/"  # without one they would be taken for scores on unseen images
     notes.append(
-        f"whether these images trained what predicted {settings.predictions.name} is not known: its scores are"
-        f" {prefix}dice and so on; if none did, say unseen=true"
+        f"whether these images trained what predicted {settings.predictions.name} is not known: its scores"
+        f" are {prefix}dice and so on; if none did, say unseen=true"
     )
     return _LabelledScore(name, prefix, masks, evaluation, baseline, notes)
 
@@ -254,6 +254,7 @@ def _baseline(
         return None
     if model is None:
         return GivenMasks.read("baseline", Path(settings.baseline), subset, settings.rle_size)
+    assert isinstance(subset, Subset)  # a table alone is compared with files
     check_unseen(settings.baseline, model, subset)
     return model
 
@@ -264,7 +265,7 @@ def _log_score(settings: Score, model: str | None, result: _LabelledScore) -> Sc
     The baseline is evaluated after that: the scores stay if it fails.
     """
     evaluation, prefix, scores = result.evaluation, result.prefix, result.evaluation.scores
-    dataset, detector = evaluation.subset.dataset, result.model
+    dataset, detector = evaluation.labelled.dataset, result.model
     facts = {"subset": result.name, "data_fingerprint": dataset.fingerprint} | scores.as_facts()
     metrics = scores.as_metrics(prefix)
     for name, value in evaluation.intervals.items():
@@ -289,7 +290,7 @@ def _log_score(settings: Score, model: str | None, result: _LabelledScore) -> Sc
     text += "\n".join(f"{each}." for each in (line, *result.notes))
     compared = None
     if (baseline := result.baseline) is not None:
-        other = evaluate(evaluation.subset, baseline, "baseline")
+        other = evaluate(evaluation.labelled, baseline, "baseline")
         compared = ModelComparison(settings.baseline, evaluation, other)
         tracking.log_metrics(compared.as_metrics(prefix))
         print(f"score: against {compared.address}: {compared.comparison.line}")
