@@ -74,11 +74,11 @@ def _plan(settings: object) -> _Plan:
             parts = _Split(settings.dataset, settings.split)
             return _Plan(parts.table, [settings.study.storage], [_trials(settings.study, parts.train)])
         case Score():
-            inputs, outputs = [f"model {settings.model}"], list[Path]()
+            inputs, outputs = [] if settings.predictions else [f"model {settings.model}"], list[Path]()
             if settings.dicom_dir is not None:
                 inputs.append(_files(settings.dicom_dir, settings.image_id))
                 outputs = [] if settings.check else [settings.submission, settings.findings]
-            elif settings.check is None and settings.counts is None:
+            elif settings.check is None and settings.counts is None and settings.rle_csv is None:
                 with Dataset.open(settings.dataset) as dataset:
                     inputs += [_header(), _row("all", dataset.entries)]
                 inputs.append(f"of these {settings.subset}, by the split that the model holds")

@@ -92,16 +92,15 @@ class FolderFindings:
             return ""
         of_all = f"{len(self._rejected)} of {plural(len(self.rows), 'image')}"
         return (
-            f"dicom_dir={self.folder}: {of_all} could not be read, more than max_rejected={self.settings.max_rejected:g}; all files are written;"
+            f"dicom_dir={self.folder}: {of_all} could not be read, more than"
+            f" max_rejected={self.settings.max_rejected:g}; all files are written;"
             f" the first: {self._rejected[0]}"
         )
 
     def description(self, model_text: str) -> str:
         """For the run."""
         images, rejected, positives = self.counts.values()
-        first = (
-            f"{plural(images, 'image')} from {self.folder}, by {model_text}: {positives:,} with a finding."
-        )
+        first = f"{plural(images, 'image')} from {self.folder}, by {model_text}: {positives} with a finding."
         return "\n".join([first, f"{rejected} could not be read.", *(f"{each}." for each in self.warnings)])
 
     @property
@@ -110,16 +109,13 @@ class FolderFindings:
         images, rejected, positives = self.counts.values()
         submission, table = self.files
         no_object = [row.error for row in self.rows if row.error and not row.is_rejected]
-        objects = (
-            f" and {plural(positives - len(no_object), 'DICOM Segmentation')}"
-            if self.settings.dicom_seg
-            else ""
-        )
+        count = plural(positives - len(no_object), "DICOM Segmentation")
+        objects = f" and {count}" if self.settings.dicom_seg else ""
         return [
             *self.notes,
             *(f"submitted as empty: {error}" for error in self._rejected[:EXAMPLES]),
             *no_object[:EXAMPLES],
-            f"{plural(images, 'image')} in {submission}, {rejected:,} could not be read",
+            f"{plural(images, 'image')} in {submission}, {rejected} could not be read",
             f"{positives} with a finding: {table}, overlays{objects} beside it",
             *self.warnings,
         ]

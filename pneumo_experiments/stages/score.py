@@ -381,13 +381,13 @@ def _subset(settings: Score, detector: Detector | None, dataset: Dataset | Label
             f"subset={settings.subset}: the model was trained on another data set than {settings.dataset};"
             " subset=all scores every image"
         )
-    splits = {member.split for member in detector.members} if detector else {SplitSettings()}
-    if len(splits) > 1 and settings.subset != "holdout":  # they have one hold-out
+    splits = [member.split for member in detector.members] if detector else [SplitSettings()]
+    if len({*splits}) > 1 and settings.subset != "holdout":  # they have one hold-out
         raise UserError(
             f"subset={settings.subset}: the model's {len(splits)} networks were each trained on"
             " other patients; holdout has those that trained none of them, all has everyone"
         )
-    split = next(iter(splits))
+    split = splits[0]
     indices: NDArray[np.int64] = getattr(make_split(dataset, split), settings.subset)
     if not len(indices):
         raise UserError(
