@@ -40,8 +40,8 @@ class LabelTable:
         patients = make_grouping(patients_csv, [*annotations]).hashes
         if unknown := len(annotations) - len(patients):
             warn(
-                f"rle_csv={path}: the patients of {unknown:,} of {len(annotations):,} images are unknown;"
-                " each counts as its own: if patients have several images, name them in patients_csv"
+                f"rle_csv={path}: the patients of {unknown:,} of {len(annotations):,} images are unknown, so"
+                " each image counts as a patient; if patients have several, name them in patients_csv"
             )
         side = side or CHALLENGE_SIDE
         entries, run_lengths = list[Entry](), list[str]()
