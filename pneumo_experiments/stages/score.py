@@ -207,6 +207,7 @@ def _evaluate(settings: Score, detector: Detector, dataset: Dataset | LabelTable
     baseline = _baseline(settings, subset, _baseline_model(settings))
     evaluation = evaluate(subset, detector, "score")
     notes = _mask_warnings(evaluation, {"in training": detector.prevalence})
+    notes += [_nobody_knows(settings.baseline)] if isinstance(baseline, GivenMasks) else []
     if seen and name == "all":
         notes.append(f"{seen}: no external score; scores.csv marks what to leave out for one")
     return _LabelledScore(name, PREFIXES[name], detector, evaluation, baseline, notes, runs)
@@ -226,11 +227,13 @@ def _evaluate_given(settings: Score, dataset: Dataset | LabelTable) -> _Labelled
         name = "external" if name == "all" else name
         return _LabelledScore(name, PREFIXES[name], masks, evaluation, baseline, notes)
     prefix = PREFIXES[name] or f"{name}/"  # without one they would be taken for scores on unseen images
-    notes.append(
-        f"whether these images trained what predicted {settings.predictions.name} is not known: its scores"
-        f" are {prefix}dice and so on; if none did, say unseen=true"
-    )
+    unknown = _nobody_knows(settings.predictions)
+    notes.append(f"{unknown}: its scores are {prefix}dice and so on; if none did, say unseen=true")
     return _LabelledScore(name, prefix, masks, evaluation, baseline, notes)
+
+
+def _nobody_knows(path: Path | str) -> str:
+    return f"whether these images trained what predicted {Path(path).name} is not known"
 
 
 def _mask_warnings(evaluation: Evaluation, usual: dict[str, float | None]) -> list[str]:

@@ -305,6 +305,8 @@ def test_a_model_and_a_submission_are_compared_in_both_directions_on_the_models_
     values = {"dataset": square_dataset, "overlays": 0, "device": "cpu"}
     result = score(make(Score, model=model, baseline=str(file), **values))
     assert result.scores is not None
+    told = "score: whether these images trained what predicted kernel.csv is not known\n"
+    assert told in capsys.readouterr().out
     forwards = last_run("score tiny").data.metrics
     assert forwards["baseline_model_dice"] == pytest.approx(known)
     assert forwards["dice_difference"] == pytest.approx(result.scores.dice - known)
