@@ -76,12 +76,13 @@ def _plan(settings: object) -> _Plan:
             parts = _Split(settings.dataset, settings.split)
             return _Plan(parts.table, [settings.study.storage], [_trials(settings.study, parts.train)])
         case Score():
-            needs_model = settings.check is None and settings.counts is None
+            is_search = settings.check is not None or settings.counts is not None
+            needs_model = not is_search and settings.predictions is None
             inputs, outputs = [_model(settings.model)] * needs_model, list[Path]()
             if settings.dicom_dir is not None:
                 inputs.append(_files(settings.dicom_dir, settings.image_id))
                 outputs = [] if settings.check else [settings.submission, settings.findings]
-            elif needs_model:
+            elif not is_search and settings.rle_csv is None:
                 with Dataset.open(settings.dataset) as dataset:
                     inputs += [_header(), _row("all", dataset.entries)]
                 inputs.append(f"of these {settings.subset}, by the split that the model holds")

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass
+from threading import Timer
 
 from tqdm import tqdm
 
 FIRST_SECONDS = 5.0  # of work before the first estimate
 WORTH_SAYING_SECONDS = 30.0  # shorter work needs no estimate
+SILENT_SECONDS = 2.0  # of work without a bar before its line
 WITHOUT_COUNTS = "{l_bar}{bar}| {elapsed}<{remaining}"
 
 
@@ -74,6 +78,18 @@ class ProgressBar:
             self.pieces = 1
         elif self._bar.disable and left >= WORTH_SAYING_SECONDS:
             tqdm.write(line)
+
+
+@contextmanager
+def said_if_slow(line: str) -> Generator[None]:
+    """Says what the block does, if that takes more than two seconds."""
+    timer = Timer(SILENT_SECONDS, tqdm.write, [line])
+    timer.daemon = True  # an interrupted process does not wait for it
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def duration(seconds: float) -> str:

@@ -1,14 +1,15 @@
-"""A model on labelled images: its scores, the tables of them, and the comparison with another model."""
+"""A model or given masks on labelled images: scores, their tables, and the comparison with another model."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pneumo_experiments.evaluation.subset import Subset, image_set_id, seen_by
+from pneumo_experiments.evaluation.given_masks import GivenMasks
+from pneumo_experiments.evaluation.subset import LabelledImages, Subset, image_set_id, seen_by
 from pneumo_experiments.metrics.comparison import Comparison, compare
 from pneumo_experiments.metrics.scores import (
     UNKNOWN,
@@ -22,6 +23,7 @@ from pneumo_experiments.metrics.scores import (
     score_images,
 )
 from pneumo_experiments.metrics.thresholds import ThresholdCounts, Thresholds
+from pneumo_experiments.serving import Detector
 
 IMAGE_COLUMNS = ("image_id", "patient", "truth_area_px", "predicted_area_px", "dice", "presence", "seen")
 CHANGE_COLUMNS = ("image_id", "difference", "dice", "baseline_dice")
@@ -34,14 +36,23 @@ Change = tuple[str, float, float, float]  # CHANGE_COLUMNS
 class Evaluation:
     """Predictions of a subset, counted, with thresholds; what follows from them is computed once."""
 
-    subset: Subset
+    labelled: LabelledImages
     counts: ThresholdCounts
     thresholds: Thresholds
+    masks_only: bool = False
+    """whether the counts are of given masks: then no probability is known, and any threshold fits"""
+
+    @property
+    def subset(self) -> Subset:
+        """The images with their pixels; those of a table alone have none."""
+        assert isinstance(self.labelled, Subset)
+        return self.labelled
 
     @cached_property
     def images(self) -> ScoredImages:
         """What the scores are made of."""
-        return ScoredImages.of(self.counts, self.thresholds)
+        images = ScoredImages.of(self.counts, self.thresholds)
+        return replace(images, presence=None) if self.masks_only else images
 
     @cached_property
     def predicted_area(self) -> NDArray[np.int64]:
@@ -61,12 +72,12 @@ class Evaluation:
     @cached_property
     def image_set_id(self) -> str:
         """See ``image_set_id``."""
-        return image_set_id(self.subset)
+        return image_set_id(self.labelled)
 
     @cached_property
     def groups(self) -> list[Row]:
         """Rows of GROUP_COLUMNS: scores by area, view, sex and age."""
-        entries = self.subset.entries
+        entries = self.labelled.entries
         groups = {
             "area": area_terciles(self.counts.truth_area),
             "view": [entry.view or UNKNOWN for entry in entries],
@@ -77,19 +88,23 @@ class Evaluation:
 
     @cached_property
     def calibration(self) -> list[Row]:
-        """Rows of CALIBRATION_COLUMNS."""
+        """Rows of CALIBRATION_COLUMNS; none of given masks."""
         return calibration(self.images)
 
-    def image_rows(self, seen: frozenset[str]) -> list[tuple[object, ...]]:
-        """Rows of IMAGE_COLUMNS; ``seen`` are the hashed ids of what the model knows."""
+    def image_rows(self, seen: frozenset[str] | None) -> list[tuple[object, ...]]:
+        """Rows of IMAGE_COLUMNS; ``seen`` are the hashed ids of what the model knows, None if nobody can say.
+
+        Given masks have no presence.
+        """
+        nothing = [None] * len(self.counts)
         columns = (
-            [entry.image_id for entry in self.subset.entries],
+            [entry.image_id for entry in self.labelled.entries],
             self.counts.patient.tolist(),
             self.counts.truth_area.tolist(),
             self.predicted_area.tolist(),
             self.images.dices.tolist(),
-            self.counts.presence.tolist(),
-            seen_by(self.subset, seen),
+            nothing if self.masks_only else self.counts.presence.tolist(),
+            [UNKNOWN] * len(nothing) if seen is None else seen_by(self.labelled, seen),
         )
         return [*zip(*columns, strict=True)]
 
@@ -102,9 +117,20 @@ class Evaluation:
         ]
 
 
+def evaluate(subset: LabelledImages, model: Detector | GivenMasks, desc: str) -> Evaluation:
+    """What a model predicts, or a file holds, scored; shows a progress bar named ``desc``.
+
+    A model needs a ``Subset``: images with pixels.
+    """
+    if isinstance(model, GivenMasks):
+        return Evaluation(subset, model.count(subset, desc), Thresholds(), masks_only=True)
+    assert isinstance(subset, Subset)
+    return Evaluation(subset, subset.count(model.predictor, desc), model.thresholds)
+
+
 @dataclass(frozen=True, eq=False)
 class ModelComparison:
-    """A model and the baseline model at an address on the same images."""
+    """A model and the baseline, a model at an address or a file of masks, on the same images."""
 
     address: str
     model: Evaluation
@@ -141,7 +167,7 @@ class ModelComparison:
     def changed(self) -> list[Change]:
         """The images that changed most, in falling order."""
         most: list[int] = np.argsort(-np.abs(self.differences), kind="stable")[:MAX_CHANGED].tolist()
-        entries, dices = self.model.subset.entries, self.model.images.dices
+        entries, dices = self.model.labelled.entries, self.model.images.dices
         others = self.baseline.images.dices
         return [
             (entries[i].image_id, float(self.differences[i]), float(dices[i]), float(others[i]))

@@ -10,6 +10,7 @@ from typing import Literal
 
 from pneumo_experiments import tracking
 from pneumo_experiments.dataset.hdf5 import Dataset
+from pneumo_experiments.dataset.patients import warn
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.evaluation.subset import Subset, all_images, describe_seen, image_set_id, make_split
 from pneumo_experiments.learning.predict import Ensemble
@@ -70,8 +71,8 @@ def load_models(model: str, dataset: Path, compute: Device, setting: str = "mode
             if opened.fingerprint != joined.data_fingerprint:
                 raise UserError(f"dataset={dataset}: is another data set than that of their training")
         except UserError as error:
-            print(
-                "warning: each threshold of the ensemble is the mean of the models', which costs Dice where"
+            warn(
+                "each threshold of the ensemble is the mean of the models', which costs Dice where"
                 f" they disagree; name the data set of their training in dataset to search them ({error})"
             )
             return joined

@@ -9,13 +9,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pneumo_experiments.evaluation.evaluate import Evaluation, ModelComparison
+from pneumo_experiments.evaluation.given_masks import GivenMasks
 from pneumo_experiments.evaluation.subset import Subset
 from pneumo_experiments.figures import overlay, pixels_of
 from pneumo_experiments.learning.predict import AnyPredictor, to_native
 from pneumo_experiments.metrics.best_thresholds import Optimum
 from pneumo_experiments.metrics.dice import precision_recall_points, roc_points
 from pneumo_experiments.metrics.scores import Row
-from pneumo_experiments.metrics.thresholds import apply_thresholds
+from pneumo_experiments.metrics.thresholds import Thresholds, apply_thresholds
 
 Picture = NDArray[np.uint8]
 
@@ -68,11 +69,12 @@ def comparison_plot(models: ModelComparison) -> Picture:
 
 
 def presence_curves(evaluation: Evaluation) -> Picture:
-    """ROC and precision-recall curve of presence, of images with both classes.
+    """ROC and precision-recall curve of presence, which is known, of images with both classes.
 
     A dot marks the masks: which images have one after all thresholds.
     """
     images, sensitivity = evaluation.images, evaluation.scores.sensitivity
+    assert images.presence is not None
     specificity = evaluation.scores.specificity
     figure, (left, right) = _axes(10, 4.6, 2)
     left.plot(*roc_points(images.truth, images.presence), label="presence")
@@ -158,18 +160,32 @@ def threshold_surface(evaluation: Evaluation, optimum: Optimum) -> Picture:
 
 def draw_overlays(
     evaluation: Evaluation,
-    predictor: AnyPredictor,
+    predictor: AnyPredictor | GivenMasks,
     captions: Mapping[int, str],
     size_px: int = 384,
     draw: Callable[..., Picture] = overlay,
 ) -> Iterator[Picture]:
     """Overlays of the images at some positions of the subset, with their captions."""
-    subset, thresholds = evaluation.subset, evaluation.thresholds
+    subset = evaluation.subset
     shown = Subset(subset.dataset, subset.indices[list(captions)])
-    for caption, (index, prediction) in zip(captions.values(), shown.predictions(predictor), strict=True):
-        truth = shown.dataset.mask(index)
-        mask = apply_thresholds(to_native(prediction.mask, truth.shape), prediction.presence, thresholds)
-        yield draw(shown.dataset.images(np.array([index]))[0], truth, mask, caption, size_px)
+    masks = _masks(shown, predictor, evaluation.thresholds)
+    for caption, index, mask in zip(captions.values(), shown.indices.tolist(), masks, strict=True):
+        image, truth = shown.dataset.images([index])[0], shown.dataset.mask(index)
+        yield draw(image, truth, mask, caption, size_px)
+
+
+def _masks(
+    subset: Subset, predictor: AnyPredictor | GivenMasks, thresholds: Thresholds
+) -> Iterator[NDArray[np.bool_]]:
+    """The predicted mask of each image at native size."""
+    shapes = [(entry.rows, entry.columns) for entry in subset.entries]
+    if isinstance(predictor, GivenMasks):
+        for entry, shape in zip(subset.entries, shapes, strict=True):
+            mask = predictor.mask(entry)
+            yield np.zeros(shape, np.bool_) if mask is None else mask
+        return
+    for shape, (_, prediction) in zip(shapes, subset.predictions(predictor), strict=True):
+        yield apply_thresholds(to_native(prediction.mask, shape), prediction.presence, thresholds)
 
 
 def ranked_overlays(

@@ -20,6 +20,7 @@ from pneumo_experiments.evaluation.evaluate import (
     Evaluation,
     ModelComparison,
 )
+from pneumo_experiments.evaluation.given_masks import GivenMasks
 from pneumo_experiments.evaluation.pictures import (
     Picture,
     calibration_plot,
@@ -29,10 +30,18 @@ from pneumo_experiments.evaluation.pictures import (
     presence_curves,
     threshold_surface,
 )
+from pneumo_experiments.evaluation.subset import Subset
 from pneumo_experiments.figures import jpeg_uri
 from pneumo_experiments.files import file_name
+from pneumo_experiments.learning.predict import AnyPredictor
 from pneumo_experiments.metrics.best_thresholds import best_of_all
-from pneumo_experiments.metrics.scores import BY_GROUP, CALIBRATION_COLUMNS, GROUP_COLUMNS, notes
+from pneumo_experiments.metrics.scores import (
+    BY_GROUP,
+    CALIBRATION_COLUMNS,
+    GROUP_COLUMNS,
+    PRESENCE_SCORES,
+    notes,
+)
 from pneumo_experiments.passwords import hide_passwords
 from pneumo_experiments.serving import Detector
 from pneumo_experiments.settings import Score
@@ -84,17 +93,23 @@ class Context:
     """ids of the runs that logged the model or its members"""
     warnings: Sequence[str] = ()
 
-    def facts(self, evaluation: Evaluation, detector: Detector) -> dict[str, str]:
+    def facts(self, evaluation: Evaluation, model: Detector | GivenMasks) -> dict[str, str]:
         """Name and value of what is known of the model, of the images and of this score."""
-        dataset, run = evaluation.subset.dataset, tracking.active_run()
+        dataset, run = evaluation.labelled.dataset, tracking.active_run()
         thresholds = asdict(evaluation.thresholds).items()
+        if isinstance(model, GivenMasks):
+            own = {"masks": f"as given, SHA-256 {model.sha256[:16]}"}
+        else:
+            own = {
+                "network": f"{model.networks}, {model.image_size} px",
+                **({"training run": ", ".join(self.training_runs)} if self.training_runs else {}),
+                "trained on data set": model.data_fingerprint[:16],
+                "thresholds": ", ".join(f"{name} {value:g}" for name, value in thresholds),
+            }
         return {
             "model": hide_passwords(self.settings.model),
-            "network": f"{detector.networks}, {detector.image_size} px",
-            **({"training run": ", ".join(self.training_runs)} if self.training_runs else {}),
-            "trained on data set": detector.data_fingerprint[:16],
+            **own,
             "images": f"{self.subset} of {dataset.path.name}, data set {dataset.fingerprint[:16]}",
-            "thresholds": ", ".join(f"{name} {value:g}" for name, value in thresholds),
             "scored": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC{f', run {run}' if run else ''}",
             "code": tracking.code_version(),
         }
@@ -126,23 +141,28 @@ class Figure:
 
 
 def make_report(
-    context: Context, evaluation: Evaluation, detector: Detector, comparison: ModelComparison | None = None
+    context: Context,
+    evaluation: Evaluation,
+    model: Detector | GivenMasks,
+    comparison: ModelComparison | None = None,
 ) -> Report:
-    """The report of a model's evaluation on some images."""
+    """The report of a model's evaluation on some images; what takes probabilities is none of given masks'."""
     scores, figures = evaluation.scores, _figures(evaluation)
-    tables: dict[str, Table] = {
-        "by_group": (GROUP_COLUMNS, evaluation.groups),
-        "calibration": (CALIBRATION_COLUMNS, evaluation.calibration),
-    }
+    tables: dict[str, Table] = {"by_group": (GROUP_COLUMNS, evaluation.groups)}
+    if not evaluation.masks_only:
+        tables["calibration"] = (CALIBRATION_COLUMNS, evaluation.calibration)
     changes: list[Figure] = []
     if comparison is not None:
         tables["changed_images"] = (CHANGE_COLUMNS, comparison.changed)
         note = "Left, of each image; right, of the mean in resamples of the patients."
         picture = comparison_plot(comparison)
         changes.append(Figure("Difference of Dice", "comparison.png", picture, note))
-    tables["scores"] = (IMAGE_COLUMNS, evaluation.image_rows(detector.training_images))
+    seen, predictor = (
+        (None, model) if isinstance(model, GivenMasks) else (model.training_images, model.predictor)
+    )
+    tables["scores"] = (IMAGE_COLUMNS, evaluation.image_rows(seen))
     room = MAX_PICTURE_BYTES - sum(len(figure.source) for figure in [*figures, *changes])
-    overlays, galleries, omitted = _galleries(evaluation, detector, context.settings.overlays, room)
+    overlays, galleries, omitted = _galleries(evaluation, predictor, context.settings.overlays, room)
     few = "" if scores.interval_reliable else (
         f"Intervals are unreliable: the findings are of {plural(scores.positive_patients, 'patient')}."
     )  # fmt: skip
@@ -151,14 +171,15 @@ def make_report(
     rows = [dict(zip(GROUP_COLUMNS, row, strict=True)) for row in evaluation.groups]
     groups = [row | notes(row) for row in rows]
     page = template("evaluation", "score_page.html.j2").render(
-        title=f"Score: {context.subset} images of {evaluation.subset.dataset.path.name}",
-        facts=context.facts(evaluation, detector),
+        title=f"Score: {context.subset} images of {evaluation.labelled.dataset.path.name}",
+        facts=context.facts(evaluation, model),
         warning=" ".join([few, *(f"{line[0].upper()}{line[1:]}." for line in context.warnings)]).strip(),
         counts={each: numbers[each] for each in ("images", "positives", "patients")},
         headline={label: _number(numbers[each]) for each, label in HEADLINE.items()},
         scores=[
             (each.replace("_", " "), _number(numbers[each]), _interval(numbers, each), meaning)
             for each, meaning in SCORES.items()
+            if not (evaluation.masks_only and each in PRESENCE_SCORES)
         ],
         comparison=comparison,
         changed=comparison.changed[:MAX_CHANGED] if comparison else [],
@@ -176,8 +197,8 @@ def make_report(
 
 
 def _figures(evaluation: Evaluation) -> list[Figure]:
-    scores, best, figures = evaluation.scores, best_of_all(evaluation.counts), list[Figure]()
-    if 0 < scores.positives < scores.images:
+    scores, figures = evaluation.scores, list[Figure]()
+    if 0 < scores.positives < scores.images and not evaluation.masks_only:
         note = (
             "The curves are those of the probability of presence alone. The dot marks the masks, which also"
             " depend on the scores of the pixels."
@@ -189,9 +210,12 @@ def _figures(evaluation: Evaluation) -> list[Figure]:
     if scores.positives:
         picture, note = dice_by_area_plot(evaluation), "Each mark is an image with pneumothorax."
         figures.append(Figure("Dice by area", "dice_by_area.png", picture, note))
+    if evaluation.masks_only:
+        return figures
     note = "The fraction of images with pneumothorax in each tenth of the probability of presence."
     picture = calibration_plot(evaluation.calibration)
     figures.append(Figure("Calibration of presence", "calibration.png", picture, note, is_wide=False))
+    best = best_of_all(evaluation.counts)
     note = (
         f"The highest Dice of all thresholds is {best.dice:.4f} on these images, those used have"
         f" {scores.dice:.4f}. Thresholds chosen by these images would make their score too high."
@@ -228,12 +252,14 @@ def choose_images(evaluation: Evaluation, number: int) -> dict[int, str]:
 
 
 def _galleries(
-    evaluation: Evaluation, detector: Detector, number: int, room: int
+    evaluation: Evaluation, predictor: AnyPredictor | GivenMasks, number: int, room: int
 ) -> tuple[dict[str, Picture], list[tuple[str, str, list[tuple[str, str, str]]]], int]:
     """Overlays by file name, with ids in it; galleries of those that fit in ``room`` bytes; how many do not.
 
     A gallery has a title, a note, and for each overlay the image's id, a note and the data: URI.
     """
+    if not isinstance(evaluation.labelled, Subset):
+        return {}, [], 0  # a table has no pixels
     chosen, texts = choose_images(evaluation, number), evaluation.captions()
     ids = {position: evaluation.subset.entries[position].image_id for position in chosen}
     captions = {
@@ -243,7 +269,7 @@ def _galleries(
     }
     overlays, omitted = dict[str, Picture](), 0
     shown = {kind: list[tuple[str, str, str]]() for kind in KINDS}
-    drawn = draw_overlays(evaluation, detector.predictor, captions, PANEL_PX)
+    drawn = draw_overlays(evaluation, predictor, captions, PANEL_PX)
     for place, (picture, (position, kind)) in enumerate(zip(drawn, chosen.items(), strict=True), start=1):
         overlays[f"overlays/{place:02}-{file_name(f'{kind}-{ids[position]}')}.png"] = picture
         source = jpeg_uri(picture)

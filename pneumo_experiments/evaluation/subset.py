@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pneumo_experiments.dataset.hdf5 import Dataset, Entry
+from pneumo_experiments.dataset.label_table import LabelTable
 from pneumo_experiments.dataset.packed_image import salted
 from pneumo_experiments.dataset.patients import warn, warn_about_grouping
 from pneumo_experiments.dataset.splits import Split, audit, split
@@ -31,20 +32,17 @@ from pneumo_experiments.learning.threshold_counts import ThresholdCounter
 from pneumo_experiments.metrics.thresholds import ThresholdCounts
 from pneumo_experiments.progress_bar import ProgressBar
 from pneumo_experiments.settings import SplitSettings
+from pneumo_experiments.words import plural
 
 CHUNK_SIZE = 64  # images read at once, so that a large validation set needs little memory
 
 
 @dataclass(frozen=True)
-class Subset:
-    """Some images of a labelled data set, by index; the processes of a group divide the predictions.
+class LabelledImages:
+    """Some images with labels, by index; those of a table have no pixels."""
 
-    ``pixels`` (n, S, S) are the 8-bit images of this process, when they are held in memory.
-    """
-
-    dataset: Dataset
+    dataset: Dataset | LabelTable
     indices: NDArray[np.int64]
-    pixels: NDArray[np.uint8] | None = None
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -63,6 +61,17 @@ class Subset:
     def areas_px(self) -> NDArray[np.int64]:
         """Annotated pixels of each image at native size."""
         return np.array([entry.area_px for entry in self.entries], np.int64)
+
+
+@dataclass(frozen=True)
+class Subset(LabelledImages):
+    """Some images of a labelled data set, by index; the processes of a group divide the predictions.
+
+    ``pixels`` (n, S, S) are the 8-bit images of this process, when they are held in memory.
+    """
+
+    dataset: Dataset
+    pixels: NDArray[np.uint8] | None = None
 
     def choose_cache(self, cache: str, compute: ComputeConfig) -> str:
         """Where the training data are held: device, host or stream; for auto where there is room."""
@@ -186,7 +195,7 @@ def describe_split(dataset: Dataset, subsets: Split) -> dict[str, Any]:
     return report.as_dict() | {"parts": {names[part.part]: asdict(part) for part in report.parts}}
 
 
-def image_set_id(subset: Subset) -> str:
+def image_set_id(subset: LabelledImages) -> str:
     """Digest, 32 hex digits, of the image ids and the true masks at native size.
 
     Independent of order, stored image size and pixel format: scores with the same one are comparable.
@@ -208,16 +217,16 @@ def _hashes(entry: Entry) -> dict[str, str]:
     return {"image": salted(f"image {entry.image_id}"), "patient": salted(f"patient {entry.patient}")}
 
 
-def seen_by(subset: Subset, seen: frozenset[str]) -> list[str]:
+def seen_by(subset: LabelledImages, seen: frozenset[str]) -> list[str]:
     """What of each image is among these digests: ``image``, else ``patient``, else nothing: empty."""
     each = map(_hashes, subset.entries)
     return [next((name for name, digest in own.items() if digest in seen), "") for own in each]
 
 
-def describe_seen(subset: Subset, seen: frozenset[str], model: str) -> str:
+def describe_seen(subset: LabelledImages, seen: frozenset[str], model: str) -> str:
     """How many images the model has seen, and of how many others the patients; empty if none."""
     by = Counter(seen_by(subset, seen))
-    text = f"{by['image']} of {len(subset)} images trained {model} or chose its thresholds"
+    text = f"{by['image']:,} of {plural(len(subset), 'image')} trained {model} or chose its thresholds"
     if by["patient"]:
         text += (
             f", the patients of {by['patient']} more did (rename them by patients_csv if others are meant)"

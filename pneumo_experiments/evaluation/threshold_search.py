@@ -21,6 +21,7 @@ from pneumo_experiments.figures import pyplot_picture
 from pneumo_experiments.metrics.best_thresholds import Optimum, best_of_all
 from pneumo_experiments.metrics.scores import ScoredImages, Scores, score_images
 from pneumo_experiments.metrics.thresholds import ThresholdCounts, Thresholds, best_on_grid, cross_fitted
+from pneumo_experiments.words import plural
 
 TRIAL_COLUMNS = ("trial", *asdict(Thresholds()), "dice")
 FILE = "threshold_counts.npz"
@@ -118,15 +119,17 @@ class CountsSearch:
         """The result in words."""
         scores, optimum, values = self.scores, self.search.optimum, self.as_metrics()
         lines = [
-            f"{scores.images} images of {scores.patients} patients, {scores.positives} with pneumothorax,"
-            f" all-empty baseline {scores.dice_baseline:.4f}",
+            f"{plural(scores.images, 'image')} of {plural(scores.patients, 'patient')},"
+            f" {scores.positives:,} with pneumothorax, all-empty baseline {scores.dice_baseline:.4f}",
             f"best of {optimum.combinations:,} combinations: Dice {optimum.dice:.4f}"
             f" ({scores.interval}), on positives {scores.on_positives}, with {_text(optimum.thresholds)}",
             f"cross-fitted, thresholds from other patients: Dice {self.cross_fitted_dice:.4f}",
         ]
         if trials := self.search.trials():
             best, distance = values["thresholds/dice_optuna"], values["thresholds/dice_distance"]
-            lines.append(f"Optuna, {len(trials)} trials: Dice {best:.4f}, below the best by {distance:.4f}")
+            lines.append(
+                f"Optuna, {plural(len(trials), 'trial')}: Dice {best:.4f}, below the best by {distance:.4f}"
+            )
         if self.given is not None:
             lines.append(f"as given: Dice {values['thresholds/dice_given']:.4f} with {_text(self.given)}")
         return lines

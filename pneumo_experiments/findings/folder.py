@@ -29,7 +29,7 @@ from pneumo_experiments.passwords import hide_passwords
 from pneumo_experiments.progress_bar import ProgressBar
 from pneumo_experiments.serving import Detector, Finding
 from pneumo_experiments.settings import Score
-from pneumo_experiments.words import EXAMPLES
+from pneumo_experiments.words import EXAMPLES, plural
 
 TABLE = "findings.csv"
 COLUMNS = ("image_id", "presence", "area_px", "area_mm2", "spacing", "side", "rle", "error")
@@ -90,16 +90,17 @@ class FolderFindings:
         """That more than max_rejected of the images could not be read; else empty."""
         if len(self._rejected) <= self.settings.max_rejected * len(self.rows):
             return ""
+        of_all = f"{len(self._rejected)} of {plural(len(self.rows), 'image')}"
         return (
-            f"dicom_dir={self.folder}: {len(self._rejected)} of {len(self.rows)} images could not be read,"
-            f" more than max_rejected={self.settings.max_rejected:g}; all files are written;"
+            f"dicom_dir={self.folder}: {of_all} could not be read, more than"
+            f" max_rejected={self.settings.max_rejected:g}; all files are written;"
             f" the first: {self._rejected[0]}"
         )
 
     def description(self, model_text: str) -> str:
         """For the run."""
         images, rejected, positives = self.counts.values()
-        first = f"{images} images from {self.folder}, by {model_text}: {positives} with a finding."
+        first = f"{plural(images, 'image')} from {self.folder}, by {model_text}: {positives} with a finding."
         return "\n".join([first, f"{rejected} could not be read.", *(f"{each}." for each in self.warnings)])
 
     @property
@@ -108,12 +109,13 @@ class FolderFindings:
         images, rejected, positives = self.counts.values()
         submission, table = self.files
         no_object = [row.error for row in self.rows if row.error and not row.is_rejected]
-        objects = f" and {positives - len(no_object)} DICOM Segmentations" if self.settings.dicom_seg else ""
+        count = plural(positives - len(no_object), "DICOM Segmentation")
+        objects = f" and {count}" if self.settings.dicom_seg else ""
         return [
             *self.notes,
             *(f"submitted as empty: {error}" for error in self._rejected[:EXAMPLES]),
             *no_object[:EXAMPLES],
-            f"{images} images in {submission}, {rejected} could not be read",
+            f"{plural(images, 'image')} in {submission}, {rejected} could not be read",
             f"{positives} with a finding: {table}, overlays{objects} beside it",
             *self.warnings,
         ]
@@ -130,8 +132,9 @@ def write_findings(settings: Score, detector: Detector, folder: Path, model_text
     order = sorted(archive.image_ids) if wanted is None else wanted
     if missing := [image_id for image_id in order if image_id not in archive.image_ids]:
         raise UserError(
-            f"dicom_dir={folder}: {len(missing)} of {len(order)} images of {settings.sample_submission} have"
-            f" no file, such as {missing[0]}; name the folder with all test images"
+            f"dicom_dir={folder}: {len(missing):,} of {plural(len(order), 'image')} of"
+            f" {settings.sample_submission} have no file, such as {missing[0]}; name the folder with all test"
+            " images"
         )
     rows = list[Row]()
 
@@ -145,7 +148,7 @@ def write_findings(settings: Score, detector: Detector, folder: Path, model_text
 
     notes = [] if archive.identified_by == FILE_NAME else [f"the id of an image is {archive.identified_by}"]
     if others := len(archive.image_ids) - len(order):
-        notes.append(f"{others} images of {folder} are not in {settings.sample_submission}: left out")
+        notes.append(f"not in {settings.sample_submission}, left out: {plural(others, 'image')} of {folder}")
     findings = settings.findings
     check_findings_folder(findings)
     with ExitStack() as stack:

@@ -28,10 +28,12 @@ from pneumo_experiments.dataset.annotations import (
 )
 from pneumo_experiments.dataset.decoder_pool import DecodedImage, decode_all, read_files
 from pneumo_experiments.dataset.hdf5 import Dataset
+from pneumo_experiments.dataset.labels import Label
+from pneumo_experiments.dataset.packed_image import Entry
 from pneumo_experiments.dicom.archive import Archive
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.findings.submission import HEADER
-from pneumo_experiments.words import EXAMPLES, some_of
+from pneumo_experiments.words import EXAMPLES, plural, some_of
 
 CHALLENGE_SHAPE = (1024, 1024)  # rows and columns of every radiograph of the challenge
 SIMILAR = 2  # a fraction of positives further from the training's, in either direction, is suspicious
@@ -79,7 +81,7 @@ class SubmissionCheck:
     def positives_line(self, training: float | None) -> str:
         """The fraction of images with a mask, beside the ``training`` images' if that is known."""
         fraction = self.positives / max(1, self.images)
-        line = f"{self.positives} of {self.images} images have a mask ({fraction:.1%})"
+        line = f"{self.positives:,} of {plural(self.images, 'image')} have a mask ({fraction:.1%})"
         is_odd = are_too_many(self.positives or self.images, self.images, None)  # none is as odd as all
         if training is not None:
             line += f", of the training images {training:.1%}"
@@ -243,6 +245,17 @@ def likely_mistakes(masks: Sequence[MaskTraits], usual: UsualMasks) -> tuple[lis
             f" {'are masks and background swapped?' if median > 0.5 else 'look at the masks'}"
         )
     return certain, doubts
+
+
+def mask_doubts(labels: Mapping[str, Label], entries: Sequence[Entry], usual: UsualMasks) -> list[str]:
+    """Likely mistakes in the masks that a table has for these images, one line each."""
+    masks = list[MaskTraits]()
+    for entry in entries:
+        label = labels[entry.image_id]
+        shape = (label.side, label.side) if label.side else (entry.rows, entry.columns)
+        masks += [traits_of(text, shape, entry.image_id) for text in label.texts if text != rle.EMPTY]
+    certain, doubts = likely_mistakes(masks, usual)
+    return certain + doubts
 
 
 def _wrong_size(masks: Sequence[MaskTraits]) -> str:

@@ -23,11 +23,13 @@ from pneumo_experiments.metrics.dice import (
     mean,
 )
 from pneumo_experiments.metrics.thresholds import ThresholdCounts, Thresholds
+from pneumo_experiments.words import plural
 
 MIN_PATIENTS = 5  # that bear on a score; with fewer its interval may not hold: see docs/training.md
 # Of all patients; the others are of those with a finding.
 OF_ALL_PATIENTS = {"specificity": MIN_PATIENTS, "false_alarms": MIN_PATIENTS, "calibration_error": 250}
 COUNTS = ("images", "positives", "patients", "positive_patients")
+PRESENCE_SCORES = ("auroc", "average_precision", "calibration_error")
 CONSTANTS = (*COUNTS, "dice_baseline")  # properties of the images, whatever is predicted
 
 BY_GROUP = ("dice", "dice_positive", "sensitivity", "specificity")
@@ -89,7 +91,7 @@ class Scores:
     @property
     def interval(self) -> str:
         """dice_low and dice_high as text, with a warning when they are unreliable."""
-        few = f", unreliable with {self.positive_patients} patients with a finding"
+        few = f", unreliable with {plural(self.positive_patients, 'patient')} with a finding"
         return f"95% {self.dice_low:.3f} to {self.dice_high:.3f}{'' if self.interval_reliable else few}"
 
     @property
@@ -101,11 +103,11 @@ class Scores:
     def line(self) -> str:
         """Dice with its interval and what it is to be compared with, in words."""
         masks = round(self.positives - self.misses * self.images)
-        found = f", masks on {masks} of {self.positives}" if self.positives else ""
+        found = f", masks on {masks:,} of {self.positives:,}" if self.positives else ""
         return (
             f"Dice {self.dice:.4f} ({self.interval}), all-empty baseline {self.dice_baseline:.4f},"
-            f" Dice on positives {self.on_positives}, {self.images} images,"
-            f" {self.positives} with pneumothorax{found}"
+            f" Dice on positives {self.on_positives}, {plural(self.images, 'image')},"
+            f" {self.positives:,} with pneumothorax{found}"
         )
 
     def as_metrics(self, prefix: str = "") -> dict[str, float]:
@@ -126,7 +128,7 @@ class ScoredImages:
     dices: NDArray[np.float64]
     predicted: NDArray[np.bool_]  # whether the prediction has pixels
     truth: NDArray[np.bool_]  # whether the truth has pixels
-    presence: NDArray[np.float32]
+    presence: NDArray[np.float32] | None  # None: only masks are known, no probabilities
     patients: NDArray[np.str_]
 
     @classmethod
@@ -141,7 +143,7 @@ class ScoredImages:
             self.dices[chosen],
             self.predicted[chosen],
             self.truth[chosen],
-            self.presence[chosen],
+            None if self.presence is None else self.presence[chosen],
             self.patients[chosen],
         )
 
@@ -152,9 +154,9 @@ class ScoredImages:
         return dict(zip(COUNTS, numbers, strict=True))
 
     def measures(self) -> dict[str, Measure]:
-        """How each score is computed from the weights of the images."""
+        """How each score is computed from the weights of the images; those of presence if it is known."""
         dices, predicted, truth, presence = self.dices, self.predicted, self.truth, self.presence
-        return {
+        measures: dict[str, Measure] = {
             "dice": lambda weights: mean(dices, weights),
             "dice_positive": lambda weights: mean(dices, weights, truth),
             "sensitivity": lambda weights: mean(predicted, weights, truth),
@@ -162,10 +164,12 @@ class ScoredImages:
             "precision": lambda weights: mean(truth, weights, predicted),
             "false_alarms": lambda weights: mean(predicted & ~truth, weights),
             "misses": lambda weights: mean(~predicted & truth, weights),
-            "auroc": lambda weights: auroc(truth, presence, weights),
-            "average_precision": lambda weights: average_precision(truth, presence, weights),
-            "calibration_error": lambda weights: calibration_error(truth, presence, weights),
         }
+        if presence is not None:
+            measures["auroc"] = lambda weights: auroc(truth, presence, weights)
+            measures["average_precision"] = lambda weights: average_precision(truth, presence, weights)
+            measures["calibration_error"] = lambda weights: calibration_error(truth, presence, weights)
+        return measures
 
     def intervals(self, names: Collection[str] = ()) -> dict[str, float]:
         """95% intervals of these scores, or of all: ``<name>_low`` and ``<name>_high``; NaN if undefined."""
@@ -205,7 +209,9 @@ def score_images(images: ScoredImages) -> Scores:
     if len(images.dices) == 0:
         raise UserError("no images to score: choose a subset that has some")
     itself = np.ones((1, len(images.dices)))
+    undefined = dict.fromkeys(PRESENCE_SCORES, float("nan")) if images.presence is None else {}
     return Scores(
+        **undefined,
         **{name: float(measure(itself)[0]) for name, measure in images.measures().items()},
         **images.intervals(["dice"]),
         dice_baseline=float(np.mean(~images.truth)),
@@ -246,8 +252,13 @@ def by_group(images: ScoredImages, groups: Mapping[str, Sequence[str]]) -> list[
 
 
 def calibration(images: ScoredImages) -> list[Row]:
-    """Rows of CALIBRATION_COLUMNS: mean presence and fraction of positives of each bin that has images."""
+    """Rows of CALIBRATION_COLUMNS: mean presence and fraction of positives of each bin that has images.
+
+    None without presence.
+    """
     rows = list[Row]()
+    if images.presence is None:
+        return rows
     for number, here in enumerate(bins(images.presence)):
         if not here.any():
             continue
@@ -256,7 +267,8 @@ def calibration(images: ScoredImages) -> list[Row]:
             {"positive": lambda weights, truth=inside.truth: mean(truth, weights)}, {}, inside.patients
         )
         presence, positive = (
-            float(mean(values, np.ones((1, len(values))))[0]) for values in (inside.presence, inside.truth)
+            float(mean(values, np.ones((1, len(values))))[0])
+            for values in (images.presence[here], inside.truth)
         )
         rows.append(
             [number / BINS, (number + 1) / BINS, len(inside.dices), presence, positive, *ends["positive"]]

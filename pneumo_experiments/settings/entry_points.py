@@ -8,6 +8,7 @@ from typing import Annotated, Literal, Self
 
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.settings.fields import (
+    AUTO,
     NONE,
     Arg,
     absolute,
@@ -26,8 +27,10 @@ from pneumo_experiments.settings.groups import (
     ImageIds,
     MaxRejected,
     Overlays,
+    PatientsCsv,
     Reading,
     Registry,
+    RleSize,
     SampleSize,
     Schedule,
     SourceFiles,
@@ -147,7 +150,7 @@ class Search(EntryPointSettings):
 
 @dataclass(frozen=True)
 class Score(EntryPointSettings):
-    """Score a model, write its findings in a folder, check a submission, or search thresholds in counts."""
+    """Score a model or a submission, write findings in a folder, check a submission, or search thresholds."""
 
     model: Annotated[
         str,
@@ -158,14 +161,52 @@ class Score(EntryPointSettings):
     ] = "models:/pneumothorax@champion"
     dataset: Annotated[
         Path,
-        replace(DATASET, unless=("dicom_dir", "check", "counts")),
+        replace(DATASET, unless=("dicom_dir", "check", "counts", "rle_csv")),
     ] = Path("output/dataset.h5")
     subset: Annotated[
-        Literal["holdout", "validation", "train", "all"], Arg("patients to score, in the model's own split")
+        Literal["holdout", "validation", "train", "all"],
+        Arg(
+            "patients to score, in the model's own split; with predictions in that of the model in baseline,"
+            " or else in train's default split"
+        ),
     ] = "holdout"
     baseline: Annotated[
-        str, Arg("model to compare with on the same images, a models:/ address; none", declared=True)
+        str,
+        Arg(
+            "model to compare with on the same images, a models:/ address, or a file as predictions; none",
+            declared=True,
+            names_file=(NONE,),
+            missing="give a models:/ address, a submission, or none",
+            folder_too=True,
+        ),
     ] = NONE
+    predictions: Annotated[
+        Path | None,
+        Arg(
+            "submission (ids and run lengths), whoever made it, to score in place of a model, against the"
+            " labels of dataset or rle_csv",
+            declared=True,
+            missing="name a submission",
+        ),
+    ] = None
+    unseen: Annotated[
+        bool,
+        Arg(
+            "you know that the scored images neither trained the model behind predictions nor chose anything"
+            " about it: its scores get the names of scores on unseen images"
+        ),
+    ] = False
+    rle_csv: Annotated[
+        Path | None,
+        Arg(
+            "run-length annotations (train-rle.csv) as the labels of predictions, all images of it, in place"
+            " of dataset; of images of 1024 x 1024 pixels unless rle_size is given",
+            declared=True,
+            missing="name the table of annotations",
+        ),
+    ] = None
+    rle_size: RleSize = 0
+    patients_csv: PatientsCsv = AUTO
     dicom_dir: Annotated[
         Path | None,
         Arg(

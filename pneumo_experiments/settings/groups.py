@@ -61,6 +61,27 @@ ImageIds = Annotated[
 ]
 
 
+RleSize = Annotated[
+    int,
+    Arg(
+        "side in pixels of the square images that run lengths belong to, where the images are copies of"
+        " another size; 0 takes 1024 for the challenge's ids, and each image's own size for others",
+        0,
+        2**16,
+    ),
+]
+PatientsCsv = Annotated[
+    str,
+    Arg(
+        "table of image id and patient, for grouping; auto takes the table that ships with the package"
+        " for SIIM-ACR's images and PatientID for others, none takes PatientID for all",
+        declared=True,
+        names_file=(AUTO, NONE),
+        missing="give auto, none, or a table of image id and patient",
+    ),
+]
+
+
 @dataclass(frozen=True)
 class SourceFiles:
     """Radiographs and annotations."""
@@ -94,25 +115,8 @@ class SourceFiles:
             folder_too=True,
         ),
     ] = None
-    rle_size: Annotated[
-        int,
-        Arg(
-            "side in pixels of the square images that rle_csv belongs to, where the images are copies of"
-            " another size; 0 takes 1024 for the challenge's ids, and each image's own size for others",
-            0,
-            2**16,
-        ),
-    ] = 0
-    patients_csv: Annotated[
-        str,
-        Arg(
-            "table of image id and patient, for grouping; auto takes the table that ships with the package"
-            " for SIIM-ACR's images and PatientID for others, none takes PatientID for all",
-            declared=True,
-            names_file=(AUTO, NONE),
-            missing="give auto, none, or a table of image id and patient",
-        ),
-    ] = AUTO
+    rle_size: RleSize = 0
+    patients_csv: PatientsCsv = AUTO
     image_id: ImageIds = "auto"
 
 

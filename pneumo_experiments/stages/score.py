@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
 from math import isnan
 from pathlib import Path
 
@@ -12,13 +13,21 @@ from numpy.typing import NDArray
 
 from pneumo_experiments import tracking
 from pneumo_experiments.dataset.hdf5 import Dataset
+from pneumo_experiments.dataset.label_table import LabelTable
 from pneumo_experiments.dicom.archive import open_archive
 from pneumo_experiments.dicom.segmentation import require_highdicom
 from pneumo_experiments.errors import UserError
-from pneumo_experiments.evaluation.evaluate import Evaluation, ModelComparison
+from pneumo_experiments.evaluation.evaluate import Evaluation, ModelComparison, evaluate
+from pneumo_experiments.evaluation.given_masks import GivenMasks
 from pneumo_experiments.evaluation.load_models import addresses_of, check_unseen, load_models
 from pneumo_experiments.evaluation.report import PAGE, Context, make_report
-from pneumo_experiments.evaluation.subset import Subset, all_images, describe_seen, make_split
+from pneumo_experiments.evaluation.subset import (
+    LabelledImages,
+    Subset,
+    all_images,
+    describe_seen,
+    make_split,
+)
 from pneumo_experiments.evaluation.threshold_search import (
     TRIAL_COLUMNS,
     CountsSearch,
@@ -28,17 +37,28 @@ from pneumo_experiments.evaluation.threshold_search import (
 )
 from pneumo_experiments.findings.folder import write_findings
 from pneumo_experiments.findings.submission_check import (
+    CHALLENGE,
     check_submission,
     expected_images,
+    mask_doubts,
     mask_warnings,
     native_shapes,
     usual_masks,
 )
 from pneumo_experiments.metrics.scores import Scores
 from pneumo_experiments.passwords import hide_passwords
+from pneumo_experiments.progress_bar import said_if_slow
 from pneumo_experiments.registry.scores import UNSEEN_SUBSETS
 from pneumo_experiments.serving import Detector
-from pneumo_experiments.settings import AUTO, Score, flat, is_none
+from pneumo_experiments.settings import (
+    AUTO,
+    GivenThresholds,
+    Score,
+    SplitSettings,
+    chosen,
+    flat,
+    is_none,
+)
 from pneumo_experiments.words import command, plural, rows
 
 # How names of metrics begin. Without a prefix they tell of images that neither trained the model nor chose
@@ -48,6 +68,8 @@ PREFIXES = dict.fromkeys(UNSEEN_SUBSETS, "") | {
     "train": "train/",
     "all": "all/",
 }
+# Settings of a model, which masks do not have.
+OF_A_MODEL = {"model", "tta", "prevalence", "dicom_dir", *flat(GivenThresholds())}
 
 
 @dataclass(frozen=True)
@@ -64,7 +86,8 @@ class ScoreResult:
 def score(settings: Score) -> ScoreResult:
     """Scores the model on one part of a data set, writes its findings in a folder, or checks a submission.
 
-    With ``counts`` it only searches thresholds in that file. In a run of MLflow, as on the command line.
+    With ``predictions`` the masks of that file are scored, as those of a model are; with ``counts`` it only
+    searches thresholds in that file. In a run of MLflow, as on the command line.
     Raises UserError for a model and a data set that do not fit, and for a submission with problems.
 
     >>> scores = score(Score.of(dataset="dataset.h5", subset="holdout")).scores
@@ -72,14 +95,44 @@ def score(settings: Score) -> ScoreResult:
     >>> scores.images, scores.positives, scores.dice_baseline
     (4, 2, 0.5)
     """
+    settings = _with_predictions(settings)
     with tracking.run("score", settings):
         result, page = _score(settings), tracking.page_of_active_run()
     if tracking.active_run() is None:
         closing = {"report": result.report, "run": page}
-        if result.prefix == "" and result.report and addresses_of(settings.model) == [settings.model]:
+        is_one = settings.predictions is None and addresses_of(settings.model) == [settings.model]
+        if result.prefix == "" and result.report and is_one:
             closing["next"] = command("register", model=settings.model, dataset=settings.dataset)
         print(hide_passwords(rows({name: text for name, text in closing.items() if text})))
     return result
+
+
+def _with_predictions(settings: Score) -> Score:
+    """The settings with ``predictions`` in the place of the model; UserError for others that do not fit."""
+    path, table = settings.predictions, settings.rle_csv
+    if settings.check or settings.counts or (path is None and table is None):
+        return settings
+    if path is None:
+        raise UserError(
+            f"rle_csv={table}: has labels for predictions; a model needs images: run preprocess and name its"
+            " file in dataset"
+        )
+    if unused := [name for name in chosen(settings) if name in OF_A_MODEL]:
+        raise UserError(
+            f"predictions={path}: are masks, which {', '.join(unused)} cannot change; leave that out"
+            " (baseline compares with a model)"
+        )
+    settings = replace(settings, model=str(path))
+    if table is None:
+        return settings
+    if not is_none(settings.baseline) and not Path(settings.baseline).is_file():
+        raise UserError(
+            f"baseline={settings.baseline}: a model needs images; name a dataset in place of rle_csv, or a"
+            " submission in baseline"
+        )
+    if settings.subset in ("validation", "train"):
+        raise UserError(f"subset={settings.subset}: rle_csv is scored as a whole; name a dataset for a part")
+    return replace(settings, subset="all")
 
 
 def _score(settings: Score) -> ScoreResult:
@@ -89,6 +142,8 @@ def _score(settings: Score) -> ScoreResult:
         search = search_counts(load_counts(settings.counts), settings.threshold_trials, _given(settings))
         _log_counts_search(settings.counts, search)
         return ScoreResult(search.scores, "", None)
+    if settings.predictions is not None:
+        return _score_labelled(settings, None, None)
     if settings.dicom_dir is not None and settings.dicom_seg:
         require_highdicom()
     own = load_models(settings.model, settings.dataset, settings.compute)
@@ -104,88 +159,141 @@ def _score(settings: Score) -> ScoreResult:
     addresses = addresses_of(settings.model)
     # The scores are no model's if it was put together or changed for this run alone.
     model = addresses[0] if len(addresses) == 1 and detector == own else None
-    return _score_dataset(settings, detector, model)
+    return _score_labelled(settings, detector, model)
 
 
 @dataclass(frozen=True)
-class _DatasetScore:
-    """A model's evaluation on a subset, what is to be said of it, and the model to compare it with."""
+class _LabelledScore:
+    """An evaluation on labelled images, what is to be said of it, and what it is compared with."""
 
     name: str
     """of the subset: holdout, external, …"""
+    prefix: str
+    """of the names of metrics"""
+    model: Detector | GivenMasks
     evaluation: Evaluation
-    baseline: Detector | None
+    baseline: Detector | GivenMasks | None
     notes: Sequence[str]
-    training_runs: Sequence[str]
-
-    @property
-    def prefix(self) -> str:
-        return PREFIXES[self.name]
+    training_runs: Sequence[str] = ()
 
 
-def _score_dataset(settings: Score, detector: Detector, model: str | None) -> ScoreResult:
-    with Dataset.open(settings.dataset) as dataset:
+def _score_labelled(settings: Score, detector: Detector | None, model: str | None) -> ScoreResult:
+    """Scores a detector, or without one ``predictions``; the scores are also those of the logged model."""
+    table, opened = settings.rle_csv, None
+    if table is not None:
+        opened = nullcontext(LabelTable.read(table, settings.rle_size, settings.patients_csv))
+    with opened or Dataset.open(settings.dataset) as dataset:
         if not dataset.labelled:
             raise UserError(
                 f"dataset={settings.dataset}: has no annotations to score by; dicom_dir=… writes a submission"
             )
-        if dataset.image_size != detector.image_size:
+        if detector and isinstance(dataset, Dataset) and dataset.image_size != detector.image_size:
             raise UserError(
                 f"dataset={settings.dataset}: has images of {dataset.image_size} px, the model was trained on"
                 f" {detector.image_size} px; run preprocess with image_size={detector.image_size}"
             )
-        tracking.log_dataset(settings.dataset, dataset.fingerprint, settings.subset, dataset.profile)
-        return _log_score(settings, detector, model, _evaluate(settings, detector, dataset))
+        tracking.log_dataset(dataset.path, dataset.fingerprint, settings.subset, dataset.profile)
+        if detector is None:
+            return _log_score(settings, model, _evaluate_given(settings, dataset))
+        return _log_score(settings, model, _evaluate(settings, detector, dataset))
 
 
-def _evaluate(settings: Score, detector: Detector, dataset: Dataset) -> _DatasetScore:
+def _evaluate(settings: Score, detector: Detector, dataset: Dataset | LabelTable) -> _LabelledScore:
     # Asked before the long work: the store may be unreachable after it.
     runs = [run for each in addresses_of(settings.model) if (run := tracking.run_of(each))]
     subset = _subset(settings, detector, dataset)
     seen = describe_seen(subset, detector.training_images, "the model")
-    name, baseline = _name_subset(settings, detector, dataset, seen), None
-    if not is_none(settings.baseline):
-        baseline = load_models(settings.baseline, settings.dataset, settings.compute, "baseline")
-        check_unseen(settings.baseline, baseline, subset)
-    counts = subset.count(detector.predictor, desc="score")
-    evaluation = Evaluation(subset, counts, detector.thresholds)
-    scores = evaluation.scores
-    usual = {"in training": detector.prevalence, "by their labels": scores.positives / scores.images}
-    notes = mask_warnings((evaluation.predicted_area / counts.image_area).tolist(), usual)
+    name = _name_subset(settings, detector, dataset, seen)
+    baseline = _baseline(settings, subset, _baseline_model(settings))
+    evaluation = evaluate(subset, detector, "score")
+    notes = _mask_warnings(evaluation, {"in training": detector.prevalence})
+    notes += [_nobody_knows(settings.baseline)] if isinstance(baseline, GivenMasks) else []
     if seen and name == "all":
         notes.append(f"{seen}: no external score; scores.csv marks what to leave out for one")
-    return _DatasetScore(name, evaluation, baseline, notes, runs)
+    return _LabelledScore(name, PREFIXES[name], detector, evaluation, baseline, notes, runs)
 
 
-def _log_score(settings: Score, detector: Detector, model: str | None, result: _DatasetScore) -> ScoreResult:
+def _evaluate_given(settings: Score, dataset: Dataset | LabelTable) -> _LabelledScore:
+    assert settings.predictions is not None
+    other = _baseline_model(settings)
+    subset = _subset(settings, other, dataset)
+    masks = GivenMasks.read("predictions", settings.predictions, subset, settings.rle_size)
+    baseline = _baseline(settings, subset, other)
+    evaluation, name = evaluate(subset, masks, "score"), settings.subset
+    usual = usual_masks(settings.dataset) if settings.rle_csv is None else CHALLENGE
+    notes = _mask_warnings(evaluation, {}) + mask_doubts(masks.labels, subset.entries, usual)
+    notes += [resized] if (resized := masks.resized(subset.entries)) else []
+    if settings.unseen:
+        name = "external" if name == "all" else name
+        return _LabelledScore(name, PREFIXES[name], masks, evaluation, baseline, notes)
+    prefix = PREFIXES[name] or f"{name}/"  # without one they would be taken for scores on unseen images
+    unknown = _nobody_knows(settings.predictions)
+    notes.append(f"{unknown}: its scores are {prefix}dice and so on; if none did, say unseen=true")
+    return _LabelledScore(name, prefix, masks, evaluation, baseline, notes)
+
+
+def _nobody_knows(path: Path | str) -> str:
+    return f"whether these images trained what predicted {Path(path).name} is not known"
+
+
+def _mask_warnings(evaluation: Evaluation, usual: dict[str, float | None]) -> list[str]:
+    scores = evaluation.scores
+    covered: list[float] = (evaluation.predicted_area / evaluation.counts.image_area).tolist()
+    return mask_warnings(covered, usual | {"by their labels": scores.positives / scores.images})
+
+
+def _baseline_model(settings: Score) -> Detector | None:
+    """The model to compare with; None without one, and where it is a file of masks."""
+    if is_none(settings.baseline) or Path(settings.baseline).is_file():
+        return None
+    return load_models(settings.baseline, settings.dataset, settings.compute, "baseline")
+
+
+def _baseline(
+    settings: Score, subset: LabelledImages, model: Detector | None
+) -> Detector | GivenMasks | None:
+    """That model if it has not seen these images, or the masks that the file has for them."""
+    if is_none(settings.baseline):
+        return None
+    if model is None:
+        return GivenMasks.read("baseline", Path(settings.baseline), subset, settings.rle_size)
+    assert isinstance(subset, Subset)  # a table alone is compared with files
+    check_unseen(settings.baseline, model, subset)
+    return model
+
+
+def _log_score(settings: Score, model: str | None, result: _LabelledScore) -> ScoreResult:
     """Logs the scores in the run, and as those of the model at an address if given; and the report.
 
     The baseline is evaluated after that: the scores stay if it fails.
     """
     evaluation, prefix, scores = result.evaluation, result.prefix, result.evaluation.scores
-    data_fingerprint = evaluation.subset.dataset.fingerprint
-    facts = {"subset": result.name, "data_fingerprint": data_fingerprint} | scores.as_facts()
+    dataset, detector = evaluation.labelled.dataset, result.model
+    facts = {"subset": result.name, "data_fingerprint": dataset.fingerprint} | scores.as_facts()
     metrics = scores.as_metrics(prefix)
     for name, value in evaluation.intervals.items():
         if not isnan(value) and prefix + name not in metrics:  # that of dice is among the scores
             metrics[f"{prefix}interval/{name}"] = value
-    tracking.log_scores(metrics, model, settings.dataset, evaluation.image_set_id, facts)
+    tracking.log_scores(metrics, model, dataset.path, evaluation.image_set_id, facts)
     constants = {key: value for key, value in facts.items() if key != "subset"}
     tracking.log_params(constants | {"identity": evaluation.image_set_id})
-    model_name = f"{detector.networks} {detector.image_size}px"
+    if isinstance(detector, GivenMasks):
+        model_name = Path(settings.model).name
+        tracking.log_params({"predictions_sha256": detector.sha256})
+    else:
+        model_name = f"{detector.networks} {detector.image_size}px"
+        with counts_file(evaluation.counts) as path:
+            tracking.log_file(path)
     tracking.rename(f"score {model_name} on {result.name} · {scores.dice:.4f}")
-    with counts_file(evaluation.counts) as path:
-        tracking.log_file(path)
     line = scores.line
     print(f"score: {result.name}: {line}")
     for note in result.notes:
         print(f"score: {note}")
-    text = f"{result.name} images of {settings.dataset}, by {_model_text(settings)}.\n"
+    text = f"{result.name} images of {dataset.path}, by {_model_text(settings)}.\n"
     text += "\n".join(f"{each}." for each in (line, *result.notes))
     compared = None
     if (baseline := result.baseline) is not None:
-        others = evaluation.subset.count(baseline.predictor, desc="baseline")
-        other = Evaluation(evaluation.subset, others, baseline.thresholds)
+        other = evaluate(evaluation.labelled, baseline, "baseline")
         compared = ModelComparison(settings.baseline, evaluation, other)
         tracking.log_metrics(compared.as_metrics(prefix))
         print(f"score: against {compared.address}: {compared.comparison.line}")
@@ -193,12 +301,13 @@ def _log_score(settings: Score, detector: Detector, model: str | None, result: _
             print(f"score:   {image_id}: Dice {dice:.3f} instead of {before:.3f} ({difference:+.3f})")
         text += f"\nAgainst {compared.address}: {compared.comparison.line}."
     context = Context(settings, result.name, result.training_runs, result.notes)
-    report = make_report(context, evaluation, detector, compared)
-    for file_name, picture in report.pictures.items():
-        tracking.log_image(picture, file_name)
-    tracking.log_page(report.page, PAGE)
-    for name, table in report.tables.items():  # the evaluation view opens the last one
-        tracking.log_table(*table, name)
+    with said_if_slow("score: writing the report"):
+        report = make_report(context, evaluation, detector, compared)
+        for file_name, picture in report.pictures.items():
+            tracking.log_image(picture, file_name)
+        tracking.log_page(report.page, PAGE)
+        for name, table in report.tables.items():  # the evaluation view opens the last one
+            tracking.log_table(*table, name)
     tracking.describe(text)
     report, link = f"{tracking.artifacts_of_active_run()}/{PAGE}", tracking.link_to_active_run(PAGE)
     return ScoreResult(scores, report, None, prefix, link)
@@ -252,7 +361,7 @@ def _model_text(settings: Score) -> str:
     return f"{model} with {given}" if given else model
 
 
-def _name_subset(settings: Score, detector: Detector, dataset: Dataset, seen: str) -> str:
+def _name_subset(settings: Score, detector: Detector, dataset: Dataset | LabelTable, seen: str) -> str:
     """The subset, or ``external`` where all patients of another data set are new to the model."""
     if settings.subset == "holdout" and seen:
         raise UserError(
@@ -264,21 +373,24 @@ def _name_subset(settings: Score, detector: Detector, dataset: Dataset, seen: st
     return "all" if seen else "external"
 
 
-def _subset(settings: Score, detector: Detector, dataset: Dataset) -> Subset:
+def _subset(settings: Score, detector: Detector | None, dataset: Dataset | LabelTable) -> LabelledImages:
+    """The images to score, in the split of the detector; without one in the default split."""
+    if isinstance(dataset, LabelTable):
+        return LabelledImages(dataset, np.arange(len(dataset)))
     if settings.subset == "all":
         return all_images(dataset)
-    if dataset.fingerprint != detector.data_fingerprint:
+    if detector and dataset.fingerprint != detector.data_fingerprint:
         raise UserError(
             f"subset={settings.subset}: the model was trained on another data set than {settings.dataset};"
             " subset=all scores every image"
         )
-    splits = {member.split for member in detector.members}
-    if len(splits) > 1 and settings.subset != "holdout":  # they have one hold-out
+    splits = [member.split for member in detector.members] if detector else [SplitSettings()]
+    if len({*splits}) > 1 and settings.subset != "holdout":  # they have one hold-out
         raise UserError(
-            f"subset={settings.subset}: the model's {len(detector.members)} networks were each trained on"
+            f"subset={settings.subset}: the model's {len(splits)} networks were each trained on"
             " other patients; holdout has those that trained none of them, all has everyone"
         )
-    split = next(iter(splits))
+    split = splits[0]
     indices: NDArray[np.int64] = getattr(make_split(dataset, split), settings.subset)
     if not len(indices):
         raise UserError(

@@ -76,7 +76,7 @@ def test_score_takes_several_models_in_any_order(small_dataset: Path) -> None:
 
 
 def test_the_thresholds_of_several_models_are_searched_on_their_mean_predictions(
-    small_dataset: Path, dataset: Path, capsys: pytest.CaptureFixture[str]
+    small_dataset: Path, dataset: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with Dataset.open(small_dataset) as opened:
         validation = Subset(opened, make_split(opened, SETTINGS.split).validation)
@@ -110,11 +110,11 @@ def test_the_thresholds_of_several_models_are_searched_on_their_mean_predictions
     # Of different folds: each predicts its own validation images, as with fold=all.
     found = load_models(f"{addresses[0]},{addresses[2]}", small_dataset, settings.compute)
     assert found.thresholds == best_of_all(ThresholdCounts.joined(folds)).thresholds
-    capsys.readouterr()
     nowhere = small_dataset.with_name("nowhere.h5")
     for wrong, reason in ((nowhere, f"{nowhere}: no such"), (dataset, f"dataset={dataset}: is another")):
+        caplog.clear()
         assert load_models(together, wrong, settings.compute).thresholds == means
-        (warning,) = capsys.readouterr().out.splitlines()
+        (warning,) = (record.getMessage() for record in caplog.records)  # --quiet does not hide it
         assert "the mean of the models', which costs Dice" in warning
         assert f"({reason}" in warning
 

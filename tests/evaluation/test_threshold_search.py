@@ -70,6 +70,12 @@ def test_history_and_contours_are_drawn_without_a_warning(
     assert not recwarn.list
 
 
+def test_one_of_a_thing_is_said_as_one() -> None:
+    lines = search_counts(count_images(squares(1, seed=2)), trials=1, given={}).lines()
+    assert lines[0].startswith("1 image of 1 patient, ")
+    assert lines[-1].startswith("Optuna, 1 trial: Dice ")
+
+
 def test_without_trials_there_is_no_study_and_the_thresholds_are_the_same() -> None:
     counts = count_images(squares(10, seed=2))
     search = search_thresholds(counts, trials=0, seed=0)

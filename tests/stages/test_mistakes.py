@@ -522,7 +522,7 @@ def test_a_sample_submission_orders_and_chooses_the_images_and_the_result_is_a_v
     folder = f"--dicom_dir {shlex.quote(str(desk.folder / 'dicom'))} --sample_submission sample.csv"
     end = command(f"score {folder} --submission s.csv")
     assert end.code == 0, end.err
-    assert "1 images of" in end.out
+    assert "left out: 1 image of" in end.out
     rows = Path("s.csv").read_text().splitlines()
     assert [row.split(",")[0] for row in rows] == ["ImageId", *ids]
 
@@ -551,7 +551,7 @@ def test_names_that_are_not_utf_8_are_written_in_ascii(
         assert [row["image_id"] for row in file["index"]] == [b"x\\udcff"]  # type: ignore[index]
     end = command(f"score --dicom_dir {odd} --submission {odd}.csv")
     assert end.code == 0, end.err
-    assert "score: 1 images in x\\udcff.csv" in end.out
+    assert "score: 1 image in x\\udcff.csv" in end.out
     assert Path(f"{odd}.csv").read_text().splitlines()[1].startswith("x\\udcff,")
     score, preprocess = desk.runs()[:2]
     assert score.data.params["submission"] == f"{tmp_path}/x\\udcff.csv"
