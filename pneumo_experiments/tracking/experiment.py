@@ -30,6 +30,7 @@ Pneumothorax on chest radiographs. **Views (top right): trainings, trials, score
 the challenge's Dice with its 95% interval; compare models by it |
 | `dice_positive` | the same with a finding | how well findings are outlined |
 | `val/dice` | validation images, which chose epoch and thresholds | optimistic; for trainings of one fold |
+| `holdout/dice`, `all/dice` | those of a data set | of a submission: nobody knows what trained its model |
 | `epoch/dice` | validation images, after each epoch | the curve of a training |
 | `trial/value` | validation images, with thresholds of other patients | what the search maximises |
 
@@ -78,7 +79,10 @@ VIEWS = {
     ),
     "scores": View(
         "score",
-        ("dice", "dice_low", "dice_high", "dice_positive", "sensitivity", "specificity", "auroc"),
+        (
+            *("dice", "dice_low", "dice_high", "dice_positive", "holdout/dice", "all/dice"),
+            *("sensitivity", "specificity", "auroc"),
+        ),
         ("dice_baseline", "images", "positives", "subset", "model"),
     ),
 }
