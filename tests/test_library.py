@@ -113,13 +113,13 @@ def test_settings_from_python_are_those_of_the_command_line(name: str) -> None:
 
 
 def test_a_setting_from_python_has_the_type_and_the_errors_of_the_command_line() -> None:
-    settings = Train.of(dataset="d.h5", epochs="3", augment="no", learning_rate=1, fold=2)
-    typed = {"dataset": Path.cwd() / "d.h5", "epochs": 3, "augment": False, "learning_rate": 1.0, "fold": "2"}
+    settings = Train.of(dataset="d.h5", epochs="3", compile="no", learning_rate=1, fold=2)
+    typed = {"dataset": Path.cwd() / "d.h5", "epochs": 3, "compile": False, "learning_rate": 1.0, "fold": "2"}
     assert settings == Train.of(**typed)
     assert settings.split.fold == "2" and type(settings.recipe.optimizer.learning_rate) is float
     for given, reason in (
         ({"epochs": 1.5}, "epochs: '1.5' is not a valid whole number"),
-        ({"augment": 1}, "augment: 1 is not a boolean"),
+        ({"compile": 1}, "compile: 1 is not a boolean"),
         ({"network": "unet"}, "network: 'unet' is not one of 'fcn_resnet50'"),
         ({"image_size": 64}, "train: no setting is called 'image_size'; "),
     ):
