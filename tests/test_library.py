@@ -176,9 +176,9 @@ def test_a_torch_dataset_has_the_chosen_rows_in_order_and_travels_to_other_proce
 def test_a_script_without_a_main_guard_does_not_run_again_in_worker_processes(tmp_path: Path) -> None:
     script = """
 from pathlib import Path
-from pneumo_experiments.synthetic.kaggle_layout import write_sample
+from pneumo_experiments.synthetic.kaggle_layout import Contents, write_sample
 print("once", flush=True)
-write_sample(Path("sample"), 10, 0, seed=0, workers=2)
+write_sample(Path("sample"), Contents(10, 0, 0), workers=2)
 """
     (tmp_path / "script.py").write_text(script)
     done = subprocess.run(
