@@ -27,7 +27,7 @@ import pneumo_experiments.search.space  # a room with the name of a function
 from pneumo_experiments import TorchDataset, UserError, best_thresholds, cli, load_model
 from pneumo_experiments.dataset.hdf5 import Dataset
 from pneumo_experiments.errors import Rejected
-from pneumo_experiments.settings import ENTRY_POINTS, Train
+from pneumo_experiments.settings import ENTRY_POINTS, Recipe, Train, from_flat
 
 pytestmark = pytest.mark.usefixtures("tiny_default", "no_layout", "no_code")
 FINDER = doctest.DocTestFinder()
@@ -125,6 +125,27 @@ def test_a_setting_from_python_has_the_type_and_the_errors_of_the_command_line()
     ):
         with pytest.raises(UserError, match=f"^{reason}"):
             Train.of(**given)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize(
+    ("given", "word"),
+    [
+        (True, "mild"),
+        (False, "none"),
+        ("true", "mild"),
+        ("Off", "none"),
+        ("strong", "strong"),
+        ("none", "none"),
+    ],
+)
+def test_augment_takes_what_it_was_when_it_was_true_or_false(given: bool | str, word: str) -> None:
+    assert Train.of(augment=given).recipe.batches.augment == word
+    if isinstance(given, bool):  # as a trial of an earlier version holds it
+        assert from_flat(Recipe, {"augment": given}) == from_flat(Recipe, {"augment": word})
+    with pytest.raises(UserError, match=r"^augment: 'weak' is not one of 'none', 'mild', 'strong'$"):
+        Train.of(augment="weak")
+    with pytest.raises(UserError, match=r"^tta: True is not a number or a text$"):
+        Train.of(tta=True)
 
 
 def test_what_logs_nothing_works_without_a_store(

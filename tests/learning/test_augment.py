@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
+from typing import Literal
 
 import pytest
 import torch
+from helpers import ROOT
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -263,6 +266,24 @@ def test_a_seed_gives_the_mild_changes_that_it_gave_before_there_were_strong_one
     assert torch.equal(after.get_state(), drawn.get_state())  # and it draws nothing more
 
 
+def test_the_docs_have_the_ranges() -> None:
+    lines = (ROOT / "docs" / "training.md").read_text(encoding="utf-8").splitlines()
+    table = {cells[1]: cells[3:5] for line in lines if len(cells := re.split(r" *\| *", line)) == 6}
+    expected = {
+        "rotation, to either side": [f"{each.rotation_degrees}°" for each in (MILD, STRONG)],
+        "larger or smaller": [f"{each.scale}" for each in (MILD, STRONG)],
+        "shift, fraction of the side": [f"{each.shift}" for each in (MILD, STRONG)],
+        "distortion, fraction of the side": [f"{each.distortion}" for each in (MILD, STRONG)],
+        "gamma, contrast, brightness": [
+            f"{each.gamma}, {each.contrast}, {each.brightness}" for each in (MILD, STRONG)
+        ],
+        "noise, standard deviation": ["", f"{STRONG.noise}"],
+        "blur, standard deviation in pixels": ["", f"{STRONG.blur_px}"],
+    }
+    assert table.items() >= expected.items()
+    assert (MILD.noise, MILD.blur_px, MILD.low_resolution, STRONG.low_resolution) == (0, 0, 0, 1)
+
+
 # Noise, blur and low resolution
 
 
@@ -300,7 +321,7 @@ def test_two_images_of_a_batch_have_different_noise() -> None:
 
 
 @pytest.mark.parametrize("strength", ["mild", "strong"])
-def test_rows_of_a_batch_change_as_in_the_whole_batch(strength: str) -> None:
+def test_rows_of_a_batch_change_as_in_the_whole_batch(strength: Literal["mild", "strong"]) -> None:
     images, chosen = torch.rand(13, 1, 24, 24, generator=seeded(0)), Batches(augment=strength)
     whole = augment(images, images[:, 0], seeded(2), settings=chosen)
     for rank in range(3):

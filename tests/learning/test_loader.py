@@ -145,7 +145,7 @@ def test_without_patients_each_image_is_one_and_seed_and_epoch_determine_the_ord
     present, patients = np.arange(60) % 3 == 0, np.arange(60) // 7
     by_image = replace(BY_PATIENT, batches=replace(BY_PATIENT.batches, balance="image"))
     orders = [epoch_indices(present, recipe, 2, 5) for recipe in (BY_PATIENT, by_image)]
-    assert np.array_equal(*orders)
+    assert np.array_equal(orders[0], orders[1])
     of_patients, again, renumbered, later, other = (
         epoch_indices(present, recipe, epoch, 5, numbers)
         for recipe, epoch, numbers in (
