@@ -262,7 +262,8 @@ def test_a_seed_gives_the_mild_changes_that_it_gave_before_there_were_strong_one
     images, after = torch.rand(3, 1, 16, 16), seeded(7)
     augment(images, images[:, 0], after)
     drawn = seeded(7)
-    random_affine(3, drawn, MILD), random_displacement(3, drawn, MILD), random_intensity(3, drawn, MILD)
+    for draw in (random_affine, random_displacement, random_intensity):
+        draw(3, drawn, MILD)
     assert torch.equal(after.get_state(), drawn.get_state())  # and it draws nothing more
 
 
