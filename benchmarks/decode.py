@@ -30,7 +30,7 @@ from pneumo_experiments.learning.predict import Predictor, to_native
 from pneumo_experiments.metrics.thresholds import Thresholds, apply_thresholds
 from pneumo_experiments.serving import Detector, TrainedNetwork
 from pneumo_experiments.settings import Device
-from pneumo_experiments.synthetic.kaggle_layout import write_sample
+from pneumo_experiments.synthetic.kaggle_layout import Contents, write_sample
 
 Files = list[tuple[str, bytes]]
 
@@ -81,7 +81,7 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         if arguments.dicom_dir is None:
-            write_sample(Path(scratch, "sample"), 40, 0, seed=0)
+            write_sample(Path(scratch, "sample"), Contents(40, 0, 0))
         folder = Path(arguments.dicom_dir or scratch)
         contents = [path.read_bytes() for path in sorted(folder.rglob("*.dcm"))]
     files = [(str(k), content) for k, content in enumerate(islice(cycle(contents), arguments.images))]

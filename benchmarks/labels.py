@@ -15,6 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from functools import reduce
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -27,9 +28,10 @@ from pneumo_experiments.dataset.patients import shipped_grouping
 from pneumo_experiments.dataset.resize import area_resize
 from pneumo_experiments.dataset.splits import assign_folds, audit, split
 from pneumo_experiments.errors import UserError
+from pneumo_experiments.learning.loader import epoch_indices
 from pneumo_experiments.learning.predict import to_native
 from pneumo_experiments.metrics.dice import dice
-from pneumo_experiments.settings import SplitSettings
+from pneumo_experiments.settings import Batches, Recipe, SplitSettings
 
 SHAPE = (1024, 1024)
 SIZE = 384
@@ -115,6 +117,8 @@ def main() -> None:
     known = known_areas(folder.parent / "known_areas.csv")
     agreeing = sum(area_of.get(image_id) == area for image_id, area in known.items())
     print(f"- united area as counted in known_areas.csv: {agreeing} of its {len(known)} images")
+    print_overlaps(positives)
+    print_balance(patients, areas)
     print_folds(patients, areas)
     print_holdout(list(annotations), patients, areas)
     print(f"\n{len(positives):,} positive masks, stored at {SIZE} x {SIZE}, enlarged to their own size:\n")
@@ -137,6 +141,44 @@ def print_labels(annotations: dict[str, list[str]], areas: np.ndarray, patients:
     )
     print(f"- decoded to a mask with pixels: {np.count_nonzero(areas):,} of {positive:,} positives")
     print(f"- mean Dice of all-empty answers: {np.mean(areas == 0):.4f}")
+
+
+def print_overlaps(positives: dict[str, list[str]]) -> None:
+    """How many images two people may have annotated: a pair of rows of the same place."""
+    several = {image_id: texts for image_id, texts in positives.items() if len(texts) > 1}
+    best = list[float]()
+    for image_id, texts in several.items():
+        masks = [rle.decode(text, SHAPE, image_id) for text in texts]
+        common = [(np.count_nonzero(a & b), np.count_nonzero(a | b)) for a, b in combinations(masks, 2)]
+        best.append(max(inside / union for inside, union in common))
+    overlaps = np.array([iou for iou in best if iou])
+    print(
+        f"- {len(several)} positives with several rows; in {len(overlaps)} two rows overlap"
+        f" (median IoU of the best pair {np.median(overlaps):.2f}), in {(overlaps >= 0.3).sum()} with IoU 0.3"
+        f" and more, in {(overlaps >= 0.5).sum()} with 0.5 and more:"
+        f" {(overlaps >= 0.5).sum() / len(positives):.1%} of the positives"
+    )
+
+
+def print_balance(patients: list[str], areas: np.ndarray) -> None:
+    """Draws of positives of the tenth of the ill patients with the most, in the first fold's training."""
+    chosen = SplitSettings()
+    training = split(
+        patients, areas, holdout=chosen.holdout, folds=chosen.folds, fold=0, seed=chosen.split_seed
+    ).train
+    present = areas[training] > 0
+    _, numbers = np.unique(np.array(patients)[training], return_inverse=True)
+    counts = np.bincount(numbers[present])
+    ill = np.count_nonzero(counts)
+    top = np.argsort(-counts, kind="stable")[: round(ill / 10)]
+    print(
+        f"- {present.sum():,} positives in training, of {ill} patients; draws that fall on the {len(top)}"
+        " with the most, in epoch 1 of 30:"
+    )
+    for balance in ("image", "patient"):
+        recipe = Recipe(batches=Batches(balance=balance))
+        order = epoch_indices(present, recipe, 1, 30, numbers)
+        print(f"  - balance={balance}: {np.isin(numbers[order[present[order]]], top).mean():.1%}")
 
 
 def print_folds(patients: list[str], areas: np.ndarray) -> None:

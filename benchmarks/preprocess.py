@@ -215,10 +215,10 @@ def main() -> None:
 def tables(arguments: argparse.Namespace, scratch: Path) -> None:
     """Measures in pairs and prints."""
     from pneumo_experiments.dataset.annotations import read_annotations
-    from pneumo_experiments.synthetic.kaggle_layout import write_sample
+    from pneumo_experiments.synthetic.kaggle_layout import Contents, write_sample
 
     if arguments.dicom_dir is None:
-        write_sample(scratch / "sample", SAMPLE, 0, seed=0)
+        write_sample(scratch / "sample", Contents(SAMPLE, 0, 0))
         dicom_dir, rle_csv = scratch / "sample" / "dicom-images-train", scratch / "sample" / "train-rle.csv"
     else:
         dicom_dir, rle_csv = Path(arguments.dicom_dir), Path(arguments.rle_csv)

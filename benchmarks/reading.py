@@ -28,7 +28,7 @@ from pneumo_experiments.dataset.rle import EMPTY
 from pneumo_experiments.dataset.shards import ShardSettings, make_jobs, results
 from pneumo_experiments.dicom.archive import open_archive
 from pneumo_experiments.dicom.limits import available_cores
-from pneumo_experiments.synthetic.kaggle_layout import write_sample
+from pneumo_experiments.synthetic.kaggle_layout import Contents, write_sample
 
 REPEATS, IMAGES, SIZE = 9, 200, 384
 
@@ -36,7 +36,7 @@ REPEATS, IMAGES, SIZE = 9, 200, 384
 def written(folder: Path, pixel_dtype: str) -> Path:
     """A data set of synthetic radiographs."""
     if not (folder / "sample").exists():
-        write_sample(folder / "sample", IMAGES, 0, seed=0)
+        write_sample(folder / "sample", Contents(IMAGES, 0, 0))
     rows = read_annotations(folder / "sample" / "train-rle.csv")
     archive = open_archive(folder / "sample" / "dicom-images-train")
     jobs = make_jobs(

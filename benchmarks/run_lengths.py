@@ -88,7 +88,7 @@ def phantom_annotations() -> tuple[list[str], list[str]]:
     for number in range(PHANTOMS):
         rng = np.random.default_rng(number)
         radiograph = radiographs.draw_radiograph(
-            rng, anatomy.build(rng, "F"), "PA", "F", annotations=1 + number % 3
+            rng, anatomy.build(rng, "F"), "PA", annotations=1 + number % 3
         )
         of_phantom = [rle.encode(mask) for mask in radiograph.annotations]
         texts += of_phantom

@@ -105,9 +105,9 @@ def write_folder(scratch: Path, files: int) -> tuple[Path, Path]:
     from pneumo_experiments import tracking
     from pneumo_experiments.settings import Preprocess, from_flat
     from pneumo_experiments.stages.preprocess import preprocess
-    from pneumo_experiments.synthetic.kaggle_layout import write_sample
+    from pneumo_experiments.synthetic.kaggle_layout import Contents, write_sample
 
-    write_sample(scratch / "sample", DIFFERENT, 0, seed=0)
+    write_sample(scratch / "sample", Contents(DIFFERENT, 0, 0))
     source = {"dicom_dir": scratch / "sample/dicom-images-train", "rle_csv": scratch / "sample/train-rle.csv"}
     settings = {"dataset": scratch / "d.h5", "image_size": NETWORK_SIDE}
     with tracking.disabled(), redirect_stdout(None):

@@ -39,7 +39,7 @@ from pneumo_experiments.learning.predict import Predictor
 from pneumo_experiments.metrics.thresholds import Thresholds
 from pneumo_experiments.serving import Detector, TrainedNetwork, new_folder, save
 from pneumo_experiments.settings import Device, Train, as_config
-from pneumo_experiments.synthetic.kaggle_layout import write_sample
+from pneumo_experiments.synthetic.kaggle_layout import Contents, write_sample
 from pneumo_experiments.tracking.models import save_model
 
 SIZE_PX, BATCH, CLIENTS, WARM_REQUESTS = 384, 20, 4, 100
@@ -187,7 +187,7 @@ def main() -> None:
         with new_folder() as data:
             save(data, detector)
             save_model(folder / "model", data)
-        write_sample(folder / "sample", images=BATCH, test_images=1, seed=0)
+        write_sample(folder / "sample", Contents(BATCH, 1, 0))
         files = sorted((folder / "sample" / "dicom-images-train").rglob("*.dcm"))[:BATCH]
         (folder / "empty").mkdir()
         with serve(folder / "model", folder / "empty") as server:

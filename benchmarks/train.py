@@ -53,7 +53,7 @@ from pneumo_experiments.learning.network import PneumothoraxNet, build_network
 from pneumo_experiments.learning.predict import Predictor
 from pneumo_experiments.learning.threshold_counts import ThresholdCounter
 from pneumo_experiments.settings import Batches, Device, Recipe
-from pneumo_experiments.synthetic.kaggle_layout import write_sample
+from pneumo_experiments.synthetic.kaggle_layout import Contents, write_sample
 
 SAMPLE = 48  # synthetic radiographs, before they are repeated
 LINEAR_WITHIN = 0.05
@@ -156,7 +156,7 @@ def dataset_of(size: int, folder: Path) -> Path:
     """The synthetic radiographs at that image size, as ``preprocess`` writes them; made when first asked."""
     sample, path, work = (folder / name for name in ("sample", f"{size}.h5", f"{size}.work"))
     if not sample.exists():
-        write_sample(sample, SAMPLE, 0, seed=0)
+        write_sample(sample, Contents(SAMPLE, 0, 0))
     if not path.exists():
         work.mkdir()
         dicom_dir, rows = sample / "dicom-images-train", read_annotations(sample / "train-rle.csv")

@@ -182,7 +182,8 @@ def test_the_host_waits_for_nothing_in_a_step(network: str, precision: str) -> N
 
 @pytest.mark.parametrize("cache", CACHES)
 def test_in_an_epoch_the_host_waits_only_for_its_sums(dataset: Path, cache: str) -> None:
-    recipe, compute = make(Recipe, network="tiny", batch_size=4, ema=0.9), choose_compute(Device())
+    values = {"batch_size": 4, "ema": 0.9, "augment": "strong", "mask_smoothing": 2}
+    recipe, compute = make(Recipe, network="tiny", **values), choose_compute(Device())
     with Dataset.open(dataset) as opened:
         present = np.array([entry.area_px > 0 for entry in opened.entries])
         rows = np.arange(len(present))

@@ -17,14 +17,14 @@ from pneumo_experiments.dataset.packed_image import Entry, Packed, ResizedImage,
 from pneumo_experiments.dataset.resize import area_resize
 from pneumo_experiments.dataset.shards import ShardSettings, make_jobs, results
 from pneumo_experiments.dicom.archive import open_archive
-from pneumo_experiments.synthetic.kaggle_layout import write_sample
+from pneumo_experiments.synthetic.kaggle_layout import Contents, write_sample
 
 SIZE = 16  # rows and columns of the images of ``write``
 
 
 def stored_sample(folder: Path, images: int, image_size: int) -> Path:
     """Writes ``d.h5`` into the folder; returns its path."""
-    write_sample(folder / "sample", images, 0, seed=1)
+    write_sample(folder / "sample", Contents(images, 0, 1))
     archive = open_archive(folder / "sample" / "dicom-images-train")
     settings = ShardSettings(image_size, pixel_dtype="uint8", max_pixels=2**20)
     labels = run_length_labels(read_annotations(folder / "sample" / "train-rle.csv"))

@@ -38,8 +38,8 @@ HELP = "; see python -m pneumo_experiments"
         ("train --epochs 0", f"epochs: 0 is not in the range 1<=x<=100000{HELP}"),
         ("train --ema 2", f"ema: 2.0 is not in the range 0<=x<=1{HELP}"),
         ("train --network unet", "network: 'unet' is not one of 'fcn_resnet50', "),
-        ("train --augment perhaps", f"augment: 'perhaps' is not a valid boolean; give true or false{HELP}"),
-        ("train --augment=", f"augment: '' is not a valid boolean; give true or false{HELP}"),
+        ("train --augment perhaps", f"augment: 'perhaps' is not one of 'none', 'mild', 'strong'{HELP}"),
+        ("train --compile=", f"compile: '' is not a valid boolean; give true or false{HELP}"),
         ("train --lerning_rate 1", "No such option '--lerning_rate'. Did you mean '--learning_rate'?"),
         (
             "train --image_size 64",
@@ -186,7 +186,7 @@ def test_an_option_beats_the_config_file_and_the_file_beats_the_default(
     words = ("--config", str(config), "--epochs", "5", "--dataset", "output/dataset.h5")
     train = resolved("train", *words)
     assert (train.schedule.epochs, train.recipe.optimizer.learning_rate) == (5, 1e-5)
-    assert train.recipe.batches.augment is False
+    assert train.recipe.batches.augment == "none"  # which no was, when it was true or false
     assert train.schedule.best_k == Train().schedule.best_k
     assert train.dataset == Path("output/dataset.h5").absolute()
     # `mlflow run` passes what MLproject declares as if it were chosen: the file beats that.
@@ -392,7 +392,7 @@ def test_a_setting_of_others_in_a_config_file_is_named_once(
         ("u", {"ui"}),
         ("train --netw", {"--network"}),
         ("train --network fcn", {"fcn_resnet50", "fcn_resnet101"}),
-        ("train --augment t", {"true"}),
+        ("train --augment s", {"strong"}),
         ("train --weights ima", {"file"}),
         ("train --dataset outp", {"file"}),
         ("train --log_level d", {"debug"}),

@@ -27,7 +27,7 @@ import pneumo_experiments.search.space  # a room with the name of a function
 from pneumo_experiments import TorchDataset, UserError, best_thresholds, cli, load_model
 from pneumo_experiments.dataset.hdf5 import Dataset
 from pneumo_experiments.errors import Rejected
-from pneumo_experiments.settings import ENTRY_POINTS, Train
+from pneumo_experiments.settings import ENTRY_POINTS, Recipe, Train, from_flat
 
 pytestmark = pytest.mark.usefixtures("tiny_default", "no_layout", "no_code")
 FINDER = doctest.DocTestFinder()
@@ -113,18 +113,39 @@ def test_settings_from_python_are_those_of_the_command_line(name: str) -> None:
 
 
 def test_a_setting_from_python_has_the_type_and_the_errors_of_the_command_line() -> None:
-    settings = Train.of(dataset="d.h5", epochs="3", augment="no", learning_rate=1, fold=2)
-    typed = {"dataset": Path.cwd() / "d.h5", "epochs": 3, "augment": False, "learning_rate": 1.0, "fold": "2"}
+    settings = Train.of(dataset="d.h5", epochs="3", compile="no", learning_rate=1, fold=2)
+    typed = {"dataset": Path.cwd() / "d.h5", "epochs": 3, "compile": False, "learning_rate": 1.0, "fold": "2"}
     assert settings == Train.of(**typed)
     assert settings.split.fold == "2" and type(settings.recipe.optimizer.learning_rate) is float
     for given, reason in (
         ({"epochs": 1.5}, "epochs: '1.5' is not a valid whole number"),
-        ({"augment": 1}, "augment: 1 is not a boolean"),
+        ({"compile": 1}, "compile: 1 is not a boolean"),
         ({"network": "unet"}, "network: 'unet' is not one of 'fcn_resnet50'"),
         ({"image_size": 64}, "train: no setting is called 'image_size'; "),
     ):
         with pytest.raises(UserError, match=f"^{reason}"):
             Train.of(**given)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize(
+    ("given", "word"),
+    [
+        (True, "mild"),
+        (False, "none"),
+        ("true", "mild"),
+        ("Off", "none"),
+        ("strong", "strong"),
+        ("none", "none"),
+    ],
+)
+def test_augment_takes_what_it_was_when_it_was_true_or_false(given: bool | str, word: str) -> None:
+    assert Train.of(augment=given).recipe.batches.augment == word
+    if isinstance(given, bool):  # as a trial of an earlier version holds it
+        assert from_flat(Recipe, {"augment": given}) == from_flat(Recipe, {"augment": word})
+    with pytest.raises(UserError, match=r"^augment: 'weak' is not one of 'none', 'mild', 'strong'$"):
+        Train.of(augment="weak")
+    with pytest.raises(UserError, match=r"^tta: True is not a number or a text$"):
+        Train.of(tta=True)
 
 
 def test_what_logs_nothing_works_without_a_store(
@@ -179,9 +200,9 @@ def test_a_torch_dataset_has_the_chosen_rows_in_order_and_travels_to_other_proce
 def test_a_script_without_a_main_guard_does_not_run_again_in_worker_processes(tmp_path: Path) -> None:
     script = """
 from pathlib import Path
-from pneumo_experiments.synthetic.kaggle_layout import write_sample
+from pneumo_experiments.synthetic.kaggle_layout import Contents, write_sample
 print("once", flush=True)
-write_sample(Path("sample"), 10, 0, seed=0, workers=2)
+write_sample(Path("sample"), Contents(10, 0, 0), workers=2)
 """
     (tmp_path / "script.py").write_text(script)
     done = subprocess.run(

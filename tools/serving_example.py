@@ -19,14 +19,14 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # the package is used from its folder, not installed
 
 from pneumo_experiments.dataset.resize import resize_image  # noqa: E402
-from pneumo_experiments.synthetic.kaggle_layout import write_sample  # noqa: E402
+from pneumo_experiments.synthetic.kaggle_layout import Contents, write_sample  # noqa: E402
 
 SIDE_PX = 256
 
 
 def main(path: Path) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        write_sample(Path(folder) / "sample", images=1, test_images=1, seed=0)
+        write_sample(Path(folder) / "sample", Contents(1, 1, 0))
         (file,) = (Path(folder) / "sample" / "dicom-images-test").rglob("*.dcm")
         radiograph = dcmread(file)
     small = resize_image(np.ascontiguousarray(radiograph.pixel_array), SIDE_PX)

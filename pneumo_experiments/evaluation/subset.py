@@ -82,11 +82,13 @@ class Subset(LabelledImages):
         require_positives(self)
         cache = self.choose_cache(cache, compute)
         present, size = self.areas_px > 0, self.dataset.image_size
+        _, patients = np.unique(self.patients, return_inverse=True)
         if cache == "stream":
-            return StreamedData(self.dataset, self.indices, present)
+            return StreamedData(self.dataset, self.indices, present, patients)
         with ProgressBar("load", len(self), is_shown=distributed.is_main_process()) as bar:
             where = str(compute.device) if cache == "device" else "cpu"
-            return load(self.dataset, self.indices, present, size, where, bar.update)
+            data = load(self.dataset, self.indices, present, size, where, bar.update)
+        return replace(data, patients=patients)
 
     def in_memory(self, cache: str) -> Subset:
         """The subset with its images in memory, if there is room and ``cache`` is not stream."""

@@ -8,21 +8,44 @@ Nothing here reads a value back from the device, so the host never waits for it.
 from __future__ import annotations
 
 import math
+from functools import cache
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from pneumo_experiments.settings import Batches
+
 FLIP_PROBABILITY = 0.5
-ROTATION_DEGREES = 10.0  # to either side
-SCALE = 0.1  # larger or smaller
-SHIFT = 0.06  # fraction of the image's side, along each axis
 DISTORTION_PROBABILITY = 0.5
-DISTORTION = 0.02  # largest shift of a control point along each axis, as a fraction of the image's side
 CONTROL_POINTS = 5  # per side; the outermost lie on the image's edge
-GAMMA = 1.25  # exponents are log-uniform between 1 / GAMMA and GAMMA
-CONTRAST = 0.2  # more or less, about mid-grey
-BRIGHTNESS = 0.1  # fraction of the full intensity range
+DEGRADATION_PROBABILITY = 0.2  # of noise, of blur and of low resolution, each
+NOISE_SEED = 0
+
+
+class Ranges(NamedTuple):
+    """How far each random change goes, to either side; ``factor`` applies to all but the flip."""
+
+    rotation_degrees: float
+    scale: float  # larger or smaller
+    shift: float  # fraction of the image's side, along each axis
+    distortion: float  # largest shift of a control point along each axis, as a fraction of the image's side
+    gamma: float  # exponents are log-uniform between 1 / gamma and gamma
+    contrast: float  # more or less, about mid-grey
+    brightness: float  # fraction of the full intensity range
+    noise: float = 0.0  # largest standard deviation, as a fraction of the full intensity range
+    blur_px: float = 0.0  # largest standard deviation of a Gaussian
+    low_resolution: float = 0.0  # how many pixels more a pixel covers at most, along each axis
+    factor: float = 1.0
+
+
+# Strong: rotation, scale and shift of the challenge's winners (albumentations' ShiftScaleRotate); noise, blur
+# and low resolution about as in nnU-Net (Isensee et al. 2021).
+RANGES = {
+    "mild": Ranges(10, 0.1, 0.06, 0.02, gamma=1.25, contrast=0.2, brightness=0.1),
+    "strong": Ranges(20, 0.2, 0.2, 0.025, 1.4, 0.3, 0.15, noise=0.05, blur_px=1.5, low_resolution=1.0),
+}
 
 
 def augment(
@@ -31,44 +54,113 @@ def augment(
     generator: torch.Generator,
     rows: slice = slice(None),
     batch_size: int = 0,
-    strength: float = 1.0,
+    settings: Batches = Batches(),  # noqa: B008  (it is frozen)
 ) -> tuple[Tensor, Tensor]:
     """Images (n, 1, S, S) and masks (n, S, S), warped alike, images with other intensities; all in [0, 1].
 
     Pixels from outside an image are black and unmarked. ``generator`` lives on the CPU, so that a seed gives
     the same changes on every device. Where the images are the ``rows`` of a larger batch of ``batch_size``,
-    they change as they would in that batch. ``strength`` scales every range but the flip's probability.
+    they change as they would in that batch.
     """
-    count = batch_size or len(images)
-    affine = random_affine(count, generator, strength)[rows]
-    displacement = random_displacement(count, generator)[rows] * strength
-    images = adjust_intensity(images, random_intensity(count, generator, strength)[:, rows])
+    if settings.augment == "none":
+        return images, targets
+    count, ranges = batch_size or len(images), RANGES[settings.augment]
+    ranges = ranges._replace(factor=settings.augment_strength)
+    affine = random_affine(count, generator, ranges)[rows]
+    displacement = random_displacement(count, generator, ranges)[rows]
+    images = adjust_intensity(images, random_intensity(count, generator, ranges)[:, rows])
     # Intensities change first: the outside stays black.
     warped = warp(torch.cat([images, targets[:, None]], dim=1), affine, displacement)
-    return warped[:, :1], warped[:, 1]
+    images, targets = warped[:, :1], warped[:, 1]
+    if ranges.noise:  # the mild ones draw nothing more: what a seed gives is older than the strong ones
+        images = degrade(images, random_degradation(count, generator, ranges)[:, rows])
+    return images, targets
 
 
-def random_affine(count: int, generator: torch.Generator, strength: float = 1.0) -> Tensor:
+def random_affine(count: int, generator: torch.Generator, ranges: Ranges) -> Tensor:
     """Matrices (n, 2, 3) from a point (x, y, 1) in the new image to its point in the old, for ``warp``."""
     flip = 1 - 2 * (torch.rand(count, generator=generator) < FLIP_PROBABILITY).float()
-    angle = math.radians(strength * ROTATION_DEGREES) * _uniform((count,), generator)
-    scale = 1 + strength * SCALE * _uniform((count,), generator)
-    shift = strength * 2 * SHIFT * _uniform((2, count), generator)  # an image's side measures 2
+    angle = math.radians(ranges.factor * ranges.rotation_degrees) * _uniform((count,), generator)
+    scale = 1 + ranges.factor * ranges.scale * _uniform((count,), generator)
+    shift = ranges.factor * 2 * ranges.shift * _uniform((2, count), generator)  # an image's side measures 2
     cos, sin = torch.cos(angle) / scale, torch.sin(angle) / scale
     rows = (flip * cos, -sin, shift[0], flip * sin, cos, shift[1])
     return torch.stack(rows, dim=1).view(count, 2, 3)
 
 
-def random_displacement(count: int, generator: torch.Generator) -> Tensor:
+def random_displacement(count: int, generator: torch.Generator, ranges: Ranges) -> Tensor:
     """Displacements along x and y (n, 2, K, K) of each image's control points, for ``warp``; often 0."""
-    displacement = 2 * DISTORTION * _uniform((count, 2, CONTROL_POINTS, CONTROL_POINTS), generator)
-    return displacement * (torch.rand(count, 1, 1, 1, generator=generator) < DISTORTION_PROBABILITY)
+    displacement = 2 * ranges.distortion * _uniform((count, 2, CONTROL_POINTS, CONTROL_POINTS), generator)
+    is_distorted = torch.rand(count, 1, 1, 1, generator=generator) < DISTORTION_PROBABILITY
+    return displacement * is_distorted * ranges.factor
 
 
-def random_intensity(count: int, generator: torch.Generator, strength: float = 1.0) -> Tensor:
+def random_intensity(count: int, generator: torch.Generator, ranges: Ranges) -> Tensor:
     """Gamma, contrast and brightness (3, n), for ``adjust_intensity``."""
-    gamma, contrast, brightness = strength * _uniform((3, count), generator)
-    return torch.stack([GAMMA**gamma, 1 + CONTRAST * contrast, BRIGHTNESS * brightness])
+    gamma, contrast, brightness = ranges.factor * _uniform((3, count), generator)
+    return torch.stack([ranges.gamma**gamma, 1 + ranges.contrast * contrast, ranges.brightness * brightness])
+
+
+def random_degradation(count: int, generator: torch.Generator, ranges: Ranges) -> Tensor:
+    """Noise, blur, low resolution and the noise's place (5, n), for ``degrade``; the first three often 0."""
+    drawn, place = torch.rand(3, count, generator=generator), torch.rand(2, count, generator=generator)
+    chosen = torch.rand(3, count, generator=generator) < DEGRADATION_PROBABILITY
+    largest = ranges.factor * torch.tensor([ranges.noise, ranges.blur_px, ranges.low_resolution])
+    return torch.cat([largest[:, None] * drawn * chosen, place])
+
+
+def degrade(images: Tensor, degradation: Tensor) -> Tensor:
+    """Images (n, 1, S, S) in [0, 1] after blur, low resolution and noise, each where it is not 0; in [0, 1].
+
+    ``degradation`` (5, n) lies on the CPU. The noise of an image is a part of one noise for all, which is the
+    same on every device, and in every process of a group.
+    """
+    size = images.shape[-1]
+    rows = cast("list[list[float]]", degradation.T.tolist())  # pyright: ignore[reportUnknownMemberType]
+    changed = list[Tensor]()
+    for image, (noise, blur_px, reduction, *place) in zip(images.unbind(), rows, strict=True):
+        if blur_px:
+            image = _blur(image, blur_px)
+        if reduction:
+            small = functional.interpolate(image[None], (round(size / (1 + reduction)),) * 2, mode="area")
+            image = functional.interpolate(small, (size, size), mode="bilinear")[0]
+        if noise:
+            y, x = (int(part * size) for part in place)
+            image = image + noise * _noise(size, images.device)[y : y + size, x : x + size]
+        changed.append(image)
+    return torch.stack(changed).clamp_(0, 1)
+
+
+def _blur(image: Tensor, sigma_px: float) -> Tensor:
+    """An image (1, S, S) after a Gaussian of that standard deviation; mirrored at its edges."""
+    radius = min(math.ceil(3 * sigma_px), image.shape[-1] - 1)
+    weights = [math.exp(-((k / sigma_px) ** 2) / 2) for k in range(-radius, radius + 1)]
+    for dim in (-1, -2):
+        padding = [radius, radius, 0, 0] if dim == -1 else [0, 0, radius, radius]
+        shifted = functional.pad(image, padding, mode="reflect").unfold(dim, len(weights), 1)
+        kernel = torch.tensor(weights) / sum(weights)
+        image = (shifted * kernel.to(image.device, non_blocking=True)).sum(-1)
+    return image
+
+
+@cache
+def _noise(size: int, device: torch.device) -> Tensor:
+    """Standard normal noise (2S, 2S)."""
+    noise = torch.randn(2 * size, 2 * size, generator=torch.Generator().manual_seed(NOISE_SEED))
+    return noise.to(device, non_blocking=True)
+
+
+def soften_borders(targets: Tensor, width_px: int) -> Tensor:
+    """Masks (n, S, S) with borders that fall from 1 to 0 over ``width_px`` pixels to either side.
+
+    A binomial filter, as repeated means of two neighbours: exact in float32, so that what is farther from a
+    border stays exactly 1 or 0.
+    """
+    softened = functional.pad(targets, [width_px] * 4, mode="replicate")
+    for _ in range(2 * width_px):
+        softened = (softened[:, 1:] + softened[:, :-1]) / 2
+        softened = (softened[:, :, 1:] + softened[:, :, :-1]) / 2
+    return softened
 
 
 def warp(images: Tensor, affine: Tensor, displacement: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pneumo_experiments.learning import distributed
-from pneumo_experiments.learning.augment import augment
+from pneumo_experiments.learning.augment import augment, soften_borders
 from pneumo_experiments.learning.device import copy_to_device, from_numpy
 from pneumo_experiments.settings import Recipe
 
@@ -34,11 +34,15 @@ POSITIVES, NEGATIVES, ALL_IMAGES = 1, 2, 3  # random streams under one seed
 
 @dataclass(frozen=True)
 class InMemoryData:
-    """Training data in device or host memory: images and soft masks (n, S, S) as 0-255, presence (n,)."""
+    """Training data in device or host memory: images and soft masks (n, S, S) as 0-255, presence (n,).
+
+    ``patients`` (n,) numbers the patient of each image; without it each image counts as a patient.
+    """
 
     images: Tensor
     targets: Tensor
     present: NDArray[np.bool_]
+    patients: Indices | None = None
 
     def __len__(self) -> int:
         return len(self.present)
@@ -56,6 +60,7 @@ class StreamedData:
     source: Dataset
     rows: Indices
     present: NDArray[np.bool_]
+    patients: Indices | None = None
 
     def __len__(self) -> int:
         return len(self.present)
@@ -124,30 +129,45 @@ def batches(
     generator = torch.Generator().manual_seed(
         int(np.random.default_rng([recipe.seed, epoch]).integers(2**62))
     )
-    order = epoch_indices(data.present, recipe, epoch, epochs)
+    order = epoch_indices(data.present, recipe, epoch, epochs, data.patients)
     whole_batches = np.array_split(order, count_batches(len(data), recipe.batches.batch_size))
     own_rows = slice(distributed.rank(), None, distributed.world_size())
     own_batches = [indices[own_rows] for indices in whole_batches]
     fetched = _fetch(data, own_batches, device)
     for whole, indices, (images, targets) in zip(whole_batches, own_batches, fetched, strict=True):
         image, target = images[:, None].float() / 255, targets.float() / 255
-        if recipe.batches.augment:
-            strength = recipe.batches.augment_strength
-            image, target = augment(image, target, generator, own_rows, len(whole), strength)
+        image, target = augment(image, target, generator, own_rows, len(whole), recipe.batches)
+        if recipe.batches.mask_smoothing:
+            target = soften_borders(target, recipe.batches.mask_smoothing)
         present = from_numpy(data.present[indices]).to(device, torch.float32, non_blocking=True)
+        if recipe.batches.augment == "strong":  # which moves some findings out of the image
+            present = present * (target.flatten(1).amax(1) > 0)
         yield Batch(image, target, present, len(whole))
 
 
-def epoch_indices(present: NDArray[np.bool_], recipe: Recipe, epoch: int, epochs: int) -> Indices:
+def epoch_indices(
+    present: NDArray[np.bool_], recipe: Recipe, epoch: int, epochs: int, patients: Indices | None = None
+) -> Indices:
     """Indices (n,) for an epoch (from 1) over n images, each batch with the epoch's fraction of positives.
 
     The fraction changes linearly from ``positive_share`` in the first epoch to ``final_positive_share`` in
     the last. Each class is sampled without replacement across epochs: an image comes again only after all
     others of its class. With a fraction of 0, or without one of the classes, every image comes once an epoch.
+
+    With ``balance=patient`` it is the patient (n,) who comes again only after all others of the class, each
+    time with the next of their images there; with a fraction of 0 all images are one class.
     """
-    count = len(present)
+    count, by_patient = len(present), recipe.batches.balance == "patient"
+
+    def draw(indices: Indices, stream: int, start: int, count: int) -> Indices:
+        if by_patient and patients is not None:
+            return _sample_patients(indices, patients[indices], [recipe.seed, stream], start, count)
+        return _sample_without_replacement(indices, [recipe.seed, stream], start, count)
+
     positives, negatives = np.flatnonzero(present), np.flatnonzero(~present)
     if recipe.batches.positive_share == 0 or not len(positives) or not len(negatives):
+        if by_patient:
+            return draw(np.arange(count), ALL_IMAGES, (epoch - 1) * count, count)
         return np.random.default_rng([recipe.seed, ALL_IMAGES, epoch]).permutation(count)
     done = np.arange(epoch) / max(1, epochs - 1)
     fractions = (
@@ -156,12 +176,8 @@ def epoch_indices(present: NDArray[np.bool_], recipe: Recipe, epoch: int, epochs
     )
     wanted = np.rint(fractions * count).astype(int)  # positives of each epoch up to this one
     by_class = [
-        _sample_without_replacement(
-            positives, [recipe.seed, POSITIVES], int(wanted[:-1].sum()), int(wanted[-1])
-        ),
-        _sample_without_replacement(
-            negatives, [recipe.seed, NEGATIVES], int((count - wanted[:-1]).sum()), int(count - wanted[-1])
-        ),
+        draw(positives, POSITIVES, int(wanted[:-1].sum()), int(wanted[-1])),
+        draw(negatives, NEGATIVES, int((count - wanted[:-1]).sum()), int(count - wanted[-1])),
     ]
     # Both classes are spread evenly, so that every batch has the epoch's fraction.
     position = [(np.arange(len(indices)) + 0.5) / max(1, len(indices)) for indices in by_class]
@@ -202,6 +218,24 @@ def _sample_without_replacement(indices: Indices, seed: list[int], start: int, c
     rounds = [np.random.default_rng([*seed, k]).permutation(indices) for k in range(first, last + 1)]
     skipped = start - first * len(indices)
     return np.concatenate([*rounds, indices[:0]])[skipped : skipped + count]
+
+
+def _sample_patients(indices: Indices, patients: Indices, seed: list[int], start: int, count: int) -> Indices:
+    """Draws ``start`` to ``start + count`` of images (k,) by way of their patients (k,).
+
+    Patients come in repeated random permutations; the images of one in random orders, each of them complete.
+    """
+    present, own, sizes = np.unique(patients, return_inverse=True, return_counts=True)
+    drawn = _sample_without_replacement(np.arange(len(present)), seed, start, count)
+    times_before = np.arange(start, start + count) // len(present)  # that each has been drawn
+    orders, places = np.divmod(times_before, sizes[drawn])
+    places += (np.cumsum(sizes) - sizes)[drawn]
+    result = np.empty(count, np.int64)
+    for order in np.unique(orders):  # few: patients with equally many images are always in the same one
+        rng = np.random.default_rng([*seed, order, 1])  # 1: not the stream of a permutation of patients
+        by_patient = indices[np.lexsort((rng.random(len(indices)), own))]
+        result[orders == order] = by_patient[places[orders == order]]
+    return result
 
 
 def _fetch(

@@ -60,8 +60,8 @@ def search_space(settings: StudySettings, recipe: Recipe) -> Space:
     for name in names:
         if name not in ranges:
             raise UserError(f"searched={name[:60]}: {_unknown(name, ranges)}")
-    if "augment_strength" in names and not recipe.batches.augment:
-        raise UserError("searched=augment_strength: without effect, since augment=false; set augment=true")
+    if "augment_strength" in names and recipe.batches.augment == "none":
+        raise UserError("searched=augment_strength: without effect, since augment=none; set augment=mild")
     return {name: ranges[name] for name in names}
 
 

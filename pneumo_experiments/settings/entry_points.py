@@ -82,6 +82,13 @@ class Sample(EntryPointSettings):
 
     output_dir: Annotated[Path, Arg("folder to write", declared=True)] = Path("output/sample")
     size: SampleSize = field(default_factory=SampleSize)
+    difficulty: Annotated[
+        Literal["easy", "hard"],
+        Arg(
+            "hard: findings as small as real ones and faint, folds of skin and tubes that resemble them,"
+            " worse exposures, 22% positives, patients with many images"
+        ),
+    ] = "easy"
     seed: Seed = 0
 
 

@@ -36,7 +36,8 @@ class Arg:
     searches of one study. ``declared`` ones are parameters in MLproject: what goes in and out. A text that
     ``names_file`` is a file's path unless it is one of these words; one that ``is_database`` is its address.
     A path that is read has ``missing``: what to do if nothing is there. It may be a folder if that is
-    ``folder_too``, and is not read where one of the settings in ``unless`` is given.
+    ``folder_too``, and is not read where one of the settings in ``unless`` is given. ``earlier`` are the
+    words for false and true, which were the values in an earlier version.
     """
 
     help: str
@@ -50,6 +51,7 @@ class Arg:
     missing: str = ""
     folder_too: bool = False
     unless: tuple[str, ...] = ()
+    earlier: tuple[str, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,8 @@ def parse(leaf: Leaf, text: str) -> Any:
     """The value that a text stands for; ValueError, which says why, if the setting does not accept it."""
     if get_origin(leaf.type) is Literal:
         choices = get_args(leaf.type)
+        if leaf.arg.earlier is not None and text not in choices and text.lower() in TRUE | FALSE:
+            return leaf.arg.earlier[text.lower() in TRUE]
         if text.replace("-", "_") not in choices:  # as in names, a dash is an underscore
             raise ValueError(f"{text!r} is not one of {', '.join(map(repr, choices))}")
         return text.replace("-", "_")
@@ -166,7 +170,8 @@ def _parse_text(arg: Arg, text: str) -> str:
 
 def checked(leaf: Leaf, value: object) -> Any:
     """A value of a YAML or JSON file in the setting's own type; ValueError if it does not accept it."""
-    if isinstance(value, dict | list) or isinstance(value, bool) != (leaf.type is bool):
+    is_boolean = leaf.type is bool or (leaf.arg.earlier is not None and isinstance(value, bool))
+    if isinstance(value, dict | list) or isinstance(value, bool) != is_boolean:
         raise ValueError(f"{value!r} is not {'a boolean' if leaf.type is bool else 'a number or a text'}")
     return parse(leaf, as_text(value))
 

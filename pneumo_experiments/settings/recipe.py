@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Literal, cast
 
 from pneumo_experiments.settings.fields import AUTO, NONE, Arg
 
@@ -117,14 +117,26 @@ class Batches:
     final_positive_share: Annotated[
         float, Arg("that fraction in the last epoch; it changes linearly", 0, 1)
     ] = 0.4
+    balance: Annotated[
+        Literal["image", "patient"],
+        Arg(
+            "what is drawn without replacement from the positives and from the negatives: images, or patients"
+            " and of each an image"
+        ),
+    ] = "image"
     augment: Annotated[
-        bool,
+        Literal["none", "mild", "strong"],
         Arg(
             "flip, shift, scale, rotate and distort the training images, and change their gamma, contrast"
-            " and brightness"
+            " and brightness; strong does more of it and adds noise, blur and low resolution",
+            earlier=("none", "mild"),
         ),
-    ] = True
+    ] = "mild"
     augment_strength: Annotated[float, Arg("factor of these random changes, but the flip", 0, 3)] = 1.0
+    mask_smoothing: Annotated[
+        int,
+        Arg("pixels to either side of a mask's border, in the training image, that are softened", 0, 16),
+    ] = 0
     cache: Annotated[
         Literal["auto", "device", "host", "stream"],
         Arg(
@@ -132,6 +144,10 @@ class Batches:
             shapes_weights=False,
         ),
     ] = "auto"
+
+    def __post_init__(self) -> None:
+        if isinstance(cast("object", self.augment), bool):  # in trials of an earlier version
+            object.__setattr__(self, "augment", "mild" if self.augment else "none")
 
 
 @dataclass(frozen=True)

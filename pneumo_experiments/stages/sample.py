@@ -7,7 +7,7 @@ from pathlib import Path
 from pneumo_experiments import tracking
 from pneumo_experiments.progress_bar import ProgressBar
 from pneumo_experiments.settings import Sample
-from pneumo_experiments.synthetic.kaggle_layout import is_sample, write_sample
+from pneumo_experiments.synthetic.kaggle_layout import Contents, is_sample, write_sample
 from pneumo_experiments.words import command, rows
 
 
@@ -23,11 +23,12 @@ def sample(settings: Sample) -> Path:
     """
     folder, size = settings.output_dir, settings.size
     total, written = size.images + size.test_images, False
+    contents = Contents(size.images, size.test_images, settings.seed, settings.difficulty)
     with tracking.run("sample", settings):
         tracking.describe(f"{size.images} labelled synthetic radiographs in {folder}.")
-        if not is_sample(folder, size.images, size.test_images, settings.seed):
+        if not is_sample(folder, contents):
             with ProgressBar("sample", total, is_kept=True) as bar:
-                written = write_sample(folder, size.images, size.test_images, settings.seed, bar.update)
+                written = write_sample(folder, contents, bar.update)
         result = f"{total} synthetic radiographs in {folder}" if written else f"{folder} exists already"
         print(f"sample: {result}")
     if tracking.active_run() is None:

@@ -17,6 +17,8 @@ from numpy.typing import ArrayLike, NDArray
 
 AREA_PX = (3_000, 160_000)  # smallest and largest target area of a pneumothorax
 MEDIAN_AREA_PX = 25_000  # 8,630 in the real set; larger here, since the demo trains on tiny images
+# The real set has 55 to 161,421 px, quartiles 4,059, 8,630 and 18,388: about log-normal.
+HARD_AREA_PX, HARD_MEDIAN_AREA_PX, HARD_SPREAD = (55, 160_000), 9_000, 1.12
 # Where a pneumothorax runs along the wall, from the medial apex (0) to the lateral angle (1).
 REACH = {"apical": (0.03, 0.5), "lateral": (0.38, 0.97), "basal": (0.68, 0.99), "whole": (0.01, 0.99)}
 
@@ -34,6 +36,7 @@ class Build:
     heart: float  # extent to the left, as a fraction of half_width
     shoulder: float  # y of the top of the shoulders
     fat: float  # 0 slim to 1
+    sex: str
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,7 @@ def build(rng: np.random.Generator, sex: str) -> Build:
         heart=rng.uniform(0.42, 0.54),
         shoulder=rng.uniform(100, 165),
         fat=rng.uniform(0, 1),
+        sex=sex,
     )
 
 
@@ -163,32 +167,45 @@ def girdle(build: Build, view: str, side: int, lift: float) -> tuple[Points, Poi
 
 
 def collapses(
-    lungs: Sequence[Lung], annotations: int, overlap: bool, rng: np.random.Generator
+    lungs: Sequence[Lung], annotations: int, overlap: bool, rng: np.random.Generator, hard: bool = False
 ) -> tuple[list[Collapse], list[Points]]:
     """The pneumothoraces of a patient, and one polygon per annotation.
 
-    Overlapping annotations are parts of one crescent; separate ones are pockets, at most four.
+    Overlapping annotations are parts of one crescent; separate ones are pockets, at most four. Hard ones are
+    as small as the real ones, and thin rims as often as apical slivers.
     """
     if annotations == 0:
         return [], []
-    size = min(max(rng.lognormal(log(MEDIAN_AREA_PX), 0.75), AREA_PX[0]), AREA_PX[1])
+    median, spread = (HARD_MEDIAN_AREA_PX, HARD_SPREAD) if hard else (MEDIAN_AREA_PX, 0.75)
+    low, high = HARD_AREA_PX if hard else AREA_PX
+    size = min(max(rng.lognormal(log(median), spread), low), high)
     side = int(rng.integers(2))
     if annotations == 1 or overlap:
         # Small ones are apical: along the whole side they would be too thin to see.
         mixed = str(rng.choice(["apical", "lateral"]))
         place = "apical" if size < 20_000 else "whole" if size > 60_000 else mixed
-        whole = collapse(lungs[side], size, place, rng)
+        if hard:
+            rims = ["apical", "apical", "lateral", "basal"] + ["whole"] * (size > 6_000)
+            place = "whole" if size > 60_000 else str(rng.choice(rims))
+        whole = collapse(lungs[side], size, place, rng, (size / 8_000) ** 0.5 if hard else 1)
         cuts, lap = np.linspace(0, 1, annotations + 1), 0.1 * overlap
         return [whole], [whole.crescent(max(0, a - lap), min(1, b + lap)) for a, b in pairwise(cuts.tolist())]
     pockets = [(side, "apical"), (side, "basal"), (1 - side, "apical"), (1 - side, "basal")][:annotations]
-    pocket_px = min(max(size / annotations, 2 * AREA_PX[0]), 20_000)
-    separate = [collapse(lungs[k], pocket_px, place, rng) for k, place in pockets]
+    pocket_px = min(max(size / annotations, 2 * low), 20_000)
+    extent = (pocket_px / 4_000) ** 0.5 if hard else 1
+    separate = [collapse(lungs[k], pocket_px, place, rng, extent) for k, place in pockets]
     return separate, [pocket.crescent() for pocket in separate]
 
 
-def collapse(lung: Lung, size: float, place: str, rng: np.random.Generator) -> Collapse:
-    """A pneumothorax of about ``size`` pixels, reaching at most three quarters of the way to the hilum."""
+def collapse(lung: Lung, size: float, place: str, rng: np.random.Generator, extent: float = 1) -> Collapse:
+    """A pneumothorax of about ``size`` pixels, reaching at most three quarters of the way to the hilum.
+
+    It takes the fraction ``extent`` of the place's length, if that is below 1.
+    """
     begin, end = (fraction + rng.uniform(-0.01, 0.01) for fraction in REACH[place])
+    if extent < 1:
+        begin += rng.uniform(0, 1) * (1 - max(extent, 0.15)) * (end - begin)
+        end = begin + max(extent, 0.15) * (REACH[place][1] - REACH[place][0])
     wall = lung.wall[int(begin * len(lung.wall)) : int(end * len(lung.wall))]
     along, peak = np.linspace(0, 1, len(wall)), rng.uniform(0.35, 0.65)
     bulge = np.sin(np.pi / 2 * np.where(along < peak, along / peak, (1 - along) / (1 - peak))) ** 0.6

@@ -21,6 +21,7 @@ from io import BytesIO
 from multiprocessing import active_children, get_context, parent_process
 from multiprocessing.connection import wait
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,8 +42,11 @@ from pneumo_experiments.synthetic.anatomy import build
 from pneumo_experiments.synthetic.radiographs import draw_radiograph
 
 FORMAT = 1  # increase it when a seed gives different bytes than before
-POSITIVE_FRACTION = 0.3
+POSITIVE_FRACTION, HARD_POSITIVE_FRACTION = 0.3, 0.22
 IMAGES_PER_PATIENT = (0.55, 0.25, 0.12, 0.08)  # fraction of the patients with 1, 2, 3, 4 images
+# Of a hard data set. Of the real patients 68% have one image, 15% two, and some 60; a tenth of the ill ones
+# have 41% of the positives.
+ZIPF, POSITIVE_OF_ILL, MAX_PATIENT_FRACTION = 2.3, 0.6, 0.03
 # (annotations, overlapping): every fourth positive takes the next of these
 MULTIPLE_ANNOTATIONS = ((2, True), (2, False), (3, True), (3, False))
 SERIAL_IMAGES = 20  # up to this number, starting worker processes takes longer than writing
@@ -50,6 +54,21 @@ JPEG_QUALITY = 88
 OUR_UID = UID("2.25.226184077938124406379519113107846412253")  # of the program that wrote the files
 
 PLAN, PATIENT, IMAGE = 1, 2, 3  # random streams under one seed
+
+
+class Contents(NamedTuple):
+    """What determines a data set."""
+
+    images: int
+    test_images: int = 0
+    seed: int = 0
+    difficulty: Literal["easy", "hard"] = "easy"
+
+    @property
+    def settings(self) -> dict[str, int | str]:
+        """For ``sample.json``; that of an easy one does not name its difficulty, as it was before."""
+        named = {"format": FORMAT, **self._asdict()}
+        return {name: value for name, value in named.items() if value != "easy"}
 
 
 @dataclass(frozen=True)
@@ -64,30 +83,29 @@ class Plan:
     view: str
     annotations: int
     overlap: bool
+    hard: bool
 
 
 def write_sample(
     folder: Path,
-    images: int,
-    test_images: int,
-    seed: int,
+    contents: Contents,
     progress: Callable[[], None] = lambda: None,
     workers: int | None = None,
 ) -> bool:
     """Writes the data set to a new or empty folder, all or nothing; calls ``progress`` once per image.
 
-    A seed gives the same bytes for any number of workers (None: chosen by the number of images). Waits for
-    another process that writes the folder; returns False if that process has written the same data set.
+    The same contents are the same bytes for any number of workers (None: chosen by the number of images).
+    Waits for another process that writes the folder; returns False if that one has written the same data set.
     Raises UserError if the folder is not empty, is the working directory or above it, or cannot be written.
     """
-    target, settings = folder.resolve(), _settings(images, test_images, seed)
+    target = folder.resolve()
     _check_overwrite(folder)
     if Path.cwd().is_relative_to(target):
         raise UserError(f"{folder}: is the working directory or above it; name a new folder")
     part = target.with_name(target.name + ".part")
     waiting = f"sample: another process writes {folder}; waiting until it ends"
     with writing(str(folder)), work_folder(part, waiting):
-        if is_sample(folder, images, test_images, seed):
+        if is_sample(folder, contents):
             return False
         _check_overwrite(folder)
         try:
@@ -95,11 +113,13 @@ def write_sample(
                 shutil.rmtree(part / name, ignore_errors=True)  # leftovers of a killed process
                 (part / name).mkdir()
             lines = ["ImageId, EncodedPixels"]
-            for image_id, texts in _write_images(part, plan(images, test_images, seed), seed, workers):
+            for image_id, texts in _write_images(part, plan(contents), contents.seed, workers):
                 lines += [f"{image_id}, {text}" for text in texts]
                 progress()
             (part / "train-rle.csv").write_bytes(("\n".join(lines) + "\n").encode("ascii"))
-            (part / "sample.json").write_bytes((json.dumps(settings, indent=2) + "\n").encode("ascii"))
+            (part / "sample.json").write_bytes(
+                (json.dumps(contents.settings, indent=2) + "\n").encode("ascii")
+            )
             if target.exists():
                 target.rmdir()
             part.rename(target)
@@ -115,42 +135,58 @@ def _check_overwrite(folder: Path) -> None:
         raise UserError(f"{folder}: exists and is not an empty folder; remove it or name another one")
 
 
-def is_sample(folder: Path, images: int, test_images: int, seed: int) -> bool:
-    """Whether the folder contains the complete data set that ``write_sample`` writes for these settings."""
+def is_sample(folder: Path, contents: Contents) -> bool:
+    """Whether the folder contains the complete data set that ``write_sample`` writes."""
     try:
-        return json.loads((folder / "sample.json").read_bytes()) == _settings(images, test_images, seed)
+        return json.loads((folder / "sample.json").read_bytes()) == contents.settings
     except (OSError, ValueError):
         return False
 
 
-def plan(images: int, test_images: int, seed: int) -> list[Plan]:
+def plan(contents: Contents) -> list[Plan]:
     """Content of each file; no patient has both training and test images."""
-    rng = np.random.default_rng([seed, PLAN])
+    rng, hard = np.random.default_rng([contents.seed, PLAN]), contents.difficulty == "hard"
     plans = list[Plan]()
-    for test, count in ((False, images), (True, test_images)):
+    for test, count in ((False, contents.images), (True, contents.test_images)):
         patient = plans[-1].patient + 1 if plans else 0
-        findings = _findings(count, rng)
+        sizes = _patient_sizes(count, rng) if hard else []
+        findings = _findings(count, sizes, rng)
         while findings:
             sex, age = str(rng.choice(["F", "M"], p=[0.45, 0.55])), int(np.clip(rng.normal(48, 17), 12, 92))
-            for _ in range(min(len(findings), rng.choice(4, p=IMAGES_PER_PATIENT) + 1)):
+            size = sizes.pop() if hard else rng.choice(4, p=IMAGES_PER_PATIENT) + 1
+            for _ in range(min(len(findings), size)):
                 view = str(rng.choice(["PA", "AP"], p=[0.6, 0.4]))
-                plans.append(Plan(len(plans), test, patient, sex, age, view, *findings.pop()))
+                plans.append(Plan(len(plans), test, patient, sex, age, view, *findings.pop(), hard))
             patient += 1
     return plans
 
 
-def _findings(count: int, rng: np.random.Generator) -> list[tuple[int, bool]]:
-    """Number of annotations and whether they overlap, for ``count`` images in random order."""
+def _patient_sizes(count: int, rng: np.random.Generator) -> list[int]:
+    """How many of ``count`` images each patient has in a hard data set."""
+    sizes, most = list[int](), max(1, round(MAX_PATIENT_FRACTION * count))
+    while left := count - sum(sizes):
+        sizes.append(min(left, most, int(rng.zipf(ZIPF))))
+    return sizes
+
+
+def _findings(count: int, sizes: list[int], rng: np.random.Generator) -> list[tuple[int, bool]]:
+    """Number of annotations and whether they overlap, for ``count`` images in random order.
+
+    Where patients have these ``sizes``, the positives are those of few patients, rather of large ones.
+    """
+    fraction = HARD_POSITIVE_FRACTION if sizes else POSITIVE_FRACTION
     positives = [
         MULTIPLE_ANNOTATIONS[k // 4 % len(MULTIPLE_ANNOTATIONS)] if k % 4 == 1 else (1, False)
-        for k in range(round(POSITIVE_FRACTION * count))
+        for k in range(round(fraction * count))
     ]
     findings = positives + [(0, False)] * (count - len(positives))
-    return [findings[k] for k in rng.permutation(count)]
-
-
-def _settings(images: int, test_images: int, seed: int) -> dict[str, int]:
-    return {"format": FORMAT, "images": images, "test_images": test_images, "seed": seed}
+    if not sizes:
+        return [findings[k] for k in rng.permutation(count)]
+    turn = np.repeat(
+        rng.exponential(size=len(sizes)) / np.sqrt(sizes), sizes
+    )  # of each image's patient to be ill
+    order = np.lexsort((turn, rng.random(count) > POSITIVE_OF_ILL))
+    return [findings[k] for k in np.argsort(order)]
 
 
 def _write_images(
@@ -174,9 +210,7 @@ def _write_image(folder: Path, seed: int, plan: Plan) -> tuple[str, list[str]]:
     patient_id = str(_uuid(patient_rng))
     study, series, uid = (UID(f"2.25.{_uuid(rng).int}") for _ in range(3))
     person, annotations = build(patient_rng, plan.sex), plan.annotations
-    radiograph = draw_radiograph(
-        rng, person, plan.view, plan.sex, annotations=annotations, overlap=plan.overlap
-    )
+    radiograph = draw_radiograph(rng, person, plan.view, annotations, plan.overlap, plan.hard)
     if plan.test:
         image_id = f"ID_{rng.integers(16**9):09x}"
         path = folder / "dicom-images-test" / f"{image_id}.dcm"

@@ -2,7 +2,7 @@
 
 An image is a sum of attenuations along the beam (soft tissue, minus the air of the lungs, plus bone) under an
 exposure curve. Only the lung differs between images with and without pneumothorax: build, pose, exposure and
-devices have the same distributions.
+devices have the same distributions, and in hard images the lures: folds of skin, drains, lines, opacities.
 """
 
 from __future__ import annotations
@@ -50,31 +50,39 @@ def draw_radiograph(
     rng: np.random.Generator,
     build: Build,
     view: str,
-    sex: str,
-    *,
     annotations: int = 0,
     overlap: bool = False,
+    hard: bool = False,
 ) -> SyntheticRadiograph:
-    """A radiograph with that many annotations (0 to 4, 0 is healthy); several overlap or are separate."""
+    """A radiograph with that many annotations (0 to 4, 0 is healthy); several overlap or are separate.
+
+    A hard one has a fainter pneumothorax, lures that look like one, and a worse exposure.
+    """
     if view == "AP":  # supine or sitting: shallow breath, wide heart
         build = replace(build, dome=build.dome - 60, heart=build.heart + 0.09)
-    pose = _pose(rng)
+    if hard:  # shallower breath
+        build = replace(build, dome=build.dome - rng.uniform(0, 120), heart=build.heart + rng.uniform(0, 0.1))
+    pose = _pose(rng, hard)
     lungs = [anatomy.lung(build, side, rng) for side in (-1, 1)]
     heart = anatomy.heart(build, rng)
     # A separate random stream, so that the same image without pneumothorax differs only in the lung.
-    collapses, polygons = anatomy.collapses(lungs, annotations, overlap, rng.spawn(1)[0])
-    attenuation = _soft_tissue(build, pose, view, sex, heart, rng)
+    collapses, polygons = anatomy.collapses(lungs, annotations, overlap, rng.spawn(1)[0], hard)
+    attenuation = _soft_tissue(build, pose, view, heart, rng)
     attenuation -= _gas(build, pose, rng)
-    attenuation += _lungs(pose, lungs, collapses, heart, rng)
+    attenuation += _lungs(pose, lungs, collapses, heart, rng, hard)
     attenuation += _bones(build, pose, view, lungs, rng)
     attenuation += _devices(build, pose, view, rng)
+    if hard:
+        attenuation += _lures(build, pose, lungs, rng)
     return SyntheticRadiograph(
-        _expose(attenuation, view, rng), [_mask(pose, polygon, heart) for polygon in polygons]
+        _expose(attenuation, view, rng, hard), [_mask(pose, polygon, heart) for polygon in polygons]
     )
 
 
-def _pose(rng: np.random.Generator) -> Pose:
+def _pose(rng: np.random.Generator, hard: bool) -> Pose:
     angle, scale = rng.normal(0, 0.025), rng.uniform(0.9, 1.05)
+    if hard:
+        angle, scale = 2 * angle, scale * rng.uniform(0.85, 1.05)
     turn = scale * np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
     middle = np.array([0, SIDE_PX / 2])
     return Pose(turn, rng.normal(0, 14, 2) + SIDE_PX / 2 - middle @ turn)
@@ -120,9 +128,7 @@ def _mask(pose: Pose, polygon: Points, heart: Points) -> NDArray[np.bool_]:
     return np.asarray(image)
 
 
-def _soft_tissue(
-    build: Build, pose: Pose, view: str, sex: str, heart: Points, rng: np.random.Generator
-) -> Grid:
+def _soft_tissue(build: Build, pose: Pose, view: str, heart: Points, rng: np.random.Generator) -> Grid:
     silhouette = [anatomy.half_body(build, view) * (side, 1) for side in (-1, 1)]
     midline = np.array([(0.0, -300.0), (0.0, 1300.0)])
     broad = 0.16 + 0.22 * _fill(pose, silhouette, 40, 128) + 0.34 * _fill(pose, silhouette, 120, 128)
@@ -130,7 +136,7 @@ def _soft_tissue(
     broad += 0.16 * _layer(pose, [(midline, 255, 230)], 60, 128)
     broad += 0.14 * _fill(pose, [heart], 50, 128)
     fine = 0.02 * _noise(rng, 12)
-    if sex == "F":
+    if build.sex == "F":
         x, y, size = 0.55 * build.half_width, build.dome - rng.uniform(20, 110), rng.uniform(120, 180)
         breasts = [oval((side * x, y), size, size * 0.8) for side in (-1, 1)]
         fall = (np.linspace(0, SIDE_PX, GRID_PX, dtype=np.float32) - y + size) / (1.6 * size)
@@ -149,7 +155,12 @@ def _gas(build: Build, pose: Pose, rng: np.random.Generator) -> Grid:
 
 
 def _lungs(
-    pose: Pose, lungs: list[Lung], collapses: list[Collapse], heart: Points, rng: np.random.Generator
+    pose: Pose,
+    lungs: list[Lung],
+    collapses: list[Collapse],
+    heart: Points,
+    rng: np.random.Generator,
+    hard: bool,
 ) -> Grid:
     """Attenuation removed by air: less under the heart and in dense lung, most in a pneumothorax."""
     cavity = [lung.outline for lung in lungs]
@@ -159,14 +170,16 @@ def _lungs(
     branches = [branch for lung in lungs for branch in anatomy.vessels(lung, rng)]
     vessels = _layer(pose, [(line, int(80 + 14 * width), width) for line, width in branches])
     tissue = 0.13 * vessels + 0.035 * _noise(rng, 20) + 0.03 * _noise(rng, 130)
-    darkness = rng.uniform(0.12, 0.18)
+    darkness, line = rng.uniform(0.12, 0.18), 0.1
+    if hard:  # in a thin rim the lung behind is nearly as dark: the line and the missing vessels tell
+        darkness, line = rng.uniform(0.02, 0.08), rng.uniform(0.05, 0.1)
     for collapse in collapses:  # a collapsed lung is denser
         lung = next(lung for lung in lungs if lung.side == collapse.side)
         tissue += anatomy.area_px(collapse.crescent()) / 500_000 * _fill(pose, [lung.outline])
     if collapses:
         free_air = _fill(pose, [collapse.crescent() for collapse in collapses])
         pleura = _layer(pose, [(collapse.pleura, 255, 3) for collapse in collapses])
-        tissue = (1 - free_air) * tissue - darkness * free_air + 0.1 * pleura
+        tissue = (1 - free_air) * tissue - darkness * free_air + line * pleura
     return air * (broad + tissue)
 
 
@@ -215,17 +228,63 @@ def _devices(build: Build, pose: Pose, view: str, rng: np.random.Generator) -> G
     return 0.25 * _layer(pose, shapes)
 
 
+def _lures(build: Build, pose: Pose, lungs: list[Lung], rng: np.random.Generator) -> Grid:
+    """What resembles or hides a pneumothorax and is not annotated; independent of pneumothorax."""
+    added = np.zeros((GRID_PX, GRID_PX), np.float32)
+    width, top, tall = build.half_width, build.apex, build.dome - build.apex
+    for lung in lungs:
+        side, inwards = lung.side, np.array([-lung.side, 0.0])
+        low, high = lung.wall[-1], lung.wall[20]
+        # Bullae are dark without a line; effusions and infiltrates are dense; one lung is the darker one.
+        clouds = (
+            (0.25, -0.12, lung.wall[rng.integers(25, 60)] + inwards * 50, rng.uniform(40, 90)),
+            (0.3, 0.35, low + inwards * rng.uniform(0, 150), rng.uniform(80, 200)),
+            (0.5, 0.25, high + rng.uniform(0.1, 0.9) * (low - high) + inwards * 110, rng.uniform(60, 170)),
+        )
+        dense = np.full_like(added, rng.normal(0, 0.04))
+        for chance, strength, place, size in clouds:
+            if rng.random() < chance:
+                cloud = _enlarge(_fill(pose, [oval(place, size, 1.3 * size)], size / 2, 128))
+                dense += rng.uniform(0.4, 1) * strength * cloud * (1 + 0.7 * _noise(rng, 50))
+        added += dense * _fill(pose, [lung.outline])
+        if rng.random() < 0.35:  # a fold of skin: denser towards a sharp edge, and vessels go on beyond it
+            x, bend = rng.uniform(0.45, 0.9), rng.uniform(0.05, 0.3)
+            knots = [(0, rng.uniform(0, 0.3)), (0.5, 0.45), (0.9, 0.75), (1, rng.uniform(0.85, 1.3))]
+            edge = [(side * width * (x + bend * curve), top + tall * y) for curve, y in knots]
+            edge = spline(edge) + rng.normal(0, 12, 2)
+            taper = inwards * np.sin(np.linspace(0, np.pi, len(edge)))[:, None]
+            bands = [np.vstack([edge, (edge + taper * w)[::-1]]) for w in range(160, 0, -10)]
+            steps: list[Shape] = [(band, 16 * k + 10, 0) for k, band in enumerate(bands)]
+            added += rng.uniform(0.06, 0.16) * _layer(pose, steps, 3)
+        lines = list[Shape]()
+        if rng.random() < 0.3:  # a scapula's edge, clothes: a line with lung on both sides
+            begin = int(rng.integers(20, 60))
+            part = lung.wall[begin : begin + int(rng.integers(25, 60))]
+            lines.append((part + rng.uniform(0.04, 0.2) * (lung.hilum - part), int(rng.integers(60, 120)), 3))
+        if rng.random() < 0.2:  # a drain: two walls and a stripe
+            tip = (side * width * rng.uniform(0.35, 0.75), top + tall * rng.uniform(0.05, 0.4))
+            entry = (side * width * 1.25, top + tall * rng.uniform(0.7, 1.1))
+            drain = spline([entry, (side * width * 0.95, (tip[1] + 2 * entry[1]) / 3), tip])
+            stripe = drain + np.array([3.0, 0.0])
+            lines += [(drain, 150, 15), (drain, 70, 9), (stripe, 200, 3)]
+        added += 0.25 * _layer(pose, lines)
+    return added
+
+
 @cache
 def _font(size: int) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
     return ImageFont.load_default(size)
 
 
-def _expose(attenuation: Grid, view: str, rng: np.random.Generator) -> NDArray[np.uint8]:
+def _expose(attenuation: Grid, view: str, rng: np.random.Generator, hard: bool) -> NDArray[np.uint8]:
     """The final image (1024, 1024): exposure curve, blur, text, collimator borders, noise."""
-    exposure = 1 - np.exp(-rng.uniform(1.0, 1.35) * np.maximum(attenuation, 0))
+    penetration = rng.uniform(1.0, 1.35) * (rng.uniform(0.6, 1.9) if hard else 1)
+    exposure = 1 - np.exp(-penetration * np.maximum(attenuation, 0))
     toe = rng.uniform(0.2, 0.8)
     exposure *= 1.5 * (toe + (1 - toe) * exposure)
     low, high = rng.uniform(0, 10), rng.uniform(155, 245)
+    if hard:
+        low, high = rng.uniform(0, 50), high - rng.uniform(0, 30)
     image = Image.fromarray(np.minimum(low + (high - low) * exposure, 255).astype(np.uint8))
     image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0.9, 1.3)))
     image = image.resize((SIDE_PX, SIDE_PX), Image.Resampling.BICUBIC)
@@ -239,7 +298,7 @@ def _expose(attenuation: Grid, view: str, rng: np.random.Generator) -> NDArray[n
         framed = Image.new("L", image.size, int(rng.choice([0, 0, 0, 245])))
         framed.paste(image.crop(inside), inside)
         image = framed
-    swing = int(rng.integers(6, 16))
+    swing = int(rng.integers(6, 16)) * (int(rng.integers(1, 4)) if hard else 1)
     grain = Image.frombytes("L", image.size, rng.bytes(SIDE_PX * SIDE_PX))
     grain = grain.point([value * swing >> 8 for value in range(256)])
     return np.asarray(ImageChops.add(image, grain, 1, -(swing // 2)))

@@ -29,7 +29,7 @@ from pneumo_experiments.dataset.rle import decode
 from pneumo_experiments.dataset.shards import Job, ShardSettings, is_finished, make_jobs, results
 from pneumo_experiments.dicom.archive import open_archive
 from pneumo_experiments.errors import Rejected, UserError
-from pneumo_experiments.synthetic.kaggle_layout import write_sample
+from pneumo_experiments.synthetic.kaggle_layout import Contents, write_sample
 
 FILES_PER_SHARD = 5
 IMAGES = 2 * FILES_PER_SHARD + 1
@@ -44,7 +44,7 @@ def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sample") / "data"
-    write_sample(folder, IMAGES, 0, seed=3)
+    write_sample(folder, Contents(IMAGES, 0, 3))
     return folder
 
 

@@ -24,7 +24,7 @@ from pneumo_experiments.dicom.codecs import DECODERS
 from pneumo_experiments.dicom.header import UNCOMPRESSED
 from pneumo_experiments.dicom.radiograph import read_radiograph
 from pneumo_experiments.errors import Rejected
-from pneumo_experiments.synthetic.kaggle_layout import write_sample
+from pneumo_experiments.synthetic.kaggle_layout import Contents, write_sample
 
 TEST_FILES = Path(pydicom.__file__).parent / "data" / "test_files"
 MUTANTS_PER_SOURCE = 50
@@ -54,7 +54,7 @@ NUMBERS = {
 def sources() -> dict[str, bytes]:
     """Whole files of every kind, one of them a phantom of 1024 x 1024 pixels."""
     files = {name: (TEST_FILES / name).read_bytes() for name in SOURCES}
-    write_sample(Path(sys.argv[1]) / "sample", images=1, test_images=0, seed=0)
+    write_sample(Path(sys.argv[1]) / "sample", Contents(1, 0, 0))
     (radiograph,) = Path(sys.argv[1]).rglob("*.dcm")
     files["phantom"] = radiograph.read_bytes()
     for syntax in (uid.JPEG2000Lossless, uid.JPEGLSLossless, uid.RLELossless):

@@ -36,7 +36,7 @@ from pneumo_experiments.metrics.thresholds import Thresholds
 from pneumo_experiments.serving import Detector, TrainedNetwork
 from pneumo_experiments.settings import Register, Train, as_config
 from pneumo_experiments.stages.register import register
-from pneumo_experiments.synthetic.kaggle_layout import write_sample
+from pneumo_experiments.synthetic.kaggle_layout import Contents, write_sample
 
 SIDE = 32
 MEMBERS = ((0, "none", "fp32"), (1, "flip+scale", "bf16"))
@@ -152,7 +152,7 @@ def test_the_run_has_the_file_and_how_far_it_is_from_the_model(exported: Exporte
 def test_the_example_of_the_docs_outlines_what_the_model_outlines(
     exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_sample(tmp_path / "sample", 0, 2, seed=3)
+    write_sample(tmp_path / "sample", Contents(0, 2, 3))
     (tmp_path / "output").symlink_to(exported.path.parent)
     exported.path.with_name("pneumothorax.onnx").symlink_to(exported.path)
     text = (ROOT / "docs" / "onnx.md").read_text(encoding="utf-8")

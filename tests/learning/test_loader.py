@@ -3,39 +3,23 @@
 from __future__ import annotations
 
 import gc
-import math
 import threading
 import weakref
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from helpers import make
-from hypothesis import example, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_network import CPU, squares
-from torch import Tensor
-from torch.nn import functional
 
-from pneumo_experiments.learning.augment import (
-    BRIGHTNESS,
-    CONTRAST,
-    CONTROL_POINTS,
-    DISTORTION,
-    GAMMA,
-    ROTATION_DEGREES,
-    SCALE,
-    SHIFT,
-    adjust_intensity,
-    augment,
-    random_affine,
-    random_displacement,
-    random_intensity,
-    warp,
-)
+from pneumo_experiments.dataset.annotations import read_annotations, read_patients
+from pneumo_experiments.learning.augment import soften_borders
 from pneumo_experiments.learning.loader import (
+    InMemoryData,
     StreamedData,
     batches,
     choose_cache,
@@ -82,6 +66,134 @@ def test_the_order_follows_from_seed_and_epoch() -> None:
 def test_fraction_zero_or_a_missing_class_uses_every_image_once(present: np.ndarray) -> None:
     recipe = make(Recipe, positive_share=0.0 if 0 < present.sum() < 7 else 0.5)
     assert sorted(epoch_indices(present, recipe, 2, epochs=3)) == list(range(7))
+
+
+# By patient
+
+BY_PATIENT = make(Recipe, balance="patient", positive_share=0.8, final_positive_share=0.4)
+
+
+def drawn_slowly(images: dict[int, set[int]], order: list[int]) -> None:
+    """Checks draw by draw that a patient comes after all others, and their image after all of theirs."""
+    patient_of = {image: patient for patient, own in images.items() for image in own}
+    waiting, left = set(images), {patient: set(own) for patient, own in images.items()}
+    for image in order:
+        patient = patient_of[image]
+        assert patient in waiting
+        waiting -= {patient}
+        waiting = waiting or set(images)
+        assert image in left[patient]
+        left[patient] -= {image}
+        left[patient] = left[patient] or set(images[patient])
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, 7), st.booleans()), min_size=1, max_size=40),
+    st.sampled_from([0.0, 0.3, 0.8]),
+    st.integers(0, 3),
+)
+def test_a_patient_comes_again_after_all_others_and_an_image_after_all_of_theirs(
+    data: list[tuple[int, bool]], share: float, seed: int
+) -> None:
+    patients, present = np.array([p for p, _ in data]), np.array([y for _, y in data])
+    recipe = make(Recipe, balance="patient", positive_share=share, final_positive_share=0.5, seed=seed)
+    epochs = [epoch_indices(present, recipe, epoch, 4, patients) for epoch in range(1, 5)]
+    assert {len(order) for order in epochs} == {len(data)}
+    order = np.concatenate(epochs)
+    has_classes = share > 0 and 0 < present.sum() < len(present)
+    for chosen in (present, ~present) if has_classes else (np.ones_like(present),):
+        images: dict[int, set[int]] = {}
+        for image in np.flatnonzero(chosen).tolist():
+            images.setdefault(int(patients[image]), set()).add(image)
+        # Within an epoch the classes alternate; the order of each is that of its draws.
+        drawn_slowly(images, order[chosen[order]].tolist())
+
+
+def test_a_patient_with_many_images_is_drawn_as_often_as_one_with_few() -> None:
+    patients = np.repeat(np.arange(40), [30] * 4 + [1] * 36)
+    present = np.ones(len(patients), np.bool_)
+    present[1::2] = False  # of the four: 15 positive and 15 negative each
+    top = np.isin(patients, range(4))
+    share = {}
+    for balance in ("image", "patient"):
+        recipe = make(Recipe, balance=balance, positive_share=0.5, final_positive_share=0.5)
+        order = epoch_indices(present, recipe, 1, 3, patients)
+        share[balance] = top[order[present[order]]].mean()
+    positive = top[present].sum() / present.sum()
+    assert share["image"] == pytest.approx(positive, abs=0.02) and positive > 0.7
+    assert share["patient"] == pytest.approx(4 / len(np.unique(patients[present])), abs=0.02)
+
+
+def test_of_the_real_positives_the_top_tenth_of_patients_gets_a_tenth(real_data: Path) -> None:
+    annotations = read_annotations(real_data / "labels" / "train-rle.csv.gz")
+    patient_of = read_patients(real_data / "labels" / "patients.csv.gz")
+    present = np.array([bool(texts) for texts in annotations.values()])
+    _, patients = np.unique([patient_of.get(image, image) for image in annotations], return_inverse=True)
+    counts = np.bincount(patients[present])
+    tenth = round((counts > 0).sum() / 10)
+    top = np.argsort(-counts, kind="stable")[:tenth]
+    fractions = []
+    for recipe in (replace(BY_PATIENT, batches=replace(BY_PATIENT.batches, balance="image")), BY_PATIENT):
+        order = epoch_indices(present, recipe, 3, 12, patients)
+        fractions.append(np.isin(patients[order[present[order]]], top).mean())
+    assert fractions == pytest.approx([counts[top].sum() / counts.sum(), 0.1], abs=0.01)
+    assert fractions[0] > 0.4
+
+
+def test_without_patients_each_image_is_one_and_seed_and_epoch_determine_the_order() -> None:
+    present, patients = np.arange(60) % 3 == 0, np.arange(60) // 7
+    by_image = replace(BY_PATIENT, batches=replace(BY_PATIENT.batches, balance="image"))
+    orders = [epoch_indices(present, recipe, 2, 5) for recipe in (BY_PATIENT, by_image)]
+    assert np.array_equal(orders[0], orders[1])
+    of_patients, again, renumbered, later, other = (
+        epoch_indices(present, recipe, epoch, 5, numbers)
+        for recipe, epoch, numbers in (
+            (BY_PATIENT, 2, patients),
+            (BY_PATIENT, 2, patients),
+            (BY_PATIENT, 2, patients * 10 + 3),
+            (BY_PATIENT, 3, patients),
+            (replace(BY_PATIENT, seed=1), 2, patients),
+        )
+    )
+    assert np.array_equal(of_patients, again) and np.array_equal(of_patients, renumbered)
+    assert not np.array_equal(of_patients, orders[0])
+    assert not np.array_equal(of_patients, later) and not np.array_equal(of_patients, other)
+    for batch in np.split(of_patients, 6):
+        assert present[batch].sum() == pytest.approx(0.7 * 10, abs=1)
+
+
+def test_batches_follow_the_patients_of_the_data() -> None:
+    data, patients = squares(12), np.array([0] * 10 + [1, 2])
+    recipe = make(Recipe, balance="patient", positive_share=0, augment="none", batch_size=12)
+    given = replace(data, patients=patients)
+    (batch,) = batches(given, recipe, 1, 1, CPU.device)
+    order = epoch_indices(data.present, recipe, 1, 1, patients)
+    assert torch.equal(batch.images[:, 0], data.images[torch.from_numpy(order)].float() / 255)
+    assert np.bincount(patients[order]).tolist() == [4, 4, 4]
+
+
+def test_a_finding_that_strong_augmentation_moves_out_of_the_image_is_absent() -> None:
+    images, targets = torch.zeros((2, 300, 16, 16), dtype=torch.uint8)
+    targets[::2, 0:2, 0:2] = 255
+    data = InMemoryData(images, targets, np.arange(300) % 2 == 0)
+    recipe = make(Recipe, augment="strong", positive_share=0, batch_size=300)
+    (batch,) = batches(data, recipe, 1, 1, CPU.device)
+    assert torch.equal(batch.present > 0, batch.targets.amax((1, 2)) > 0)
+    assert 30 < batch.present.sum() < 140
+    (batch,) = batches(data, make(Recipe, augment=True, positive_share=0, batch_size=300), 1, 1, CPU.device)
+    assert batch.present.sum() == 150
+
+
+def test_mask_smoothing_softens_the_borders_of_the_target_alone() -> None:
+    data = squares(6)
+    plain, soft = (
+        next(batches(data, make(Recipe, augment="none", mask_smoothing=width), 1, 1, CPU.device))
+        for width in (0, 2)
+    )
+    assert torch.equal(plain.images, soft.images) and torch.equal(plain.present, soft.present)
+    assert torch.equal(soft.targets, soften_borders(plain.targets, 2))
+    assert set(plain.targets.unique().tolist()) == {0, 1} and len(soft.targets.unique()) > 4
 
 
 def test_batches_hold_images_and_masks_from_zero_to_one() -> None:
@@ -156,203 +268,3 @@ def test_images_are_held_where_there_is_room() -> None:
     assert choose_cache("auto", 10**6, CPU.device) == "host"
     assert choose_cache("auto", 10**15, CPU.device) == "stream"
     assert choose_cache("device", 10**15, CPU.device) == "device"
-
-
-# Random changes: what each does, and that image and mask stay together
-
-
-STILL = torch.zeros(1, 2, CONTROL_POINTS, CONTROL_POINTS)
-
-
-def seeded(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def affine(*numbers: float) -> Tensor:
-    """The map of one image, row by row."""
-    return torch.tensor(numbers).view(1, 2, 3)
-
-
-def discs(count: int, side: int, radius: float, x: float = 0, y: float = 0) -> Tensor:
-    """Masks (count, side, side) of one disc with a soft edge; x, y and radius in halves of the side."""
-    centres = (torch.arange(side) * 2 + 1) / side - 1
-    distance = torch.hypot(centres - x, centres[:, None] - y)
-    return ((radius - distance) * side / 2 + 0.5).clamp(0, 1).expand(count, side, side).clone()
-
-
-def centroids_px(targets: Tensor) -> Tensor:
-    """Column and row (n, 2) of the middle of each mask, 0 in the image's middle."""
-    places = torch.arange(targets.shape[-1]) - (targets.shape[-1] - 1) / 2
-    moments = torch.stack([(targets * places).sum((1, 2)), (targets.mT * places).sum((1, 2))], dim=1)
-    return moments / targets.sum((1, 2))[:, None]
-
-
-# Geometry
-
-
-@pytest.mark.parametrize(
-    ("numbers", "expected"),
-    [
-        ((1, 0, 0, 0, 1, 0), lambda image: image),
-        ((-1, 0, 0, 0, 1, 0), lambda image: image.flip(-1)),
-        ((0, 1, 0, -1, 0, 0), lambda image: image.rot90(-1, (-2, -1))),
-        # 3 columns from the right, 2 rows from above; what comes from outside is black
-        ((1, 0, 6 / 32, 0, 1, -4 / 32), lambda image: functional.pad(image, (0, 3, 2, 0))[..., :-2, 3:]),
-    ],
-    ids=["still", "mirrored", "a quarter turn", "shifted"],
-)
-def test_a_map_of_whole_pixels_moves_them_unchanged(
-    numbers: tuple[float, ...], expected: Callable[[Tensor], Tensor]
-) -> None:
-    image = torch.rand(1, 2, 32, 32, generator=seeded(0))
-    moved = warp(image, affine(*numbers), STILL)
-    torch.testing.assert_close(moved, expected(image), atol=1e-4, rtol=0)
-
-
-def test_the_distortion_is_bicubic_between_control_points() -> None:
-    images = torch.rand(8, 1, 33, 33, generator=seeded(0))
-    maps, displacement = random_affine(8, seeded(1)), random_displacement(8, seeded(2))
-    assert 0 < displacement.abs().sum((1, 2, 3)).count_nonzero() < 8
-    smooth = functional.interpolate(displacement, (33, 33), mode="bicubic", align_corners=True)
-    grid = functional.affine_grid(maps, [8, 1, 33, 33], align_corners=False) + smooth.permute(0, 2, 3, 1)
-    expected = functional.grid_sample(images, grid, padding_mode="zeros", align_corners=False)
-    torch.testing.assert_close(warp(images, maps, displacement), expected, atol=2e-5, rtol=0)
-
-
-def test_a_control_point_moves_its_own_place_by_its_displacement_and_the_others_not() -> None:
-    ramp = ((torch.arange(33) * 2 + 1) / 66).expand(33, 33)  # each pixel holds its own place, 0 to 1
-    places = torch.stack([ramp, ramp.mT])[None]
-    displacement = STILL.clone()
-    displacement[0, :, 2, 1] = torch.tensor([0.05, -0.03])
-    moved = warp(places, affine(1, 0, 0, 0, 1, 0), displacement) - places
-    actual = moved[0, :, 8:-8:8, 8:-8:8]  # control points, but for the outermost, whose pixels touch black
-    expected = torch.zeros(2, 3, 3)
-    expected[:, 1, 0] = torch.tensor([0.05, -0.03]) / 2  # the image measures 2
-    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)
-
-
-def test_the_strongest_distortion_never_folds_the_image() -> None:
-    generator = seeded(0)
-    signs = torch.randint(2, (500, 2, CONTROL_POINTS, CONTROL_POINTS), generator=generator) * 2.0 - 1
-    smooth = functional.interpolate(2 * DISTORTION * signs, (129, 129), mode="bicubic", align_corners=True)
-    place = torch.linspace(-1, 1, 129)
-    x, y = smooth[:, 0] + place, smooth[:, 1] + place[:, None]
-    step = 2 / 128
-    along_x = [c.diff(dim=2)[:, :-1] / step for c in (x, y)]
-    along_y = [c.diff(dim=1)[:, :, :-1] / step for c in (x, y)]
-    areas = along_x[0] * along_y[1] - along_x[1] * along_y[0]
-    assert areas.min() > 0.25  # nowhere is the image stretched to more than four times its area
-
-
-def test_warps_stay_within_their_limits_and_reach_them() -> None:
-    maps = random_affine(4000, seeded(0))
-    linear = maps[:, :, :2]
-    determinant = torch.linalg.det(linear)
-    scale = determinant.abs() ** -0.5
-    degrees = torch.rad2deg(torch.atan2(-linear[:, 0, 1], linear[:, 1, 1]))
-    for values, low, high in (
-        (scale, 1 - SCALE, 1 + SCALE),
-        (degrees, -ROTATION_DEGREES, ROTATION_DEGREES),
-        (maps[:, 0, 2] / 2, -SHIFT, SHIFT),
-        (maps[:, 1, 2] / 2, -SHIFT, SHIFT),
-    ):
-        edge = 0.01 * (high - low)
-        assert low - 1e-4 <= values.min() < low + edge
-        assert high - edge < values.max() <= high + 1e-4
-        assert values.mean().item() == pytest.approx((low + high) / 2, abs=3 * edge)
-    assert (determinant < 0).float().mean().item() == pytest.approx(0.5, abs=0.04)
-    shape = linear @ linear.mT * scale[:, None, None] ** 2  # neither sheared nor squeezed
-    torch.testing.assert_close(shape, torch.eye(2).expand(4000, 2, 2), atol=1e-4, rtol=0)
-
-
-def test_half_of_the_images_are_distorted_within_the_strength() -> None:
-    displacement = random_displacement(1000, seeded(0))
-    still = (displacement == 0).flatten(1)
-    assert torch.equal(still.any(1), still.all(1))
-    assert still.all(1).float().mean().item() == pytest.approx(0.5, abs=0.06)
-    assert 1.98 * DISTORTION < displacement.abs().max() <= 2 * DISTORTION
-    assert displacement.mean().abs() < 0.02 * DISTORTION
-
-
-def test_each_image_changes_by_its_own_gamma_then_contrast_then_brightness() -> None:
-    grey = torch.tensor([0.0, 0.25, 0.5, 1.0]).expand(2, 1, 1, 4)
-    actual = adjust_intensity(grey, torch.tensor([[2.0, 1.0], [1.2, 1.0], [-0.1, 0.1]]))
-    first = [0, (1 / 16 - 0.5) * 1.2 + 0.4, (0.25 - 0.5) * 1.2 + 0.4, 1.0]
-    expected = torch.tensor([first, [0.1, 0.35, 0.6, 1.1]]).clamp(0, 1)
-    torch.testing.assert_close(actual[:, 0, 0], expected)
-
-
-def test_intensities_stay_within_their_limits_and_are_symmetric() -> None:
-    gamma, contrast, brightness = random_intensity(4000, seeded(0))
-    for values, high in (
-        (gamma.log(), math.log(GAMMA)),
-        (contrast - 1, CONTRAST),
-        (brightness, BRIGHTNESS),
-    ):
-        assert -high - 1e-6 <= values.min() < -0.99 * high
-        assert 0.99 * high < values.max() <= high + 1e-6
-        assert values.mean().abs() < 0.04 * high
-
-
-# Both together
-
-
-def test_a_disc_and_its_mask_stay_within_a_pixel() -> None:
-    targets = discs(64, 96, radius=0.4)
-    images, moved = augment(0.1 + 0.65 * targets[:, None], targets, seeded(1))
-    bright = (images[:, 0] > 0.5).float()  # no tone lifts the ground or lowers the disc that far
-    apart_px = (centroids_px(bright) - centroids_px(moved)).norm(dim=1)
-    assert apart_px.max() < 0.5
-    areas = bright.sum((1, 2)) / moved.sum((1, 2))
-    assert areas.sub(1).abs().max() < 0.06  # a third of a pixel around
-
-
-def test_outside_of_the_image_is_black_and_unmarked() -> None:
-    images, targets = augment(torch.ones(32, 1, 48, 48), torch.ones(32, 48, 48), seeded(4))
-    outside = targets == 0
-    assert 0.01 < outside.float().mean() < 0.2
-    assert images[:, 0][outside].max() == 0
-    inside = images[:, 0][targets == 1]
-    assert len(inside.unique()) > 8  # each white image has its own intensity, unless it stays white
-    assert inside.min() >= 1 - CONTRAST / 2 - BRIGHTNESS - 1e-6
-
-
-@settings(max_examples=25, deadline=None)
-@example(0, "white", 37)  # here the weights of a sample add up to more than 1
-@given(st.integers(0, 2**32), st.sampled_from(["noise", "black", "white", "chequered"]), st.integers(8, 40))
-def test_values_stay_in_range_and_what_was_given_is_not_changed(seed: int, kind: str, side: int) -> None:
-    noise = torch.rand(16, side, side, generator=seeded(seed))
-    given_targets = {
-        "noise": noise,
-        "black": torch.zeros_like(noise),
-        "white": torch.ones_like(noise),
-        "chequered": (noise > 0.5).float(),
-    }[kind]
-    images, targets = given_targets[:, None].clone(), given_targets.clone()
-    moved, moved_targets = augment(images, targets, seeded(seed))
-    assert torch.equal(images[:, 0], given_targets) and torch.equal(targets, given_targets)
-    assert moved.shape == images.shape and moved_targets.shape == targets.shape
-    for values in (moved, moved_targets):
-        assert values.dtype == torch.float32
-        assert values.min() >= 0 and values.max() <= 1
-    if kind == "black":
-        assert moved_targets.max() == 0
-
-
-def test_one_seed_is_one_change_of_each_image_and_nothing_else_is_random() -> None:
-    image = torch.rand(1, 1, 32, 32, generator=seeded(0)).expand(4, 1, 32, 32)
-    before = torch.get_rng_state()
-    first, again, other = (augment(image, image[:, 0], seeded(seed)) for seed in (3, 3, 4))
-    assert torch.equal(torch.get_rng_state(), before)
-    assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
-    assert not torch.equal(first[0], other[0])
-    assert len({image.numpy().tobytes() for image in first[0]}) == 4
-
-
-def test_points_are_as_exact_when_products_are_rounded_to_half_precision() -> None:
-    targets = discs(16, 128, radius=0.3)
-    expected = augment(targets[:, None], targets, seeded(5))[1]
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        moved = augment(targets[:, None], targets, seeded(5))[1]
-    # A disc's edge falls from 1 to 0 within a pixel: a difference of 0.02 is a move of 0.02 pixels.
-    torch.testing.assert_close(moved, expected, atol=0.02, rtol=0)

@@ -66,7 +66,7 @@ def test_names_without_a_range_are_named_with_the_nearest() -> None:
     assert "give one of dice_weight, " in error_of("qqq")
     assert error_of("bce_weight").startswith("searched=bce_weight: no setting")
     assert error_of(" , ").startswith("searched: no setting is named; name some of dice_weight")
-    assert error_of("augment_strength", augment=False).endswith("set augment=true")
+    assert error_of("augment_strength", augment="none").endswith("set augment=mild")
 
 
 def test_a_file_changes_ranges_and_gives_other_settings_one(file: Path) -> None:
@@ -74,14 +74,14 @@ def test_a_file_changes_ranges_and_gives_other_settings_one(file: Path) -> None:
         "dice_weight: {low: 0.5, high: 2}\n"
         "learning_rate: {low: 1e-4, high: 1e-2, log: true}\n"
         "batch_size: {low: 4, high: 16}\n"
-        "augment: {choices: [true, false]}\n"
+        "augment: {choices: [strong, false]}\n"
     )
     space = space_of("dice_weight,learning_rate,batch_size,augment", file)
     assert space == {
         "dice_weight": FloatDistribution(0.5, 2),
         "learning_rate": FloatDistribution(1e-4, 1e-2, log=True),
         "batch_size": IntDistribution(4, 16),
-        "augment": CategoricalDistribution([True, False]),
+        "augment": CategoricalDistribution(["strong", "none"]),
     }
     settings = make(StudySettings, searched="dice_weight,augment", space=file)
     assert unsearched_ranges(settings) == ["learning_rate", "batch_size"]
@@ -105,7 +105,7 @@ def test_a_file_changes_ranges_and_gives_other_settings_one(file: Path) -> None:
         ("batch_size: {choices: [4.5]}", "batch_size: '4.5' is not a valid whole number"),
         ("batch_size: {low: 4, high: .inf}", "batch_size: 'inf' is not a valid whole number"),
         ("dice_weight: {low: .nan, high: 2}", "dice_weight: 'nan' is not a finite number"),
-        ("augment: {choices: [1]}", "augment: 1 is not a boolean"),
+        ("compile: {choices: [1]}", "compile: 1 is not a boolean"),
         ("augment: {low: 0, high: 1}", "augment: write choices"),
         ("network: {choices: [unet]}", "network: 'unet' is not one of 'fcn_resnet50'"),
         ("ema: {choices: []}", "ema: write choices as a list, without low, high and log"),

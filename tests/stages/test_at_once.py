@@ -22,7 +22,7 @@ from pneumo_experiments.errors import UserError
 from pneumo_experiments.findings.submission import write_submission
 from pneumo_experiments.settings import Main, Preprocess, Train
 from pneumo_experiments.stages import main
-from pneumo_experiments.synthetic.kaggle_layout import is_sample, write_sample
+from pneumo_experiments.synthetic.kaggle_layout import Contents, is_sample, write_sample
 
 pytestmark = pytest.mark.usefixtures("no_layout", "no_code", "tiny_default")
 
@@ -49,7 +49,7 @@ def test_a_second_sample_waits_for_the_first_and_takes_what_that_made_or_is_refu
 
     def start_the_second() -> None:
         if not second:
-            second.append(pool.submit(write_sample, folder, 2, 0, second_seed, lambda: None, 1))
+            second.append(pool.submit(write_sample, folder, Contents(2, 0, second_seed), lambda: None, 1))
             wait_until(hears_waiting)
             if is_first_interrupted:
                 raise KeyboardInterrupt
@@ -57,16 +57,16 @@ def test_a_second_sample_waits_for_the_first_and_takes_what_that_made_or_is_refu
     with ThreadPoolExecutor() as pool:
         if is_first_interrupted:
             with pytest.raises(KeyboardInterrupt):
-                write_sample(folder, 2, 0, 0, start_the_second, 1)
+                write_sample(folder, Contents(2, 0, 0), start_the_second, 1)
             assert second[0].result(TIMEOUT_SECONDS) is True
         else:
-            assert write_sample(folder, 2, 0, 0, start_the_second, 1) is True
+            assert write_sample(folder, Contents(2, 0, 0), start_the_second, 1) is True
             if second_seed == 0:
                 assert second[0].result(TIMEOUT_SECONDS) is False
             else:
                 with pytest.raises(UserError, match="exists and is not an empty folder"):
                     second[0].result(TIMEOUT_SECONDS)
-    assert is_sample(folder, 2, 0, second_seed if is_first_interrupted else 0)
+    assert is_sample(folder, Contents(2, 0, second_seed if is_first_interrupted else 0))
     assert [path.name for path in tmp_path.iterdir()] == ["s"]
     assert {path.suffix for path in folder.rglob("*") if path.is_file()} == {".dcm", ".csv", ".json"}
 

@@ -29,7 +29,7 @@ from pneumo_experiments.findings.submission import write_submission
 from pneumo_experiments.learning.checkpoint import Checkpoint, lock_checkpoints
 from pneumo_experiments.metrics.thresholds import Thresholds
 from pneumo_experiments.serving import Detector, save
-from pneumo_experiments.synthetic.kaggle_layout import write_sample
+from pneumo_experiments.synthetic.kaggle_layout import Contents, write_sample
 
 TRAINING = ("--epochs", "1", "--threshold_trials", "0", "--weights", "none", "--overlays", "1")
 SHORT_MAIN = (
@@ -58,7 +58,7 @@ def test_a_sample_a_submission_and_a_model_that_find_no_room_name_the_place_and_
     many = ((f"image {number}", "1 2") for number in range(10_000))
     detector = Detector((tiny_member(0),), 32, Thresholds(), "x")
     writes: dict[str, Callable[[], object]] = {
-        r"/s: cannot be written \(File too large\)": lambda: write_sample(tmp_path / "s", 1, 0, 0),
+        r"/s: cannot be written \(File too large\)": lambda: write_sample(tmp_path / "s", Contents(1, 0, 0)),
         r"/s\.csv: cannot be written \(File too large\)": lambda: write_submission(path, many),
         rf"^{temporary}: has no room for the model; .* TMPDIR$": lambda: save(temporary, detector),
     }

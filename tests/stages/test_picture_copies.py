@@ -30,7 +30,7 @@ from pneumo_experiments.dicom.radiograph import read_radiograph
 from pneumo_experiments.errors import Rejected, UserError
 from pneumo_experiments.settings import Preprocess
 from pneumo_experiments.stages.preprocess import preprocess
-from pneumo_experiments.synthetic.kaggle_layout import write_sample
+from pneumo_experiments.synthetic.kaggle_layout import Contents, write_sample
 
 IMAGES = 6
 SMOOTH = np.add.outer(np.arange(64), np.arange(96) * 1.5).astype(np.uint8)  # greys 0 to 205
@@ -166,7 +166,7 @@ def test_a_picture_in_three_channels_counts_three_times_and_is_noted() -> None:
 def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Synthetic radiographs in the challenge's layout, and as pictures with masks."""
     folder = tmp_path_factory.mktemp("copies")
-    write_sample(folder / "sample", IMAGES, 0, seed=5)
+    write_sample(folder / "sample", Contents(IMAGES, 0, 5))
     dicom_dir, table = folder / "sample" / "dicom-images-train", folder / "sample" / "train-rle.csv"
     copies(folder, dicom_dir, table, ("png", "jpg", "half", "masks"))
     return folder

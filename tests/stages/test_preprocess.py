@@ -24,7 +24,7 @@ from pneumo_experiments.dataset.hdf5 import Dataset, DatasetWriter
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.settings import Preprocess
 from pneumo_experiments.stages.preprocess import preprocess
-from pneumo_experiments.synthetic.kaggle_layout import write_sample
+from pneumo_experiments.synthetic.kaggle_layout import Contents, write_sample
 
 IMAGES = 10
 PLANTED = ("Zaphod", "Beeblebrox", "PID-4711-X", "19520311", "Betelgeuse")
@@ -33,7 +33,7 @@ PLANTED = ("Zaphod", "Beeblebrox", "PID-4711-X", "19520311", "Betelgeuse")
 @pytest.fixture(scope="module")
 def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("source") / "sample"
-    write_sample(folder, IMAGES, 0, seed=5)
+    write_sample(folder, Contents(IMAGES, 0, 5))
     return folder
 
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from pneumo_experiments.dataset import rle
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.synthetic import anatomy, kaggle_layout
-from pneumo_experiments.synthetic.kaggle_layout import is_sample, plan, write_sample
+from pneumo_experiments.synthetic.kaggle_layout import Contents, is_sample, plan, write_sample
 from pneumo_experiments.synthetic.radiographs import SyntheticRadiograph, draw_radiograph
 
 IMAGES, TEST_IMAGES, SEED = 24, 4, 3
@@ -28,7 +28,7 @@ SHAPE = (1024, 1024)
 def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("radiographs") / "sample"
     calls = list[None]()
-    write_sample(folder, IMAGES, TEST_IMAGES, SEED, lambda: calls.append(None))
+    write_sample(folder, Contents(IMAGES, TEST_IMAGES, SEED), lambda: calls.append(None))
     assert len(calls) == IMAGES + TEST_IMAGES
     return folder
 
@@ -130,24 +130,24 @@ def test_a_patient_returns_with_the_same_sex_and_age_and_is_never_in_both_sets(
 
 
 def test_a_seed_gives_the_same_bytes_whatever_the_number_of_workers(tmp_path: Path) -> None:
-    write_sample(tmp_path / "alone", 8, 2, 5, workers=1)
-    write_sample(tmp_path / "together", 8, 2, 5, workers=2)
+    write_sample(tmp_path / "alone", Contents(8, 2, 5), workers=1)
+    write_sample(tmp_path / "together", Contents(8, 2, 5), workers=2)
     assert contents(tmp_path / "alone") == contents(tmp_path / "together")
 
 
 def test_another_seed_gives_other_images_under_other_names(tmp_path: Path) -> None:
-    write_sample(tmp_path / "one", 1, 1, 1)
-    write_sample(tmp_path / "two", 1, 1, 2)
+    write_sample(tmp_path / "one", Contents(1, 1, 1))
+    write_sample(tmp_path / "two", Contents(1, 1, 2))
     one, two = contents(tmp_path / "one"), contents(tmp_path / "two")
     assert set(one) & set(two) == {"train-rle.csv", "sample.json"}
     assert not set(one.values()) & set(two.values())
 
 
 def test_a_finished_sample_is_known_by_its_settings(sample: Path, tmp_path: Path) -> None:
-    assert is_sample(sample, IMAGES, TEST_IMAGES, SEED)
-    assert not is_sample(sample, IMAGES, TEST_IMAGES, SEED + 1)
-    assert not is_sample(sample, IMAGES + 1, TEST_IMAGES, SEED)
-    assert not is_sample(tmp_path, IMAGES, TEST_IMAGES, SEED)
+    assert is_sample(sample, Contents(IMAGES, TEST_IMAGES, SEED))
+    assert not is_sample(sample, Contents(IMAGES, TEST_IMAGES, SEED + 1))
+    assert not is_sample(sample, Contents(IMAGES + 1, TEST_IMAGES, SEED))
+    assert not is_sample(tmp_path, Contents(IMAGES, TEST_IMAGES, SEED))
     settings = json.loads((sample / "sample.json").read_text())
     assert settings == {"format": kaggle_layout.FORMAT, "images": 24, "test_images": 4, "seed": 3}
 
@@ -162,7 +162,7 @@ def test_a_folder_with_files_and_the_working_directory_are_refused_and_unchanged
     reasons = {tmp_path / "mine": "not an empty folder", Path(): "is the working directory or above it"}
     for folder, reason in (reasons | {tmp_path / "work": reasons[Path()]}).items():
         with pytest.raises(UserError, match=reason):
-            write_sample(folder, 2, 0, 0)
+            write_sample(folder, Contents(2, 0, 0))
     assert {path.name for path in tmp_path.rglob("*")} == {"mine", "mine.txt", "work"}
 
 
@@ -173,8 +173,8 @@ def test_an_empty_folder_is_filled_and_old_pieces_are_cleared(tmp_path: Path) ->
     (part / ".lock").touch()  # by which a killed process's folder is known
     (part / "dicom-images-train").mkdir()
     (part / "dicom-images-train" / "leftover.dcm").write_bytes(b"half")
-    write_sample(folder, 1, 0, 0)
-    assert is_sample(folder, 1, 0, 0)
+    write_sample(folder, Contents(1, 0, 0))
+    assert is_sample(folder, Contents(1, 0, 0))
     assert not list(tmp_path.rglob("leftover.dcm"))
 
 
@@ -183,13 +183,13 @@ def test_an_interrupted_write_leaves_nothing(tmp_path: Path) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        write_sample(tmp_path / "sample", 3, 0, 0, interrupt)
+        write_sample(tmp_path / "sample", Contents(3, 0, 0), interrupt)
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("images", [1, 10, 33, 200])
 def test_the_plan_keeps_its_fraction_of_positives(images: int) -> None:
-    plans = plan(images, 16, 0)
+    plans = plan(Contents(images, 16))
     train = [one for one in plans if not one.test]
     assert [one.number for one in plans] == list(range(images + 16))
     assert sum(one.annotations > 0 for one in train) == round(0.3 * images)
@@ -197,10 +197,10 @@ def test_the_plan_keeps_its_fraction_of_positives(images: int) -> None:
 
 
 @cache
-def radiograph(index: int, annotations: int) -> SyntheticRadiograph:
+def radiograph(index: int, annotations: int, hard: bool = False) -> SyntheticRadiograph:
     rng = np.random.default_rng([7, index])
     sex, view = ("F", "M")[index % 2], ("PA", "AP")[index // 2 % 2]
-    return draw_radiograph(rng, anatomy.build(rng, sex), view, sex, annotations=annotations)
+    return draw_radiograph(rng, anatomy.build(rng, sex), view, annotations, hard=hard)
 
 
 def deviation(values: NDArray[np.float64], where: NDArray[np.bool_]) -> float:
@@ -221,6 +221,69 @@ def test_a_pneumothorax_is_darker_than_the_lung_beside_it() -> None:
         beside = np.roll(mask, (50, medial * (width + 20)), axis=(0, 1)) & ~mask
         darker.append(grey[beside].mean() - grey[mask].mean())
     assert np.mean(np.array(darker) > 5) >= 0.9
+
+
+# Hard ones
+
+
+@pytest.mark.parametrize("images", [1, 10, 40, 1200])
+def test_hard_data_have_the_real_fraction_of_positives_and_few_patients_with_many(images: int) -> None:
+    plans = [one for one in plan(Contents(images, 5, 1, "hard")) if not one.test]
+    assert [one.number for one in plans] == list(range(images)) and all(one.hard for one in plans)
+    assert sum(one.annotations > 0 for one in plans) == round(0.22 * images)
+    if images < 1000:
+        return
+    sizes = np.bincount([one.patient for one in plans])
+    assert np.mean(sizes == 1) == pytest.approx(0.68, abs=0.06)  # as in the real table
+    assert np.mean(sizes == 2) == pytest.approx(0.15, abs=0.05)
+    assert 20 < sizes.max() <= 60
+    ill = np.sort(np.bincount([one.patient for one in plans if one.annotations]))[::-1]
+    ill = ill[ill > 0]
+    assert 0.3 < ill[: round(len(ill) / 10)].sum() / ill.sum() < 0.6  # 0.41 in the real table
+
+
+def test_areas_of_hard_findings_are_those_of_the_real_ones() -> None:
+    person = anatomy.build(np.random.default_rng(0), "F")
+    lungs = [anatomy.lung(person, side, np.random.default_rng(1)) for side in (-1, 1)]
+    drawn = np.random.default_rng(2)
+    areas = []
+    for index in range(600):
+        _, polygons = anatomy.collapses(lungs, 1 + (index % 8 == 0), False, drawn, hard=True)
+        areas.append(sum(map(anatomy.area_px, polygons)))
+    quartiles = np.quantile(areas, [0.25, 0.5, 0.75])
+    assert quartiles == pytest.approx([4059, 8630, 18388], rel=0.2)
+    assert min(areas) < 1_000 and max(areas) > 60_000
+
+
+def test_a_hard_finding_is_annotated_within_the_lung_and_nothing_else_is() -> None:
+    for index in range(6):
+        ill, well = radiograph(index, 1, hard=True), radiograph(index, 0, hard=True)
+        (mask,) = ill.annotations
+        assert mask.any() and not well.annotations
+        # The twin has the same folds, drains and exposure: it differs in one lung alone.
+        changed = np.nonzero((ill.pixels != well.pixels).any(axis=0))[0]
+        assert changed.max() < 600 or changed.min() > 424
+        assert not np.array_equal(well.pixels, radiograph(index, 0).pixels)
+
+
+def test_hard_findings_are_fainter() -> None:
+    lost = {True: list[float](), False: list[float]()}
+    for index in range(10):
+        for hard, values in lost.items():
+            ill, well = radiograph(index, 1, hard=hard), radiograph(index, 0, hard=hard)
+            grey = well.pixels.astype(float) - ill.pixels
+            values.append(grey[ill.annotations[0]].mean() / np.ptp(well.pixels))
+    assert np.median(lost[True]) < 0.6 * np.median(lost[False])
+
+
+def test_a_hard_sample_says_so_and_is_another_one(tmp_path: Path) -> None:
+    easy, hard = (Contents(2, 1, 4, difficulty) for difficulty in ("easy", "hard"))
+    write_sample(tmp_path / "hard", hard)
+    write_sample(tmp_path / "easy", easy)
+    assert json.loads((tmp_path / "hard" / "sample.json").read_text())["difficulty"] == "hard"
+    assert is_sample(tmp_path / "hard", hard) and not is_sample(tmp_path / "hard", easy)
+    assert not is_sample(tmp_path / "easy", hard)
+    assert set(contents(tmp_path / "easy").values()).isdisjoint(contents(tmp_path / "hard").values())
 
 
 def test_a_healthy_twin_differs_only_by_air_without_vessels_in_one_lung() -> None:
@@ -252,6 +315,6 @@ def test_brightness_does_not_give_a_pneumothorax_away(
 
 def test_separate_annotations_are_pockets_that_do_not_touch() -> None:
     rng = np.random.default_rng(11)
-    ill = draw_radiograph(rng, anatomy.build(rng, "M"), "PA", "M", annotations=4)
+    ill = draw_radiograph(rng, anatomy.build(rng, "M"), "PA", annotations=4)
     assert len(ill.annotations) == 4
     assert not any((a & b).any() for a, b in combinations(ill.annotations, 2))

@@ -81,7 +81,7 @@ def test_a_setting_that_differs_from_what_mlflow_run_logged_is_a_param_of_its_ow
 ) -> None:
     client = MlflowClient()
     run_id = client.create_run("0").info.run_id
-    logged = {"dataset": "output/dataset.h5", "epochs": "3e0", "augment": "True", "best_k": "3"}
+    logged = {"dataset": "output/dataset.h5", "epochs": "3e0", "compile": "False", "best_k": "3"}
     for name, text in logged.items():
         client.log_param(run_id, name, text)
     monkeypatch.setenv("MLFLOW_RUN_ID", run_id)

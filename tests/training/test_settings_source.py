@@ -140,7 +140,7 @@ def test_settings_beside_a_model_are_refused(original: str) -> None:
         ("epochs", None, "does not say epochs"),
         ("epochs", "many", "'many' is not a valid whole number"),
         ("batch_size", 10**9, "is not in the range 2<=x<=65536"),
-        ("augment", 1, "1 is not a boolean"),
+        ("compile", 1, "1 is not a boolean"),
     ],
 )
 def test_damaged_settings_of_a_model_are_refused(
