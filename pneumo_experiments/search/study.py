@@ -6,6 +6,7 @@ import hashlib
 import json
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -26,11 +27,21 @@ from pneumo_experiments.search.storage import (
     cannot_be_opened,
     load_study,
 )
-from pneumo_experiments.settings import AUTO, Search, flat, is_none, read_config, weight_shaping
+from pneumo_experiments.settings import (
+    AUTO,
+    Search,
+    as_now,
+    as_text,
+    flat,
+    is_none,
+    read_config,
+    weight_shaping,
+)
 
 # Attributes of a study
 METRIC_NAMES = {"dice": "cross-fitted Dice", "seconds": "seconds per image"}
 MADE_WITH = "made_with"  # data, fixed settings and space, as text by name
+RANGE_OF = "range of "  # and the name of a searched setting
 PARENT = "parent_run"  # id of the run above those of the trials
 PARENT_PROCESS = "parent_process"  # tags of the process that has that run, set after it
 REPORTED = "reported"  # the number of trials in the report
@@ -96,7 +107,7 @@ def _made_with(settings: Search, fingerprint: str, space: Space) -> dict[str, st
     fixed = {name: text for name, text in weight_shaping(settings).items() if name not in space}
     if settings.study.space is not None:
         fixed["space"] = settings.study.space.name  # it may lie elsewhere on another machine
-    ranges = {f"range of {name}": as_range_text(range_) for name, range_ in space.items()}
+    ranges = {RANGE_OF + name: as_range_text(range_) for name, range_ in space.items()}
     return {"data": fingerprint[:16]} | fixed | ranges
 
 
@@ -105,6 +116,9 @@ def _check_same_study(study: Study, made_with: Mapping[str, str]) -> None:
     if recorded is None:
         differences = ["another program"]
     else:
+        with suppress(ValueError):  # of a version that knew other values: they differ
+            now = {name: as_text(value) for name, value in as_now(Search, recorded).items()}
+            recorded = recorded | {n: now[n] for n in now if n in made_with and RANGE_OF + n not in recorded}
         differences = [
             f"{name} {recorded.get(name, 'not searched')}, not {made_with.get(name, 'not searched')}"
             for name in {**made_with, **recorded}

@@ -39,6 +39,7 @@ from pneumo_experiments.settings.fields import (
     Settings,
     absolute,
     as_config,
+    as_now,
     as_params,
     as_text,
     as_texts,

@@ -176,6 +176,20 @@ def checked(leaf: Leaf, value: object) -> Any:
     return parse(leaf, as_text(value))
 
 
+def as_now(kind: type, recorded: Mapping[str, object]) -> dict[str, Any]:
+    """The values of the settings that shape the weights, as an earlier version may have recorded them.
+
+    A setting that it did not know has its default, with which all is as it was. Raises ValueError for a value
+    that a setting does not accept.
+    """
+    values = dict[str, Any]()
+    for leaf in leaves(kind):
+        if leaf.arg.shapes_weights:
+            value = recorded.get(leaf.name, as_text(leaf.default))
+            values[leaf.name] = parse(leaf, value) if isinstance(value, str) else checked(leaf, value)
+    return values
+
+
 def absolute(leaf: Leaf, value: Any) -> Any:
     """The setting's value with absolute paths: so what is printed and logged opens from anywhere.
 

@@ -15,11 +15,10 @@ from pneumo_experiments.serving import Detector, TrainedNetwork, load
 from pneumo_experiments.settings import (
     NONE,
     Train,
-    checked,
+    as_now,
     flat,
     from_flat,
     is_none,
-    leaves,
     weight_shaping,
 )
 from pneumo_experiments.words import some_of
@@ -108,14 +107,12 @@ def _settings_of(address: str, detector: Detector) -> dict[str, Any]:
 
 def _checked_settings(address: str, member: TrainedNetwork) -> dict[str, Any]:
     recorded = dict(member.settings) | {"precision": member.predictor.compute.precision}
-    shaping = weight_shaping(Train())
-    if missing := sorted(shaping.keys() - recorded.keys()):
+    if "epochs" not in recorded:
         raise UserError(
-            f"reproduce={address}: not a model of train, or one of another version: it does not say"
-            f" {some_of(missing, MAX_NAMED)}; name a model that train has logged"
+            f"reproduce={address}: not a model of train: it does not say epochs; name a model that train has"
+            " logged"
         )
-    by_name = {leaf.name: leaf for leaf in leaves(Train)}
     try:
-        return {name: checked(by_name[name], recorded[name]) for name in shaping}
+        return as_now(Train, recorded)
     except ValueError as error:
         raise UserError(f"reproduce={address}: its settings are damaged ({error}); train again") from None

@@ -484,6 +484,18 @@ def test_the_same_data_and_settings_have_one_study_and_others_another(quick: Qui
     assert len({first, "none", *others}) == 5
 
 
+def test_a_study_of_an_earlier_version_goes_on_with_the_defaults_of_later_settings(quick: Quick) -> None:
+    quick(trials=1)
+    recorded = dict(study().user_attrs["made_with"])
+    assert recorded.pop("balance") == "image"
+    recorded["augment"] = {"none": "false", "mild": "true"}[recorded["augment"]]
+    study().set_user_attr("made_with", recorded)
+    quick(trials=2)
+    assert len(study().trials) == 2
+    with pytest.raises(UserError, match=r"^study=s: was made with balance image, not patient; name another"):
+        quick(trials=3, balance="patient")
+
+
 def test_a_study_of_other_data_is_refused_and_the_difference_named(quick: Quick, dataset: Path) -> None:
     quick(trials=1)
     for values, difference in (

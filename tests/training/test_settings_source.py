@@ -134,6 +134,23 @@ def test_settings_beside_a_model_are_refused(original: str) -> None:
         train(make(Train, reproduce="models:/m-nowhere"))
 
 
+def test_a_model_of_an_earlier_version_is_repeated_with_the_defaults_of_later_settings(
+    original: str, tmp_path: Path
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(mlflow.artifacts.download_artifacts(original), copy)
+    (description,) = copy.rglob("model.json")
+    content = json.loads(description.read_text())
+    recorded = content["settings"]
+    assert recorded.pop("balance") == "image"
+    now, recorded["augment"] = recorded["augment"], recorded["augment"] != "none"  # as it was: a boolean
+    description.write_text(json.dumps(content))
+    source = settings_source(make(Train, reproduce=str(copy)), None)
+    batches = source.settings.recipe.batches
+    assert (batches.balance, batches.augment) == ("image", now)
+    assert source.settings.schedule.epochs == recorded["epochs"]
+
+
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
