@@ -154,10 +154,11 @@ def _chain(settings: Main) -> _Plan:
         inputs += _radiographs(Preprocess(settings.source, format=settings.format, reading=settings.reading))
     if settings.test_dir is not None:
         inputs.append(_files(settings.test_dir, settings.source.image_id))
-    work = (
-        f"search {plural(settings.study.trials, 'trial')} of {plural(settings.study.search_epochs, 'epoch')}"
-    )
-    return _Plan(inputs, outputs, [f"{work}, then train {plural(settings.schedule.epochs, 'epoch')}"])
+    work = f"train {plural(settings.schedule.epochs, 'epoch')}"
+    if settings.study.trials:
+        epochs = plural(settings.study.search_epochs, "epoch")
+        work = f"search {plural(settings.study.trials, 'trial')} of {epochs}, then {work}"
+    return _Plan(inputs, outputs, [work])
 
 
 def _files(folder: Path, image_id: ImageId) -> str:

@@ -213,7 +213,13 @@ class StudySettings:
     """Search with Optuna."""
 
     trials: Annotated[
-        int, Arg("trials of the study in all, short trainings each", 1, 100_000, shapes_weights=False)
+        int,
+        Arg(
+            "trials of the study in all, short trainings each; with 0 main trains with the settings as given",
+            0,
+            100_000,
+            shapes_weights=False,
+        ),
     ] = 8
     searched: Annotated[
         str,

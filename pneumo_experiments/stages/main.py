@@ -55,13 +55,17 @@ def main(settings: Main) -> ScoreResult:
         searching = _search_settings(settings, dataset)
         with Dataset.open(dataset) as opened:
             tracking.log_dataset(dataset, opened.fingerprint, "main", opened.profile)
-            print(_work_line(settings, len(split_folds(opened, searching)[0].train)))
+            if settings.study.trials:
+                print(_work_line(settings, len(split_folds(opened, searching)[0].train)))
+        recipe = settings.recipe
+        if settings.study.trials:
+            next(step)
+            best = search(searching, keep_start=True)
+            values = as_texts(best.recipe)  # the model is trained with them, whatever the params say
+            tracking.log_params({f"{name}_used": values[name] for name in best.searched})
+            recipe = _training_recipe(settings, best)
         next(step)
-        best = search(searching, keep_start=True)
-        values = as_texts(best.recipe)  # the model is trained with them, whatever the params say
-        tracking.log_params({f"{name}_used": values[name] for name in best.searched})
-        next(step)
-        with training(_train_settings(settings, best, dataset)) as trained:
+        with training(_train_settings(settings, recipe, dataset)) as trained:
             scoring = Score(
                 model=trained.model,
                 dataset=dataset,
@@ -105,7 +109,8 @@ def _steps(settings: Main) -> list[str]:
     is_synthetic = settings.source.dicom_dir is None
     has_test = settings.test_dir is not None or (is_synthetic and settings.sample.test_images > 0)
     first, test = ["sample"] * is_synthetic, ["findings of the test images"] * has_test
-    return [*first, "preprocess", "search", "train", "score", *test, "register"]
+    searched = ["search"] * (settings.study.trials > 0)
+    return [*first, "preprocess", *searched, "train", "score", *test, "register"]
 
 
 def _announced(steps: list[str]) -> Iterator[None]:
@@ -157,11 +162,11 @@ def _search_settings(settings: Main, dataset: Path) -> Search:
     )
 
 
-def _train_settings(settings: Main, best: SearchResult, dataset: Path) -> Train:
+def _train_settings(settings: Main, recipe: Recipe, dataset: Path) -> Train:
     return Train(
         dataset=dataset,
         schedule=settings.schedule,
-        recipe=_training_recipe(settings, best),
+        recipe=recipe,
         split=settings.split,
         compute=settings.compute,
         evaluation=settings.evaluation,

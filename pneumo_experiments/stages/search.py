@@ -60,6 +60,8 @@ def search(settings: Search, keep_start: bool = False) -> SearchResult:
     >>> result.trial in (0, 1), result.recipe.loss.dice_weight > 0
     (True, True)
     """
+    if not settings.study.trials:
+        raise UserError("trials=0: leaves nothing to search; main trains without a search then")
     with open_search(settings) as trials:
         print(hide_passwords(f"search: study {trials.study.study_name} in {settings.study.storage}"))
         if (count := count_trials(trials.study)) >= settings.study.trials:

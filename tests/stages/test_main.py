@@ -31,8 +31,11 @@ from tracked import artifact, runs
 
 from pneumo_experiments.dataset.hdf5 import Dataset
 from pneumo_experiments.dataset.rle import decode
-from pneumo_experiments.settings import Main
-from pneumo_experiments.stages.main import _work_line
+from pneumo_experiments.errors import UserError
+from pneumo_experiments.serving.model_folder import WEIGHTS
+from pneumo_experiments.settings import Main, Search
+from pneumo_experiments.stages.main import _work_line, main
+from pneumo_experiments.stages.search import search
 
 SMALL = {
     "images": 24,
@@ -359,12 +362,26 @@ def test_the_training_starts_where_the_trials_started(chain: Chain) -> None:
     assert params["weights_source"] == "epoch-1.pt"
 
 
+def test_without_trials_main_trains_with_the_settings_as_given(
+    tmp_path: Path, tiny_default: None, store: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = SMALL | {"trials": 0, "test_images": 0, "epochs": 1, "threshold_trials": 0, "overlays": 0}
+    main(Main.of(**small, output_dir=tmp_path / "output", dice_weight=2.5))
+    assert "step 2 of 5, preprocess; then train, score, register" in capsys.readouterr().out
+    stages = [run.data.tags["pneumo.stage"] for run in mlflow.search_runs(output_format="list")]
+    assert sorted(stages) == ["main", "preprocess", "register", "sample", "score", "train"]
+    (trained,) = runs("train")
+    assert trained.data.params["dice_weight"] == "2.5"
+    with pytest.raises(UserError, match=r"^trials=0: leaves nothing to search"):
+        search(Search.of(trials=0))
+
+
 @soak
 def test_the_chain_runs_with_the_default_network(tmp_path: Path) -> None:
     chain = run_chain(tmp_path, None, **SMALL)
     mlflow.set_tracking_uri(None)
     assert {run.info.status for runs in chain.runs.values() for run in runs} == {"FINISHED"}
-    assert int(chain.only("train").data.params["parameters"]) > 10**7
+    assert max(path.stat().st_size for path in chain.folder.rglob(WEIGHTS)) > 10**8
 
 
 def test_real_radiographs_go_through_the_same_command(
