@@ -147,17 +147,3 @@ def _with_decoder(decoder: str, encoder: str) -> Parts:
     head = DecoderHead(model.decoder, model.segmentation_head[0])
     channels = model.encoder.out_channels[-1]
     return Parts(model.encoder, head, None, channels, deep=-1, merges=True, multiple=32)
-
-
-def encoder_weights(network: str) -> dict[str, Tensor]:
-    """ImageNet weights of a network's encoder, downloaded by its library, with the names of the backbone.
-
-    Raises OSError or RuntimeError when they cannot be had.
-    """
-    library: Any = import_module(LIBRARY)
-    encoder = network.partition(":")[2]
-    weights = "imagenet"
-    if not encoder.startswith("tu-"):
-        known = library.encoders.encoders[encoder]["pretrained_settings"]
-        weights = weights if weights in known else next(iter(known))
-    return library.encoders.get_encoder(encoder, weights=weights).state_dict()

@@ -7,17 +7,19 @@ import logging
 import re
 import socket
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torchvision import models  # pyright: ignore[reportMissingTypeStubs]
 
 from pneumo_experiments.errors import UserError
-from pneumo_experiments.learning.architectures import encoder_weights
+from pneumo_experiments.settings.networks import LIBRARY
 
 DOWNLOAD_TIMEOUT_SECONDS = 20
+HUB_FILE = "model.safetensors"
 # Where checkpoints of Lightning, timm, torchvision's references and others have the state dict.
 CHECKPOINT_KEYS = ("state_dict", "model", "model_state_dict")
 # The names of modules in torchvision's networks, and in those of segmentation_models_pytorch.
@@ -58,10 +60,33 @@ def download_weights(weights: models.WeightsEnum) -> Weights:
 
 def download_encoder(network: str) -> Weights:
     """Those of the encoder of a network of segmentation_models_pytorch; raises the same."""
-    state, digest = encoder_weights(network), hashlib.sha256()
-    for tensor in state.values():
-        digest.update(tensor.contiguous().numpy().tobytes())
-    return Weights(state, "imagenet", network.partition(":")[2], digest.hexdigest())
+    encoder, encoders = network.partition(":")[2], import_module(f"{LIBRARY}.encoders")
+    if encoder.startswith("tu-"):
+        # timm changes their names while it loads them.
+        repository = import_module("timm").get_pretrained_cfg(encoder.removeprefix("tu-")).hf_hub_id
+        _require_hub(repository, None)
+        state, digest = encoders.get_encoder(encoder, weights="imagenet").state_dict(), hashlib.sha256()
+        for tensor in state.values():
+            digest.update(tensor.contiguous().numpy().tobytes())
+        return Weights(state, encoder, repository, digest.hexdigest())
+    known = encoders.encoders[encoder]["pretrained_settings"]
+    place = known.get("imagenet") or next(iter(known.values()))
+    _require_hub(place["repo_id"], place["revision"])
+    hub = import_module("huggingface_hub")
+    path = hub.hf_hub_download(place["repo_id"], HUB_FILE, revision=place["revision"])
+    return read_weights(Path(path))._replace(source=place["repo_id"])
+
+
+def _require_hub(repository: str, revision: str | None) -> None:
+    """Raises OSError unless the hub or its cache has the weights; a download would try for half a minute."""
+    hub: Any = import_module("huggingface_hub")
+    if hub.try_to_load_from_cache(repository, HUB_FILE, revision=revision):
+        return
+    try:
+        url = hub.hf_hub_url(repository, HUB_FILE, revision=revision)
+        hub.get_hf_file_metadata(url, timeout=DOWNLOAD_TIMEOUT_SECONDS)
+    except Exception as error:  # of the library that the hub's client uses
+        raise OSError(str(error) or type(error).__name__) from error
 
 
 def _download(source: models.WeightsEnum) -> Path:
@@ -167,7 +192,7 @@ def last_layers(net: nn.Module) -> tuple[str, ...]:
 
 def logit_layers(net: nn.Module) -> list[tuple[str, nn.Conv2d]]:
     """The layers of the heads that give logits of pixels, and their names."""
-    named: Iterator[tuple[str, nn.Module]] = net.named_modules()  # pyright: ignore[reportUnknownMemberType]
+    named = cast("Iterator[tuple[str, nn.Module]]", net.named_modules())
     return [
         (name, module)
         for name, module in named

@@ -35,6 +35,7 @@ from pneumo_experiments.learning.predict import Ensemble, Predictor
 from pneumo_experiments.metrics.thresholds import Thresholds
 from pneumo_experiments.serving import Detector, TrainedNetwork
 from pneumo_experiments.settings import Register, Train, as_config
+from pneumo_experiments.settings.networks import DECODERS
 from pneumo_experiments.stages.register import register
 from pneumo_experiments.synthetic.kaggle_layout import write_sample
 
@@ -234,7 +235,7 @@ def test_too_many_networks_for_one_file_are_refused(
 
 
 @soak
-@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("network", [*NETWORKS, *(f"{decoder}:resnet18" for decoder in DECODERS)])
 def test_every_network_can_be_exported(network: str, tmp_path: Path) -> None:
     built = PneumothoraxNet(network)
     torch.nn.init.normal_(built.presence_head.weight, 0, 0.05)
