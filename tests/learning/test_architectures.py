@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import runpy
 import socket
 import sys
 from functools import cache
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 import segmentation_models_pytorch as smp
 import torch
-from helpers import make
+from helpers import ROOT, make
 from tiny_network import CPU, squares
 from torchvision import models
 from torchvision.models import segmentation
@@ -133,6 +134,12 @@ def test_the_stride_four_head_merges_the_first_stage_and_the_last() -> None:
     seen = low[0].abs().sum(0).nonzero()
     assert seen.min(0).values.tolist() == [7, 7]
     assert seen.max(0).values.tolist() == [9, 9]
+
+
+@pytest.mark.parametrize("network", ["fcn_resnet50_s4", "lraspp_mobilenet_v3_large", "unet:resnet34"])
+def test_the_table_in_the_docs_is_what_the_script_counts(network: str) -> None:
+    row = runpy.run_path(str(ROOT / "benchmarks" / "networks.py"))["row"](network, 384)
+    assert row.replace("|  |", "| |") in (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
 
 
 # The start
