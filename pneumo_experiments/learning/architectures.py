@@ -121,6 +121,8 @@ NETWORKS = {
 # Of segmentation_models_pytorch; the encoder's name follows after a colon.
 DECODERS = {"unet": "Unet", "unet++": "UnetPlusPlus", "fpn": "FPN", "deeplabv3+": "DeepLabV3Plus"}
 
+UNUSED = ("_conv_head", "_bn1")  # EfficientNet's last layers, which no decoder reads
+
 
 def architecture_of(network: str) -> Architecture:
     """What a name means. Raises UserError for one that no network has, and if its library is missing."""
@@ -143,6 +145,9 @@ def _with_decoder(decoder: str, encoder: str) -> Parts:
         raise UserError(
             f"network={decoder}:{encoder}: {LIBRARY} cannot build it ({reason}); choose another encoder"
         ) from error
+    for unused in UNUSED:  # a group of processes waits for the gradient of every parameter
+        if hasattr(model.encoder, unused):
+            setattr(model.encoder, unused, nn.Identity())
     # Its activation and its upsampling to the image's size are this package's.
     head = DecoderHead(model.decoder, model.segmentation_head[0])
     channels = model.encoder.out_channels[-1]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torchvision import models  # pyright: ignore[reportMissingTypeStubs]
 
 from pneumo_experiments.errors import UserError
+from pneumo_experiments.learning.architectures import UNUSED
 from pneumo_experiments.settings.networks import LIBRARY
 
 DOWNLOAD_TIMEOUT_SECONDS = 20
@@ -176,13 +177,15 @@ def _inside(state: dict[str, Tensor], prefix: str, is_whole: bool) -> dict[str, 
     outside = [name for name in state if not name.startswith((prefix, *CLASSES))]
     if outside:
         log.warning("weights: %d tensors outside %s are not used", len(outside), prefix)
-    if not is_whole:
-        return {f"backbone.{name}": t for name, t in inside.items() if not name.startswith(CLASSES)}
     renamed: dict[str, Tensor] = {}
     for name, tensor in inside.items():
-        module = next((each for each in MODULES if name.startswith(f"{each}.")), "")
-        renamed[MODULES.get(module, "") + name.removeprefix(module)] = tensor
-    return renamed
+        if is_whole:
+            module = next((each for each in MODULES if name.startswith(f"{each}.")), "")
+            renamed[MODULES.get(module, "") + name.removeprefix(module)] = tensor
+        elif not name.startswith(CLASSES):
+            renamed[f"backbone.{name}"] = tensor
+    unused = tuple(f"backbone.{part}." for part in UNUSED)
+    return {name: tensor for name, tensor in renamed.items() if not name.startswith(unused)}
 
 
 def last_layers(net: nn.Module) -> tuple[str, ...]:

@@ -249,6 +249,21 @@ def test_torchvisions_backbone_fits_the_encoder_of_the_same_name(
         build_network("unet:resnet18", str(tmp_path / "resnet34.pth"), seed=0)
 
 
+@pytest.mark.parametrize("is_whole", [False, True])
+def test_an_efficientnet_comes_without_the_layers_that_no_decoder_reads(
+    is_whole: bool, tmp_path: Path
+) -> None:
+    theirs = smp.Unet("efficientnet-b0", encoder_weights=None)
+    state = (theirs if is_whole else theirs.encoder).state_dict()
+    assert any("_conv_head" in name for name in state)
+    torch.save(state, tmp_path / "e.pt")
+    net = build_network("unet:efficientnet-b0", str(tmp_path / "e.pt"), seed=0).train()
+    assert torch.equal(net.backbone._blocks[3]._bn1.weight, theirs.encoder._blocks[3]._bn1.weight)
+    output = net(noise(2, 1, 32, 32))
+    (output.mask.sum() + output.presence.sum()).backward()
+    assert [name for name, parameter in net.named_parameters() if parameter.grad is None] == []
+
+
 @pytest.mark.parametrize("prefix", ["", "model."])
 def test_a_network_of_the_library_is_loaded_whole_but_for_a_last_layer_with_more_classes(
     prefix: str, tmp_path: Path
