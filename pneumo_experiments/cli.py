@@ -112,7 +112,8 @@ class SettingType(click.ParamType):  # pyright: ignore[reportMissingTypeArgument
         if self.name == "path" or self.leaf.arg.missing:
             return [CompletionItem(incomplete, type="file")]
         is_choice = get_origin(self.leaf.type) is Literal
-        words = ("true", "false") if self.leaf.type is bool else get_args(self.leaf.type) if is_choice else ()
+        offered = get_args(self.leaf.type) if is_choice else self.leaf.arg.offered
+        words = ("true", "false") if self.leaf.type is bool else offered
         return [CompletionItem(word) for word in words if word.startswith(incomplete)]
 
 

@@ -27,6 +27,7 @@ LIBRARIES = {
     "torch": {"learning", "serving"},
     "torchvision": {"learning"},
     "pydicom": {"dicom", "synthetic"},
+    "segmentation_models_pytorch": {"learning"},
     "highdicom": {"dicom"},
     "h5py": {"dataset"},
     "jinja2": {"data_report", "registry"},

@@ -120,7 +120,7 @@ def test_a_setting_from_python_has_the_type_and_the_errors_of_the_command_line()
     for given, reason in (
         ({"epochs": 1.5}, "epochs: '1.5' is not a valid whole number"),
         ({"compile": 1}, "compile: 1 is not a boolean"),
-        ({"network": "unet"}, "network: 'unet' is not one of 'fcn_resnet50'"),
+        ({"network": "unet"}, "network: 'unet' is no network; the nearest are unet:"),
         ({"image_size": 64}, "train: no setting is called 'image_size'; "),
     ):
         with pytest.raises(UserError, match=f"^{reason}"):

@@ -9,6 +9,7 @@ import torch
 from helpers import make
 from torch import Tensor, nn
 
+from pneumo_experiments.learning.architectures import Parts
 from pneumo_experiments.learning.device import ComputeConfig
 from pneumo_experiments.learning.loader import InMemoryData
 from pneumo_experiments.learning.network import NETWORKS, PneumothoraxNet
@@ -35,12 +36,8 @@ class Backbone(nn.Module):
         return {"out": self.widen(aux), "aux": aux}
 
 
-class Tiny(nn.Module):
-    """The parts of a torchvision segmentation network."""
-
-    def __init__(self, **unused: Any) -> None:
-        super().__init__()
-        self.backbone, self.classifier, self.aux_classifier = Backbone(), _head(CHANNELS), _head(4)
+def tiny() -> Parts:
+    return Parts(Backbone(), _head(CHANNELS), _head(4), CHANNELS)
 
 
 def _head(channels: int) -> nn.Sequential:
@@ -48,7 +45,7 @@ def _head(channels: int) -> nn.Sequential:
     return nn.Sequential(first, nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.1), nn.Conv2d(4, 1, 1))
 
 
-TINY = NETWORKS[DEFAULT]._replace(make=Tiny)  # pyright: ignore[reportArgumentType]
+TINY = NETWORKS[DEFAULT]._replace(make=tiny)
 
 
 def add_tiny_network() -> None:

@@ -73,7 +73,7 @@ def update_batch_norm(
     part, and end with the same. ``progress`` is called as by ``fit``.
     """
     norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm)]
-    momentum, at_once = norms[0].momentum, AT_ONCE * distributed.world_size()
+    momenta, at_once = [norm.momentum for norm in norms], AT_ONCE * distributed.world_size()
     plain = replace(recipe.batches, augment="none", balance="image", positive_share=0.0, batch_size=at_once)
     drawn = batches(data, replace(recipe, batches=plain), 1, 1, compute.device)
     network.eval()
@@ -83,7 +83,7 @@ def update_batch_norm(
         with compute.autocast():
             network(batch.images.contiguous(memory_format=torch.channels_last))
         progress(batch.size)
-    for norm in norms:
+    for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
 
 

@@ -103,9 +103,19 @@ def all_gather_rows(rows: Rows, count: int) -> Rows:
 
 
 def convert_sync_batchnorm(network: nn.Module, device: torch.device) -> None:
-    """Makes batch normalisation use the images of all processes; changes the network in place."""
+    """Makes batch normalisation use the images of all processes; changes the network in place.
+
+    Raises UserError for a network whose batch normalisation does more than that, as that of some encoders of
+    timm, which also has the activation.
+    """
     if world_size() == 1:
         return
+    norms = [each for each in network.modules() if isinstance(each, nn.BatchNorm2d)]
+    if other := [type(each).__name__ for each in norms if type(each) is not nn.BatchNorm2d]:
+        raise UserError(
+            f"processes={world_size()}: the network has {other[0]}, which cannot be computed over all images"
+            " of a group; train in one process, or choose another network"
+        )
     if device.type == "cuda":  # the only device that torch's own supports
         nn.SyncBatchNorm.convert_sync_batchnorm(network)  # pyright: ignore[reportUnknownMemberType]
         return

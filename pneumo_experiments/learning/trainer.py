@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from contextlib import nullcontext
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any, TypedDict
 
@@ -54,8 +55,11 @@ class Trainer:
         # The weights' file may be missing in some of the processes.
         loaded = state["pretrained"] if state else sorted(network.pretrained)
         network.pretrained = frozenset(distributed.broadcast(loaded))
-        # Without a weight in the loss it is not computed, and DDP does not wait for its gradients.
-        network.aux_head.requires_grad_(recipe.loss.aux_weight > 0)
+        if network.aux_head is None:
+            self.recipe = replace(recipe, loss=replace(recipe.loss, aux_weight=0.0))
+        else:
+            # Without a weight in the loss it is not computed, and DDP does not wait for its gradients.
+            network.aux_head.requires_grad_(recipe.loss.aux_weight > 0)
         self.ddp = distributed.wrap_ddp(network)
         self.forward = torch.compile(self.ddp) if recipe.network.compile else self.ddp
         self.total_steps = steps

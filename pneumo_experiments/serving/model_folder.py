@@ -21,6 +21,7 @@ from pneumo_experiments.learning.predict import VIEWS, Predictor
 from pneumo_experiments.metrics.thresholds import NativeThresholds, Thresholds
 from pneumo_experiments.serving.detector import Detector, TrainedNetwork
 from pneumo_experiments.settings import Device
+from pneumo_experiments.settings.networks import is_network, libraries_of
 
 FOLDER = "detector"  # its name in the folder `data` of a logged model
 WEIGHTS, DESCRIPTION = "weights.pt", "model.json"
@@ -61,6 +62,10 @@ def save(folder: Path, detector: Detector) -> None:
         "data_fingerprint": detector.data_fingerprint,
         "seen": sorted(detector.training_images),
         "prevalence": detector.prevalence,
+        # Beyond the package's own dependencies: for who serves it.
+        "libraries": sorted(
+            {name for each in detector.members for name in libraries_of(each.settings["network"])}
+        ),
         **(members[0] if len(members) == 1 else {"members": members}),
     }
     (folder / DESCRIPTION).write_text(json.dumps(description, indent=2), encoding="utf-8")
@@ -92,8 +97,11 @@ def _weights(folder: Path, members: int) -> Sequence[Path]:
 def _load_member(path: Path, member: tuple[dict[str, Any], str, Calibration]) -> TrainedNetwork:
     settings, precision, calibration = member
     _require_file(path)
-    with torch.device("meta"):  # its random weights are replaced
-        network = PneumothoraxNet(settings["network"])
+    try:
+        with torch.device("meta"):  # its random weights are replaced
+            network = PneumothoraxNet(settings["network"])
+    except UserError as error:
+        raise UserError(f"{path.parent}: {error}") from error
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         _require_types(state, network.state_dict())
@@ -138,8 +146,9 @@ def _parse_member(description: Any) -> tuple[dict[str, Any], str, Calibration]:
     settings, precision = dict(_require(description["settings"], dict)), description.get("precision", "auto")
     for name in ("fold", "holdout", "folds", "split_seed"):  # score recreates the model's split from these
         _require(settings[name], str if name == "fold" else (int, float))
-    formats = ("auto", "fp32", *FORMATS)
-    for value, known in ((settings["network"], NETWORKS), (settings["tta"], VIEWS), (precision, formats)):
+    if _require(settings["network"], str) not in NETWORKS and not is_network(settings["network"]):
+        raise ValueError(f"unknown {settings['network'][:40]}")
+    for value, known in ((settings["tta"], VIEWS), (precision, ("auto", "fp32", *FORMATS))):
         if value not in known:
             raise ValueError(f"unknown {str(value)[:40]}")
     return settings, precision, Calibration(**description.get("calibration", {}))

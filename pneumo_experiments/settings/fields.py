@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from difflib import get_close_matches
 from functools import cache
@@ -32,6 +32,7 @@ class Arg:
     """What a setting means and accepts, for ``Annotated``.
 
     ``min`` and ``max`` limit a number; ``pattern`` is a regular expression for a text, and what that means.
+    ``check`` gives the value that a text stands for, or a ValueError; shells complete it to one ``offered``.
     ``shapes_weights`` is False for what may change when an interrupted training continues, or between the
     searches of one study. ``declared`` ones are parameters in MLproject: what goes in and out. A text that
     ``names_file`` is a file's path unless it is one of these words; one that ``is_database`` is its address.
@@ -52,6 +53,8 @@ class Arg:
     folder_too: bool = False
     unless: tuple[str, ...] = ()
     earlier: tuple[str, str] | None = None
+    check: Callable[[str], str] | None = None
+    offered: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -165,7 +168,7 @@ def _parse_text(arg: Arg, text: str) -> str:
         raise ValueError(f"{text!r} has {len(text)} characters, more than {LONGEST_TEXT}")
     if not text.isprintable():  # line breaks, control characters, bytes that are not UTF-8
         raise ValueError(f"{text!r} holds characters that cannot be shown")
-    return text
+    return text if arg.check is None else arg.check(text)
 
 
 def checked(leaf: Leaf, value: object) -> Any:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal, cast
 
 from pneumo_experiments.settings.fields import AUTO, NONE, Arg
+from pneumo_experiments.settings.networks import DECODERS, NAMES, TORCHVISION, check_network
 
 MAX_SEED = 2**32 - 1
 Seed = Annotated[int, Arg("seed of every random choice but the split: same seed, same result", 0, MAX_SEED)]
@@ -155,8 +156,13 @@ class Network:
     """Network."""
 
     network: Annotated[
-        Literal["fcn_resnet50", "fcn_resnet101", "deeplabv3_resnet50", "deeplabv3_resnet101"],
-        Arg("torchvision segmentation network"),
+        str,
+        Arg(
+            f"{', '.join(TORCHVISION)}; or DECODER:ENCODER of segmentation_models_pytorch, such as"
+            f" unet:resnet34, with {', '.join(DECODERS)} as decoder",
+            check=check_network,
+            offered=NAMES,
+        ),
     ] = "fcn_resnet50"
     weights: Annotated[
         str,

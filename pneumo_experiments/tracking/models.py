@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from base64 import b64encode
 from contextlib import suppress
 from importlib.metadata import version
@@ -69,7 +71,8 @@ def save_model(folder: Path, data: Path) -> None:
     """Saves what serving.save wrote in ``data`` as a new folder in MLflow's form, with the package's code."""
     # Without torch's local version (+cu126), which the package index may not have. MLflow would infer the
     # requirements by loading the model in a new process, which takes seconds.
-    requirements = [f"{name}=={version(name).split('+')[0]}" for name in REQUIREMENTS]
+    more = json.loads((data / "model.json").read_text(encoding="utf-8")).get("libraries", ())
+    requirements = [f"{name}=={version(name).split('+')[0]}" for name in (*REQUIREMENTS, *more)]
     mlflow.pyfunc.save_model(  # pyright: ignore[reportUnknownMemberType]
         str(folder),
         loader_module=LOADER,
@@ -89,6 +92,7 @@ def upload(run_id: str, path: str, name: str = "pneumothorax") -> str:
     """
     client: Any = MlflowClient()
     run = client.get_run(run_id)
+    name = re.sub(r"[/:.%\"']", "-", name)  # which MLflow refuses: unet:resnet34 has one
     model_id = client.create_logged_model(
         run.info.experiment_id, name, run_id, params=run.data.params
     ).model_id

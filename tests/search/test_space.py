@@ -107,7 +107,7 @@ def test_a_file_changes_ranges_and_gives_other_settings_one(file: Path) -> None:
         ("dice_weight: {low: .nan, high: 2}", "dice_weight: 'nan' is not a finite number"),
         ("compile: {choices: [1]}", "compile: 1 is not a boolean"),
         ("augment: {low: 0, high: 1}", "augment: write choices"),
-        ("network: {choices: [unet]}", "network: 'unet' is not one of 'fcn_resnet50'"),
+        ("network: {choices: [unet]}", "network: 'unet' is no network; the nearest are unet:"),
         ("ema: {choices: []}", "ema: write choices as a list, without low, high and log"),
         ("ema: {choices: 3}", "ema: write choices as a list"),
         ("ema: {choices: [0.1], low: 0}", "ema: write choices as a list"),

@@ -1,0 +1,99 @@
+"""Networks beside the default one: train, go on, score, serve; export/test_onnx_file.py exports them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import mlflow.pyfunc
+import pandas as pd
+import pytest
+import torch
+from helpers import changed, ended, make, words_of
+from mlflow import MlflowClient
+from tracked import runs
+
+from pneumo_experiments import tracking
+from pneumo_experiments.errors import UserError
+from pneumo_experiments.learning.checkpoint import Checkpoint
+from pneumo_experiments.learning.network import PneumothoraxNet
+from pneumo_experiments.serving import load
+from pneumo_experiments.settings import Score, Train
+from pneumo_experiments.settings.networks import LIBRARY
+from pneumo_experiments.stages.score import score
+from pneumo_experiments.stages.train import train
+from pneumo_experiments.tracking.models import EXAMPLE
+
+pytestmark = pytest.mark.usefixtures("no_layout", "no_code")
+
+
+def settings_of(network: str, dataset: Path, weights: str) -> Train:
+    short = {"epochs": 2, "threshold_trials": 0, "overlays": 0, "batch_size": 8, "tta": "none"}
+    return make(Train, network=network, dataset=dataset, weights=weights, ema=0.9, **short)
+
+
+@pytest.mark.parametrize("network", ["unet:resnet18", "lraspp_mobilenet_v3_large"])
+def test_a_network_is_trained_continued_scored_and_served(
+    network: str, small_dataset: Path, store: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    backbone = PneumothoraxNet(network).backbone.state_dict()
+    torch.save(backbone, tmp_path / "backbone.pt")
+    settings, save = settings_of(network, small_dataset, str(tmp_path / "backbone.pt")), Checkpoint.save
+    whole = train(settings)
+
+    def save_and_stop(self: Checkpoint, *state: Any) -> None:
+        save(self, *state)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoint, "save", save_and_stop)
+        with pytest.raises(KeyboardInterrupt):
+            train(settings)
+    resumed = train(settings)
+    first, again = (load(tracking.model_data(result.model)) for result in (whole, resumed))
+    ours, theirs = (one.members[0].predictor.network.state_dict() for one in (first, again))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    conv = next(iter(backbone))
+    assert not torch.equal(ours[f"backbone.{conv}"], backbone[conv])
+    assert resumed.scores.dice == whole.scores.dice
+
+    metrics = MlflowClient().get_run(runs("train")[-1].info.run_id).data.metrics
+    assert "loss/aux" not in metrics
+    scored = score(make(Score, model=resumed.model, dataset=small_dataset, overlays=0))
+    assert scored.scores is not None and 0 <= scored.scores.dice <= 1
+
+    folder = tracking.model_data(resumed.model).parents[1]
+    needs = [line for line in (folder / "requirements.txt").read_text().split() if "segmentation" in line]
+    assert len(needs) == (":" in network)
+    frame = pd.DataFrame({"image_id": ["a"], "dicom": [EXAMPLE.read_bytes()]})
+    (row,) = mlflow.pyfunc.load_model(resumed.model).predict(frame).to_dict("records")  # pyright: ignore
+    (finding,) = again.detect_each([("a", EXAMPLE.read_bytes())])
+    assert (row["error"], row["presence"]) == ("", pytest.approx(finding.presence, abs=1e-6))
+
+
+def test_a_model_whose_library_is_missing_says_what_to_install(
+    store: Path, small_dataset: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = changed(settings_of("unet:resnet18", small_dataset, "none"), epochs=1)
+    model = train(settings).model
+    folder = tracking.model_data(model)
+    assert json.loads((folder / "model.json").read_text())["libraries"] == ["segmentation-models-pytorch"]
+    monkeypatch.setitem(sys.modules, LIBRARY, None)
+    install = "unet:resnet18 needs segmentation_models_pytorch; pip install 'pneumo-experiments[smp]'"
+    for use in (lambda: load(folder), lambda: mlflow.pyfunc.load_model(model)):  # pyright: ignore
+        with pytest.raises(UserError) as caught:
+            use()
+        assert str(caught.value).endswith(f"/detector: network: {install}")
+    before = len(runs())
+    for words in (
+        ["train", *words_of(settings)],
+        ["search", "--dataset", str(small_dataset), "--network", "unet:resnet18"],
+    ):
+        capsys.readouterr()
+        end = ended(words, monkeypatch, capsys)
+        assert end.code == 2
+        assert end.err.startswith(f"Error: network: {install}; see ")
+        assert len(end.err.splitlines()) == 1
+    assert len(runs()) == before  # no run was started
