@@ -1,0 +1,393 @@
+"""Recipes side by side: networks, weights, sampling, augmentation and losses, with intervals over images.
+
+    python benchmarks/recipes.py data --radiographs DICOM_IMAGES --masks PREDICTED_RLE_CSV
+    python benchmarks/recipes.py run --seeds 2 --weights STATE_DICT
+    python benchmarks/recipes.py table
+
+`data` writes two data sets into --folder: `hard`, synthetic radiographs with difficulty=hard, and, where
+radiographs are given, `real`, those with the masks of another model. On the latter Dice is the agreement with
+that model, no Dice on truth. `run` trains each recipe with each seed, for the same number of images seen, and
+writes one file for each; the same command goes on after an interruption, and other `--only`, `--seeds` or
+`--budgets` add to it. With the budget `seconds` a recipe gets as many epochs as take the time of the first
+recipe's training, by the speeds measured with the budget `images`. `table` prints Markdown.
+
+Two peers train on the same images: torchvision's reference loop for segmentation (cross-entropy, SGD with
+polynomial decay, flips and crops) and a plain U-Net loop of segmentation_models_pytorch (Dice and BCE,
+AdamW, flips). Each predicts the hold-out as it is, at a probability of 0.5, and with thresholds that our
+search chose on the validation images, as for every recipe here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from measure import ROOT, machine
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional
+
+from pneumo_experiments.dataset.hdf5 import Dataset
+from pneumo_experiments.evaluation.evaluate import Evaluation
+from pneumo_experiments.evaluation.subset import Subset, make_split
+from pneumo_experiments.learning.device import choose_compute
+from pneumo_experiments.learning.network import Output
+from pneumo_experiments.learning.predict import Predictor
+from pneumo_experiments.metrics.best_thresholds import best_of_all
+from pneumo_experiments.metrics.comparison import compare
+from pneumo_experiments.metrics.thresholds import Thresholds
+from pneumo_experiments.settings import Train
+from pneumo_experiments.training.fold import Fold
+from pneumo_experiments.training.resume import TrainingState, checkpoint_of
+
+# What every recipe has; a recipe changes some of it. Settings that only cost time here are off.
+COMMON: dict[str, Any] = {
+    "batch_size": 8, "learning_rate": 3e-4, "threshold_trials": 0, "overlays": 0, "best_k": 1, "tta": "none",
+    "warmup": 0.1, "augment": "mild", "folds": 5, "patience": 0,
+}  # fmt: skip
+FIRST = "FCN-ResNet50"
+PRETRAINED = "pretrained"  # replaced by --weights
+RECIPES: dict[str, dict[str, Any]] = {
+    FIRST: {"network": "fcn_resnet50"},
+    "FCN-ResNet50, stride 4": {"network": "fcn_resnet50_s4"},
+    "DeepLabV3+, ResNet50": {"network": "deeplabv3+:resnet50"},
+    "U-Net, ResNet34": {"network": "unet:resnet34", "weights": "none"},
+    "U-Net, ResNet50": {"network": "unet:resnet50"},
+    "FCN, random weights": {"network": "fcn_resnet50", "weights": "none"},
+    "FCN, patients balanced": {"network": "fcn_resnet50", "balance": "patient"},
+    "FCN, strong augmentation": {"network": "fcn_resnet50", "augment": "strong"},
+    "FCN, no augmentation": {"network": "fcn_resnet50", "augment": "none"},
+    "FCN, loss 3:1:4": {"network": "fcn_resnet50", "bce_weight": 3.0, "focal_weight": 4.0},
+    "U-Net-34, strong augmentation": {"network": "unet:resnet34", "weights": "none", "augment": "strong"},
+    "U-Net-34, loss 3:1:4": {
+        "network": "unet:resnet34", "weights": "none", "bce_weight": 3.0, "focal_weight": 4.0
+    },
+}  # fmt: skip
+PEERS = ("torchvision's reference loop", "smp U-Net, plain loop")
+HALF = Thresholds(presence_threshold=0.0, top_score=0.5, min_area_px=1, bottom_score=0.5)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training: on which data, with which recipe, seed and number of epochs."""
+
+    data: Path
+    recipe: str
+    seed: int
+    budget: str
+    epochs: int
+
+    @property
+    def file(self) -> Path:
+        """Where its result is written."""
+        name = "".join(c if c.isalnum() else "-" for c in f"{self.recipe}-{self.budget}-{self.seed}")
+        return self.data.with_suffix("") / f"{name}.json"
+
+
+def write_data(chosen: argparse.Namespace) -> None:
+    """Writes the data sets that are missing."""
+    command = [sys.executable, "-m", "pneumo_experiments"]
+    folder: Path = chosen.folder
+    size = ["--image_size", str(chosen.size)]
+    environment = {"MLFLOW_TRACKING_URI": f"sqlite:///{folder.absolute()}/mlflow.db", "PYTHONPATH": str(ROOT)}
+
+    def call(*words: object) -> None:
+        subprocess.run([*command, *map(str, words)], check=True, env=os.environ | environment)
+
+    folder.mkdir(parents=True, exist_ok=True)
+    hard, sample = folder / "hard.h5", folder / "sample"
+    if not hard.is_file():
+        count = ("--images", chosen.images, "--test_images", 0)
+        call("sample", "--output_dir", sample, *count, "--difficulty", "hard")
+        labelled = ("--dicom_dir", sample / "dicom-images-train", "--rle_csv", sample / "train-rle.csv")
+        call("preprocess", *labelled, "--dataset", hard, *size)
+    if chosen.radiographs and not (folder / "real.h5").is_file():
+        labelled = ("--dicom_dir", chosen.radiographs, "--rle_csv", chosen.masks)
+        call("preprocess", *labelled, "--dataset", folder / "real.h5", *size)
+
+
+def run(chosen: argparse.Namespace) -> None:
+    """Trains what is missing, the budget of images first: it measures the speeds."""
+    names = [name for name in (*RECIPES, *PEERS) if not chosen.only or any(o in name for o in chosen.only)]
+    for budget in chosen.budgets:
+        for seed in range(chosen.seeds):
+            for name in names:
+                for data in sorted(chosen.folder.glob("*.h5")):
+                    job = Job(data, name, seed, budget, epochs_of(data, name, budget, chosen))
+                    if job.epochs and not job.file.is_file():
+                        train(job, chosen)
+
+
+def epochs_of(data: Path, recipe: str, budget: str, chosen: argparse.Namespace) -> int:
+    """As many as were asked for, or as take the first recipe's time; 0 where speeds are not measured yet."""
+    if budget == "images":
+        return chosen.epochs
+    speeds = [
+        [
+            json.loads(path.read_text())["seconds"]
+            for path in sorted(job.file.parent.glob(job.file.name[:-6] + "*"))
+        ]
+        for job in (Job(data, name, 0, "images", 0) for name in (FIRST, recipe))
+    ]
+    return round(chosen.epochs * float(np.mean(speeds[0]) / np.mean(speeds[1]))) if all(speeds) else 0
+
+
+def train(job: Job, chosen: argparse.Namespace) -> None:
+    """Trains and writes the Dice of each hold-out image, with the time."""
+    own = RECIPES.get(job.recipe, {"network": "fcn_resnet50"})
+    weights = own.get("weights", str(chosen.weights))
+    values = {
+        **COMMON,
+        **own,
+        "weights": weights,
+        "epochs": job.epochs,
+        "seed": job.seed,
+        "device": chosen.device,
+    }
+    settings = Train.of(dataset=job.data, checkpoints=job.data.parent / "checkpoints", **values)
+    print(f"{job.data.stem}: {job.recipe}, seed {job.seed}, {job.epochs} epochs ({job.budget})", flush=True)
+    with Dataset.open(job.data) as dataset:
+        split = make_split(dataset, settings.split)
+        holdout, validation = Subset(dataset, split.holdout), Subset(dataset, split.validation)
+        if job.recipe in PEERS:
+            make = reference_loop if job.recipe == PEERS[0] else unet_loop
+            network, seconds = make(Subset(dataset, split.train), settings)
+            predictor = Predictor(network, choose_compute(settings.compute), "none")  # pyright: ignore
+            chosen_on = best_of_all(validation.count(predictor)).thresholds
+        else:
+            predictor, chosen_on, seconds = our_training(settings, dataset)
+        counts = holdout.count(predictor)
+        evaluations = {
+            "searched": Evaluation(holdout, counts, chosen_on),
+            "half": Evaluation(holdout, counts, HALF),
+        }
+        result = {
+            "recipe": job.recipe, "budget": job.budget, "seed": job.seed, "epochs": job.epochs,
+            "seconds": seconds, "images": len(split.train), "patients": holdout.patients.tolist(),
+            "areas": holdout.areas_px.tolist(), "machine": machine(),
+            "dices": {name: one.images.dices.tolist() for name, one in evaluations.items()},
+        }  # fmt: skip
+    job.file.parent.mkdir(exist_ok=True)
+    job.file.with_suffix(".part").write_text(json.dumps(result))
+    job.file.with_suffix(".part").rename(job.file)
+    dice = np.mean(result["dices"]["searched"])
+    print(
+        f"  Dice {dice:.4f} (all-empty {np.mean(np.array(result['areas']) == 0):.4f}), {seconds:.0f} s",
+        flush=True,
+    )
+
+
+def our_training(settings: Train, dataset: Dataset) -> tuple[Predictor, Thresholds, float]:
+    """Trains as `train` does, from the last whole epoch; seconds of its epochs without validation."""
+    checkpoint = checkpoint_of(settings, dataset.fingerprint)
+    state = TrainingState.load(checkpoint) or TrainingState()
+    fold = Fold.prepare(settings, dataset)
+    for result in fold.epochs(state):
+        state.save(checkpoint)
+        print(f"  epoch {result.epoch.number}: validation Dice {result.scores.dice:.4f}", flush=True)
+    finished = fold.finish(state)
+    checkpoint.clear()
+    seconds = sum(epoch["speed/seconds_per_epoch"] for epoch in finished.history)
+    (predictor,) = finished.detector.predictor.members
+    return predictor, finished.detector.thresholds, seconds
+
+
+class Peer(nn.Module):
+    """A network of others with one logit per pixel, as our predictor wants one."""
+
+    def __init__(self, network: nn.Module, logits: Callable[[Any], Tensor]) -> None:
+        super().__init__()
+        self.network, self.logits = network, logits
+
+    def forward(self, images: Tensor) -> Output:
+        """Logits of images (n, 1, S, S) in [0, 1]; presence is that of the surest pixel."""
+        mask = self.logits(self.network(normalised(images)))
+        return Output(mask, None, mask.flatten(1).amax(1))
+
+
+def normalised(images: Tensor) -> Tensor:
+    """ImageNet's mean and standard deviation, three channels."""
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    return (images - mean.view(1, 3, 1, 1).to(images)) / std.view(1, 3, 1, 1).to(images)
+
+
+def reference_loop(subset: Subset, settings: Train) -> tuple[Peer, float]:
+    """references/segmentation/train.py of torchvision 0.29: its loss, optimiser, schedule and transforms.
+
+    Two classes; lr 0.01 is its default for a batch of 8 times 4; random resize to half to twice, flip, crop.
+    """
+    from torchvision.models.segmentation import fcn_resnet50
+
+    network = fcn_resnet50(weights=None, weights_backbone=None, num_classes=2, aux_loss=True)
+    load_backbone(network.backbone, settings)
+    parameters = [
+        {"params": [*network.backbone.parameters(), *network.classifier.parameters()]},
+        {"params": network.aux_classifier.parameters(), "lr": 0.1},
+    ]
+    optimizer = torch.optim.SGD(parameters, lr=0.01, momentum=0.9, weight_decay=1e-4)
+
+    def change(images: Tensor, masks: Tensor, generator: np.random.Generator) -> tuple[Tensor, Tensor]:
+        side = images.shape[-1]
+        larger = int(generator.uniform(0.5, 2.0) * side)
+        images = functional.interpolate(images, size=(larger, larger), mode="bilinear", antialias=True)
+        masks = functional.interpolate(masks[:, None], size=(larger, larger), mode="nearest")[:, 0]
+        if generator.random() < 0.5:
+            images, masks = images.flip(-1), masks.flip(-1)
+        missing = max(0, side - larger)
+        images, masks = (
+            functional.pad(images, (0, missing, 0, missing)),
+            functional.pad(masks, (0, missing, 0, missing)),
+        )
+        top, left = generator.integers(0, images.shape[-1] - side + 1, 2)
+        return images[..., top : top + side, left : left + side], masks[
+            ..., top : top + side, left : left + side
+        ]
+
+    def loss(output: Any, masks: Tensor) -> Tensor:
+        classes = (masks > 0.5).long()
+        main, aux = (functional.cross_entropy(output[name], classes) for name in ("out", "aux"))
+        return main + 0.5 * aux
+
+    seconds = loop(network, optimizer, subset, settings, change, loss, power=0.9)
+    return Peer(network, lambda output: output["out"][:, 1] - output["out"][:, 0]), seconds
+
+
+def unet_loop(subset: Subset, settings: Train) -> tuple[Peer, float]:
+    """A U-Net with ResNet34 of segmentation_models_pytorch, from random weights as our recipe."""
+    import segmentation_models_pytorch as smp
+
+    network = smp.Unet("resnet34", encoder_weights=None, classes=1)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=3e-4)
+    dice, bce = smp.losses.DiceLoss("binary"), nn.BCEWithLogitsLoss()
+
+    def change(images: Tensor, masks: Tensor, generator: np.random.Generator) -> tuple[Tensor, Tensor]:
+        return (images.flip(-1), masks.flip(-1)) if generator.random() < 0.5 else (images, masks)
+
+    def loss(output: Any, masks: Tensor) -> Tensor:
+        return dice(output, masks[:, None]) + bce(output, masks[:, None])
+
+    return Peer(network, lambda output: output[:, 0]), loop(
+        network, optimizer, subset, settings, change, loss
+    )
+
+
+def loop(
+    network: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    subset: Subset,
+    settings: Train,
+    change: Callable[[Tensor, Tensor, np.random.Generator], tuple[Tensor, Tensor]],
+    loss: Callable[[Any, Tensor], Tensor],
+    power: float | None = None,
+) -> float:
+    """A plain training loop over images in memory; ``power`` is that of a polynomial decay. The seconds."""
+    device = choose_compute(settings.compute).device
+    torch.manual_seed(settings.recipe.seed)
+    generator = np.random.default_rng(settings.recipe.seed)
+    dataset, rows = subset.dataset, subset.indices
+    size, epochs = settings.recipe.batches.batch_size, settings.schedule.epochs
+    steps = epochs * -(-len(rows) // size)
+    decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (1 - step / steps) ** (power or 0))
+    network.to(device).train()
+    start = time.perf_counter()
+    for _ in range(epochs):
+        for batch in batches(generator.permutation(rows), size):
+            order = np.argsort(batch)
+            pixels, targets = dataset.images(batch[order]), dataset.targets(batch[order])
+            images, masks = (torch.from_numpy(each).to(device).float() / 255 for each in (pixels, targets))
+            images, masks = change(images[:, None], masks, generator)
+            optimizer.zero_grad()
+            loss(network(normalised(images)), masks).backward()
+            optimizer.step()
+            decay.step()
+    return time.perf_counter() - start
+
+
+def batches(rows: NDArray[np.int64], size: int) -> Iterator[NDArray[np.int64]]:
+    """Rows in batches of two images or more, which batch norm needs."""
+    for batch in np.array_split(rows, -(-len(rows) // size)):
+        if len(batch) > 1:
+            yield batch
+
+
+def load_backbone(backbone: nn.Module, settings: Train) -> None:
+    """ImageNet weights in torchvision's names, as our recipes take them."""
+    weights = settings.recipe.network.weights
+    if Path(weights).is_file():
+        state = torch.load(weights, map_location="cpu", weights_only=True)
+        backbone.load_state_dict({n: t for n, t in state.items() if not n.startswith("fc.")}, strict=False)
+
+
+def table(chosen: argparse.Namespace) -> None:
+    """Dice of each recipe on the hold-out, and the paired difference to the first, over images and seeds."""
+    for folder in sorted(path.with_suffix("") for path in chosen.folder.glob("*.h5")):
+        results = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+        for budget in dict.fromkeys(result["budget"] for result in results):
+            of_budget = [result for result in results if result["budget"] == budget]
+            if of_budget:
+                print_table(folder.name, budget, of_budget)
+
+
+def print_table(data: str, budget: str, results: list[dict[str, Any]]) -> None:
+    """A row for each recipe, of all its seeds that the first recipe has, too."""
+    first = {result["seed"]: result for result in results if result["recipe"] == FIRST}
+    if not first:
+        return
+    one = next(iter(first.values()))
+    areas = np.array(one["areas"])
+    positive = f"{np.count_nonzero(areas)} of them positive, all-empty {np.mean(areas == 0):.4f}"
+    scored = f"{one['images']} images train, {len(areas)} are scored, {positive}"
+    print(f"\n**{data}**, equal {budget}: {scored}; {one['machine']}\n")
+    print(
+        "| recipe | seeds | epochs | seconds | Dice | on positives | difference to the first (95%) | at 0.5 |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
+    for name in (*RECIPES, *PEERS):
+        own = [result for result in results if result["recipe"] == name and result["seed"] in first]
+        if not own:
+            continue
+        dices = np.mean([result["dices"]["searched"] for result in own], axis=0)
+        half = np.mean([result["dices"]["half"] for result in own])
+        other = np.mean([first[result["seed"]]["dices"]["searched"] for result in own], axis=0)
+        paired = compare(dices, other, one["patients"])
+        difference = (
+            "–" if name == FIRST else f"{paired.difference:+.4f} ({paired.low:+.4f} to {paired.high:+.4f})"
+        )
+        seconds = np.mean([result["seconds"] for result in own])
+        epochs = np.mean([result["epochs"] for result in own])
+        print(f"| {name} | {len(own)} | {epochs:.0f} | {seconds:.0f} | {dices.mean():.4f}"
+              f" | {dices[areas > 0].mean():.4f} | {difference} | {half:.4f} |")  # fmt: skip
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    options.add_argument("step", choices=["data", "run", "table"])
+    options.add_argument("--folder", type=Path, default=Path("recipes"), help="of data sets and results")
+    options.add_argument("--size", type=int, default=128, help="of the images, in pixels")
+    options.add_argument("--images", type=int, default=600, help="synthetic radiographs of the hard sample")
+    options.add_argument("--radiographs", type=Path, help="folder of DICOM files")
+    options.add_argument("--masks", type=Path, help="their run lengths, predicted by another model")
+    options.add_argument("--weights", default="auto", help="none, auto or a state dict of a ResNet-50")
+    options.add_argument("--epochs", type=int, default=12)
+    options.add_argument("--seeds", type=int, default=2)
+    options.add_argument("--budgets", nargs="+", choices=["images", "seconds"], default=["images", "seconds"])
+    options.add_argument("--only", nargs="+", default=[], help="recipes whose name has one of these texts")
+    options.add_argument("--device", default="auto")
+    chosen = options.parse_args()
+    {"data": write_data, "run": run, "table": table}[chosen.step](chosen)
+
+
+if __name__ == "__main__":
+    main()
