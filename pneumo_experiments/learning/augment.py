@@ -77,6 +77,24 @@ def augment(
     return images, targets
 
 
+def crop(
+    images: Tensor, targets: Tensor, side: int, generator: torch.Generator, rows: slice, batch_size: int
+) -> tuple[Tensor, Tensor]:
+    """A random part (n, 1, side, side) of each image (n, 1, S, S), and (n, side, side) of its mask.
+
+    ``generator``, ``rows`` and ``batch_size`` as for ``augment``. Whole images if ``side`` is S or more.
+    """
+    most = images.shape[-1] - side
+    if most <= 0:
+        return images, targets
+    places = torch.randint(most + 1, (batch_size, 2), generator=generator)[rows].tolist()
+    parts = [(slice(y, y + side), slice(x, x + side)) for y, x in places]
+    return (
+        torch.stack([image[:, down, right] for image, (down, right) in zip(images, parts, strict=True)]),
+        torch.stack([target[down, right] for target, (down, right) in zip(targets, parts, strict=True)]),
+    )
+
+
 def random_affine(count: int, generator: torch.Generator, ranges: Ranges) -> Tensor:
     """Matrices (n, 2, 3) from a point (x, y, 1) in the new image to its point in the old, for ``warp``."""
     flip = 1 - 2 * (torch.rand(count, generator=generator) < FLIP_PROBABILITY).float()

@@ -83,7 +83,7 @@ def fit(
         # Dropout draws from torch's global generator: seeded for each epoch, it need not be saved.
         seed = (recipe.seed * 1_000_003 + number) * distributed.world_size() + distributed.rank()
         torch.manual_seed(seed)  # pyright: ignore[reportUnknownMemberType]
-        network.train()
+        trainer.begin_epoch(number)
         means, skipped, waited = RunningMeans(), torch.zeros((), device=device), 0.0
         start = requested = time.perf_counter()
         for batch in batches(data, recipe, number, epochs, device):

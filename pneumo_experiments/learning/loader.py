@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pneumo_experiments.learning import distributed
-from pneumo_experiments.learning.augment import augment, soften_borders
+from pneumo_experiments.learning.augment import augment, crop, soften_borders
 from pneumo_experiments.learning.device import copy_to_device, from_numpy
 from pneumo_experiments.settings import Recipe
 
@@ -137,10 +137,12 @@ def batches(
     for whole, indices, (images, targets) in zip(whole_batches, own_batches, fetched, strict=True):
         image, target = images[:, None].float() / 255, targets.float() / 255
         image, target = augment(image, target, generator, own_rows, len(whole), recipe.batches)
+        if recipe.batches.crop:
+            image, target = crop(image, target, recipe.batches.crop, generator, own_rows, len(whole))
         if recipe.batches.mask_smoothing:
             target = soften_borders(target, recipe.batches.mask_smoothing)
         present = from_numpy(data.present[indices]).to(device, torch.float32, non_blocking=True)
-        if recipe.batches.augment == "strong":  # which moves some findings out of the image
+        if recipe.batches.augment == "strong" or recipe.batches.crop:  # some findings are out of the image
             present = present * (target.flatten(1).amax(1) > 0)
         yield Batch(image, target, present, len(whole))
 

@@ -10,7 +10,7 @@ from itertools import pairwise
 from typing import Any, TypedDict
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -60,8 +60,7 @@ class Trainer:
         else:
             # Without a weight in the loss it is not computed, and DDP does not wait for its gradients.
             network.aux_head.requires_grad_(recipe.loss.aux_weight > 0)
-        self.ddp = distributed.wrap_ddp(network)
-        self.forward = torch.compile(self.ddp) if recipe.network.compile else self.ddp
+        self._wrap()
         self.total_steps = steps
         self.micro_batch = recipe.batches.micro_batch or recipe.batches.batch_size
         self.optimizer = torch.optim.AdamW(parameter_groups(network, recipe), fused=device.type != "mps")
@@ -78,6 +77,26 @@ class Trainer:
                     "resume=true: the checkpoint does not fit the network"
                     f" ({' '.join(str(error).split())[:200]}); resume=false starts again"
                 ) from error
+
+    def _wrap(self) -> None:
+        """Again after a change of what is trained: DDP knows the parameters that had gradients then."""
+        self.ddp = distributed.wrap_ddp(self.network)
+        self.forward = torch.compile(self.ddp) if self.recipe.network.compile else self.ddp
+
+    def begin_epoch(self, number: int) -> None:
+        """Puts the network into training mode; in the first ``freeze_epochs`` the backbone stays as it is."""
+        settings, backbone = self.recipe.network, self.network.backbone
+        self.network.train()
+        is_frozen = number <= settings.freeze_epochs
+        if is_frozen:
+            backbone.eval()
+        elif settings.freeze_bn:
+            for module in backbone.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):  # pyright: ignore[reportPrivateUsage]
+                    module.eval()
+        if any(parameter.requires_grad == is_frozen for parameter in backbone.parameters()):
+            backbone.requires_grad_(not is_frozen)
+            self._wrap()
 
     @property
     def steps(self) -> int:

@@ -138,6 +138,15 @@ class Batches:
         int,
         Arg("pixels to either side of a mask's border, in the training image, that are softened", 0, 16),
     ] = 0
+    crop: Annotated[
+        int,
+        Arg(
+            "side in pixels of a random part of each training image that the network sees, after augment;"
+            " predictions are of whole images; 0 takes them whole",
+            0,
+            65_536,
+        ),
+    ] = 0
     cache: Annotated[
         Literal["auto", "device", "host", "stream"],
         Arg(
@@ -175,6 +184,13 @@ class Network:
             folder_too=True,
         ),
     ] = AUTO
+    freeze_epochs: Annotated[
+        int,
+        Arg("epochs at the start in which the backbone stays as it is and only the heads learn", 0, 100_000),
+    ] = 0
+    freeze_bn: Annotated[
+        bool, Arg("the backbone's batch normalisation keeps the statistics of the initial weights")
+    ] = False
     tta: Annotated[
         Literal["none", "flip", "flip+scale"],
         Arg(

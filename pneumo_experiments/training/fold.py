@@ -55,6 +55,10 @@ class Fold:
     def prepare(cls, settings: Train, dataset: Dataset) -> Fold:
         """Reads the images and builds the network. Raises UserError for settings that cannot work."""
         recipe = settings.recipe
+        if (side := recipe.batches.crop) >= dataset.image_size:
+            raise UserError(
+                f"crop={side}: the images have {dataset.image_size} px; give less, or 0 for whole images"
+            )
         split = make_split(dataset, settings.split)
         validation = Subset(dataset, split.validation).in_memory(recipe.batches.cache)
         training, compute = Subset(dataset, split.train), choose_compute(settings.compute)
@@ -133,7 +137,7 @@ class Fold:
         recipe, data = self.settings.recipe, self.images.training
         if len(best) > 1:
             candidates.append((mean_state(list(state.networks.values())), best, False))
-        if len(best) > 1 or recipe.optimizer.ema > 0:
+        if (len(best) > 1 or recipe.optimizer.ema > 0) and not recipe.network.freeze_bn:
             network.load_state_dict(candidates[-1][0])
             shown, is_shown = min(STATISTICS_IMAGES, len(data)), distributed.is_main_process()
             with ProgressBar("batch statistics", shown, is_shown=is_shown) as bar:
