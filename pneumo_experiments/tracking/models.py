@@ -71,7 +71,8 @@ def save_model(folder: Path, data: Path) -> None:
     """Saves what serving.save wrote in ``data`` as a new folder in MLflow's form, with the package's code."""
     # Without torch's local version (+cu126), which the package index may not have. MLflow would infer the
     # requirements by loading the model in a new process, which takes seconds.
-    more = json.loads((data / "model.json").read_text(encoding="utf-8")).get("libraries", ())
+    path = data / "model.json"
+    more = json.loads(path.read_text(encoding="utf-8")).get("libraries", ()) if path.is_file() else ()
     requirements = [f"{name}=={version(name).split('+')[0]}" for name in (*REQUIREMENTS, *more)]
     mlflow.pyfunc.save_model(  # pyright: ignore[reportUnknownMemberType]
         str(folder),
