@@ -87,12 +87,13 @@ def crop(
     most = images.shape[-1] - side
     if most <= 0:
         return images, targets
-    places = torch.randint(most + 1, (batch_size, 2), generator=generator)[rows].tolist()
-    parts = [(slice(y, y + side), slice(x, x + side)) for y, x in places]
-    return (
-        torch.stack([image[:, down, right] for image, (down, right) in zip(images, parts, strict=True)]),
-        torch.stack([target[down, right] for target, (down, right) in zip(targets, parts, strict=True)]),
+    drawn = torch.randint(most + 1, (batch_size, 2), generator=generator)[rows]
+    places = cast("list[list[int]]", drawn.tolist())  # pyright: ignore[reportUnknownMemberType]
+    both = torch.cat([images, targets[:, None]], dim=1)
+    parts = torch.stack(
+        [image[:, y : y + side, x : x + side] for image, (y, x) in zip(both, places, strict=True)]
     )
+    return parts[:, :1], parts[:, 1]
 
 
 def random_affine(count: int, generator: torch.Generator, ranges: Ranges) -> Tensor:

@@ -22,6 +22,7 @@ from pneumo_experiments.learning.augment import (
     Ranges,
     adjust_intensity,
     augment,
+    crop,
     degrade,
     random_affine,
     random_degradation,
@@ -330,6 +331,27 @@ def test_rows_of_a_batch_change_as_in_the_whole_batch(strength: Literal["mild", 
         part = augment(images[rows], images[rows, 0], seeded(2), rows, 13, chosen)
         assert torch.equal(part[0], whole[0][rows])
         assert torch.equal(part[1], whole[1][rows])
+
+
+def test_a_crop_is_one_part_of_image_and_mask_wherever_and_in_every_process() -> None:
+    images = torch.arange(7 * 9 * 9).float().view(7, 1, 9, 9)
+    whole, masks = crop(images, images[:, 0] + 1000, 5, seeded(4), slice(None), 7)
+    assert whole.shape == (7, 1, 5, 5)
+    assert torch.equal(whole[:, 0] + 1000, masks)
+    corners = (whole[:, 0, 0, 0] - images[:, 0, 0, 0]).long()
+    for image, part, corner in zip(images, whole, corners.tolist(), strict=True):
+        y, x = divmod(corner, 9)
+        assert torch.equal(part[0], image[0, y : y + 5, x : x + 5])
+    assert len(set(corners.tolist())) > 3
+    every = torch.zeros(400, 1, 6, 6)
+    every[:, :, 0, 0] = every[:, :, 5, 5] = 1
+    parts, _ = crop(every, every[:, 0], 5, seeded(0), slice(None), 400)  # two places along each axis
+    assert 0.15 < parts[:, 0, 0, 0].mean() < 0.35 and 0.15 < parts[:, 0, 4, 4].mean() < 0.35
+    for rank in range(2):
+        rows = slice(rank, None, 2)
+        own = crop(images[rows], images[rows, 0], 5, seeded(4), rows, 7)
+        assert torch.equal(own[0], whole[rows])
+    assert crop(images, images[:, 0], 9, seeded(0), slice(None), 7)[0] is images
 
 
 @pytest.mark.parametrize("factor", [0.0, 0.3, 3.0])

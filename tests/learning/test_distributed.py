@@ -25,7 +25,7 @@ if TYPE_CHECKING:  # its imports take seconds, in each new process
     from command_server import CommandServer
 
 # Odd batches, so that one process has more images than the other.
-RECIPE = make(Recipe, batch_size=5, learning_rate=1e-3, augment="strong", ema=0.9, seed=1)
+RECIPE = make(Recipe, batch_size=5, learning_rate=1e-3, augment="strong", ema=0.9, seed=1, freeze_epochs=1)
 
 
 def trained(recipe: Recipe) -> dict[str, Any]:

@@ -39,7 +39,8 @@ def assert_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None
 
 @pytest.mark.parametrize("ema", [0.0, 0.9])
 def test_a_resumed_training_ends_in_the_same_weights_bit_for_bit(ema: float, tmp_path: Path) -> None:
-    recipe = make(Recipe, batch_size=4, augment=True, seed=3, ema=ema, learning_rate=1e-3)
+    whims = {"augment": "mild", "freeze_epochs": 2, "crop": 24} if ema else {"augment": "mild"}
+    recipe = make(Recipe, batch_size=4, seed=3, ema=ema, learning_rate=1e-3, **whims)
     whole = build_network("tiny", "none", 0)
     epochs = list(fit(Predictor(whole, CPU), noise(6), recipe, 3))
     checkpoint = Checkpoint(tmp_path / "one")
@@ -191,6 +192,33 @@ def test_a_batch_without_a_finite_gradient_changes_nothing(precision: str) -> No
         assert all(torch.isfinite(tensor).all() for tensor in after.values())
         assert not torch.equal(after["mask_head.0.weight"], start["mask_head.0.weight"])
         assert not torch.equal(after["mask_head.1.running_mean"], start["mask_head.1.running_mean"])
+
+
+def test_a_frozen_backbone_stays_as_it_is_for_so_many_epochs() -> None:
+    network = random_network(0)
+    before = weights_of(network)
+    recipe = make(Recipe, batch_size=4, augment="none", freeze_epochs=2)
+    kept = {name for name in before if name.startswith("backbone.")}
+    assert any("running_mean" in name for name in kept)
+    for epoch in fit(Predictor(network, CPU), noise(8), recipe, 3):
+        now = weights_of(network)
+        changed = {name for name in before if not torch.equal(now[name], before[name])}
+        assert {"mask_head.4.weight", "presence_head.weight"} <= changed
+        assert (kept <= changed) if epoch.number == 3 else not (kept & changed)
+
+
+def test_frozen_batch_normalisation_keeps_its_statistics_and_learns_its_scales() -> None:
+    network = random_network(0)
+    before = weights_of(network)
+    recipe = make(Recipe, batch_size=4, augment="none", freeze_bn=True, learning_rate=1e-2)
+    list(fit(Predictor(network, CPU), noise(8), recipe, 1))
+    now = weights_of(network)
+    changed = {name for name in before if not torch.equal(now[name], before[name])}
+    statistics = {name for name in before if "running_" in name and name.startswith("backbone.")}
+    assert statistics and not statistics & changed
+    scales = {name.replace("running_mean", "weight") for name in statistics if "running_mean" in name}
+    assert scales <= changed
+    assert any("running_" in name for name in changed)  # those of the heads go on
 
 
 def test_without_a_weight_in_the_loss_the_auxiliary_head_stays_as_it_is() -> None:
