@@ -29,7 +29,7 @@ from optuna.trial import FrozenTrial, TrialState
 from pneumo_experiments.search.report import loss_of
 
 SEARCHED = (
-    *("dice_weight", "dice_image_weight", "presence_weight", "learning_rate", "final_positive_share"),
+    *("dice_weight", "dice_image_weight", "presence_weight", "learning_rate", "final_positive_fraction"),
     *("augment_strength", "ema"),
 )
 RESAMPLES, FIRST = 200, 3

@@ -60,7 +60,7 @@ def main() -> None:
     parser.add_argument("--picture", type=Path, default=Path("overlays.png"))
     arguments = parser.parse_args()
     values = {"weights": "none", "augment": False, "batch_size": 4, "learning_rate": 1e-3, "warmup": 0.1}
-    recipe = from_flat(Recipe, values | {"positive_share": 0.0})
+    recipe = from_flat(Recipe, values | {"positive_fraction": 0.0})
     predictor = Predictor(
         build_network(recipe.network.network, "none", recipe.seed), choose_compute(Device())
     )

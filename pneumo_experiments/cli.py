@@ -30,6 +30,7 @@ from pneumo_experiments.passwords import hide_passwords
 from pneumo_experiments.settings import (
     CONFIG,
     DEMO,
+    EARLIER_NAMES,
     ENTRY_POINTS,
     NONE,
     Leaf,
@@ -122,7 +123,10 @@ def _option_of(leaf: Leaf, kind: type) -> click.Option:
     takes_several = kind is Train and leaf.arg.shapes_weights and not is_place
     text = f"{leaf.arg.help}  [default: {as_text(leaf.default)}]"
     text += "" if leaf.arg.max is None else f"  [{limits(leaf.arg)}]"
-    return click.Option([f"--{leaf.name}"], type=SettingType(leaf, takes_several), help=text)
+    earlier = [f"--{name}" for name, now in EARLIER_NAMES.items() if now == leaf.name]
+    return click.Option(
+        [leaf.name, f"--{leaf.name}", *earlier], type=SettingType(leaf, takes_several), help=text
+    )
 
 
 def _switch(name: str, text: str) -> click.Option:

@@ -16,7 +16,19 @@ from helpers import ROOT, End, ended
 
 from pneumo_experiments import __version__, cli
 from pneumo_experiments.errors import UserError
-from pneumo_experiments.settings import DEMO, ENTRY_POINTS, Main, Train, as_config, flat, leaves
+from pneumo_experiments.search.space import as_range_text, search_space
+from pneumo_experiments.settings import (
+    DEMO,
+    ENTRY_POINTS,
+    Main,
+    Recipe,
+    Search,
+    Train,
+    as_config,
+    as_now,
+    flat,
+    leaves,
+)
 
 
 def resolved(name: str, *words: str) -> Any:
@@ -288,6 +300,22 @@ def test_of_several_config_files_the_later_one_wins(
     assert {one.recipe.batches.batch_size for one in each} == {4}
     end = ended(["train", "--seed", "0,x"], monkeypatch, capsys)
     assert (end.code, end.err) == (2, f"Error: seed: 'x' is not a valid whole number{HELP} train --help\n")
+
+
+def test_the_earlier_name_of_a_setting_is_understood_everywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("old.yaml").write_text("positive_share: 0.7\nfinal_positive_share: 0.3")
+    found = resolved("train", "--config", "old.yaml", "--positive-share", "0.6").recipe.batches
+    assert (found.positive_fraction, found.final_positive_fraction) == (0.6, 0.3)
+    assert Train.of(positive_share=0.5).recipe.batches.positive_fraction == 0.5
+    assert as_now(Train, {"positive_share": "0.4"})["positive_fraction"] == 0.4
+    Path("space.yaml").write_text("positive_share: {low: 0.1, high: 0.2}")
+    study = Search.of(searched="final_positive_share,positive_share", space="space.yaml").study
+    ranges = search_space(study, Recipe())
+    assert [*ranges] == ["final_positive_fraction", "positive_fraction"]
+    assert as_range_text(ranges["positive_fraction"]) == "0.1 to 0.2"
 
 
 def test_a_command_works_in_the_folder_of_the_process_that_called_it_or_says_where(

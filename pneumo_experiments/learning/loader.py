@@ -152,7 +152,7 @@ def epoch_indices(
 ) -> Indices:
     """Indices (n,) for an epoch (from 1) over n images, each batch with the epoch's fraction of positives.
 
-    The fraction changes linearly from ``positive_share`` in the first epoch to ``final_positive_share`` in
+    The fraction changes linearly from ``positive_fraction`` in the first epoch to ``final_positive_fraction`` in
     the last. Each class is sampled without replacement across epochs: an image comes again only after all
     others of its class. With a fraction of 0, or without one of the classes, every image comes once an epoch.
 
@@ -167,14 +167,14 @@ def epoch_indices(
         return _sample_without_replacement(indices, [recipe.seed, stream], start, count)
 
     positives, negatives = np.flatnonzero(present), np.flatnonzero(~present)
-    if recipe.batches.positive_share == 0 or not len(positives) or not len(negatives):
+    if recipe.batches.positive_fraction == 0 or not len(positives) or not len(negatives):
         if by_patient:
             return draw(np.arange(count), ALL_IMAGES, (epoch - 1) * count, count)
         return np.random.default_rng([recipe.seed, ALL_IMAGES, epoch]).permutation(count)
     done = np.arange(epoch) / max(1, epochs - 1)
     fractions = (
-        recipe.batches.positive_share
-        + (recipe.batches.final_positive_share - recipe.batches.positive_share) * done
+        recipe.batches.positive_fraction
+        + (recipe.batches.final_positive_fraction - recipe.batches.positive_fraction) * done
     )
     wanted = np.rint(fractions * count).astype(int)  # positives of each epoch up to this one
     by_class = [

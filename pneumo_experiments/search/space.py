@@ -25,6 +25,7 @@ from pneumo_experiments.settings import (
     from_flat,
     leaves,
     read_yaml,
+    renamed,
 )
 
 Space = dict[str, BaseDistribution]
@@ -40,8 +41,8 @@ SPACE: Space = {
     "presence_weight": FloatDistribution(0.02, 2, log=True),
     "learning_rate": FloatDistribution(3e-5, 3e-3, log=True),
     "weight_decay": FloatDistribution(1e-4, 0.3, log=True),
-    "positive_share": FloatDistribution(0.3, 0.9),
-    "final_positive_share": FloatDistribution(0.2, 0.6),
+    "positive_fraction": FloatDistribution(0.3, 0.9),
+    "final_positive_fraction": FloatDistribution(0.2, 0.6),
     "augment_strength": FloatDistribution(0, 2),
     "ema": CategoricalDistribution([0.0, 0.9, 0.99, 0.999]),
 }
@@ -125,17 +126,18 @@ def short(value: Any) -> str:
 
 
 def _searched(settings: StudySettings) -> list[str]:
-    return list(dict.fromkeys(name.strip() for name in settings.searched.split(",") if name.strip()))
+    names = {name.strip(): None for name in settings.searched.split(",") if name.strip()}
+    return list(renamed(names))
 
 
 def _read_ranges(path: Path | None) -> Space:
     known, ranges = {leaf.name: leaf for leaf in leaves(Recipe)}, Space()
     content = {} if path is None else read_yaml("space", path, "dice_weight: {low: 0.1, high: 3, log: true}")
-    for name, range_ in content.items():
+    for name, range_ in renamed({str(name): range_ for name, range_ in content.items()}).items():
         if name not in known:
-            raise UserError(f"space={path}: {_unknown(str(name), known)}")
+            raise UserError(f"space={path}: {_unknown(name, known)}")
         try:
-            ranges[str(name)] = _range_of(known[str(name)], range_)
+            ranges[name] = _range_of(known[name], range_)
         except (TypeError, ValueError) as error:
             raise UserError(f"space={path}: {name}: {error}") from None
     return ranges

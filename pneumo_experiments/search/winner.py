@@ -28,6 +28,7 @@ from pneumo_experiments.search.study import (
     first_value,
     violation,
 )
+from pneumo_experiments.settings import renamed
 
 CONFIDENCE = 0.97  # that no trial of a study that is no better than the settings as given takes their place
 # Standard deviation of what a seed adds to the Dice of all images alike, which paired images do not show.
@@ -135,4 +136,4 @@ def best_of_study(address: str, name: str) -> dict[str, Any]:
     winner = choose_winner(study)
     if winner is None:
         raise UserError(f"from_study={name}: no trial of it has completed; search some")
-    return winner.trial.params
+    return renamed(winner.trial.params)

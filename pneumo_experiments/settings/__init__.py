@@ -33,6 +33,7 @@ from pneumo_experiments.settings.entry_points import (
 )
 from pneumo_experiments.settings.fields import (
     AUTO,
+    EARLIER_NAMES,
     NONE,
     Arg,
     Leaf,
@@ -51,6 +52,7 @@ from pneumo_experiments.settings.fields import (
     leaves,
     limits,
     parse,
+    renamed,
     weight_shaping,
 )
 from pneumo_experiments.settings.groups import (

@@ -10,6 +10,7 @@ import yaml
 from pneumo_experiments.errors import UserError, reason_of
 from pneumo_experiments.settings.entry_points import ENTRY_POINTS
 from pneumo_experiments.settings.fields import (
+    EARLIER_NAMES,
     Arg,
     Leaf,
     as_config,
@@ -61,6 +62,7 @@ def read_config(path: Path, kind: type) -> tuple[dict[str, Any], list[str]]:
     """
     own, values, others = {leaf.name: leaf for leaf in leaves(kind)}, dict[str, Any](), list[str]()
     for name, value in read_yaml("config", path, "epochs: 12").items():
+        name = EARLIER_NAMES.get(str(name), name)
         if not isinstance(name, str) or not entry_points_with(name):
             known = {leaf.name for each in ENTRY_POINTS.values() for leaf in leaves(each)}
             raise UserError(f"config={path}: {no_setting(name, known)}")

@@ -17,6 +17,7 @@ from pneumo_experiments.settings.fields import (
     leaves,
     no_setting,
     parse,
+    renamed,
 )
 from pneumo_experiments.settings.groups import (
     DATASET,
@@ -62,7 +63,7 @@ class EntryPointSettings:
         """
         own = {leaf.name: leaf for leaf in leaves(cls)}
         values = {name: leaf.default for name, leaf in own.items()}
-        for name, value in settings.items():
+        for name, value in renamed(settings).items():
             if name not in own:
                 raise UserError(f"{cls.__name__.lower()}: {no_setting(name, own)}")
             try:

@@ -22,9 +22,15 @@ KEY_SETTINGS = {
     *("learning_rate", "batch_size", "bce_weight", "dice_weight", "focal_weight", "presence_weight"),
     *("model", "subset"),
 }
+# Names of settings in earlier versions: still understood, in commands, files, studies and models.
+EARLIER_NAMES = {
+    "positive_share": "positive_fraction",
+    "final_positive_share": "final_positive_fraction",
+}
 TRUE, FALSE = {"1", "true", "t", "yes", "y", "on"}, {"0", "false", "f", "no", "n", "off"}
 
 Settings = TypeVar("Settings")
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -179,13 +185,18 @@ def checked(leaf: Leaf, value: object) -> Any:
     return parse(leaf, as_text(value))
 
 
+def renamed(values: Mapping[str, Value]) -> dict[str, Value]:
+    """The values of settings by the names that these have now."""
+    return {EARLIER_NAMES.get(name, name): value for name, value in values.items()}
+
+
 def as_now(kind: type, recorded: Mapping[str, object]) -> dict[str, Any]:
     """The values of the settings that shape the weights, as an earlier version may have recorded them.
 
     A setting that it did not know has its default, with which all is as it was. Raises ValueError for a value
     that a setting does not accept.
     """
-    values = dict[str, Any]()
+    values, recorded = dict[str, Any](), renamed(recorded)
     for leaf in leaves(kind):
         if leaf.arg.shapes_weights:
             value = recorded.get(leaf.name, as_text(leaf.default))

@@ -107,7 +107,7 @@ class Batches:
             65_536,
         ),
     ] = 0
-    positive_share: Annotated[
+    positive_fraction: Annotated[
         float,
         Arg(
             "fraction of images with pneumothorax in each batch of the first epoch; 0 takes every image once",
@@ -115,7 +115,7 @@ class Batches:
             1,
         ),
     ] = 0.8
-    final_positive_share: Annotated[
+    final_positive_fraction: Annotated[
         float, Arg("that fraction in the last epoch; it changes linearly", 0, 1)
     ] = 0.4
     balance: Annotated[

@@ -74,7 +74,7 @@ class Cramped(PneumothoraxNet):
 def test_when_memory_runs_out_fewer_images_pass_at_once_and_a_step_stays_a_step() -> None:
     network = Cramped("tiny")
     network.room = 2
-    recipe = make(Recipe, batch_size=6, augment=False, positive_share=0)
+    recipe = make(Recipe, batch_size=6, augment=False, positive_fraction=0)
     with pytest.warns(UserWarning, match="micro_batch=[32] images .*batch_size=6") as caught:
         (epoch,) = list(fit(Predictor(network, CPU), noise(6), recipe, 1))
     assert ["micro_batch=3 " in str(warning.message) for warning in caught] == [True, False]
@@ -129,7 +129,7 @@ class SometimesNan(PneumothoraxNet):
 
 def test_steps_without_a_finite_gradient_are_skipped_and_counted_and_many_end_the_training() -> None:
     torch.manual_seed(0)
-    network, recipe = SometimesNan("tiny"), make(Recipe, batch_size=2, augment=False, positive_share=0)
+    network, recipe = SometimesNan("tiny"), make(Recipe, batch_size=2, augment=False, positive_fraction=0)
     network.bad = frozenset([3, 14, 15, 16, 17])
     (epoch,) = fit(Predictor(network, CPU), noise(24), recipe, 1)
     assert epoch.skipped_steps == 1
@@ -155,7 +155,9 @@ def test_pretrained_layers_learn_at_their_own_rate() -> None:
     [("tiny", 40, 3e-2), pytest.param("fcn_resnet50", 9, 1e-3, marks=soak)],
 )
 def test_training_learns_to_segment_bright_squares(name: str, count: int, learning_rate: float) -> None:
-    recipe = make(Recipe, batch_size=8, learning_rate=learning_rate, augment=False, positive_share=0, seed=1)
+    recipe = make(
+        Recipe, batch_size=8, learning_rate=learning_rate, augment=False, positive_fraction=0, seed=1
+    )
     network = build_network(name, "none", recipe.seed)
     compute = CPU if name == "tiny" else choose_compute(Device())
     epochs = list(fit(Predictor(network, compute), squares(16), recipe, count))
@@ -300,9 +302,9 @@ def test_batch_statistics_are_torch_s_own_of_plain_images(
     data, network, reference = noise(40), random_network(0), random_network(0)
     before, seen = weights_of(network), list[int]()
     # Another average than the mean over images: of 40 images, in batches of 14, 13 and 13.
-    update_batch_norm(network, data, make(Recipe, batch_size=2, positive_share=1.0), CPU, seen.append)
+    update_batch_norm(network, data, make(Recipe, batch_size=2, positive_fraction=1.0), CPU, seen.append)
     assert seen == [14, 13, 13][: 3 if limit == 1000 else 2]
-    plain = make(Recipe, batch_size=16, positive_share=0.0, augment=False)
+    plain = make(Recipe, batch_size=16, positive_fraction=0.0, augment=False)
     for module in reference.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0

@@ -31,7 +31,7 @@ from pneumo_experiments.settings import Recipe
 
 
 def test_each_batch_has_the_epoch_s_fraction_of_positives_which_changes_linearly() -> None:
-    present, recipe = np.arange(100) < 10, make(Recipe, positive_share=0.8, final_positive_share=0.4)
+    present, recipe = np.arange(100) < 10, make(Recipe, positive_fraction=0.8, final_positive_fraction=0.4)
     for epoch, target in ((1, 0.8), (2, 0.6), (3, 0.4)):
         order = epoch_indices(present, recipe, epoch, epochs=3)
         assert len(order) == 100
@@ -42,7 +42,7 @@ def test_each_batch_has_the_epoch_s_fraction_of_positives_which_changes_linearly
 
 
 def test_over_the_epochs_every_image_of_a_class_is_seen_equally_often() -> None:
-    present, recipe = np.arange(50) < 20, make(Recipe, positive_share=0.8, final_positive_share=0.4)
+    present, recipe = np.arange(50) < 20, make(Recipe, positive_fraction=0.8, final_positive_fraction=0.4)
     seen = np.zeros(50, int)
     for epoch in range(1, 6):
         seen += np.bincount(epoch_indices(present, recipe, epoch, epochs=5), minlength=50)
@@ -64,13 +64,13 @@ def test_the_order_follows_from_seed_and_epoch() -> None:
 
 @pytest.mark.parametrize("present", [np.zeros(7, np.bool_), np.ones(7, np.bool_), np.arange(7) < 3])
 def test_fraction_zero_or_a_missing_class_uses_every_image_once(present: np.ndarray) -> None:
-    recipe = make(Recipe, positive_share=0.0 if 0 < present.sum() < 7 else 0.5)
+    recipe = make(Recipe, positive_fraction=0.0 if 0 < present.sum() < 7 else 0.5)
     assert sorted(epoch_indices(present, recipe, 2, epochs=3)) == list(range(7))
 
 
 # By patient
 
-BY_PATIENT = make(Recipe, balance="patient", positive_share=0.8, final_positive_share=0.4)
+BY_PATIENT = make(Recipe, balance="patient", positive_fraction=0.8, final_positive_fraction=0.4)
 
 
 def drawn_slowly(images: dict[int, set[int]], order: list[int]) -> None:
@@ -97,7 +97,7 @@ def test_a_patient_comes_again_after_all_others_and_an_image_after_all_of_theirs
     data: list[tuple[int, bool]], share: float, seed: int
 ) -> None:
     patients, present = np.array([p for p, _ in data]), np.array([y for _, y in data])
-    recipe = make(Recipe, balance="patient", positive_share=share, final_positive_share=0.5, seed=seed)
+    recipe = make(Recipe, balance="patient", positive_fraction=share, final_positive_fraction=0.5, seed=seed)
     epochs = [epoch_indices(present, recipe, epoch, 4, patients) for epoch in range(1, 5)]
     assert {len(order) for order in epochs} == {len(data)}
     order = np.concatenate(epochs)
@@ -117,7 +117,7 @@ def test_a_patient_with_many_images_is_drawn_as_often_as_one_with_few() -> None:
     top = np.isin(patients, range(4))
     share = {}
     for balance in ("image", "patient"):
-        recipe = make(Recipe, balance=balance, positive_share=0.5, final_positive_share=0.5)
+        recipe = make(Recipe, balance=balance, positive_fraction=0.5, final_positive_fraction=0.5)
         order = epoch_indices(present, recipe, 1, 3, patients)
         share[balance] = top[order[present[order]]].mean()
     positive = top[present].sum() / present.sum()
@@ -165,7 +165,7 @@ def test_without_patients_each_image_is_one_and_seed_and_epoch_determine_the_ord
 
 def test_batches_follow_the_patients_of_the_data() -> None:
     data, patients = squares(12), np.array([0] * 10 + [1, 2])
-    recipe = make(Recipe, balance="patient", positive_share=0, augment="none", batch_size=12)
+    recipe = make(Recipe, balance="patient", positive_fraction=0, augment="none", batch_size=12)
     given = replace(data, patients=patients)
     (batch,) = batches(given, recipe, 1, 1, CPU.device)
     order = epoch_indices(data.present, recipe, 1, 1, patients)
@@ -177,11 +177,13 @@ def test_a_finding_that_strong_augmentation_moves_out_of_the_image_is_absent() -
     images, targets = torch.zeros((2, 300, 16, 16), dtype=torch.uint8)
     targets[::2, 0:2, 0:2] = 255
     data = InMemoryData(images, targets, np.arange(300) % 2 == 0)
-    recipe = make(Recipe, augment="strong", positive_share=0, batch_size=300)
+    recipe = make(Recipe, augment="strong", positive_fraction=0, batch_size=300)
     (batch,) = batches(data, recipe, 1, 1, CPU.device)
     assert torch.equal(batch.present > 0, batch.targets.amax((1, 2)) > 0)
     assert 30 < batch.present.sum() < 140
-    (batch,) = batches(data, make(Recipe, augment=True, positive_share=0, batch_size=300), 1, 1, CPU.device)
+    (batch,) = batches(
+        data, make(Recipe, augment=True, positive_fraction=0, batch_size=300), 1, 1, CPU.device
+    )
     assert batch.present.sum() == 150
 
 
@@ -198,7 +200,7 @@ def test_mask_smoothing_softens_the_borders_of_the_target_alone() -> None:
 
 def test_batches_hold_images_and_masks_from_zero_to_one() -> None:
     data = squares(6)
-    recipe = make(Recipe, augment=False, positive_share=0, batch_size=4)
+    recipe = make(Recipe, augment=False, positive_fraction=0, batch_size=4)
     seen = list(batches(data, recipe, 1, 1, CPU.device))
     assert [len(batch.images) for batch in seen] == [3, 3]
     assert {batch.images.shape for batch in seen} == {(3, 1, 32, 32)}

@@ -35,7 +35,7 @@ CONFIRM = 2
 # Short trainings that find something, of settings nearly alike, so that second trainings follow.
 LIVELY = {
     **{"weights": "none", "batch_size": 8, "precision": "fp32", "device": "cpu", "learning_rate": 0.05},
-    **{"positive_share": 0.9, "final_positive_share": 0.9, "folds": 3, "confirm": CONFIRM, "keep": 1},
+    **{"positive_fraction": 0.9, "final_positive_fraction": 0.9, "folds": 3, "confirm": CONFIRM, "keep": 1},
     "search_warmup_epochs": 1,
     **{"searched": "weight_decay", "weight_decay": 0.01, "space": "space.yaml", "study": "study"},
 }
