@@ -152,9 +152,10 @@ def epoch_indices(
 ) -> Indices:
     """Indices (n,) for an epoch (from 1) over n images, each batch with the epoch's fraction of positives.
 
-    The fraction changes linearly from ``positive_fraction`` in the first epoch to ``final_positive_fraction`` in
-    the last. Each class is sampled without replacement across epochs: an image comes again only after all
-    others of its class. With a fraction of 0, or without one of the classes, every image comes once an epoch.
+    The fraction changes linearly from ``positive_fraction`` in the first epoch to
+    ``final_positive_fraction`` in the last. Each class is sampled without replacement across epochs: an image
+    comes again only after all others of its class. With a fraction of 0, or without one of the classes, every
+    image comes once an epoch.
 
     With ``balance=patient`` it is the patient (n,) who comes again only after all others of the class, each
     time with the next of their images there; with a fraction of 0 all images are one class.

@@ -600,11 +600,8 @@ def test_second_trainings_have_their_own_fold_seed_and_start(
     (store / "space.yaml").write_text("weight_decay: {choices: [0.01, 0.0100001]}\n")  # trials nearly alike
     alike = {"searched": "weight_decay", "weight_decay": 0.01, "space": store / "space.yaml"}
     not_empty = {"learning_rate": 0.05, "search_epochs": 3, "positive_fraction": 0.9, "folds": 3}
-    search(
-        changed(
-            settings, **alike, **not_empty, final_positive_fraction=0.9, search_warmup_epochs=1, confirm=1
-        )
-    )
+    not_empty |= {"final_positive_fraction": 0.9}
+    search(changed(settings, **alike, **not_empty, search_warmup_epochs=1, confirm=1))
     for name, fold, seed in (("trial", "0", "0"), ("confirm", "1", "1")):
         params = [run.data.params for run in runs(name)]
         assert [(each["fold"], each["seed"]) for each in params] == [(fold, seed)] * 2
