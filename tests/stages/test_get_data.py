@@ -281,6 +281,15 @@ def test_what_is_no_archive_or_a_damaged_one_is_downloaded_again(
     assert get(f"--source {COPY}", monkeypatch, capsys).code == 0
 
 
+@pytest.mark.parametrize("source", ["", "seesee/siim", "datasets/siim", f"{COPY},", f"{COPY}/../x", "models/a/b"])
+def test_a_source_is_a_data_set_or_a_competition(
+    source: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    end = ended(["get_data", "--source", source], monkeypatch, capsys)
+    expected = f"source: {source!r} is not datasets/OWNER/NAME or competitions/NAME"
+    assert (end.code, expected in end.err) == (2, True), end.err
+
+
 def test_a_source_without_the_challenge_s_labels_is_refused(
     kaggle: Kaggle, store: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -50,7 +50,6 @@ USUAL = {
     " --trials 1 --search_epochs 1 --search_images 4 --confirm 0 --keep 0 --device cpu",
     "score": "--model {model} --dataset labelled.h5",
     "register": "--model {model}",
-    "get_data": "",
     "main": "--dicom_dir dicom --rle_csv labels.csv",
 }
 DELETED = "is deleted; restore it with: mlflow experiments restore --experiment-id"
@@ -61,10 +60,6 @@ NO_STORE = "the store cannot be opened"
 # What a user types, and the line that follows; {…} are the desk's names, and … any text.
 MISTAKES = [
     # Radiographs and their annotations
-    (
-        "get_data --source seesee/siim",
-        "source: 'seesee/siim' is not datasets/OWNER/NAME or competitions/NAME;",
-    ),
     ("preprocess --dicom_dir missing", "dicom_dir=missing: no such file or folder…name the"),
     ("preprocess --dicom_dir empty", "dicom_dir=empty: contains no .dcm…name the"),
     ("preprocess --dicom_dir ''", "dicom_dir: none given; name the"),
