@@ -15,14 +15,14 @@ folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 export PYTHONPATH=$PWD PYTHONUNBUFFERED=1
 
-blank=' – | – | – | – | – | – | – | – | – |' # cells between what and result
+blank=" – | – | – | – | – | – | – | – | – |" # cells between what and result
 
 row() { # what, result
     echo "| $1 |$blank ${2//|//} |"
 }
 
 part() { # most seconds, what, command: its rows, and one more if it fails
-    local most=$1 what=$2 left=$((end - SECONDS)) code
+    local most=$1 what=$2 left=$((end - SECONDS)) code reason
     shift 2
     if [ "$most" -gt "$left" ]; then most=$left; fi
     if [ "$most" -lt 3 ]; then
@@ -35,7 +35,8 @@ part() { # most seconds, what, command: its rows, and one more if it fails
     if [ $code = 124 ] || [ $code = 137 ]; then
         row "$what" "stopped after $most s"
     elif [ $code != 0 ]; then
-        row "$what" "failed: $(tail -n 1 "$folder/errors" | cut -c 1-200)"
+        reason=$(tail -n 1 "$folder/errors" | cut -c 1-200)
+        row "$what" "failed${reason:+: $reason}"
     fi
 }
 
@@ -57,12 +58,12 @@ part 60 head "${train[@]}" --head
 part 60 "usual script" "${train[@]}" --rows "usual script"
 for name in "${networks[@]}"; do part 70 "$name" "${train[@]}" --rows "$name"; done
 part 110 checks "${train[@]}" --check |
-    sed -nE "/^\|/p; s/^([^:|]+): ((ok|FAILED|not checked).*)/| check \\1 |$blank \\2 |/p"
+    sed -nE "/^\|/{p;d}; s,\|,/,g; s/^([^:|]+): ((ok|FAILED|not checked).*)/| check \\1 |$blank \\2 |/p"
 device_tests="ends_in_a_model or waits_for_nothing_in_a_step"
 if [ "$cards" -gt 0 ]; then export PNEUMO_REAL_CUDA=1 PNEUMO_KILLS=10; fi # soak: the large networks, too
 part 60 "tests on the device" "$python" -m pytest -n 0 -p no:cacheprovider tests/on_simulated_cuda.py \
     -k "$device_tests" |
-    sed -nE "/^\|/p; s/^(FAILED .*|ERROR .*|[0-9]+ (passed|failed).*)/| tests on the device |$blank \\1 |/p"
+    sed -nE "/^\|/{p;d}; s,\|,/,g; s/^(FAILED .*|ERROR .*|[0-9]+ (passed|failed).*)/| tests on the device |$blank \\1 |/p"
 if [ "$cards" -ge 2 ] || [ ${#dry[@]} != 0 ]; then
     part 60 "two processes" "${train[@]}" --rows "${networks[0]}" --processes 2
 else

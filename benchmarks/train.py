@@ -89,7 +89,7 @@ class Plan(NamedTuple):
     checked_steps: int
 
 
-FULL, DRY = Plan((384, 512), 32, 10, (8192, 100), CHECKED_STEPS), Plan((32,), 2, 2, (64, 1), 2)
+FULL, DRY = Plan((384, 512), 32, 10, (8192, 100), CHECKED_STEPS), Plan((32,), 2, 2, (256, 1), 2)
 
 
 class Radiographs(Dataset):
@@ -292,8 +292,6 @@ def check(path: Path, compute: ComputeConfig, recipe: Recipe, count: int = CHECK
             where = ComputeConfig(compute.device, precision)
             ways[f"cache={cache} precision={precision}"] = partial(steps, path, cache, recipe, where, count)
     best = ComputeConfig(compute.device, compute.precision)
-    compiled = replace(recipe, network=replace(recipe.network, compile=True))
-    ways["compile=true"] = partial(steps, path, caches[0], compiled, best, count)
     averaged = replace(
         recipe,
         optimizer=replace(recipe.optimizer, ema=0.9),
@@ -304,6 +302,8 @@ def check(path: Path, compute: ComputeConfig, recipe: Recipe, count: int = CHECK
     ways["validation"] = partial(validated, path, recipe.network.network, best)
     processes = min(2, torch.cuda.device_count()) if cuda else 2
     ways["processes=2"] = partial(launch, processes, worker, path, recipe, compute.precision, count)
+    compiled = replace(recipe, network=replace(recipe.network, compile=True))
+    ways["compile=true"] = partial(steps, path, caches[0], compiled, best, count)  # last: it takes minutes
     if processes < 2:
         del ways["processes=2"]
         print("processes=2: not checked, it needs two GPUs")
@@ -550,4 +550,6 @@ def measure(folder: Path, arguments: argparse.Namespace, compute: ComputeConfig)
 
 
 if __name__ == "__main__":
-    main()
+    import train  # processes are given functions of a module: they do not import the main program
+
+    train.main()

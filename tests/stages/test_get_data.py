@@ -281,7 +281,9 @@ def test_what_is_no_archive_or_a_damaged_one_is_downloaded_again(
     assert get(f"--source {COPY}", monkeypatch, capsys).code == 0
 
 
-@pytest.mark.parametrize("source", ["", "seesee/siim", "datasets/siim", f"{COPY},", f"{COPY}/../x", "models/a/b"])
+@pytest.mark.parametrize(
+    "source", ["", "seesee/siim", "datasets/siim", f"{COPY},", f"{COPY}/../x", "models/a/b"]
+)
 def test_a_source_is_a_data_set_or_a_competition(
     source: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
