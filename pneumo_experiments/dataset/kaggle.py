@@ -14,7 +14,7 @@ from pathlib import Path
 import requests
 from requests.auth import AuthBase, HTTPBasicAuth
 
-from pneumo_experiments.errors import UserError
+from pneumo_experiments.errors import UserError, reason_of
 from pneumo_experiments.files import SUFFIX, file_name
 from pneumo_experiments.progress_bar import ProgressBar
 
@@ -59,6 +59,8 @@ def read_token() -> AuthBase:
             f"no token for Kaggle; create one at {KAGGLE}/settings, and save it as {file}, or set"
             " KAGGLE_USERNAME and KAGGLE_KEY"
         ) from None
+    except OSError as error:
+        raise UserError(f"{folder}: the token cannot be read ({reason_of(error)})") from None
     except (ValueError, LookupError, TypeError, AttributeError):  # without its text, which may be the token
         raise UserError(f"{file}: damaged; create a new token at {KAGGLE}/settings") from None
 

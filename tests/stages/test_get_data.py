@@ -237,6 +237,11 @@ def test_without_a_token_or_with_a_damaged_one_it_says_what_to_do(
         (store / "kaggle.json").write_text(content)
         line = "Error: kaggle.json: damaged; create a new token at https://www.kaggle.com/settings\n"
         assert get("", monkeypatch, capsys).err == line
+    (store / "kaggle.json").unlink()
+    (store / "kaggle.json").mkdir()
+    assert "Error: .: the token cannot be read (Is a directory)" in get("", monkeypatch, capsys).err.replace(
+        str(store), "."
+    )
     assert kaggle.downloads == []
 
 
