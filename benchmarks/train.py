@@ -3,6 +3,7 @@
 python benchmarks/train.py              on a GPU where torch finds one, else on the CPU
 python benchmarks/train.py --sizes 256 --batches 8 --images 64 --epochs 5
 python benchmarks/train.py --check      measures nothing: 20 steps of each way to train, a line for each
+bash benchmarks/gpu.sh > gpu.md         all that needs a GPU, in ten minutes, by --rows and --check
 
 Epochs of both take turns; the first of each is not counted. Synthetic radiographs are repeated until there
 are as many as asked for: their number is what costs time, not what they show. On a GPU it also tells which
@@ -12,15 +13,19 @@ fraction of the device's bf16 matrix products the training reaches. Needs neithe
 from __future__ import annotations
 
 import argparse
+import json
+import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import h5py
 import numpy as np
@@ -52,7 +57,7 @@ from pneumo_experiments.learning.loss import criterion
 from pneumo_experiments.learning.network import PneumothoraxNet, build_network
 from pneumo_experiments.learning.predict import Predictor
 from pneumo_experiments.learning.threshold_counts import ThresholdCounter
-from pneumo_experiments.settings import Batches, Device, Recipe
+from pneumo_experiments.settings import Batches, Device, Network, Recipe
 from pneumo_experiments.synthetic.kaggle_layout import Contents, write_sample
 
 SAMPLE = 48  # synthetic radiographs, before they are repeated
@@ -65,6 +70,26 @@ DEFAULTS = {
 LINEAR_SIZE = {"cuda": 384, "cpu": 64}
 CHECKED_SIZE, CHECKED_BATCH = {"cuda": 384, "cpu": 32}, {"cuda": 8, "cpu": 2}
 CHECKED_STEPS = 20
+# Of gpu.sh's table.
+COLUMNS = (
+    *("what", "size, px", "batch", "compile", "cache", "training, images/s", "prediction, images/s"),
+    *("fraction of the matrix rate", "training / usual script", "peak memory, GB", "result"),
+)
+USUAL = "usual script"  # in place of a network; it comes first, and the others are compared with it
+ROW_EPOCHS = 3  # the first is not counted
+
+
+class Plan(NamedTuple):
+    """How much gpu.sh does for a row of its table."""
+
+    sizes: tuple[int, ...]  # px
+    batch: int
+    steps: int  # of an epoch
+    matrix: tuple[int, int]  # side, and number of products
+    checked_steps: int
+
+
+FULL, DRY = Plan((384, 512), 32, 10, (8192, 100), CHECKED_STEPS), Plan((32,), 2, 2, (256, 1), 2)
 
 
 class Radiographs(Dataset):
@@ -158,7 +183,7 @@ def dataset_of(size: int, folder: Path) -> Path:
     if not sample.exists():
         write_sample(sample, Contents(SAMPLE, 0, 0))
     if not path.exists():
-        work.mkdir()
+        work.mkdir(exist_ok=True)
         dicom_dir, rows = sample / "dicom-images-train", read_annotations(sample / "train-rle.csv")
         members = open_archive(dicom_dir).members
         jobs = make_jobs(
@@ -172,29 +197,27 @@ def dataset_of(size: int, folder: Path) -> Path:
     return path
 
 
-def flops_per_image(size: int) -> float:
+def flops_per_image(size: int, network: str = Recipe().network.network) -> float:
     """Operations of convolutions and matrix products alone, forward and backward, two per product.
 
     Counted in one step on torch's meta device, whose tensors have shapes but no values.
     """
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        output = PneumothoraxNet(Recipe().network.network)(torch.empty(2, 1, size, size))
+        output = PneumothoraxNet(network)(torch.empty(2, 1, size, size))
         criterion(output, torch.empty(2, size, size), torch.empty(2), Recipe())["total"].backward()
     return counter.get_total_flops() / 2
 
 
 def measured_matrix_rate(device: torch.device, side: int = 8192, products: int = 100) -> float:
     """Operations per second of bf16 matrix products; the first rounds warm the device up."""
-    a, b = torch.randn(2, side, side, device=device).bfloat16()
+    a, b = torch.randn(2, side, side).to(device, torch.bfloat16)
     rates: list[float] = []
     for _ in range(8):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
+        start = time.perf_counter()
         for _ in range(products):
             torch.mm(a, b)
-        end.record()
-        end.synchronize()
-        rates.append(2 * side**3 * products / (start.elapsed_time(end) / 1000))
+        wait_for(device)
+        rates.append(2 * side**3 * products / (time.perf_counter() - start))
     return statistics.median(rates[3:])
 
 
@@ -269,8 +292,6 @@ def check(path: Path, compute: ComputeConfig, recipe: Recipe, count: int = CHECK
             where = ComputeConfig(compute.device, precision)
             ways[f"cache={cache} precision={precision}"] = partial(steps, path, cache, recipe, where, count)
     best = ComputeConfig(compute.device, compute.precision)
-    compiled = replace(recipe, network=replace(recipe.network, compile=True))
-    ways["compile=true"] = partial(steps, path, caches[0], compiled, best, count)
     averaged = replace(
         recipe,
         optimizer=replace(recipe.optimizer, ema=0.9),
@@ -281,6 +302,8 @@ def check(path: Path, compute: ComputeConfig, recipe: Recipe, count: int = CHECK
     ways["validation"] = partial(validated, path, recipe.network.network, best)
     processes = min(2, torch.cuda.device_count()) if cuda else 2
     ways["processes=2"] = partial(launch, processes, worker, path, recipe, compute.precision, count)
+    compiled = replace(recipe, network=replace(recipe.network, compile=True))
+    ways["compile=true"] = partial(steps, path, caches[0], compiled, best, count)  # last: it takes minutes
     if processes < 2:
         del ways["processes=2"]
         print("processes=2: not checked, it needs two GPUs")
@@ -347,6 +370,115 @@ def worker(path: Path, recipe: Recipe, precision: str, count: int) -> str:
     return steps(path, "device" if kind == "cuda" else "host", recipe, compute, count)
 
 
+@dataclass(frozen=True)
+class Speed:
+    """Of one way to train, and of prediction by the same network."""
+
+    training: float  # images per second, over all processes
+    prediction: float | None
+    memory_bytes: int  # at most, of one device; 0 where unknown
+    result: str = "ok"
+
+
+def our_speed(path: Path, cache: str, recipe: Recipe, precision: str, steps: int) -> Speed:
+    """By epochs of so many steps; each process of a group calls it."""
+    device = distributed.local_device("cuda" if torch.cuda.is_available() else "cpu")
+    compute, batch = ComputeConfig(device, precision), recipe.batches.batch_size
+    with hdf5.Dataset.open(path) as dataset:
+        data = training_data(dataset, cache, compute, steps * batch)
+        images = np.tile(dataset.images(range(SAMPLE)), (max(1, steps // 2), 1, 1))
+    predictor = fresh(recipe, compute)
+    epochs = [*fit(predictor, data, recipe, ROW_EPOCHS)][1:]
+    seconds = list[float]()
+    for _ in range(ROW_EPOCHS):
+        start = time.perf_counter()
+        for _ in predictor.predict_batches(images, batch):
+            pass
+        wait_for(device)
+        seconds.append(time.perf_counter() - start)
+    pieces = min(epoch.micro_batch for epoch in epochs)
+    return Speed(
+        statistics.median(epoch.images_per_second for epoch in epochs),
+        len(images) / statistics.median(seconds[1:]),
+        torch.cuda.max_memory_allocated() if device.type == "cuda" else 0,
+        "ok" if pieces * distributed.world_size() >= batch else f"ok, in pieces of {pieces}",
+    )
+
+
+def usual_speed(path: Path, plan: Plan, workers: int, device: torch.device) -> Speed:
+    """The same of the usual script, which does not predict."""
+    rows = np.arange(plan.steps * plan.batch) % SAMPLE
+    epochs = islice(usual_script(path, rows, plan.batch, workers, device), ROW_EPOCHS)
+    seconds = statistics.median([seconds for seconds, _ in epochs][1:])
+    return Speed(len(rows) / seconds, None, torch.cuda.max_memory_allocated() if device.type == "cuda" else 0)
+
+
+def wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def print_rows(network: str, path: Path, arguments: argparse.Namespace, compute: ComputeConfig) -> None:
+    """The rows of one network, or of the usual script, at one size; what fails costs its row."""
+    size, found, plan = int(path.stem), path.with_name("rates.json"), DRY if arguments.dry_run else FULL
+    rates = json.loads(found.read_text()) if found.exists() else {}  # what the networks are compared with
+    count, compiled = arguments.processes, arguments.compile
+    recipe, caches = Recipe(batches=Batches(batch_size=plan.batch)), ["file"]
+    if network != USUAL:
+        recipe = replace(recipe, network=Network(network=network, compile=compiled))
+        cuda = compute.device.type == "cuda"
+        caches = ["device"] * cuda + ["host"] * (not cuda or (not compiled and count == 1))
+    what = network + f", {count} processes" * (count > 1)
+    row = {"what": what, "size, px": size, "batch": plan.batch, "compile": "yes" if compiled else "no"}
+    try:
+        flops = flops_per_image(size, recipe.network.network)
+    except Exception as error:  # no such network, or a package that is not installed
+        print_row(row | {"result": f"not available: {one_line(error)}"})
+        return
+    for cache in caches:
+        try:
+            if network == USUAL:
+                rates["matrix"] = measured_matrix_rate(compute.device, *plan.matrix)
+                speed = usual_speed(path, plan, arguments.workers, compute.device)
+                rates[path.stem] = speed.training
+                found.write_text(json.dumps(rates))
+            else:
+                given = (path, cache, recipe, compute.precision, plan.steps)
+                speed = launch(count, our_speed, *given) if count > 1 else our_speed(*given)
+        except Exception as error:  # whatever a device may raise
+            print_row(row | {"cache": cache, "result": f"failed: {one_line(error)}"})
+            continue
+        matrix, usual = (rates.get(name) for name in ("matrix", path.stem))
+        values = {
+            "training, images/s": f"{speed.training:.3g}",
+            "prediction, images/s": speed.prediction and f"{speed.prediction:.3g}",
+            "fraction of the matrix rate": matrix and f"{speed.training * flops / matrix / count:.1%}",
+            "training / usual script": usual and f"{speed.training / usual:.2f}",
+            "peak memory, GB": speed.memory_bytes and f"{speed.memory_bytes / 1e9:.1f}",
+        }
+        print_row(row | {"cache": cache, "result": speed.result} | values)
+
+
+def print_row(cells: Mapping[str, object]) -> None:
+    print(f"| {' | '.join(str(cells.get(name) or '–') for name in COLUMNS)} |", flush=True)
+
+
+def one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}".replace("|", "/")
+
+
+def device_line(device: torch.device) -> str:
+    """The device, its driver and torch."""
+    if device.type != "cuda":
+        return f"{machine()}, torch {torch.__version__}"
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    driver = subprocess.run(query, capture_output=True, text=True).stdout if shutil.which(query[0]) else ""
+    return (
+        f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}, driver"
+        f" {(driver.splitlines() or ['unknown'])[0]}, torch {torch.__version__}; {machine()}"
+    )
+
+
 def main() -> None:
     """Reads the options; on CPU and GPU they have defaults that take some minutes."""
     kind = "cuda" if torch.cuda.is_available() else "cpu"
@@ -361,19 +493,34 @@ def main() -> None:
     parser.add_argument(
         "--check", action="store_true", help="20 steps of each way to train, nothing measured"
     )
+    parser.add_argument("--rows", nargs="+", help=f"networks, or {USUAL!r}: their rows of gpu.sh's table")
+    parser.add_argument("--head", action="store_true", help="the device, and the head of that table")
+    parser.add_argument("--compile", action="store_true", help="with --rows: by torch.compile")
+    parser.add_argument("--processes", type=int, default=1, help="with --rows")
+    parser.add_argument("--dry_run", action="store_true", help="few small images, to see whether it runs")
+    parser.add_argument("--folder", type=Path, help="where the images are kept for the next call")
     parser.set_defaults(workers=min(available_cores(), 8), **DEFAULTS[kind])
     arguments = parser.parse_args()
     if arguments.epochs < 2:
         parser.error("--epochs: the first epoch is not counted, so take 2 or more")
-    with tempfile.TemporaryDirectory() as folder:
-        compute = choose_compute(Device(kind))
+    with tempfile.TemporaryDirectory() as temporary:
+        folder, compute = arguments.folder or Path(temporary), choose_compute(Device(kind))
+        if arguments.head:
+            print(f"{device_line(compute.device)}\n\n| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}")
+        plan = DRY if arguments.dry_run else FULL
         if arguments.check:
-            print(
-                f"{torch.cuda.get_device_name() if kind == 'cuda' else machine()}, torch {torch.__version__}"
+            size, batch = (
+                (plan.sizes[0], plan.batch) if plan is DRY else (CHECKED_SIZE[kind], CHECKED_BATCH[kind])
             )
-            recipe = Recipe(batches=Batches(batch_size=CHECKED_BATCH[kind]))
-            sys.exit(not check(dataset_of(CHECKED_SIZE[kind], Path(folder)), compute, recipe))
-        measure(Path(folder), arguments, compute)
+            print(device_line(compute.device))
+            recipe = Recipe(batches=Batches(batch_size=batch))
+            sys.exit(not check(dataset_of(size, folder), compute, recipe, plan.checked_steps))
+        for size in plan.sizes if arguments.head or arguments.rows else ():
+            path = dataset_of(size, folder)
+            for network in arguments.rows or ():
+                print_rows(network, path, arguments, compute)
+        if not (arguments.head or arguments.rows):
+            measure(folder, arguments, compute)
 
 
 def measure(folder: Path, arguments: argparse.Namespace, compute: ComputeConfig) -> None:
@@ -403,4 +550,6 @@ def measure(folder: Path, arguments: argparse.Namespace, compute: ComputeConfig)
 
 
 if __name__ == "__main__":
-    main()
+    import train  # processes are given functions of a module: they do not import the main program
+
+    train.main()

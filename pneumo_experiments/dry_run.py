@@ -16,6 +16,7 @@ from pneumo_experiments.dicom.archive import ImageId, open_archive
 from pneumo_experiments.passwords import hide_passwords
 from pneumo_experiments.settings import (
     BEST,
+    GetData,
     Main,
     Preprocess,
     Register,
@@ -68,6 +69,8 @@ def _plan(settings: object) -> _Plan:
         case Sample():
             count = settings.size.images + settings.size.test_images
             return _Plan(outputs=[settings.output_dir], work=[plural(count, "synthetic radiograph")])
+        case GetData():
+            return _Plan(outputs=[settings.output_dir], work=[f"download of {settings.source} from Kaggle"])
         case Preprocess():
             return _Plan(_radiographs(settings), [settings.dataset])
         case Train():

@@ -1,7 +1,11 @@
-"""The entry points on a simulated GPU; test_simulated_cuda.py runs this file in a process of its own."""
+"""The entry points on a simulated GPU; test_simulated_cuda.py runs this file in a process of its own.
+
+``PNEUMO_REAL_CUDA=1`` takes the machine's own GPU instead: benchmarks/gpu.sh runs some of it so.
+"""
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import os
 import shutil
@@ -92,7 +96,8 @@ def test_a_training_ends_in_a_model_that_scores_submits_and_predicts_dicom_bytes
     assert used == ["cuda:0", "bf16", "device"]
     assert 0 <= trained.scores.dice <= 1
     assert torch.backends.cudnn.benchmark
-    assert "no GPU use among the system metrics: `nvidia-ml-py` is not installed" in caplog.text
+    if not simulated_cuda.IS_REAL:
+        assert "no GPU use among the system metrics: `nvidia-ml-py` is not installed" in caplog.text
     model = trained.model
     result = score(Score(dataset=settings.dataset, model=model, subset="all", overlays=2))
     assert result.scores is not None and result.scores.images == 24
@@ -240,8 +245,23 @@ def test_the_benchmark_s_check_tries_every_way_to_train(
     failed = [line for line in lines if ": ok, " not in line]
     assert [line.partition(":")[0] for line in failed] in ([], ["compile=true"]), failed  # not simulated
     ways = [f"cache={cache} precision={format}" for cache in CACHES for format in ("bf16", "fp16", "fp32")]
-    ways += ["compile=true", "ema=0.9 micro_batch", "interrupted and resumed", "validation"]
+    ways += ["ema=0.9 micro_batch", "interrupted and resumed", "validation", "compile=true"]
     assert [line.partition(":")[0] for line in lines] == ways
+
+
+def test_the_rows_of_gpu_sh_are_of_both_caches(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    benchmark = importlib.import_module("train")
+    monkeypatch.setattr(benchmark, "SAMPLE", 24)
+    monkeypatch.setattr(benchmark, "flops_per_image", lambda *_: 1.0)  # the meta device is not simulated
+    path = Path(shutil.copy(dataset, tmp_path / "32.h5"))
+    arguments = argparse.Namespace(dry_run=True, compile=False, processes=1)
+    benchmark.print_rows("tiny", path, arguments, choose_compute(Device()))
+    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()]
+    ends = [(row[benchmark.COLUMNS.index("cache")], row[-2:]) for row in rows]
+    assert ends == [("device", ["3.0", "ok"]), ("host", ["3.0", "ok"])]  # GB, as the simulated device says
 
 
 def test_sums_over_processes_wait_for_nothing_but_their_numbers(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,8 @@
 PrivateUse1 devices) around tensors on the CPU. Like CUDA it refuses operators on mixed devices, ``numpy()``
 and pinning of device tensors and generators of the CPU, and it records where the host waits for the device.
 
+With ``PNEUMO_REAL_CUDA`` nothing is simulated, and a wait for the device within ``count_syncs`` is an error.
+
 It cannot be undone: tests on it run in a process of their own (tests/test_simulated_cuda.py).
 
 Not covered: streams and the hazards of asynchronous copies, limits of memory, the arithmetic of CUDA's
@@ -12,6 +14,7 @@ kernels (TF32, cuDNN, the fused optimiser), NCCL, several GPUs, torch.compile, s
 
 from __future__ import annotations
 
+import os
 import traceback
 import types
 from collections import Counter
@@ -23,6 +26,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
+IS_REAL = bool(os.environ.get("PNEUMO_REAL_CUDA"))
 CPP_NAME = "away"  # the device's name inside torch, which would ask for a driver under the name "cuda"
 INSIDE, SHOWN = torch.device("cpu"), torch.device("cuda", 0)  # INSIDE is set by install()
 PROJECT = "pneumo_experiments/"
@@ -241,6 +245,9 @@ def _check_generator(value: Any) -> None:
 def install() -> None:
     """From now on torch finds one CUDA device."""
     global INSIDE
+    if IS_REAL:
+        assert torch.cuda.is_available(), "PNEUMO_REAL_CUDA is set, and torch finds no CUDA device"
+        return
     module: Any = types.ModuleType(f"torch.{CPP_NAME}")
     module.is_available = module.is_initialized = lambda: True
     module._lazy_init = lambda: None
@@ -343,6 +350,7 @@ def _believe_in_cuda() -> None:
         "mem_get_info": (2**33, 2**34),
         "is_bf16_supported": True,
         "is_current_stream_capturing": False,
+        "max_memory_allocated": 3 * 10**9,
     }
     answers |= dict.fromkeys(
         ("_lazy_init", "empty_cache", "synchronize", "manual_seed_all", "manual_seed", "set_device")
@@ -375,4 +383,11 @@ def _believe_in_cuda() -> None:
 def count_syncs() -> Iterator[Counter[str]]:
     """Counts where the host waits for the device within the block."""
     waits.clear()
-    yield waits
+    if not IS_REAL:
+        yield waits
+        return
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield waits
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -374,6 +374,7 @@ def test_the_printed_config_repeats_the_command(
     changes = {
         "main": "--epochs 7",
         "sample": "--images 11",
+        "get_data": "--source datasets/a/b",
         "preprocess": "--dicom_dir x --pixel-dtype uint8",
         "train": "--augment no --fold 3",
         "search": "--searched learning_rate",
@@ -472,7 +473,7 @@ def test_help_names_every_setting_with_meaning_and_default(
     cli.cli.main([name, "--help"], standalone_mode=False)
     shown = " ".join(capsys.readouterr().out.split())
     names = [leaf.name for leaf in leaves(ENTRY_POINTS[name])]
-    assert len(set(names)) == len(names) > 2
+    assert len(set(names)) == len(names) >= 2
     for leaf in leaves(ENTRY_POINTS[name]):
         assert f"--{leaf.name}" in shown
         assert leaf.arg.help.split(";")[0].split()[0] in shown

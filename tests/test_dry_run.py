@@ -33,6 +33,7 @@ def desk(tmp_path: Path, dataset: Path, tiny: None, monkeypatch: pytest.MonkeyPa
 WORDS = {
     "main": "--dicom_dir sample --rle_csv sample/train-rle.csv",
     "sample": "",
+    "get_data": "",
     "preprocess": "--dicom_dir sample --rle_csv sample/train-rle.csv",
     "train": "--dataset d.h5 --fold 1 --epochs 3",
     "search": "--dataset d.h5",

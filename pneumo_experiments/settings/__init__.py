@@ -23,6 +23,7 @@ from pneumo_experiments.settings.config_file import (
 from pneumo_experiments.settings.entry_points import (
     BEST,
     ENTRY_POINTS,
+    GetData,
     Main,
     Preprocess,
     Register,

@@ -42,6 +42,7 @@ from pneumo_experiments.settings.groups import (
 from pneumo_experiments.settings.recipe import Device, Recipe, Seed, SplitSettings
 
 BEST = "best"  # in place of a model: the experiment's best one
+KAGGLE_SOURCE = r"(datasets/[\w-]+|competitions)/[\w-]+"
 
 
 class EntryPointSettings:
@@ -65,7 +66,8 @@ class EntryPointSettings:
         values = {name: leaf.default for name, leaf in own.items()}
         for name, value in renamed(settings).items():
             if name not in own:
-                raise UserError(f"{cls.__name__.lower()}: {no_setting(name, own)}")
+                command = next(each for each, kind in ENTRY_POINTS.items() if kind is cls)
+                raise UserError(f"{command}: {no_setting(name, own)}")
             try:
                 is_text = isinstance(value, str)
                 values[name] = parse(own[name], value) if is_text else checked(own[name], value)
@@ -91,6 +93,22 @@ class Sample(EntryPointSettings):
         ),
     ] = "easy"
     seed: Seed = 0
+
+
+@dataclass(frozen=True)
+class GetData(EntryPointSettings):
+    """Download the challenge's files from Kaggle, check and unpack them."""
+
+    output_dir: Annotated[Path, Arg("folder to write", declared=True)] = Path("siim")
+    source: Annotated[
+        str,
+        Arg(
+            "what to download from Kaggle: datasets/OWNER/NAME or competitions/NAME; several with commas"
+            " between",
+            pattern=(f"{KAGGLE_SOURCE}(,{KAGGLE_SOURCE})*", "datasets/OWNER/NAME or competitions/NAME"),
+            declared=True,
+        ),
+    ] = "competitions/siim-acr-pneumothorax-segmentation,datasets/seesee/siim-train-test"
 
 
 @dataclass(frozen=True)
@@ -345,6 +363,7 @@ class Main(EntryPointSettings):
 ENTRY_POINTS: dict[str, type] = {
     "main": Main,
     "sample": Sample,
+    "get_data": GetData,
     "preprocess": Preprocess,
     "train": Train,
     "search": Search,
