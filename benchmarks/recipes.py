@@ -7,9 +7,10 @@
 `data` writes two data sets into --folder: `hard`, synthetic radiographs with difficulty=hard, and, where
 radiographs are given, `real`, those with the masks of another model. On the latter Dice is the agreement with
 that model, no Dice on truth. `run` trains each recipe with each seed, for the same number of images seen, and
-writes one file for each; the same command goes on after an interruption, and other `--only`, `--seeds` or
-`--budgets` add to it. With the budget `seconds` a recipe gets as many epochs as take the time of the first
-recipe's training, by the speeds measured with the budget `images`. `table` prints Markdown.
+writes one file for each, and a picture of six hold-out images. The same command goes on after an
+interruption, and other `--only`, `--seeds` or `--budgets` add to it. With the budget `seconds` a recipe gets
+as many epochs as take the time of the first recipe's training, by the speeds measured with the budget
+`images`. `table` prints Markdown.
 
 Two peers train on the same images: torchvision's reference loop for segmentation (cross-entropy, SGD with
 polynomial decay, flips and crops) and a plain U-Net loop of segmentation_models_pytorch (Dice and BCE,
@@ -34,12 +35,15 @@ import numpy as np
 import torch
 from measure import ROOT, machine
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional
 
 from pneumo_experiments.dataset.hdf5 import Dataset
 from pneumo_experiments.evaluation.evaluate import Evaluation
+from pneumo_experiments.evaluation.pictures import draw_overlays
 from pneumo_experiments.evaluation.subset import Subset, make_split
+from pneumo_experiments.figures import contact_sheet
 from pneumo_experiments.learning.device import choose_compute
 from pneumo_experiments.learning.network import Output
 from pneumo_experiments.learning.predict import Predictor
@@ -74,6 +78,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 PEERS = ("torchvision's reference loop", "smp U-Net, plain loop")
+SHOWN = 6  # images in a picture beside each result
 HALF = Thresholds(presence_threshold=0.0, top_score=0.5, min_area_px=1, bottom_score=0.5)
 
 
@@ -166,18 +171,19 @@ def train(job: Job, chosen: argparse.Namespace) -> None:
             chosen_on = best_of_all(validation.count(predictor)).thresholds
         else:
             predictor, chosen_on, seconds = our_training(settings, dataset)
+        job.file.parent.mkdir(exist_ok=True)
         counts = holdout.count(predictor)
         evaluations = {
             "searched": Evaluation(holdout, counts, chosen_on),
             "half": Evaluation(holdout, counts, HALF),
         }
+        draw(evaluations["searched"], predictor, job.file.with_suffix(".png"))
         result = {
             "recipe": job.recipe, "budget": job.budget, "seed": job.seed, "epochs": job.epochs,
             "seconds": seconds, "images": len(split.train), "patients": holdout.patients.tolist(),
             "areas": holdout.areas_px.tolist(), "machine": machine(),
             "dices": {name: one.images.dices.tolist() for name, one in evaluations.items()},
         }  # fmt: skip
-    job.file.parent.mkdir(exist_ok=True)
     job.file.with_suffix(".part").write_text(json.dumps(result))
     job.file.with_suffix(".part").rename(job.file)
     dice = np.mean(result["dices"]["searched"])
@@ -185,6 +191,16 @@ def train(job: Job, chosen: argparse.Namespace) -> None:
         f"  Dice {dice:.4f} (all-empty {np.mean(np.array(result['areas']) == 0):.4f}), {seconds:.0f} s",
         flush=True,
     )
+
+
+def draw(evaluation: Evaluation, predictor: Predictor, path: Path) -> None:
+    """Overlays of the same positives for every recipe, from the smallest to the largest area."""
+    areas = evaluation.counts.truth_area
+    positives = [place for place in np.argsort(areas, kind="stable").tolist() if areas[place]]
+    shown = [positives[i] for i in np.linspace(0, len(positives) - 1, SHOWN).round().astype(int)]
+    texts = evaluation.captions()
+    drawn = [*draw_overlays(evaluation, predictor, {place: texts[place] for place in shown})]
+    Image.fromarray(contact_sheet(drawn, columns=3)).save(path)
 
 
 def our_training(settings: Train, dataset: Dataset) -> tuple[Predictor, Thresholds, float]:

@@ -81,7 +81,7 @@ def _plan(settings: object) -> _Plan:
         case Score():
             is_search = settings.check is not None or settings.counts is not None
             needs_model = not is_search and settings.predictions is None
-            inputs, outputs = [_model(settings.model)] * needs_model, list[Path]()
+            inputs, outputs = [_model(settings.model)] if needs_model else [], list[Path]()
             if settings.dicom_dir is not None:
                 inputs.append(_files(settings.dicom_dir, settings.image_id))
                 outputs = [] if settings.check else [settings.submission, settings.findings]

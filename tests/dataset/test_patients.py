@@ -282,7 +282,7 @@ def test_most_of_a_random_half_is_of_patients_of_the_other_half_and_none_of_the_
     assert by == Counter("patient" * (numbers[place] in known) for place in mixed[6000:].tolist())
     assert by == {"patient": 3275, "": 2772}
     assert describe_seen(other, hash_image_ids(half), "it").startswith(
-        "0 of 6047 images trained it or chose its thresholds, the patients of 3275 more did"
+        "0 of 6,047 images trained it or chose its thresholds, the patients of 3275 more did"
     )
     parts = split(hashes, areas, holdout=0.2, folds=5, fold=0, seed=0)
     trained = hash_image_ids(Subset(dataset, np.append(parts.train, parts.validation)))

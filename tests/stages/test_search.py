@@ -677,7 +677,7 @@ def test_a_trial_without_any_mask_loses_less_the_better_it_would_outline(top: in
     counts = replace(
         ThresholdCounts.of(pixels, np.full(len(areas), 0.05, np.float32)), patient=validation.patients
     )
-    result = EpochResult(cast("Any", None), Evaluation(validation, counts, Thresholds()), 0)
+    result = EpochResult(cast("Any", None), Evaluation(validation, counts, Thresholds()))
     scores = trial_training._score_fold(replace(fold, half=half), result)
     sums, images = dict[str, float](), len(areas)
     for entry in validation.entries:
