@@ -271,7 +271,7 @@ def test_a_config_file_is_the_caller_s_before_the_project_s(
     (tmp_path / "configs" / "demo.yaml").write_text("epochs: 777")
     assert resolved(*words).schedule.epochs == 777
     assert capsys.readouterr().out == ""
-    for name in ("configs/other.yaml", "other/demo.yaml", "/demo"):
+    for name in ("configs/other.yaml", "other/demo.yaml"):
         with pytest.raises(UserError, match=rf"^config={name}: cannot be read"):
             resolved("train", "--config", name)
 
@@ -287,7 +287,7 @@ def test_of_several_config_files_the_later_one_wins(
     assert found.recipe.network.weights == "none"  # of the demo
     Path("a,b").write_text("epochs: 9")
     assert resolved("train", "--config", "a,b").schedule.epochs == 9
-    with pytest.raises(UserError, match=r"^config=nix: cannot be read"):
+    with pytest.raises(UserError, match=r"^config=nix: no such file, and none of competition, demo, fast, "):
         resolved("train", "--config", "a.yaml,nix")
     # Each on top of config, and an option beats them all; without repetitions.
     context = cli.cli.commands["train"].make_context(

@@ -61,6 +61,8 @@ def read_config(path: Path, kind: type) -> tuple[dict[str, Any], list[str]]:
     that no entry point knows or a value that the setting does not accept.
     """
     own, values, others = {leaf.name: leaf for leaf in leaves(kind)}, dict[str, Any](), list[str]()
+    if not path.exists() and not path.suffix:
+        raise UserError(f"config={path}: no such file, and none of {', '.join(PRESETS)}")
     for name, value in read_yaml("config", path, "epochs: 12").items():
         name = EARLIER_NAMES.get(str(name), name)
         if not isinstance(name, str) or not entry_points_with(name):
