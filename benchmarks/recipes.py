@@ -10,12 +10,14 @@ that model, no Dice on truth. `run` trains each recipe with each seed, for the s
 writes one file for each, and a picture of six hold-out images. The same command goes on after an
 interruption, and other `--only`, `--seeds` or `--budgets` add to it. With the budget `seconds` a recipe gets
 as many epochs as take the time of the first recipe's training, by the speeds measured with the budget
-`images`. `table` prints Markdown.
+`images`. `table` prints Markdown; an interval is of the images, whose Dice are means over the seeds: the
+spread over seeds is not in it. Other `--epochs` make another table; other `--weights` need another folder.
 
 Two peers train on the same images: torchvision's reference loop for segmentation (cross-entropy, SGD with
 polynomial decay, flips and crops) and a plain U-Net loop of segmentation_models_pytorch (Dice and BCE,
 AdamW, flips). Each predicts the hold-out as it is, at a probability of 0.5, and with thresholds that our
-search chose on the validation images, as for every recipe here.
+search chose on the validation images, as for every recipe here. Our recipes keep their best epoch by the
+validation images, the peers their last, as their scripts do.
 """
 
 from __future__ import annotations
@@ -45,7 +47,7 @@ from pneumo_experiments.evaluation.pictures import draw_overlays
 from pneumo_experiments.evaluation.subset import Subset, make_split
 from pneumo_experiments.figures import contact_sheet
 from pneumo_experiments.learning.device import choose_compute
-from pneumo_experiments.learning.network import Output
+from pneumo_experiments.learning.network import Output, build_network
 from pneumo_experiments.learning.predict import Predictor
 from pneumo_experiments.metrics.best_thresholds import best_of_all
 from pneumo_experiments.metrics.comparison import compare
@@ -60,7 +62,6 @@ COMMON: dict[str, Any] = {
     "warmup": 0.1, "augment": "mild", "folds": 5, "patience": 0,
 }  # fmt: skip
 FIRST = "FCN-ResNet50"
-PRETRAINED = "pretrained"  # replaced by --weights
 RECIPES: dict[str, dict[str, Any]] = {
     FIRST: {"network": "fcn_resnet50"},
     "FCN-ResNet50, stride 4": {"network": "fcn_resnet50_s4"},
@@ -90,12 +91,19 @@ class Job:
     recipe: str
     seed: int
     budget: str
+    of: int
+    """epochs with the budget of images"""
     epochs: int
+
+    @property
+    def key(self) -> str:
+        """Of the results that belong together: other epochs are another table."""
+        return f"{self.budget} of {self.of} epochs"
 
     @property
     def file(self) -> Path:
         """Where its result is written."""
-        name = "".join(c if c.isalnum() else "-" for c in f"{self.recipe}-{self.budget}-{self.seed}")
+        name = "".join(c if c.isalnum() else "-" for c in f"{self.recipe}-{self.key}-{self.seed}")
         return self.data.with_suffix("") / f"{name}.json"
 
 
@@ -128,7 +136,7 @@ def run(chosen: argparse.Namespace) -> None:
         for seed in range(chosen.seeds):
             for name in names:
                 for data in sorted(chosen.folder.glob("*.h5")):
-                    job = Job(data, name, seed, budget, epochs_of(data, name, budget, chosen))
+                    job = Job(data, name, seed, budget, chosen.epochs, epochs_of(data, name, budget, chosen))
                     if job.epochs and not job.file.is_file():
                         train(job, chosen)
 
@@ -137,14 +145,15 @@ def epochs_of(data: Path, recipe: str, budget: str, chosen: argparse.Namespace) 
     """As many as were asked for, or as take the first recipe's time; 0 where speeds are not measured yet."""
     if budget == "images":
         return chosen.epochs
-    speeds = [
-        [
-            json.loads(path.read_text())["seconds"]
-            for path in sorted(job.file.parent.glob(job.file.name[:-6] + "*"))
-        ]
-        for job in (Job(data, name, 0, "images", 0) for name in (FIRST, recipe))
+    jobs = [
+        [Job(data, name, seed, "images", chosen.epochs, 0) for seed in range(chosen.seeds)]
+        for name in (FIRST, recipe)
     ]
-    return round(chosen.epochs * float(np.mean(speeds[0]) / np.mean(speeds[1]))) if all(speeds) else 0
+    files = [[job.file for job in of_recipe if job.file.is_file()] for of_recipe in jobs]
+    if not all(files):
+        return 0
+    first, own = (np.mean([json.loads(file.read_text())["seconds"] for file in group]) for group in files)
+    return max(1, round(chosen.epochs * float(first / own)))
 
 
 def train(job: Job, chosen: argparse.Namespace) -> None:
@@ -162,7 +171,7 @@ def train(job: Job, chosen: argparse.Namespace) -> None:
     settings = Train.of(dataset=job.data, checkpoints=job.data.parent / "checkpoints", **values)
     print(f"{job.data.stem}: {job.recipe}, seed {job.seed}, {job.epochs} epochs ({job.budget})", flush=True)
     with Dataset.open(job.data) as dataset:
-        split = make_split(dataset, settings.split)
+        split, fingerprint = make_split(dataset, settings.split), dataset.fingerprint
         holdout, validation = Subset(dataset, split.holdout), Subset(dataset, split.validation)
         if job.recipe in PEERS:
             make = reference_loop if job.recipe == PEERS[0] else unet_loop
@@ -179,13 +188,15 @@ def train(job: Job, chosen: argparse.Namespace) -> None:
         }
         draw(evaluations["searched"], predictor, job.file.with_suffix(".png"))
         result = {
-            "recipe": job.recipe, "budget": job.budget, "seed": job.seed, "epochs": job.epochs,
-            "seconds": seconds, "images": len(split.train), "patients": holdout.patients.tolist(),
-            "areas": holdout.areas_px.tolist(), "machine": machine(),
+            "recipe": job.recipe, "budget": job.key, "weights": weights, "seed": job.seed,
+            "epochs": job.epochs, "seconds": seconds, "images": len(split.train),
+            "patients": holdout.patients.tolist(), "areas": holdout.areas_px.tolist(), "machine": machine(),
             "dices": {name: one.images.dices.tolist() for name, one in evaluations.items()},
         }  # fmt: skip
     job.file.with_suffix(".part").write_text(json.dumps(result))
     job.file.with_suffix(".part").rename(job.file)
+    if job.recipe not in PEERS:
+        checkpoint_of(settings, fingerprint).clear()
     dice = np.mean(result["dices"]["searched"])
     print(
         f"  Dice {dice:.4f} (all-empty {np.mean(np.array(result['areas']) == 0):.4f}), {seconds:.0f} s",
@@ -212,7 +223,6 @@ def our_training(settings: Train, dataset: Dataset) -> tuple[Predictor, Threshol
         state.save(checkpoint)
         print(f"  epoch {result.epoch.number}: validation Dice {result.scores.dice:.4f}", flush=True)
     finished = fold.finish(state)
-    checkpoint.clear()
     seconds = sum(epoch["speed/seconds_per_epoch"] for epoch in finished.history)
     (predictor,) = finished.detector.predictor.members
     return predictor, finished.detector.thresholds, seconds
@@ -315,12 +325,11 @@ def loop(
     steps = epochs * -(-len(rows) // size)
     decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (1 - step / steps) ** (power or 0))
     network.to(device).train()
+    pixels, targets = torch.from_numpy(dataset.images(rows)), torch.from_numpy(dataset.targets(rows))
     start = time.perf_counter()
     for _ in range(epochs):
-        for batch in batches(generator.permutation(rows), size):
-            order = np.argsort(batch)
-            pixels, targets = dataset.images(batch[order]), dataset.targets(batch[order])
-            images, masks = (torch.from_numpy(each).to(device).float() / 255 for each in (pixels, targets))
+        for batch in batches(generator.permutation(len(rows)), size):
+            images, masks = (each[batch].to(device).float() / 255 for each in (pixels, targets))
             images, masks = change(images[:, None], masks, generator)
             optimizer.zero_grad()
             loss(network(normalised(images)), masks).backward()
@@ -337,11 +346,9 @@ def batches(rows: NDArray[np.int64], size: int) -> Iterator[NDArray[np.int64]]:
 
 
 def load_backbone(backbone: nn.Module, settings: Train) -> None:
-    """ImageNet weights in torchvision's names, as our recipes take them."""
-    weights = settings.recipe.network.weights
-    if Path(weights).is_file():
-        state = torch.load(weights, map_location="cpu", weights_only=True)
-        backbone.load_state_dict({n: t for n, t in state.items() if not n.startswith("fc.")}, strict=False)
+    """Starts a backbone of torchvision's as that of our FCN-ResNet50 starts."""
+    ours = build_network("fcn_resnet50", settings.recipe.network.weights, settings.recipe.seed)
+    backbone.load_state_dict(ours.backbone.state_dict())
 
 
 def table(chosen: argparse.Namespace) -> None:

@@ -74,9 +74,8 @@ def update_batch_norm(
     """
     norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm)]
     momenta, at_once = [norm.momentum for norm in norms], AT_ONCE * distributed.world_size()
-    plain = replace(
-        recipe.batches, augment="none", balance="image", positive_fraction=0.0, batch_size=at_once
-    )
+    plain = replace(recipe.batches, augment="none", crop=0, balance="image", positive_fraction=0.0)
+    plain = replace(plain, batch_size=at_once)
     drawn = batches(data, replace(recipe, batches=plain), 1, 1, compute.device)
     network.eval()
     for number, batch in enumerate(islice(drawn, count_batches(STATISTICS_IMAGES, at_once)), start=1):

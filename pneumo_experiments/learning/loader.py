@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pneumo_experiments.errors import UserError
 from pneumo_experiments.learning import distributed
 from pneumo_experiments.learning.augment import augment, crop, soften_borders
 from pneumo_experiments.learning.device import copy_to_device, from_numpy
@@ -145,6 +146,12 @@ def batches(
         if recipe.batches.augment == "strong" or recipe.batches.crop:  # some findings are out of the image
             present = present * (target.flatten(1).amax(1) > 0)
         yield Batch(image, target, present, len(whole))
+
+
+def require_crop(recipe: Recipe, image_size: int) -> None:
+    """Raises UserError for a crop that is no smaller than the images."""
+    if (side := recipe.batches.crop) >= image_size:
+        raise UserError(f"crop={side}: the images have {image_size} px; give less, or 0 for whole images")
 
 
 def epoch_indices(

@@ -64,7 +64,9 @@ def download_encoder(network: str) -> Weights:
     encoder, encoders = network.partition(":")[2], import_module(f"{LIBRARY}.encoders")
     if encoder.startswith("tu-"):
         # timm changes their names while it loads them.
-        repository = import_module("timm").get_pretrained_cfg(encoder.removeprefix("tu-")).hf_hub_id
+        config = import_module("timm").get_pretrained_cfg(encoder.removeprefix("tu-"))
+        if config is None or not (repository := config.hf_hub_id):
+            raise OSError("timm has no weights of it")
         _require_hub(repository, None)
         state, digest = encoders.get_encoder(encoder, weights="imagenet").state_dict(), hashlib.sha256()
         for tensor in state.values():

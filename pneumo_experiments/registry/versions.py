@@ -6,7 +6,7 @@ Aliases say who is; tags and descriptions say the rest, and outlast what they te
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager, redirect_stderr, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -26,7 +26,7 @@ PROJECT_TAG, PROJECT = "project", "pneumo_experiments"  # of our registered mode
 # Tags of the registered model: one for each move of the alias champion, named by its time, and one for each
 # decision, named by the identity of its images and the version.
 MOVE_TAG, DECISION_TAG = "champion.", "decision."
-MEMBERS_TAG = "members"  # of a version: the ids of the logged models of an ensemble
+MEMBERS_TAG = "members"  # of an ensemble's version: the ids of its logged models, and its thresholds
 MAX_DESCRIPTION = 5000  # characters: PostgreSQL refuses more
 MAX_REASON = 1000
 UNKNOWN, NOW = "unknown", "now"
@@ -161,19 +161,17 @@ def version_of(name: str, number: str) -> Version | None:
     return None if found is None else _version(found, CHAMPION in found.aliases)
 
 
-def version_with(name: str, model_ids: Sequence[str]) -> Version | None:
-    """The latest version of a logged model, or of the ensemble of several; None if it has none."""
-    members = ",".join(model_ids)
+def version_with(name: str, members: str) -> Version | None:
+    """The latest version of a logged model, by its id, or with these noted ``members``; None without one."""
     numbers = [
         int(each.number) for each in _versions(name) if members in (each.model_id, each.tags.get(MEMBERS_TAG))
     ]
     return version_of(name, str(max(numbers))) if numbers else None
 
 
-def note_members(version: Version, model_ids: Sequence[str]) -> None:
-    """Notes the logged models that a version is the ensemble of, for ``version_with``."""
-    if len(model_ids) > 1:
-        _client().set_model_version_tag(version.name, version.number, MEMBERS_TAG, ",".join(model_ids))
+def note_members(version: Version, members: str) -> None:
+    """Notes what a version is the ensemble of, for ``version_with``."""
+    _client().set_model_version_tag(version.name, version.number, MEMBERS_TAG, members)
 
 
 def count_decision(version: Version, identity: str) -> int:

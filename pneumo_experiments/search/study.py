@@ -35,6 +35,7 @@ from pneumo_experiments.settings import (
     flat,
     is_none,
     read_config,
+    renamed,
     weight_shaping,
 )
 
@@ -116,11 +117,12 @@ def _check_same_study(study: Study, made_with: Mapping[str, str]) -> None:
     if recorded is None:
         differences = ["another program"]
     else:
+        recorded = renamed(recorded)
         with suppress(ValueError):  # of a version that knew other values: they differ
             now = {name: as_text(value) for name, value in as_now(Search, recorded).items()}
             recorded = recorded | {n: now[n] for n in now if n in made_with and RANGE_OF + n not in recorded}
         differences = [
-            f"{name} {recorded.get(name, 'not searched')}, not {made_with.get(name, 'not searched')}"
+            f"{name} {recorded.get(name, 'not searched')}, now {made_with.get(name, 'not searched')}"
             for name in {**made_with, **recorded}
             if made_with.get(name) != recorded.get(name)
         ]
@@ -138,7 +140,7 @@ def _warm_start(storage: BaseStorage, settings: Search, space: Space) -> list[di
     if Path(source).is_file():
         return [within(read_config(Path(source), Search)[0], space)]
     other = load_study("warm_start", storage, source)
-    return [within(trial.params, space) for trial in best_trials(other)[:WARM_STARTS]]
+    return [within(renamed(trial.params), space) for trial in best_trials(other)[:WARM_STARTS]]
 
 
 # The trials of a study

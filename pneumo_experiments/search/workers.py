@@ -24,6 +24,7 @@ from pneumo_experiments.dicom.limits import available_cores
 from pneumo_experiments.errors import ServerUnreachable, UserError
 from pneumo_experiments.interrupts import Terminated, handle_signals
 from pneumo_experiments.learning.device import count_gpus
+from pneumo_experiments.learning.loader import require_crop
 from pneumo_experiments.progress_bar import duration
 from pneumo_experiments.search.claims import claim, heartbeat
 from pneumo_experiments.search.space import search_space
@@ -62,6 +63,7 @@ def open_search(settings: Search) -> Generator[Trials]:
         raise UserError(f"workers={settings.workers}: they need a storage, such as sqlite:///optuna.db")
     with Dataset.open(settings.dataset) as dataset:
         split_folds(dataset, settings)
+        require_crop(settings.recipe, dataset.image_size)
         if settings.study.confirm:
             split_folds(dataset, second_settings(settings))
         tracking.open_store()

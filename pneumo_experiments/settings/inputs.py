@@ -21,7 +21,8 @@ def input_paths(settings: object) -> Iterator[tuple[Leaf, Path]]:
         arg, value = leaf.arg, str(values[leaf.name] or NONE)
         is_path = value not in (NONE, *arg.names_file) and not ADDRESS.match(value)
         if arg.missing and is_path and all(values[name] in absent for name in arg.unless):
-            yield leaf, Path(value)
+            paths = [value] if leaf.type is not str or Path(value).exists() else value.split(",")
+            yield from ((leaf, Path(path.strip())) for path in paths)
 
 
 def check_inputs(settings: object) -> None:

@@ -65,7 +65,8 @@ def _is_complete(settings: GetData) -> bool:
         record = json.loads((settings.output_dir / RECORD).read_bytes())
     except (OSError, ValueError):
         return False
-    return record == {"source": settings.source, "files": _count(settings.output_dir)}
+    is_there = (settings.output_dir / TABLE).is_file()
+    return is_there and record == {"source": settings.source, "files": _count(settings.output_dir)}
 
 
 def _count(folder: Path) -> int:

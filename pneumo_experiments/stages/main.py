@@ -220,11 +220,11 @@ def _print_summary(
 ) -> None:
     assert result.scores is not None
     s = result.scores
-    who = (
-        "patients the model never saw"
-        if settings.split.holdout > 0
-        else "the patients that chose its thresholds"
-    )
+    who = "the patients that chose its thresholds"
+    if settings.split.holdout > 0:
+        who = "patients the model never saw"
+    elif settings.split.fold == "all":
+        who = "patients that trained it: report the training's out-of-fold scores"
     alias = ", the champion" if version.champion else f", not the champion: {version.reason}"
     print(f"""
 Dice                {s.dice:.4f} ({s.interval}), {s.images} images of {who}

@@ -79,7 +79,10 @@ def _register(settings: Register) -> Version:
         _export(settings.onnx_file, detector)
     members = [id for address in addresses if (id := tracking.model_id_of(address))]
     versions.claim(name)
-    existing = versions.version_with(name, members) if len(members) == len(addresses) else None
+    identity = ",".join(members)
+    if len(members) > 1:  # the same models may have other thresholds, by the data set that was named
+        identity += " " + ",".join(map(str, astuple(detector.thresholds)))
+    existing = versions.version_with(name, identity) if len(members) == len(addresses) else None
     if existing is not None and _is_decided(settings, existing):
         state = "the champion"
         if not existing.champion:
@@ -93,7 +96,8 @@ def _register(settings: Register) -> Version:
         versions.deciding(existing) if existing else versions.registering(address, name)
     )
     with deciding as new:
-        versions.note_members(new, members)
+        if len(members) > 1:
+            versions.note_members(new, identity)
         decision = _decide(settings, new, detector, origin, models)
     version = versions.version_of(name, new.number)
     if version is None:

@@ -110,6 +110,10 @@ def score(settings: Score) -> ScoreResult:
 def _with_predictions(settings: Score) -> Score:
     """The settings with ``predictions`` in the place of the model; UserError for others that do not fit."""
     path, table = settings.predictions, settings.rle_csv
+    if path is not None and (settings.check or settings.counts):
+        raise UserError("predictions, check and counts: different tasks; give one of them")
+    if path is None and (settings.unseen or settings.patients_csv != AUTO):
+        raise UserError("unseen and patients_csv: are for predictions, which are not given; leave them out")
     if settings.check or settings.counts or (path is None and table is None):
         return settings
     if path is None:

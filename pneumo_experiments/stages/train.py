@@ -81,16 +81,22 @@ def train(settings: Train) -> TrainResult:
 def train_each(several: Sequence[Train]) -> list[TrainResult]:
     """Trains with each of these settings, in child runs of one that shows the mean and spread over seeds.
 
-    Stopped and started again, it trains only what is left. Raises UserError within a group of processes that
-    torchrun started.
+    Stopped and started again, it trains only what is left. One that fails leaves the others alone. Raises
+    UserError in the end if one has failed, and before for settings that cannot stand side by side, and within
+    a group of processes that torchrun started.
     """
     if is_launched():
         raise UserError("train: torchrun trains one network; give one value for each setting")
+    for settings in several:
+        if not (is_none(settings.from_study) and is_none(settings.reproduce)):
+            raise UserError("from_study and reproduce name settings, as lists of values do; give one of them")
+    if len({tuple(weight_shaping(each).items()) for each in several}) < len(several):
+        raise UserError("train: two of the trainings would end in the same weights; leave one of them out")
     varied = varied_settings(several)
     lists = {name: list(dict.fromkeys(one[name] for one in varied)) for name in varied[0]}
     texts = [f"{name} {','.join(values)}" for name, values in lists.items()]
     datasets = ",".join(dict.fromkeys(str(one.dataset) for one in several))
-    results = list[TrainResult]()
+    results, failures = dict[int, TrainResult](), list[str]()
     with (
         tracking.run("trainings", _Trainings(datasets, "; ".join(texts)), f"trainings {'; '.join(texts)}"),
         ExitStack() as kept,  # all checkpoints, so that no training that has ended is repeated
@@ -98,21 +104,29 @@ def train_each(several: Sequence[Train]) -> list[TrainResult]:
         for number, (settings, values) in enumerate(zip(several, varied, strict=True), start=1):
             line = ", ".join(f"{name} {value}" for name, value in values.items())
             print(f"train: training {number} of {len(several)}: {line}")
-            results.append(kept.enter_context(training(settings)))
-        groups = group_by_seed(varied, [result.scores for result in results])
+            try:
+                results[number - 1] = kept.enter_context(training(settings))
+            except UserError as error:
+                failures.append(f"training {number} ({line}): {error}")
+                print(f"train: {failures[-1]}")
+        if not results:
+            raise UserError(failures[0])
+        scored = {number: result.scores for number, result in results.items()}
+        groups = group_by_seed([varied[number] for number in scored], [*scored.values()])
         columns, table = [*groups[0].settings, *FIGURES], [one.row for one in groups]
         tracking.log_table(columns, table, "trainings")
         for step, group in enumerate(groups):
-            metrics = {"trainings/dice_mean": group.dice_mean, "trainings/dice_sd": group.dice_sd}
-            tracking.log_metrics(metrics, step=step)
+            tracking.log_metrics(group.metrics, step=step)
         lines = [columns, ["---"] * len(columns), *table]
         tracking.describe("\n".join(f"| {' | '.join(line)} |" for line in lines))
-        page = tracking.page_of_active_run()
-    widths = [max(map(len, column)) for column in zip(columns, *table, strict=True)]
-    for line in [columns, *table]:
-        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
-    print(rows({"run": page}))
-    return results
+        widths = [max(map(len, column)) for column in zip(columns, *table, strict=True)]
+        for line in [columns, *table]:
+            print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+        models = {f"model {number + 1}": result.model for number, result in results.items()}
+        print(rows(models | {"run": tracking.page_of_active_run()}))
+        if failures:
+            raise UserError(f"{len(failures)} of {len(several)} trainings failed: {failures[0]}")
+    return [*results.values()]
 
 
 @dataclass(frozen=True)

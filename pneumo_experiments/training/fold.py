@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from pneumo_experiments import tracking
 from pneumo_experiments.dataset.hdf5 import Dataset
+from pneumo_experiments.dataset.patients import warn
 from pneumo_experiments.dataset.splits import Split
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.evaluation.evaluate import Evaluation
@@ -24,7 +25,7 @@ from pneumo_experiments.learning import distributed
 from pneumo_experiments.learning.averaging import STATISTICS_IMAGES, mean_state, update_batch_norm
 from pneumo_experiments.learning.calibration import fit_calibration
 from pneumo_experiments.learning.device import choose_compute, from_numpy
-from pneumo_experiments.learning.loader import batches
+from pneumo_experiments.learning.loader import batches, require_crop
 from pneumo_experiments.learning.network import PneumothoraxNet, build_network
 from pneumo_experiments.learning.predict import Predictor
 from pneumo_experiments.metrics.dice import calibration_error
@@ -32,7 +33,7 @@ from pneumo_experiments.metrics.thresholds import ThresholdCounts, Thresholds, b
 from pneumo_experiments.progress_bar import ProgressBar
 from pneumo_experiments.serving import Detector, TrainedNetwork, load
 from pneumo_experiments.serving.model_folder import WEIGHTS
-from pneumo_experiments.settings import Network, Search, Train, as_config
+from pneumo_experiments.settings import NONE, Network, Search, Train, as_config
 from pneumo_experiments.training.loop import EpochResult, FoldImages, train_and_validate
 from pneumo_experiments.training.resume import TrainingState
 
@@ -55,16 +56,15 @@ class Fold:
     def prepare(cls, settings: Train, dataset: Dataset) -> Fold:
         """Reads the images and builds the network. Raises UserError for settings that cannot work."""
         recipe = settings.recipe
-        if (side := recipe.batches.crop) >= dataset.image_size:
-            raise UserError(
-                f"crop={side}: the images have {dataset.image_size} px; give less, or 0 for whole images"
-            )
+        require_crop(recipe, dataset.image_size)
         split = make_split(dataset, settings.split)
         validation = Subset(dataset, split.validation).in_memory(recipe.batches.cache)
         training, compute = Subset(dataset, split.train), choose_compute(settings.compute)
         cache = training.choose_cache(recipe.batches.cache, compute)
         images = FoldImages(training.training_data(cache, compute), validation)
         network = initial_network(recipe.network, recipe.seed)
+        if network.source == NONE and (recipe.network.freeze_epochs or recipe.network.freeze_bn):
+            warn("freeze_epochs and freeze_bn keep random values: the backbone has no pretrained weights")
         return cls(settings, split, images, Predictor(network, compute, recipe.network.tta), cache)
 
     def first_batch(self) -> NDArray[np.uint8]:
@@ -129,15 +129,17 @@ class Fold:
     def _choose_weights(self, state: TrainingState) -> tuple[ThresholdCounts, list[int], bool]:
         """Loads the best epoch's weights, or the mean of the best ones' where that scores better.
 
-        Averaged weights, those of ``ema`` too, are also tried with batch statistics of their own. Returns the
-        counts of the validation images, the epochs that were averaged, and whether the statistics are own.
+        Averaged weights, those of ``ema`` too, are also tried with batch statistics of their own, unless
+        those of the backbone are frozen. Returns the counts of the validation images, the epochs that were
+        averaged, and whether the statistics are own.
         """
         predictor, validation, best = self.predictor, self.images.validation, list(state.networks)
         network, candidates = predictor.network, [(state.networks[best[0]], best[:1], False)]
         recipe, data = self.settings.recipe, self.images.training
         if len(best) > 1:
             candidates.append((mean_state(list(state.networks.values())), best, False))
-        if (len(best) > 1 or recipe.optimizer.ema > 0) and not recipe.network.freeze_bn:
+        frozen = recipe.network.freeze_bn or recipe.network.freeze_epochs >= self.settings.schedule.epochs
+        if (len(best) > 1 or recipe.optimizer.ema > 0) and not frozen:
             network.load_state_dict(candidates[-1][0])
             shown, is_shown = min(STATISTICS_IMAGES, len(data)), distributed.is_main_process()
             with ProgressBar("batch statistics", shown, is_shown=is_shown) as bar:

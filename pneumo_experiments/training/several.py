@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import isnan, nan
 
 import numpy as np
 
@@ -26,15 +27,25 @@ class SeedGroup:
 
     @property
     def dice_sd(self) -> float:
-        """The sample standard deviation over seeds; 0 of one."""
-        return float(np.std([one.dice for one in self.scores], ddof=1)) if len(self.scores) > 1 else 0.0
+        """The sample standard deviation over seeds; NaN of one."""
+        return float(np.std([one.dice for one in self.scores], ddof=1)) if len(self.scores) > 1 else nan
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Mean and spread; without that of one."""
+        values = {"trainings/dice_mean": self.dice_mean, "trainings/dice_sd": self.dice_sd}
+        return {name: value for name, value in values.items() if not isnan(value)}
 
     @property
     def row(self) -> list[str]:
         """The settings' values, then the FIGURES."""
         positive = float(np.mean([one.dice_positive for one in self.scores]))
         figures = (self.dice_mean, self.dice_sd, positive, self.scores[0].dice_baseline)
-        return [*self.settings.values(), str(len(self.scores)), *(f"{figure:.4f}" for figure in figures)]
+        return [*self.settings.values(), str(len(self.scores)), *map(_text, figures)]
+
+
+def _text(figure: float) -> str:
+    return "–" if isnan(figure) else f"{figure:.4f}"
 
 
 def varied_settings(several: Sequence[Train]) -> list[dict[str, str]]:

@@ -488,22 +488,23 @@ def test_a_study_of_an_earlier_version_goes_on_with_the_defaults_of_later_settin
     quick(trials=1)
     recorded = dict(study().user_attrs["made_with"])
     assert recorded.pop("balance") == "image"
+    recorded["positive_share"] = recorded.pop("positive_fraction")
     recorded["augment"] = {"none": "false", "mild": "true"}[recorded["augment"]]
     study().set_user_attr("made_with", recorded)
     quick(trials=2)
     assert len(study().trials) == 2
-    with pytest.raises(UserError, match=r"^study=s: was made with balance image, not patient; name another"):
+    with pytest.raises(UserError, match=r"^study=s: was made with balance image, now patient; name another"):
         quick(trials=3, balance="patient")
 
 
 def test_a_study_of_other_data_is_refused_and_the_difference_named(quick: Quick, dataset: Path) -> None:
     quick(trials=1)
     for values, difference in (
-        ({"learning_rate": 0.01}, r"learning_rate 0\.\d+, not 0\.01"),
-        ({"dataset": dataset}, r"data [0-9a-f]{16}, not [0-9a-f]{16}"),
+        ({"learning_rate": 0.01}, r"learning_rate 0\.\d+, now 0\.01"),
+        ({"dataset": dataset}, r"data [0-9a-f]{16}, now [0-9a-f]{16}"),
         (
             {"searched": "focal_weight,presence_weight"},
-            r".*range of dice_weight 0\.1 to 10, logarithmic, not not searched",
+            r".*range of dice_weight 0\.1 to 10, logarithmic, now not searched",
         ),
     ):
         with pytest.raises(UserError, match=rf"^study=s: was made with {difference}; name another"):

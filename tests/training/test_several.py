@@ -70,6 +70,25 @@ def test_what_has_ended_before_an_interruption_is_not_trained_again(
     assert said.count("epoch 1/1") == 1  # of the third
 
 
+def test_one_that_fails_leaves_the_others_alone_and_alike_ones_are_refused_before(
+    several: list[Train], capsys: pytest.CaptureFixture[str]
+) -> None:
+    diverging = changed(several[1], learning_rate=1e30)
+    with pytest.raises(UserError, match=r"^1 of 3 trainings failed: training 2 \(seed 1, .*diverged"):
+        train_each([several[0], diverging, several[2]])
+    runs = MlflowClient().search_runs(["0"], order_by=["attributes.start_time"])
+    assert [run.info.status for run in runs] == ["FAILED", "FINISHED", "FAILED", "FINISHED"]
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("0.0")]
+    assert [(row[:2], row[3]) for row in rows] == [(["0.001", "1"], "–"), (["0.01", "1"], "–")]
+    for alike, reason in (
+        (changed(several[0], threshold_trials=5), "two of the trainings would end in the same weights"),
+        (changed(several[1], from_study="s"), "from_study and reproduce name settings"),
+    ):
+        with pytest.raises(UserError, match=reason):
+            train_each([several[0], alike])
+    assert len(MlflowClient().search_runs(["0"])) == 4
+
+
 def test_a_group_of_torchrun_trains_one(several: list[Train], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "any")
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
