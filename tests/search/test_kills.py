@@ -67,7 +67,9 @@ class Desk:
             return False
 
     def runs(self) -> list[Run]:
-        return list(MlflowClient(self.uri).search_runs(["0"], max_results=1000))
+        client = MlflowClient(self.uri)
+        experiments = [each.experiment_id for each in client.search_experiments()]
+        return list(client.search_runs(experiments, max_results=1000))
 
     def check(self, trials: int) -> optuna.Study:
         """Asserts what holds for a study that has ended, whatever happened to it."""

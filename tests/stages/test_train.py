@@ -350,7 +350,7 @@ def test_under_mlflow_run_a_training_goes_on_in_its_first_run(settings: Train, t
     assert done.returncode == 0, done.stderr[-3000:]
     assert "train: continues after epoch" in done.stdout + done.stderr
     run, other = runs()
-    assert run.info.run_name.startswith("train tiny 16px fold 0 · ")
+    assert run.info.run_name.startswith("train fcn_resnet50 16px fold 0 · ")
     assert other.info.run_name == "continued in an earlier run"
     assert run.info.run_id in other.data.tags["mlflow.note.content"]
     assert run.info.status == other.info.status == "FINISHED"
