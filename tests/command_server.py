@@ -94,7 +94,9 @@ class Command:
             return self.wait(), said
 
     def send_signal(self, number: int) -> None:
-        os.kill(self.pid, number)
+        """As that of subprocess.Popen: nothing happens if it has ended."""
+        with suppress(ProcessLookupError):
+            os.kill(self.pid, number)
 
     def _read_code(self) -> int | None:
         if not self._code and (line := self._ended.readline()):

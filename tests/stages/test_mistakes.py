@@ -184,11 +184,11 @@ MISTAKES = [
     ),
     (
         "search --study mine --batch_size 4 --holdout 0.25",
-        "study=mine: was made with batch_size 16, not 4; holdout 0.0, not 0.25; name",
+        "study=mine: was made with batch_size 16, now 4; holdout 0.0, now 0.25; name",
     ),
     (
         "search --study mine --dataset other.h5",
-        "study=mine: was made with data {labelled}, not {other}; name another study",
+        "study=mine: was made with data {labelled}, now {other}; name another study",
     ),
     # The tracking store
     (
