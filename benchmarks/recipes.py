@@ -362,10 +362,9 @@ def table(chosen: argparse.Namespace) -> None:
 
 
 def print_table(data: str, budget: str, results: list[dict[str, Any]]) -> None:
-    """A row for each recipe, of all its seeds that the first recipe has, too."""
-    first = {result["seed"]: result for result in results if result["recipe"] == FIRST}
-    if not first:
-        return
+    """A row for each recipe, of all its seeds that the first recipe of these has, too."""
+    reference = next(name for name in (*RECIPES, *PEERS) if any(one["recipe"] == name for one in results))
+    first = {result["seed"]: result for result in results if result["recipe"] == reference}
     one = next(iter(first.values()))
     areas = np.array(one["areas"])
     positive = f"{np.count_nonzero(areas)} of them positive, all-empty {np.mean(areas == 0):.4f}"
@@ -384,7 +383,9 @@ def print_table(data: str, budget: str, results: list[dict[str, Any]]) -> None:
         other = np.mean([first[result["seed"]]["dices"]["searched"] for result in own], axis=0)
         paired = compare(dices, other, one["patients"])
         difference = (
-            "–" if name == FIRST else f"{paired.difference:+.4f} ({paired.low:+.4f} to {paired.high:+.4f})"
+            "–"
+            if name == reference
+            else f"{paired.difference:+.4f} ({paired.low:+.4f} to {paired.high:+.4f})"
         )
         seconds = np.mean([result["seconds"] for result in own])
         epochs = np.mean([result["epochs"] for result in own])
