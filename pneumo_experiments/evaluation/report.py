@@ -122,6 +122,8 @@ class Report:
     tables: Mapping[str, Table]
     pictures: Mapping[str, Picture]
     page: str
+    gallery: Sequence[tuple[str, Picture]]
+    """the overlays among the pictures, with their kind, such as worst"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -193,7 +195,8 @@ def make_report(
         max_id_length=MAX_ID_LENGTH,
     )
     charts = {figure.file_name: figure.picture for figure in [*figures, *changes]}
-    return Report(tables, charts | overlays, page)
+    kinds = choose_images(evaluation, len(overlays)).values()
+    return Report(tables, charts | overlays, page, [*zip(kinds, overlays.values(), strict=True)])
 
 
 def _figures(evaluation: Evaluation) -> list[Figure]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -309,6 +310,10 @@ def _log_score(settings: Score, model: str | None, result: _LabelledScore) -> Sc
         report = make_report(context, evaluation, detector, compared)
         for file_name, picture in report.pictures.items():
             tracking.log_image(picture, file_name)
+        steps = Counter[str]()  # of each kind the slider goes through its images
+        for kind, picture in report.gallery:
+            tracking.log_image_step(picture, kind, steps[kind])
+            steps[kind] += 1
         tracking.log_page(report.page, PAGE)
         for name, table in report.tables.items():  # the evaluation view opens the last one
             tracking.log_table(*table, name)

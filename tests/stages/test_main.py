@@ -238,6 +238,11 @@ def test_the_report_and_its_pictures_are_artifacts_of_the_final_run(chain: Chain
     pictures = sorted(item.path for item in MlflowClient().list_artifacts(scored.info.run_id, "overlays"))
     assert len(pictures) > 1
     assert page.count("radiograph, truth and prediction of") == len(pictures)
+    images = [item.path for item in MlflowClient().list_artifacts(scored.info.run_id, "images")]
+    steps = sorted(tuple(path.split("+")[:3:2]) for path in images if path.endswith(".png"))
+    kinds = [path.split("/")[1].split("-")[1].replace("_", " ") for path in pictures]
+    expected = [(f"images/{kind}", str(kinds[:place].count(kind))) for place, kind in enumerate(kinds)]
+    assert steps == sorted(expected)
     with Image.open(artifact(scored, pictures[0])) as picture:
         assert picture.width > 700
         assert np.asarray(picture).std() > 20
