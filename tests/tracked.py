@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import csv
 import tempfile
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import mlflow
+import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
 from pneumo_experiments import tracking
+from pneumo_experiments.learning.checkpoint import Checkpoint
 from pneumo_experiments.serving import Detector, save
 from pneumo_experiments.settings import Train
 
@@ -42,3 +47,19 @@ def log_model(detector: Detector, settings: Train) -> str:
         save(Path(folder), detector)
         with tracking.run("train", settings):
             return tracking.log_model(Path(folder))
+
+
+@contextmanager
+def stopped_in_the_second_training(monkeypatch: pytest.MonkeyPatch) -> Generator[None]:
+    """Ctrl-C as soon as the second training of the block has saved its first checkpoint."""
+    save, saved = Checkpoint.save, list[str]()
+
+    def save_and_stop(self: Checkpoint, *state: Any) -> None:
+        save(self, *state)
+        saved.append(self.folder.name)
+        if len(set(saved)) == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Checkpoint, "save", save_and_stop)
+        yield

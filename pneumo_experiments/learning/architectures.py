@@ -14,7 +14,7 @@ from torchvision import models  # pyright: ignore[reportMissingTypeStubs]
 from torchvision.models.segmentation.fcn import FCNHead  # pyright: ignore[reportMissingTypeStubs]
 
 from pneumo_experiments.errors import UserError
-from pneumo_experiments.settings.networks import LIBRARY, check_network
+from pneumo_experiments.settings.networks import DECODERS, LIBRARY, check_network
 
 Features = Mapping[str, Tensor] | Sequence[Tensor]
 
@@ -118,9 +118,6 @@ NETWORKS = {
     "deeplabv3_mobilenet_v3_large": _architecture(_narrow, f"deeplabv3_{_mobilenet}", _mobilenet),
     "lraspp_mobilenet_v3_large": _architecture(_lraspp, f"lraspp_{_mobilenet}", _mobilenet),
 }
-# Of segmentation_models_pytorch; the encoder's name follows after a colon.
-DECODERS = {"unet": "Unet", "unet++": "UnetPlusPlus", "fpn": "FPN", "deeplabv3+": "DeepLabV3Plus"}
-
 UNUSED = ("_conv_head", "_bn1")  # EfficientNet's last layers, which no decoder reads
 
 

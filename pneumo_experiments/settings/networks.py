@@ -13,7 +13,8 @@ TORCHVISION = (
     *("fcn_resnet50", "fcn_resnet101", "deeplabv3_resnet50", "deeplabv3_resnet101"),
     *("fcn_resnet50_s4", "deeplabv3_mobilenet_v3_large", "lraspp_mobilenet_v3_large"),
 )
-DECODERS = ("unet", "unet++", "fpn", "deeplabv3+")
+# Decoders of segmentation_models_pytorch, and what it calls them; the encoder's name follows after a colon.
+DECODERS = {"unet": "Unet", "unet++": "UnetPlusPlus", "fpn": "FPN", "deeplabv3+": "DeepLabV3Plus"}
 # Those of segmentation_models_pytorch that work with most of its decoders and can be loaded without values.
 # timm's have tu- before their names, which timm alone knows.
 ENCODERS = (

@@ -18,7 +18,7 @@ from helpers import BIN, ROOT, changed, environment_of_mlflow, make, soak
 from mlflow import MlflowClient
 from tiny_network import tiny_member, weights_of
 from torch.nn.modules.module import register_module_forward_hook
-from tracked import log_model, runs, table
+from tracked import log_model, runs, stopped_in_the_second_training, table
 
 from pneumo_experiments import tracking
 from pneumo_experiments.dataset.hdf5 import Dataset
@@ -88,18 +88,9 @@ def test_all_folds_are_child_runs_and_each_image_is_scored_by_a_network_that_nev
 def test_folds_that_had_ended_are_not_trained_again(
     settings: Train, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folds, save, saved = changed(settings, fold="all", folds=2, epochs=1), Checkpoint.save, list[str]()
-
-    def save_and_stop_in_the_second_fold(self: Checkpoint, *state: Any) -> None:
-        save(self, *state)
-        saved.append(self.folder.name)
-        if len(set(saved)) == 2:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Checkpoint, "save", save_and_stop_in_the_second_fold)
-        with pytest.raises(KeyboardInterrupt):
-            train(folds)
+    folds = changed(settings, fold="all", folds=2, epochs=1)
+    with stopped_in_the_second_training(monkeypatch):
+        train(folds)
     assert capsys.readouterr().out.count("epoch 1/1") == 1  # of the second it is not said, but saved
     train(folds)
     said = capsys.readouterr().out

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from helpers import changed, make
 from mlflow import MlflowClient
+from tracked import stopped_in_the_second_training
 
 from pneumo_experiments.errors import UserError
-from pneumo_experiments.learning.checkpoint import Checkpoint
 from pneumo_experiments.settings import Train
 from pneumo_experiments.stages.train import train_each
 
@@ -51,18 +51,8 @@ def test_the_parent_shows_mean_and_spread_over_seeds(
 def test_what_has_ended_before_an_interruption_is_not_trained_again(
     several: list[Train], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    save, saved = Checkpoint.save, list[str]()
-
-    def save_and_stop_in_the_second(self: Checkpoint, *state: Any) -> None:
-        save(self, *state)
-        saved.append(self.folder.name)
-        if len(set(saved)) == 2:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Checkpoint, "save", save_and_stop_in_the_second)
-        with pytest.raises(KeyboardInterrupt):
-            train_each(several[:3])
+    with stopped_in_the_second_training(monkeypatch):
+        train_each(several[:3])
     capsys.readouterr()
     train_each(several[:3])
     said = capsys.readouterr().out
