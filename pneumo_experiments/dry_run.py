@@ -126,7 +126,12 @@ def _radiographs(settings: Preprocess) -> list[str]:
 def _training(settings: Train) -> _Plan:
     parts, epochs = _Split(settings.dataset, settings.split), plural(settings.schedule.epochs, "epoch")
     folds = f"{settings.split.folds} folds of " if settings.split.fold == "all" else ""
-    study = [] if is_none(settings.from_study) else [f"the best settings of study {settings.from_study} win"]
+    more = [] if is_none(settings.from_study) else [f"the best settings of study {settings.from_study} win"]
+    if settings.recipe.network.starts_from_model:
+        from pneumo_experiments.training.fold import doubt_of_start  # torch takes its time
+
+        with Dataset.open(settings.dataset) as dataset:
+            more += filter(None, [doubt_of_start(settings, dataset)])
     room = _size((2 * parts.train + parts.validation) * parts.image_size**2)
     return _Plan(
         parts.table,
@@ -135,7 +140,7 @@ def _training(settings: Train) -> _Plan:
             f"{folds}{epochs} of {parts.train:,} images, and {parts.validation:,} to validate after each; how"
             " long that takes is known after its first seconds",
             f"{room} of memory for images and masks (cache=stream needs less), and what the network needs",
-            *study,
+            *more,
         ],
     )
 

@@ -31,12 +31,13 @@ def addresses_of(model: str) -> list[str]:
     return addresses
 
 
-def load_model(address: str | Path) -> Detector:
+def load_model(address: str | Path, setting: str = "model") -> Detector:
     """The model at a ``models:/`` or ``runs:/`` address, or in the folder of a logged model.
 
     On the best available device. An address is looked up in the store that MLFLOW_TRACKING_URI names, by
-    default mlflow.db in the working folder; a folder needs no store. Nothing in a model is executed. Raises
-    UserError if it cannot be loaded, or if another project logged it.
+    default mlflow.db in the working folder; a folder needs no store. Nothing in a model is executed.
+    ``setting`` is what errors call it. Raises UserError if it cannot be loaded, or if another project logged
+    it.
 
     >>> load_model("model").image_size
     16
@@ -47,11 +48,11 @@ def load_model(address: str | Path) -> Detector:
         store = tracking.database_file(tracking.tracking_uri())
         if store is not None and not store.exists():  # MLflow would create it
             raise UserError(
-                f"model={address}: no folder, and there is no store {store}; give a model's folder, or name"
-                " the store in MLFLOW_TRACKING_URI"
+                f"{setting}={address}: no folder, and there is no store {store}; give a model's folder, or"
+                " name the store in MLFLOW_TRACKING_URI"
             )
         tracking.connect_store()
-    return load(tracking.model_data(str(address)))
+    return load(tracking.model_data(str(address), setting))
 
 
 def load_models(model: str, dataset: Path, compute: Device, setting: str = "model") -> Detector:

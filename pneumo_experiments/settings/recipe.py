@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Literal, cast
 
 from pneumo_experiments.settings.fields import AUTO, NONE, Arg
@@ -201,6 +203,12 @@ class Network:
     compile: Annotated[
         bool, Arg("compile the network with torch.compile; pays in long trainings on a GPU")
     ] = False
+
+    @property
+    def starts_from_model(self) -> bool:
+        """Whether ``weights`` are an address or a folder, not a file or the name of pretrained ones."""
+        is_address = re.match(r"(?i)(?!https?:|ftp:)[\w+.-]{2,}:/", self.weights) is not None
+        return is_address or (self.weights != "" and Path(self.weights).is_dir())
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,6 @@ from pneumo_experiments.stages.sample import sample
 from pneumo_experiments.stages.score import ScoreResult, score
 from pneumo_experiments.stages.search import SearchResult, search
 from pneumo_experiments.stages.train import training
-from pneumo_experiments.training.fold import is_model
 from pneumo_experiments.words import plural
 
 
@@ -181,7 +180,7 @@ def _training_recipe(settings: Main, best: SearchResult) -> Recipe:
     """
     network, own = best.recipe.network, settings.recipe.network
     is_same = (network.network, network.weights) == (own.network, own.weights)
-    if best.start is None or settings.split.fold == "all" or not is_same or is_model(own.weights):
+    if best.start is None or settings.split.fold == "all" or not is_same or own.starts_from_model:
         return best.recipe
     return replace(best.recipe, network=replace(network, weights=str(best.start)))
 

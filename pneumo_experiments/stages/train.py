@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from pneumo_experiments import tracking
 from pneumo_experiments.dataset.hdf5 import Dataset
+from pneumo_experiments.dataset.patients import warn
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.evaluation.pictures import ranked_overlays
 from pneumo_experiments.evaluation.subset import describe_split
@@ -32,7 +33,7 @@ from pneumo_experiments.progress_bar import ProgressBar
 from pneumo_experiments.search.winner import best_of_study
 from pneumo_experiments.serving import Detector, new_folder, save
 from pneumo_experiments.settings import Arg, Train, chosen, flat, is_none, weight_shaping
-from pneumo_experiments.training.fold import Fold, FoldResult
+from pneumo_experiments.training.fold import Fold, FoldResult, doubt_of_start, settings_per_fold
 from pneumo_experiments.training.folds import COLUMNS, MUCH_DISAGREEMENT, join_folds, predict_out_of_fold
 from pneumo_experiments.training.loop import EpochResult
 from pneumo_experiments.training.resume import EPOCH_DICE, TrainingState, checkpoint_of
@@ -150,7 +151,11 @@ def training(settings: Train) -> Generator[TrainResult]:
     source: SettingsSource = distributed.broadcast(_read_source(settings) if is_main else None)
     settings = source.settings
     with Dataset.open(settings.dataset) as dataset:
-        checkpoints = [checkpoint_of(one, dataset.fingerprint) for one in _settings_per_fold(settings)]
+        if is_main and settings.recipe.network.starts_from_model:
+            tracking.open_store()
+            if doubt := doubt_of_start(settings, dataset):
+                warn(doubt)
+        checkpoints = [checkpoint_of(one, dataset.fingerprint) for one in settings_per_fold(settings)]
         with lock_checkpoints(checkpoints if is_main else [], patience=0 if is_launched() else -1):
             if settings.schedule.processes > 1 and not is_launched():
                 tracking.open_store()  # a store that does not open is reported once, not by every process
@@ -197,14 +202,6 @@ def _only_main_process_speaks() -> Generator[None]:
         yield
 
 
-def _settings_per_fold(settings: Train) -> list[Train]:
-    """The settings of each network to train."""
-    if settings.split.fold != "all":
-        return [settings]
-    folds = range(settings.split.folds)
-    return [replace(settings, split=replace(settings.split, fold=str(fold))) for fold in folds]
-
-
 def _train(source: SettingsSource, dataset: Dataset, parent: str | None) -> TrainResult:
     settings = source.settings
     if settings.split.fold != "all":
@@ -212,7 +209,7 @@ def _train(source: SettingsSource, dataset: Dataset, parent: str | None) -> Trai
     with tracking.run("train", settings, _run_name(settings, dataset, "train"), parent=parent):
         tracking.log_dataset(settings.dataset, dataset.fingerprint, "training", dataset.profile)
         folds = list[FoldResult]()
-        for number, one in enumerate(_settings_per_fold(settings)):
+        for number, one in enumerate(settings_per_fold(settings)):
             left = settings.split.folds - number
             folds.append(_train_fold("fold", replace(source, settings=one), dataset, folds_left=left)[0])
         if not distributed.is_main_process():

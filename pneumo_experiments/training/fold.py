@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,8 +15,9 @@ from pneumo_experiments.dataset.patients import warn
 from pneumo_experiments.dataset.splits import Split
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.evaluation.evaluate import Evaluation
+from pneumo_experiments.evaluation.load_models import load_model
 from pneumo_experiments.evaluation.pictures import draw_overlays
-from pneumo_experiments.evaluation.subset import Subset, hash_image_ids, make_split
+from pneumo_experiments.evaluation.subset import Subset, describe_seen, hash_image_ids, make_split
 from pneumo_experiments.evaluation.threshold_search import ThresholdSearch, search_thresholds
 from pneumo_experiments.figures import contact_sheet, outlines, overlay
 from pneumo_experiments.learning import distributed
@@ -218,7 +217,7 @@ def initial_network(network: Network, seed: int) -> PneumothoraxNet:
     What that model has seen, the new network has seen, too. Raises UserError for a model of several networks.
     """
     weights = network.weights
-    if not is_model(weights):
+    if not network.starts_from_model:
         return build_network(network.network, weights, seed)
     folder = tracking.model_data(weights, "weights")
     model = load(folder)
@@ -231,10 +230,36 @@ def initial_network(network: Network, seed: int) -> PneumothoraxNet:
     return built
 
 
-def is_model(weights: str) -> bool:
-    """Whether initial weights are an address or a folder, not a file or the name of pretrained ones."""
-    is_address = re.match(r"(?i)(?!https?:|ftp:)[\w+.-]{2,}:/", weights) is not None
-    return is_address or (weights != "" and Path(weights).is_dir())
+def settings_per_fold(settings: Train) -> list[Train]:
+    """The settings of each network to train."""
+    if settings.split.fold != "all":
+        return [settings]
+    folds = range(settings.split.folds)
+    return [replace(settings, split=replace(settings.split, fold=str(fold))) for fold in folds]
+
+
+def doubt_of_start(settings: Train, dataset: Dataset) -> str:
+    """Says how many of the images to judge by the model in ``weights`` has seen; empty if none, or no model.
+
+    A model of the same fold is not doubted: these images have chosen its epoch and thresholds, no more.
+    """
+    if not settings.recipe.network.starts_from_model:
+        return ""
+    weights, judges = settings.recipe.network.weights, list[NDArray[np.int64]]()
+    start = load_model(weights, "weights")
+    for one in settings_per_fold(settings):
+        split = make_split(dataset, one.split)
+        own = hash_image_ids(Subset(dataset, np.append(split.train, split.validation)))
+        if start.members[0].split != one.split or start.training_images != own:
+            judges += [split.validation, split.holdout]
+    judged = Subset(dataset, np.unique(np.concatenate(judges))) if judges else None
+    if judged is None or not (seen := describe_seen(judged, start.training_images, "that model")):
+        return ""
+    return (
+        f"weights={weights}: of those that validate or are held out, {seen}: validation and out-of-fold"
+        " scores and thresholds are too optimistic, and score refuses such a hold-out; start each fold from a"
+        " model of the same fold, holdout and split_seed"
+    )
 
 
 def make_detector(

@@ -20,23 +20,23 @@ from tiny_network import tiny_member, weights_of
 from torch.nn.modules.module import register_module_forward_hook
 from tracked import log_model, runs, stopped_in_the_second_training, table
 
-from pneumo_experiments import tracking
+from pneumo_experiments import dry_run, tracking
 from pneumo_experiments.dataset.hdf5 import Dataset
 from pneumo_experiments.dataset.rle import decode
 from pneumo_experiments.errors import UserError
-from pneumo_experiments.evaluation.subset import Subset, make_split
+from pneumo_experiments.evaluation.subset import Subset, hash_image_ids, make_split
 from pneumo_experiments.learning.calibration import Calibration, fit_calibration
 from pneumo_experiments.learning.checkpoint import Checkpoint
 from pneumo_experiments.learning.network import PneumothoraxNet
 from pneumo_experiments.metrics.dice import calibration_error, dice
 from pneumo_experiments.metrics.thresholds import Thresholds
 from pneumo_experiments.serving import Detector, load
-from pneumo_experiments.settings import Main, Score, Train, as_texts, flat
+from pneumo_experiments.settings import Main, Score, SplitSettings, Train, as_texts, flat
 from pneumo_experiments.stages.main import _training_recipe
 from pneumo_experiments.stages.score import score
 from pneumo_experiments.stages.search import SearchResult
 from pneumo_experiments.stages.train import train
-from pneumo_experiments.training.fold import Fold, FoldResult, initial_network
+from pneumo_experiments.training.fold import Fold, FoldResult, doubt_of_start, initial_network
 from pneumo_experiments.training.loop import EpochResult
 from pneumo_experiments.training.resume import TrainingState
 
@@ -285,6 +285,33 @@ def test_a_training_may_start_from_a_models_weights_and_has_seen_what_that_has(
     result = train(changed(settings, weights=address, epochs=1))
     assert load(tracking.model_data(result.model)).training_images > {"another image"}
     assert runs()[-1].data.params["weights_source"] == address
+
+
+def test_a_start_that_has_seen_what_other_folds_validate_on_is_told_once_and_at_first(
+    settings: Train, small_dataset: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with Dataset.open(small_dataset) as dataset:
+        split = make_split(dataset, SplitSettings(holdout=0.25, folds=3))
+        known = hash_image_ids(Subset(dataset, np.append(split.train, split.validation)))
+        member = tiny_member(3, holdout=0.25, folds=3)
+        address = log_model(Detector((member,), 16, Thresholds(), "of 8 px", known), settings)
+        same = changed(settings, weights=address, epochs=1, holdout=0.25, folds=3)
+        assert doubt_of_start(same, dataset) == ""
+        another = doubt_of_start(changed(same, split_seed=1), dataset)
+    held_out = len(split.holdout)  # the validation images of the two other folds, and these
+    line = (
+        f"weights={address}: of those that validate or are held out, {len(split.train)} of"
+        f" {len(split.train) + held_out} images trained that model or chose its thresholds: "
+    )
+    caplog.clear()
+    train(changed(same, fold="all"))
+    (told,) = [text for record in caplog.records if "weights=" in (text := record.getMessage())]
+    assert told.startswith(f"Warning: {line}validation and out-of-fold scores and thresholds are too")
+    assert (
+        sum(text.startswith("train: " + line) for text in dry_run.lines("train", changed(same, fold="all")))
+        == 1
+    )
+    assert "trained that model" in another  # that hold-out is not its own
 
 
 def test_weights_of_what_is_no_single_network_are_named(settings: Train, tmp_path: Path) -> None:
