@@ -61,7 +61,8 @@ class PneumothoraxNet(nn.Module):
         self.pretrained: frozenset[str] = frozenset()
         self.source = self.source_sha256 = "none"
         self.training_images = frozenset[str]()
-        # ImageNet's mean and standard deviation of its three channels, which pretrained weights expect.
+        # ImageNet's mean and standard deviation of its three channels, which most pretrained weights expect:
+        # not all of timm's; DPNs of segmentation_models_pytorch expect the same within a twentieth.
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1))
         # Most pixels are healthy: start at a probability of 5% instead of 50%. LRASPP adds two layers.

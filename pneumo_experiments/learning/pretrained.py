@@ -6,7 +6,7 @@ import hashlib
 import logging
 import re
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -39,12 +39,17 @@ log = logging.getLogger(__name__)
 
 
 class Weights(NamedTuple):
-    """A state dict, what errors call it, the name by which it is recorded, and its digest."""
+    """A state dict, what errors call it, the name by which it is recorded, and its digest.
+
+    ``mean`` and ``std`` of the images that it was trained on, by channel; empty: ImageNet's, or in the state.
+    """
 
     state: dict[str, Tensor]
     given: str
     source: str
     sha256: str
+    mean: Sequence[float] = ()
+    std: Sequence[float] = ()
 
 
 def read_weights(path: Path) -> Weights:
@@ -68,10 +73,10 @@ def download_encoder(network: str) -> Weights:
         if config is None or not (repository := config.hf_hub_id):
             raise OSError("timm has no weights of it")
         _require_hub(repository, None)
-        state, digest = encoders.get_encoder(encoder, weights="imagenet").state_dict(), hashlib.sha256()
+        state, digest = encoders.get_encoder(encoder, weights=True).state_dict(), hashlib.sha256()
         for tensor in state.values():
             digest.update(tensor.contiguous().numpy().tobytes())
-        return Weights(state, encoder, repository, digest.hexdigest())
+        return Weights(state, encoder, repository, digest.hexdigest(), config.mean, config.std)
     known = encoders.encoders[encoder]["pretrained_settings"]
     place = known.get("imagenet") or next(iter(known.values()))
     _require_hub(place["repo_id"], place["revision"])
@@ -236,6 +241,9 @@ def load_weights(net: nn.Module, weights: Weights) -> frozenset[str]:
                 " choose the network that they belong to"
             )
     net.load_state_dict(loaded, strict=False)
+    for name, values in (("mean", weights.mean), ("std", weights.std)):
+        if values:
+            net.get_buffer(name).copy_(torch.tensor(values).view(1, -1, 1, 1))
     if absent := [stage for stage in dict.fromkeys(map(_stage, backbone)) if stage not in complete]:
         names = ", ".join(absent)
         log.warning("weights=%s: has no %s, which start from random values", weights.source, names)

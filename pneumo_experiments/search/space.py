@@ -27,6 +27,7 @@ from pneumo_experiments.settings import (
     read_yaml,
     renamed,
 )
+from pneumo_experiments.settings.networks import has_aux_head
 
 Space = dict[str, BaseDistribution]
 
@@ -63,6 +64,12 @@ def search_space(settings: StudySettings, recipe: Recipe) -> Space:
             raise UserError(f"searched={name[:60]}: {_unknown(name, ranges)}")
     if "augment_strength" in names and recipe.batches.augment == "none":
         raise UserError("searched=augment_strength: without effect, since augment=none; set augment=mild")
+    network = recipe.network.network
+    if "aux_weight" in names and "network" not in names and not has_aux_head(network):
+        raise UserError(
+            f"searched=aux_weight: without effect, since {network} has no auxiliary head; leave it out, or"
+            " take another network, such as fcn_resnet50"
+        )
     return {name: ranges[name] for name in names}
 
 

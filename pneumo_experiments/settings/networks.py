@@ -54,6 +54,11 @@ def is_network(text: str) -> bool:
     return text in TORCHVISION or (decoder in DECODERS and is_encoder)
 
 
+def has_aux_head(network: str) -> bool:
+    """Whether a network has an auxiliary head, which ``aux_weight`` trains."""
+    return ":" not in network and not network.startswith("lraspp")
+
+
 def libraries_of(network: str) -> list[str]:
     """The libraries beyond the package's own dependencies that a network needs, by their names on PyPI."""
     return [LIBRARY.replace("_", "-")] if ":" in network else []

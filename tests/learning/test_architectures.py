@@ -30,7 +30,7 @@ from pneumo_experiments.learning.predict import Predictor
 from pneumo_experiments.learning.trainer import Trainer, parameter_groups
 from pneumo_experiments.metrics.dice import dice
 from pneumo_experiments.settings import Recipe, networks
-from pneumo_experiments.settings.networks import ENCODERS, LIBRARY, check_network, libraries_of
+from pneumo_experiments.settings.networks import ENCODERS, LIBRARY, check_network, has_aux_head, libraries_of
 
 # Pixels of the image, in a row, for each value of the mask head.
 STRIDES = {
@@ -77,7 +77,7 @@ def test_outputs_have_the_image_s_size_and_features_the_documented_stride(networ
     assert odd.mask.shape == (2, 50, 67)  # a size that no encoder can halve five times
     assert output.presence.shape == odd.presence.shape == (2,)
     assert grids[0] == (2, 1, 64 // STRIDES[network], 96 // STRIDES[network])
-    assert (output.aux is None) == (net.aux_head is None)
+    assert (output.aux is None) == (net.aux_head is None) == (not has_aux_head(network))
 
 
 def test_a_size_that_cannot_be_halved_is_answered_as_the_image_with_its_edge_repeated() -> None:
@@ -331,6 +331,34 @@ def test_weights_of_an_encoder_come_from_the_library_s_cache_or_are_refused(
     assert torch.equal(net.backbone.layer4[1].conv2.weight, state["layer4.1.conv2.weight"])
     assert net.source == f"imagenet {place['repo_id']}"
     assert net.source_sha256 == hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+
+
+def test_pretrained_encoders_of_timm_see_images_scaled_as_in_their_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import timm
+    from huggingface_hub import constants
+    from safetensors.torch import save_file
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    repository, revision = tmp_path / "models--timm--tf_mobilenetv3_small_minimal_100.in1k", "0" * 40
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(revision)
+    (repository / "snapshots" / revision).mkdir(parents=True)
+    theirs: Any = timm.create_model("tf_mobilenetv3_small_minimal_100", pretrained=False)
+    save_file(theirs.state_dict(), repository / "snapshots" / revision / "model.safetensors")
+    net = build_network("unet:tu-tf_mobilenetv3_small_minimal_100", "imagenet", seed=0).eval()
+    assert torch.equal(net.backbone.model.conv_stem.weight, theirs.conv_stem.weight)
+    image, seen = noise(1, 1, 32, 32), list[torch.Tensor]()
+    net.backbone.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    net(image)
+    torch.save(net.state_dict(), tmp_path / "own.pt")  # as a later stage reads it, and a served model
+    again = build_network("unet:tu-tf_mobilenetv3_small_minimal_100", str(tmp_path / "own.pt"), seed=0).eval()
+    again.backbone.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    again(image)
+    for each in seen:  # not ImageNet's mean and deviation
+        torch.testing.assert_close(each, (image.expand(1, 3, 32, 32) - 0.5) / 0.5)
 
 
 # Names

@@ -69,6 +69,17 @@ def test_names_without_a_range_are_named_with_the_nearest() -> None:
     assert error_of("augment_strength", augment="none").endswith("set augment=mild")
 
 
+def test_the_weight_of_a_head_that_the_network_does_not_have_is_not_searched(file: Path) -> None:
+    file.write_text("aux_weight: {low: 0, high: 1}\nnetwork: {choices: [fcn_resnet50, unet:resnet18]}\n")
+    for network in ("unet:resnet18", "lraspp_mobilenet_v3_large"):
+        assert error_of("dice_weight,aux_weight", file, network=network) == (
+            f"searched=aux_weight: without effect, since {network} has no auxiliary head; leave it out, or"
+            " take another network, such as fcn_resnet50"
+        )
+    assert [*space_of("aux_weight", file)] == ["aux_weight"]
+    assert [*space_of("aux_weight,network", file, network="unet:resnet18")] == ["aux_weight", "network"]
+
+
 def test_a_file_changes_ranges_and_gives_other_settings_one(file: Path) -> None:
     file.write_text(
         "dice_weight: {low: 0.5, high: 2}\n"
