@@ -68,12 +68,11 @@ def main(settings: Main) -> ScoreResult:
             scoring = Score(
                 model=trained.model,
                 dataset=dataset,
-                subset=_scored_subset(settings),
                 compute=settings.compute,
                 overlays=settings.evaluation.overlays,
             )
             next(step)
-            result = score(scoring)
+            result = score(replace(scoring, subset=_scored_subset(settings)))
             assert result.scores is not None  # a labelled data set gives scores
             tracking.log_metrics(result.scores.as_metrics(result.prefix))
             tracking.rename(f"{name} · {result.scores.dice:.4f}")

@@ -53,6 +53,7 @@ from pneumo_experiments.registry.scores import UNSEEN_SUBSETS
 from pneumo_experiments.serving import Detector
 from pneumo_experiments.settings import (
     AUTO,
+    Device,
     GivenThresholds,
     Score,
     SplitSettings,
@@ -69,8 +70,18 @@ PREFIXES = dict.fromkeys(UNSEEN_SUBSETS, "") | {
     "train": "train/",
     "all": "all/",
 }
-# Settings of a model, which masks do not have.
-OF_A_MODEL = {"model", "tta", "prevalence", "dicom_dir", *flat(GivenThresholds())}
+# The settings that may be given for each task, by the one that asks for it. Model, data set and device may
+# stand in a config file for all tasks; beside predictions a model would be misunderstood.
+COMMON = {"dataset", *flat(Device())}
+OF_A_MODEL = {"model", "tta", "prevalence", "overlays", *flat(GivenThresholds())}
+USED = {
+    "check": {"model", "sample_submission", "dicom_dir", "image_id"},
+    "counts": {"model", "threshold_trials", *flat(GivenThresholds())},
+    "predictions": {"rle_csv", "rle_size", "patients_csv", "subset", "baseline", "unseen", "overlays"},
+    "dicom_dir": {"image_id", "submission", "findings", "dicom_seg", "max_rejected", "sample_submission"}
+    | OF_A_MODEL,
+    "model": {"subset", "baseline", "rle_size"} | OF_A_MODEL,
+}
 
 
 @dataclass(frozen=True)
@@ -110,23 +121,19 @@ def score(settings: Score) -> ScoreResult:
 
 def _with_predictions(settings: Score) -> Score:
     """The settings with ``predictions`` in the place of the model; UserError for others that do not fit."""
-    path, table = settings.predictions, settings.rle_csv
-    if path is not None and (settings.check or settings.counts):
-        raise UserError("predictions, check and counts: different tasks; give one of them")
-    if path is None and (settings.unseen or settings.patients_csv != AUTO):
-        raise UserError("unseen and patients_csv: are for predictions, which are not given; leave them out")
-    if settings.check or settings.counts or (path is None and table is None):
-        return settings
-    if path is None:
+    path, table, given = settings.predictions, settings.rle_csv, chosen(settings)
+    task = next(name for name in USED if name in given or name == "model")
+    if task == "model" and table is not None:
         raise UserError(
             f"rle_csv={table}: has labels for predictions; a model needs images: run preprocess and name its"
             " file in dataset"
         )
-    if unused := [name for name in chosen(settings) if name in OF_A_MODEL]:
-        raise UserError(
-            f"predictions={path}: are masks, which {', '.join(unused)} cannot change; leave that out"
-            " (baseline compares with a model)"
-        )
+    if unused := sorted(given.keys() - USED[task] - COMMON - {task}):
+        what = f"{task}={given.get(task, settings.model)}"
+        hint = " (baseline compares with a model)" if "model" in unused and task == "predictions" else ""
+        raise UserError(f"{what}: {', '.join(unused)} would change nothing; leave that out{hint}")
+    if path is None:
+        return settings
     settings = replace(settings, model=str(path))
     if table is None:
         return settings

@@ -375,8 +375,15 @@ def test_a_submission_that_does_not_fit_is_refused_in_one_line(
     ("words", "message"),
     [
         ("--rle_csv t.csv", "rle_csv=t.csv: has labels for predictions; a model needs images"),
-        ("--predictions m.csv --tta none --top_score 0.3", "predictions=m.csv: are masks, which tta, top_s"),
-        ("--predictions m.csv --model models:/m-1", "predictions=m.csv: are masks, which model cannot ch"),
+        ("--predictions m.csv --tta none --top_score 0.3", "predictions=m.csv: top_score, tta would change"),
+        ("--predictions m.csv --model models:/m-1", "predictions=m.csv: model would change nothing; leav"),
+        ("--check m.csv --counts m.csv --prevalence 0.3", "check=m.csv: counts, prevalence would change"),
+        ("--counts m.csv --tta flip --threshold_trials 9", "counts=m.csv: tta would change nothing; leav"),
+        (
+            "--dicom_dir sub --subset all --dicom_seg true",
+            "dicom_dir=sub: subset would change nothing; leave",
+        ),
+        ("--unseen true --dicom_seg true", "model=models:/pneumothorax@champion: dicom_seg, unseen would"),
         ("--predictions m.csv --rle_csv t.csv --baseline models:/m", "baseline=models:/m: a model needs im"),
         ("--predictions m.csv --rle_csv t.csv --subset train", "subset=train: rle_csv is scored as a whole"),
         ("--predictions missing.csv", "predictions=missing.csv: no such file; name a submission"),
@@ -394,6 +401,7 @@ def test_settings_that_do_not_fit_are_refused_in_one_line(
     write(Path("m.csv"), {"a": ["-1"]})
     write(Path("t.csv"), {"a": ["3 4"]})
     write(Path("bad.csv"), {"a": ["0 1048577"]})
+    Path("sub").mkdir()
     write_dataset(Path("d.h5"), packed(examples(4), "uint8"), image_size=16, pixel_dtype="uint8")
     end = ended(["score", "--dataset", "d.h5", *words.split()], monkeypatch, capsys)
     assert (end.code, end.err.count("\n")) == (2, 1), end
