@@ -37,7 +37,10 @@ from pneumo_experiments.words import plural
 
 
 def main(settings: Main) -> ScoreResult:
-    """Preprocess, search, train, score, submit and register; returns the final scores."""
+    """Preprocess, search, train, score, submit and register; returns the final scores.
+
+    Of all folds without a hold-out these are the out-of-fold scores: every image has trained the ensemble.
+    """
     check_inputs(settings)
     is_synthetic, step = settings.source.dicom_dir is None, _announced(_steps(settings))
     name = _run_name(settings)
@@ -72,7 +75,9 @@ def main(settings: Main) -> ScoreResult:
                 overlays=settings.evaluation.overlays,
             )
             next(step)
-            result = score(replace(scoring, subset=_scored_subset(settings)))
+            result = score(replace(scoring, subset=(scored := _scored_subset(settings))))
+            if scored == "all":
+                result = replace(result, scores=trained.scores, prefix="oof/")
             assert result.scores is not None  # a labelled data set gives scores
             tracking.log_metrics(result.scores.as_metrics(result.prefix))
             tracking.rename(f"{name} · {result.scores.dice:.4f}")
@@ -222,7 +227,7 @@ def _print_summary(
     if settings.split.holdout > 0:
         who = "patients the model never saw"
     elif settings.split.fold == "all":
-        who = "patients that trained it: report the training's out-of-fold scores"
+        who = "patients, out of fold: by networks that they did not train"
     alias = ", the champion" if version.champion else f", not the champion: {version.reason}"
     print(f"""
 Dice                {s.dice:.4f} ({s.interval}), {s.images} images of {who}

@@ -367,15 +367,23 @@ def test_the_training_starts_where_the_trials_started(chain: Chain) -> None:
     assert params["weights_source"] == "epoch-1.pt"
 
 
-def test_without_trials_main_trains_with_the_settings_as_given(
+def test_without_trials_and_hold_out_main_trains_with_the_settings_as_given_and_shows_out_of_fold_scores(
     tmp_path: Path, tiny_default: None, store: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     small = SMALL | {"trials": 0, "test_images": 0, "epochs": 1, "threshold_trials": 0, "overlays": 0}
-    main(Main.of(**small, output_dir=tmp_path / "output", dice_weight=2.5))
-    assert "step 2 of 5, preprocess; then train, score, register" in capsys.readouterr().out
+    small |= {"fold": "all", "holdout": 0, "learning_rate": "1e-2"}
+    result = main(Main.of(**small, output_dir=tmp_path / "output", dice_weight=2.5))
+    said = capsys.readouterr().out
+    assert "step 2 of 5, preprocess; then train, score, register" in said
     stages = [run.data.tags["pneumo.stage"] for run in mlflow.search_runs(output_format="list")]
-    assert sorted(stages) == ["main", "preprocess", "register", "sample", "score", "train"]
-    (trained,) = runs("train")
+    assert sorted(stages) == ["fold", "fold", "main", "preprocess", "register", "sample", "score", "train"]
+    (parent,), (trained,), (scored,) = runs("main"), runs("train"), runs("score")
+    dice, optimistic = trained.data.metrics["oof/dice"], scored.data.metrics["all/dice"]
+    assert dice != optimistic
+    assert result.scores is not None and result.scores.dice == parent.data.metrics["oof/dice"] == dice
+    assert parent.info.run_name.endswith(f" · {dice:.4f}") and "all/dice" not in parent.data.metrics
+    assert f"\nDice                {dice:.4f} (" in said and "patients, out of fold: by networks that" in said
+    assert f"Dice {dice:.4f} " in parent.data.tags["mlflow.note.content"]
     assert trained.data.params["dice_weight"] == "2.5"
     with pytest.raises(UserError, match=r"^trials=0: leaves nothing to search"):
         search(Search.of(trials=0))
