@@ -205,60 +205,43 @@ def _score_labelled(settings: Score, detector: Detector | None, model: str | Non
                 f" {detector.image_size} px; run preprocess with image_size={detector.image_size}"
             )
         tracking.log_dataset(dataset.path, dataset.fingerprint, settings.subset, dataset.profile)
-        if detector is None:
-            return _log_score(settings, model, _evaluate_given(settings, dataset))
         return _log_score(settings, model, _evaluate(settings, detector, dataset))
 
 
-def _evaluate(settings: Score, detector: Detector, dataset: Dataset | LabelTable) -> _LabelledScore:
+def _evaluate(settings: Score, detector: Detector | None, dataset: Dataset | LabelTable) -> _LabelledScore:
+    """Evaluates the detector, or without one ``predictions``, on the images that are asked for."""
     # Asked before the long work: the store may be unreachable after it.
-    runs = [run for each in addresses_of(settings.model) if (run := tracking.run_of(each))]
-    subset = _subset(settings, detector, dataset)
-    seen = describe_seen(subset, detector.training_images, "the model")
+    runs = [run for each in addresses_of(settings.model) if detector and (run := tracking.run_of(each))]
+    other = None
+    if not is_none(settings.baseline) and not Path(settings.baseline).is_file():
+        other = load_models(settings.baseline, settings.dataset, settings.compute, "baseline")
+    subset = _subset(settings, detector or other, dataset)
+    seen = describe_seen(subset, detector.training_images, "the model") if detector else ""
     name = _name_subset(settings, detector, dataset, seen)
-    baseline = _baseline(settings, subset, _baseline_model(settings))
-    evaluation = evaluate(subset, detector, "score")
-    notes = _mask_warnings(evaluation, {"in training": detector.prevalence})
-    notes += [_nobody_knows(settings.baseline)] if isinstance(baseline, GivenMasks) else []
-    if seen and name == "all":
-        notes.append(f"{seen}: no external score; scores.csv marks what to leave out for one")
-    return _LabelledScore(name, PREFIXES[name], detector, evaluation, baseline, notes, runs)
-
-
-def _evaluate_given(settings: Score, dataset: Dataset | LabelTable) -> _LabelledScore:
-    assert settings.predictions is not None
-    other = _baseline_model(settings)
-    subset = _subset(settings, other, dataset)
-    masks = GivenMasks.read("predictions", settings.predictions, subset, settings.rle_size)
+    prefix, model = PREFIXES[name], detector
+    if model is None:
+        assert settings.predictions is not None
+        model = GivenMasks.read("predictions", settings.predictions, subset, settings.rle_size)
     baseline = _baseline(settings, subset, other)
-    evaluation, name = evaluate(subset, masks, "score"), settings.subset
-    usual = usual_masks(settings.dataset) if settings.rle_csv is None else CHALLENGE
-    notes = _mask_warnings(evaluation, {}) + mask_doubts(masks.labels, subset.entries, usual)
-    notes += [resized] if (resized := masks.resized(subset.entries)) else []
-    if settings.unseen:
-        name = "external" if name == "all" else name
-        return _LabelledScore(name, PREFIXES[name], masks, evaluation, baseline, notes)
-    prefix = PREFIXES[name] or f"{name}/"  # without one they would be taken for scores on unseen images
-    unknown = _nobody_knows(settings.predictions)
-    notes.append(f"{unknown}: its scores are {prefix}dice and so on; if none did, say unseen=true")
-    return _LabelledScore(name, prefix, masks, evaluation, baseline, notes)
-
-
-def _nobody_knows(path: Path | str) -> str:
-    return f"whether these images trained what predicted {Path(path).name} is not known"
-
-
-def _mask_warnings(evaluation: Evaluation, usual: dict[str, float | None]) -> list[str]:
+    evaluation = evaluate(subset, model, "score")
     scores = evaluation.scores
     covered: list[float] = (evaluation.predicted_area / evaluation.counts.image_area).tolist()
-    return mask_warnings(covered, usual | {"by their labels": scores.positives / scores.images})
-
-
-def _baseline_model(settings: Score) -> Detector | None:
-    """The model to compare with; None without one, and where it is a file of masks."""
-    if is_none(settings.baseline) or Path(settings.baseline).is_file():
-        return None
-    return load_models(settings.baseline, settings.dataset, settings.compute, "baseline")
+    positive = {"in training": detector.prevalence} if detector else {}
+    notes = mask_warnings(covered, positive | {"by their labels": scores.positives / scores.images})
+    unknown = "whether these images trained what predicted {} is not known"
+    if isinstance(model, GivenMasks):
+        usual = usual_masks(settings.dataset) if settings.rle_csv is None else CHALLENGE
+        notes += mask_doubts(model.labels, subset.entries, usual)
+        notes += filter(None, [model.resized(subset.entries)])
+        if not settings.unseen:
+            prefix = prefix or f"{name}/"  # without one they would be taken for scores on unseen images
+            end = f": its scores are {prefix}dice and so on; if none did, say unseen=true"
+            notes.append(unknown.format(Path(settings.model).name) + end)
+    elif isinstance(baseline, GivenMasks):
+        notes.append(unknown.format(Path(settings.baseline).name))
+    if seen and name == "all":
+        notes.append(f"{seen}: no external score; scores.csv marks what to leave out for one")
+    return _LabelledScore(name, prefix, model, evaluation, baseline, notes, runs)
 
 
 def _baseline(
@@ -377,16 +360,17 @@ def _model_text(settings: Score) -> str:
     return f"{model} with {given}" if given else model
 
 
-def _name_subset(settings: Score, detector: Detector, dataset: Dataset | LabelTable, seen: str) -> str:
+def _name_subset(settings: Score, detector: Detector | None, dataset: Dataset | LabelTable, seen: str) -> str:
     """The subset, or ``external`` where all patients of another data set are new to the model."""
     if settings.subset == "holdout" and seen:
         raise UserError(
             f"subset=holdout: {seen}: its split was drawn in another way; train again to score a hold-out"
             " part"
         )
-    if settings.subset != "all" or dataset.fingerprint == detector.data_fingerprint:
-        return settings.subset
-    return "all" if seen else "external"
+    is_external = (
+        dataset.fingerprint != detector.data_fingerprint and not seen if detector else settings.unseen
+    )
+    return "external" if settings.subset == "all" and is_external else settings.subset
 
 
 def _subset(settings: Score, detector: Detector | None, dataset: Dataset | LabelTable) -> LabelledImages:
