@@ -208,8 +208,8 @@ def resolve(ctx: click.Context, kind: type[Settings]) -> list[Settings]:
         click.echo(f"main: no dicom_dir and no config: synthetic radiographs, with {DEMO}", err=in_config)
         path = DEMO
     values = _read_configs(ctx, kind, split_configs(path) if path else [])
-    # Each of these on top of config.
-    several = [_read_configs(ctx, kind, [Path(text)]) for text in filter(None, _listed(ctx, "configs"))]
+    paths = split_configs(Path(ctx.params["configs"])) if ctx.params.get("configs") else []
+    several = [_read_configs(ctx, kind, [path]) for path in paths]  # each on top of config
     combined = chain.from_iterable(
         _combinations(_with_options(ctx, kind, values | one)) for one in several or [{}]
     )
@@ -249,10 +249,6 @@ def _read_configs(ctx: click.Context, kind: type, paths: Sequence[Path]) -> dict
             line = f"{ctx.info_name}: config={found}: {ctx.info_name} does not use {theirs}"
             click.echo(line, err=in_config)
     return values
-
-
-def _listed(ctx: click.Context, name: str) -> list[str]:
-    return [text.strip() for text in (ctx.params.get(name) or "").split(",")]
 
 
 def _combinations(values: Mapping[str, Any]) -> Iterator[dict[str, Any]]:

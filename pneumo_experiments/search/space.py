@@ -140,7 +140,7 @@ def _searched(settings: StudySettings) -> list[str]:
 def _read_ranges(path: Path | None) -> Space:
     known, ranges = {leaf.name: leaf for leaf in leaves(Recipe)}, Space()
     content = {} if path is None else read_yaml("space", path, "dice_weight: {low: 0.1, high: 3, log: true}")
-    for name, range_ in renamed({str(name): range_ for name, range_ in content.items()}).items():
+    for name, range_ in content.items():
         if name not in known:
             raise UserError(f"space={path}: {_unknown(name, known)}")
         try:

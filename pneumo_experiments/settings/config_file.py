@@ -10,7 +10,6 @@ import yaml
 from pneumo_experiments.errors import UserError, reason_of
 from pneumo_experiments.settings.entry_points import ENTRY_POINTS
 from pneumo_experiments.settings.fields import (
-    EARLIER_NAMES,
     Arg,
     Leaf,
     as_config,
@@ -19,6 +18,7 @@ from pneumo_experiments.settings.fields import (
     leaves,
     no_setting,
     parse,
+    renamed,
 )
 
 CONFIG_HELP = (
@@ -64,8 +64,7 @@ def read_config(path: Path, kind: type) -> tuple[dict[str, Any], list[str]]:
     if not path.exists() and not path.suffix:
         raise UserError(f"config={path}: no such file, and none of {', '.join(PRESETS)}")
     for name, value in read_yaml("config", path, "epochs: 12").items():
-        name = EARLIER_NAMES.get(str(name), name)
-        if not isinstance(name, str) or not entry_points_with(name):
+        if not entry_points_with(name):
             known = {leaf.name for each in ENTRY_POINTS.values() for leaf in leaves(each)}
             raise UserError(f"config={path}: {no_setting(name, known)}")
         if isinstance(value, dict | list | tuple | set):
@@ -88,9 +87,10 @@ def config_text(settings: object) -> str:
     return "\n".join([yaml.safe_dump(values, sort_keys=False, allow_unicode=True).rstrip(), *lines, ""])
 
 
-def read_yaml(setting: str, path: Path, example: str) -> dict[object, object]:
-    """A YAML file's mapping; ``setting`` names the file, and ``example`` is a line of such a file.
+def read_yaml(setting: str, path: Path, example: str) -> dict[str, object]:
+    """What a YAML file says of settings, by the names that these have now.
 
+    ``setting`` names the file, and ``example`` is a line of such a file.
     Raises UserError for a file that cannot be read or is not a mapping.
     """
     try:
@@ -111,4 +111,4 @@ def read_yaml(setting: str, path: Path, example: str) -> dict[object, object]:
         return {}
     if not isinstance(loaded, dict):
         raise UserError(f"{setting}={path}: not a mapping; write lines such as `{example}`")
-    return cast("dict[object, object]", loaded)
+    return renamed({str(name): value for name, value in cast("dict[object, object]", loaded).items()})
