@@ -103,17 +103,23 @@ def contact_sheet(pictures: Sequence[NDArray[np.uint8]], columns: int) -> NDArra
     return sheet
 
 
+def new_axes(width: float, height: float, columns: int = 1) -> tuple[Any, list[Any]]:
+    """A figure of that size in inches, and its axes; Matplotlib's types have unknown parts."""
+    from matplotlib.figure import Figure  # takes half a second
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, [figure.add_subplot(1, columns, column + 1) for column in range(columns)]
+
+
 def learning_curves(history: Sequence[Mapping[str, float]], baseline: float) -> NDArray[np.uint8]:
     """Losses, and validation Dice with its all-empty baseline, over n >= 1 epochs; RGB (h, w, 3)."""
-    from matplotlib.figure import Figure  # takes half a second
     from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(10, 4), layout="constrained")
     epochs = range(1, len(history) + 1)
     losses = [name for name in history[-1] if name.startswith("loss/")]
     dices = [name for name in ("epoch/dice", "epoch/dice_positive") if name in history[-1]]
-    for column, (title, names) in enumerate((("training loss", losses), ("validation", dices)), start=1):
-        axes: Any = figure.add_subplot(1, 2, column)  # Matplotlib's types have unknown parts
+    figure, both = new_axes(10, 4, 2)
+    for axes, title, names in zip(both, ("training loss", "validation"), (losses, dices), strict=True):
         for name in names:
             values = [metrics.get(name, float("nan")) for metrics in history]
             axes.plot(epochs, values, label=name.partition("/")[2].replace("_", " "), marker=".")
@@ -130,11 +136,9 @@ def history_of_trials(
     points: Mapping[str, Sequence[tuple[int, float]]], best: Sequence[tuple[int, float]]
 ) -> NDArray[np.uint8]:
     """Number and Dice of trials, each kind with its own mark, and the best so far; RGB (h, w, 3)."""
-    from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(9, 5), layout="constrained")
-    axes: Any = figure.add_subplot()
+    figure, (axes,) = new_axes(9, 5)
     for marker, (name, kind) in zip("ox+", points.items(), strict=False):
         if kind:
             axes.plot(*zip(*kind, strict=True), marker, label=name)

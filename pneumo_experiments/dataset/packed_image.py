@@ -65,13 +65,16 @@ def pack(resized: ResizedImage, pixel_dtype: str) -> Packed:
     content = hashlib.sha256(json.dumps([vars(resized.entry), resized.rle, image_sha256]).encode())
     if resized.target is not None and resized.target.any():
         content.update(to_uint8(resized.target).data)
+    target = resized.target
+    if target is not None and pixel_dtype != "float32":  # which holds it exactly
+        target = _stored_levels(pixel_dtype)[to_uint8(target)]
     return Packed(
         entry=resized.entry,
         rle=resized.rle,
         image_sha256=image_sha256,
         digest=content.hexdigest(),
         image_chunk=_chunk(_stored_levels(pixel_dtype)[pixels]),
-        target_chunk=None if resized.target is None else _chunk(_as_stored(resized.target, pixel_dtype)),
+        target_chunk=None if target is None else _chunk(target),
     )
 
 
@@ -93,11 +96,6 @@ def salted(text: str) -> str:
     """Keyed hash of a text, 16 hex digits; the key is the environment's PNEUMO_PATIENT_SALT."""
     salt = os.environ.get("PNEUMO_PATIENT_SALT") or DEFAULT_SALT
     return hmac.new(salt.encode(), text.encode(), "sha256").hexdigest()[:16]
-
-
-def _as_stored(target: NDArray[np.float32], pixel_dtype: str) -> NDArray[Any]:
-    """Exact for float32; otherwise rounded to multiples of 1/255."""
-    return target if pixel_dtype == "float32" else _stored_levels(pixel_dtype)[to_uint8(target)]
 
 
 @lru_cache(maxsize=4)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,7 +10,7 @@ from numpy.typing import NDArray
 from pneumo_experiments.evaluation.evaluate import Evaluation, ModelComparison
 from pneumo_experiments.evaluation.given_masks import GivenMasks
 from pneumo_experiments.evaluation.subset import Subset
-from pneumo_experiments.figures import overlay, pixels_of
+from pneumo_experiments.figures import new_axes, overlay, pixels_of
 from pneumo_experiments.learning.predict import AnyPredictor, to_native
 from pneumo_experiments.metrics.best_thresholds import Optimum
 from pneumo_experiments.metrics.dice import precision_recall_points, roc_points
@@ -21,18 +20,10 @@ from pneumo_experiments.metrics.thresholds import Thresholds, apply_thresholds
 Picture = NDArray[np.uint8]
 
 
-def _axes(width: float, height: float, columns: int = 1) -> tuple[Any, list[Any]]:
-    """A figure of that size in inches, and its axes; Matplotlib's types have unknown parts."""
-    from matplotlib.figure import Figure  # takes half a second
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, [figure.add_subplot(1, columns, column + 1) for column in range(columns)]
-
-
 def calibration_plot(rows: Sequence[Row]) -> Picture:
     """Fraction of positives with its interval over mean presence, a point for each row of a calibration."""
     presence, positive, low, high = [*zip(*rows, strict=True)][-4:]
-    figure, (axes,) = _axes(6, 5)
+    figure, (axes,) = new_axes(6, 5)
     axes.plot([0, 1], [0, 1], color="grey", linestyle="--", label="calibrated")
     axes.vlines(presence, low, high, alpha=0.5, label="95% interval")
     axes.plot(presence, positive, marker="o", label="bins of presence")
@@ -46,7 +37,7 @@ def calibration_plot(rows: Sequence[Row]) -> Picture:
 def comparison_plot(models: ModelComparison) -> Picture:
     """Differences of Dice of each image in order, and of the mean in resamples."""
     differences, comparison = models.differences, models.comparison
-    figure, (left, right) = _axes(10, 4, 2)
+    figure, (left, right) = new_axes(10, 4, 2)
     ordered = np.sort(differences)[::-1]
     left.bar(range(len(ordered)), ordered, width=1, color=np.where(ordered > 0, "tab:green", "tab:red"))
     better, worse = int((differences > 0).sum()), int((differences < 0).sum())
@@ -76,7 +67,7 @@ def presence_curves(evaluation: Evaluation) -> Picture:
     images, sensitivity = evaluation.images, evaluation.scores.sensitivity
     assert images.presence is not None
     specificity = evaluation.scores.specificity
-    figure, (left, right) = _axes(10, 4.6, 2)
+    figure, (left, right) = new_axes(10, 4.6, 2)
     left.plot(*roc_points(images.truth, images.presence), label="presence")
     left.plot([0, 1], [0, 1], color="grey", linestyle="--", label="chance")
     left.plot(1 - specificity, sensitivity, "o", color="tab:orange", label="masks, after all thresholds")
@@ -105,7 +96,7 @@ def dice_by_area_plot(evaluation: Evaluation) -> Picture:
     positive = evaluation.images.truth
     area_px, dices = evaluation.counts.truth_area[positive], evaluation.images.dices[positive]
     predicted = evaluation.images.predicted[positive]
-    figure, (axes,) = _axes(10, 4.2)
+    figure, (axes,) = new_axes(10, 4.2)
     for chosen, colour, marker, name in (
         (predicted, "tab:blue", "o", "with a predicted mask"),
         (~predicted, "tab:red", "x", "missed"),
@@ -134,7 +125,7 @@ def threshold_surface(evaluation: Evaluation, optimum: Optimum) -> Picture:
     """Mean Dice of each top_score and bottom_score, with those used and the best ones marked."""
     surface, best = optimum.surface, optimum.thresholds
     used, used_dice = evaluation.thresholds, evaluation.scores.dice
-    figure, (axes,) = _axes(6, 5)
+    figure, (axes,) = new_axes(6, 5)
     shown = axes.imshow(surface, origin="lower", extent=(-0.005, 1.005, -0.005, 1.005), cmap="viridis")
     figure.colorbar(shown, label="mean Dice, with the best presence threshold and area", shrink=0.85)
     axes.plot(

@@ -195,11 +195,6 @@ def _inside(state: dict[str, Tensor], prefix: str, is_whole: bool) -> dict[str, 
     return {name: tensor for name, tensor in renamed.items() if not name.startswith(unused)}
 
 
-def last_layers(net: nn.Module) -> tuple[str, ...]:
-    """What the names begin with of the layers that give logits of pixels."""
-    return tuple(f"{name}." for name, _ in logit_layers(net))
-
-
 def logit_layers(net: nn.Module) -> list[tuple[str, nn.Conv2d]]:
     """The layers of the heads that give logits of pixels, and their names."""
     named = cast("Iterator[tuple[str, nn.Module]]", net.named_modules())
@@ -223,7 +218,8 @@ def load_weights(net: nn.Module, weights: Weights) -> frozenset[str]:
     kernels = [name.removeprefix("backbone.") for name, tensor in backbone.items() if tensor.ndim == 4]
     state = _renamed(weights.state, *kernels[:2])
     # The last layers of others have other classes: this network keeps its own.
-    last = {name for name in state if name in expected and name.startswith(last_layers(net))}
+    prefixes = tuple(f"{name}." for name, _ in logit_layers(net))
+    last = {name for name in state if name in expected and name.startswith(prefixes)}
     skipped = {name for name in last if state[name].shape != expected[name].shape}
     loaded = {name: tensor for name, tensor in state.items() if name not in skipped}
     complete = {_stage(next(iter(backbone))), *map(_stage, loaded)}

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import csv
 import logging
 import os
-import tempfile
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass, replace
@@ -361,11 +359,7 @@ def _finish_folds(settings: Train, folds: Sequence[FoldResult]) -> TrainResult:
     predicted = predict_out_of_fold(folds)
     joined = join_folds(folds, settings.evaluation.threshold_trials, settings.recipe.seed)
     scores, image_size = predicted.scores, joined.detector.image_size
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "out_of_fold.csv"
-        with path.open("w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows([COLUMNS, *predicted.rows])
-        tracking.log_file(path)
+    tracking.log_csv(COLUMNS, predicted.rows, "out_of_fold")
     tracking.log_metrics(scores.as_metrics("oof/") | joined.as_metrics())
     tracking.log_params(scores.as_facts("oof_"))
     tracking.log_thresholds(asdict(joined.detector.thresholds))

@@ -23,6 +23,7 @@ from pneumo_experiments.tracking.log import (
     disabled,
     experiment_of_active_run,
     link_to_active_run,
+    log_csv,
     log_dataset,
     log_file,
     log_image,

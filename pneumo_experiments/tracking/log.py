@@ -222,14 +222,19 @@ def log_page(text: str, name: str) -> None:
         path.write_text(text, encoding="utf-8")
 
 
+def log_csv(columns: Sequence[str], rows: Sequence[Sequence[object]], name: str) -> None:
+    """Logs a table as artifact ``name``.csv of the active run."""
+    with _new_artifact(f"{name}.csv") as path, path.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([columns, *rows])
+
+
 def log_table(columns: Sequence[str], rows: Sequence[Sequence[object]], name: str) -> None:
     """Logs a table as artifacts ``name``.csv and ``name``.json, the latter in the format of mlflow.log_table.
 
     mlflow.load_table(f"{name}.json") reads that of all runs. mlflow.log_table itself would append the rows a
     second time when it is retried after a lost response.
     """
-    with _new_artifact(f"{name}.csv") as path, path.open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([columns, *rows])
+    log_csv(columns, rows, name)
     log_page(json.dumps({"columns": [*columns], "data": [*rows]}), f"{name}.json")
     if is_enabled():
         active_runs[-1].tables.append(f"{name}.json")
