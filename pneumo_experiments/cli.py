@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from importlib import import_module
 from itertools import chain, product
@@ -153,7 +153,8 @@ def _command_of(name: str) -> click.Command:
     @click.pass_context
     def call(ctx: click.Context, **_: Any) -> None:
         if level := ctx.params["log_level"]:
-            _log_from(level)
+            logging.basicConfig(level=level.upper(), format="%(levelname)s %(name)s: %(message)s")
+            os.environ["MLFLOW_LOGGING_LEVEL"] = level.upper()  # it has a handler of its own
         is_asked_for = ctx.params["print_config"] or ctx.params["dry_run"]
         with silence() if ctx.params["quiet"] and not is_asked_for else nullcontext():
             each = resolve(ctx, kind)
@@ -191,11 +192,6 @@ def _command_of(name: str) -> click.Command:
     return command
 
 
-def _log_from(level: str) -> None:
-    logging.basicConfig(level=level.upper(), format="%(levelname)s %(name)s: %(message)s")
-    os.environ["MLFLOW_LOGGING_LEVEL"] = level.upper()  # it has a handler of its own
-
-
 def resolve(ctx: click.Context, kind: type[Settings]) -> list[Settings]:
     """The settings of a command: an option beats the config file, the file beats the default.
 
@@ -209,16 +205,14 @@ def resolve(ctx: click.Context, kind: type[Settings]) -> list[Settings]:
         path = DEMO
     values = _read_configs(ctx, kind, split_configs(path) if path else [])
     paths = split_configs(Path(ctx.params["configs"])) if ctx.params.get("configs") else []
-    several = [_read_configs(ctx, kind, [path]) for path in paths]  # each on top of config
-    combined = chain.from_iterable(
-        _combinations(_with_options(ctx, kind, values | one)) for one in several or [{}]
-    )
-    return [
-        from_flat(
-            kind, {leaf.name: absolute(leaf, one.get(leaf.name, leaf.default)) for leaf in leaves(kind)}
-        )
-        for one in combined
-    ]
+    several, each = [_read_configs(ctx, kind, [path]) for path in paths], list[Settings]()
+    for one in several or [{}]:  # each on top of config
+        given = _with_options(ctx, kind, values | one)
+        given = {leaf.name: absolute(leaf, given.get(leaf.name, leaf.default)) for leaf in leaves(kind)}
+        lists = {name: dict.fromkeys(value) for name, value in given.items() if isinstance(value, Several)}
+        combinations = product(*lists.values())
+        each += [from_flat(kind, given | dict(zip(lists, these, strict=True))) for these in combinations]
+    return each
 
 
 def _with_options(ctx: click.Context, kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -249,13 +243,6 @@ def _read_configs(ctx: click.Context, kind: type, paths: Sequence[Path]) -> dict
             line = f"{ctx.info_name}: config={found}: {ctx.info_name} does not use {theirs}"
             click.echo(line, err=in_config)
     return values
-
-
-def _combinations(values: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """One value of each list: all combinations, without repetitions."""
-    lists = {name: dict.fromkeys(value) for name, value in values.items() if isinstance(value, Several)}
-    for combination in product(*lists.values()):
-        yield {**values, **dict(zip(lists, combination, strict=True))}
 
 
 def _names_of(entry_points: Sequence[str]) -> str:
