@@ -189,7 +189,6 @@ class Dataset:
     def _read(self, kind: str, indices: Sequence[int] | NDArray[np.int64]) -> NDArray[np.uint8]:
         rows = [range(len(self))[index] for index in indices]
         images = np.empty((len(rows), self.image_size, self.image_size), np.uint8)
-
         size = images[0].size * self._pixels.itemsize if rows else 0
 
         def fill(position: int) -> None:
@@ -235,9 +234,7 @@ class DatasetWriter:
         self.path, self._file, self._finished = path, file, False
         self._image_size, self._pixel_dtype, self._labelled = image_size, pixel_dtype, labelled
         self._entries, self._rle = list[Entry](), list[str]()
-        self._crcs: dict[str, list[int]] = {
-            kind: [] for kind in (("images", "ann", "rle") if labelled else ("images",))
-        }
+        self._crcs = {kind: list[int]() for kind in (KINDS if labelled else KINDS[:1])}
         # Always version 1 of the content: data sets keep their fingerprints.
         content = {"format_version": 1, "image_size": image_size, "pixel_dtype": pixel_dtype}
         self._digest = hashlib.sha256(json.dumps(content | {"labelled": labelled}).encode())

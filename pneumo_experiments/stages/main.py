@@ -22,11 +22,15 @@ from pneumo_experiments.settings import (
     Sample,
     Score,
     Search,
+    Settings,
     Train,
     as_text,
     as_texts,
     check_inputs,
+    flat,
+    from_flat,
 )
+from pneumo_experiments.settings.groups import STORAGE
 from pneumo_experiments.stages.preprocess import preprocess
 from pneumo_experiments.stages.register import register
 from pneumo_experiments.stages.sample import sample
@@ -53,8 +57,9 @@ def main(settings: Main) -> ScoreResult:
             check_overwrite(submission)  # not only when all is trained
             check_findings_folder(findings)
         next(step)
-        dataset = preprocess(_preprocess_settings(settings))
-        searching = _search_settings(settings, dataset)
+        dataset = preprocess(_of(Preprocess, settings, dataset=_dataset_path(settings), overwrite=True))
+        fold = "0" if settings.split.fold == "all" else settings.split.fold
+        searching = _of(Search, settings, dataset=dataset, fold=fold, workers=1)  # not those that read files
         with Dataset.open(dataset) as opened:
             tracking.log_dataset(dataset, opened.fingerprint, "main", opened.profile)
             if settings.study.trials:
@@ -67,7 +72,8 @@ def main(settings: Main) -> ScoreResult:
             tracking.log_params({f"{name}_used": values[name] for name in best.searched})
             recipe = _training_recipe(settings, best)
         next(step)
-        with training(_train_settings(settings, recipe, dataset)) as trained:
+        training_settings = _of(Train, settings, dataset=dataset, storage=STORAGE, **flat(recipe))
+        with training(training_settings) as trained:
             scoring = Score(
                 model=trained.model,
                 dataset=dataset,
@@ -144,36 +150,9 @@ def _work_line(settings: Main, images: int) -> str:
     )
 
 
-def _preprocess_settings(settings: Main) -> Preprocess:
-    return Preprocess(
-        source=settings.source,
-        dataset=_dataset_path(settings),
-        format=settings.format,
-        reading=settings.reading,
-        overwrite=True,
-    )
-
-
-def _search_settings(settings: Main, dataset: Path) -> Search:
-    fold = "0" if settings.split.fold == "all" else settings.split.fold
-    return Search(
-        dataset=dataset,
-        study=settings.study,
-        recipe=settings.recipe,
-        split=replace(settings.split, fold=fold),
-        compute=settings.compute,
-    )
-
-
-def _train_settings(settings: Main, recipe: Recipe, dataset: Path) -> Train:
-    return Train(
-        dataset=dataset,
-        schedule=settings.schedule,
-        recipe=recipe,
-        split=settings.split,
-        compute=settings.compute,
-        evaluation=settings.evaluation,
-    )
+def _of(kind: type[Settings], settings: Main, **others: object) -> Settings:
+    """Settings of a step: those of main with the same names, but for the others."""
+    return from_flat(kind, flat(settings) | others)
 
 
 def _training_recipe(settings: Main, best: SearchResult) -> Recipe:
