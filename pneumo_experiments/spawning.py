@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from types import ModuleType
 
@@ -20,3 +21,16 @@ def without_main() -> Generator[None]:
         yield
     finally:
         sys.modules["__main__"] = main
+
+
+@contextmanager
+def environment(values: Mapping[str, str]) -> Generator[None]:
+    """Within it, variables of the environment have these values, which processes that start there inherit."""
+    before = {name: os.environ.pop(name, None) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            os.environ.update({} if value is None else {name: value})

@@ -41,7 +41,7 @@ from pneumo_experiments.search.study import (
 from pneumo_experiments.search.trial import Trials
 from pneumo_experiments.search.trial_training import second_settings, split_folds
 from pneumo_experiments.settings import Search, is_none
-from pneumo_experiments.spawning import without_main
+from pneumo_experiments.spawning import environment, without_main
 from pneumo_experiments.terminal import make_streams_unfailing
 from pneumo_experiments.words import plural
 
@@ -168,7 +168,7 @@ def _run_workers(trials: Trials) -> None:
     processes: list[BaseProcess] = []
     try:
         for number in range(count):
-            with _environment(_fraction(number, count)), without_main():
+            with environment(_fraction(number, count)), without_main():
                 arguments = (replace(trials.settings, workers=1), trials.parent)
                 process = context.Process(target=_work, args=arguments, name=f"search worker {number}")
                 process.start()
@@ -192,18 +192,6 @@ def _fraction(number: int, count: int) -> dict[str, str]:
         visible = os.environ.get(GPUS, ",".join(map(str, range(gpus)))).split(",")
         return {GPUS: visible[number % gpus]}
     return {THREADS: str(max(1, available_cores() // count))}
-
-
-@contextmanager
-def _environment(values: dict[str, str]) -> Generator[None]:
-    before = dict(os.environ)
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name in values.keys() - before.keys():
-            del os.environ[name]
-        os.environ.update(before)
 
 
 def _work(settings: Search, parent: str) -> None:

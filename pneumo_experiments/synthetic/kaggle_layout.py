@@ -37,7 +37,7 @@ from pneumo_experiments.dicom.limits import ENVIRONMENT, available_cores
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.files import writing
 from pneumo_experiments.locks import LOCK, work_folder
-from pneumo_experiments.spawning import without_main
+from pneumo_experiments.spawning import environment, without_main
 from pneumo_experiments.synthetic.anatomy import build
 from pneumo_experiments.synthetic.radiographs import draw_radiograph
 
@@ -270,23 +270,17 @@ def _worker_pool(workers: int) -> Generator[ProcessPoolExecutor]:
     # Spawned, since fork is not safe when the caller has threads.
     executor = ProcessPoolExecutor(workers, get_context("spawn"), _initialise_worker)
     others = set(active_children())
-    saved = {name: os.environ.get(name) for name in ENVIRONMENT}
-    os.environ.update(ENVIRONMENT)  # inherited by the workers
-    try:
-        _start(executor, workers)
-        yield executor
-    except BaseException:
-        # They would finish what they have begun.
-        for process in set(active_children()) - others:
-            process.kill()
-        raise
-    finally:
-        executor.shutdown(cancel_futures=True)
-        for name, value in saved.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+    with environment(ENVIRONMENT):  # inherited by the workers
+        try:
+            _start(executor, workers)
+            yield executor
+        except BaseException:
+            # They would finish what they have begun.
+            for process in set(active_children()) - others:
+                process.kill()
+            raise
+        finally:
+            executor.shutdown(cancel_futures=True)
 
 
 def _start(executor: ProcessPoolExecutor, workers: int) -> None:
