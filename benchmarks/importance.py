@@ -42,7 +42,8 @@ def trials_of(chosen: argparse.Namespace, seed: int) -> list[FrozenTrial]:
 
     storage, name = f"sqlite:///{chosen.study}", f"importance-{seed}"
     values: dict[str, Any] = {
-        "dataset": chosen.dataset, "weights": chosen.weights, "seed": seed, "batch_size": chosen.batch_size,
+        "dataset": chosen.dataset, "network": chosen.network, "weights": chosen.weights, "seed": seed,
+        "batch_size": chosen.batch_size,
         "searched": ",".join(SEARCHED), "sampler": chosen.sampler, "study": name, "storage": storage,
         "trials": chosen.trials, "search_epochs": chosen.epochs, "search_images": chosen.images,
         "pruner": "none", "confirm": 0, "keep": 0, "tta": "none", "holdout": 0, "folds": chosen.folds,
@@ -79,6 +80,7 @@ def main() -> None:
     options.add_argument("--warmup", type=int, default=0, help="epochs of the network that trials start from")
     options.add_argument("--folds", type=int, default=5, help="one of them validates")
     options.add_argument("--batch_size", type=int, default=8)
+    options.add_argument("--network", default="fcn_resnet50")
     options.add_argument("--weights", default="auto", help="none, auto or a state dict to start from")
     chosen = options.parse_args()
     optuna.logging.set_verbosity(optuna.logging.CRITICAL)

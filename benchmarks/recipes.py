@@ -3,6 +3,7 @@
     python benchmarks/recipes.py data --radiographs DICOM_IMAGES --masks PREDICTED_RLE_CSV
     python benchmarks/recipes.py run --seeds 2 --weights STATE_DICT
     python benchmarks/recipes.py table
+    python benchmarks/recipes.py speed --epochs 3
 
 `data` writes two data sets into --folder: `hard`, synthetic radiographs with difficulty=hard, and, where
 radiographs are given, `real`, those with the masks of another model. On the latter Dice is the agreement with
@@ -12,6 +13,7 @@ interruption, and other `--only`, `--seeds` or `--budgets` add to it. With the b
 as many epochs as take the time of the first recipe's training, by the speeds measured with the budget
 `images`. `table` prints Markdown; an interval is of the images, whose Dice are means over the seeds: the
 spread over seeds is not in it. Other `--epochs` make another table; other `--weights` need another folder.
+`speed` compares images per second while training with a plain loop around the same network, epoch by epoch.
 
 Two peers train on the same images: torchvision's reference loop for segmentation (cross-entropy, SGD with
 polynomial decay, flips and crops) and a plain U-Net loop of segmentation_models_pytorch (Dice and BCE,
@@ -28,8 +30,8 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,24 +63,26 @@ COMMON: dict[str, Any] = {
     "batch_size": 8, "learning_rate": 3e-4, "threshold_trials": 0, "overlays": 0, "best_k": 1, "tta": "none",
     "warmup": 0.1, "augment": "mild", "folds": 5, "patience": 0,
 }  # fmt: skip
-FIRST = "FCN-ResNet50"
+FIRST, CHEAP = "FCN-ResNet50", "DeepLabV3+, ResNet50"
+DEEPLAB = {"network": "deeplabv3+:resnet50"}
 RECIPES: dict[str, dict[str, Any]] = {
     FIRST: {"network": "fcn_resnet50"},
     "FCN-ResNet50, stride 4": {"network": "fcn_resnet50_s4"},
-    "DeepLabV3+, ResNet50": {"network": "deeplabv3+:resnet50"},
-    "U-Net, ResNet34": {"network": "unet:resnet34", "weights": "none"},
+    CHEAP: DEEPLAB,
     "U-Net, ResNet50": {"network": "unet:resnet50"},
-    "FCN, random weights": {"network": "fcn_resnet50", "weights": "none"},
-    "FCN, patients balanced": {"network": "fcn_resnet50", "balance": "patient"},
-    "FCN, strong augmentation": {"network": "fcn_resnet50", "augment": "strong"},
-    "FCN, no augmentation": {"network": "fcn_resnet50", "augment": "none"},
-    "FCN, loss 3:1:4": {"network": "fcn_resnet50", "bce_weight": 3.0, "focal_weight": 4.0},
-    "U-Net-34, strong augmentation": {"network": "unet:resnet34", "weights": "none", "augment": "strong"},
-    "U-Net-34, loss 3:1:4": {
-        "network": "unet:resnet34", "weights": "none", "bce_weight": 3.0, "focal_weight": 4.0
-    },
-}  # fmt: skip
+    "U-Net, ResNet34, random weights": {"network": "unet:resnet34", "weights": "none"},
+    "random weights": {**DEEPLAB, "weights": "none"},
+    "patients balanced": {**DEEPLAB, "balance": "patient"},
+    "strong augmentation": {**DEEPLAB, "augment": "strong"},
+    "no augmentation": {**DEEPLAB, "augment": "none"},
+    "loss 3:1:4": {**DEEPLAB, "bce_weight": 3.0, "focal_weight": 4.0},
+}
 PEERS = ("torchvision's reference loop", "smp U-Net, plain loop")
+NETWORKS = (*[*RECIPES][:5], *PEERS)  # compared with the first of them
+CHANGES = (
+    CHEAP,
+    *[*RECIPES][5:],
+)  # what is changed of the fastest network that starts from pretrained layers
 SHOWN = 6  # images in a picture beside each result
 HALF = Thresholds(presence_threshold=0.0, top_score=0.5, min_area_px=1, bottom_score=0.5)
 
@@ -258,7 +262,7 @@ def reference_loop(subset: Subset, settings: Train) -> tuple[Peer, float]:
     load_backbone(network.backbone, settings)
     parameters = [
         {"params": [*network.backbone.parameters(), *network.classifier.parameters()]},
-        {"params": network.aux_classifier.parameters(), "lr": 0.1},
+        {"params": network.aux_classifier.parameters(), "lr": 0.1},  # pyright: ignore
     ]
     optimizer = torch.optim.SGD(parameters, lr=0.01, momentum=0.9, weight_decay=1e-4)
 
@@ -290,10 +294,44 @@ def reference_loop(subset: Subset, settings: Train) -> tuple[Peer, float]:
 
 def unet_loop(subset: Subset, settings: Train) -> tuple[Peer, float]:
     """A U-Net with ResNet34 of segmentation_models_pytorch, from random weights as our recipe."""
+    network = unet()
+    return Peer(network, lambda output: output[:, 0]), plain_loop(network, subset, settings)
+
+
+def unet() -> nn.Module:
     import segmentation_models_pytorch as smp
 
-    network = smp.Unet("resnet34", encoder_weights=None, classes=1)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=3e-4)
+    return smp.Unet("resnet34", encoder_weights=None, classes=1)
+
+
+def deeplab() -> nn.Module:
+    import segmentation_models_pytorch as smp
+
+    return smp.DeepLabV3Plus("resnet50", encoder_weights=None, classes=1)
+
+
+def fcn() -> nn.Module:
+    from torchvision.models.segmentation import fcn_resnet50
+
+    class Logits(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = fcn_resnet50(weights=None, weights_backbone=None, num_classes=1)
+
+        def forward(self, images: Tensor) -> Tensor:
+            return self.network(images)["out"]
+
+    return Logits()
+
+
+# A network of ours, and the same in a plain loop.
+PLAIN = {"fcn_resnet50": fcn, "unet:resnet34": unet, "deeplabv3+:resnet50": deeplab}
+
+
+def plain_loop(network: nn.Module, subset: Subset, settings: Train) -> float:
+    """The loop of the library's examples: Dice and binary cross-entropy, AdamW, flips. The seconds."""
+    import segmentation_models_pytorch as smp
+
     dice, bce = smp.losses.DiceLoss("binary"), nn.BCEWithLogitsLoss()
 
     def change(images: Tensor, masks: Tensor, generator: np.random.Generator) -> tuple[Tensor, Tensor]:
@@ -302,9 +340,33 @@ def unet_loop(subset: Subset, settings: Train) -> tuple[Peer, float]:
     def loss(output: Any, masks: Tensor) -> Tensor:
         return dice(output, masks[:, None]) + bce(output, masks[:, None])
 
-    return Peer(network, lambda output: output[:, 0]), loop(
-        network, optimizer, subset, settings, change, loss
+    return loop(network, torch.optim.AdamW(network.parameters(), lr=3e-4), subset, settings, change, loss)
+
+
+def measure_speed(chosen: argparse.Namespace) -> None:
+    """Images per second while training, ours and the plain loop's, one after the other each round."""
+    data = min(chosen.folder.glob("*.h5"))
+    print(f"{machine()}; medians of {chosen.epochs} epochs each, {chosen.size} px, batches of 8\n")
+    print(
+        "| network | plain loop, images/s | ours, images/s | ours / plain (each round) |\n|---|---|---|---|"
     )
+    for name, make in PLAIN.items():
+        values = {**COMMON, "network": name, "weights": "none", "aux_weight": 0.0, "device": chosen.device}
+        settings = Train.of(dataset=data, epochs=chosen.epochs + 1, **values)
+        once = replace(settings, schedule=replace(settings.schedule, epochs=1))
+        with Dataset.open(data) as dataset:
+            fold, network = Fold.prepare(settings, dataset), make()
+            few = replace(fold.images.validation, indices=fold.images.validation.indices[:8])
+            fold = replace(fold, images=replace(fold.images, validation=few))
+            images = Subset(dataset, fold.split.train)
+            rounds = [
+                (result.epoch.seconds, plain_loop(network, images, once))
+                for result in fold.epochs(TrainingState())
+            ][1:]
+        own, plain = (len(images.indices) / np.array(seconds) for seconds in zip(*rounds, strict=True))
+        ratios = ", ".join(f"{ratio:.2f}" for ratio in own / plain)
+        print(f"| {name} | {np.median(plain):.2f} | {np.median(own):.2f}"
+              f" | **{np.median(own / plain):.2f}** ({ratios}) |", flush=True)  # fmt: skip
 
 
 def loop(
@@ -357,13 +419,15 @@ def table(chosen: argparse.Namespace) -> None:
         results = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
         for budget in dict.fromkeys(result["budget"] for result in results):
             of_budget = [result for result in results if result["budget"] == budget]
-            if of_budget:
-                print_table(folder.name, budget, of_budget)
+            for names in (NETWORKS, CHANGES):
+                print_table(folder.name, budget, [one for one in of_budget if one["recipe"] in names], names)
 
 
-def print_table(data: str, budget: str, results: list[dict[str, Any]]) -> None:
+def print_table(data: str, budget: str, results: list[dict[str, Any]], names: Sequence[str]) -> None:
     """A row for each recipe, of all its seeds that the first recipe of these has, too."""
-    reference = next(name for name in (*RECIPES, *PEERS) if any(one["recipe"] == name for one in results))
+    if not results:
+        return
+    reference = next(name for name in names if any(one["recipe"] == name for one in results))
     first = {result["seed"]: result for result in results if result["recipe"] == reference}
     one = next(iter(first.values()))
     areas = np.array(one["areas"])
@@ -374,7 +438,7 @@ def print_table(data: str, budget: str, results: list[dict[str, Any]]) -> None:
         "| recipe | seeds | epochs | seconds | Dice | on positives | difference to the first (95%) | at 0.5 |"
     )
     print("|---|---|---|---|---|---|---|---|")
-    for name in (*RECIPES, *PEERS):
+    for name in names:
         own = [result for result in results if result["recipe"] == name and result["seed"] in first]
         if not own:
             continue
@@ -397,7 +461,7 @@ def main() -> None:
     options = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    options.add_argument("step", choices=["data", "run", "table"])
+    options.add_argument("step", choices=["data", "run", "table", "speed"])
     options.add_argument("--folder", type=Path, default=Path("recipes"), help="of data sets and results")
     options.add_argument("--size", type=int, default=128, help="of the images, in pixels")
     options.add_argument("--images", type=int, default=600, help="synthetic radiographs of the hard sample")
@@ -410,7 +474,7 @@ def main() -> None:
     options.add_argument("--only", nargs="+", default=[], help="recipes whose name has one of these texts")
     options.add_argument("--device", default="auto")
     chosen = options.parse_args()
-    {"data": write_data, "run": run, "table": table}[chosen.step](chosen)
+    {"data": write_data, "run": run, "table": table, "speed": measure_speed}[chosen.step](chosen)
 
 
 if __name__ == "__main__":
