@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from helpers import ROOT, collect_rarely, do_not_wait_for_the_disk, read_migrations_once
+from helpers import IS_SOAK, ROOT, collect_rarely, do_not_wait_for_the_disk, read_migrations_once
 
 if TYPE_CHECKING:
     from command_server import CommandServer
@@ -31,7 +31,10 @@ LONGEST_FIRST = (
 
 def pytest_configure(config: pytest.Config) -> None:
     from cpu_seconds import CpuSeconds
+    from hypothesis import settings
 
+    settings.register_profile("suite", max_examples=100 if IS_SOAK else 25)
+    settings.load_profile("suite")
     config.pluginmanager.register(CpuSeconds())
     do_not_wait_for_the_disk()
 
@@ -94,6 +97,16 @@ def no_layout() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ConstrainedLayoutEngine, "execute", lambda self, figure: None)
+        yield
+
+
+@pytest.fixture(scope="module")
+def no_charts() -> Iterator[None]:
+    """Charts stay blank: to draw them takes half of the time of a score, and a third of a training's."""
+    from matplotlib.figure import Figure
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "draw", lambda self, renderer: None)
         yield
 
 

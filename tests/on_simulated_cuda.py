@@ -53,7 +53,7 @@ from pneumo_experiments.stages.score import score  # noqa: E402
 from pneumo_experiments.stages.search import search  # noqa: E402
 from pneumo_experiments.stages.train import train  # noqa: E402
 
-pytestmark = pytest.mark.usefixtures("no_layout", "no_code")
+pytestmark = pytest.mark.usefixtures("no_charts", "no_code")
 
 STORAGE = "sqlite:///optuna.db"
 CACHES = ("device", "host", "stream")

@@ -29,7 +29,7 @@ from pneumo_experiments.dataset.hdf5 import Dataset
 from pneumo_experiments.errors import Rejected
 from pneumo_experiments.settings import ENTRY_POINTS, Recipe, Train, from_flat
 
-pytestmark = pytest.mark.usefixtures("tiny_default", "no_layout", "no_code")
+pytestmark = pytest.mark.usefixtures("tiny_default", "no_charts", "no_code")
 FINDER = doctest.DocTestFinder()
 
 

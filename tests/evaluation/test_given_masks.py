@@ -34,7 +34,7 @@ from pneumo_experiments.serving import Detector
 from pneumo_experiments.settings import Score, SplitSettings, Train
 from pneumo_experiments.stages.score import score
 
-pytestmark = pytest.mark.usefixtures("no_layout", "no_code")
+pytestmark = pytest.mark.usefixtures("no_charts", "no_code")
 
 SIDE = 40  # of the native images here
 Masks = Mapping[str, Iterable[str]]  # run lengths by image id

@@ -28,8 +28,8 @@ from tracking_server import Server, free_port, wait_until
 from pneumo_experiments.search.study import confirmations, trials_to_confirm
 from pneumo_experiments.search.winner import choose_winner
 
-KILLS = int(os.environ.get("PNEUMO_KILLS") or 3)
-TRIALS, WORKERS, EPOCHS = (40, 3, 3) if IS_SOAK else (6, 2, 3)
+KILLS = int(os.environ.get("PNEUMO_KILLS") or 2)
+TRIALS, WORKERS, EPOCHS = (40, 3, 3) if IS_SOAK else (4, 2, 3)
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 CONFIRM = 2
 # Short trainings that find something, of settings nearly alike, so that second trainings follow.
@@ -190,6 +190,28 @@ def test_a_database_that_restarts_costs_no_trial(
     desk.check(trials=2)
 
 
+# The first trial of a worker waits until both have begun one.
+SITE = """
+import sys
+if "spawn_main" in " ".join(sys.orig_argv):
+    import os, time
+    from pathlib import Path
+    import tiny_network
+    from pneumo_experiments.search.trial_training import TrialTraining
+
+    tiny_network.replace_default_network()
+    make = TrialTraining.__init__
+
+    def make_with_the_other(self, *given):
+        Path(f"begun-{os.getpid()}").touch()
+        while len([*Path().glob("begun-*")]) < 2:
+            time.sleep(0.1)
+        make(self, *given)
+
+    TrialTraining.__init__ = make_with_the_other
+"""
+
+
 def below(parent: int) -> list[psutil.Process]:
     """The processes that this one started, and theirs."""
     found = children(parent)
@@ -202,11 +224,9 @@ def test_two_workers_never_exceed_the_trials_and_no_password_appears(
     copy_store(empty_store, tmp_path)
     desk = Desk(commands, tmp_path, small_dataset, database.create("workers", password="hush123"))
     (tmp_path / "site").mkdir()  # the workers that the command starts shall have the tiny network as well
-    (tmp_path / "site" / "sitecustomize.py").write_text(
-        "import tiny_network as t; t.replace_default_network()"
-    )
+    (tmp_path / "site" / "sitecustomize.py").write_text(SITE)
     desk.variables["PYTHONPATH"] = os.pathsep.join([str(tmp_path / "site"), desk.variables["PYTHONPATH"]])
-    worker = desk.start(trials=3, workers=2, search_epochs=20, confirm=0)
+    worker = desk.start(trials=3, workers=2, search_epochs=2, confirm=0)
     lines = set[str]()
     while worker.poll() is None:
         for process in below(worker.pid):

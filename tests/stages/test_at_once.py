@@ -24,7 +24,7 @@ from pneumo_experiments.settings import Main, Preprocess, Train
 from pneumo_experiments.stages import main
 from pneumo_experiments.synthetic.kaggle_layout import Contents, is_sample, write_sample
 
-pytestmark = pytest.mark.usefixtures("no_layout", "no_code", "tiny_default")
+pytestmark = pytest.mark.usefixtures("no_charts", "no_code", "tiny_default")
 
 SHORT = {"weights": "none", "precision": "fp32", "threshold_trials": 0, "overlays": 0}
 SHORT |= {"batch_size": 8, "best_k": 1, "tta": "none"}

@@ -23,7 +23,7 @@ import pandas as pd
 import pytest
 import yaml
 from command_server import CommandServer
-from helpers import BIN, ROOT, copy_store, environment_of_mlflow, make, soak
+from helpers import BIN, ROOT, copy_store, environment_of_mlflow, few_radiographs, make, soak
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from PIL import Image
@@ -368,13 +368,14 @@ def test_the_training_starts_where_the_trials_started(chain: Chain) -> None:
 
 
 def test_without_trials_main_trains_with_the_settings_as_given(
-    tmp_path: Path, tiny_default: None, store: Path, capsys: pytest.CaptureFixture[str]
+    dataset: Path, tiny_default: None, no_charts: None, store: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     small = SMALL | {"trials": 0, "test_images": 0, "epochs": 1, "threshold_trials": 0, "overlays": 0}
-    main(Main.of(**small, output_dir=tmp_path / "output", dice_weight=2.5))
-    assert "step 2 of 5, preprocess; then train, score, register" in capsys.readouterr().out
+    source = few_radiographs(dataset.with_name("sample"), store / "few", 12)
+    main(Main.of(**small, **source, output_dir=store / "output", dice_weight=2.5, workers=1))
+    assert "step 1 of 4, preprocess; then train, score, register" in capsys.readouterr().out
     stages = [run.data.tags["pneumo.stage"] for run in mlflow.search_runs(output_format="list")]
-    assert sorted(stages) == ["main", "preprocess", "register", "sample", "score", "train"]
+    assert sorted(stages) == ["main", "preprocess", "register", "score", "train"]
     (trained,) = runs("train")
     assert trained.data.params["dice_weight"] == "2.5"
     with pytest.raises(UserError, match=r"^trials=0: leaves nothing to search"):
@@ -398,11 +399,7 @@ def test_real_radiographs_go_through_the_same_command(
         "test_dir": real_data / "dicom-images-test",
         "image_size": 64,
         "epochs": 1,
-        "trials": 1,
-        "search_epochs": 1,
-        "search_warmup_epochs": 1,
-        "confirm": 0,
-        "keep": 0,
+        "trials": 0,
         "weights": "none",
         "batch_size": 4,
         "threshold_trials": 0,

@@ -39,7 +39,7 @@ from pneumo_experiments.dataset import rle
 from pneumo_experiments.dataset.packed_image import ResizedImage, hash_patient
 from pneumo_experiments.tracking import servers
 
-pytestmark = pytest.mark.usefixtures("no_layout", "no_code", "no_pictures")
+pytestmark = pytest.mark.usefixtures("no_charts", "no_code", "no_pictures")
 
 # A row below names only what is wrong; of two values the later counts.
 USUAL = {

@@ -40,7 +40,7 @@ from pneumo_experiments.training.fold import Fold, FoldResult, initial_network
 from pneumo_experiments.training.loop import EpochResult
 from pneumo_experiments.training.resume import TrainingState
 
-pytestmark = pytest.mark.usefixtures("no_layout", "no_code")
+pytestmark = pytest.mark.usefixtures("no_charts", "no_code")
 
 
 @pytest.fixture

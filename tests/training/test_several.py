@@ -16,7 +16,7 @@ from pneumo_experiments.errors import UserError
 from pneumo_experiments.settings import Train
 from pneumo_experiments.stages.train import train_each
 
-pytestmark = pytest.mark.usefixtures("tiny", "no_pictures", "no_layout", "no_code", "store")
+pytestmark = pytest.mark.usefixtures("tiny", "no_pictures", "no_charts", "no_code", "store")
 
 
 @pytest.fixture
