@@ -155,7 +155,7 @@ def test_the_dice_of_real_annotations_with_known_errors_is_that_of_sets_of_pixel
     assert model.scores.patients < len(known)  # by the table that ships
 
 
-@settings(max_examples=30, deadline=None)
+@settings(deadline=None)
 @given(
     pairs=st.lists(
         st.tuples(st.binary(min_size=35, max_size=35), st.binary(min_size=35, max_size=35)), min_size=1

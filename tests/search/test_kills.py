@@ -107,18 +107,26 @@ def settings_of(trial: FrozenTrial) -> str:
     return json.dumps(trial.params, sort_keys=True)
 
 
-def ended(worker: Command) -> None:
-    """Waits for a worker, and asserts that it ended well."""
+def ended(worker: Command) -> str:
+    """Waits for a worker, and asserts that it ended well; what it said."""
     code, said = worker.communicate()
     assert code == 0, said
+    return said
+
+
+def assert_hidden(password: str, said: str, folder: Path) -> None:
+    """It is neither shown nor in any file of the store."""
+    assert password not in said and "***" in said
+    for path in [folder / "mlflow.db", *(folder / "mlruns").rglob("*")]:
+        assert path.is_dir() or password.encode() not in path.read_bytes(), path
 
 
 def test_killed_workers_lose_no_trial_and_repeat_none(
     tmp_path: Path, small_dataset: Path, empty_store: Path, database: DatabaseServer, commands: CommandServer
 ) -> None:
-    """The one that owns the study among them: another takes over."""
+    """The one that owns the study among them: another takes over. No password appears."""
     copy_store(empty_store, tmp_path)
-    desk = Desk(commands, tmp_path, small_dataset, database.create("kills"))
+    desk = Desk(commands, tmp_path, small_dataset, database.create("kills", password="hush123"))
     words = {"trials": TRIALS, "search_epochs": EPOCHS}
     chance, struck = random.Random(0), Counter[str]()
     workers = [desk.start(**words) for _ in range(WORKERS)]
@@ -134,9 +142,8 @@ def test_killed_workers_lose_no_trial_and_repeat_none(
         workers[number].send_signal(signal.SIGKILL)
         workers[number].communicate()
         workers[number] = desk.start(**words)
-    for worker in workers:
-        ended(worker)
-    ended(desk.start(**words))
+    said = "".join(ended(worker) for worker in (*workers, desk.start(**words)))
+    assert_hidden("hush123", said, tmp_path)
     assert len(confirmations(desk.check(TRIALS))) >= 1 + CONFIRM
     states = Counter(trial.state.name.lower() for trial in study.trials)
     print(f"\n{KILLS} kills of {WORKERS} workers, {TRIALS} trials, {time.monotonic() - begin:.0f} s")
@@ -218,6 +225,35 @@ def below(parent: int) -> list[psutil.Process]:
     return found + [each for child in found for each in below(child.pid)]
 
 
+# In place of the work of the processes that a command starts, of which one dies.
+WORK = """
+import multiprocessing, os
+from types import SimpleNamespace
+from helpers import make
+from pneumo_experiments.search import workers
+from pneumo_experiments.settings import Search
+
+def work(settings, parent):
+    number = multiprocessing.current_process().name.split()[-1]
+    print(number, settings.workers, parent, os.environ["OMP_NUM_THREADS"], flush=True)
+    os._exit(9 * int(number))
+
+workers.get_context = lambda kind: multiprocessing.get_context("fork")
+workers._work, workers.available_cores = work, lambda: 6
+workers._run_workers(SimpleNamespace(settings=make(Search, workers=2), parent="the parent"))
+"""
+
+
+def test_a_command_starts_its_workers_and_reports_one_that_dies(
+    tmp_path: Path, commands: CommandServer
+) -> None:
+    code, said = commands.start(folder=tmp_path, environment=environment(), code=WORK).communicate()
+    lines = sorted(said.splitlines())
+    assert (code, lines[:2]) == (0, ["0 1 the parent 3", "1 1 the parent 3"]), said
+    assert lines[2:] == ["search: search worker 1 ended with exit code 9"]
+
+
+@soak  # each starts Python and imports torch
 def test_two_workers_never_exceed_the_trials_and_no_password_appears(
     tmp_path: Path, small_dataset: Path, empty_store: Path, database: DatabaseServer, commands: CommandServer
 ) -> None:
@@ -233,17 +269,14 @@ def test_two_workers_never_exceed_the_trials_and_no_password_appears(
             with suppress(psutil.NoSuchProcess):
                 lines.add(" ".join(process.cmdline()))
         time.sleep(0.2)
-    code, said = worker.communicate()
-    assert code == 0, said
+    said = ended(worker)
     trials = desk.study().trials
     assert sum(trial.state in FINISHED for trial in trials) == 3
     processes = [trial.user_attrs["process"] for trial in trials if "run_id" in trial.user_attrs]
     assert len({process["pneumo.process"] for process in processes}) == 2
     assert len([line for line in lines if "spawn_main" in line]) >= 2
     assert not [line for line in lines if "hush123" in line]
-    assert "hush123" not in said and "***" in said
-    for path in [tmp_path / "mlflow.db", *(tmp_path / "mlruns").rglob("*")]:
-        assert path.is_dir() or b"hush123" not in path.read_bytes(), path
+    assert_hidden("hush123", said, tmp_path)
 
 
 @soak

@@ -38,7 +38,7 @@ from pneumo_experiments.stages.main import _work_line, main
 from pneumo_experiments.stages.search import search
 
 SMALL = {
-    "images": 24,
+    "images": 18,
     "folds": 2,  # else a fold has one patient
     "holdout": 0.3,
     "test_images": 2,
@@ -48,7 +48,7 @@ SMALL = {
     "pruner": "none",
     "confirm": 0,
     "keep": 3,
-    "search_images": 8,
+    "search_images": 4,
     "search_epochs": 1,
     "search_warmup_epochs": 1,
     "threshold_trials": 5,
@@ -338,10 +338,10 @@ def test_main_says_which_step_it_is_and_what_is_still_to_come(chain: Chain) -> N
 def test_main_says_how_the_work_is_divided(chain: Chain) -> None:
     split = json.loads(artifact(chain.only("train"), "split.json").read_text())
     images = split["parts"]["train"]["images"]
-    searched = 2 * 8 + images  # two trials of 8 images, and an epoch of warm-up
+    searched = 2 * 4 + images  # two trials of 4 images, and an epoch of warm-up
     share = searched / (searched + 2 * images)
     assert (
-        f"main: search 2 trials, 1 epoch of 8 images each; then train 2 epochs of {images} images:"
+        f"main: search 2 trials, 1 epoch of 4 images each; then train 2 epochs of {images} images:"
         f" {share:.0%} and {1 - share:.0%} of the training work"
     ) in chain.output
 

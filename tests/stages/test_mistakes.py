@@ -110,8 +110,11 @@ MISTAKES = [
     # Data sets
     *(
         (f"{entry_point} --dataset {file}", f"…{file}…run preprocess")
-        for entry_point in ("train", "search")
-        for file in ("missing.h5", "nothing.h5", "letter.txt", "foreign.h5", "cut.h5", "unlabelled.h5")
+        for entry_point, files in (
+            ("train", ("missing.h5", "nothing.h5", "letter.txt", "foreign.h5", "cut.h5", "unlabelled.h5")),
+            ("search", ("missing.h5", "cut.h5", "unlabelled.h5")),
+        )
+        for file in files
     ),
     (
         "train --dataset healthy.h5",
@@ -141,13 +144,12 @@ MISTAKES = [
     # Models
     *(
         (f"{entry_point} --model {model}", f"model={model}: cannot be loaded…`train` logs one{remedy}")
-        for entry_point in ("score", "register")
-        for model, remedy in (
-            ("models:/nothing@champion", "…or make one: register with promote=always"),
-            ("models:/m-123", ""),
-            ("models:/", ""),
-            ("runs:/abc/model", ""),
-            ("banana", ""),
+        for entry_point, model, remedy in (
+            ("score", "models:/nothing@champion", "…or make one: register with promote=always"),
+            ("score", "models:/m-123", ""),
+            ("score", "models:/", ""),
+            ("score", "runs:/abc/model", ""),
+            ("register", "banana", ""),
         )
     ),
     ("score --subset all --baseline models:/m-9", "baseline=models:/m-9: cannot be loaded"),
