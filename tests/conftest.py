@@ -21,11 +21,18 @@ if TYPE_CHECKING:
 # Of two workers, none shall begin one of these when the other has nothing left: the longest files go first.
 # stages/test_bombs is the very first: it measures memory, and no other test has left processes yet.
 LONGEST_FIRST = (
-    *("stages/bombs", "search/kills", "stages/main", "learning/simulated_cuda", "tracking/outage"),
-    *("stages/search", "registry/promotion", "stages/faults", "stages/preprocess", "stages/train"),
-    *("stages/mistakes", "stages/at_once", "stages/full_disk", "tracking/runs", "stages/kills"),
-    *("learning/distributed", "stages/hostile_values", "serving/service", "learning/network"),
-    *("dataset/decoder_pool", "evaluation/given_thresholds", "dicom/mutants"),
+    *(
+        "stages/bombs",
+        "stages/search",
+        "registry/promotion",
+        "stages/main",
+        "stages/register",
+        "stages/train",
+    ),
+    *("stages/elsewhere", "stages/mistakes", "serving/service", "tracking/outage", "learning/simulated_cuda"),
+    *("search/kills", "tracking/runs", "stages/preprocess", "dataset/decoder_pool", "learning/network"),
+    *("stages/at_once", "stages/full_disk", "stages/faults", "learning/architectures", "dataset/shards"),
+    *("stages/kills", "evaluation/load_models", "evaluation/given_thresholds", "stages/hostile_values"),
 )
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 import mlflow.pyfunc
 import pandas as pd
@@ -14,11 +13,10 @@ import torch
 from helpers import ended, make, soak, words_of
 from mlflow import MlflowClient
 from tiny_network import CPU
-from tracked import log_model, runs
+from tracked import log_model, runs, stopped_in_training
 
 from pneumo_experiments import tracking
 from pneumo_experiments.errors import UserError
-from pneumo_experiments.learning.checkpoint import Checkpoint
 from pneumo_experiments.learning.network import PneumothoraxNet
 from pneumo_experiments.learning.predict import Predictor
 from pneumo_experiments.metrics.thresholds import Thresholds
@@ -47,17 +45,10 @@ def test_a_network_is_trained_continued_scored_and_served(
 ) -> None:
     backbone = PneumothoraxNet(network).backbone.state_dict()
     torch.save(backbone, tmp_path / "backbone.pt")
-    settings, save = settings_of(network, small_dataset, str(tmp_path / "backbone.pt")), Checkpoint.save
+    settings = settings_of(network, small_dataset, str(tmp_path / "backbone.pt"))
     whole = train(settings)
-
-    def save_and_stop(self: Checkpoint, *state: Any) -> None:
-        save(self, *state)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Checkpoint, "save", save_and_stop)
-        with pytest.raises(KeyboardInterrupt):
-            train(settings)
+    with stopped_in_training(1, monkeypatch):
+        train(settings)
     resumed = train(settings)
     first, again = (load(tracking.model_data(result.model)) for result in (whole, resumed))
     ours, theirs = (one.members[0].predictor.network.state_dict() for one in (first, again))

@@ -487,7 +487,10 @@ def test_a_study_of_an_earlier_version_goes_on_with_the_defaults_of_later_settin
 def test_a_study_of_other_data_is_refused_and_the_difference_named(quick: Quick, dataset: Path) -> None:
     quick(trials=1)
     for values, difference in (
-        ({"learning_rate": 0.01}, r"learning_rate 0\.\d+, now 0\.01"),
+        (
+            {"learning_rate": 0.01, "holdout": 0.25},
+            r"learning_rate .*, now 0\.01; holdout 0\.2, now 0\.25",
+        ),
         ({"dataset": dataset}, r"data [0-9a-f]{16}, now [0-9a-f]{16}"),
         (
             {"searched": "focal_weight,presence_weight"},

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from helpers import changed, make
 from mlflow import MlflowClient
-from tracked import stopped_in_the_second_training
+from tracked import stopped_in_training
 
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.settings import Train
@@ -51,7 +51,7 @@ def test_the_parent_shows_mean_and_spread_over_seeds(
 def test_what_has_ended_before_an_interruption_is_not_trained_again(
     several: list[Train], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with stopped_in_the_second_training(monkeypatch):
+    with stopped_in_training(2, monkeypatch):
         train_each(several[:3])
     capsys.readouterr()
     train_each(several[:3])
