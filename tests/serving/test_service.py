@@ -45,7 +45,7 @@ from pneumo_experiments.settings import Train, as_config, from_flat
 from pneumo_experiments.tracking.models import save_model
 
 GOOD = {"light": jpeg_file(GREYS), "dark": jpeg_file(GREYS // 3), "wide": jpeg_file(GREYS[:9])}
-NETWORK = "lraspp_mobilenet_v3_large"  # the smallest that a server without this package's tests has
+NETWORK = "unet:tu-test_resnet"  # the smallest that a server without the tests has
 NAMES = ["image_id", "presence", "area_px", "rle", "error"]
 
 
@@ -135,8 +135,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     torch.manual_seed(0)
     network = PneumothoraxNet(NETWORK)
     torch.nn.init.normal_(network.presence_head.weight, std=0.1)  # so that images differ
-    for layer in (network.mask_head.low_classifier, network.mask_head.high_classifier):
-        torch.nn.init.normal_(layer.weight)  # pyright: ignore[reportArgumentType]
+    torch.nn.init.normal_(network.mask_head.last.weight)  # pyright: ignore
     detector = detector_of(network, NETWORK, presence_threshold=0, top_score=0.05, bottom_score=0.05)
     with new_folder() as data:
         save(data, detector)
