@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import struct
 import zlib
+from functools import cache
 
 import numpy as np
 from dicom_files import GREYS, dicom_bytes, jpeg_2000
@@ -14,7 +15,8 @@ from pydicom import uid
 ITEM, NO_LENGTH, END = b"\xfe\xff\x00\xe0", b"\xff\xff\xff\xff", b"\xfe\xff\xdd\xe0"
 
 
-def deflated_header(items: int = 6_000_000) -> bytes:
+@cache
+def deflated_header(items: int = 2_000_000) -> bytes:
     """A sequence of empty items; pydicom makes some 600 bytes of each."""
     whole = dicom_bytes(GREYS, syntax=uid.DeflatedExplicitVRLittleEndian)
     length = struct.unpack_from("<I", whole, 140)[0]  # of group 2, which is never deflated
@@ -25,6 +27,7 @@ def deflated_header(items: int = 6_000_000) -> bytes:
     return whole[:start] + packer.compress(sequence + header) + packer.flush()
 
 
+@cache
 def tiny_precincts(side: int = 4000) -> bytes:
     """JPEG 2000 in precincts of one pixel (ITU-T T.800 A.6.1): OpenJPEG makes some 600 bytes of each."""
     frame = bytearray(jpeg_2000(GREYS, 8))
@@ -37,6 +40,7 @@ def tiny_precincts(side: int = 4000) -> bytes:
     return dicom_bytes(np.zeros((side, side), np.uint8), 8, uid.JPEG2000Lossless, bytes(frame))
 
 
+@cache
 def many_scans(side: int = 2048) -> bytes:
     """A progressive JPEG that refines its empty picture 70,000 times."""
     file = io.BytesIO()

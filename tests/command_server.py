@@ -25,6 +25,7 @@ from typing import IO, Any
 import cpu_seconds
 import sqlalchemy.orm
 from helpers import ROOT, collect_rarely, do_not_wait_for_the_disk, read_migrations_once
+from matplotlib.figure import Figure
 from mlflow.utils import requirements_utils
 
 from pneumo_experiments import figures
@@ -123,8 +124,8 @@ class CommandServer:
     ) -> Command:
         """Starts it in the folder, as the leader of a process group.
 
-        ``tiny`` makes the network of tiny_network.py known and gives it the default one's name; a search
-        draws no pictures. With ``max_file_bytes`` no file can grow beyond so many bytes. ``code`` runs in
+        ``tiny`` makes the network of tiny_network.py known and gives it the default one's name; charts stay
+        blank. With ``max_file_bytes`` no file can grow beyond so many bytes. ``code`` runs in
         place of the command line, with the words as its arguments.
         """
         (read_in, write_in), (read_out, write_out), (read_end, write_end) = os.pipe(), os.pipe(), os.pipe()
@@ -268,6 +269,7 @@ def _run(request: dict[str, Any], given: int, out: int) -> None:
         add_tiny_network()
         replace_default_network()
         study_report.pictures = lambda study: {}
+        Figure.draw = lambda self, renderer: None
     sys.argv = ["pneumo_experiments", *request["words"]]
     if request["code"]:
         sys.exit(exec(request["code"], {"__name__": "__main__"}))

@@ -53,7 +53,7 @@ from pneumo_experiments.stages.score import score  # noqa: E402
 from pneumo_experiments.stages.search import search  # noqa: E402
 from pneumo_experiments.stages.train import train  # noqa: E402
 
-pytestmark = pytest.mark.usefixtures("no_layout", "no_code")
+pytestmark = pytest.mark.usefixtures("no_charts", "no_code")
 
 STORAGE = "sqlite:///optuna.db"
 CACHES = ("device", "host", "stream")
@@ -66,17 +66,17 @@ def shared(shared: Path) -> Path:
 
 
 @pytest.fixture
-def settings(dataset: Path, store: Path) -> Train:
+def settings(small_dataset: Path, store: Path) -> Train:
     """Short trainings of the tiny network."""
     return make(
         Train,
-        dataset=dataset,
+        dataset=small_dataset,
         network="tiny",
         weights="none",
         epochs=1,
         threshold_trials=0,
         overlays=0,
-        batch_size=4,
+        batch_size=12,
     )
 
 
@@ -127,7 +127,7 @@ def test_a_search_runs_its_trials(settings: Train, no_pictures: None) -> None:
 
 @pytest.mark.parametrize("min_area_px", [0, 20_000])
 def test_masks_of_a_folder_are_those_of_the_host_to_the_last_pixel(min_area_px: int, dataset: Path) -> None:
-    paths = sorted((dataset.parent / "sample" / "dicom-images-train").rglob("*.dcm"))[:12]
+    paths = sorted((dataset.parent / "sample" / "dicom-images-train").rglob("*.dcm"))[:5]
     files: list[File] = [(path.stem, path.read_bytes()) for path in paths]
     rng = np.random.default_rng(0)
     odd = [rng.integers(0, 256, shape, np.uint8) for shape in ((40, 90), (90, 40), (40, 90))]
@@ -152,7 +152,7 @@ def test_masks_of_a_folder_are_those_of_the_host_to_the_last_pixel(min_area_px: 
     assert [f.error for f in found["cuda"]] == [f.error for f in found["cpu"]]
     assert all(np.array_equal(*pair) for pair in zip(masks["cpu"], masks["cuda"], strict=True))
     assert len(masks["cpu"]) == len(files) - 1
-    assert 4 <= sum(mask.any() for mask in masks["cpu"]) <= 8
+    assert 2 <= sum(mask.any() for mask in masks["cpu"]) <= 6
 
 
 # Of the real networks, which differ only in torchvision's layers, in fp16: without a CPU's help, bf16 takes
@@ -186,16 +186,16 @@ def test_the_host_waits_for_nothing_in_a_step(network: str, precision: str) -> N
 
 
 @pytest.mark.parametrize("cache", CACHES)
-def test_in_an_epoch_the_host_waits_only_for_its_sums(dataset: Path, cache: str) -> None:
-    values = {"batch_size": 4, "ema": 0.9, "augment": "strong", "mask_smoothing": 2}
+def test_in_an_epoch_the_host_waits_only_for_its_sums(small_dataset: Path, cache: str) -> None:
+    values = {"batch_size": 12, "ema": 0.9, "augment": "strong", "mask_smoothing": 2}
     recipe, compute = make(Recipe, network="tiny", **values), choose_compute(Device())
-    with Dataset.open(dataset) as opened:
+    with Dataset.open(small_dataset) as opened:
         present = np.array([entry.area_px > 0 for entry in opened.entries])
         rows = np.arange(len(present))
         if cache == "stream":
             data = StreamedData(opened, rows, present)
         else:
-            data = load(opened, rows, present, 32, str(compute.device) if cache == "device" else "cpu")
+            data = load(opened, rows, present, 16, str(compute.device) if cache == "device" else "cpu")
         epochs = fit(Predictor(build_network("tiny", "none", 0), compute), data, recipe, 2)
         next(epochs)
         with count_syncs() as waits:
@@ -213,8 +213,8 @@ def test_in_an_epoch_the_host_waits_only_for_its_sums(dataset: Path, cache: str)
 
 
 @pytest.mark.parametrize("cache", ["auto", "stream"])
-def test_the_host_waits_once_for_all_predictions_of_a_validation(dataset: Path, cache: str) -> None:
-    with Dataset.open(dataset) as opened:
+def test_the_host_waits_once_for_all_predictions_of_a_validation(small_dataset: Path, cache: str) -> None:
+    with Dataset.open(small_dataset) as opened:
         subset = Subset(opened, np.arange(len(opened))).in_memory(cache)
         assert (subset.pixels is None) == (cache == "stream")
         compute, line = choose_compute(Device()), Calibration(0.5, -1)
@@ -250,13 +250,16 @@ def test_the_benchmark_s_check_tries_every_way_to_train(
 
 
 def test_the_rows_of_gpu_sh_are_of_both_caches(
-    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    small_dataset: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
     benchmark = importlib.import_module("train")
     monkeypatch.setattr(benchmark, "SAMPLE", 24)
     monkeypatch.setattr(benchmark, "flops_per_image", lambda *_: 1.0)  # the meta device is not simulated
-    path = Path(shutil.copy(dataset, tmp_path / "32.h5"))
+    path = Path(shutil.copy(small_dataset, tmp_path / "16.h5"))
     arguments = argparse.Namespace(dry_run=True, compile=False, processes=1)
     benchmark.print_rows("tiny", path, arguments, choose_compute(Device()))
     rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()]

@@ -24,7 +24,6 @@ from pneumo_experiments.settings import (
     Recipe,
     Search,
     Train,
-    as_config,
     as_now,
     flat,
     leaves,
@@ -58,8 +57,6 @@ HELP = "; see python -m pneumo_experiments"
             f"image_size is a setting of main and preprocess, not of train{HELP} train --",
         ),
         ("sample --epochs 3", f"epochs is a setting of main and train, not of sample{HELP} sample --help"),
-        ("preprocess", "dicom_dir: none given; name the folder that holds the DICOM files"),
-        ("main --dicom_dir .", "rle_csv: none given; the chain trains, so it needs dicom_dir's annotations"),
         ("train --dry_run perhaps", "dry_run: 'perhaps' is not a valid boolean"),
         ("tain", "No such command 'tain'"),
         ("train stray", f"Got unexpected extra argument (stray){HELP}"),
@@ -357,14 +354,6 @@ def test_a_config_file_s_mistake_is_named(text: str, expected: str, tmp_path: Pa
         resolved("train", "--config", str(config))
     assert str(caught.value).startswith(f"config={config}: ")
     assert expected in str(caught.value)
-
-
-@pytest.mark.parametrize("name", ENTRY_POINTS)
-def test_the_resolved_settings_as_a_config_file_give_the_same_settings(name: str, tmp_path: Path) -> None:
-    config = tmp_path / "c.yaml"
-    settings = resolved(name, *(["--seed", "5"] if "seed" in flat(ENTRY_POINTS[name]()) else []))
-    config.write_text(yaml.safe_dump(as_config(settings)))
-    assert resolved(name, "--config", str(config)) == settings
 
 
 @pytest.mark.parametrize("name", ENTRY_POINTS)

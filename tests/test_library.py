@@ -29,7 +29,7 @@ from pneumo_experiments.dataset.hdf5 import Dataset
 from pneumo_experiments.errors import Rejected
 from pneumo_experiments.settings import ENTRY_POINTS, Recipe, Train, from_flat
 
-pytestmark = pytest.mark.usefixtures("tiny_default", "no_layout", "no_code")
+pytestmark = pytest.mark.usefixtures("tiny_default", "no_charts", "no_code")
 FINDER = doctest.DocTestFinder()
 
 
@@ -241,7 +241,10 @@ def test_the_wheel_holds_the_whole_package_and_works_from_anywhere(tmp_path: Pat
     held = {path.relative_to(unpacked) for path in unpacked.rglob("*") if path.is_file()}
     ours = {path.relative_to(source) for path in (source / "pneumo_experiments").rglob("*") if path.is_file()}
     assert {path for path in held if about.name not in path.parts} == ours
-    assert {"py.typed", "demo.yaml", "example.dcm"} < {path.name for path in held}
+    assert all((unpacked / path).read_bytes() == (source / path).read_bytes() for path in ours)
+    assert {"py.typed", "demo.yaml", "example.dcm", "siim_patients.bin", "page.html.j2"} < {
+        path.name for path in held
+    }
     metadata = (about / "METADATA").read_text(encoding="utf-8")
     assert "\nClassifier: Typing :: Typed\n" in metadata and "\nLicense-Expression: Apache-2.0\n" in metadata
     assert "pneumo = pneumo_experiments.cli:main" in (about / "entry_points.txt").read_text()

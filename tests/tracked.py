@@ -50,14 +50,14 @@ def log_model(detector: Detector, settings: Train) -> str:
 
 
 @contextmanager
-def stopped_in_the_second_training(monkeypatch: pytest.MonkeyPatch) -> Generator[None]:
-    """Ctrl-C as soon as the second training of the block has saved its first checkpoint."""
+def stopped_in_training(number: int, monkeypatch: pytest.MonkeyPatch) -> Generator[None]:
+    """Ctrl-C as soon as the training of that number in the block has saved its first checkpoint."""
     save, saved = Checkpoint.save, list[str]()
 
     def save_and_stop(self: Checkpoint, *state: Any) -> None:
         save(self, *state)
         saved.append(self.folder.name)
-        if len(set(saved)) == 2:
+        if len(set(saved)) == number:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):

@@ -17,7 +17,7 @@ from pneumo_experiments.dataset.hdf5 import Dataset, DatasetWriter
 from pneumo_experiments.dataset.packed_image import ResizedImage, hash_patient
 from pneumo_experiments.errors import UserError
 
-ATTACKS = int(os.environ.get("PNEUMO_DAMAGED_FILES") or 300)
+ATTACKS = int(os.environ.get("PNEUMO_DAMAGED_FILES") or 100)
 
 
 DTYPES = ["float32", "float16", "uint8"]

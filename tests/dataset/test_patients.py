@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 import subprocess
 import sys
-import zipfile
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
@@ -100,19 +98,6 @@ def test_the_shipped_table_holds_numbers_in_an_order_that_says_nothing_of_the_pa
     assert (np.diff(rows["image"].astype(object)) > 0).all()
     _, first = np.unique(rows["patient"], return_index=True)
     assert rows["patient"][np.sort(first)].tolist() == list(range(1, 6172))  # in order of their first images
-
-
-def test_the_shipped_table_goes_into_the_package_that_is_built(tmp_path: Path) -> None:
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, tmp_path)
-    ignored = shutil.ignore_patterns("__pycache__")
-    shutil.copytree(ROOT / "pneumo_experiments", tmp_path / "pneumo_experiments", ignore=ignored)
-    build = "from setuptools.build_meta import build_wheel; build_wheel('wheels')"
-    subprocess.run([sys.executable, "-c", build], cwd=tmp_path, check=True, capture_output=True)
-    (wheel,) = (tmp_path / "wheels").glob("*.whl")
-    with zipfile.ZipFile(wheel) as packed:
-        assert packed.read("pneumo_experiments/dataset/siim_patients.bin") == SHIPPED.read_bytes()
-        assert "pneumo_experiments/data_report/page.html.j2" in packed.namelist()
 
 
 def test_the_shipped_table_has_only_its_own_images() -> None:

@@ -41,7 +41,7 @@ def slow_shrink(pixels: np.ndarray, size: int) -> list[list[Fraction]]:
     ]
 
 
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None)
 @given(PICTURES, st.integers(1, 9))
 def test_shrinking_is_the_exact_area_mean_for_any_shape_and_scale(pixels: np.ndarray, size: int) -> None:
     exact = slow_shrink(pixels, size)

@@ -32,7 +32,7 @@ def assert_no_patient_twice(patients: list[str], parts: list[np.ndarray]) -> Non
     assert sum(map(len, names)) == len(set().union(*names))
 
 
-@pytest.mark.parametrize(("folds", "seed"), [(2, 0), (5, 0), (10, 0), (5, 1), (5, 2)])
+@pytest.mark.parametrize(("folds", "seed"), [(2, 0), (5, 1), (10, 2)])
 def test_real_folds_share_no_patient_and_have_equal_areas(
     subset: tuple[list[str], np.ndarray], folds: int, seed: int
 ) -> None:

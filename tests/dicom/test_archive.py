@@ -20,7 +20,7 @@ from pneumo_experiments.dicom.archive import Archive, open_archive
 from pneumo_experiments.dicom.containers import read_file
 from pneumo_experiments.errors import Rejected, UserError
 
-MUTANTS = int(os.environ.get("PNEUMO_ZIP_MUTANTS") or 300)
+MUTANTS = int(os.environ.get("PNEUMO_ZIP_MUTANTS") or 150)
 DICOM = bytes(128) + b"DICM" + bytes(40)
 
 

@@ -34,7 +34,7 @@ from pneumo_experiments.serving import Detector
 from pneumo_experiments.settings import Score, SplitSettings, Train
 from pneumo_experiments.stages.score import score
 
-pytestmark = pytest.mark.usefixtures("no_layout", "no_code")
+pytestmark = pytest.mark.usefixtures("no_charts", "no_code")
 
 SIDE = 40  # of the native images here
 Masks = Mapping[str, Iterable[str]]  # run lengths by image id
@@ -155,7 +155,7 @@ def test_the_dice_of_real_annotations_with_known_errors_is_that_of_sets_of_pixel
     assert model.scores.patients < len(known)  # by the table that ships
 
 
-@settings(max_examples=30, deadline=None)
+@settings(deadline=None)
 @given(
     pairs=st.lists(
         st.tuples(st.binary(min_size=35, max_size=35), st.binary(min_size=35, max_size=35)), min_size=1

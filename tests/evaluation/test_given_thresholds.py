@@ -28,7 +28,7 @@ from pneumo_experiments.serving import Detector, load
 from pneumo_experiments.settings import Score, Train
 from pneumo_experiments.stages.score import score
 
-pytestmark = pytest.mark.usefixtures("no_layout", "no_code")
+pytestmark = pytest.mark.usefixtures("no_charts", "no_code")
 
 OWN = Thresholds(0.1, 0.5, 10, 0.45)
 

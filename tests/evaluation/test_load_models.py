@@ -33,7 +33,7 @@ from pneumo_experiments.training.folds import COMPARED_IMAGES, MUCH_DISAGREEMENT
 SETTINGS = make(Train, network="tiny", folds=2, holdout=0.3)
 
 
-pytestmark = pytest.mark.usefixtures("no_layout", "no_code", "tiny", "store")
+pytestmark = pytest.mark.usefixtures("no_charts", "no_code", "tiny", "store")
 
 
 def member(seed: int, fold: int) -> TrainedNetwork:

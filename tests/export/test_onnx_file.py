@@ -238,7 +238,7 @@ def test_too_many_networks_for_one_file_are_refused(
 @pytest.mark.parametrize(
     ("network", "tta", "side"),
     [
-        ("unet:resnet18", "none", 40),  # which it pads
+        ("unet:tu-test_resnet", "none", 40),  # which it pads
         *(pytest.param(name, "flip+scale", 64, marks=soak) for name in (*NETWORKS, *MORE)),
     ],
 )

@@ -21,16 +21,6 @@ def test_the_bytes_are_those_kaggle_shows(tmp_path: Path) -> None:
     assert path.read_bytes() == HEADER
 
 
-def test_nothing_is_left_when_the_rows_break_off(tmp_path: Path) -> None:
-    def rows() -> Iterator[tuple[str, str]]:
-        yield ROWS[0]
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        write_submission(tmp_path / "submission.csv", rows())
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_a_path_that_cannot_be_a_file_is_refused_before_any_row_is_drawn(tmp_path: Path) -> None:
     def rows() -> Iterator[tuple[str, str]]:
         raise AssertionError("drawn")

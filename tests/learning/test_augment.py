@@ -197,7 +197,7 @@ def test_outside_of_the_image_is_black_and_unmarked() -> None:
     assert inside.min() >= 1 - MILD.contrast / 2 - MILD.brightness - 1e-6
 
 
-@settings(max_examples=25, deadline=None)
+@settings(deadline=None)
 @example(0, "white", 37)  # here the weights of a sample add up to more than 1
 @given(st.integers(0, 2**32), st.sampled_from(["noise", "black", "white", "chequered"]), st.integers(8, 40))
 def test_values_stay_in_range_and_what_was_given_is_not_changed(seed: int, kind: str, side: int) -> None:

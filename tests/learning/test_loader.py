@@ -87,7 +87,7 @@ def drawn_slowly(images: dict[int, set[int]], order: list[int]) -> None:
         left[patient] = left[patient] or set(images[patient])
 
 
-@settings(max_examples=30, deadline=None)
+@settings(deadline=None)
 @given(
     st.lists(st.tuples(st.integers(0, 7), st.booleans()), min_size=1, max_size=40),
     st.sampled_from([0.0, 0.3, 0.8]),

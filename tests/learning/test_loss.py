@@ -128,7 +128,7 @@ images_of_pixels = st.integers(1, 12).flatmap(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(deadline=None)
 @given(images_of_pixels)
 def test_lovasz_hinge_equals_the_sum_over_sets_of_wrong_pixels(images: list[list[tuple[int, bool]]]) -> None:
     table = np.array(images, float)  # half-integer logits: errors are often equal

@@ -14,9 +14,9 @@ CODE = "import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))"
 
 
 def test_the_chain_runs_on_a_device_that_is_not_the_cpu(
-    commands: CommandServer, shared: Path, dataset: Path, empty_store: Path
+    commands: CommandServer, shared: Path, dataset: Path, small_dataset: Path, empty_store: Path
 ) -> None:
-    """The process takes data set and store from the shared folder."""
+    """The process takes data sets and store from the shared folder."""
     file = ROOT / "tests" / "on_simulated_cuda.py"
     words = ["-p", "no:cacheprovider", "-W", "ignore", "-rA", file]
     variables = environment() | {"PNEUMO_SHARED": str(shared)}

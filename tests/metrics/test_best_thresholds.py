@@ -73,7 +73,7 @@ def exhaustive_from_pixels(images: list[Image]) -> float:
     return float(best)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(deadline=None)
 @given(few_images)
 def test_the_optimum_is_what_trying_every_combination_finds(images: list[Image]) -> None:
     # Thresholds between two values that occur do what the higher one does.
@@ -91,7 +91,7 @@ def test_the_optimum_is_what_trying_every_combination_finds(images: list[Image])
     assert best.thresholds.bottom_score <= best.thresholds.top_score
 
 
-@pytest.mark.parametrize(("count", "seed"), [(1, 0), (2, 1), (7, 2), (8, 3), (9, 4), (33, 5), (64, 6)])
+@pytest.mark.parametrize(("count", "seed"), [(1, 0), (8, 3), (33, 5)])
 def test_the_optimum_over_all_hundredths_is_found_and_beats_the_grid(count: int, seed: int) -> None:
     images = squares(count, seed)
     counts, expected = count_images(images), exhaustive_from_pixels(images)
@@ -156,7 +156,7 @@ def room(images: list[Image], best: Thresholds, name: str, values: list[float]) 
     return ends[0], ends[1]
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_each_threshold_is_centred_in_its_plateau(seed: int) -> None:
     images = squares(8, seed)
     best = best_of_all(count_images(images)).thresholds

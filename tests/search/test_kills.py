@@ -28,8 +28,8 @@ from tracking_server import Server, free_port, wait_until
 from pneumo_experiments.search.study import confirmations, trials_to_confirm
 from pneumo_experiments.search.winner import choose_winner
 
-KILLS = int(os.environ.get("PNEUMO_KILLS") or 3)
-TRIALS, WORKERS, EPOCHS = (40, 3, 3) if IS_SOAK else (6, 2, 3)
+KILLS = int(os.environ.get("PNEUMO_KILLS") or 2)
+TRIALS, WORKERS, EPOCHS = (40, 3, 3) if IS_SOAK else (4, 2, 3)
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 CONFIRM = 2
 # Short trainings that find something, of settings nearly alike, so that second trainings follow.
@@ -107,18 +107,26 @@ def settings_of(trial: FrozenTrial) -> str:
     return json.dumps(trial.params, sort_keys=True)
 
 
-def ended(worker: Command) -> None:
-    """Waits for a worker, and asserts that it ended well."""
+def ended(worker: Command) -> str:
+    """Waits for a worker, and asserts that it ended well; what it said."""
     code, said = worker.communicate()
     assert code == 0, said
+    return said
+
+
+def assert_hidden(password: str, said: str, folder: Path) -> None:
+    """It is neither shown nor in any file of the store."""
+    assert password not in said and "***" in said
+    for path in [folder / "mlflow.db", *(folder / "mlruns").rglob("*")]:
+        assert path.is_dir() or password.encode() not in path.read_bytes(), path
 
 
 def test_killed_workers_lose_no_trial_and_repeat_none(
     tmp_path: Path, small_dataset: Path, empty_store: Path, database: DatabaseServer, commands: CommandServer
 ) -> None:
-    """The one that owns the study among them: another takes over."""
+    """The one that owns the study among them: another takes over. No password appears."""
     copy_store(empty_store, tmp_path)
-    desk = Desk(commands, tmp_path, small_dataset, database.create("kills"))
+    desk = Desk(commands, tmp_path, small_dataset, database.create("kills", password="hush123"))
     words = {"trials": TRIALS, "search_epochs": EPOCHS}
     chance, struck = random.Random(0), Counter[str]()
     workers = [desk.start(**words) for _ in range(WORKERS)]
@@ -134,9 +142,8 @@ def test_killed_workers_lose_no_trial_and_repeat_none(
         workers[number].send_signal(signal.SIGKILL)
         workers[number].communicate()
         workers[number] = desk.start(**words)
-    for worker in workers:
-        ended(worker)
-    ended(desk.start(**words))
+    said = "".join(ended(worker) for worker in (*workers, desk.start(**words)))
+    assert_hidden("hush123", said, tmp_path)
     assert len(confirmations(desk.check(TRIALS))) >= 1 + CONFIRM
     states = Counter(trial.state.name.lower() for trial in study.trials)
     print(f"\n{KILLS} kills of {WORKERS} workers, {TRIALS} trials, {time.monotonic() - begin:.0f} s")
@@ -190,40 +197,86 @@ def test_a_database_that_restarts_costs_no_trial(
     desk.check(trials=2)
 
 
+# The first trial of a worker waits until both have begun one.
+SITE = """
+import sys
+if "spawn_main" in " ".join(sys.orig_argv):
+    import os, time
+    from pathlib import Path
+    import tiny_network
+    from pneumo_experiments.search.trial_training import TrialTraining
+
+    tiny_network.replace_default_network()
+    make = TrialTraining.__init__
+
+    def make_with_the_other(self, *given):
+        Path(f"begun-{os.getpid()}").touch()
+        while len([*Path().glob("begun-*")]) < 2:
+            time.sleep(0.1)
+        make(self, *given)
+
+    TrialTraining.__init__ = make_with_the_other
+"""
+
+
 def below(parent: int) -> list[psutil.Process]:
     """The processes that this one started, and theirs."""
     found = children(parent)
     return found + [each for child in found for each in below(child.pid)]
 
 
+# In place of the work of the processes that a command starts, of which one dies.
+WORK = """
+import multiprocessing, os
+from types import SimpleNamespace
+from helpers import make
+from pneumo_experiments.search import workers
+from pneumo_experiments.settings import Search
+
+def work(settings, parent):
+    number = multiprocessing.current_process().name.split()[-1]
+    print(number, settings.workers, parent, os.environ["OMP_NUM_THREADS"], flush=True)
+    os._exit(9 * int(number))
+
+workers.get_context = lambda kind: multiprocessing.get_context("fork")
+workers._work, workers.available_cores = work, lambda: 6
+workers._run_workers(SimpleNamespace(settings=make(Search, workers=2), parent="the parent"))
+"""
+
+
+def test_a_command_starts_its_workers_and_reports_one_that_dies(
+    tmp_path: Path, commands: CommandServer
+) -> None:
+    code, said = commands.start(folder=tmp_path, environment=environment(), code=WORK).communicate()
+    lines = sorted(said.splitlines())
+    assert (code, lines[:2]) == (0, ["0 1 the parent 3", "1 1 the parent 3"]), said
+    assert lines[2:] == ["search: search worker 1 ended with exit code 9"]
+
+
+@soak  # each starts Python and imports torch
 def test_two_workers_never_exceed_the_trials_and_no_password_appears(
     tmp_path: Path, small_dataset: Path, empty_store: Path, database: DatabaseServer, commands: CommandServer
 ) -> None:
     copy_store(empty_store, tmp_path)
     desk = Desk(commands, tmp_path, small_dataset, database.create("workers", password="hush123"))
     (tmp_path / "site").mkdir()  # the workers that the command starts shall have the tiny network as well
-    (tmp_path / "site" / "sitecustomize.py").write_text(
-        "import tiny_network as t; t.replace_default_network()"
-    )
+    (tmp_path / "site" / "sitecustomize.py").write_text(SITE)
     desk.variables["PYTHONPATH"] = os.pathsep.join([str(tmp_path / "site"), desk.variables["PYTHONPATH"]])
-    worker = desk.start(trials=3, workers=2, search_epochs=20, confirm=0)
+    worker = desk.start(trials=3, workers=2, search_epochs=2, confirm=0)
     lines = set[str]()
     while worker.poll() is None:
         for process in below(worker.pid):
             with suppress(psutil.NoSuchProcess):
                 lines.add(" ".join(process.cmdline()))
         time.sleep(0.2)
-    code, said = worker.communicate()
-    assert code == 0, said
+    said = ended(worker)
     trials = desk.study().trials
     assert sum(trial.state in FINISHED for trial in trials) == 3
     processes = [trial.user_attrs["process"] for trial in trials if "run_id" in trial.user_attrs]
     assert len({process["pneumo.process"] for process in processes}) == 2
     assert len([line for line in lines if "spawn_main" in line]) >= 2
     assert not [line for line in lines if "hush123" in line]
-    assert "hush123" not in said and "***" in said
-    for path in [tmp_path / "mlflow.db", *(tmp_path / "mlruns").rglob("*")]:
-        assert path.is_dir() or b"hush123" not in path.read_bytes(), path
+    assert_hidden("hush123", said, tmp_path)
 
 
 @soak

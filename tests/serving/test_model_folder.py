@@ -192,7 +192,7 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "flavors: {python_function: {loader_module: pneumo_experiments.serving}}",
         "flavors: {python_function: {loader_module: [1], data: {}}}",
         "flavors: {python_function: {loader_module: pneumo_experiments.serving, data: 7}}",
-        *("!!python/object/apply:os.mkdir [sprung]", "[" * 20_000, "a: \x00", "a: \xff"),
+        *("!!python/object/apply:os.mkdir [sprung]", "[" * 2_000, "a: \x00", "a: \xff"),
     ],
 )
 def test_a_damaged_mlmodel_is_one_line(text: str, model: Path) -> None:

@@ -45,6 +45,7 @@ from pneumo_experiments.settings import Train, as_config, from_flat
 from pneumo_experiments.tracking.models import save_model
 
 GOOD = {"light": jpeg_file(GREYS), "dark": jpeg_file(GREYS // 3), "wide": jpeg_file(GREYS[:9])}
+NETWORK = "unet:tu-test_resnet"  # the smallest that a server without the tests has
 NAMES = ["image_id", "presence", "area_px", "rle", "error"]
 
 
@@ -132,10 +133,10 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """The server runs in an empty folder, from a copy of the model, without a store, package or pickle."""
     folder = tmp_path_factory.mktemp("served")
     torch.manual_seed(0)
-    network = PneumothoraxNet("fcn_resnet50")
+    network = PneumothoraxNet(NETWORK)
     torch.nn.init.normal_(network.presence_head.weight, std=0.1)  # so that images differ
-    torch.nn.init.normal_(network.mask_head[-1].weight)  # pyright: ignore[reportArgumentType]
-    detector = detector_of(network, "fcn_resnet50", presence_threshold=0, top_score=0.05, bottom_score=0.05)
+    torch.nn.init.normal_(network.mask_head.last.weight)  # pyright: ignore
+    detector = detector_of(network, NETWORK, presence_threshold=0, top_score=0.05, bottom_score=0.05)
     with new_folder() as data:
         save(data, detector)
         save_model(folder / "model", data)

@@ -24,7 +24,7 @@ from pneumo_experiments.settings import Main, Preprocess, Train
 from pneumo_experiments.stages import main
 from pneumo_experiments.synthetic.kaggle_layout import Contents, is_sample, write_sample
 
-pytestmark = pytest.mark.usefixtures("no_layout", "no_code", "tiny_default")
+pytestmark = pytest.mark.usefixtures("no_charts", "no_code", "tiny_default")
 
 SHORT = {"weights": "none", "precision": "fp32", "threshold_trials": 0, "overlays": 0}
 SHORT |= {"batch_size": 8, "best_k": 1, "tta": "none"}
@@ -126,7 +126,6 @@ def test_a_second_training_with_the_same_settings_waits_and_neither_enters_the_o
 def test_main_killed_after_its_training_takes_it_as_it_ended(
     dataset: Path,
     store: Path,
-    no_pictures: None,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -134,8 +133,7 @@ def test_main_killed_after_its_training_takes_it_as_it_ended(
         raise KeyboardInterrupt
 
     short = SHORT | few_radiographs(dataset.with_name("sample"), store / "few", 14)
-    search = {"trials": 1, "search_epochs": 1, "search_images": 8, "confirm": 0}
-    settings = make(Main, **short, **search, image_size=32, epochs=2, workers=1)
+    settings = make(Main, **short, trials=0, image_size=32, epochs=2, workers=1)
     with monkeypatch.context() as patch:
         patch.setattr(main, "score", killed)
         with pytest.raises(KeyboardInterrupt):
@@ -145,7 +143,7 @@ def test_main_killed_after_its_training_takes_it_as_it_ended(
     main.main(settings)
     said = capsys.readouterr().out
     assert "train: continues after epoch 2 of 2" in said
-    assert "/2  loss" not in said  # the search has one epoch
+    assert "/2  loss" not in said
     ended, taken = runs("train")
     assert ended.info.status == taken.info.status == "FINISHED"
     assert steps_of(ended) == steps_of(taken) == [1, 2]  # each run shows all, once

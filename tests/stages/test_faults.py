@@ -41,7 +41,7 @@ from pneumo_experiments.errors import UserError
 from pneumo_experiments.settings import Train
 from pneumo_experiments.stages.train import train
 
-pytestmark = pytest.mark.usefixtures("no_layout", "no_code", "tiny_default")
+pytestmark = pytest.mark.usefixtures("no_charts", "no_code", "tiny_default")
 
 # How the time was spent, which no two trainings share.
 TIMES = {"speed/seconds_per_epoch", "speed/images_per_second", "speed/wait_fraction"}

@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 from command_server import CommandServer
-from helpers import ROOT, copy_store, environment, few_radiographs, soak
+from helpers import ROOT, copy_store, environment, soak
 from mlflow import MlflowClient
 from tiny_network import tiny_member
 
@@ -135,18 +135,13 @@ def test_a_training_whose_store_cannot_grow_ends_well_and_says_what_is_undeliver
     assert_store_works(run, tmp_path)
 
 
-@pytest.mark.parametrize("place", ["radiograph", pytest.param("store", marks=soak)])
 def test_main_on_a_full_disk_is_one_line_and_the_next_command_leaves_no_run_running(
-    place: str, run: Run, dataset: Path, empty_store: Path, tmp_path: Path
+    run: Run, empty_store: Path, tmp_path: Path
 ) -> None:
-    """With no room for a radiograph it ends at once; when the store cannot grow, after some runs."""
-    store, words, max_bytes = copy_store(empty_store, tmp_path), [*SHORT_MAIN], 20_000
-    if place == "store":
-        source = few_radiographs(dataset.with_name("sample"), tmp_path / "few", 14)
-        words += [f"--{name}={path}" for name, path in source.items()]
-        max_bytes = store.stat().st_size
-    _, (line,) = run(*words, max_file_bytes=max_bytes)
-    assert re.search("File too large|disk I/O error|is full", line)
+    """With no room for a radiograph it ends at once; make soak tries disks that fill later."""
+    copy_store(empty_store, tmp_path)
+    _, (line,) = run(*SHORT_MAIN, max_file_bytes=20_000)
+    assert "File too large" in line
     assert_store_works(run, tmp_path)
 
 

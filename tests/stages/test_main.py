@@ -23,7 +23,7 @@ import pandas as pd
 import pytest
 import yaml
 from command_server import CommandServer
-from helpers import BIN, ROOT, copy_store, environment_of_mlflow, make, soak
+from helpers import BIN, ROOT, copy_store, environment_of_mlflow, few_radiographs, make, soak
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from PIL import Image
@@ -38,7 +38,7 @@ from pneumo_experiments.stages.main import _work_line, main
 from pneumo_experiments.stages.search import search
 
 SMALL = {
-    "images": 24,
+    "images": 18,
     "folds": 2,  # else a fold has one patient
     "holdout": 0.3,
     "test_images": 2,
@@ -48,7 +48,7 @@ SMALL = {
     "pruner": "none",
     "confirm": 0,
     "keep": 3,
-    "search_images": 8,
+    "search_images": 4,
     "search_epochs": 1,
     "search_warmup_epochs": 1,
     "threshold_trials": 5,
@@ -338,10 +338,10 @@ def test_main_says_which_step_it_is_and_what_is_still_to_come(chain: Chain) -> N
 def test_main_says_how_the_work_is_divided(chain: Chain) -> None:
     split = json.loads(artifact(chain.only("train"), "split.json").read_text())
     images = split["parts"]["train"]["images"]
-    searched = 2 * 8 + images  # two trials of 8 images, and an epoch of warm-up
+    searched = 2 * 4 + images  # two trials of 4 images, and an epoch of warm-up
     share = searched / (searched + 2 * images)
     assert (
-        f"main: search 2 trials, 1 epoch of 8 images each; then train 2 epochs of {images} images:"
+        f"main: search 2 trials, 1 epoch of 4 images each; then train 2 epochs of {images} images:"
         f" {share:.0%} and {1 - share:.0%} of the training work"
     ) in chain.output
 
@@ -368,7 +368,7 @@ def test_the_training_starts_where_the_trials_started(chain: Chain) -> None:
 
 
 def test_without_trials_and_hold_out_main_trains_with_the_settings_as_given_and_shows_out_of_fold_scores(
-    tmp_path: Path, tiny_default: None, store: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, tiny_default: None, no_charts: None, store: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     small = SMALL | {"trials": 0, "test_images": 0, "epochs": 1, "threshold_trials": 0, "overlays": 0}
     small |= {"fold": "all", "holdout": 0, "learning_rate": "1e-2"}
@@ -406,11 +406,7 @@ def test_real_radiographs_go_through_the_same_command(
         "test_dir": real_data / "dicom-images-test",
         "image_size": 64,
         "epochs": 1,
-        "trials": 1,
-        "search_epochs": 1,
-        "search_warmup_epochs": 1,
-        "confirm": 0,
-        "keep": 0,
+        "trials": 0,
         "weights": "none",
         "batch_size": 4,
         "threshold_trials": 0,

@@ -5,28 +5,29 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 import mlflow.pyfunc
 import pandas as pd
 import pytest
 import torch
-from helpers import changed, ended, make, words_of
+from helpers import ended, make, soak, words_of
 from mlflow import MlflowClient
-from tracked import runs
+from tiny_network import CPU
+from tracked import log_model, runs, stopped_in_training
 
 from pneumo_experiments import tracking
 from pneumo_experiments.errors import UserError
-from pneumo_experiments.learning.checkpoint import Checkpoint
 from pneumo_experiments.learning.network import PneumothoraxNet
-from pneumo_experiments.serving import load
-from pneumo_experiments.settings import Score, Train
+from pneumo_experiments.learning.predict import Predictor
+from pneumo_experiments.metrics.thresholds import Thresholds
+from pneumo_experiments.serving import Detector, TrainedNetwork, load
+from pneumo_experiments.settings import Score, Train, as_config
 from pneumo_experiments.settings.networks import LIBRARY
 from pneumo_experiments.stages.score import score
 from pneumo_experiments.stages.train import train
 from pneumo_experiments.tracking.models import EXAMPLE
 
-pytestmark = pytest.mark.usefixtures("no_layout", "no_code")
+pytestmark = pytest.mark.usefixtures("no_charts", "no_code")
 
 
 def settings_of(network: str, dataset: Path, weights: str) -> Train:
@@ -34,23 +35,20 @@ def settings_of(network: str, dataset: Path, weights: str) -> Train:
     return make(Train, network=network, dataset=dataset, weights=weights, ema=0.9, **short)
 
 
-@pytest.mark.parametrize("network", ["unet:resnet18", "lraspp_mobilenet_v3_large"])
+# The smallest encoder that timm has.
+TINY_UNET = "unet:tu-test_resnet"
+
+
+@pytest.mark.parametrize("network", [TINY_UNET, pytest.param("lraspp_mobilenet_v3_large", marks=soak)])
 def test_a_network_is_trained_continued_scored_and_served(
     network: str, small_dataset: Path, store: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     backbone = PneumothoraxNet(network).backbone.state_dict()
     torch.save(backbone, tmp_path / "backbone.pt")
-    settings, save = settings_of(network, small_dataset, str(tmp_path / "backbone.pt")), Checkpoint.save
+    settings = settings_of(network, small_dataset, str(tmp_path / "backbone.pt"))
     whole = train(settings)
-
-    def save_and_stop(self: Checkpoint, *state: Any) -> None:
-        save(self, *state)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Checkpoint, "save", save_and_stop)
-        with pytest.raises(KeyboardInterrupt):
-            train(settings)
+    with stopped_in_training(1, monkeypatch):
+        train(settings)
     resumed = train(settings)
     first, again = (load(tracking.model_data(result.model)) for result in (whole, resumed))
     ours, theirs = (one.members[0].predictor.network.state_dict() for one in (first, again))
@@ -76,20 +74,21 @@ def test_a_network_is_trained_continued_scored_and_served(
 def test_a_model_whose_library_is_missing_says_what_to_install(
     store: Path, small_dataset: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    settings = changed(settings_of("unet:resnet18", small_dataset, "none"), epochs=1)
-    model = train(settings).model
+    settings = settings_of(TINY_UNET, small_dataset, "none")
+    member = TrainedNetwork(Predictor(PneumothoraxNet(TINY_UNET), CPU), as_config(settings))
+    model = log_model(Detector((member,), 16, Thresholds(), "data"), settings)
     folder = tracking.model_data(model)
     assert json.loads((folder / "model.json").read_text())["libraries"] == ["segmentation-models-pytorch"]
     monkeypatch.setitem(sys.modules, LIBRARY, None)
-    install = "unet:resnet18 needs segmentation_models_pytorch; pip install 'pneumo-experiments[smp]'"
+    install = f"{TINY_UNET} needs segmentation_models_pytorch; pip install 'pneumo-experiments[smp]'"
     for use in (lambda: load(folder), lambda: mlflow.pyfunc.load_model(model)):  # pyright: ignore
         with pytest.raises(UserError) as caught:
             use()
-        assert str(caught.value).endswith(f"/detector: network: {install}")
+        assert str(caught.value).endswith(f": network: {install}")
     before = len(runs())
     for words in (
         ["train", *words_of(settings)],
-        ["search", "--dataset", str(small_dataset), "--network", "unet:resnet18"],
+        ["search", "--dataset", str(small_dataset), "--network", TINY_UNET],
     ):
         capsys.readouterr()
         end = ended(words, monkeypatch, capsys)

@@ -271,20 +271,6 @@ def test_too_many_rejects_fail_with_a_report_and_what_was_read_is_kept(
     assert "exists already" in capsys.readouterr().out
 
 
-def test_a_zip_file_gives_the_same_data_set_as_the_folder(sample: Path, made: Path, store: Path) -> None:
-    archive = shutil.make_archive("images", "zip", sample / "dicom-images-train")
-    preprocess(settings_of(sample, dicom_dir=Path(archive), dataset=Path("zip.h5")))
-    assert fingerprint(store / "zip.h5") == fingerprint(made / "d.h5")
-
-
-def test_pixel_types_differ_in_fingerprint_and_size_only(sample: Path, made: Path, store: Path) -> None:
-    preprocess(settings_of(sample, pixel_dtype="float16"))
-    assert fingerprint(store / "d.h5") != fingerprint(made / "d.h5")
-    first, other = content_of(made / "d.h5"), content_of(store / "d.h5")
-    assert (first[2]["pixel_dtype"], other[2]["pixel_dtype"]) == ("float32", "float16")
-    assert other[4:] == first[4:]  # index, greys, targets and run lengths
-
-
 def test_a_report_that_an_interruption_left_out_is_made_by_the_next_run(
     sample: Path, made: Path, store: Path
 ) -> None:

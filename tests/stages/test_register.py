@@ -34,7 +34,7 @@ from pneumo_experiments.stages.register import register
 from pneumo_experiments.stages.score import ScoreResult, score
 from pneumo_experiments.tracking.log import MODEL_TRAINING
 
-pytestmark = pytest.mark.usefixtures("no_layout", "no_code")
+pytestmark = pytest.mark.usefixtures("no_charts", "no_code")
 
 MARKED = 12  # images of the hold-out that the weak model gives a mask
 

@@ -18,7 +18,7 @@ from helpers import BIN, ROOT, changed, environment_of_mlflow, make, soak
 from mlflow import MlflowClient
 from tiny_network import tiny_member, weights_of
 from torch.nn.modules.module import register_module_forward_hook
-from tracked import log_model, runs, stopped_in_the_second_training, table
+from tracked import log_model, runs, stopped_in_training, table
 
 from pneumo_experiments import dry_run, tracking
 from pneumo_experiments.dataset.hdf5 import Dataset
@@ -26,7 +26,6 @@ from pneumo_experiments.dataset.rle import decode
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.evaluation.subset import Subset, hash_image_ids, make_split
 from pneumo_experiments.learning.calibration import Calibration, fit_calibration
-from pneumo_experiments.learning.checkpoint import Checkpoint
 from pneumo_experiments.learning.network import PneumothoraxNet
 from pneumo_experiments.metrics.dice import calibration_error, dice
 from pneumo_experiments.metrics.thresholds import Thresholds
@@ -40,7 +39,7 @@ from pneumo_experiments.training.fold import Fold, FoldResult, doubt_of_start, i
 from pneumo_experiments.training.loop import EpochResult
 from pneumo_experiments.training.resume import TrainingState
 
-pytestmark = pytest.mark.usefixtures("no_layout", "no_code")
+pytestmark = pytest.mark.usefixtures("no_charts", "no_code")
 
 
 @pytest.fixture
@@ -89,7 +88,7 @@ def test_folds_that_had_ended_are_not_trained_again(
     settings: Train, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folds = changed(settings, fold="all", folds=2, epochs=1)
-    with stopped_in_the_second_training(monkeypatch):
+    with stopped_in_training(2, monkeypatch):
         train(folds)
     assert capsys.readouterr().out.count("epoch 1/1") == 1  # of the second it is not said, but saved
     train(folds)
@@ -144,16 +143,8 @@ def test_the_run_holds_curves_pictures_and_how_the_time_was_spent(settings: Trai
 def test_another_micro_batch_restarts_the_training(
     settings: Train, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    save = Checkpoint.save
-
-    def save_and_stop(self: Checkpoint, *state: Any) -> None:
-        save(self, *state)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Checkpoint, "save", save_and_stop)
-        with pytest.raises(KeyboardInterrupt):
-            train(settings)
+    with stopped_in_training(1, monkeypatch):
+        train(settings)
     capsys.readouterr()
     train(changed(settings, micro_batch=2))  # batch norm and the batch's Dice see other images
     assert "continues after" not in capsys.readouterr().out
@@ -264,11 +255,6 @@ def test_two_processes_train_in_one_run(
     assert max(epoch.value for epoch in epochs) <= final.value + 1e-12 <= 1 + 1e-12
     assert said.count("epoch 1/2") == 1
     assert "Warning" not in said
-
-
-def test_a_recipe_that_cannot_work_is_named(settings: Train) -> None:
-    with pytest.raises(UserError, match="fold=most: "):
-        train(changed(settings, fold="most"))
 
 
 def test_a_training_may_start_from_a_models_weights_and_has_seen_what_that_has(

@@ -130,8 +130,8 @@ def test_a_patient_returns_with_the_same_sex_and_age_and_is_never_in_both_sets(
 
 
 def test_a_seed_gives_the_same_bytes_whatever_the_number_of_workers(tmp_path: Path) -> None:
-    write_sample(tmp_path / "alone", Contents(8, 2, 5), workers=1)
-    write_sample(tmp_path / "together", Contents(8, 2, 5), workers=2)
+    write_sample(tmp_path / "alone", Contents(4, 1, 5), workers=1)
+    write_sample(tmp_path / "together", Contents(4, 1, 5), workers=2)
     assert contents(tmp_path / "alone") == contents(tmp_path / "together")
 
 
@@ -211,7 +211,7 @@ def deviation(values: NDArray[np.float64], where: NDArray[np.bool_]) -> float:
 
 def test_a_pneumothorax_is_darker_than_the_lung_beside_it() -> None:
     darker = list[float]()
-    for index in range(12):
+    for index in range(8):
         ill = radiograph(index, 1)
         (mask,) = ill.annotations
         grey = ill.pixels.astype(np.float64)
@@ -268,7 +268,7 @@ def test_a_hard_finding_is_annotated_within_the_lung_and_nothing_else_is() -> No
 
 def test_hard_findings_are_fainter() -> None:
     lost = {True: list[float](), False: list[float]()}
-    for index in range(10):
+    for index in range(6):
         for hard, values in lost.items():
             ill, well = radiograph(index, 1, hard=hard), radiograph(index, 0, hard=hard)
             grey = well.pixels.astype(float) - ill.pixels
@@ -288,7 +288,7 @@ def test_a_hard_sample_says_so_and_is_another_one(tmp_path: Path) -> None:
 
 def test_a_healthy_twin_differs_only_by_air_without_vessels_in_one_lung() -> None:
     larger = 0
-    for index in range(12):
+    for index in range(8):
         ill, well = radiograph(index, 1), radiograph(index, 0)
         (mask,) = ill.annotations
         assert not well.annotations
@@ -300,7 +300,7 @@ def test_a_healthy_twin_differs_only_by_air_without_vessels_in_one_lung() -> Non
         if mask.sum() > 15_000:  # what is lost is the texture of lung, so it varies; the rest gets denser
             larger += 1
             assert deviation(lost, mask) > 2 * deviation(lost, remaining)
-    assert larger > 3
+    assert larger > 1
 
 
 def test_brightness_does_not_give_a_pneumothorax_away(

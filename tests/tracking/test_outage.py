@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import requests
 from command_server import Command, CommandServer
-from helpers import environment, make, working_in
+from helpers import copy_store, environment, make, working_in
 from mlflow import MlflowClient
 from mlflow.exceptions import RestException
 from tracked import artifact
@@ -147,8 +147,11 @@ class Outage:
 
 
 @pytest.fixture(scope="module")
-def outage(tmp_path_factory: pytest.TempPathFactory, commands: CommandServer) -> Iterator[Outage]:
+def outage(
+    tmp_path_factory: pytest.TempPathFactory, empty_store: Path, commands: CommandServer
+) -> Iterator[Outage]:
     folder = tmp_path_factory.mktemp("outage")
+    copy_store(empty_store, folder, "mlflow-artifacts:/0").rename(folder / "server.db")
     server = Server(folder, free_port(), commands)
     trainings = list[Training]()
     try:
@@ -578,7 +581,7 @@ def test_a_name_that_is_not_utf_8_can_be_sent(
     ],
 )
 def test_sending_buffered_calls_needs_the_store_and_the_file(
-    uri: str, name: str, reason: str, tmp_path: Path
+    uri: str, name: str, reason: str, store: Path, tmp_path: Path
 ) -> None:
     BufferedClient(tmp_path).buffer("tags", run_id="0" * 32, values={"a": "b"})
     with working_in(tmp_path, uri), pytest.raises(UserError, match=reason):

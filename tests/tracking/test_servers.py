@@ -9,7 +9,7 @@ from urllib.parse import quote_plus
 import pytest
 from command_server import CommandServer
 from database_server import DatabaseServer
-from helpers import environment, working_in
+from helpers import environment, soak, working_in
 from hypothesis import given
 from hypothesis import strategies as st
 from mlflow import MlflowClient
@@ -103,6 +103,7 @@ def test_an_address_of_postgresql_is_opened_with_psycopg_unless_it_names_a_drive
     assert with_driver(address) == opened
 
 
+@soak  # the stores and studies of other tests have such addresses
 def test_a_store_and_a_study_open_at_an_address_without_driver(
     database: DatabaseServer, tmp_path: Path
 ) -> None:

@@ -55,7 +55,7 @@ def no_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(mlflow, name, refuse)
 
 
-@pytest.mark.usefixtures("no_store", "no_layout")
+@pytest.mark.usefixtures("no_store", "no_charts")
 def test_a_fold_is_trained_and_evaluated_without_a_store(small_dataset: Path, tmp_path: Path) -> None:
     with Dataset.open(small_dataset) as dataset:
         settings, state = settings_of(small_dataset, best_k=1), TrainingState()

@@ -23,7 +23,7 @@ from pneumo_experiments.stages.register import register
 from pneumo_experiments.stages.train import train
 from pneumo_experiments.training.settings_source import settings_source
 
-pytestmark = pytest.mark.usefixtures("no_layout")
+pytestmark = pytest.mark.usefixtures("no_charts")
 
 
 @pytest.fixture(scope="module")

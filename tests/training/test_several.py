@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 from helpers import changed, make
 from mlflow import MlflowClient
-from tracked import stopped_in_the_second_training
+from tracked import stopped_in_training
 
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.settings import Train
 from pneumo_experiments.stages.train import train_each
 
-pytestmark = pytest.mark.usefixtures("tiny", "no_pictures", "no_layout", "no_code", "store")
+pytestmark = pytest.mark.usefixtures("tiny", "no_pictures", "no_charts", "no_code", "store")
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def test_the_parent_shows_mean_and_spread_over_seeds(
 def test_what_has_ended_before_an_interruption_is_not_trained_again(
     several: list[Train], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with stopped_in_the_second_training(monkeypatch):
+    with stopped_in_training(2, monkeypatch):
         train_each(several[:3])
     capsys.readouterr()
     train_each(several[:3])
