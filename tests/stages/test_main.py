@@ -23,7 +23,7 @@ import pandas as pd
 import pytest
 import yaml
 from command_server import CommandServer
-from helpers import BIN, ROOT, copy_store, environment_of_mlflow, few_radiographs, make, soak
+from helpers import BIN, ROOT, copy_store, environment_of_mlflow, make, soak
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from PIL import Image
@@ -371,7 +371,7 @@ def test_without_trials_and_hold_out_main_trains_with_the_settings_as_given_and_
     tmp_path: Path, tiny_default: None, no_charts: None, store: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     small = SMALL | {"trials": 0, "test_images": 0, "epochs": 1, "threshold_trials": 0, "overlays": 0}
-    small |= {"fold": "all", "holdout": 0, "learning_rate": "1e-2"}
+    small |= {"images": 24, "fold": "all", "holdout": 0, "learning_rate": "1e-2"}
     result = main(Main.of(**small, output_dir=tmp_path / "output", dice_weight=2.5))
     said = capsys.readouterr().out
     assert "step 2 of 5, preprocess; then train, score, register" in said
