@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from pydicom import uid
 from pydicom.encaps import generate_fragments
 
+from pneumo_experiments.dicom.limits import is_memory_full
 from pneumo_experiments.errors import Rejected
 
 ITEM = b"\xfe\xff\x00\xe0"  # tag of an item, little endian
@@ -97,7 +98,7 @@ def decode(
     """Pixels (H, W), or (H, W, 3), of one compressed image, and the number of low bits that are used.
 
     Raises Rejected, before memory is allocated, if the compressed image's own header contradicts ``shape`` or
-    ``bits_stored``, and if the image cannot be decoded.
+    ``bits_stored``, and if the image cannot be decoded; MemoryError beyond ``limit_memory``.
     """
     codec = DECODERS[syntax]
     frame = join_fragments(encapsulated, syntax == uid.RLELossless)
@@ -110,6 +111,10 @@ def decode(
     except MemoryError:
         raise
     except Exception as error:  # each decoder has its own exceptions
+        if (
+            is_memory_full()
+        ):  # OpenJPEG takes that for damage, and keeps what it has: the next file would fail
+            raise MemoryError from error
         raise Rejected(f"its {codec.name} data cannot be decoded: damaged, or an unusual variant") from error
     if decoded.shape != shape:
         raise ValueError("decoded size differs from the compressed header")

@@ -61,6 +61,16 @@ def limit_memory(max_pixels: int) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (limit if hard < 0 else min(limit, hard), hard))
 
 
+def is_memory_full() -> bool:
+    """Whether this process has used up its limit of memory, but for a part of what every file may use."""
+    if not (used := _address_space()):
+        return False
+    import resource
+
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    return limit >= 0 and limit - used < BASE_BYTES // 4
+
+
 @contextmanager
 def limit_time(seconds: float) -> Generator[None]:
     """Kills this process by SIGPROF if the block uses more CPU time, even within C code."""
@@ -76,7 +86,11 @@ def limit_time(seconds: float) -> Generator[None]:
 
 @cache
 def _initial_bytes() -> int:
-    """Address space of this process; 0 where /proc is not available."""
+    return _address_space()
+
+
+def _address_space() -> int:
+    """Bytes of this process; 0 where /proc is not available."""
     try:
         pages = int(Path("/proc/self/statm").read_text().split()[0])
     except OSError:

@@ -175,8 +175,8 @@ def test_a_data_set_is_made_without_the_bombs(
     found = {result.image_id: result for result in results(jobs, work, workers=2)}
     reasons = {image_id: result.reason for image_id, result in found.items()}
     assert [image_id for image_id, result in found.items() if result.packed] == ["a", "z"], reasons
-    assert found["header"].reason in ("needs more than 0.3 GB of memory to decode", TOO_LONG)
-    assert "cannot be decoded" in found["precincts"].reason
+    for name in ("header", "precincts"):
+        assert found[name].reason in ("needs more than 0.3 GB of memory to decode", TOO_LONG)
     assert found["scans"].reason == TOO_LONG
     assert all(len(result.content) == 64 for result in found.values())
     assert 0 < peak_bytes() < MOST_BYTES

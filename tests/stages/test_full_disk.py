@@ -141,7 +141,7 @@ def test_main_on_a_full_disk_is_one_line_and_the_next_command_leaves_no_run_runn
     """With no room for a radiograph it ends at once; make soak tries disks that fill later."""
     copy_store(empty_store, tmp_path)
     _, (line,) = run(*SHORT_MAIN, max_file_bytes=20_000)
-    assert "File too large" in line
+    assert re.search("File too large|disk I/O error|is full", line)  # SQLite may be the first to need room
     assert_store_works(run, tmp_path)
 
 
