@@ -356,8 +356,6 @@ def measure_speed(chosen: argparse.Namespace) -> None:
         once = replace(settings, schedule=replace(settings.schedule, epochs=1))
         with Dataset.open(data) as dataset:
             fold, network = Fold.prepare(settings, dataset), make()
-            few = replace(fold.images.validation, indices=fold.images.validation.indices[:8])
-            fold = replace(fold, images=replace(fold.images, validation=few))
             images = Subset(dataset, fold.split.train)
             rounds = [
                 (result.epoch.seconds, plain_loop(network, images, once))
