@@ -51,17 +51,19 @@ def collect_rarely() -> None:
 def read_migrations_once() -> None:
     """MLflow and Optuna read all their migrations for each store that a process opens."""
     from mlflow.store.db import utils
-    from optuna.storages._rdb.storage import _VersionManager
 
     utils._get_latest_schema_revision = functools.cache(utils._get_latest_schema_revision)
     utils._get_latest_schema_revision()
-    make, made = _VersionManager._create_alembic_script, list[Any]()
+    with suppress(ImportError):  # a private name
+        from optuna.storages._rdb.storage import _VersionManager
 
-    def make_once(self: _VersionManager) -> Any:
-        made[:] = made or [make(self)]
-        return made[0]
+        make, made = _VersionManager._create_alembic_script, list[Any]()
 
-    _VersionManager._create_alembic_script = make_once
+        def make_once(self: _VersionManager) -> Any:
+            made[:] = made or [make(self)]
+            return made[0]
+
+        _VersionManager._create_alembic_script = make_once
 
 
 def make(kind: type[Settings], **values: Any) -> Settings:
