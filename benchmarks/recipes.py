@@ -82,7 +82,7 @@ NETWORKS = (*[*RECIPES][:5], *PEERS)  # compared with the first of them
 CHANGES = (
     CHEAP,
     *[*RECIPES][5:],
-)  # what is changed of the fastest network that starts from pretrained layers
+)  # what is changed of a fast network that starts from pretrained layers
 SHOWN = 6  # images in a picture beside each result
 HALF = Thresholds(presence_threshold=0.0, top_score=0.5, min_area_px=1, bottom_score=0.5)
 

@@ -111,9 +111,7 @@ def decode(
     except MemoryError:
         raise
     except Exception as error:  # each decoder has its own exceptions
-        if (
-            is_memory_full()
-        ):  # OpenJPEG takes that for damage, and keeps what it has: the next file would fail
+        if is_memory_full():  # OpenJPEG calls that damage and frees nothing: the next file would fail
             raise MemoryError from error
         raise Rejected(f"its {codec.name} data cannot be decoded: damaged, or an unusual variant") from error
     if decoded.shape != shape:
