@@ -15,11 +15,11 @@ as many epochs as take the time of the first recipe's training, by the speeds me
 spread over seeds is not in it. Other `--epochs` make another table; other `--weights` need another folder.
 `speed` compares images per second while training with a plain loop around the same network, epoch by epoch.
 
-Two peers train on the same images: torchvision's reference loop for segmentation (cross-entropy, SGD with
-polynomial decay, flips and crops) and a plain U-Net loop of segmentation_models_pytorch (Dice and BCE,
-AdamW, flips). Each predicts the hold-out as it is, at a probability of 0.5, and with thresholds that our
-search chose on the validation images, as for every recipe here. Our recipes keep their best epoch by the
-validation images, the peers their last, as their scripts do.
+Two peers train on the same images, in the number format that ours compute in: torchvision's reference loop
+for segmentation (cross-entropy, SGD with polynomial decay, flips and crops) and a plain U-Net loop of
+segmentation_models_pytorch (Dice and BCE, AdamW, flips). Each predicts the hold-out as it is, at a
+probability of 0.5, and with thresholds that our search chose on the validation images, as for every recipe
+here. Our recipes keep their best epoch by the validation images, the peers their last, as their scripts do.
 """
 
 from __future__ import annotations
@@ -285,7 +285,7 @@ def reference_loop(subset: Subset, settings: Train) -> tuple[Peer, float]:
 
     def loss(output: Any, masks: Tensor) -> Tensor:
         classes = (masks > 0.5).long()
-        main, aux = (functional.cross_entropy(output[name], classes) for name in ("out", "aux"))
+        main, aux = (functional.cross_entropy(output[name].float(), classes) for name in ("out", "aux"))
         return main + 0.5 * aux
 
     seconds = loop(network, optimizer, subset, settings, change, loss, power=0.9)
@@ -338,6 +338,7 @@ def plain_loop(network: nn.Module, subset: Subset, settings: Train) -> float:
         return (images.flip(-1), masks.flip(-1)) if generator.random() < 0.5 else (images, masks)
 
     def loss(output: Any, masks: Tensor) -> Tensor:
+        output = output.float()
         return dice(output, masks[:, None]) + bce(output, masks[:, None])
 
     return loop(network, torch.optim.AdamW(network.parameters(), lr=3e-4), subset, settings, change, loss)
@@ -377,22 +378,24 @@ def loop(
     power: float | None = None,
 ) -> float:
     """A plain training loop over images in memory; ``power`` is that of a polynomial decay. The seconds."""
-    device = choose_compute(settings.compute).device
+    compute = choose_compute(settings.compute)
     torch.manual_seed(settings.recipe.seed)
     generator = np.random.default_rng(settings.recipe.seed)
     dataset, rows = subset.dataset, subset.indices
     size, epochs = settings.recipe.batches.batch_size, settings.schedule.epochs
     steps = epochs * -(-len(rows) // size)
     decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (1 - step / steps) ** (power or 0))
-    network.to(device).train()
+    network.to(compute.device).train()
     pixels, targets = torch.from_numpy(dataset.images(rows)), torch.from_numpy(dataset.targets(rows))
     start = time.perf_counter()
     for _ in range(epochs):
         for batch in batches(generator.permutation(len(rows)), size):
-            images, masks = (each[batch].to(device).float() / 255 for each in (pixels, targets))
+            images, masks = (each[batch].to(compute.device).float() / 255 for each in (pixels, targets))
             images, masks = change(images[:, None], masks, generator)
             optimizer.zero_grad()
-            loss(network(normalised(images)), masks).backward()
+            with compute.autocast():
+                output = network(normalised(images))
+            loss(output, masks).backward()
             optimizer.step()
             decay.step()
     return time.perf_counter() - start
