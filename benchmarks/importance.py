@@ -37,7 +37,7 @@ RESAMPLES, FIRST = 200, 3
 
 def trials_of(chosen: argparse.Namespace, seed: int) -> list[FrozenTrial]:
     """The completed trials of a study with this seed, after those that were missing."""
-    from pneumo_experiments.settings import Search, from_flat
+    from pneumo_experiments.settings import Search
     from pneumo_experiments.stages.search import search
 
     storage, name = f"sqlite:///{chosen.study}", f"importance-{seed}"
@@ -49,7 +49,7 @@ def trials_of(chosen: argparse.Namespace, seed: int) -> list[FrozenTrial]:
         "pruner": "none", "confirm": 0, "keep": 0, "tta": "none", "holdout": 0, "folds": chosen.folds,
         "search_warmup_epochs": chosen.warmup,
     }  # fmt: skip
-    search(from_flat(Search, values))
+    search(Search.of(**values))
     study = optuna.load_study(study_name=name, storage=storage)
     return study.get_trials(states=(TrialState.COMPLETE,))
 
