@@ -29,7 +29,7 @@ from pneumo_experiments.evaluation.subset import Subset
 from pneumo_experiments.figures import contact_sheet, overlay
 from pneumo_experiments.learning.device import choose_compute
 from pneumo_experiments.learning.fit import fit
-from pneumo_experiments.learning.loader import load
+from pneumo_experiments.learning.loader import StreamedData
 from pneumo_experiments.learning.network import build_network
 from pneumo_experiments.learning.predict import Predictor, to_native
 from pneumo_experiments.metrics.scores import Scores
@@ -90,7 +90,7 @@ def overfit(everything: Subset, predictor: Predictor, recipe: Recipe, epochs: in
     """Trains on all images of the data set, and scores them every few epochs."""
     dataset = everything.dataset
     present = np.array([entry.area_px > 0 for entry in everything.entries])
-    data = load(dataset, everything.indices, present, dataset.image_size, "cpu")
+    data = StreamedData(dataset, everything.indices, present).load("cpu")
     print(
         f"{dataset.image_size} px, {len(dataset)} images, {present.sum()} positive;"
         f" ceiling of the Dice on positives {ceiling(dataset):.4f}",

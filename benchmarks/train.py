@@ -52,7 +52,7 @@ from pneumo_experiments.learning.checkpoint import Checkpoint
 from pneumo_experiments.learning.device import ComputeConfig, choose_compute
 from pneumo_experiments.learning.fit import Epoch, fit
 from pneumo_experiments.learning.launch import launch
-from pneumo_experiments.learning.loader import InMemoryData, StreamedData, choose_cache, load
+from pneumo_experiments.learning.loader import InMemoryData, StreamedData, choose_cache
 from pneumo_experiments.learning.loss import criterion
 from pneumo_experiments.learning.network import PneumothoraxNet, build_network
 from pneumo_experiments.learning.predict import Predictor
@@ -165,9 +165,9 @@ def ours(
     """The project's training by its defaults, from random weights; images lie where ``train`` puts them."""
     with hdf5.Dataset.open(path) as dataset:
         present = np.array([dataset.entries[row].area_px > 0 for row in rows.tolist()])
-        side = dataset.image_size
-        cache = choose_cache("auto", 2 * len(rows) * side**2, compute.device)
-        data = load(dataset, rows, present, side, str(compute.device) if cache == "device" else "cpu")
+        cache = choose_cache("auto", 2 * len(rows) * dataset.image_size**2, compute.device)
+        where = str(compute.device) if cache == "device" else "cpu"
+        data = StreamedData(dataset, rows, present).load(where)
     recipe = Recipe(batches=Batches(batch_size=batch))
     return fit(fresh(recipe, compute), data, recipe, epochs, progress)
 
@@ -324,10 +324,8 @@ def training_data(
     """Some images of the data set, repeated, where ``cache`` says."""
     rows = np.arange(count) % SAMPLE
     present = np.array([dataset.entries[row].area_px > 0 for row in rows.tolist()])
-    if cache == "stream":
-        return StreamedData(dataset, rows, present)
-    where = str(compute.device) if cache == "device" else "cpu"
-    return load(dataset, rows, present, dataset.image_size, where)
+    data = StreamedData(dataset, rows, present)
+    return data if cache == "stream" else data.load(str(compute.device) if cache == "device" else "cpu")
 
 
 def steps(path: Path, cache: str, recipe: Recipe, compute: ComputeConfig, count: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import fcntl
 import gc
 import os
@@ -87,6 +88,16 @@ def tiny_default(tiny: None) -> None:
     from tiny_network import replace_default_network
 
     replace_default_network()
+
+
+@pytest.fixture
+def draw_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Networks that are built start as copies of one: to draw their values takes longer than all else."""
+    from tiny_network import fresh
+
+    from pneumo_experiments.learning import network
+
+    monkeypatch.setattr(network, "PneumothoraxNet", lambda name: copy.deepcopy(fresh(name)))
 
 
 @pytest.fixture

@@ -41,7 +41,7 @@ from pneumo_experiments.learning.averaging import update_batch_norm  # noqa: E40
 from pneumo_experiments.learning.calibration import Calibration  # noqa: E402
 from pneumo_experiments.learning.device import ComputeConfig, choose_compute  # noqa: E402
 from pneumo_experiments.learning.fit import fit  # noqa: E402
-from pneumo_experiments.learning.loader import Batch, StreamedData, load  # noqa: E402
+from pneumo_experiments.learning.loader import Batch, StreamedData  # noqa: E402
 from pneumo_experiments.learning.loss import RunningMeans  # noqa: E402
 from pneumo_experiments.learning.network import PneumothoraxNet, build_network  # noqa: E402
 from pneumo_experiments.learning.predict import Predictor  # noqa: E402
@@ -192,10 +192,9 @@ def test_in_an_epoch_the_host_waits_only_for_its_sums(small_dataset: Path, cache
     with Dataset.open(small_dataset) as opened:
         present = np.array([entry.area_px > 0 for entry in opened.entries])
         rows = np.arange(len(present))
-        if cache == "stream":
-            data = StreamedData(opened, rows, present)
-        else:
-            data = load(opened, rows, present, 16, str(compute.device) if cache == "device" else "cpu")
+        data = StreamedData(opened, rows, present)
+        if cache != "stream":
+            data = data.load(str(compute.device) if cache == "device" else "cpu")
         epochs = fit(Predictor(build_network("tiny", "none", 0), compute), data, recipe, 2)
         next(epochs)
         with count_syncs() as waits:
@@ -250,10 +249,7 @@ def test_the_benchmark_s_check_tries_every_way_to_train(
 
 
 def test_the_rows_of_gpu_sh_are_of_both_caches(
-    small_dataset: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    small_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
     benchmark = importlib.import_module("train")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -46,6 +47,13 @@ def _head(channels: int) -> nn.Sequential:
 
 
 TINY = NETWORKS[DEFAULT]._replace(make=tiny)
+
+
+@cache
+def fresh(network: str) -> PneumothoraxNet:
+    """Any network from random values; tests that change one take a copy."""
+    torch.manual_seed(0)
+    return PneumothoraxNet(network)
 
 
 def add_tiny_network() -> None:

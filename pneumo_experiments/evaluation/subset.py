@@ -24,7 +24,6 @@ from pneumo_experiments.learning.loader import (
     StreamedData,
     choose_cache,
     fits_host,
-    load,
     prefetch,
 )
 from pneumo_experiments.learning.predict import AnyPredictor, Prediction
@@ -81,14 +80,12 @@ class Subset(LabelledImages):
         """The training data, held as ``choose_cache`` says. Raises UserError without a positive image."""
         require_positives(self)
         cache = self.choose_cache(cache, compute)
-        present, size = self.areas_px > 0, self.dataset.image_size
         _, patients = np.unique(self.patients, return_inverse=True)
+        data = StreamedData(self.dataset, self.indices, self.areas_px > 0, patients)
         if cache == "stream":
-            return StreamedData(self.dataset, self.indices, present, patients)
+            return data
         with ProgressBar("load", len(self), is_shown=distributed.is_main_process()) as bar:
-            where = str(compute.device) if cache == "device" else "cpu"
-            data = load(self.dataset, self.indices, present, size, where, bar.update)
-        return replace(data, patients=patients)
+            return data.load(str(compute.device) if cache == "device" else "cpu", bar.update)
 
     def in_memory(self, cache: str) -> Subset:
         """The subset with its images in memory, if there is room and ``cache`` is not stream."""

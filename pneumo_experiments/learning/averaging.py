@@ -98,5 +98,4 @@ def largest_difference(first: PneumothoraxNet, second: PneumothoraxNet) -> float
 
 
 def _floats(network: PneumothoraxNet) -> list[Tensor]:
-    with torch.no_grad():
-        return [tensor for tensor in network.state_dict().values() if tensor.is_floating_point()]
+    return [tensor for tensor in network.state_dict().values() if tensor.is_floating_point()]

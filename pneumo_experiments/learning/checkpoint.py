@@ -31,12 +31,12 @@ class Checkpoint:
         None when nothing was saved or a file cannot be read. Other networks, left by a killed process, are
         removed: they could be mistaken for those of the same epoch, trained again.
         """
-        last = self._load(LAST)
+        last = _load(self.folder / LAST)
         if last is None or not isinstance(last.get("kept"), list):
             return None
         epochs = last.pop("kept")
         self._remove_all_but(epochs)
-        networks = {epoch: self._load(_file_name(epoch)) for epoch in epochs}
+        networks = {epoch: _load(self.network_file(epoch)) for epoch in epochs}
         return None if None in networks.values() else last | {"networks": networks}
 
     def save(self, last: dict[str, Any], networks: dict[int, dict[str, Any]]) -> None:
@@ -47,9 +47,9 @@ class Checkpoint:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             for epoch, state in networks.items():
-                if not self.network_file(epoch).exists():
-                    self._write(_file_name(epoch), state)
-            self._write(LAST, last | {"kept": list(networks)})
+                if not (path := self.network_file(epoch)).exists():
+                    _write(path, state)
+            _write(self.folder / LAST, last | {"kept": list(networks)})
             self._remove_all_but(networks)
         except (OSError, RuntimeError) as error:  # torch raises RuntimeError when the disk is full
             reason = str(error).split("\n")[0]
@@ -63,7 +63,7 @@ class Checkpoint:
 
     def network_file(self, epoch: int) -> Path:
         """Where the network of one of the best epochs is saved, as a state dict."""
-        return self.folder / _file_name(epoch)
+        return self.folder / f"epoch-{epoch}.pt"
 
     def clear(self) -> None:
         """Deletes what was saved; the folder itself is removed with its lock (see ``lock_checkpoints``)."""
@@ -72,24 +72,25 @@ class Checkpoint:
                 if path.name != LOCK:
                     path.unlink()
 
-    def _load(self, name: str) -> dict[str, Any] | None:
-        try:
-            return dict(torch.load(self.folder / name, map_location="cpu", weights_only=True))
-        except FileNotFoundError:
-            return None
-        except Exception as error:  # damaged bytes raise errors of many types
-            warnings.warn(f"{self.folder / name}: cannot be read ({type(error).__name__})", stacklevel=2)
-            return None
-
     def _remove_all_but(self, epochs: Iterable[int]) -> None:
-        names = {_file_name(epoch) for epoch in epochs}
-        for path in [*self.folder.glob("epoch-*.pt"), *self.folder.glob(f"*{SUFFIX}")]:
-            if path.name not in names:
-                path.unlink()
+        kept = {*map(self.network_file, epochs)}
+        for path in {*self.folder.glob("epoch-*.pt"), *self.folder.glob(f"*{SUFFIX}")} - kept:
+            path.unlink()
 
-    def _write(self, name: str, content: dict[str, Any]) -> None:
-        with write_atomically(self.folder / name) as temporary:
-            torch.save(content, temporary)
+
+def _load(path: Path) -> dict[str, Any] | None:
+    try:
+        return dict(torch.load(path, map_location="cpu", weights_only=True))
+    except FileNotFoundError:
+        return None
+    except Exception as error:  # damaged bytes raise errors of many types
+        warnings.warn(f"{path}: cannot be read ({type(error).__name__})", stacklevel=2)
+        return None
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    with write_atomically(path) as temporary:
+        torch.save(content, temporary)
 
 
 @contextmanager
@@ -111,7 +112,3 @@ def lock_checkpoints(checkpoints: Iterable[Checkpoint], patience: float = -1) ->
             except OSError:
                 continue  # reported on the first save
         yield
-
-
-def _file_name(epoch: int) -> str:
-    return f"epoch-{epoch}.pt"

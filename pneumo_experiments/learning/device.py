@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
-import time
+import timeit
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import cache
@@ -109,10 +109,6 @@ def _seconds_of_convolution(precision: str) -> float:
     dtype = FORMATS.get(precision, torch.float32)
     images = torch.ones(4, 256, 16, 16, dtype=dtype).contiguous(memory_format=torch.channels_last)
     kernels = torch.ones(256, 256, 3, 3, dtype=dtype).contiguous(memory_format=torch.channels_last)
-    times: list[float] = []
     with torch.inference_mode():
-        for _ in range(4):
-            start = time.perf_counter()
-            functional.conv2d(images, kernels, padding=1)
-            times.append(time.perf_counter() - start)
+        times = timeit.repeat(lambda: functional.conv2d(images, kernels, padding=1), number=1, repeat=4)
     return min(times[1:])

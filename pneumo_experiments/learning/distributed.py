@@ -131,9 +131,8 @@ def wrap_ddp(network: nn.Module) -> nn.Module:
     """The network with gradients averaged over the processes; every parameter must get one."""
     if world_size() == 1:
         return network
-    with warnings.catch_warnings():
-        # The replacement of broadcast_buffers is new in torch 2.15.
-        warnings.simplefilter("ignore", FutureWarning)
+    # The replacement of broadcast_buffers is new in torch 2.15.
+    with warnings.catch_warnings(action="ignore", category=FutureWarning):
         return DistributedDataParallel(
             network,
             broadcast_buffers=False,  # synchronised batch normalisation keeps buffers equal

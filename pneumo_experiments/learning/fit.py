@@ -39,17 +39,14 @@ class Epoch:
 
     def as_metrics(self) -> dict[str, float]:
         """Losses, what the optimiser did, and speed, by name."""
-        optimizer = {"learning_rate": self.learning_rate, "gradient_norm": self.gradient_norm}
-        if self.skipped_steps:
-            optimizer["skipped_steps"] = self.skipped_steps
-        speed = {
-            "seconds_per_epoch": self.seconds,
-            "images_per_second": self.images_per_second,
-            "wait_fraction": self.wait_fraction,
-        }
-        groups = {"loss": self.losses, "optimizer": optimizer, "speed": speed}
-        return {
-            f"{group}/{name}": value for group, values in groups.items() for name, value in values.items()
+        skipped = {"optimizer/skipped_steps": self.skipped_steps} if self.skipped_steps else {}
+        return {f"loss/{name}": value for name, value in self.losses.items()} | {
+            "optimizer/learning_rate": self.learning_rate,
+            "optimizer/gradient_norm": self.gradient_norm,
+            **skipped,
+            "speed/seconds_per_epoch": self.seconds,
+            "speed/images_per_second": self.images_per_second,
+            "speed/wait_fraction": self.wait_fraction,
         }
 
 

@@ -71,6 +71,19 @@ class StreamedData:
         rows = self.rows[indices]
         return from_numpy(self.source.images(rows)), from_numpy(self.source.targets(rows))
 
+    def load(self, device: str, progress: Callable[[int], None] = lambda images: None) -> InMemoryData:
+        """The same in the memory of ``device`` (cpu for the host).
+
+        ``progress`` is called with the number of images after each read.
+        """
+        size = self.source.image_size
+        images, targets = torch.empty((2, len(self), size, size), dtype=torch.uint8, device=device)
+        for start in range(0, len(self), READ_AT_ONCE):
+            chunk = slice(start, start + READ_AT_ONCE)
+            images[chunk], targets[chunk] = self.select(np.arange(len(self))[chunk])
+            progress(len(images[chunk]))
+        return InMemoryData(images, targets, self.present, self.patients)
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -97,27 +110,6 @@ def choose_cache(requested: str, size_bytes: int, device: torch.device) -> str:
 def fits_host(size_bytes: int) -> bool:
     """Whether that many bytes in each process on this host leave enough free memory."""
     return size_bytes * distributed.local_world_size() < HOST_FRACTION * psutil.virtual_memory().available
-
-
-def load(
-    source: Dataset,
-    rows: Indices,
-    present: NDArray[np.bool_],
-    image_size: int,
-    device: str,
-    progress: Callable[[int], None] = lambda images: None,
-) -> InMemoryData:
-    """Training data in the memory of ``device`` (cpu for the host).
-
-    ``progress`` is called with the number of images after each read.
-    """
-    images, targets = torch.empty((2, len(rows), image_size, image_size), dtype=torch.uint8, device=device)
-    for start in range(0, len(rows), READ_AT_ONCE):
-        chunk = rows[start : start + READ_AT_ONCE]
-        images[start : start + len(chunk)] = from_numpy(source.images(chunk))
-        targets[start : start + len(chunk)] = from_numpy(source.targets(chunk))
-        progress(len(chunk))
-    return InMemoryData(images, targets, present)
 
 
 def batches(

@@ -85,25 +85,21 @@ def criterion(output: Output, target: Tensor, present: Tensor, recipe: Recipe) -
     ``target`` (n, S, S) is a soft mask, ``present`` (n,) is 1 for images with a pneumothorax.
     ``aux`` is the weighted sum of the mask losses of the auxiliary head.
     """
-    weights = {name: getattr(recipe.loss, name) for name in MASK_LOSSES if getattr(recipe.loss, name) > 0}
-    terms = {name.removesuffix("_weight"): MASK_LOSSES[name](output.mask, target) for name in weights}
-    total = sum(
-        (weight * term for weight, term in zip(weights.values(), terms.values(), strict=True)),
-        _at_least_float32(target.new_zeros(())),
-    )
-    if recipe.loss.aux_weight > 0:
+    loss, zero = recipe.loss, _at_least_float32(target.new_zeros(()))
+
+    def mask_terms(logits: Tensor) -> dict[str, Tensor]:
+        return {name: term(logits, target) for name, term in MASK_LOSSES.items() if getattr(loss, name) > 0}
+
+    def weighted(terms: dict[str, Tensor]) -> Tensor:
+        return sum((getattr(loss, name) * term for name, term in terms.items()), zero)
+
+    terms = mask_terms(output.mask)
+    if loss.aux_weight > 0:
         assert output.aux is not None  # a network that is trained with this recipe computes it
-        aux = sum(
-            (weight * MASK_LOSSES[name](output.aux, target) for name, weight in weights.items()),
-            _at_least_float32(target.new_zeros(())),
-        )
-        terms["aux"] = aux
-        total = total + recipe.loss.aux_weight * aux
-    if recipe.loss.presence_weight > 0:
-        presence = bce(output.presence, present)
-        terms["presence"] = presence
-        total = total + recipe.loss.presence_weight * presence
-    return {"total": total, **terms}
+        terms["aux_weight"] = weighted(mask_terms(output.aux))
+    if loss.presence_weight > 0:
+        terms["presence_weight"] = bce(output.presence, present)
+    return {"total": weighted(terms)} | {name.removesuffix("_weight"): terms[name] for name in terms}
 
 
 class RunningMeans:

@@ -60,8 +60,22 @@ def read_weights(path: Path) -> Weights:
 
 
 def download_weights(weights: models.WeightsEnum) -> Weights:
-    """Weights of torchvision, from its cache or downloaded; raises OSError and RuntimeError if that fails."""
-    return read_weights(_download(weights))
+    """Weights of torchvision, from torch's cache or downloaded; OSError and RuntimeError if that fails.
+
+    Not load_state_dict_from_url: there a failed download and a damaged file raise the same errors, and only
+    the first may fall back to random values.
+    """
+    path = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        checksum = path.stem.rsplit("-", 1)[1]  # torchvision's file names end with the start of the SHA-256
+        before = socket.getdefaulttimeout()
+        socket.setdefaulttimeout(DOWNLOAD_TIMEOUT_SECONDS)
+        try:
+            torch.hub.download_url_to_file(weights.url, str(path), checksum)
+        finally:
+            socket.setdefaulttimeout(before)
+    return read_weights(path)
 
 
 def download_encoder(network: str) -> Weights:
@@ -95,25 +109,6 @@ def _require_hub(repository: str, revision: str | None) -> None:
         hub.get_hf_file_metadata(url, timeout=DOWNLOAD_TIMEOUT_SECONDS)
     except Exception as error:  # of the library that the hub's client uses
         raise OSError(str(error) or type(error).__name__) from error
-
-
-def _download(source: models.WeightsEnum) -> Path:
-    """The path of torchvision's file in torch's cache; downloaded and checked if it is missing.
-
-    Not load_state_dict_from_url: there a failed download and a damaged file raise the same errors, and only
-    the first may fall back to random values.
-    """
-    path = Path(torch.hub.get_dir()) / "checkpoints" / Path(source.url).name
-    if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        checksum = path.stem.rsplit("-", 1)[1]  # torchvision's file names end with the start of the SHA-256
-        before = socket.getdefaulttimeout()
-        socket.setdefaulttimeout(DOWNLOAD_TIMEOUT_SECONDS)
-        try:
-            torch.hub.download_url_to_file(source.url, str(path), checksum)
-        finally:
-            socket.setdefaulttimeout(before)
-    return path
 
 
 def _read(path: Path) -> dict[str, Tensor]:

@@ -21,13 +21,8 @@ from pneumo_experiments import tracking
 from pneumo_experiments.search.storage import allow_experimental
 
 MAX_ATTRIBUTE = 2045  # characters; a longer note is divided
-ARTIFACTS = Path("output/optuna-artifacts")  # of a database that is no file
-
-
-def artifact_folder(storage: str) -> Path:
-    """Where the pictures of a storage's studies lie: ``optuna-dashboard --artifact-dir`` shows them."""
-    file = tracking.database_file(storage)
-    return file.with_name(f"{file.name}-artifacts") if file else ARTIFACTS
+# Of a database that is no file; else beside it. ``optuna-dashboard --artifact-dir`` shows them.
+ARTIFACTS = Path("output/optuna-artifacts")
 
 
 def save_note(study: Study, text: str, trial_id: int | None = None) -> None:
@@ -46,7 +41,8 @@ def save_note(study: Study, text: str, trial_id: int | None = None) -> None:
 def show_trial(trial: optuna.Trial, storage: str, note: str, pictures: Sequence[NDArray[np.uint8]]) -> None:
     """Gives a running trial its note and pictures, RGB (h, w, 3), as far as they can be written."""
     save_note(trial.study, note, trial._trial_id)  # pyright: ignore[reportPrivateUsage]
-    folder = artifact_folder(storage)
+    file = tracking.database_file(storage)
+    folder = file.with_name(f"{file.name}-artifacts") if file else ARTIFACTS
     with suppress(OSError), allow_experimental(), tempfile.TemporaryDirectory() as temporary:
         folder.mkdir(parents=True, exist_ok=True)
         for number, picture in enumerate(pictures, start=1):

@@ -8,12 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import optuna
-from optuna.distributions import (
-    BaseDistribution,
-    CategoricalDistribution,
-    FloatDistribution,
-    IntDistribution,
-)
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.settings import (
@@ -29,7 +24,8 @@ from pneumo_experiments.settings import (
 )
 from pneumo_experiments.settings.networks import has_aux_head
 
-Space = dict[str, BaseDistribution]
+Range = CategoricalDistribution | FloatDistribution | IntDistribution
+Space = dict[str, Range]
 
 # The ranges of the settings that ``searched`` may name. bce_weight is the reference of the other loss weights
 # and is not searched: AdamW ignores a common scale of them all. A file, ``space``, may change these ranges,
@@ -84,10 +80,10 @@ def suggest(trial: optuna.Trial, space: Space) -> dict[str, Any]:
     for name, range_ in space.items():
         if isinstance(range_, CategoricalDistribution):
             values[name] = trial.suggest_categorical(name, range_.choices)
+        elif isinstance(range_, IntDistribution):
+            values[name] = trial.suggest_int(name, range_.low, range_.high, log=range_.log)
         else:
-            numeric = cast("FloatDistribution | IntDistribution", range_)
-            draw = trial.suggest_int if isinstance(numeric, IntDistribution) else trial.suggest_float
-            values[name] = draw(name, numeric.low, numeric.high, log=numeric.log)  # type: ignore[arg-type]
+            values[name] = trial.suggest_float(name, range_.low, range_.high, log=range_.log)
     return values
 
 
@@ -109,17 +105,15 @@ def within(values: dict[str, Any], space: Space) -> dict[str, Any]:
             if values[name] in range_.choices:
                 inside[name] = values[name]
         else:
-            numeric = cast("FloatDistribution | IntDistribution", range_)
-            inside[name] = min(max(values[name], numeric.low), numeric.high)
+            inside[name] = min(max(values[name], range_.low), range_.high)
     return inside
 
 
-def as_range_text(range_: BaseDistribution) -> str:
+def as_range_text(range_: Range) -> str:
     """A range in words: ``0.1 to 10, logarithmic``, or ``0.0 | 0.9``."""
     if isinstance(range_, CategoricalDistribution):
         return " | ".join(map(str, range_.choices))
-    numeric = cast("FloatDistribution | IntDistribution", range_)
-    return f"{numeric.low:g} to {numeric.high:g}{', logarithmic' if numeric.log else ''}"
+    return f"{range_.low:g} to {range_.high:g}{', logarithmic' if range_.log else ''}"
 
 
 def in_words(values: Mapping[str, Any]) -> str:
@@ -150,7 +144,7 @@ def _read_ranges(path: Path | None) -> Space:
     return ranges
 
 
-def _range_of(leaf: Leaf, content: object) -> BaseDistribution:
+def _range_of(leaf: Leaf, content: object) -> Range:
     """Raises ValueError, with a message that follows the setting's name."""
     if not isinstance(content, dict):
         raise ValueError("write {low: …, high: …} or {choices: […]}")

@@ -34,8 +34,7 @@ ATTEMPTS = 5  # to open a new database, which another worker may be filling
 @contextmanager
 def allow_experimental() -> Generator[None]:
     """Silences Optuna's warnings that a function may change in the future: see its range in pyproject."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+    with warnings.catch_warnings(action="ignore", category=optuna.exceptions.ExperimentalWarning):
         yield
 
 

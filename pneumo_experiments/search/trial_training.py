@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import time
+import timeit
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import reduce
@@ -147,12 +147,7 @@ class TrialTraining:
             return np.nan
         validation = self._folds[0].images.validation
         images = self._dataset.images(validation.indices[:TIMED_IMAGES])
-        seconds: list[float] = []
-        for _ in range(2):
-            start = time.perf_counter()
-            list(predictor.predict(images))
-            seconds.append((time.perf_counter() - start) / len(images))
-        return min(seconds)
+        return min(timeit.repeat(lambda: list(predictor.predict(images)), number=1, repeat=2)) / len(images)
 
     def _initial_network(self) -> PneumothoraxNet:
         """The network that every trial starts from, after the warm-up epochs if there are any.

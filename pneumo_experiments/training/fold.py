@@ -204,11 +204,10 @@ def _typical_images(evaluation: Evaluation) -> dict[str, int]:
         *(("another typical finding", place) for place in findings[middle + 1 : middle + 2]),
         *(("another small finding", place) for place in findings[1:2]),
     ]
-    return {
-        name: place
-        for number, (name, place) in enumerate(chosen)
-        if place not in [p for _, p in chosen[:number]]
-    }
+    names = dict[int, str]()
+    for name, place in chosen:
+        names.setdefault(place, name)
+    return {name: place for place, name in names.items()}
 
 
 def initial_network(network: Network, seed: int) -> PneumothoraxNet:

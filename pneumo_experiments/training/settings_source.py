@@ -12,15 +12,7 @@ from pneumo_experiments.errors import UserError
 from pneumo_experiments.learning.averaging import largest_difference
 from pneumo_experiments.learning.network import PneumothoraxNet
 from pneumo_experiments.serving import Detector, TrainedNetwork, load
-from pneumo_experiments.settings import (
-    NONE,
-    Train,
-    as_now,
-    flat,
-    from_flat,
-    is_none,
-    weight_shaping,
-)
+from pneumo_experiments.settings import NONE, Train, as_now, flat, from_flat, is_none, weight_shaping
 from pneumo_experiments.words import some_of
 
 MAX_NAMED = 5  # differences in a message

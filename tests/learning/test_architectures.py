@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
 import runpy
@@ -16,21 +17,22 @@ import pytest
 import segmentation_models_pytorch as smp
 import torch
 from helpers import ROOT, make
-from tiny_network import CPU, squares
+from tiny_network import CPU, fresh, squares
 from torchvision import models
 from torchvision.models import segmentation
 
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.learning import distributed
-from pneumo_experiments.learning.architectures import architecture_of
 from pneumo_experiments.learning.averaging import update_batch_norm
 from pneumo_experiments.learning.loader import batches
 from pneumo_experiments.learning.network import PneumothoraxNet, build_network
 from pneumo_experiments.learning.predict import Predictor
-from pneumo_experiments.learning.trainer import Trainer, parameter_groups
+from pneumo_experiments.learning.trainer import Trainer
 from pneumo_experiments.metrics.dice import dice
 from pneumo_experiments.settings import Recipe, networks
 from pneumo_experiments.settings.networks import ENCODERS, LIBRARY, check_network, has_aux_head, libraries_of
+
+pytestmark = pytest.mark.usefixtures("draw_once")
 
 # Pixels of the image, in a row, for each value of the mask head.
 STRIDES = {
@@ -44,13 +46,13 @@ STRIDES = {
     "unet:tu-resnet18": 1,
 }
 NEW = tuple(STRIDES)
+COUNTING = runpy.run_path(str(ROOT / "benchmarks" / "networks.py"))
 
 
 @cache
 def lively(network: str) -> PneumothoraxNet:
     """In evaluation, with other values than those of the start, so that outputs differ between images."""
-    torch.manual_seed(0)
-    net = PneumothoraxNet(network).eval()
+    net = copy.deepcopy(fresh(network)).eval()
     with torch.no_grad():
         for name, parameter in net.named_parameters():
             if parameter.ndim == 1 or name.startswith("presence_head"):
@@ -138,7 +140,7 @@ def test_the_stride_four_head_merges_the_first_stage_and_the_last() -> None:
 
 @pytest.mark.parametrize("network", ["fcn_resnet50_s4", "lraspp_mobilenet_v3_large", "unet:resnet34"])
 def test_the_table_in_the_docs_is_what_the_script_counts(network: str) -> None:
-    row = runpy.run_path(str(ROOT / "benchmarks" / "networks.py"))["row"](network, 384)
+    row = COUNTING["row"](network, 384)
     assert row.replace("|  |", "| |") in (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
 
 
@@ -147,16 +149,7 @@ def test_the_table_in_the_docs_is_what_the_script_counts(network: str) -> None:
 
 @pytest.mark.parametrize("network", NEW)
 def test_pixels_start_as_healthy_and_presence_does_not_depend_on_the_image(network: str) -> None:
-    torch.manual_seed(0)
-    with torch.device("meta") if network.endswith("s4") else torch.device("cpu"):
-        net = PneumothoraxNet(network)
-    if network.endswith("s4"):
-        net.to_empty(device="cpu")  # of these values only the last layer's count, and all others are zero
-        with torch.no_grad():
-            for tensor in (*net.parameters(), *net.buffers()):
-                tensor.zero_()
-        torch.nn.init.constant_(net.mask_head[4].bias, math.log(0.05 / 0.95))  # pyright: ignore
-        net.std.fill_(1)
+    net = copy.deepcopy(fresh(network))
     with torch.no_grad():
         for name, parameter in net.named_parameters():
             if name.startswith("mask_head") and parameter.ndim == 4 and len(parameter) == 1:
@@ -164,17 +157,13 @@ def test_pixels_start_as_healthy_and_presence_does_not_depend_on_the_image(netwo
         output = net(noise(3, 1, 64, 64))
     torch.testing.assert_close(torch.sigmoid(output.mask), torch.full_like(output.mask, 0.05))
     assert output.presence.unique().numel() == 1
+    assert {norm.momentum for norm in net.modules() if isinstance(norm, torch.nn.BatchNorm2d)} == {0.1}
 
 
 def test_random_residual_blocks_start_as_the_identity() -> None:
-    for encoder in ("resnet18", "resnet50"):
-        with torch.device("meta"):
-            net = PneumothoraxNet(f"unet:{encoder}")
-        assert architecture_of(f"unet:{encoder}").imagenet is None
-        net = build_network(f"fpn:{encoder}", "none", 0).eval()
-        block, features = net.backbone.layer3[1], torch.rand(1, 256 if encoder == "resnet18" else 1024, 4, 4)
-        with torch.inference_mode():
-            assert torch.equal(block(features), features)
+    block, features = copy.deepcopy(fresh("fpn:resnet18").backbone.layer3[1]).eval(), torch.rand(1, 256, 4, 4)
+    with torch.inference_mode():
+        assert torch.equal(block(features), features)
 
 
 def test_a_decoder_learns_eight_images_by_heart_from_random_values() -> None:
@@ -206,15 +195,6 @@ def test_the_auxiliary_loss_is_left_out_where_there_is_no_such_head() -> None:
     assert all(parameter.grad is not None for parameter in trainer.network.parameters())
 
 
-def test_batch_statistics_keep_each_layer_s_momentum() -> None:
-    net = build_network("lraspp_mobilenet_v3_large", "none", 0)
-    norms = [module for module in net.modules() if isinstance(module, torch.nn.BatchNorm2d)]
-    norms[3].momentum = 0.25
-    update_batch_norm(net, squares(4), make(Recipe, batch_size=4), CPU)
-    assert {norm.momentum for norm in norms} == {0.1, 0.25}
-    assert norms[3].momentum == 0.25
-
-
 def test_layers_with_their_own_kind_of_batch_norm_are_refused_in_a_group(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -232,22 +212,21 @@ def test_layers_with_their_own_kind_of_batch_norm_are_refused_in_a_group(
 # Pretrained weights
 
 
-def test_torchvisions_backbone_fits_the_encoder_of_the_same_name(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(
+    ("network", "backbone", "below"),
+    [("unet:resnet18", "resnet18", ""), ("lraspp_mobilenet_v3_large", "mobilenet_v3_large", "features.")],
+)
+def test_torchvisions_weights_fit_the_backbone_of_the_same_name(
+    network: str, backbone: str, below: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    state = models.resnet18(weights=None).state_dict()
-    torch.save(state, tmp_path / "resnet18.pth")
-    net = build_network("unet:resnet18", str(tmp_path / "resnet18.pth"), seed=0)
+    state = models.get_model(backbone, weights=None).state_dict()
+    torch.save(state, tmp_path / "w.pth")
+    net = build_network(network, str(tmp_path / "w.pth"), seed=0)
     ours = net.backbone.state_dict()
-    assert set(ours) == {name for name in state if not name.startswith("fc.")}
-    assert all(torch.equal(ours[name], state[name]) for name in ours)
+    assert {below + name for name in ours} == {n for n in state if not n.startswith(("fc.", "classifier."))}
+    assert all(torch.equal(ours[name], state[below + name]) for name in ours)
     assert net.pretrained == {f"backbone.{name}" for name, _ in net.backbone.named_parameters()}
     assert not caplog.records
-    rates = {group["lr"] for group in parameter_groups(net, make(Recipe, pretrained_lr_scale=0.1))}
-    assert sorted(rates) == pytest.approx([3e-5, 3e-4])
-    with pytest.raises(UserError, match=r"unknown here, the first is backbone\.layer1\.2\.conv1\.weight"):
-        torch.save(models.resnet34(weights=None).state_dict(), tmp_path / "resnet34.pth")
-        build_network("unet:resnet18", str(tmp_path / "resnet34.pth"), seed=0)
 
 
 @pytest.mark.parametrize("is_whole", [False, True])
@@ -295,18 +274,6 @@ def test_torchvisions_fcn_fills_all_of_stride_four_but_its_new_layers(tmp_path: 
         *("presence_head.weight", "presence_head.bias"),
     }
     assert bool((net.mask_head[0].weight == 0.5).all())
-
-
-def test_weights_of_a_mobilenet_are_found_below_its_features(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    state = models.mobilenet_v3_large(weights=None).state_dict()
-    torch.save(state, tmp_path / "m.pth")
-    net = build_network("lraspp_mobilenet_v3_large", str(tmp_path / "m.pth"), seed=0)
-    for name, tensor in net.backbone.state_dict().items():
-        assert torch.equal(tensor, state[f"features.{name}"])
-    assert net.pretrained == {f"backbone.{name}" for name, _ in net.backbone.named_parameters()}
-    assert not caplog.records
 
 
 def test_weights_of_an_encoder_come_from_the_library_s_cache_or_are_refused(

@@ -301,6 +301,8 @@ def test_batch_statistics_are_torch_s_own_of_plain_images(
     monkeypatch.setattr(averaging, "STATISTICS_IMAGES", limit)
     data, network, reference = noise(40), random_network(0), random_network(0)
     before, seen = weights_of(network), list[int]()
+    norms = [module for module in network.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    norms[0].momentum = 0.25
     # Another average than the mean over images: of 40 images, in batches of 14, 13 and 13.
     update_batch_norm(
         network, data, make(Recipe, batch_size=2, positive_fraction=1.0, crop=16), CPU, seen.append
@@ -321,7 +323,7 @@ def test_batch_statistics_are_torch_s_own_of_plain_images(
             assert not torch.allclose(tensor, before[name], rtol=0.01)
         elif "num_batches" not in name:
             assert torch.equal(tensor, before[name]), name
-    assert {m.momentum for m in network.modules() if isinstance(m, torch.nn.BatchNorm2d)} == {0.1}
+    assert [norm.momentum for norm in norms] == [0.25] + [0.1] * (len(norms) - 1)
 
 
 # The state that an interrupted training leaves

@@ -24,7 +24,6 @@ from pneumo_experiments.learning.loader import (
     batches,
     choose_cache,
     epoch_indices,
-    load,
     prefetch,
 )
 from pneumo_experiments.settings import Recipe
@@ -213,6 +212,8 @@ def test_batches_hold_images_and_masks_from_zero_to_one() -> None:
 class Stored:
     """Pixels as an open data set gives them."""
 
+    image_size = 32
+
     def images(self, indices: np.ndarray) -> np.ndarray:
         return squares(6).images.numpy()[indices]
 
@@ -223,12 +224,10 @@ class Stored:
 def test_streamed_images_are_those_in_memory() -> None:
     recipe = make(Recipe, augment=True, batch_size=2)
     rows, present = np.array([5, 0, 3, 2]), squares(6).present[[5, 0, 3, 2]]
-    held = load(Stored(), rows, present, 32, "cpu")
+    streamed = StreamedData(Stored(), rows, present)
+    held = streamed.load("cpu")
     assert torch.equal(held.images, squares(6).images[[5, 0, 3, 2]])
-    one, two = (
-        list(batches(each, recipe, 1, 2, CPU.device))
-        for each in (held, StreamedData(Stored(), rows, present))
-    )
+    one, two = (list(batches(each, recipe, 1, 2, CPU.device)) for each in (held, streamed))
     assert len(one) == 2
     for a, b in zip(one, two, strict=True):
         assert torch.equal(a.images, b.images)

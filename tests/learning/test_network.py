@@ -15,15 +15,17 @@ import pytest
 import torch
 from helpers import soak
 from safetensors.torch import save_file
+from tiny_network import fresh
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits as bce
 from torchvision import models
 from torchvision.models import segmentation
 
 from pneumo_experiments.errors import UserError
-from pneumo_experiments.learning import network as network_module
 from pneumo_experiments.learning.network import NETWORKS, PneumothoraxNet, build_network
 from pneumo_experiments.settings.networks import TORCHVISION
+
+pytestmark = pytest.mark.usefixtures("draw_once")
 
 ARCHITECTURES = ("fcn_resnet50", "deeplabv3_resnet50")  # the 101s differ from these in depth alone
 SLOW = pytest.mark.parametrize("network", ["fcn_resnet50", pytest.param("deeplabv3_resnet50", marks=soak)])
@@ -32,19 +34,6 @@ State = dict[Any, Tensor]
 PIXELS = torch.rand(3, 1, 32, 40, generator=torch.Generator().manual_seed(0)) * torch.tensor(
     [0.1, 0.5, 1.0]
 ).view(3, 1, 1, 1)
-
-
-@cache
-def fresh(network: str) -> PneumothoraxNet:
-    """A network from random values; tests that change one take a copy."""
-    torch.manual_seed(0)
-    return PneumothoraxNet(network)
-
-
-@pytest.fixture(autouse=True)
-def draw_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Networks that are built start as copies of one: to draw their values takes longer than all else."""
-    monkeypatch.setattr(network_module, "PneumothoraxNet", lambda network: copy.deepcopy(fresh(network)))
 
 
 def lively(network: str) -> PneumothoraxNet:

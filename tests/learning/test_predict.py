@@ -11,7 +11,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from helpers import changed
 from tiny_network import CPU, random_network, squares, tiny_member
 
 from pneumo_experiments.errors import UserError
@@ -219,7 +218,7 @@ def test_a_missing_device_is_named() -> None:
     if torch.cuda.is_available():
         pytest.skip("CUDA is available")
     with pytest.raises(UserError, match="device=cuda"):
-        choose_compute(changed(Device(), device="cuda"))
+        choose_compute(Device(device="cuda"))
 
 
 def test_what_was_trained_in_fp16_computes_in_fp32_on_a_cpu_and_says_so(

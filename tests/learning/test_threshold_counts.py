@@ -12,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from reference_counts import Image, count_images
+from tiny_network import CPU
 
 from pneumo_experiments.dataset.hdf5 import Dataset
 from pneumo_experiments.errors import UserError
@@ -19,7 +20,6 @@ from pneumo_experiments.evaluation.evaluate import Evaluation
 from pneumo_experiments.evaluation.pictures import ranked_overlays
 from pneumo_experiments.evaluation.subset import Subset
 from pneumo_experiments.figures import overlay
-from pneumo_experiments.learning.device import ComputeConfig
 from pneumo_experiments.learning.network import Output, PneumothoraxNet, build_network
 from pneumo_experiments.learning.predict import Predictor, to_native
 from pneumo_experiments.learning.threshold_counts import (
@@ -29,7 +29,6 @@ from pneumo_experiments.learning.threshold_counts import (
 )
 from pneumo_experiments.metrics.thresholds import HUNDREDTHS, ThresholdCounts, Thresholds, apply_thresholds
 
-CPU = ComputeConfig(torch.device("cpu"), "fp32")
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import mlflow
 import pytest
@@ -32,24 +34,28 @@ def original(
 ) -> Iterator[str]:
     """The champion, trained with settings of its own; the working directory holds the store."""
     with store_in(tmp_path_factory.mktemp("original"), empty_store):
-        model = train(
-            make(
-                Train,
-                dataset=small_dataset,
-                weights="none",
-                epochs=2,
-                seed=7,
-                learning_rate=0.01,
-                batch_size=8,
-                device="cpu",
-                **QUICK,
-            )
-        ).model
+        own = {"weights": "none", "epochs": 2, "seed": 7, "learning_rate": 0.01, "batch_size": 8}
+        model = train(make(Train, dataset=small_dataset, device="cpu", **own, **QUICK)).model
         register(make(Register, model=model, promote="always"))
         yield model
 
 
 QUICK = {"threshold_trials": 0, "overlays": 0}
+
+
+@pytest.fixture
+def copy(original: str, tmp_path: Path) -> Path:
+    """A copy of the champion's folder, to be changed."""
+    return Path(shutil.copytree(mlflow.artifacts.download_artifacts(original), tmp_path / "copy"))
+
+
+@contextmanager
+def changing_settings(model: Path) -> Iterator[dict[str, Any]]:
+    """The settings that a model's folder records; what is changed in the block is written."""
+    (description,) = model.rglob("model.json")
+    content = json.loads(description.read_text())
+    yield content["settings"]
+    description.write_text(json.dumps(content))
 
 
 def reproduce(model: str, **values: object) -> tuple[str, Run]:
@@ -91,12 +97,10 @@ def test_a_champion_is_trained_again_with_the_same_settings_to_the_same_weights(
 
 
 def test_another_data_set_other_code_and_other_weights_are_reported(
-    original: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     other = tmp_path / "other.h5"
     write(other, count=20, pixel_dtype="uint8")
-    copy = tmp_path / "copy"
-    shutil.copytree(mlflow.artifacts.download_artifacts(original), copy)
     with (copy / "code" / "pneumo_experiments" / "learning" / "loss.py").open("a") as file:
         file.write("# changed\n")
     requirements = copy / "requirements.txt"
@@ -134,17 +138,10 @@ def test_settings_beside_a_model_are_refused(original: str) -> None:
         train(make(Train, reproduce="models:/m-nowhere"))
 
 
-def test_a_model_of_an_earlier_version_is_repeated_with_the_defaults_of_later_settings(
-    original: str, tmp_path: Path
-) -> None:
-    copy = tmp_path / "copy"
-    shutil.copytree(mlflow.artifacts.download_artifacts(original), copy)
-    (description,) = copy.rglob("model.json")
-    content = json.loads(description.read_text())
-    recorded = content["settings"]
-    assert recorded.pop("balance") == "image"
-    now, recorded["augment"] = recorded["augment"], recorded["augment"] != "none"  # as it was: a boolean
-    description.write_text(json.dumps(content))
+def test_a_model_of_an_earlier_version_is_repeated_with_the_defaults_of_later_settings(copy: Path) -> None:
+    with changing_settings(copy) as recorded:
+        assert recorded.pop("balance") == "image"
+        now, recorded["augment"] = recorded["augment"], recorded["augment"] != "none"  # as it was: a boolean
     source = settings_source(make(Train, reproduce=str(copy)), None)
     batches = source.settings.recipe.batches
     assert (batches.balance, batches.augment) == ("image", now)
@@ -160,16 +157,10 @@ def test_a_model_of_an_earlier_version_is_repeated_with_the_defaults_of_later_se
         ("compile", 1, "1 is not a boolean"),
     ],
 )
-def test_damaged_settings_of_a_model_are_refused(
-    original: str, tmp_path: Path, name: str, value: object, message: str
-) -> None:
-    copy = tmp_path / "copy"
-    shutil.copytree(mlflow.artifacts.download_artifacts(original), copy)
-    (description,) = copy.rglob("model.json")
-    content = json.loads(description.read_text())
-    content["settings"][name] = value
-    if value is None:
-        del content["settings"][name]
-    description.write_text(json.dumps(content))
+def test_damaged_settings_of_a_model_are_refused(copy: Path, name: str, value: object, message: str) -> None:
+    with changing_settings(copy) as recorded:
+        recorded[name] = value
+        if value is None:
+            del recorded[name]
     with pytest.raises(UserError, match=f"^reproduce={copy}: .*{message}"):
         train(make(Train, reproduce=str(copy)))
