@@ -241,7 +241,7 @@ class Peer(nn.Module):
 
     def forward(self, images: Tensor) -> Output:
         """Logits of images (n, 1, S, S) in [0, 1]; presence is that of the surest pixel."""
-        mask = self.logits(self.network(normalised(images)))
+        mask = self.logits(self.network(normalised(images))).float()
         return Output(mask, None, mask.flatten(1).amax(1))
 
 
