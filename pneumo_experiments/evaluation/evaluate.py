@@ -166,11 +166,7 @@ class ModelComparison:
     @cached_property
     def changed(self) -> list[Change]:
         """The images that changed most, in falling order."""
-        most: list[int] = np.argsort(-np.abs(self.differences), kind="stable")[:MAX_CHANGED].tolist()
-        entries, dices = self.model.labelled.entries, self.model.images.dices
-        others = self.baseline.images.dices
-        return [
-            (entries[i].image_id, float(self.differences[i]), float(dices[i]), float(others[i]))
-            for i in most
-            if self.differences[i] != 0
-        ]
+        ids = [entry.image_id for entry in self.model.labelled.entries]
+        columns = (self.differences, self.model.images.dices, self.baseline.images.dices)
+        rows: list[Change] = [*zip(ids, *(column.tolist() for column in columns), strict=True)]
+        return sorted((row for row in rows if row[1]), key=lambda row: -abs(row[1]))[:MAX_CHANGED]

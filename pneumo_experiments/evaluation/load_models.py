@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -99,18 +99,11 @@ def check_unseen(address: str, baseline: Detector, subset: Subset) -> None:
         )
 
 
-@dataclass(frozen=True)
-class CommonImages:
-    """A subset of a data set, as ``score`` names it, and the identity of its images."""
-
-    subset: Literal["holdout", "all"]
-    identity: str
-
-
-def common_images(path: Path, detectors: Mapping[str, Detector]) -> CommonImages:
+def common_images(path: Path, detectors: Mapping[str, Detector]) -> tuple[Literal["holdout", "all"], str]:
     """Images whose patients none of the models has seen: their common hold-out, or all of another data set.
 
-    ``detectors`` are the models by name. Raises UserError, with the reason, if there are no such images.
+    The subset as ``score`` names it, and the identity of its images. ``detectors`` are the models by name.
+    Raises UserError, with the reason, if there are no such images.
     """
     with Dataset.open(path) as dataset:
         if not dataset.labelled:
@@ -135,7 +128,7 @@ def common_images(path: Path, detectors: Mapping[str, Detector]) -> CommonImages
                     f"dataset={path}: {seen}; name a data set that neither has seen, or leave out what"
                     " scores.csv of score with subset=all marks as seen"
                 )
-        return CommonImages("holdout" if trained else "all", image_set_id(subset))
+        return "holdout" if trained else "all", image_set_id(subset)
 
 
 def _holdout(path: Path, dataset: Dataset, detectors: Mapping[str, Detector]) -> Subset:

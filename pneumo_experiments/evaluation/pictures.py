@@ -101,15 +101,8 @@ def dice_by_area_plot(evaluation: Evaluation) -> Picture:
         (predicted, "tab:blue", "o", "with a predicted mask"),
         (~predicted, "tab:red", "x", "missed"),
     ):
-        axes.scatter(
-            area_px[chosen],
-            dices[chosen],
-            s=26,
-            alpha=0.7,
-            color=colour,
-            marker=marker,
-            label=f"{name} ({int(chosen.sum())})",
-        )
+        style = {"s": 26, "alpha": 0.7, "color": colour, "marker": marker}
+        axes.scatter(area_px[chosen], dices[chosen], **style, label=f"{name} ({int(chosen.sum())})")
     axes.axhline(dices.mean(), color="grey", linestyle="--", label=f"mean {dices.mean():.3f}")
     axes.set(xscale="log", xlabel="annotated area in native pixels", ylabel="Dice", ylim=(-0.04, 1.04))
     axes.set_xlim(area_px.min() / 1.6, area_px.max() * 1.6)  # at least one of the ticks is inside
@@ -128,22 +121,11 @@ def threshold_surface(evaluation: Evaluation, optimum: Optimum) -> Picture:
     figure, (axes,) = new_axes(6, 5)
     shown = axes.imshow(surface, origin="lower", extent=(-0.005, 1.005, -0.005, 1.005), cmap="viridis")
     figure.colorbar(shown, label="mean Dice, with the best presence threshold and area", shrink=0.85)
-    axes.plot(
-        *(used.bottom_score, used.top_score),
-        *("o",),
-        color="tab:orange",
-        markeredgecolor="black",
-        markersize=10,
-        label=f"used: Dice {used_dice:.4f}",
-    )
-    axes.plot(
-        *(best.bottom_score, best.top_score),
-        *("x",),
-        color="red",
-        markersize=10,
-        markeredgewidth=2.5,
-        label=f"best on these images: {np.nanmax(surface):.4f}",
-    )
+    circle = {"color": "tab:orange", "markeredgecolor": "black", "markersize": 10}
+    axes.plot(used.bottom_score, used.top_score, "o", **circle, label=f"used: Dice {used_dice:.4f}")
+    cross = {"color": "red", "markeredgewidth": 2.5, "markersize": 10}
+    label = f"best on these images: {np.nanmax(surface):.4f}"
+    axes.plot(best.bottom_score, best.top_score, "x", **cross, label=label)
     axes.set(xlabel="bottom_score", ylabel="top_score", xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
     axes.legend(loc="lower right")
     return pixels_of(figure)

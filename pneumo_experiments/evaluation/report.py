@@ -14,12 +14,7 @@ import numpy as np
 
 from pneumo_experiments import tracking
 from pneumo_experiments.data_report.html import address, template
-from pneumo_experiments.evaluation.evaluate import (
-    CHANGE_COLUMNS,
-    IMAGE_COLUMNS,
-    Evaluation,
-    ModelComparison,
-)
+from pneumo_experiments.evaluation.evaluate import CHANGE_COLUMNS, IMAGE_COLUMNS, Evaluation, ModelComparison
 from pneumo_experiments.evaluation.given_masks import GivenMasks
 from pneumo_experiments.evaluation.pictures import (
     Picture,

@@ -75,10 +75,7 @@ def check_batches(image_size: int) -> list[NDArray[np.uint8]]:
     noise = rng.integers(0, 256, (image_size, image_size), np.uint8)
     gradient = np.linspace(0, 255, image_size**2).astype(np.uint8).reshape(image_size, image_size)
     sick, healthy = (
-        resize_image(
-            draw_radiograph(rng, anatomy.build(rng, sex), view, annotations).pixels,
-            image_size,
-        )
+        resize_image(draw_radiograph(rng, anatomy.build(rng, sex), view, annotations).pixels, image_size)
         for sex, view, annotations in (("M", "PA", 1), ("F", "AP", 0))
     )
     return [np.stack([noise, gradient, sick]), np.zeros_like(noise)[None], healthy[None]]

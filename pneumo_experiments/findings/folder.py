@@ -22,7 +22,7 @@ from pneumo_experiments.errors import Rejected, UserError
 from pneumo_experiments.figures import overlay
 from pneumo_experiments.files import SUFFIX, file_name, write_atomically, writing
 from pneumo_experiments.findings.submission import check_overwrite, write_submission, write_table
-from pneumo_experiments.findings.submission_check import expected_images, mask_warnings
+from pneumo_experiments.findings.submission_check import mask_warnings, sample_images
 from pneumo_experiments.learning.loader import prefetch
 from pneumo_experiments.locks import LOCK, work_folder
 from pneumo_experiments.passwords import hide_passwords
@@ -127,7 +127,7 @@ class FolderFindings:
 
 def write_findings(settings: Score, detector: Detector, folder: Path, model_text: str) -> FolderFindings:
     """Writes what the detector finds in a folder or zip file; UserError, and no file, if none can be read."""
-    wanted = expected_images(settings.sample_submission, None)
+    wanted = sample_images(settings.sample_submission)
     archive = open_archive(folder, settings.image_id, wanted or ())
     order = sorted(archive.image_ids) if wanted is None else wanted
     if missing := [image_id for image_id in order if image_id not in archive.image_ids]:

@@ -158,11 +158,10 @@ def _kind(names: Sequence[str], what: str) -> list[str]:
     return [f"{some_of(names)}: {what}"] if names else []
 
 
-def expected_images(sample_submission: Path | None, archive: Archive | None) -> list[str] | None:
-    """The test images: those of the sample submission, in its order, or of the folder; None without both."""
-    if sample_submission is not None:
-        return list(read_annotations(sample_submission))  # a sample may name an image more than once
-    return None if archive is None else sorted(archive.image_ids)
+def sample_images(sample_submission: Path | None) -> list[str] | None:
+    """The images of the sample submission, in its order; None without one."""
+    # A sample may name an image more than once.
+    return None if sample_submission is None else list(read_annotations(sample_submission))
 
 
 def native_shapes(archive: Archive) -> dict[str, tuple[int, int]]:

@@ -183,10 +183,7 @@ def wilson(score: float, variance: float, patients: float) -> tuple[float, float
 
 
 def bootstrap(
-    measures: Mapping[str, Measure],
-    patients: Patients,
-    rng: np.random.Generator,
-    resamples: int,
+    measures: Mapping[str, Measure], patients: Patients, rng: np.random.Generator, resamples: int
 ) -> dict[str, NDArray[np.float64]]:
     """Each score in so many resamples, a multiple of AT_ONCE, of the patients with all their images.
 

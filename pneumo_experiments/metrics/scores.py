@@ -245,9 +245,8 @@ def by_group(images: ScoredImages, groups: Mapping[str, Sequence[str]]) -> list[
     """
     rows = [_row("all", "", images)]
     for group, values in groups.items():
-        of_image = np.array(values)
-        for value in sorted({*values} - {""}, key=lambda value: (value == UNKNOWN, _order(value))):
-            rows.append(_row(group, value, images.select(of_image == value)))
+        for value in sorted({*values} - {""}, key=_order):
+            rows.append(_row(group, value, images.select(np.array(values) == value)))
     return rows
 
 
@@ -266,13 +265,9 @@ def calibration(images: ScoredImages) -> list[Row]:
         ends = intervals(
             {"positive": lambda weights, truth=inside.truth: mean(truth, weights)}, {}, inside.patients
         )
-        presence, positive = (
-            float(mean(values, np.ones((1, len(values))))[0])
-            for values in (images.presence[here], inside.truth)
-        )
-        rows.append(
-            [number / BINS, (number + 1) / BINS, len(inside.dices), presence, positive, *ends["positive"]]
-        )
+        itself = np.ones((1, len(inside.dices)))
+        means = (float(mean(values, itself)[0]) for values in (images.presence[here], inside.truth))
+        rows.append([number / BINS, (number + 1) / BINS, len(inside.dices), *means, *ends["positive"]])
     return rows
 
 
@@ -284,15 +279,10 @@ def _row(group: str, value: str, images: ScoredImages) -> Row:
         for name in BY_GROUP
         for number in (float(measures[name](itself)[0]), ends[f"{name}_low"], ends[f"{name}_high"])
     ]
-    return [
-        group,
-        value,
-        *images.counts().values(),
-        *(None if isnan(number) else number for number in numbers),
-    ]
+    return [group, value, *images.counts().values(), *(None if isnan(each) else each for each in numbers)]
 
 
 def _order(value: str) -> tuple[int, str]:
-    """Age bands by age, other values by name."""
-    names = [name for _, name in AGES]
+    """Age bands by age, other values by name; unknown last."""
+    names = [*(name for _, name in AGES), UNKNOWN]
     return (names.index(value) if value in names else -1), value

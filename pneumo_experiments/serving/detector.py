@@ -18,13 +18,7 @@ from pneumo_experiments.dicom.header import Geometry
 from pneumo_experiments.errors import Rejected, UserError, reason_of
 from pneumo_experiments.learning.calibration import log_odds
 from pneumo_experiments.learning.device import choose_compute
-from pneumo_experiments.learning.predict import (
-    BatchPrediction,
-    Ensemble,
-    Predictor,
-    read_presence,
-    to_native,
-)
+from pneumo_experiments.learning.predict import BatchPrediction, Ensemble, Predictor, read_presence, to_native
 from pneumo_experiments.learning.threshold_counts import masks_on_device
 from pneumo_experiments.metrics.thresholds import NativeThresholds, Thresholds, apply_thresholds
 from pneumo_experiments.settings import AUTO, Device, SplitSettings, from_flat
@@ -45,9 +39,9 @@ class Finding(NamedTuple):
     presence: float | None = None
     mask: NDArray[np.bool_] | None = None
     pixels: NDArray[np.uint8] | None = None
-    error: str = ""
     geometry: Geometry | None = None
     source: Mapping[str, str] | None = None
+    error: str = ""
 
 
 @dataclass(frozen=True)
@@ -207,9 +201,7 @@ class Detector:
         for image_id, image in batch:
             if isinstance(image, DecodedImage):
                 presence, mask = next(outputs)
-                yield Finding(
-                    image_id, presence, mask, image.pixels, geometry=image.geometry, source=image.source
-                )
+                yield Finding(image_id, presence, mask, image.pixels, image.geometry, image.source)
             else:
                 yield Finding(image_id, error=str(image))
 
@@ -219,18 +211,15 @@ class Detector:
         """Mask of each image at native size; only those with presence are upsampled, on a GPU together."""
         shapes = [(image.rows, image.columns) for image in images]
         present = [row for row, presence in enumerate(presences) if self.thresholds.are_reached(presence)]
-        on_device: Iterator[NDArray[np.bool_]] | None = None
+        maps = [predicted.mask[row] for row in present]
+        masks = (  # one at a time
+            apply_thresholds(to_native(each.numpy(), shapes[row]), presences[row], self.thresholds)
+            for each, row in zip(maps, present, strict=True)
+        )
         if predicted.mask.device.type != "cpu":
-            maps = [predicted.mask[row] for row in present]
-            on_device = iter(masks_on_device(maps, [shapes[row] for row in present], self.thresholds))
+            masks = iter(masks_on_device(maps, [shapes[row] for row in present], self.thresholds))
         for row, shape in enumerate(shapes):
-            if row not in present:
-                yield np.zeros(shape, np.bool_)
-            elif on_device is not None:
-                yield next(on_device)
-            else:
-                native = to_native(predicted.mask[row].numpy(), shape)
-                yield apply_thresholds(native, presences[row], self.thresholds)
+            yield next(masks) if row in present else np.zeros(shape, np.bool_)
 
 
 def _read(path: Path) -> File:

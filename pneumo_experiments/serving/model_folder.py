@@ -43,17 +43,14 @@ def save(folder: Path, detector: Detector) -> None:
     """Writes weights and description into an existing folder; raises UserError when the disk is full."""
     members: list[dict[str, Any]] = []
     for member, path in zip(detector.members, _weights(folder, len(detector.members)), strict=True):
+        predictor = member.predictor
         try:
-            torch.save(member.predictor.network.state_dict(), path)
+            torch.save(predictor.network.state_dict(), path)
         except RuntimeError as error:  # torch raises it when the disk is full
             raise UserError(
                 f"{folder}: has no room for the model; free some, or name another folder in TMPDIR"
             ) from error
-        predictor = member.predictor
-        numbers = {
-            "precision": predictor.compute.precision,
-            "calibration": asdict(predictor.calibration),
-        }
+        numbers = {"precision": predictor.compute.precision, "calibration": asdict(predictor.calibration)}
         members.append({"settings": dict(member.settings)} | numbers)
     description = {
         "image_size": detector.image_size,
@@ -103,21 +100,17 @@ def _load_member(path: Path, member: tuple[dict[str, Any], str, Calibration]) ->
     except UserError as error:
         raise UserError(f"{path.parent}: {error}") from error
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        _require_types(state, network.state_dict())
+        state: dict[str, torch.Tensor] = torch.load(path, map_location="cpu", weights_only=True)
+        own = network.state_dict()
+        for name, tensor in state.items():
+            if name in own and tensor.dtype != own[name].dtype:
+                raise TypeError(f"{name} holds {tensor.dtype}")
         network.load_state_dict(state, assign=True)
     except Exception as error:  # damaged bytes raise errors of many types
         raise _damaged(path, error) from error
     # The recorded format, not the fastest: the thresholds were chosen on predictions in it.
     compute = choose_compute(Device(), precision)
     return TrainedNetwork(Predictor(network, compute, settings["tta"], calibration), settings)
-
-
-def _require_types(state: dict[str, torch.Tensor], own: dict[str, torch.Tensor]) -> None:
-    """Raises TypeError if a tensor has another type of numbers than the network's of that name."""
-    for name, tensor in state.items():
-        if name in own and tensor.dtype != own[name].dtype:
-            raise TypeError(f"{name} holds {tensor.dtype}")
 
 
 def _parse(description: Any) -> tuple[dict[str, Any], list[tuple[dict[str, Any], str, Calibration]]]:

@@ -40,7 +40,22 @@ class ServedModel:
     detector: Detector
 
     def __post_init__(self) -> None:
-        _use_in_turns(self.detector)
+        """Makes threads that use the networks wait for each other.
+
+        One pass uses all cores. Passes at the same time would have more threads than cores, which wait for
+        each other, and take longer together than one after the other.
+        """
+        turn = Lock()
+
+        def begin(*_: object) -> None:
+            turn.acquire()
+
+        def end(*_: object) -> None:
+            turn.release()
+
+        for network in dict.fromkeys(member.predictor.network for member in self.detector.members):
+            network.register_forward_pre_hook(begin)
+            network.register_forward_hook(end, always_call=True)
 
     def predict(self, frame: pd.DataFrame, params: Mapping[str, Any] | None = None) -> pd.DataFrame:
         """Called by MLflow: columns ``image_id`` and ``dicom`` (bytes or base64) in, those of ``row_of`` out.
@@ -64,25 +79,6 @@ class ServedModel:
         for image_id, _ in files[len(rows) :]:
             rows.append(row_of(Finding(image_id, error=f"{image_id}: {reason}"), pictures))
         return table_of(rows, pictures)
-
-
-def _use_in_turns(detector: Detector) -> None:
-    """Makes threads that use the networks wait for each other.
-
-    One pass uses all cores. Passes at the same time would have more threads than cores, which wait for each
-    other, and take longer together than one after the other.
-    """
-    turn = Lock()
-
-    def begin(*_: object) -> None:
-        turn.acquire()
-
-    def end(*_: object) -> None:
-        turn.release()
-
-    for network in dict.fromkeys(member.predictor.network for member in detector.members):
-        network.register_forward_pre_hook(begin)
-        network.register_forward_hook(end, always_call=True)
 
 
 def files_of(frame: pd.DataFrame) -> Iterator[File]:

@@ -180,12 +180,12 @@ def _score(dataset: Path, new: Version, detector: Detector, champion: Version | 
         if champion is not None:
             loaded = load(tracking.model_data(champion.source))
             models[f"version {champion.number}"] = (champion, loaded)
-        images = common_images(dataset, {name: loaded for name, (_, loaded) in models.items()})
+        subset, identity = common_images(dataset, {name: own for name, (_, own) in models.items()})
         for name, (version, _) in models.items():
-            last = scores_of(version.model_id).get(images.identity)
+            last = scores_of(version.model_id).get(identity)
             if last is None or images_of(last) is None:
                 print(f"register: scores {name}, {version.source}, on {dataset}")
-                score(Score(model=version.source, dataset=dataset, subset=images.subset, overlays=0))
+                score(Score(model=version.source, dataset=dataset, subset=subset, overlays=0))
     except ServerUnreachable:
         raise
     except UserError as error:

@@ -40,10 +40,10 @@ from pneumo_experiments.findings.folder import write_findings
 from pneumo_experiments.findings.submission_check import (
     CHALLENGE,
     check_submission,
-    expected_images,
     mask_doubts,
     mask_warnings,
     native_shapes,
+    sample_images,
     usual_masks,
 )
 from pneumo_experiments.metrics.scores import Scores
@@ -401,12 +401,13 @@ def _subset(settings: Score, detector: Detector | None, dataset: Dataset | Label
 
 def _check(settings: Score, path: Path) -> ScoreResult:
     """Prints and logs what is wrong with a submission; raises UserError if anything is."""
-    archive, wanted = None, expected_images(settings.sample_submission, None)
+    expected, shapes = sample_images(settings.sample_submission), dict[str, tuple[int, int]]()
     if settings.dicom_dir is not None:
-        archive = open_archive(settings.dicom_dir, settings.image_id, wanted or ())
-    expected = expected_images(None, archive) if wanted is None else wanted
+        archive = open_archive(settings.dicom_dir, settings.image_id, expected or ())
+        shapes = native_shapes(archive)
+        expected = sorted(archive.image_ids) if expected is None else expected
     usual = usual_masks(settings.dataset)
-    result = check_submission(path, expected, {} if archive is None else native_shapes(archive), usual)
+    result = check_submission(path, expected, shapes, usual)
     tracking.log_json(asdict(result), "submission_check.json")
     tracking.log_params({"images": result.images, "masks": result.positives})
     tracking.rename(f"score check of {path.name}")

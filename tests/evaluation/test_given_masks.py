@@ -131,14 +131,21 @@ def evaluated(table: Path, submission: Path, side: int = 0) -> Evaluation:
     return evaluate(everything, GivenMasks.read("predictions", submission, everything, side), "")
 
 
-def test_the_dice_of_real_annotations_with_known_errors_is_that_of_sets_of_pixels(
-    real_data: Path, tmp_path: Path
-) -> None:
-    annotations = dict[str, list[str]]()
+@pytest.fixture(scope="module")
+def annotations(real_data: Path) -> dict[str, list[str]]:
+    """Of 50 images with several annotations each, which may overlap, and 250 others."""
+    found = dict[str, list[str]]()
     with gzip.open(real_data / "labels" / "train-rle.csv.gz", "rt") as file:
-        for name, text in [*csv.reader(file)][1:700]:
-            annotations.setdefault(name, []).append(text.strip())
-    # Of several annotations, which may overlap, the first one.
+        for name, text in [*csv.reader(file)][1:]:
+            found.setdefault(name, []).append(text.strip())
+    several = [name for name, texts in found.items() if len(texts) > 1]
+    return {name: found[name] for name in (*[*found][:250], *several[:50])}
+
+
+def test_the_dice_of_real_annotations_with_known_errors_is_that_of_sets_of_pixels(
+    annotations: dict[str, list[str]], tmp_path: Path
+) -> None:
+    # Of several annotations the first one.
     predicted = with_errors({name: texts[:1] for name, texts in annotations.items()}, seed=1)
     known = np.array([dice_of(texts, predicted[name]) for name, texts in annotations.items()])
     other = {name: [shifted(texts[0], 900)] for name, texts in annotations.items()}
@@ -284,10 +291,7 @@ def _best_of_the_experiment() -> object:
 
 @pytest.mark.usefixtures("store", "tiny")
 def test_a_model_and_a_submission_are_compared_in_both_directions_on_the_models_hold_out(
-    tmp_path: Path,
-    truth: dict[str, list[str]],
-    square_dataset: Path,
-    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path, truth: dict[str, list[str]], square_dataset: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     split = {"holdout": 0.3, "folds": 2, "split_seed": 3}
     with Dataset.open(square_dataset) as dataset:
@@ -321,12 +325,8 @@ def test_a_model_and_a_submission_are_compared_in_both_directions_on_the_models_
 
 
 def test_masks_made_row_by_row_are_told(
-    tmp_path: Path, store: Path, real_data: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, store: Path, annotations: dict[str, list[str]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    annotations = dict[str, list[str]]()
-    with gzip.open(real_data / "labels" / "train-rle.csv.gz", "rt") as file:
-        for name, text in [*csv.reader(file)][1:300]:
-            annotations.setdefault(name, []).append(text.strip())
     turned = dict[str, list[str]]()
     for name, texts in annotations.items():
         mask = np.zeros(1024 * 1024, bool)
@@ -354,20 +354,13 @@ def test_masks_made_row_by_row_are_told(
     ],
 )
 def test_a_submission_that_does_not_fit_is_refused_in_one_line(
-    change: Callable[[Masks], Masks],
-    message: str,
-    tmp_path: Path,
-    truth: dict[str, list[str]],
-    labels: dict[str, object],
+    change: Callable[[Masks], Masks], message: str, tmp_path: Path, truth: dict[str, list[str]]
 ) -> None:
     good, bad = write(tmp_path / "good.csv", truth), write(tmp_path / "bad.csv", change(truth))
-    assert isinstance(labels["rle_csv"], Path)
-    images = LabelTable.read(labels["rle_csv"], SIDE)
-    everything = LabelledImages(images, np.arange(24))
-    counts = GivenMasks.read("baseline", good, everything, SIDE).count(everything)
-    assert (counts.dice(Thresholds()) == 1).all()
-    with pytest.raises(UserError, match=rf"^baseline=.*bad\.csv: {message}") as refused:
-        GivenMasks.read("baseline", bad, everything, SIDE).count(everything)
+    labels = write(tmp_path / "labels.csv", truth)
+    assert (evaluated(labels, good, SIDE).images.dices == 1).all()
+    with pytest.raises(UserError, match=rf"^predictions=.*bad\.csv: {message}") as refused:
+        evaluated(labels, bad, SIDE)
     assert "\n" not in str(refused.value)
 
 
@@ -379,10 +372,7 @@ def test_a_submission_that_does_not_fit_is_refused_in_one_line(
         ("--predictions m.csv --model models:/m-1", "predictions=m.csv: model would change nothing; leav"),
         ("--check m.csv --counts m.csv --prevalence 0.3", "check=m.csv: counts, prevalence would change"),
         ("--counts m.csv --tta flip --threshold_trials 9", "counts=m.csv: tta would change nothing; leav"),
-        (
-            "--dicom_dir sub --subset all --dicom_seg true",
-            "dicom_dir=sub: subset would change nothing; leave",
-        ),
+        ("--dicom_dir sub --subset all --dicom_seg true", "dicom_dir=sub: subset would change nothing; lea"),
         ("--unseen true --dicom_seg true", "model=models:/pneumothorax@champion: dicom_seg, unseen would"),
         ("--predictions m.csv --rle_csv t.csv --baseline models:/m", "baseline=models:/m: a model needs im"),
         ("--predictions m.csv --rle_csv t.csv --subset train", "subset=train: rle_csv is scored as a whole"),
@@ -395,6 +385,7 @@ def test_settings_that_do_not_fit_are_refused_in_one_line(
     words: str,
     message: str,
     store: Path,
+    small_dataset: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -402,8 +393,7 @@ def test_settings_that_do_not_fit_are_refused_in_one_line(
     write(Path("t.csv"), {"a": ["3 4"]})
     write(Path("bad.csv"), {"a": ["0 1048577"]})
     Path("sub").mkdir()
-    write_dataset(Path("d.h5"), packed(examples(4), "uint8"), image_size=16, pixel_dtype="uint8")
-    end = ended(["score", "--dataset", "d.h5", *words.split()], monkeypatch, capsys)
+    end = ended(["score", "--dataset", str(small_dataset), *words.split()], monkeypatch, capsys)
     assert (end.code, end.err.count("\n")) == (2, 1), end
     assert end.err.startswith(f"Error: {message}")
     assert len(runs()) == ("bad.csv" in words)  # what a file holds is found in the run

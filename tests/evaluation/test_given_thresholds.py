@@ -34,21 +34,17 @@ OWN = Thresholds(0.1, 0.5, 10, 0.45)
 
 
 @pytest.fixture
-def model(small_dataset: Path, tiny: None, store: Path) -> str:
-    """A logged model with the thresholds OWN."""
-    return logged(small_dataset)
-
-
-@pytest.fixture
-def settings(model: str, small_dataset: Path) -> Score:
-    """Of a score of that model on all images."""
+def settings(small_dataset: Path, tiny: None, store: Path) -> Score:
+    """Of a score of a model on all images."""
+    model = logged(small_dataset)
     return make(Score, model=model, dataset=small_dataset, subset="all", overlays=0, device="cpu")
 
 
-def logged(dataset: Path, prevalence: float | None = None) -> str:
+def logged(dataset: Path) -> str:
+    """A logged model with the thresholds OWN."""
     with Dataset.open(dataset) as opened:
         member, size = tiny_member(0), opened.image_size
-        detector = Detector((member,), size, OWN, opened.fingerprint, prevalence=prevalence)
+        detector = Detector((member,), size, OWN, opened.fingerprint, prevalence=0.5)
     return log_model(detector, make(Train, network="tiny"))
 
 
@@ -82,56 +78,56 @@ def runs_of_metrics(model: str) -> set[str]:
     return {metric.run_id for metric in metrics if metric.dataset_digest}
 
 
-def test_given_thresholds_are_scored_logged_and_not_the_models(settings: Score) -> None:
-    bottom, (_, plain) = middle(settings.model, settings.dataset), dice_and_run(settings)
-    found, run = dice_and_run(settings, bottom_score=bottom, min_area_px=0)
-    thresholds = replace(OWN, bottom_score=bottom, min_area_px=0)
-    counts = counts_of(settings.dataset, load(tracking.model_data(settings.model)).predictor)
-    assert found == pytest.approx(counts.dice(thresholds).mean())
-    assert counts.dice(thresholds).mean() != counts.dice(OWN).mean()
-    params = run.data.params
-    assert run.data.tags["thresholds"] == as_text(thresholds)
-    assert params["bottom_score"] == str(bottom)
-    assert "top_score" not in params  # as it is by default
-    assert f"with min_area_px 0, bottom_score {bottom}." in run.data.tags["mlflow.note.content"]
-    assert " with " not in plain.data.tags["mlflow.note.content"].split("\n")[0]
-    assert runs_of_metrics(settings.model) == {plain.info.run_id}
-
-
 def as_text(thresholds: Thresholds) -> str:
     return ", ".join(f"{name} {value:g}" for name, value in vars(thresholds).items())
 
 
-def test_another_augmentation_is_scored_logged_and_not_the_models(settings: Score) -> None:
-    network = load(tracking.model_data(settings.model)).members[0].predictor.network
+def test_what_is_given_in_place_of_the_models_own_is_scored_logged_and_not_the_models(
+    settings: Score,
+) -> None:
+    own = load(tracking.model_data(settings.model))
+    network = own.members[0].predictor.network
     counts = {tta: counts_of(settings.dataset, Predictor(network, CPU, tta)) for tta in ("none", "flip")}
     assert counts["none"].presence.tolist() != counts["flip"].presence.tolist()
-    runs: dict[str, Run] = {}
-    for tta, used in (("auto", "flip"), ("flip", "flip"), ("none", "none")):
-        found, run = dice_and_run(settings, tta=tta)
-        assert found == pytest.approx(counts[used].dice(OWN).mean())
-        assert presence_in(run) == pytest.approx(counts[used].presence, abs=1e-6)
-        assert (run.data.params.get("tta", "auto"), run.data.params["tta_used"]) == (tta, used)
-        runs[tta] = run
-    assert "with tta none." in runs["none"].data.tags["mlflow.note.content"]
-    assert runs_of_metrics(settings.model) == {runs[tta].info.run_id for tta in ("auto", "flip")}
-
-
-def test_another_prevalence_is_scored_logged_and_not_the_models(settings: Score) -> None:
-    with pytest.raises(UserError, match=r"prevalence=0\.05: .*this one holds None"):
-        score(changed(settings, prevalence=0.05))
-    aware = logged(settings.dataset, 0.5)
-    runs = [dice_and_run(settings, model=aware, prevalence=value)[1] for value in (None, 0.05)]
-    odds = [presence / (1 - presence) for presence in map(presence_in, runs)]
+    bottom = middle(settings.model, settings.dataset)
+    lower = replace(OWN, bottom_score=bottom, min_area_px=0)
+    assert counts["flip"].dice(lower).mean() != counts["flip"].dice(OWN).mean()
+    runs = list[Run]()
+    for given, tta, thresholds, text in (
+        ({}, "flip", OWN, ""),
+        ({"tta": "flip"}, "flip", OWN, " with tta flip."),
+        ({"tta": "none"}, "none", OWN, " with tta none."),
+        (
+            {"bottom_score": bottom, "min_area_px": 0},
+            "flip",
+            lower,
+            f" with min_area_px 0, bottom_score {bottom}.",
+        ),
+    ):
+        dice, run = dice_and_run(settings, **given)
+        assert dice == pytest.approx(counts[tta].dice(thresholds).mean())
+        assert presence_in(run) == pytest.approx(counts[tta].presence, abs=1e-6)
+        params, tags = run.data.params, run.data.tags
+        changed_params = {name: str(value) for name, value in given.items()}
+        names = ("bottom_score", "min_area_px", "top_score", "tta")  # the others are as they are by default
+        assert {name: params[name] for name in names if name in params} == changed_params
+        assert (params["tta_used"], tags["thresholds"]) == (tta, as_text(thresholds))
+        first = tags["mlflow.note.content"].split("\n")[0]
+        assert first.endswith(text) if text else " with " not in first
+        runs.append(run)
+    _, rare = dice_and_run(settings, prevalence=0.05)
+    odds = [presence / (1 - presence) for presence in map(presence_in, (runs[0], rare))]
     np.testing.assert_allclose(odds[1] / odds[0], 0.05 / 0.95, rtol=1e-4)
-    assert runs[1].data.params["prevalence"] == "0.05"
-    assert "with prevalence 0.05." in runs[1].data.tags["mlflow.note.content"]
-    assert runs_of_metrics(aware) == {runs[0].info.run_id}
+    assert rare.data.params["prevalence"] == "0.05"
+    assert "with prevalence 0.05." in rare.data.tags["mlflow.note.content"]
+    assert runs_of_metrics(settings.model) == {run.info.run_id for run in runs[:2]}
+    with pytest.raises(UserError, match=r"prevalence=0\.05: .*this one holds None"):
+        replace(own, prevalence=None).at_prevalence(0.05)
 
 
 @pytest.mark.usefixtures("tiny", "store")
 def test_a_request_may_bring_its_thresholds(dataset: Path) -> None:
-    model = logged(dataset, prevalence=0.5)
+    model = logged(dataset)
     served: Any = mlflow.pyfunc.load_model(model)
     file = next((dataset.parent / "sample" / "dicom-images-train").rglob("*.dcm"))
     detector, bottom = load(tracking.model_data(model)), middle(model, dataset)

@@ -70,9 +70,6 @@ def test_score_takes_several_models_in_any_order(small_dataset: Path) -> None:
     for model_setting in (f"{addresses[0]},{addresses[0]}", f"{addresses[0]},"):
         with pytest.raises(UserError, match=f"model={model_setting}: names a model twice, or none"):
             score(changed(settings, model=model_setting))
-    other = log_model(replace(detectors[0], data_fingerprint="another"), SETTINGS)
-    with pytest.raises(UserError, match="one data set"):
-        score(changed(settings, model=f"{addresses[0]},{other}"))
 
 
 def test_the_thresholds_of_several_models_are_searched_on_their_mean_predictions(

@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -84,17 +84,20 @@ FILES = {
 }
 
 
+def filled(folder: Path, files: Mapping[str, bytes]) -> Path:
+    """The folder, with these files; a name without a suffix gets that of DICOM files."""
+    for name, content in files.items():
+        path = folder / (name if Path(name).suffix else f"{name}.dcm")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    return folder
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("dicom")
-    for name, content in FILES.items():
-        (path / f"{name}.dcm").write_bytes(content)
-    for place, content in (("a", FILES["left"]), ("b", FILES["dark"])):
-        (path / place).mkdir()
-        (path / place / "twice.dcm").write_bytes(content)
-    (path / "junk.txt").write_text("no radiograph")
-    (path / "._left.dcm").write_bytes(b"of a Mac")
-    return path
+    twice = {"a/twice": FILES["left"], "b/twice": FILES["dark"]}
+    others = {"junk.txt": b"no radiograph", "._left.dcm": b"of a Mac"}
+    return filled(tmp_path_factory.mktemp("dicom"), FILES | twice | others)
 
 
 def written(folder: Path, **settings: Any) -> dict[str, dict[str, str]]:
@@ -277,14 +280,11 @@ EMPTIED = {
 
 @pytest.mark.filterwarnings("ignore:Invalid value for VR", "ignore:The value length")
 def test_an_odd_header_costs_its_object_or_its_value_and_never_the_run(desk: Path, tmp_path: Path) -> None:
-    (tmp_path / "odd").mkdir()
-    for name, (header, _) in ODD.items():
-        (tmp_path / "odd" / f"{name}.dcm").write_bytes(radiograph(LEFT, **header))
-    (tmp_path / "odd" / "emptied.dcm").write_bytes(radiograph(LEFT, **EMPTIED))
     umlaut = {"PatientName": "Müller^Jörg", "SpecificCharacterSet": "ISO_IR 100"}
-    (tmp_path / "odd" / "umlaut.dcm").write_bytes(radiograph(LEFT, **umlaut))
-    settings = settings_of(tmp_path / "odd", dicom_seg=True)
-    lines = write_findings(settings, DETECTOR, tmp_path / "odd", MODEL).lines
+    headers = {name: header for name, (header, _) in ODD.items()} | {"emptied": EMPTIED, "umlaut": umlaut}
+    odd = filled(tmp_path / "odd", {name: radiograph(LEFT, **header) for name, header in headers.items()})
+    settings = settings_of(odd, dicom_seg=True)
+    lines = write_findings(settings, DETECTOR, odd, MODEL).lines
     rows = rows_of(settings.findings)
     for name, (_, reason) in ODD.items():
         assert rows[name]["error"] == f"{name}: no DICOM Segmentation: the file's {reason}"
@@ -300,11 +300,8 @@ def test_an_odd_header_costs_its_object_or_its_value_and_never_the_run(desk: Pat
 
 def test_objects_without_pictures_and_equal_names_cost_no_image(desk: Path, tmp_path: Path) -> None:
     report = with_uids(FILES["left"], sop_class="1.2.840.10008.5.1.4.1.1.88.11")
-    for place, content in (("a", FILES["left"]), ("b", FILES["both"])):
-        (tmp_path / "study" / place).mkdir(parents=True)
-        (tmp_path / "study" / place / "IM-0001.dcm").write_bytes(content)
-        (tmp_path / "study" / place / "SR.dcm").write_bytes(report)
-    rows = written(tmp_path / "study", image_id="auto")
+    images = {"a/IM-0001": FILES["left"], "b/IM-0001": FILES["both"]}
+    rows = written(filled(tmp_path / "study", images | {"a/SR": report, "b/SR": report}), image_id="auto")
     assert {image_id: row["side"] for image_id, row in rows.items()} == {
         "a/IM-0001": "left",
         "b/IM-0001": "both",
@@ -318,11 +315,9 @@ def test_objects_without_pictures_and_equal_names_cost_no_image(desk: Path, tmp_
 def test_absurd_masks_are_warnings_on_the_terminal_and_in_the_description(
     store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "many").mkdir()
-    bright = (picture() + 210).astype(np.uint8)
-    for number, image in enumerate([bright] * 2 + [LEFT] * 10 + [picture()] * 8):
-        (tmp_path / "many" / f"{number}.dcm").write_bytes(radiograph(image))
-    chosen = make(Score, dicom_dir=tmp_path / "many")
+    images = [(picture() + 210).astype(np.uint8)] * 2 + [LEFT] * 10 + [picture()] * 8
+    files = {f"{number}": radiograph(image) for number, image in enumerate(images)}
+    chosen = make(Score, dicom_dir=filled(tmp_path / "many", files))
     score_folder(chosen, replace(DETECTOR, prevalence=0.22))
     warnings = [
         "2 masks cover more than half of their image: look at their overlays",
@@ -414,11 +409,8 @@ def test_an_interrupted_run_leaves_whole_files_and_the_next_one_finishes(
 
 
 def test_a_name_that_is_too_long_with_its_suffix_is_shortened(desk: Path, tmp_path: Path) -> None:
-    (tmp_path / "long").mkdir()
     ids = ["x" * 250 + end for end in "ab"]
-    for image_id in ids:
-        (tmp_path / "long" / f"{image_id}.dcm").write_bytes(FILES["left"])
-    assert list(written(tmp_path / "long")) == ids
+    assert list(written(filled(tmp_path / "long", dict.fromkeys(ids, FILES["left"])))) == ids
     assert len([*Path("output/findings/overlays").iterdir()]) == 2
 
 
@@ -450,8 +442,7 @@ def test_the_command_and_the_mistakes_of_newcomers(
     assert rows_of(Path("output/findings"))["dark"]["area_px"] == str(SHAPE[0] * SHAPE[1])
     shutil.rmtree("output")
 
-    (tmp_path / "broken").mkdir()
-    (tmp_path / "broken" / "x.dcm").write_bytes(FILES["broken"])
+    filled(tmp_path / "broken", {"x": FILES["broken"]})
     monkeypatch.setitem(sys.modules, "highdicom", None)
     lines = {
         ("--dicom_dir", "broken"): "dicom_dir=broken: no file can be used; the first: x: ",

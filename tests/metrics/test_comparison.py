@@ -59,11 +59,7 @@ def test_the_reverse_comparison_has_the_opposite_signs() -> None:
 
 
 def test_beyond_what_resamples_tell_the_t_distribution_does() -> None:
-    for patients, t, above in [
-        (11, 2.764, 0.01),
-        (21, 3.552, 0.001),
-        (6, 4.032, 0.005),
-    ]:
+    for patients, t, above in [(11, 2.764, 0.01), (21, 3.552, 0.001), (6, 4.032, 0.005)]:
         resamples = np.array([t + 1, t - 1])  # all above 0, with a standard deviation of 1
         assert 1 - certainty(t, resamples, patients) == pytest.approx(above, rel=0.04)
         assert certainty(-t, -resamples, patients) == pytest.approx(above, rel=0.04)

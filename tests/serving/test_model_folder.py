@@ -51,8 +51,9 @@ def refusal_of(folder: Path) -> str:
 def test_a_model_folder_keeps_every_member(tmp_path: Path) -> None:
     augmentations = ["flip+scale", "none", "none"]
     members = [tiny_member(seed, fold=str(seed), tta=tta) for seed, tta in enumerate(augmentations)]
-    line = Calibration(0.6, -1.3)
+    line, compute = Calibration(0.6, -1.3), ComputeConfig(CPU.device, "bf16")
     members[1] = replace(members[1], predictor=replace(members[1].predictor, calibration=line))
+    members[2] = replace(members[2], predictor=replace(members[2].predictor, compute=compute))
     saved = detector(*members)
     save(tmp_path, saved)
     names = {"model.json", *(f"weights-{n}.pt" for n in range(3))}
@@ -63,6 +64,8 @@ def test_a_model_folder_keeps_every_member(tmp_path: Path) -> None:
     assert [member.settings["fold"] for member in again.members] == ["0", "1", "2"]
     assert [member.predictor.tta for member in again.members] == augmentations
     assert [member.predictor.calibration for member in again.members] == [Calibration(), line, Calibration()]
+    # As its training did, though this machine is faster in one of them.
+    assert [member.predictor.compute for member in again.members] == [CPU, CPU, compute]
     images = squares(1).images.numpy()
     before, after = (next(each.predictor.predict(images)) for each in (saved, again))
     np.testing.assert_array_equal(before.mask, after.mask)
@@ -90,14 +93,6 @@ def test_a_model_without_calibration_predicts_what_its_network_says(tmp_path: Pa
     raw = [torch.sigmoid(network(view).presence) for view in (plain, plain.flip(-1))]
     found = [one.presence for one in old.predictor.predict(images)]
     np.testing.assert_allclose(found, torch.stack(raw).mean(0).detach(), atol=1e-7)
-
-
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])  # of which this machine is faster in one
-def test_a_model_computes_as_its_training_did(precision: str, tmp_path: Path) -> None:
-    member = tiny_member(0)
-    compute = ComputeConfig(CPU.device, precision)
-    save(tmp_path, detector(replace(member, predictor=replace(member.predictor, compute=compute))))
-    assert load(tmp_path).members[0].predictor.compute == compute
 
 
 # Damage
@@ -266,13 +261,11 @@ def test_a_command_refuses_a_model_before_its_pickle_or_code_is_read(
 # Detectors: several models as one, and batches of files
 
 
-def trained(seed: int, **fields: Any) -> Detector:
+def trained(seed: int, thresholds: Thresholds | None = None, **settings: Any) -> Detector:
     """Of a training with these settings, that saw one image of its own."""
-    own = {
-        name: fields.pop(name) for name in ("image_size", "thresholds", "data_fingerprint") if name in fields
-    }
-    one = Detector((tiny_member(seed, **fields),), 32, Thresholds(), "a", frozenset({f"image {seed}"}))
-    return replace(one, **own)
+    size, dataset = settings.pop("image_size", 32), settings.pop("data_fingerprint", "a")
+    members, images = (tiny_member(seed, **settings),), frozenset({f"image {seed}"})
+    return Detector(members, size, thresholds or Thresholds(), dataset, images)
 
 
 def test_a_joined_model_has_seen_what_any_has_and_its_thresholds_are_means() -> None:

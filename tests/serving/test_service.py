@@ -10,13 +10,12 @@ import shutil
 import struct
 import subprocess
 import sys
-import threading
 import time
-import urllib.error
-import urllib.request
 import zlib
 from base64 import b64decode, b64encode
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import requests
 import torch
 from click.testing import CliRunner
 from dicom_files import GREYS, JPEGBaseline8Bit, dicom_bytes, jpeg, jpeg_file
@@ -61,7 +61,8 @@ def deflate_bomb(megabytes: int = 220) -> bytes:
     whole = dicom_bytes(GREYS, syntax=uid.DeflatedExplicitVRLittleEndian)
     start = 144 + struct.unpack_from("<I", whole, 140)[0]  # after group 2, which is never deflated
     packer = zlib.compressobj(1, wbits=-zlib.MAX_WBITS)
-    return whole[:start] + b"".join(packer.compress(bytes(10**6)) for _ in range(megabytes)) + packer.flush()
+    megabyte = packer.compress(bytes(10**6)) + packer.flush(zlib.Z_FULL_FLUSH)  # may be repeated
+    return whole[:start] + megabyte * megabytes + packer.flush()
 
 
 def faults(folder: Path) -> dict[str, tuple[str | None, str]]:
@@ -102,12 +103,9 @@ class Served:
     def post(self, body: object, content_type: str = "application/json") -> tuple[int, str]:
         data = body if isinstance(body, str | bytes) else json.dumps(body)
         data = data.encode() if isinstance(data, str) else data
-        request = urllib.request.Request(f"{self.address}/invocations", data, {"Content-Type": content_type})
-        try:
-            with urllib.request.urlopen(request, timeout=60) as answer:
-                return answer.status, answer.read().decode()
-        except urllib.error.HTTPError as error:
-            return error.code, error.read().decode()
+        headers = {"Content-Type": content_type}
+        answer = requests.post(f"{self.address}/invocations", data, headers=headers, timeout=60)
+        return answer.status_code, answer.content.decode()
 
     def rows(self, body: object, content_type: str = "application/json") -> list[dict[str, Any]]:
         status, text = self.post(body, content_type)
@@ -168,11 +166,10 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 def wait_for(url: str, server: subprocess.Popen[bytes], seconds: float = 180) -> None:
     end = time.monotonic() + seconds
     while time.monotonic() < end and server.poll() is None:
-        try:
-            with urllib.request.urlopen(url, timeout=2):
-                return
-        except OSError:
-            time.sleep(0.1)
+        with suppress(requests.RequestException):
+            requests.get(url, timeout=2).raise_for_status()
+            return
+        time.sleep(0.1)
     pytest.fail(f"{url} does not answer")
 
 
@@ -439,19 +436,14 @@ def test_threads_get_their_own_answers(tiny: None) -> None:
     model = ServedModel(detector_of(random_network(0), "tiny", presence_threshold=0))
     frames = [pd.DataFrame({"image_id": [name], "dicom": [content]}) for name, content in GOOD.items()]
     alone = [model.predict(frame)["presence"][0] for frame in frames]
-    answers: dict[int, list[float]] = {n: [] for n in range(len(frames))}
 
-    def ask(n: int) -> None:
-        for _ in range(5):
-            answers[n].append(model.predict(frames[n])["presence"][0])
+    def ask(frame: pd.DataFrame) -> list[float]:
+        return [model.predict(frame)["presence"][0] for _ in range(5)]
 
-    threads = [threading.Thread(target=ask, args=(n,)) for n in answers]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(len(frames)) as pool:
+        answers = [*pool.map(ask, frames)]
     assert len(set(alone)) == len(GOOD)
-    assert [answers[n] for n in answers] == [pytest.approx([presence] * 5) for presence in alone]
+    assert answers == [pytest.approx([presence] * 5) for presence in alone]
 
 
 def test_a_failure_of_the_network_is_a_reason_and_the_next_request_is_answered(
