@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import imagecodecs
 import numpy as np
@@ -18,6 +18,9 @@ from pydicom.encaps import generate_fragments
 
 from pneumo_experiments.dicom.limits import is_memory_full
 from pneumo_experiments.errors import Rejected
+
+if TYPE_CHECKING:  # it needs the names of the decoders
+    from pneumo_experiments.dicom.header import Layout
 
 ITEM = b"\xfe\xff\x00\xe0"  # tag of an item, little endian
 JPEG_START, J2K_START = b"\xff\xd8\xff", b"\xff\x4f\xff\x51"
@@ -87,25 +90,18 @@ def read_frame_header(frame: bytes) -> FrameHeader | None:
     return None
 
 
-def decode(
-    syntax: uid.UID,
-    encapsulated: bytes,
-    shape: tuple[int, ...],
-    bits_allocated: int,
-    bits_stored: int,
-    signed: bool,
-) -> tuple[StoredPixels, int]:
+def decode(encapsulated: bytes, layout: Layout) -> tuple[StoredPixels, int]:
     """Pixels (H, W), or (H, W, 3), of one compressed image, and the number of low bits that are used.
 
-    Raises Rejected, before memory is allocated, if the compressed image's own header contradicts ``shape`` or
-    ``bits_stored``, and if the image cannot be decoded; MemoryError beyond ``limit_memory``.
+    Raises Rejected, before memory is allocated, if the compressed image's own header contradicts ``layout``,
+    and if the image cannot be decoded; MemoryError beyond ``limit_memory``.
     """
-    codec = DECODERS[syntax]
-    frame = join_fragments(encapsulated, syntax == uid.RLELossless)
-    if syntax == uid.RLELossless:
-        rows, columns, components = (*shape, 1)[:3]
-        return _rle(frame, FrameHeader(rows, columns, components, bits_allocated)), bits_stored
-    header = _check_header(frame, codec.name, shape)
+    codec, bits_stored, is_rle = DECODERS[layout.syntax], layout.bits_stored, layout.syntax == uid.RLELossless
+    frame = join_fragments(encapsulated, is_rle)
+    if is_rle:
+        stated = FrameHeader(layout.rows, layout.columns, layout.components, layout.bits_allocated)
+        return _rle(frame, stated), bits_stored
+    header = _check_header(frame, codec.name, layout.shape)
     try:
         decoded = codec.decode(frame, header)
     except MemoryError:
@@ -114,12 +110,12 @@ def decode(
         if is_memory_full():  # OpenJPEG calls that damage and frees nothing: the next file would fail
             raise MemoryError from error
         raise Rejected(f"its {codec.name} data cannot be decoded: damaged, or an unusual variant") from error
-    if decoded.shape != shape:
+    if decoded.shape != layout.shape:
         raise ValueError("decoded size differs from the compressed header")
     stored: StoredPixels = decoded.view(f"u{decoded.itemsize}")
     if header.bits > bits_stored:  # common among encoders, and harmless if the extra bits are unused
         extra_bits = stored >> stored.dtype.type(bits_stored)
-        sign_bits = 2 ** (8 * stored.itemsize - bits_stored) - 1 if signed else 0
+        sign_bits = 2 ** (8 * stored.itemsize - bits_stored) - 1 if layout.signed else 0
         if ((extra_bits != 0) & (extra_bits != sign_bits)).any():
             raise Rejected(f"its compressed image uses more than the {bits_stored} bits of its DICOM header")
     return stored, min(header.bits, bits_stored)
