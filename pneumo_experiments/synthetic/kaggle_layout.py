@@ -176,9 +176,8 @@ def _findings(count: int, sizes: list[int], rng: np.random.Generator) -> list[tu
     findings = positives + [(0, False)] * (count - len(positives))
     if not sizes:
         return [findings[k] for k in rng.permutation(count)]
-    turn = np.repeat(
-        rng.exponential(size=len(sizes)) / np.sqrt(sizes), sizes
-    )  # of each image's patient to be ill
+    turns = rng.exponential(size=len(sizes)) / np.sqrt(sizes)  # of each patient to be ill
+    turn = np.repeat(turns, sizes)
     order = np.lexsort((turn, rng.random(count) > POSITIVE_OF_ILL))
     return [findings[k] for k in np.argsort(order)]
 
