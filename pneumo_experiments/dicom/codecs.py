@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import imagecodecs
 import numpy as np
@@ -19,15 +20,44 @@ from pydicom.encaps import generate_fragments
 from pneumo_experiments.dicom.limits import is_memory_full
 from pneumo_experiments.errors import Rejected
 
-if TYPE_CHECKING:  # it needs the names of the decoders
-    from pneumo_experiments.dicom.header import Layout
-
 ITEM = b"\xfe\xff\x00\xe0"  # tag of an item, little endian
 JPEG_START, J2K_START = b"\xff\xd8\xff", b"\xff\x4f\xff\x51"
 JP2_BOX = b"\0\0\0\x0cjP  "  # JP2 container, which DICOM does not allow around a codestream (PS3.5 A.4.4)
 END_OF_IMAGE = b"\xff\xd9"  # JPEG, JPEG-LS and JPEG 2000
 StoredPixels = NDArray[np.unsignedinteger[Any]]  # uint8 or uint16; signed values as raw bits
 CUT_SHORT = "its pixel data is truncated"
+UNCOMPRESSED = {
+    uid.ImplicitVRLittleEndian: "uncompressed",
+    uid.ExplicitVRLittleEndian: "uncompressed",
+    uid.ExplicitVRBigEndian: "uncompressed big endian",
+    uid.DeflatedExplicitVRLittleEndian: "deflated",
+}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the pixels are stored, according to the header."""
+
+    syntax: uid.UID
+    photometric: str
+    rows: int
+    columns: int
+    bits_allocated: int
+    bits_stored: int
+    signed: bool
+    unused_low_bits: int  # according to HighBit, which is often wrong
+    components: int = 1  # 3 of a grey picture in colour components
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(H, W), or (H, W, 3)."""
+        size = self.rows, self.columns
+        return size if self.components == 1 else (*size, self.components)
+
+    @property
+    def format(self) -> str:
+        name = UNCOMPRESSED.get(self.syntax) or DECODERS[self.syntax].name
+        return f"{name}, {self.bits_stored} bit, {self.photometric}"
 
 
 class FrameHeader(NamedTuple):

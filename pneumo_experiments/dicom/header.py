@@ -6,7 +6,6 @@ import logging
 import warnings
 import zlib
 from collections.abc import Iterable
-from dataclasses import dataclass
 from io import BytesIO
 from math import isfinite
 from typing import Any, NamedTuple, cast
@@ -16,7 +15,7 @@ from numpy.typing import NDArray
 from pydicom import uid
 from pydicom.filereader import read_dataset
 
-from pneumo_experiments.dicom.codecs import DECODERS
+from pneumo_experiments.dicom.codecs import DECODERS, UNCOMPRESSED, Layout
 from pneumo_experiments.dicom.limits import MAX_HEADER_BYTES, max_file_bytes
 from pneumo_experiments.dicom.picture import LUMINANCE_FIRST, RGB, is_picture
 from pneumo_experiments.errors import Rejected
@@ -32,12 +31,6 @@ OTHER_FILES = {  # by their first bytes: what people send instead
     b"PK\3\4": "a zip file",
     b"\x89HDF": "an HDF5 file",
     b"\x93NUMPY": "a NumPy file",
-}
-UNCOMPRESSED = {
-    uid.ImplicitVRLittleEndian: "uncompressed",
-    uid.ExplicitVRLittleEndian: "uncompressed",
-    uid.ExplicitVRBigEndian: "uncompressed big endian",
-    uid.DeflatedExplicitVRLittleEndian: "deflated",
 }
 GREYSCALE = ("MONOCHROME1", "MONOCHROME2")
 # fmt: off
@@ -108,32 +101,6 @@ def _number(value: Any) -> float | None:
     except (TypeError, ValueError):
         return None
     return number if isfinite(number) else None
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How the pixels are stored, according to the header."""
-
-    syntax: uid.UID
-    photometric: str
-    rows: int
-    columns: int
-    bits_allocated: int
-    bits_stored: int
-    signed: bool
-    unused_low_bits: int  # according to HighBit, which is often wrong
-    components: int = 1  # 3 of a grey picture in colour components
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """(H, W), or (H, W, 3)."""
-        size = self.rows, self.columns
-        return size if self.components == 1 else (*size, self.components)
-
-    @property
-    def format(self) -> str:
-        name = UNCOMPRESSED.get(self.syntax) or DECODERS[self.syntax].name
-        return f"{name}, {self.bits_stored} bit, {self.photometric}"
 
 
 def parse(content: bytes, max_pixels: int) -> tuple[Any, uid.UID]:

@@ -13,11 +13,10 @@ from numpy.typing import NDArray
 from pydicom import uid
 from pydicom.pixels.processing import apply_modality_lut, apply_voi
 
-from pneumo_experiments.dicom.codecs import CUT_SHORT, DECODERS, StoredPixels, decode
+from pneumo_experiments.dicom.codecs import CUT_SHORT, DECODERS, Layout, StoredPixels, decode
 from pneumo_experiments.dicom.header import (
     Attributes,
     Geometry,
-    Layout,
     defined_term,
     integer,
     parse,
