@@ -243,3 +243,14 @@ def real_data() -> Path:
     if not (folder / "known_areas.csv").is_file():
         pytest.skip(f"no real radiographs: PNEUMO_REAL_DATA names no folder with known_areas.csv ({folder})")
     return folder
+
+
+@pytest.fixture(scope="session")
+def real_labels(real_data: Path) -> dict[str, tuple[str, int]]:
+    """NIH patient and area of the 12,047 real images (overlaps count twice, which is near enough)."""
+    from pneumo_experiments.dataset.annotations import read_annotations, read_patients
+
+    annotations = read_annotations(real_data / "labels" / "train-rle.csv.gz")
+    patients = read_patients(real_data / "labels" / "patients.csv.gz")
+    areas = {name: sum(map(int, " ".join(texts).split()[1::2])) for name, texts in annotations.items()}
+    return {name: (patients[name], areas[name]) for name in sorted(areas)}

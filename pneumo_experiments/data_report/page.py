@@ -118,10 +118,8 @@ def _left_out(statistics: Statistics) -> list[Finding]:
         ),
     )
     if statistics.skipped:
-        kinds, total = (
-            [(kind, f"{n:,}") for kind, n in statistics.skipped.items()],
-            sum(statistics.skipped.values()),
-        )
+        kinds = [(kind, f"{n:,}") for kind, n in statistics.skipped.items()]
+        total = sum(statistics.skipped.values())
         findings.append(Finding("Skipped files", "None of these was read.", kinds, total))
     return findings
 

@@ -2,7 +2,7 @@
 
 The processes start on demand, are shared by all threads and are reused. They are plain subprocesses, since
 multiprocessing cannot re-import the main program of some model servers. A request is a pickle on stdin. A
-reply, on stdout, comes from where untrusted bytes are decoded: two lengths, a JSON object, and raw bytes.
+reply, on stdout, comes from where untrusted bytes are decoded: a line of JSON, and raw bytes.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import importlib
 import json
 import os
 import pickle
-import struct
 import subprocess
 import sys
 import threading
@@ -32,23 +31,21 @@ from pneumo_experiments.dicom.containers import DicomFile, read_file
 from pneumo_experiments.dicom.header import Geometry, read_source
 from pneumo_experiments.dicom.limits import (
     ENVIRONMENT,
-    MAX_BYTES_PER_PIXEL,
-    MAX_HEADER_BYTES,
     TIME_LIMIT_EXIT_CODE,
     available_cores,
+    check_file_size,
     limit_memory,
     limit_time,
+    max_bytes,
+    max_file_bytes,
     max_seconds,
-    memory_limit_message,
-    time_limit_message,
 )
 from pneumo_experiments.dicom.radiograph import MAX_PIXELS, read_radiograph
 from pneumo_experiments.errors import Rejected, UserError
 
 MAX_DECODERS = min(available_cores(), 8)  # each may use limits.max_bytes of memory
-MAX_FILE_BYTES = MAX_BYTES_PER_PIXEL * MAX_PIXELS + MAX_HEADER_BYTES
+MAX_FILE_BYTES = max_file_bytes(MAX_PIXELS)
 MAX_PENDING, MAX_PENDING_BYTES = 32, 2**28  # submitted files, and bytes of those not yet decoded
-LENGTHS = struct.Struct("<IQ")  # of a reply's JSON and bytes
 OUT_OF_MEMORY = 3  # exit code
 NOT_STARTED = "a process that reads files does not start ({}); free memory, or set fewer workers"
 
@@ -116,8 +113,10 @@ def decode_all(
     def request(image_id: str, content: bytes | Rejected) -> Request:
         refused = content if isinstance(content, Rejected) else None
         size = 0 if isinstance(content, Rejected) else len(content)
-        if size > MAX_BYTES_PER_PIXEL * max_pixels + MAX_HEADER_BYTES:
-            refused = Rejected(f"rejected because {size:,} bytes are more than max_pixels allows", image_id)
+        try:
+            check_file_size(size, max_pixels, image_id)
+        except Rejected as reason:
+            refused = reason
         return Request(image_id, max_pixels, size, _decode, (content, image_size, with_source), refused)
 
     with closing(call_all(request(*file) for file in files)) as replies:
@@ -219,17 +218,17 @@ class _Decoder:
 
     def call(self, request: Request) -> Message | Rejected:
         """The reply, or the reason why there is none; kills the process after a crash or time-out."""
+        seconds = max_seconds(request.file_bytes)
         try:
-            seconds = max_seconds(request.file_bytes)
             pickle.dump((request, seconds), self._requests, pickle.HIGHEST_PROTOCOL)
             self._requests.flush()
             fields, content = _receive(self._replies)
         except (OSError, EOFError):
+            gigabytes, exit_code = max_bytes(request.max_pixels) / 1e9, self.kill()
             reasons = {
-                TIME_LIMIT_EXIT_CODE: time_limit_message(request.file_bytes),
-                OUT_OF_MEMORY: memory_limit_message(request.max_pixels),
+                TIME_LIMIT_EXIT_CODE: f"needs more than {seconds} s of CPU time to decode",
+                OUT_OF_MEMORY: f"needs more than {gigabytes:.1f} GB of memory to decode",
             }
-            exit_code = self.kill()
             reason = reasons.get(exit_code, "its decoder crashed")
             return Crashed(reason, request.image_id, exit_code)
         if "error" in fields:
@@ -255,8 +254,7 @@ class _Decoder:
 
 _SLOTS = threading.BoundedSemaphore(MAX_DECODERS)
 _IDLE = deque[_Decoder]()
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_IDLE.clear)  # a forked child must not share them
+os.register_at_fork(after_in_child=_IDLE.clear)  # a forked child must not share them
 
 
 @contextmanager
@@ -319,20 +317,16 @@ def serve() -> None:
 
 
 def _send(stream: IO[bytes], fields: dict[str, Any], content: bytes = b"") -> None:
-    text = json.dumps(fields).encode()
-    stream.write(LENGTHS.pack(len(text), len(content)) + text)
+    stream.write(json.dumps([fields, len(content)]).encode() + b"\n")
     stream.write(content)
     stream.flush()
 
 
 def _receive(stream: IO[bytes]) -> Message:
     """Reads one reply; raises EOFError if the other side has ended."""
-    text_bytes, content_bytes = LENGTHS.unpack(_read_exactly(stream, LENGTHS.size))
-    return json.loads(_read_exactly(stream, text_bytes)), _read_exactly(stream, content_bytes)
-
-
-def _read_exactly(stream: IO[bytes], count: int) -> bytes:
-    content = stream.read(count)
-    if len(content) < count:
+    if not (line := stream.readline()).endswith(b"\n"):
         raise EOFError
-    return content
+    fields, size = json.loads(line)
+    if len(content := stream.read(size)) < size:
+        raise EOFError
+    return fields, content

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -72,18 +73,16 @@ class Inputs:
         return ["other images or masks" if "masks" in self.recorded else "other DICOM files"]
 
     def _hash_contents(self) -> str:
-        def content(member: DicomFile) -> str:
-            label = (self.labels or {}).get(member.image_id)
-            try:
-                return LabelledFile(self.archive.root, member, label, "").read(self.max_pixels)[2]
-            except Rejected:
-                return ""
-
         def lines() -> Iterator[str]:
             with ProgressBar("compare", len(self.members), "file") as bar:
                 for member in self.members:
-                    yield f"{member.image_id} {content(member)}"
+                    file, content = LabelledFile(root, member, labels.get(member.image_id), ""), ""
+                    with suppress(Rejected):
+                        *_, content = file.read(self.max_pixels)
+                    yield f"{member.image_id} {content}"
                     bar.update()
+
+        root, labels = self.archive.root, self.labels or {}
 
         return digest(lines())
 

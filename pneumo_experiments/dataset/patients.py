@@ -32,7 +32,6 @@ ROW = np.dtype([("image", "<u8"), ("patient", "<u2")])
 
 # Sources of the patients, as named in reports and runs.
 GIVEN_TABLE, SHIPPED_TABLE, PATIENT_ID, UNKNOWN = "patients_csv", "shipped table", "PatientID", "unknown"
-TABLES = (GIVEN_TABLE, SHIPPED_TABLE)
 SOURCES = "patient_sources"  # in a data set's settings: number of images by source of their patient
 log = logging.getLogger(__name__)
 
@@ -44,12 +43,6 @@ class Grouping:
     source: str = PATIENT_ID
     digest: str = "none"  # changes when the table does
     hashes: Mapping[str, str] = field(default_factory=dict[str, str], repr=False)
-
-
-def given_grouping(table: Mapping[str, str], digest: str, image_ids: Collection[str]) -> Grouping:
-    """Grouping of these images by a table of image id and patient."""
-    hashes = {image_id: hash_patient(table[image_id]) for image_id in image_ids if image_id in table}
-    return Grouping(GIVEN_TABLE, digest, hashes)
 
 
 def shipped_grouping(image_ids: Collection[str]) -> Grouping:
@@ -117,7 +110,7 @@ def grouping_problem(entries: Sequence[Entry], sources: str) -> str:
             f"{max_images:,} of {len(entries):,} images have the same patient, so all of them fall on one"
             " side of the split; if that patient is a placeholder, name the patients in patients_csv"
         )
-    all_from_table = any(sources == describe_sources({table: len(entries)}) for table in TABLES)
+    all_from_table = sources in (describe_sources({t: len(entries)}) for t in (GIVEN_TABLE, SHIPPED_TABLE))
     if len(entries) > 1 and max_images == 1 and not all_from_table:
         return (
             f"each of the {len(entries):,} images counts as a separate patient, so images of one patient may"
@@ -140,8 +133,8 @@ def make_grouping(patients_csv: str, image_ids: Sequence[str]) -> Grouping:
         ) from None
     content = read_table(path, PATIENTS)
     table = match_ids(read_patients(path, content), set(image_ids))
-    grouping = given_grouping(table, hashlib.sha256(content).hexdigest(), image_ids)
-    images, known = len(image_ids), len(grouping.hashes)
+    hashes = {image_id: hash_patient(table[image_id]) for image_id in image_ids if image_id in table}
+    images, known = len(image_ids), len(hashes)
     if images and not known:
         raise UserError(
             f"patients_csv={path}: names none of the {images:,} images; name the table of these images, or"
@@ -152,7 +145,7 @@ def make_grouping(patients_csv: str, image_ids: Sequence[str]) -> Grouping:
             f"patients_csv={path}: names only {known:,} of the {images:,} images; the others are grouped by"
             " PatientID"
         )
-    return grouping
+    return Grouping(GIVEN_TABLE, hashlib.sha256(content).hexdigest(), hashes)
 
 
 def warn_about_grouping(dataset: Dataset) -> None:

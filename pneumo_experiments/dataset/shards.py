@@ -225,10 +225,9 @@ def _converted(jobs: Sequence[Job], workers: int) -> Generator[FileResult]:
 
 def _as_message(result: FileResult) -> Message:
     """A result for JSON, with the lengths of the chunks, and their bytes."""
-    fields, chunks = asdict(result.without_chunks()), list[bytes]()
-    if result.packed is not None:
-        chunks = [result.packed.image_chunk, result.packed.target_chunk or b""]
-        del fields["packed"]["image_chunk"], fields["packed"]["target_chunk"]
+    fields, chunks = asdict(result), list[bytes]()
+    if packed := fields["packed"]:
+        chunks = [packed.pop("image_chunk"), packed.pop("target_chunk") or b""]
     return fields | {"chunks": [*map(len, chunks)]}, b"".join(chunks)
 
 

@@ -74,15 +74,18 @@ def audit(patients: Sequence[str], areas: NDArray[Any], parts: NDArray[np.intege
     numbers, part = np.unique(parts, return_inverse=True)
     member = np.zeros((len(names), len(numbers)), np.bool_)
     member[patient, part] = True
-    shared = member.sum(axis=1) > 1
+    shared, statistics = member.sum(axis=1) > 1, list[PartStatistics]()
+    for k, number in enumerate(numbers.tolist()):
+        inside = areas[part == k]
+        positive = inside[inside > 0]
+        deciles = np.quantile(positive, np.arange(1, 10) / 10).tolist() if positive.size else ()
+        count = int(member[:, k].sum())
+        statistics.append(PartStatistics(number, len(inside), count, len(positive), tuple(deciles)))
     return Audit(
         images=len(patients),
         shared_patients=int(np.count_nonzero(shared)),
         separated_images=int(np.count_nonzero(shared[patient])),
-        parts=tuple(
-            _statistics(int(number), int(member[:, k].sum()), areas[part == k])
-            for k, number in enumerate(numbers.tolist())
-        ),
+        parts=tuple(statistics),
     )
 
 
@@ -120,13 +123,6 @@ def split(
     return Split(
         train=rest[fold_of != fold], validation=rest[fold_of == fold], holdout=np.flatnonzero(in_holdout)
     )
-
-
-def _statistics(part: int, patients: int, areas: NDArray[Any]) -> PartStatistics:
-    positive_areas = areas[areas > 0]
-    quantiles = np.arange(1, 10) / 10
-    deciles: list[float] = np.quantile(positive_areas, quantiles).tolist() if positive_areas.size else []
-    return PartStatistics(part, len(areas), patients, len(positive_areas), tuple(deciles))
 
 
 def _require(patients: int, needed: int, setting: str) -> None:

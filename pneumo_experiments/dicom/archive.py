@@ -118,15 +118,14 @@ def _single(path: Path) -> Archive:
     files = _scan(path.parent, iter([file]), Counter())
     if not files:
         start = first_bytes(path) if stat.S_ISREG(info.st_mode) else b""
-        kind = next((name for magic, name in COMPRESSED.items() if start.startswith(magic)), "")
-        if kind:
-            raise UserError(
-                f"{path}: compressed by {kind}; unpack it, and name the folder with the DICOM files"
-            )
-        raise UserError(
-            f"{path}: neither a folder, nor a zip or tar file, nor a DICOM file, nor a PNG or JPEG picture;"
+        problem = (
+            "neither a folder, nor a zip or tar file, nor a DICOM file, nor a PNG or JPEG picture;"
             " name the folder that holds the DICOM files"
         )
+        for magic, name in COMPRESSED.items():
+            if start.startswith(magic):
+                problem = f"compressed by {name}; unpack it, and name the folder with the DICOM files"
+        raise UserError(f"{path}: {problem}")
     return _identified(path.parent, files, Counter(), "auto", (), {})
 
 

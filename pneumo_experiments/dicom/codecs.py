@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import imagecodecs
@@ -25,6 +26,38 @@ JP2_BOX = b"\0\0\0\x0cjP  "  # JP2 container, which DICOM does not allow around 
 END_OF_IMAGE = b"\xff\xd9"  # JPEG, JPEG-LS and JPEG 2000
 StoredPixels = NDArray[np.unsignedinteger[Any]]  # uint8 or uint16; signed values as raw bits
 CUT_SHORT = "its pixel data is truncated"
+UNCOMPRESSED = {
+    uid.ImplicitVRLittleEndian: "uncompressed",
+    uid.ExplicitVRLittleEndian: "uncompressed",
+    uid.ExplicitVRBigEndian: "uncompressed big endian",
+    uid.DeflatedExplicitVRLittleEndian: "deflated",
+}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the pixels are stored, according to the header."""
+
+    syntax: uid.UID
+    photometric: str
+    rows: int
+    columns: int
+    bits_allocated: int
+    bits_stored: int
+    signed: bool
+    unused_low_bits: int  # according to HighBit, which is often wrong
+    components: int = 1  # 3 of a grey picture in colour components
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(H, W), or (H, W, 3)."""
+        size = self.rows, self.columns
+        return size if self.components == 1 else (*size, self.components)
+
+    @property
+    def format(self) -> str:
+        name = UNCOMPRESSED.get(self.syntax) or DECODERS[self.syntax].name
+        return f"{name}, {self.bits_stored} bit, {self.photometric}"
 
 
 class FrameHeader(NamedTuple):
@@ -87,25 +120,18 @@ def read_frame_header(frame: bytes) -> FrameHeader | None:
     return None
 
 
-def decode(
-    syntax: uid.UID,
-    encapsulated: bytes,
-    shape: tuple[int, ...],
-    bits_allocated: int,
-    bits_stored: int,
-    signed: bool,
-) -> tuple[StoredPixels, int]:
+def decode(encapsulated: bytes, layout: Layout) -> tuple[StoredPixels, int]:
     """Pixels (H, W), or (H, W, 3), of one compressed image, and the number of low bits that are used.
 
-    Raises Rejected, before memory is allocated, if the compressed image's own header contradicts ``shape`` or
-    ``bits_stored``, and if the image cannot be decoded; MemoryError beyond ``limit_memory``.
+    Raises Rejected, before memory is allocated, if the compressed image's own header contradicts ``layout``,
+    and if the image cannot be decoded; MemoryError beyond ``limit_memory``.
     """
-    codec = DECODERS[syntax]
-    frame = join_fragments(encapsulated, syntax == uid.RLELossless)
-    if syntax == uid.RLELossless:
-        rows, columns, components = (*shape, 1)[:3]
-        return _rle(frame, FrameHeader(rows, columns, components, bits_allocated)), bits_stored
-    header = _check_header(frame, codec.name, shape)
+    codec, bits_stored, is_rle = DECODERS[layout.syntax], layout.bits_stored, layout.syntax == uid.RLELossless
+    frame = join_fragments(encapsulated, is_rle)
+    if is_rle:
+        stated = FrameHeader(layout.rows, layout.columns, layout.components, layout.bits_allocated)
+        return _rle(frame, stated), bits_stored
+    header = _check_header(frame, codec.name, layout.shape)
     try:
         decoded = codec.decode(frame, header)
     except MemoryError:
@@ -114,12 +140,12 @@ def decode(
         if is_memory_full():  # OpenJPEG calls that damage and frees nothing: the next file would fail
             raise MemoryError from error
         raise Rejected(f"its {codec.name} data cannot be decoded: damaged, or an unusual variant") from error
-    if decoded.shape != shape:
+    if decoded.shape != layout.shape:
         raise ValueError("decoded size differs from the compressed header")
     stored: StoredPixels = decoded.view(f"u{decoded.itemsize}")
     if header.bits > bits_stored:  # common among encoders, and harmless if the extra bits are unused
         extra_bits = stored >> stored.dtype.type(bits_stored)
-        sign_bits = 2 ** (8 * stored.itemsize - bits_stored) - 1 if signed else 0
+        sign_bits = 2 ** (8 * stored.itemsize - bits_stored) - 1 if layout.signed else 0
         if ((extra_bits != 0) & (extra_bits != sign_bits)).any():
             raise Rejected(f"its compressed image uses more than the {bits_stored} bits of its DICOM header")
     return stored, min(header.bits, bits_stored)

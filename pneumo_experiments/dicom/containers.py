@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Self
 
 from pneumo_experiments.dicom.header import GZIP
-from pneumo_experiments.dicom.limits import MAX_BYTES_PER_PIXEL, MAX_HEADER_BYTES
+from pneumo_experiments.dicom.limits import check_file_size
 from pneumo_experiments.errors import Rejected, UserError
 
 TAR_MAGIC, TAR_MAGIC_AT = b"ustar", 257
@@ -69,10 +69,7 @@ def read_file(root: Path, member: DicomFile, max_pixels: int) -> bytes:
     Raises Rejected if it cannot be read or is larger than an image of ``max_pixels`` can be, and UserError
     if the file or the whole archive has disappeared or changed.
     """
-    if member.size > MAX_BYTES_PER_PIXEL * max_pixels + MAX_HEADER_BYTES:
-        raise Rejected(
-            f"rejected because {member.size:,} bytes are more than max_pixels allows", member.image_id
-        )
+    check_file_size(member.size, max_pixels, member.image_id)
     try:
         if root.is_dir():
             return (root / member.name).read_bytes()

@@ -6,7 +6,6 @@ import logging
 import warnings
 import zlib
 from collections.abc import Iterable
-from dataclasses import dataclass
 from io import BytesIO
 from math import isfinite
 from typing import Any, NamedTuple, cast
@@ -16,8 +15,8 @@ from numpy.typing import NDArray
 from pydicom import uid
 from pydicom.filereader import read_dataset
 
-from pneumo_experiments.dicom.codecs import DECODERS
-from pneumo_experiments.dicom.limits import MAX_BYTES_PER_PIXEL, MAX_HEADER_BYTES
+from pneumo_experiments.dicom.codecs import DECODERS, UNCOMPRESSED, Layout
+from pneumo_experiments.dicom.limits import MAX_HEADER_BYTES, max_file_bytes
 from pneumo_experiments.dicom.picture import LUMINANCE_FIRST, RGB, is_picture
 from pneumo_experiments.errors import Rejected
 
@@ -32,13 +31,6 @@ OTHER_FILES = {  # by their first bytes: what people send instead
     b"PK\3\4": "a zip file",
     b"\x89HDF": "an HDF5 file",
     b"\x93NUMPY": "a NumPy file",
-}
-HEADER_BYTES = 2**24  # allowed beside the pixels of a deflated file
-UNCOMPRESSED = {
-    uid.ImplicitVRLittleEndian: "uncompressed",
-    uid.ExplicitVRLittleEndian: "uncompressed",
-    uid.ExplicitVRBigEndian: "uncompressed big endian",
-    uid.DeflatedExplicitVRLittleEndian: "deflated",
 }
 GREYSCALE = ("MONOCHROME1", "MONOCHROME2")
 # fmt: off
@@ -111,33 +103,6 @@ def _number(value: Any) -> float | None:
     return number if isfinite(number) else None
 
 
-@dataclass(frozen=True)
-class Layout:
-    """How the pixels are stored, according to the header."""
-
-    syntax: uid.UID
-    photometric: str
-    rows: int
-    columns: int
-    bits_allocated: int
-    bits_stored: int
-    signed: bool
-    unused_low_bits: int  # according to HighBit, which is often wrong
-    components: int = 1  # 3 of a grey picture in colour components
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """(H, W), or (H, W, 3)."""
-        return (
-            (self.rows, self.columns) if self.components == 1 else (self.rows, self.columns, self.components)
-        )
-
-    @property
-    def format(self) -> str:
-        name = UNCOMPRESSED.get(self.syntax) or DECODERS[self.syntax].name
-        return f"{name}, {self.bits_stored} bit, {self.photometric}"
-
-
 def parse(content: bytes, max_pixels: int) -> tuple[Any, uid.UID]:
     """The DICOM data set of a file, and its transfer syntax; DICOM's default (PS3.5 10.1) if none is given.
 
@@ -158,7 +123,7 @@ def parse(content: bytes, max_pixels: int) -> tuple[Any, uid.UID]:
         raise Rejected(f"transfer syntax {syntax.name if is_standard else '(unknown)'} is not supported")
     if syntax == uid.DeflatedExplicitVRLittleEndian:
         # pydicom would inflate without a limit.
-        file = BytesIO(inflate(content[file.tell() :], 2 * max_pixels + HEADER_BYTES))
+        file = BytesIO(inflate(content[file.tell() :], 2 * max_pixels + MAX_HEADER_BYTES))
     return read_dataset(file, syntax.is_implicit_VR, syntax.is_little_endian), syntax
 
 
@@ -212,7 +177,7 @@ def unpacked(content: bytes, max_pixels: int) -> bytes:
     """The file in a gzip file, others unchanged; Rejected if truncated or larger than max_pixels allows."""
     if not content.startswith(GZIP):
         return content
-    return inflate(content, MAX_BYTES_PER_PIXEL * max_pixels + MAX_HEADER_BYTES, zlib.MAX_WBITS | 16)
+    return inflate(content, max_file_bytes(max_pixels), zlib.MAX_WBITS | 16)
 
 
 def inflate(content: bytes, max_bytes: int, format_bits: int = -zlib.MAX_WBITS) -> bytes:
@@ -335,15 +300,9 @@ def read_source(content: bytes, max_pixels: int) -> dict[str, str]:
 def _text(header: Any, keyword: str) -> str:
     try:
         value = header.get(keyword)
-        values = (
-            [] if value is None else [value] if isinstance(value, str) or not _is_several(value) else value
-        )
+        values = value if hasattr(value, "append") else [value or ""]  # a name is one, with components
         return "\\".join(str(each).replace("\0", "").strip() for each in values)
     except MemoryError:
         raise
     except Exception:  # pydicom raises many types for damaged bytes
         return ""
-
-
-def _is_several(value: Any) -> bool:
-    return hasattr(value, "append")  # pydicom's MultiValue; a name has components, but is one value

@@ -1,26 +1,29 @@
 """Memory and CPU time limits for reading one radiograph, enforced by the operating system.
 
 A few kilobytes can demand gigabytes or hours, and a C decoder cannot be stopped from within. So decoders run
-in processes that may be killed. Memory is limited on Linux only; time wherever POSIX interval timers exist.
+in processes that may be killed. Memory is limited on Linux only.
 """
 
 from __future__ import annotations
 
 import os
+import resource
 import signal
 from collections.abc import Generator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
+from pneumo_experiments.errors import Rejected
+
 # Measured at 100 megapixels, with a copy of the file: at most 8.6 bytes per pixel, for HTJ2K; of an image in
 # three components 6 for each of its values, and max_pixels counts these.
 BASE_BYTES, BYTES_PER_PIXEL = 2**28, 16
 # Measured: at most 0.9 s per megabyte, for lossless JPEG 2000 and progressive JPEG.
 BASE_SECONDS, SECONDS_PER_MEGABYTE = 20, 4
-MAX_BYTES_PER_PIXEL, MAX_HEADER_BYTES = 4, 2**24  # limits of the file size
+MAX_BYTES_PER_PIXEL, MAX_HEADER_BYTES = 4, 2**24  # of a file
 
-TIME_LIMIT_EXIT_CODE = -getattr(signal, "SIGPROF", 0)  # of a process killed by the timer
+TIME_LIMIT_EXIT_CODE = -signal.SIGPROF  # of a process killed by the timer
 # A worker's matrix products are small: more threads would only compete for the cores.
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
@@ -29,6 +32,17 @@ ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": str(2**30),
     "MALLOC_TRIM_THRESHOLD_": str(2**30),
 }
+
+
+def max_file_bytes(max_pixels: int) -> int:
+    """Size that one file may have, unpacked."""
+    return MAX_BYTES_PER_PIXEL * max_pixels + MAX_HEADER_BYTES
+
+
+def check_file_size(size: int, max_pixels: int, image_id: str) -> None:
+    """Rejects a file that is larger than ``max_file_bytes``."""
+    if size > max_file_bytes(max_pixels):
+        raise Rejected(f"rejected because {size:,} bytes are more than max_pixels allows", image_id)
 
 
 def max_bytes(max_pixels: int) -> int:
@@ -41,21 +55,9 @@ def max_seconds(file_bytes: int) -> int:
     return BASE_SECONDS + SECONDS_PER_MEGABYTE * file_bytes // 10**6
 
 
-def memory_limit_message(max_pixels: int) -> str:
-    """Reason for rejecting a file that needs more than ``max_bytes``."""
-    return f"needs more than {max_bytes(max_pixels) / 1e9:.1f} GB of memory to decode"
-
-
-def time_limit_message(file_bytes: int) -> str:
-    """Reason for rejecting a file that needs more than ``max_seconds``."""
-    return f"needs more than {max_seconds(file_bytes)} s of CPU time to decode"
-
-
 def limit_memory(max_pixels: int) -> None:
     """Limits this process to its initial memory plus ``max_bytes``; beyond it MemoryError is raised."""
     if initial := _initial_bytes():
-        import resource
-
         _, hard = resource.getrlimit(resource.RLIMIT_AS)
         limit = initial + max_bytes(max_pixels)
         resource.setrlimit(resource.RLIMIT_AS, (limit if hard < 0 else min(limit, hard), hard))
@@ -63,20 +65,13 @@ def limit_memory(max_pixels: int) -> None:
 
 def is_memory_full() -> bool:
     """Whether this process has used up its limit of memory, but for a part of what every file may use."""
-    if not (used := _address_space()):
-        return False
-    import resource
-
-    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
-    return limit >= 0 and limit - used < BASE_BYTES // 4
+    used, (limit, _) = _address_space(), resource.getrlimit(resource.RLIMIT_AS)
+    return used > 0 and limit >= 0 and limit - used < BASE_BYTES // 4
 
 
 @contextmanager
 def limit_time(seconds: float) -> Generator[None]:
     """Kills this process by SIGPROF if the block uses more CPU time, even within C code."""
-    if not TIME_LIMIT_EXIT_CODE:
-        yield
-        return
     signal.setitimer(signal.ITIMER_PROF, seconds)
     try:
         yield
@@ -95,8 +90,6 @@ def _address_space() -> int:
         pages = int(Path("/proc/self/statm").read_text().split()[0])
     except OSError:
         return 0
-    import resource
-
     return pages * resource.getpagesize()
 
 

@@ -13,11 +13,10 @@ from numpy.typing import NDArray
 from pydicom import uid
 from pydicom.pixels.processing import apply_modality_lut, apply_voi
 
-from pneumo_experiments.dicom.codecs import CUT_SHORT, DECODERS, StoredPixels, decode
+from pneumo_experiments.dicom.codecs import CUT_SHORT, DECODERS, Layout, StoredPixels, decode
 from pneumo_experiments.dicom.header import (
     Attributes,
     Geometry,
-    Layout,
     defined_term,
     integer,
     parse,
@@ -104,9 +103,7 @@ def _stored_pixels(header: Attributes, layout: Layout) -> tuple[StoredPixels, in
     if not isinstance(value, bytes):
         raise Rejected("no pixel data: empty, or of the wrong type")
     if layout.syntax in DECODERS:
-        stored, bits = decode(
-            layout.syntax, value, layout.shape, layout.bits_allocated, layout.bits_stored, layout.signed
-        )
+        stored, bits = decode(value, layout)
         if layout.components == 1:
             return stored, bits
         components = list(np.moveaxis(stored, 2, 0))
@@ -125,9 +122,8 @@ def _uncompressed(header: Attributes, layout: Layout, value: bytes) -> StoredPix
     element = header.dataset["PixelData"]
     if element.is_undefined_length:
         raise Rejected("its pixel data is compressed, although the transfer syntax says uncompressed")
-    samples = (
-        2 if layout.photometric == "YBR_FULL_422" else layout.components
-    )  # two pixels share their chroma
+    # In 4:2:2 two pixels share their chroma.
+    samples = 2 if layout.photometric == "YBR_FULL_422" else layout.components
     count, item_bytes = layout.rows * layout.columns * samples, layout.bits_allocated // 8
     expected = count * item_bytes
     if len(value) < expected:

@@ -7,19 +7,12 @@ train-rle.csv                                    sample.json (its settings)
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
-import threading
 import uuid
-from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
-from functools import partial
 from io import BytesIO
-from multiprocessing import active_children, get_context, parent_process
-from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -33,11 +26,12 @@ from pydicom.encaps import encapsulate
 from pydicom.uid import UID, JPEGBaseline8Bit, SecondaryCaptureImageStorage
 
 from pneumo_experiments.dataset import rle
-from pneumo_experiments.dicom.limits import ENVIRONMENT, available_cores
-from pneumo_experiments.errors import UserError
+from pneumo_experiments.dataset.decoder_pool import Message, Request, call_all, close_idle
+from pneumo_experiments.dicom.limits import available_cores
+from pneumo_experiments.dicom.radiograph import MAX_PIXELS
+from pneumo_experiments.errors import Rejected, UserError
 from pneumo_experiments.files import writing
 from pneumo_experiments.locks import LOCK, work_folder
-from pneumo_experiments.spawning import environment, without_main
 from pneumo_experiments.synthetic.anatomy import build
 from pneumo_experiments.synthetic.radiographs import draw_radiograph
 
@@ -113,7 +107,7 @@ def write_sample(
                 shutil.rmtree(part / name, ignore_errors=True)  # leftovers of a killed process
                 (part / name).mkdir()
             lines = ["ImageId, EncodedPixels"]
-            for image_id, texts in _write_images(part, plan(contents), contents.seed, workers):
+            for image_id, texts in _write_images(part, str(folder), contents, workers):
                 lines += [f"{image_id}, {text}" for text in texts]
                 progress()
             (part / "train-rle.csv").write_bytes(("\n".join(lines) + "\n").encode("ascii"))
@@ -182,25 +176,40 @@ def _findings(count: int, sizes: list[int], rng: np.random.Generator) -> list[tu
     findings = positives + [(0, False)] * (count - len(positives))
     if not sizes:
         return [findings[k] for k in rng.permutation(count)]
-    turn = np.repeat(
-        rng.exponential(size=len(sizes)) / np.sqrt(sizes), sizes
-    )  # of each image's patient to be ill
+    turns = rng.exponential(size=len(sizes)) / np.sqrt(sizes)  # of each patient to be ill
+    turn = np.repeat(turns, sizes)
     order = np.lexsort((turn, rng.random(count) > POSITIVE_OF_ILL))
     return [findings[k] for k in np.argsort(order)]
 
 
 def _write_images(
-    folder: Path, plans: list[Plan], seed: int, workers: int | None
+    folder: Path, place: str, contents: Contents, workers: int | None
 ) -> Iterator[tuple[str, list[str]]]:
-    """Writes the files; image id and run-length texts of each, in order."""
-    write = partial(_write_image, folder, seed)
+    """Writes the files; image id and run-length texts of each, in order. Errors name the ``place``."""
+    plans = plan(contents)
     if workers is None:
         workers = available_cores() if len(plans) >= SERIAL_IMAGES else 1
     if workers == 1:
-        yield from map(write, plans)
+        for each in plans:
+            yield _write_image(folder, contents.seed, each)
         return
-    with _worker_pool(workers) as pool:
-        yield from pool.map(write, plans, chunksize=4)
+    arguments = ((place, folder, contents.seed, each) for each in plans)
+    requests = (Request("an image", MAX_PIXELS, 0, _write_in_process, each) for each in arguments)
+    try:
+        with closing(call_all(requests, workers)) as replies:
+            for _, reply in replies:
+                if isinstance(reply, Rejected):
+                    raise UserError(f"{place}: a process that draws ended; free memory, and run it again")
+                yield reply[0]["written"]
+    finally:
+        close_idle()
+
+
+def _write_in_process(
+    image_id: str, max_pixels: int, place: str, folder: Path, seed: int, plan: Plan
+) -> Message:
+    with writing(place):
+        return {"written": _write_image(folder, seed, plan)}, b""
 
 
 def _write_image(folder: Path, seed: int, plan: Plan) -> tuple[str, list[str]]:
@@ -262,44 +271,3 @@ def _dicom(
     file.PixelData = encapsulate([jpeg.getvalue()])
     file["PixelData"].VR = "OB"
     return file
-
-
-@contextmanager
-def _worker_pool(workers: int) -> Generator[ProcessPoolExecutor]:
-    """Processes that end with this one, even after kill -9; an exception in the block kills them."""
-    # Spawned, since fork is not safe when the caller has threads.
-    executor = ProcessPoolExecutor(workers, get_context("spawn"), _initialise_worker)
-    others = set(active_children())
-    with environment(ENVIRONMENT):  # inherited by the workers
-        try:
-            _start(executor, workers)
-            yield executor
-        except BaseException:
-            # They would finish what they have begun.
-            for process in set(active_children()) - others:
-                process.kill()
-            raise
-        finally:
-            executor.shutdown(cancel_futures=True)
-
-
-def _start(executor: ProcessPoolExecutor, workers: int) -> None:
-    """Starts the workers with SIGINT ignored: Ctrl-C reaches all processes, only the parent handles it."""
-    main = threading.current_thread() is threading.main_thread()
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN) if main else None
-    try:
-        with without_main():
-            for _ in range(workers):
-                executor.submit(os.getpid)
-    finally:
-        if main:
-            signal.signal(signal.SIGINT, handler)
-
-
-def _initialise_worker() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # Without this, workers of a parent killed by -9 would wait for work forever.
-    parent = parent_process()
-    if parent is not None:
-        sentinel = parent.sentinel
-        threading.Thread(target=lambda: (wait([sentinel]), os._exit(1)), daemon=True).start()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import signal
 import subprocess
 import sys
 import threading
@@ -64,6 +63,13 @@ def wait_for_one_at_work() -> psutil.Process:
             if sum(child.cpu_times()[:2]) > before.setdefault(child.pid, 1.0) + 0.25:
                 return child
         time.sleep(0.01)
+
+
+def kill_decoders() -> list[psutil.Process]:
+    killed = decoders()
+    for decoder in killed:
+        decoder.kill()
+    return killed
 
 
 def test_many_files_come_back_in_order_as_a_plain_reading_gives_them() -> None:
@@ -144,22 +150,20 @@ def test_a_file_that_takes_too_much_memory_costs_its_own_row(monkeypatch: pytest
 
 def test_a_decoder_that_dies_costs_one_row_or_none() -> None:
     outcomes(*[("warm", GOOD)] * 4)
-    killed = set[int]()
+    killed = list[psutil.Process]()
 
     def kill_all() -> None:
         wait_for_one_at_work()
-        for child in decoders():
-            child.kill()
-            killed.add(child.pid)
+        killed.extend(kill_decoders())
 
     killer = threading.Thread(target=kill_all)
     killer.start()
     (struck,) = outcomes(("scans", many_scans()))
     killer.join()
     assert str(struck) == "scans: its decoder crashed"
-    for pid in killed:  # one that is still dying could take one more file with it
+    for process in killed:  # one that is still dying could take one more file with it
         with suppress(ChildProcessError):  # that of the file, whose end the pool has seen
-            os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+            os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
     # Those that were idle are dead as well, which nobody notices.
     assert all(isinstance(outcome, DecodedImage) for outcome in outcomes(*[("again", GOOD)] * 4))
 
@@ -170,11 +174,7 @@ class Unreadable:
 
 
 def test_a_request_that_cannot_be_unpickled_ends_its_process_not_the_work() -> None:
-    def kill_all() -> None:
-        for decoder in decoders():
-            decoder.kill()
-
-    watchdog = threading.Timer(30, kill_all)
+    watchdog = threading.Timer(30, kill_decoders)
     watchdog.start()
     ((_, reply),) = call_all([Request("a", 1, 1, print, (Unreadable(),))])
     watchdog.cancel()
@@ -188,9 +188,7 @@ def test_a_request_that_cannot_be_unpickled_ends_its_process_not_the_work() -> N
 def test_a_process_that_does_not_start_is_one_line(
     program: str, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for decoder in decoders():
-        decoder.kill()
-        decoder.wait()
+    psutil.wait_procs(kill_decoders())
     monkeypatch.setattr(sys, "executable", program)
     with pytest.raises(UserError, match=rf"does not start \({reason}.*\); free memory, or set fewer workers"):
         outcomes(("a", GOOD))
@@ -246,16 +244,3 @@ def test_no_decoder_outlives_a_process_that_is_killed(tmp_path: Path) -> None:
             time.sleep(0.01)
         process.kill()
     assert psutil.wait_procs(children, timeout=10)[1] == []
-
-
-def test_a_block_that_takes_too_long_ends_its_process_whatever_it_does() -> None:
-    code = """
-import re
-from pneumo_experiments.dicom.limits import limit_time
-with limit_time(60):
-    pass
-with limit_time(0.2):
-    re.match(r"(a*)*b", "a" * 99)  # for years
-"""
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == -signal.SIGPROF == limits.TIME_LIMIT_EXIT_CODE

@@ -2,14 +2,12 @@ from __future__ import annotations
 
 import json
 from itertools import product
-from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pneumo_experiments.dataset.annotations import read_annotations, read_patients
 from pneumo_experiments.dataset.splits import assign_folds, audit, split
 from pneumo_experiments.errors import UserError
 
@@ -19,12 +17,9 @@ FEW_PATIENTS = [f"patient-{number}" for number in range(13)]
 
 
 @pytest.fixture(scope="module")
-def subset(real_data: Path) -> tuple[list[str], np.ndarray]:
-    """Patients and areas of the 12,047 real images (overlaps counted twice, which is near enough here)."""
-    annotations = read_annotations(real_data / "labels" / "train-rle.csv.gz")
-    patients = read_patients(real_data / "labels" / "patients.csv.gz")
-    areas = [sum(map(int, " ".join(texts).split()[1::2])) for texts in annotations.values()]
-    return [patients[image_id] for image_id in annotations], np.array(areas)
+def subset(real_labels: dict[str, tuple[str, int]]) -> tuple[list[str], np.ndarray]:
+    patients, areas = zip(*real_labels.values(), strict=True)
+    return list(patients), np.array(areas)
 
 
 def assert_no_patient_twice(patients: list[str], parts: list[np.ndarray]) -> None:

@@ -4,7 +4,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tracemalloc
 import zipfile
 import zlib
 from collections import Counter
@@ -289,36 +288,24 @@ for path in map(Path, sys.argv[1:]):
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs to know how much memory is in use")
-@pytest.mark.parametrize("method", METHODS[1:])
-def test_a_bomb_in_a_zip_file_inflates_no_further_than_its_declared_size(tmp_path: Path, method: int) -> None:
-    size = 64 * 2**20
-    content = zipped(tmp_path / "a.zip", {"bomb.dcm": bytes(size)}, method).read_bytes()
-    told = size.to_bytes(4, "little")
-    assert len(content) < 2**19
-    assert content.count(told) == 2
-    named, unnamed = tmp_path / "named.zip", tmp_path / "unnamed.zip"
-    named.write_bytes(content.replace(told, (999).to_bytes(4, "little")))
-    unnamed.write_bytes(named.read_bytes().replace(b"bomb.dcm", b"nosuffix"))
-    command = [sys.executable, "-c", BOMBER, named, unnamed]
+def test_a_bomb_in_a_zip_file_inflates_no_further_than_its_declared_size(tmp_path: Path) -> None:
+    size, files = 64 * 2**20, list[Path]()
+    declared = size.to_bytes(4, "little")
+    for method in METHODS[1:]:
+        content = zipped(tmp_path / "a.zip", {"bomb.dcm": bytes(size)}, method).read_bytes()
+        assert len(content) < 2**19
+        assert content.count(declared) == 2
+        named, unnamed = (tmp_path / f"{name} {method}.zip" for name in ("named", "unnamed"))
+        named.write_bytes(content.replace(declared, (999).to_bytes(4, "little")))
+        unnamed.write_bytes(named.read_bytes().replace(b"bomb.dcm", b"nosuffix"))
+        files += [named, unnamed]
+    command = [sys.executable, "-c", BOMBER, *files]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     assert (done.returncode, done.stderr) == (0, "")
-    first, second = done.stdout.splitlines()
-    assert first == "bomb: damaged in the zip file"
-    assert "contains no .dcm, .png or .jpg files, only other files (1)" in second
-
-
-def test_a_few_bytes_of_bzip2_do_not_fill_the_memory(tmp_path: Path) -> None:
-    path, size = tmp_path / "a.zip", 96 * 2**20
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_BZIP2) as file:
-        file.writestr("bomb", bytes(size))
-    path.write_bytes(path.read_bytes().replace(size.to_bytes(4, "little"), (999).to_bytes(4, "little")))
-    tracemalloc.start()
-    try:
-        with pytest.raises(UserError, match="only other files"):
-            open_archive(path)
-        assert tracemalloc.get_traced_memory()[1] < 2**24
-    finally:
-        tracemalloc.stop()
+    lines = done.stdout.splitlines()
+    assert lines[::2] == ["bomb: damaged in the zip file"] * 3
+    told = "contains no .dcm, .png or .jpg files, only other files (1)"
+    assert [told in line for line in lines[1::2]] == [True] * 3
 
 
 def test_a_linked_folder_is_read_and_each_folder_once(tmp_path: Path) -> None:

@@ -20,8 +20,7 @@ from pydicom import uid
 from pydicom.dataelem import DataElement
 from pydicom.dataset import Dataset
 
-from pneumo_experiments.dicom.codecs import DECODERS
-from pneumo_experiments.dicom.header import UNCOMPRESSED
+from pneumo_experiments.dicom.codecs import DECODERS, UNCOMPRESSED
 from pneumo_experiments.dicom.radiograph import read_radiograph
 from pneumo_experiments.errors import Rejected
 from pneumo_experiments.synthetic.kaggle_layout import Contents, write_sample
