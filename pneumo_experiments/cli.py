@@ -136,15 +136,13 @@ def _switch(name: str, text: str) -> click.Option:
     )
 
 
-def _terminal_options() -> list[click.Option]:
-    """What every entry point has besides its settings."""
-    levels = click.Choice(["debug", "info", "warning", "error"])
-    return [
-        _switch("dry_run", "say what would be read, done and written, and end: no run, no file"),
-        _switch("print_config", "print all settings as a config file, and end"),
-        _switch("quiet", "show nothing but warnings and errors"),
-        click.Option(["--log_level"], type=levels, help="show what libraries log, from this level on"),
-    ]
+LEVELS = click.Choice(["debug", "info", "warning", "error"])
+TERMINAL_OPTIONS = (  # what every entry point has besides its settings
+    _switch("dry_run", "say what would be read, done and written, and end: no run, no file"),
+    _switch("print_config", "print all settings as a config file, and end"),
+    _switch("quiet", "show nothing but warnings and errors"),
+    click.Option(["--log_level"], type=LEVELS, help="show what libraries log, from this level on"),
+)
 
 
 def _command_of(name: str) -> click.Command:
@@ -178,17 +176,16 @@ def _command_of(name: str) -> click.Command:
             run: Callable[[Any], object] = getattr(stage, name)
             run(each[0])
 
-    own, common = leaves(kind), _terminal_options()
     several = [click.Option(["--configs"], help=CONFIGS_HELP)] if kind is Train else []
     command = EntryPoint(
         name,
-        params=[*(_option_of(leaf, kind) for leaf in (CONFIG, *own)), *several, *common],
+        params=[*(_option_of(leaf, kind) for leaf in (CONFIG, *leaves(kind))), *several, *TERMINAL_OPTIONS],
         callback=call,
         help=kind.__doc__,
         short_help=(kind.__doc__ or "").split("\n")[0],
     )
-    headings = {leaf.name: leaf.heading for leaf in own if leaf.heading}
-    command.headings = headings | {option.name or "": "Terminal" for option in common}
+    headings = {leaf.name: leaf.heading for leaf in leaves(kind) if leaf.heading}
+    command.headings = headings | {option.name or "": "Terminal" for option in TERMINAL_OPTIONS}
     return command
 
 
@@ -199,9 +196,8 @@ def resolve(ctx: click.Context, kind: type[Settings]) -> list[Settings]:
     absolute.
     """
     path: Path | None = ctx.params["config"]
-    in_config = bool(ctx.params["print_config"])  # then stdout is a config file
     if kind is Main and path is None and ctx.params["dicom_dir"] is None and DEMO.is_file():
-        click.echo(f"main: no dicom_dir and no config: synthetic radiographs, with {DEMO}", err=in_config)
+        _say(ctx, f"main: no dicom_dir and no config: synthetic radiographs, with {DEMO}")
         path = DEMO
     values = _read_configs(ctx, kind, split_configs(path) if path else [])
     paths = split_configs(Path(ctx.params["configs"])) if ctx.params.get("configs") else []
@@ -231,18 +227,21 @@ def _with_options(ctx: click.Context, kind: type, values: Mapping[str, Any]) -> 
 
 def _read_configs(ctx: click.Context, kind: type, paths: Sequence[Path]) -> dict[str, Any]:
     """The values in config files, of which a later one beats an earlier one; says where they were found."""
-    values, in_config = dict[str, Any](), bool(ctx.params["print_config"])
+    values = dict[str, Any]()
     for path in paths:
         if (found := find_config(path)) != path:
-            click.echo(f"{ctx.info_name}: config: {found}", err=in_config)
+            _say(ctx, f"{ctx.info_name}: config: {found}")
         own, others = read_config(found, kind)
         values |= own
         if others:
             named = [f"{name} (of {_names_of(entry_points_with(name))})" for name in others]
             theirs = some_of(named, MAX_NAMED)
-            line = f"{ctx.info_name}: config={found}: {ctx.info_name} does not use {theirs}"
-            click.echo(line, err=in_config)
+            _say(ctx, f"{ctx.info_name}: config={found}: {ctx.info_name} does not use {theirs}")
     return values
+
+
+def _say(ctx: click.Context, line: str) -> None:
+    click.echo(line, err=ctx.params["print_config"])  # with that, stdout is a config file
 
 
 def _names_of(entry_points: Sequence[str]) -> str:

@@ -34,6 +34,7 @@ from pneumo_experiments.settings import (
 from pneumo_experiments.words import plural
 
 ROW = "{:<12}{:>10}{:>12}{:>11}"
+HEADER = ROW.format("", "images", "positives", "patients")
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def _plan(settings: object) -> _Plan:
                 outputs = [] if settings.check else [settings.submission, settings.findings]
             elif not is_search and settings.rle_csv is None:
                 with Dataset.open(settings.dataset) as dataset:
-                    inputs += [_header(), _row("all", dataset.entries)]
+                    inputs += [HEADER, _row("all", dataset.entries)]
                 inputs.append(f"of these {settings.subset}, by the split that the model holds")
             return _Plan(inputs, outputs)
         case Register():
@@ -173,17 +174,9 @@ def _files(folder: Path, image_id: ImageId) -> str:
     return f"{plural(len(open_archive(folder, image_id).members), 'image')} in {folder}"
 
 
-def _header() -> str:
-    return ROW.format("", "images", "positives", "patients")
-
-
 def _row(name: str, entries: Sequence[Entry]) -> str:
-    counts = (
-        len(entries),
-        sum(entry.area_px > 0 for entry in entries),
-        len({each.patient for each in entries}),
-    )
-    return ROW.format(name, *(f"{count:,}" for count in counts))
+    positives, patients = sum(each.area_px > 0 for each in entries), len({each.patient for each in entries})
+    return ROW.format(name, *(f"{count:,}" for count in (len(entries), positives, patients)))
 
 
 class _Split:
@@ -204,7 +197,7 @@ class _Split:
         self.train, self.validation = len(parts.train), len(parts.validation)
         subsets = {"train": parts.train, "validation": parts.validation, "holdout": parts.holdout}
         rows = [_row(name, list(map(entries.__getitem__, part.tolist()))) for name, part in subsets.items()]
-        self.table = [_header(), *rows]
+        self.table = [HEADER, *rows]
 
 
 def _size(count: float) -> str:

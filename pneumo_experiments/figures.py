@@ -113,8 +113,6 @@ def new_axes(width: float, height: float, columns: int = 1) -> tuple[Any, list[A
 
 def learning_curves(history: Sequence[Mapping[str, float]], baseline: float) -> NDArray[np.uint8]:
     """Losses, and validation Dice with its all-empty baseline, over n >= 1 epochs; RGB (h, w, 3)."""
-    from matplotlib.ticker import MaxNLocator
-
     epochs = range(1, len(history) + 1)
     losses = [name for name in history[-1] if name.startswith("loss/")]
     dices = [name for name in ("epoch/dice", "epoch/dice_positive") if name in history[-1]]
@@ -126,7 +124,7 @@ def learning_curves(history: Sequence[Mapping[str, float]], baseline: float) -> 
         if names is dices:
             axes.axhline(baseline, label="all-empty baseline", color="grey", linestyle="--")
         axes.set(title=title, xlabel="epoch")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.locator_params("x", integer=True)
         axes.grid(alpha=0.3)
         axes.legend()
     return pixels_of(figure)
@@ -136,8 +134,6 @@ def history_of_trials(
     points: Mapping[str, Sequence[tuple[int, float]]], best: Sequence[tuple[int, float]]
 ) -> NDArray[np.uint8]:
     """Number and Dice of trials, each kind with its own mark, and the best so far; RGB (h, w, 3)."""
-    from matplotlib.ticker import MaxNLocator
-
     figure, (axes,) = new_axes(9, 5)
     for marker, (name, kind) in zip("ox+", points.items(), strict=False):
         if kind:
@@ -145,7 +141,7 @@ def history_of_trials(
     if best:
         axes.step(*zip(*best, strict=True), where="post", color="tab:green", label="best so far")
     axes.set(xlabel="trial", ylabel="cross-fitted Dice")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.locator_params("x", integer=True)
     axes.grid(alpha=0.3)
     axes.legend()
     return pixels_of(figure)

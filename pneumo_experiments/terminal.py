@@ -11,6 +11,7 @@ from io import TextIOWrapper
 from pathlib import Path
 
 from pneumo_experiments.errors import reason_of
+from pneumo_experiments.spawning import environment
 
 
 class _UnfailingStream(TextIOWrapper):
@@ -63,14 +64,11 @@ def make_streams_unfailing() -> None:
 def silence() -> Generator[None]:
     """Within it, neither this process nor those that it starts show anything but warnings and errors."""
     sys.stdout.flush()
-    before, null = os.dup(1), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, 1)
-    os.environ["TQDM_DISABLE"] = "1"
-    try:
-        with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):
+    before = os.dup(1)
+    with environment({"TQDM_DISABLE": "1"}), Path(os.devnull).open("w") as null, redirect_stdout(null):
+        os.dup2(null.fileno(), 1)
+        try:
             yield
-    finally:
-        del os.environ["TQDM_DISABLE"]
-        os.dup2(before, 1)
-        os.close(before)
-        os.close(null)
+        finally:
+            os.dup2(before, 1)
+            os.close(before)

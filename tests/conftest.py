@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from helpers import IS_SOAK, ROOT, collect_rarely, do_not_wait_for_the_disk, read_migrations_once
+from helpers import IS_SOAK, ROOT, Call, collect_rarely, do_not_wait_for_the_disk, ended, read_migrations_once
 
 if TYPE_CHECKING:
     from command_server import CommandServer
@@ -22,18 +22,12 @@ if TYPE_CHECKING:
 # Of two workers, none shall begin one of these when the other has nothing left: the longest files go first.
 # stages/test_bombs is the very first: it measures memory, and no other test has left processes yet.
 LONGEST_FIRST = (
-    *(
-        "stages/bombs",
-        "stages/search",
-        "registry/promotion",
-        "stages/main",
-        "stages/register",
-        "stages/train",
-    ),
-    *("stages/elsewhere", "stages/mistakes", "serving/service", "tracking/outage", "learning/simulated_cuda"),
-    *("search/kills", "tracking/runs", "stages/preprocess", "dataset/decoder_pool", "learning/network"),
-    *("stages/at_once", "stages/full_disk", "stages/faults", "learning/architectures", "dataset/shards"),
-    *("stages/kills", "evaluation/load_models", "evaluation/given_thresholds", "stages/hostile_values"),
+    *("stages/bombs", "stages/search", "registry/promotion", "stages/main", "stages/register"),
+    *("stages/train", "stages/elsewhere", "stages/mistakes", "serving/service", "tracking/outage"),
+    *("learning/simulated_cuda", "search/kills", "tracking/runs", "stages/preprocess"),
+    *("dataset/decoder_pool", "learning/network", "stages/at_once", "stages/full_disk", "stages/faults"),
+    *("learning/architectures", "dataset/shards", "stages/kills"),
+    *("evaluation/load_models", "evaluation/given_thresholds", "stages/hostile_values"),
 )
 
 
@@ -136,6 +130,12 @@ def no_code(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(models, "PACKAGE", tmp_path_factory.mktemp("code"))
         yield
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
+    """Runs the command line with these words, in this process; how it ends."""
+    return partial(ended, patch=monkeypatch, capsys=capsys)
 
 
 @pytest.fixture(scope="session")

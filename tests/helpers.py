@@ -90,6 +90,15 @@ class End:
     out: str
     err: str
 
+    @property
+    def mistake(self) -> str:
+        """The one line with which a mistake must have ended it."""
+        assert (self.code, self.err.count("\n"), self.err[:7]) == (2, 1, "Error: "), self
+        return self.err[7:-1]
+
+
+Call = Callable[[list[str]], End]
+
 
 def from_here(text: str) -> str:
     """A text whose paths below the working directory are relative."""
@@ -98,6 +107,7 @@ def from_here(text: str) -> str:
 
 def ended(words: list[str], patch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> End:
     """How the command line ends; paths in what it says are relative unless absolute ones are given."""
+    capsys.readouterr()  # what was said before
     patch.setattr("sys.argv", ["pneumo_experiments", *words])
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -172,12 +182,17 @@ cli.main()
 """
 
 
-def few_radiographs(sample: Path, folder: Path, count: int) -> dict[str, Path]:
-    """Settings that name so many radiographs of a sample, in a folder of their own."""
+def few_radiographs(sample: Path, folder: Path, count: int, copies: int = 1) -> dict[str, Path]:
+    """Settings that name so many radiographs of a sample, in a folder of their own; copies are renamed."""
     folder.mkdir()
+    prefixes = [f"{number}-" for number in range(copies)] if copies > 1 else [""]
+    header, *rows = (sample / "train-rle.csv").read_text().splitlines()
+    table = [header, *(prefix + row for prefix in prefixes for row in rows)]
+    (folder / "train-rle.csv").write_text("\n".join(table))
     for file in sorted(sample.rglob("*.dcm"))[:count]:
-        (folder / file.name).hardlink_to(file)
-    return {"dicom_dir": folder, "rle_csv": sample / "train-rle.csv"}
+        for prefix in prefixes:
+            (folder / f"{prefix}{file.name}").hardlink_to(file)
+    return {"dicom_dir": folder, "rle_csv": folder / "train-rle.csv"}
 
 
 BIN = Path(sys.executable).parent  # where mlflow is

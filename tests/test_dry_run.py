@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from helpers import End, ended
+from helpers import Call
 from tiny_network import tiny_member
 
 from pneumo_experiments.dataset.hdf5 import Dataset
@@ -43,11 +43,9 @@ WORDS = {
 
 
 @pytest.mark.parametrize("name", ENTRY_POINTS)
-def test_a_dry_run_says_where_the_run_would_be_and_writes_nothing(
-    name: str, desk: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_dry_run_says_where_the_run_would_be_and_writes_nothing(name: str, desk: Path, call: Call) -> None:
     before = sorted(desk.rglob("*"))
-    end = ended([name, *WORDS[name].split(), "--dry-run"], monkeypatch, capsys)
+    end = call([name, *WORDS[name].split(), "--dry-run"])
     assert (end.code, end.err) == (0, "")
     lines = end.out.splitlines()
     assert f"  a run in sqlite:///{desk}/mlflow.db".replace(f"{desk}/", "") in lines
@@ -55,14 +53,8 @@ def test_a_dry_run_says_where_the_run_would_be_and_writes_nothing(
     assert sorted(desk.rglob("*")) == before
 
 
-def dry(words: str, patch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> End:
-    return ended([*words.split(), "--dry_run"], patch, capsys)
-
-
-def test_a_dry_training_shows_what_was_chosen_and_each_subset(
-    desk: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    lines = dry(f"train {WORDS['train']}", monkeypatch, capsys).out.splitlines()
+def test_a_dry_training_shows_what_was_chosen_and_each_subset(desk: Path, call: Call) -> None:
+    lines = call(["train", *WORDS["train"].split(), "--dry_run"]).out.splitlines()
     chosen = [line.split()[1:] for line in lines if line.startswith("*")]
     assert chosen == [["dataset", "d.h5"], ["epochs", "3"], ["fold", "1"]]
     with Dataset.open(Path("d.h5")) as dataset:
@@ -78,17 +70,15 @@ def test_a_dry_training_shows_what_was_chosen_and_each_subset(
     assert any("kB of memory" in line for line in lines)
 
 
-def test_a_dry_preprocess_counts_the_files_and_a_dry_score_of_a_folder_too(
-    desk: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_dry_preprocess_counts_the_files_and_a_dry_score_of_a_folder_too(desk: Path, call: Call) -> None:
     with Dataset.open(Path("d.h5")) as dataset:
         positive = sum(entry.annotations > 0 for entry in dataset.entries)
         count = len(dataset)
-    said = dry(f"preprocess {WORDS['preprocess']} --image_size 64", monkeypatch, capsys).out
+    said = call(["preprocess", *WORDS["preprocess"].split(), "--image_size", "64", "--dry_run"]).out
     assert f"  {count} images, {positive} with run lengths\n" in said
     assert f"  at 64 px less than {2 * count * 64 * 64 * 4 / 1000:.0f} kB" in said
-    words = "score --model model --dicom_dir sample/dicom-images-train --submission s.csv"
-    said = dry(words, monkeypatch, capsys).out
+    words = "score --model model --dicom_dir sample/dicom-images-train --submission s.csv --dry_run"
+    said = call(words.split()).out
     assert "  model model: tiny at 32 px\n" in said
     assert f"  {count} images in sample/dicom-images-train\n" in said
     assert "  s.csv\n" in said
@@ -104,13 +94,5 @@ def test_a_dry_preprocess_counts_the_files_and_a_dry_score_of_a_folder_too(
         ("preprocess --dicom_dir . --rle_csv sample/sample.json", "sample/sample.json: found the one column"),
     ],
 )
-def test_a_dry_run_finds_mistakes(
-    words: str,
-    line: str,
-    desk: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    end = dry(words, monkeypatch, capsys)
-    assert (end.code, end.err.count("\n")) == (2, 1)
-    assert end.err.startswith(f"Error: {line}")
+def test_a_dry_run_finds_mistakes(words: str, line: str, desk: Path, call: Call) -> None:
+    assert call([*words.split(), "--dry_run"]).mistake.startswith(line)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from command_server import CommandServer
-from helpers import copy_store, ended, environment, soak, store_address
+from helpers import Call, copy_store, environment, soak, store_address
 from mlflow import MlflowClient
 from tracking_server import Server, free_port
 
@@ -47,22 +47,17 @@ def test_of_a_server_the_link_opens_the_experiment_in_use_in_its_view(
 
 
 def test_what_cannot_be_served_is_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: Call
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    end = ended(["ui"], monkeypatch, capsys)
-    assert (end.code, end.err.count("\n")) == (2, 1)
-    assert end.err.startswith(
-        "Error: MLFLOW_TRACKING_URI=sqlite:///mlflow.db: no runs there yet; start with main"
-    )
+    line = call(["ui"]).mistake
+    assert line.startswith("MLFLOW_TRACKING_URI=sqlite:///mlflow.db: no runs there yet; start with main")
     assert not [*tmp_path.iterdir()]
     (tmp_path / "mlflow.db").touch()
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
-        end = ended(["ui", "--port", port], monkeypatch, capsys)
-    assert (end.code, end.err.count("\n")) == (2, 1)
-    assert end.err.startswith(f"Error: port={port}: in use")
+        assert call(["ui", "--port", port]).mistake.startswith(f"port={port}: in use")
 
 
 @soak

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import tempfile
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +15,7 @@ from mlflow.entities import Run
 
 from pneumo_experiments import tracking
 from pneumo_experiments.learning.checkpoint import Checkpoint
-from pneumo_experiments.serving import Detector, save
+from pneumo_experiments.serving import Detector, new_folder, save
 from pneumo_experiments.settings import Train
 
 
@@ -43,10 +42,9 @@ def table(run: Run, path: str) -> list[dict[str, str]]:
 
 def log_model(detector: Detector, settings: Train) -> str:
     """Logs a model as ``train`` does, but for the training; returns its address."""
-    with tempfile.TemporaryDirectory() as folder:
-        save(Path(folder), detector)
-        with tracking.run("train", settings):
-            return tracking.log_model(Path(folder))
+    with new_folder() as folder, tracking.run("train", settings):
+        save(folder, detector)
+        return tracking.log_model(folder)
 
 
 @contextmanager

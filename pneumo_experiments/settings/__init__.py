@@ -60,9 +60,7 @@ from pneumo_experiments.settings.groups import (
     Evaluation,
     GivenThresholds,
     ImageFormat,
-    Reading,
     Registry,
-    SampleSize,
     Schedule,
     SourceFiles,
     StudySettings,
@@ -71,7 +69,6 @@ from pneumo_experiments.settings.inputs import check_inputs, input_paths
 from pneumo_experiments.settings.recipe import (
     Batches,
     Device,
-    LossWeights,
     Network,
     Optimizer,
     Recipe,

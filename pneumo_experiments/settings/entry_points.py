@@ -16,7 +16,6 @@ from pneumo_experiments.settings.fields import (
     from_flat,
     leaves,
     no_setting,
-    parse,
     renamed,
 )
 from pneumo_experiments.settings.groups import (
@@ -69,8 +68,7 @@ class EntryPointSettings:
                 command = next(each for each, kind in ENTRY_POINTS.items() if kind is cls)
                 raise UserError(f"{command}: {no_setting(name, own)}")
             try:
-                is_text = isinstance(value, str)
-                values[name] = parse(own[name], value) if is_text else checked(own[name], value)
+                values[name] = checked(own[name], value)
             except ValueError as error:
                 raise UserError(f"{name}: {error}") from None
         return from_flat(cls, {name: absolute(own[name], value) for name, value in values.items()})
@@ -130,10 +128,7 @@ class Preprocess(EntryPointSettings):
 class Train(EntryPointSettings):
     """Train a network on a data set and log it as a model."""
 
-    dataset: Annotated[
-        Path,
-        replace(DATASET, unless=("reproduce",)),
-    ] = Path("output/dataset.h5")
+    dataset: Annotated[Path, replace(DATASET, unless=("reproduce",))] = Path("output/dataset.h5")
     schedule: Schedule = field(default_factory=Schedule)
     recipe: Recipe = field(default_factory=Recipe)
     split: SplitSettings = field(default_factory=SplitSettings)

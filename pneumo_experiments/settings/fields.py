@@ -178,7 +178,9 @@ def _parse_text(arg: Arg, text: str) -> str:
 
 
 def checked(leaf: Leaf, value: object) -> Any:
-    """A value of a YAML or JSON file in the setting's own type; ValueError if it does not accept it."""
+    """A text or a value of YAML, JSON or Python in the setting's own type; ValueError if not accepted."""
+    if isinstance(value, str):
+        return parse(leaf, value)
     is_boolean = leaf.type is bool or (leaf.arg.earlier is not None and isinstance(value, bool))
     if isinstance(value, dict | list) or isinstance(value, bool) != is_boolean:
         raise ValueError(f"{value!r} is not {'a boolean' if leaf.type is bool else 'a number or a text'}")
@@ -199,8 +201,7 @@ def as_now(kind: type, recorded: Mapping[str, object]) -> dict[str, Any]:
     values, recorded = dict[str, Any](), renamed(recorded)
     for leaf in leaves(kind):
         if leaf.arg.shapes_weights:
-            value = recorded.get(leaf.name, as_text(leaf.default))
-            values[leaf.name] = parse(leaf, value) if isinstance(value, str) else checked(leaf, value)
+            values[leaf.name] = checked(leaf, recorded.get(leaf.name, as_text(leaf.default)))
     return values
 
 
@@ -250,11 +251,11 @@ def as_params(settings: object) -> dict[str, str]:
 def chosen(settings: object) -> dict[str, str]:
     """The settings that differ from their defaults, by name, as text."""
     values = flat(settings)
-    is_default = {
-        leaf.name: absolute(leaf, values[leaf.name]) == absolute(leaf, leaf.default)
+    return {
+        leaf.name: as_text(values[leaf.name])
         for leaf in leaves(type(settings))
+        if absolute(leaf, values[leaf.name]) != absolute(leaf, leaf.default)
     }
-    return {name: as_text(value) for name, value in values.items() if not is_default[name]}
 
 
 def as_config(settings: object) -> dict[str, int | float | bool | str]:

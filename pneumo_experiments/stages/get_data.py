@@ -44,14 +44,12 @@ def get_data(settings: GetData) -> Path:
                 archives = [download(source, work, token) for source in settings.source.split(",")]
                 for archive in archives:
                     _unpack(archive, folder)
-                result = _check(folder)
-                record = {"source": settings.source, "files": _count(folder)}
-                _write(folder / RECORD, json.dumps(record).encode(), work)
-                for file in work.iterdir():  # archives, and what killed processes left
-                    if file.name != LOCK:
-                        file.unlink()
-            else:
-                result = _check(folder)
+            result = _check(folder)
+            record = {"source": settings.source, "files": _count(folder)}
+            _write(folder / RECORD, json.dumps(record).encode(), work)
+            for file in work.iterdir():  # archives, and what killed processes left
+                if file.name != LOCK:
+                    file.unlink()
         tracking.describe(f"{result}, from {settings.source}.")
         print(f"get_data: {result} in {folder}" + (", as before" if is_complete else ""))
     if tracking.active_run() is None:

@@ -46,8 +46,9 @@ def main(settings: Main) -> ScoreResult:
     Of all folds without a hold-out these are the out-of-fold scores: every image has trained the ensemble.
     """
     check_inputs(settings)
-    is_synthetic, step = settings.source.dicom_dir is None, _announced(_steps(settings))
-    name = _run_name(settings)
+    is_synthetic, step = settings.source.dicom_dir is None, _steps(settings)
+    data = "synthetic" if settings.source.dicom_dir is None else settings.source.dicom_dir.name
+    name = f"main {data} {settings.recipe.network.network} {settings.format.image_size}px"
     with tracking.run("main", settings, name):
         if is_synthetic:
             next(step)
@@ -107,23 +108,13 @@ def main(settings: Main) -> ScoreResult:
     return result
 
 
-def _run_name(settings: Main) -> str:
-    data = settings.source.dicom_dir
-    name = "synthetic" if data is None else data.name
-    return f"main {name} {settings.recipe.network.network} {settings.format.image_size}px"
-
-
-def _steps(settings: Main) -> list[str]:
-    """The names of the steps."""
+def _steps(settings: Main) -> Iterator[None]:
+    """Before each step, says which one it is and what is still to come."""
     is_synthetic = settings.source.dicom_dir is None
     has_test = settings.test_dir is not None or (is_synthetic and settings.sample.test_images > 0)
     first, test = ["sample"] * is_synthetic, ["findings of the test images"] * has_test
     searched = ["search"] * (settings.study.trials > 0)
-    return [*first, "preprocess", *searched, "train", "score", *test, "register"]
-
-
-def _announced(steps: list[str]) -> Iterator[None]:
-    """Before each step, says which one it is and what is still to come."""
+    steps = [*first, "preprocess", *searched, "train", "score", *test, "register"]
     for number, name in enumerate(steps, start=1):
         rest = f"; then {', '.join(steps[number:])}" if steps[number:] else ""
         print(f"main: step {number} of {len(steps)}, {name}{rest}")

@@ -17,9 +17,10 @@ from pneumo_experiments.registry.model_card import model_card
 from pneumo_experiments.registry.promotion import Challenge, Decision, challenge, decide
 from pneumo_experiments.registry.scores import best_model, images_of, scores_of
 from pneumo_experiments.registry.versions import CHAMPION, Version
-from pneumo_experiments.serving import Detector, load, new_folder, save
+from pneumo_experiments.serving import Detector, load
 from pneumo_experiments.settings import BEST, NONE, Device, Register, Score
 from pneumo_experiments.stages.score import score
+from pneumo_experiments.stages.train import log_model
 from pneumo_experiments.words import command, rows
 
 # Longer than it takes another `register` to move the alias after its last look at it.
@@ -91,7 +92,7 @@ def _register(settings: Register) -> Version:
         print(f"register: {model} is already {name} version {existing.number}, {state}")
         return existing
     origin = lineage(members, detector.data_fingerprint)
-    address = addresses[0] if existing or len(addresses) == 1 else _log_ensemble(detector)
+    address = addresses[0] if existing or len(addresses) == 1 else log_model(detector, "ensemble")
     deciding: AbstractContextManager[Version] = (
         versions.deciding(existing) if existing else versions.registering(address, name)
     )
@@ -154,14 +155,6 @@ def _export(path: Path, detector: Detector) -> None:
     if file.from_own_format is not None:
         own = f"differences from the model in its own format, {detector.precisions}"
         print(f"register: {own}: {file.from_own_format}")
-
-
-def _log_ensemble(detector: Detector) -> str:
-    """Logs an ensemble as a model of the active run; returns its address."""
-    with new_folder() as folder:
-        save(folder, detector)
-        name = f"{detector.networks}-{detector.image_size}px-ensemble"
-        return tracking.log_model(folder, name)
 
 
 def _compare(settings: Register, new: Version, detector: Detector, champion: Version | None) -> Challenge:

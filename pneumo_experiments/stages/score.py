@@ -30,7 +30,6 @@ from pneumo_experiments.evaluation.subset import (
     make_split,
 )
 from pneumo_experiments.evaluation.threshold_search import (
-    TRIAL_COLUMNS,
     CountsSearch,
     counts_file,
     load_counts,
@@ -61,6 +60,7 @@ from pneumo_experiments.settings import (
     flat,
     is_none,
 )
+from pneumo_experiments.stages.train import log_threshold_search
 from pneumo_experiments.words import command, plural, rows
 
 # How names of metrics begin. Without a prefix they tell of images that neither trained the model nor chose
@@ -222,7 +222,12 @@ def _evaluate(settings: Score, detector: Detector | None, dataset: Dataset | Lab
     if model is None:
         assert settings.predictions is not None
         model = GivenMasks.read("predictions", settings.predictions, subset, settings.rle_size)
-    baseline = _baseline(settings, subset, other)
+    baseline = other
+    if other is not None:
+        assert isinstance(subset, Subset)  # a table alone is compared with files
+        check_unseen(settings.baseline, other, subset)
+    elif not is_none(settings.baseline):
+        baseline = GivenMasks.read("baseline", Path(settings.baseline), subset, settings.rle_size)
     evaluation = evaluate(subset, model, "score")
     scores = evaluation.scores
     covered: list[float] = (evaluation.predicted_area / evaluation.counts.image_area).tolist()
@@ -242,19 +247,6 @@ def _evaluate(settings: Score, detector: Detector | None, dataset: Dataset | Lab
     if seen and name == "all":
         notes.append(f"{seen}: no external score; scores.csv marks what to leave out for one")
     return _LabelledScore(name, prefix, model, evaluation, baseline, notes, runs)
-
-
-def _baseline(
-    settings: Score, subset: LabelledImages, model: Detector | None
-) -> Detector | GivenMasks | None:
-    """That model if it has not seen these images, or the masks that the file has for them."""
-    if is_none(settings.baseline):
-        return None
-    if model is None:
-        return GivenMasks.read("baseline", Path(settings.baseline), subset, settings.rle_size)
-    assert isinstance(subset, Subset)  # a table alone is compared with files
-    check_unseen(settings.baseline, model, subset)
-    return model
 
 
 def _log_score(settings: Score, model: str | None, result: _LabelledScore) -> ScoreResult:
@@ -313,15 +305,11 @@ def _log_score(settings: Score, model: str | None, result: _LabelledScore) -> Sc
 
 
 def _log_counts_search(path: Path, result: CountsSearch) -> None:
-    best, lines = asdict(result.search.thresholds), result.lines()
+    lines = result.lines()
     tracking.log_metrics(result.as_metrics())
     tracking.log_params(result.scores.as_facts())
-    tracking.log_thresholds(best)
+    log_threshold_search(result.search)
     tracking.rename(f"score thresholds of {plural(len(result.counts), 'image')}")
-    if trials := result.search.trials():
-        tracking.log_table(TRIAL_COLUMNS, trials, "threshold_trials")
-    for file_name, picture in result.search.pictures().items():
-        tracking.log_image(picture, file_name)
     tracking.describe("\n".join([f"Thresholds searched in {path}.", *lines]))
     for line in lines:
         print(f"score: {line}")
@@ -419,15 +407,10 @@ def _check(settings: Score, path: Path) -> ScoreResult:
         print(f"score: {each}")
     if result.problems:
         raise UserError(f"check={path}: not a valid submission, {problems}; the first: {result.problems[0]}")
-    ids = (
-        "its ids were not checked: give sample_submission or dicom_dir"
-        if expected is None
-        else "all ids are right"
-    )
-    valid = (
-        "has the form of a submission, but its masks are doubtful"
-        if result.doubts
-        else "is a valid submission"
-    )
+    valid, ids = "is a valid submission", "all ids are right"
+    if result.doubts:
+        valid = "has the form of a submission, but its masks are doubtful"
+    if expected is None:
+        ids = "its ids were not checked: give sample_submission or dicom_dir"
     print(f"score: {path} {valid}; {ids}")
     return ScoreResult(None, "", path)

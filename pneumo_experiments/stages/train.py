@@ -335,15 +335,14 @@ def _log_result(source: SettingsSource, fold: Fold, result: FoldResult) -> str:
     # Of the weights that were kept, at their own thresholds; without a step they are the model's, too.
     tracking.log_metrics(result.as_metrics())
     tracking.log_params(result.as_facts())
-    tracking.log_thresholds(asdict(detector.thresholds))
-    _log_thresholds(result.search, evaluation.counts)
+    log_threshold_search(result.search, evaluation.counts)
     tracking.log_image(learning_curves(result.history, scores.dice_baseline), "learning_curves.png")
     overlays = ranked_overlays(evaluation, predictor, settings.evaluation.overlays)
     for place, picture in enumerate(overlays, start=1):
         tracking.log_image(picture, f"overlays/{place:02}.png")
     if overlays:
         tracking.log_image(contact_sheet(overlays, columns=2), "overlays.png")
-    model, averaged = _log_model(detector, f"fold{settings.split.fold}"), result.averaged_epochs
+    model, averaged = log_model(detector, f"fold{settings.split.fold}"), result.averaged_epochs
     kept = f"kept epoch{'s' * (len(averaged) > 1)} {', '.join(map(str, averaged))} of {number}"
     line = f"Validation {scores.line}"
     tracking.describe(
@@ -362,15 +361,14 @@ def _finish_folds(settings: Train, folds: Sequence[FoldResult]) -> TrainResult:
     tracking.log_csv(COLUMNS, predicted.rows, "out_of_fold")
     tracking.log_metrics(scores.as_metrics("oof/") | joined.as_metrics())
     tracking.log_params(scores.as_facts("oof_"))
-    tracking.log_thresholds(asdict(joined.detector.thresholds))
-    _log_thresholds(joined.search, joined.counts)
+    log_threshold_search(joined.search, joined.counts)
     if joined.disagreement > MUCH_DISAGREEMENT:
         log.warning(
             "the networks' probabilities of presence differ by %.2f (standard deviation): their mean, and"
             " common thresholds, suit none of them; look at the folds' own scores",
             joined.disagreement,
         )
-    model, line = _log_model(joined.detector, f"{len(folds)}folds"), f"Out-of-fold {scores.line}"
+    model, line = log_model(joined.detector, f"{len(folds)}folds"), f"Out-of-fold {scores.line}"
     tracking.describe(
         f"{settings.recipe.network.network} at {image_size} px, one for each of {len(folds)} folds.\n"
         f"{line}.\nModel {model}, all of them together."
@@ -380,17 +378,20 @@ def _finish_folds(settings: Train, folds: Sequence[FoldResult]) -> TrainResult:
     return TrainResult(model, scores, settings.dataset, *places)
 
 
-def _log_thresholds(search: ThresholdSearch, counts: ThresholdCounts) -> None:
-    """The counts, and the study on them."""
-    with counts_file(counts) as path:
-        tracking.log_file(path)
+def log_threshold_search(search: ThresholdSearch, counts: ThresholdCounts | None = None) -> None:
+    """Logs the thresholds, the study, and the counts if given."""
+    tracking.log_thresholds(asdict(search.thresholds))
+    if counts is not None:
+        with counts_file(counts) as path:
+            tracking.log_file(path)
     if trials := search.trials():
         tracking.log_table(TRIAL_COLUMNS, trials, "threshold_trials")
     for file_name, picture in search.pictures().items():
         tracking.log_image(picture, file_name)
 
 
-def _log_model(detector: Detector, end: str) -> str:
+def log_model(detector: Detector, end: str) -> str:
+    """Logs a model of the active run, whose name ends so; returns its address."""
     with new_folder() as folder:
         save(folder, detector)
         return tracking.log_model(folder, f"{detector.networks}-{detector.image_size}px-{end}")

@@ -238,12 +238,10 @@ def settings_per_fold(settings: Train) -> list[Train]:
 
 
 def doubt_of_start(settings: Train, dataset: Dataset) -> str:
-    """Says how many of the images to judge by the model in ``weights`` has seen; empty if none, or no model.
+    """Says how many of the images to judge by the model in ``weights`` has seen; empty if none.
 
     A model of the same fold is not doubted: these images have chosen its epoch and thresholds, no more.
     """
-    if not settings.recipe.network.starts_from_model:
-        return ""
     weights, judges = settings.recipe.network.weights, list[NDArray[np.int64]]()
     start = load_model(weights, "weights")
     for one in settings_per_fold(settings):

@@ -15,23 +15,20 @@ from pathlib import Path
 import pandas as pd
 import psutil
 import pytest
-import torch
 from bombs import deflated_header, many_scans, tiny_precincts
 from command_server import CommandServer
 from dicom_files import GREYS, jpeg_file
 from helpers import children, environment, make, soak, store_address, store_in
 from mlflow import MlflowClient
+from tiny_network import tiny_member
+from tracked import log_model
 
-from pneumo_experiments import tracking
 from pneumo_experiments.dataset.shards import ShardSettings, make_jobs, results
 from pneumo_experiments.dicom import limits
 from pneumo_experiments.dicom.archive import open_archive
-from pneumo_experiments.learning.device import ComputeConfig
-from pneumo_experiments.learning.network import PneumothoraxNet
-from pneumo_experiments.learning.predict import Predictor
 from pneumo_experiments.metrics.thresholds import Thresholds
-from pneumo_experiments.serving import Detector, ServedModel, TrainedNetwork, save
-from pneumo_experiments.settings import Score, Train, as_config
+from pneumo_experiments.serving import Detector, ServedModel
+from pneumo_experiments.settings import Score, Train
 from pneumo_experiments.stages.score import score
 
 GOOD = jpeg_file(GREYS)
@@ -65,17 +62,8 @@ def desk(
     for name, content in {"a": GOOD, "scans": bombs["scans"], "z": GOOD}.items():
         (radiographs / f"{name}.dcm").write_bytes(content)
     with store_in(folder, empty_store):
-        with tracking.run("train", Train()):
-            predictor = Predictor(
-                PneumothoraxNet("tiny"), ComputeConfig(torch.device("cpu"), "fp32"), tta="none"
-            )
-            settings = as_config(make(Train, network="tiny"))
-            detector = Detector(
-                (TrainedNetwork(predictor, settings),), 32, Thresholds(presence_threshold=0), ""
-            )
-            (folder / "weights").mkdir()
-            save(folder / "weights", detector)
-            model = tracking.log_model(folder / "weights")
+        detector = Detector((tiny_member(0, tta="none"),), 32, Thresholds(presence_threshold=0), "")
+        model = log_model(detector, Train())
         yield Desk(store_address(folder), model, ServedModel(detector), radiographs)
 
 

@@ -41,7 +41,7 @@ def test_relative_paths_are_those_of_the_folder_where_mlflow_run_was_called(
     for folder in (here, clones, project):
         folder.mkdir()
     copy_store(empty_store, here)
-    shutil.copy(few_radiographs(dataset.with_name("sample"), here / "sample", 3)["rle_csv"], here / "sample")
+    few_radiographs(dataset.with_name("sample"), here / "sample", 3)
     environment = environment_of_mlflow("sqlite:///mlflow.db") | repository(project) | {"TMPDIR": str(clones)}
     words = ["run", ADDRESS, "-e", "preprocess", "--env-manager", "local"]
     given = {"dicom_dir": "sample", "rle_csv": "sample/train-rle.csv", "image_size": 32}
@@ -57,13 +57,8 @@ def test_relative_paths_are_those_of_the_folder_where_mlflow_run_was_called(
     assert lines[-1].endswith(f": {here}/output/dataset.h5")
     assert all(Path(path).is_file() for path in re.findall(r"(?<=: )/\S+", "\n".join(lines)))
     assert not (clone / "output").exists()
-    assert {path.name for path in here.iterdir()} <= {
-        "sample",
-        "output",
-        "mlflow.db",
-        "mlflow.db.lock",
-        "mlruns",
-    }
+    names = {"sample", "output", "mlflow.db", "mlflow.db.lock", "mlruns"}
+    assert {path.name for path in here.iterdir()} <= names
     (run,) = MlflowClient(f"sqlite:///{here}/mlflow.db").search_runs(["0"])
     assert run.info.status == "FINISHED"
     assert run.data.params["dataset_used"] == f"{here}/output/dataset.h5"

@@ -8,13 +8,13 @@ import os
 import signal
 import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from command_server import CommandServer
-from helpers import End, ended, environment
+from helpers import Call, End, environment
 from kaggle_server import BEARER, KEY, SECRET, USER, Kaggle, kaggle_server
 from tracked import last_run
 
@@ -89,11 +89,19 @@ LARGE = {
 ESCAPED = ["absolute.dcm", "outside.dcm", "windows.dcm"]  # within the layout, where they harm nobody
 
 
-def get(words: str, patch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> End:
-    end = ended(["get-data", *words.split()], patch, capsys)
-    for secret in (KEY, BEARER, SECRET):
-        assert secret not in end.out + end.err
-    return end
+Get = Callable[[str], End]
+
+
+@pytest.fixture
+def get(kaggle: Kaggle, store: Path, call: Call) -> Get:
+    """How the command ends in the working directory; it shows no secret."""
+
+    def run(words: str) -> End:
+        end = call(["get-data", *words.split()])
+        assert not any(secret in end.out + end.err for secret in (KEY, BEARER, SECRET))
+        return end
+
+    return run
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -101,9 +109,9 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def test_it_makes_the_layout_and_the_same_command_downloads_nothing_again(
-    kaggle: Kaggle, store: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    kaggle: Kaggle, store: Path, get: Get, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    end = get("", monkeypatch, capsys)
+    end = get("")
     assert (end.code, end.err) == (0, "")
     assert "get_data: 5 labelled images and 2 test images in siim\n" in end.out
     assert "preprocess --dicom_dir siim/dicom-images-train --rle_csv siim/train-rle.csv" in end.out
@@ -123,32 +131,26 @@ def test_it_makes_the_layout_and_the_same_command_downloads_nothing_again(
     asked = len(kaggle.downloads)
     (store.parent / "home").mkdir(exist_ok=True)
     monkeypatch.setenv("KAGGLE_CONFIG_DIR", str(store.parent / "home"))  # it needs no token any more
-    end = get("", monkeypatch, capsys)
+    end = get("")
     assert (end.code, len(kaggle.downloads)) == (0, asked)
     assert "get_data: 5 labelled images and 2 test images in siim, as before\n" in end.out
 
 
-def test_a_missing_file_is_fetched_again_and_no_other_is_changed(
-    kaggle: Kaggle, store: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    get("", monkeypatch, capsys)
+def test_a_missing_file_is_fetched_again_and_no_other_is_changed(store: Path, get: Get) -> None:
+    get("")
     lost, own = (store / "siim" / "dicom-images-train" / f"{uid}.dcm" for uid in UIDS[:2])
     lost.unlink()
     own.write_bytes(b"own")
-    assert get("", monkeypatch, capsys).code == 0
+    assert get("").code == 0
     assert (lost.read_bytes(), own.read_bytes()) == (image(UIDS[0]), b"own")
 
 
 def test_images_that_are_missing_are_counted(
-    kaggle: Kaggle,
-    store: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    caplog: pytest.LogCaptureFixture,
+    kaggle: Kaggle, get: Get, caplog: pytest.LogCaptureFixture
 ) -> None:
     files = {f"{uid}.dcm": image(uid) for uid in UIDS[:2]}
     kaggle.files[COPY] = zipped(files | {"train-rle.csv": rows(LABELLED[:3])})
-    end = get(f"--source {COPY}", monkeypatch, capsys)
+    end = get(f"--source {COPY}")
     assert "2 labelled images and 0 test images" in end.out
     said = "has 2 of the challenge's 5 labelled images: 2 have no label, 1 have no file"
     assert [record.getMessage().partition("siim: ")[2] for record in caplog.records] == [said]
@@ -156,12 +158,7 @@ def test_images_that_are_missing_are_counted(
 
 @pytest.mark.parametrize("changed", [False, True])
 def test_after_kill_9_it_goes_on_unless_the_file_has_changed(
-    changed: bool,
-    kaggle: Kaggle,
-    store: Path,
-    commands: CommandServer,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    changed: bool, kaggle: Kaggle, store: Path, get: Get, commands: CommandServer
 ) -> None:
     kaggle.files[COPY] = zipped(LARGE)
     kaggle.stalls_after = CHUNK_BYTES + 5000
@@ -176,7 +173,7 @@ def test_after_kill_9_it_goes_on_unless_the_file_has_changed(
     if changed:
         kaggle.tag = '"2"'
         kaggle.files[COPY] = zipped({"train-rle.csv": rows(LABELLED), "1.dcm": image("changed")})
-    end = get(f"--source {COPY}", monkeypatch, capsys)
+    end = get(f"--source {COPY}")
     assert end.code == 0, end
     assert kaggle.downloads == [(COPY, ""), (COPY, f"bytes={CHUNK_BYTES}-")][: 1 if changed else 2]
     expected = image("changed" if changed else "whole")
@@ -184,19 +181,16 @@ def test_after_kill_9_it_goes_on_unless_the_file_has_changed(
     assert not (store / "siim" / "download").exists()
 
 
-def test_a_broken_connection_and_a_refusal_cost_nothing_that_is_there(
-    kaggle: Kaggle, store: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_broken_connection_and_a_refusal_cost_nothing_that_is_there(kaggle: Kaggle, get: Get) -> None:
     kaggle.refusals[COPY] = 403
-    assert get("", monkeypatch, capsys).code == 2
+    assert get("").code == 2
     kaggle.refusals.clear()
     kaggle.files[COPY], kaggle.breaks_after = zipped(LARGE), CHUNK_BYTES + 5000
-    end = get("", monkeypatch, capsys)
-    assert (end.code, end.err.count("\n")) == (2, 1)
-    assert end.err.startswith(f"Error: source={COPY}: the connection to Kaggle failed (")
-    assert end.err.endswith("; check the network, and run the command again: it goes on from there\n")
+    line = get("").mistake
+    assert line.startswith(f"source={COPY}: the connection to Kaggle failed (")
+    assert line.endswith("; check the network, and run the command again: it goes on from there")
     kaggle.breaks_after = None
-    assert get("", monkeypatch, capsys).code == 0
+    assert get("").code == 0
     assert [source for source, _ in kaggle.downloads].count(CONTEST) == 1
     assert kaggle.downloads[-1] == (COPY, f"bytes={CHUNK_BYTES}-")
 
@@ -212,46 +206,33 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("status", REFUSED)
-def test_what_kaggle_refuses_is_one_line(
-    status: int,
-    kaggle: Kaggle,
-    store: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_what_kaggle_refuses_is_one_line(status: int, kaggle: Kaggle, store: Path, get: Get) -> None:
     kaggle.refusals[COPY] = status
-    end = get(f"--source {COPY}", monkeypatch, capsys)
-    assert (end.code, end.err) == (2, f"Error: source={COPY}: {REFUSED[status]}\n")
+    assert get(f"--source {COPY}").mistake == f"source={COPY}: {REFUSED[status]}"
     assert not (store / "siim").exists()
 
 
 def test_without_a_token_or_with_a_damaged_one_it_says_what_to_do(
-    kaggle: Kaggle, store: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    kaggle: Kaggle, store: Path, get: Get, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("KAGGLE_CONFIG_DIR", str(store))
-    assert get("", monkeypatch, capsys).err == (
-        "Error: no token for Kaggle; create one at https://www.kaggle.com/settings, and save it as"
-        " kaggle.json, or set KAGGLE_USERNAME and KAGGLE_KEY\n"
+    assert get("").mistake == (
+        "no token for Kaggle; create one at https://www.kaggle.com/settings, and save it as"
+        " kaggle.json, or set KAGGLE_USERNAME and KAGGLE_KEY"
     )
     for content in (f'{{"key": "{KEY}"', f'["{KEY}"]', f'{{"username": null, "key": "{KEY}"}}', "\0"):
         (store / "kaggle.json").write_text(content)
-        line = "Error: kaggle.json: damaged; create a new token at https://www.kaggle.com/settings\n"
-        assert get("", monkeypatch, capsys).err == line
+        line = "kaggle.json: damaged; create a new token at https://www.kaggle.com/settings"
+        assert get("").mistake == line
     (store / "kaggle.json").unlink()
     (store / "kaggle.json").mkdir()
-    assert "Error: .: the token cannot be read (Is a directory)" in get("", monkeypatch, capsys).err.replace(
-        str(store), "."
-    )
+    assert get("").mistake.startswith(f"{store}: the token cannot be read (Is a directory)")
     assert kaggle.downloads == []
 
 
 @pytest.mark.parametrize("way", ["KAGGLE_KEY", "KAGGLE_API_TOKEN", "access_token", "wrong"])
 def test_a_token_is_taken_from_where_kaggle_s_client_takes_it(
-    way: str,
-    kaggle: Kaggle,
-    store: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    way: str, store: Path, get: Get, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("KAGGLE_CONFIG_DIR", str(store))
     if way == "access_token":
@@ -261,14 +242,12 @@ def test_a_token_is_taken_from_where_kaggle_s_client_takes_it(
     else:
         monkeypatch.setenv("KAGGLE_USERNAME", USER)
         monkeypatch.setenv("KAGGLE_KEY", KEY if way == "KAGGLE_KEY" else "ä wrong one")
-    end = get("", monkeypatch, capsys)
+    end = get("")
     assert end.code == (2 if way == "wrong" else 0)
     assert (f"(401); {NEW_TOKEN}" in end.err) == (way == "wrong")
 
 
-def test_what_is_no_archive_or_a_damaged_one_is_downloaded_again(
-    kaggle: Kaggle, store: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_is_no_archive_or_a_damaged_one_is_downloaded_again(kaggle: Kaggle, get: Get) -> None:
     whole = kaggle.files[COPY]
     flipped = bytearray(whole)
     flipped[whole.index(image(UIDS[1])) + 100] ^= 1
@@ -279,40 +258,29 @@ def test_what_is_no_archive_or_a_damaged_one_is_downloaded_again(
     }
     for content, reason in reasons.items():
         kaggle.files[COPY], kaggle.tag = content, f'"{len(reason)}"'
-        end = get(f"--source {COPY}", monkeypatch, capsys)
-        assert (end.code, end.err.count("\n")) == (2, 1)
-        assert f"{reason}; run the command again, which downloads it anew" in end.err
+        line = get(f"--source {COPY}").mistake
+        assert line.endswith(f"{reason}; run the command again, which downloads it anew")
     kaggle.files[COPY], kaggle.tag = whole, '"whole"'
-    assert get(f"--source {COPY}", monkeypatch, capsys).code == 0
+    assert get(f"--source {COPY}").code == 0
 
 
 @pytest.mark.parametrize(
     "source", ["", "seesee/siim", "datasets/siim", f"{COPY},", f"{COPY}/../x", "models/a/b"]
 )
-def test_a_source_is_a_data_set_or_a_competition(
-    source: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    end = ended(["get_data", "--source", source], monkeypatch, capsys)
-    expected = f"source: {source!r} is not datasets/OWNER/NAME or competitions/NAME"
-    assert (end.code, expected in end.err) == (2, True), end.err
+def test_a_source_is_a_data_set_or_a_competition(source: str, call: Call) -> None:
+    line = call(["get_data", "--source", source]).mistake
+    assert line.startswith(f"source: {source!r} is not datasets/OWNER/NAME or competitions/NAME")
 
 
-def test_a_source_without_the_challenge_s_labels_is_refused(
-    kaggle: Kaggle, store: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_source_without_the_challenge_s_labels_is_refused(kaggle: Kaggle, get: Get) -> None:
     kaggle.files[COPY] = zipped({"a.dcm": image("a"), "train.csv": rows(["a"]), "odd.csv": "a;b\n"})
-    end = get(f"--source {COPY}", monkeypatch, capsys)
-    assert (end.code, end.err.count("\n")) == (2, 1)
-    assert end.err.startswith("Error: source: no table in it labels images of the challenge; ")
+    line = get(f"--source {COPY}").mistake
+    assert line.startswith("source: no table in it labels images of the challenge; ")
     assert last_run("get_data").info.status == "FAILED"
 
 
 def test_a_full_disk_is_one_line_and_the_same_command_does_the_rest(
-    kaggle: Kaggle,
-    store: Path,
-    commands: CommandServer,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    kaggle: Kaggle, store: Path, get: Get, commands: CommandServer
 ) -> None:
     kaggle.files[COPY] = zipped(LARGE)
     options = {"folder": store, "environment": environment(), "max_file_bytes": 2 * CHUNK_BYTES}
@@ -320,4 +288,4 @@ def test_a_full_disk_is_one_line_and_the_same_command_does_the_rest(
     lines = [line for line in output.splitlines() if line.startswith("Error: ")]
     assert (code, len(lines)) == (2, 1), output
     assert "cannot be written (File too large)" in lines[0] and KEY not in output
-    assert get(f"--source {COPY}", monkeypatch, capsys).code == 0
+    assert get(f"--source {COPY}").code == 0

@@ -10,10 +10,10 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
-from helpers import IS_SOAK, environment, make, store_in
+from helpers import IS_SOAK, environment, make, store_address, store_in
 from mlflow import MlflowClient
 
 from pneumo_experiments.settings import ENTRY_POINTS, Register, leaves
@@ -25,14 +25,8 @@ if TYPE_CHECKING:
 VALUES = (
     *("", " ", "x" * 300, "~nosuchuser/x", "../../..", ".", "a\nb", "%s {0} $(id) ;&|", "\udcff", "ü é 気胸"),
     *("/dev/zero", "/dev/full", "/proc/self/mem", "/proc/self/fd/0", "/proc/nowhere/at/all"),
-    *(
-        "models:/",
-        "models:/a@b@c",
-        "models:/pneumothorax/0",
-        "models:/m-1,models:/m-2",
-        "runs:/",
-        "runs:/x/../..",
-    ),
+    *("models:/", "models:/a@b@c", "models:/pneumothorax/0", "models:/m-1,models:/m-2"),
+    *("runs:/", "runs:/x/../.."),
     *("http://127.0.0.1:9/x", "file:///dev/zero", "s3://bucket/x", "sqlite:///", "sqlite:////dev/full"),
     *("postgresql://u:Secret@127.0.0.1:9/x", "best", "auto", "none", "null", "all", "-1", "1e999", "true"),
 )
@@ -109,17 +103,10 @@ def test_a_hostile_text_is_a_success_or_one_line(
     work = tmp_path / "a" / "b" / "c"
     work.mkdir(parents=True)
     words = [*desk.words(entry_point), f"--{setting}={value}"]
-    started = desk.commands.start(
-        *(entry_point, *words),
-        folder=work,
-        environment=environment()
-        | {
-            "MLFLOW_TRACKING_URI": f"sqlite:///{desk.folder / 'mlflow.db'}",
-            "KAGGLE_API_ENDPOINT": "http://127.0.0.1:9",  # who runs this may have a token
-        },
-        tiny=True,
-    )
-    code, said = started.communicate()
+    variables = environment() | {"MLFLOW_TRACKING_URI": store_address(desk.folder)}
+    variables |= {"KAGGLE_API_ENDPOINT": "http://127.0.0.1:9"}  # who runs this may have a token
+    options: dict[str, Any] = {"folder": work, "environment": variables, "tiny": True}
+    code, said = desk.commands.start(entry_point, *words, **options).communicate()
     assert code in (0, 2), said
     assert "Traceback" not in said, said
     assert said.count("Error:") == (code == 2), said

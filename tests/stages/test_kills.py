@@ -54,7 +54,7 @@ class Desk:
     commands: CommandServer
 
     def start(self, folder: Path) -> Command:
-        words = ["--dicom_dir", self.folder / "dicom", "--rle_csv", self.folder / "rle.csv"]
+        words = ["--dicom_dir", self.folder / "dicom", "--rle_csv", self.folder / "dicom" / "train-rle.csv"]
         uri = f"sqlite:///{self.folder}/mlflow.db"
         return self.commands.start(
             *("preprocess", *words, "--dataset", "d.h5", "--image_size", IMAGE_SIZE, "--workers", 2),
@@ -94,14 +94,7 @@ def desk(
 ) -> Desk:
     folder = tmp_path_factory.mktemp("kills")
     copy_store(empty_store, folder)
-    source = few_radiographs(dataset.with_name("sample"), folder / "dicom", 32 * SHARDS // COPIES)
-    for file in [*source["dicom_dir"].iterdir()]:
-        for number in range(COPIES):
-            file.with_name(f"{number}-{file.name}").hardlink_to(file)
-        file.unlink()
-    header, *rows = source["rle_csv"].read_text().splitlines()
-    rows = [f"{number}-{row}" for number in range(COPIES) for row in rows]
-    (folder / "rle.csv").write_text("\n".join([header, *rows]))
+    few_radiographs(dataset.with_name("sample"), folder / "dicom", 32 * SHARDS // COPIES, COPIES)
     return Desk(folder, commands)
 
 

@@ -27,7 +27,7 @@ from helpers import BIN, ROOT, copy_store, environment_of_mlflow, make, soak
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from PIL import Image
-from tracked import artifact, runs
+from tracked import artifact, runs, table
 
 from pneumo_experiments.dataset.hdf5 import Dataset
 from pneumo_experiments.dataset.rle import decode
@@ -200,16 +200,15 @@ def test_every_score_has_its_interval_and_stands_by_group(chain: Chain) -> None:
     for name in ("specificity", "auroc", "average_precision", "false_alarms", "calibration_error"):
         assert metrics[f"interval/{name}_low"] <= metrics[f"interval/{name}_high"]
         assert name in metrics
-    with artifact(scored, "by_group.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = table(scored, "by_group.csv")
     assert {row["group"] for row in rows} == {"all", "area", "view", "sex", "age"}
     assert float(rows[0]["dice"]) == metrics["dice"]
     assert float(rows[0]["specificity_high"]) == metrics["interval/specificity_high"]
     for group in ("view", "sex", "age"):
         images = sum(int(row["images"]) for row in rows if row["group"] == group)
         assert images == int(scored.data.params["images"])
-    with artifact(scored, "calibration.csv").open(newline="") as file:
-        assert sum(int(row["images"]) for row in csv.DictReader(file)) == int(scored.data.params["images"])
+    images = sum(int(row["images"]) for row in table(scored, "calibration.csv"))
+    assert images == int(scored.data.params["images"])
     assert artifact(scored, "calibration.png").is_file()
     tables = json.loads(scored.data.tags["mlflow.loggedArtifacts"])
     names = ["scores.json", "calibration.json", "by_group.json"]  # the evaluation view opens the first
@@ -218,14 +217,10 @@ def test_every_score_has_its_interval_and_stands_by_group(chain: Chain) -> None:
 
 def test_the_thresholds_are_the_exact_ones_and_the_study_is_recorded_beside_them(chain: Chain) -> None:
     train = chain.only("train")
-    exact, distance = (
-        train.data.metrics["thresholds/dice_exact"],
-        train.data.metrics["thresholds/dice_distance"],
-    )
-    assert exact == pytest.approx(train.data.metrics["val/dice"], abs=1e-12)
-    assert distance == exact - train.data.metrics["thresholds/dice_optuna"] >= 0
-    with artifact(train, "threshold_trials.csv").open(newline="") as file:
-        assert len(list(csv.DictReader(file))) == SMALL["threshold_trials"]
+    found = {name: train.data.metrics[f"thresholds/dice_{name}"] for name in ("exact", "distance", "optuna")}
+    assert found["exact"] == pytest.approx(train.data.metrics["val/dice"], abs=1e-12)
+    assert found["distance"] == found["exact"] - found["optuna"] >= 0
+    assert len(table(train, "threshold_trials.csv")) == SMALL["threshold_trials"]
     for name in ("threshold_history.png", "threshold_contours.png"):
         with Image.open(artifact(train, name)) as picture:
             assert picture.width > 500

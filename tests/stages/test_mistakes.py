@@ -26,7 +26,7 @@ import numpy as np
 import optuna
 import pytest
 import sqlalchemy
-from helpers import End, ended, from_here, store_address, store_in
+from helpers import Call, End, from_here, store_address, store_in
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from mlflow.store.db.utils import _get_alembic_config
@@ -377,14 +377,10 @@ Command = Callable[[str], End]
 
 
 @pytest.fixture
-def command(desk: Desk, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+def command(desk: Desk, call: Call, monkeypatch: pytest.MonkeyPatch) -> Command:
     """Runs the command line on what a user types, in the working directory."""
-
-    def run(typed: str) -> End:
-        return ended(desk.words(typed), monkeypatch, capsys)
-
     monkeypatch.setenv("MLFLOW_TRACKING_URI", desk.uri)
-    return run
+    return lambda typed: call(desk.words(typed))
 
 
 @pytest.fixture
@@ -420,11 +416,9 @@ def test_a_mistake_is_one_line_and_exit_code_2_and_leaves_nothing(
         variable, _, typed = typed.partition(" ")
         name, _, value = variable.format(**desk.names).partition("=")
         monkeypatch.setenv(name, value)
-    end = command(typed)
-    assert end.code == 2
-    (line,) = end.err.splitlines()
+    line = command(typed).mistake
     pattern = ".*".join(re.escape(part) for part in expected.format(**desk.names).split("…"))
-    assert re.match(f"Error: {pattern}", line), line
+    assert re.match(pattern, line), line
     assert "secret" not in line
     after = contents(desk.folder) | {"begun.db": before["begun.db"]}  # which MLflow goes on to fill
     written = after.keys() - before.keys()
@@ -450,10 +444,8 @@ def test_a_mistake_is_one_line_and_exit_code_2_and_leaves_nothing(
 def test_a_mistake_that_shows_only_in_training_ends_its_run_with_the_line(
     at_the_desk: None, command: Command, desk: Desk
 ) -> None:
-    end = command("train --learning_rate 1e30")
-    assert end.code == 2
-    (line,) = end.err.splitlines()
-    assert re.match(r"Error: (learning_rate=1e\+30|network output is NaN)", line), line
+    line = command("train --learning_rate 1e30").mistake
+    assert re.match(r"(learning_rate=1e\+30|network output is NaN)", line), line
     run = desk.runs()[0]
     assert run.info.status == "FAILED"
     assert run.data.tags["error"] in line
@@ -568,13 +560,11 @@ def test_a_database_that_does_not_respond_ends_a_training_and_a_search_within_se
         if kind == "hangs up":
             threading.Thread(target=hang_up, args=(server,), daemon=True).start()
         address = f"postgresql://me:secret@127.0.0.1:{server.getsockname()[1]}/x"
-        searched = command(f"search --storage {address}")
+        searched = command(f"search --storage {address}").mistake
         monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
-        trained = command("train")
-    for setting, end in (("storage", searched), ("MLFLOW_TRACKING_URI", trained)):
-        assert end.code == 2
-        (line,) = end.err.splitlines()
-        assert line.startswith(f"Error: {setting}={address.replace('secret', '***')}: ")
+        trained = command("train").mistake
+    for setting, line in (("storage", searched), ("MLFLOW_TRACKING_URI", trained)):
+        assert line.startswith(f"{setting}={address.replace('secret', '***')}: ")
         reasons = {
             "hangs up": "; ",  # before or after it is asked for a database
             "never responds": "no server responds",

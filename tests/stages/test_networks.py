@@ -10,7 +10,7 @@ import mlflow.pyfunc
 import pandas as pd
 import pytest
 import torch
-from helpers import ended, make, soak, words_of
+from helpers import Call, make, soak, words_of
 from mlflow import MlflowClient
 from tiny_network import CPU
 from tracked import log_model, runs, stopped_in_training
@@ -72,7 +72,7 @@ def test_a_network_is_trained_continued_scored_and_served(
 
 
 def test_a_model_whose_library_is_missing_says_what_to_install(
-    store: Path, small_dataset: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    store: Path, small_dataset: Path, monkeypatch: pytest.MonkeyPatch, call: Call
 ) -> None:
     settings = settings_of(TINY_UNET, small_dataset, "none")
     member = TrainedNetwork(Predictor(PneumothoraxNet(TINY_UNET), CPU), as_config(settings))
@@ -90,9 +90,5 @@ def test_a_model_whose_library_is_missing_says_what_to_install(
         ["train", *words_of(settings)],
         ["search", "--dataset", str(small_dataset), "--network", TINY_UNET],
     ):
-        capsys.readouterr()
-        end = ended(words, monkeypatch, capsys)
-        assert end.code == 2
-        assert end.err.startswith(f"Error: network: {install}; see ")
-        assert len(end.err.splitlines()) == 1
+        assert call(words).mistake.startswith(f"network: {install}; see ")
     assert len(runs()) == before  # no run was started

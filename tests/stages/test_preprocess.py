@@ -10,12 +10,13 @@ from collections.abc import Generator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import h5py
 import pydicom
 import pytest
 from command_server import CommandServer
-from helpers import changed, make, soak, store_in
+from helpers import changed, few_radiographs, make, soak, store_in, words_of
 from mlflow import MlflowClient
 from samples import content_of
 from tracked import last_run
@@ -34,20 +35,6 @@ PLANTED = ("Zaphod", "Beeblebrox", "PID-4711-X", "19520311", "Betelgeuse")
 def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("source") / "sample"
     write_sample(folder, Contents(IMAGES, 0, 5))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def four_times(sample: Path) -> Path:
-    """The files of the sample four times, under other names: more than one batch."""
-    folder = sample.with_name("four times")
-    folder.mkdir()
-    for path in sample.rglob("*.dcm"):
-        for number in range(4):
-            (folder / f"{number}-{path.name}").hardlink_to(path)
-    header, *rows = (sample / "train-rle.csv").read_text().splitlines()
-    rows = [f"{number}-{row}" for number in range(4) for row in rows]
-    (folder / "train-rle.csv").write_text("\n".join([header, *rows]))
     return folder
 
 
@@ -111,14 +98,9 @@ def test_the_report_lies_beside_the_data_set_and_in_the_run(made: Path) -> None:
 def test_the_same_again_says_so_and_writes_nothing(
     sample: Path, made: Path, store: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    own = copy_of(sample, store / "own")
     put(made, store)
     before = (store / "d.h5").stat()
-    preprocess(settings_of(own, workers=2, max_rejected=0.5))
-    assert "d.h5 exists already, from the same files and settings" in capsys.readouterr().out
-    for path in own.rglob("*.dcm"):  # as a copy or a second download would look
-        os.utime(path, ns=(1, 1))
-    preprocess(settings_of(own))
+    preprocess(settings_of(sample, workers=2, max_rejected=0.5))
     assert "d.h5 exists already, from the same files and settings" in capsys.readouterr().out
     after = (store / "d.h5").stat()
     assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
@@ -331,18 +313,16 @@ def test_nothing_of_a_patient_is_written_anywhere(
     ("max_bytes", "whole_batches"), [pytest.param(1_300_000, 0, marks=soak), (3_000_000, 2)]
 )
 def test_a_full_disk_is_a_clear_end_and_the_old_data_set_stays(
-    max_bytes: int, whole_batches: int, four_times: Path, made: Path, store: Path, commands: CommandServer
+    max_bytes: int, whole_batches: int, sample: Path, made: Path, store: Path, commands: CommandServer
 ) -> None:
     """The first limit stops the worker at its first batch, the second the file of all batches."""
     put(made, store)
     old = (store / "d.h5").read_bytes()
-    tables = {"dicom_dir": four_times, "rle_csv": four_times / "train-rle.csv"}
-    words = [f"--{name}={path}" for name, path in tables.items()]
-    words += ["--dataset", "d.h5", "--image_size", "256"]
-    words += ["--overwrite", "true", "--workers", "1"]
-    code, said = commands.start(
-        "preprocess", *words, folder=store, environment=dict(os.environ), max_file_bytes=max_bytes
-    ).communicate()
+    source = few_radiographs(sample, store / "more than a batch", IMAGES, copies=4)
+    settings = settings_of(sample, **source, image_size=256, overwrite=True)
+    options: dict[str, Any] = {"environment": dict(os.environ), "max_file_bytes": max_bytes}
+    command = commands.start("preprocess", *words_of(settings), folder=store, **options)
+    code, said = command.communicate()
     assert code == 2, said
     (line,) = [line for line in said.splitlines() if not line.startswith("preprocess: ")]
     assert "d.h5: cannot be written (File too large); make room or choose another place" in line
@@ -350,7 +330,7 @@ def test_a_full_disk_is_a_clear_end_and_the_old_data_set_stays(
     assert not list(store.glob("*.part"))
     batches = [path for path in store.glob("d.h5.work/*") if len(path.name) == 32]
     assert len(batches) == whole_batches
-    preprocess(settings_of(four_times, **tables, image_size=256, overwrite=True))
+    preprocess(settings)
     with Dataset.open(store / "d.h5") as dataset:
         assert (dataset.image_size, len(dataset)) == (256, 4 * IMAGES)
 

@@ -11,7 +11,7 @@ from typing import Any
 import mlflow
 import numpy as np
 import pytest
-from helpers import changed, ended, make, store_in
+from helpers import Call, changed, make, store_in
 from mlflow import MlflowClient
 from samples import SIZE, examples, packed, write_dataset
 from tiny_network import CPU, random_network
@@ -125,7 +125,7 @@ def alias(name: str, which: str = "champion") -> str:
 
 
 def test_a_walk_from_a_weak_champion_to_a_better_one_and_back(
-    shelf: Shelf, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    shelf: Shelf, capsys: pytest.CaptureFixture[str], call: Call
 ) -> None:
     first = called(shelf, model=shelf.weak, name="walk")
     assert (first.number, first.champion) == ("1", True)
@@ -164,8 +164,7 @@ def test_a_walk_from_a_weak_champion_to_a_better_one_and_back(
     )
     assert told and float(told[2]) == pytest.approx(1 - 0.03 / int(told[1]), abs=1e-6)
 
-    capsys.readouterr()
-    back = ended(["register", "--name", "walk", "--version", "1"], monkeypatch, capsys)
+    back = call(["register", "--name", "walk", "--version", "1"])
     said = (
         "register: walk version 1 is the champion: moved by hand from version 2\nmodel     models:/walk/1\n"
     )
@@ -175,8 +174,7 @@ def test_a_walk_from_a_weak_champion_to_a_better_one_and_back(
     assert description.startswith("The champion is [version 1](#/models/walk/versions/1).\n\nDice 0.")
     assert called(shelf, name="walk", version=2).champion
     assert called(shelf, name="walk", version=2).champion  # is it already
-    capsys.readouterr()
-    shown = ended(["register", "--name", "walk", "--history", "true"], monkeypatch, capsys)
+    shown = call(["register", "--name", "walk", "--history", "true"])
     rows = [row.split() for row in shown.out.splitlines()]
     assert rows[0] == ["version", "from", "until", "Dice", "why"]
     assert [row[0] for row in rows[1:]] == ["1", "2", "1", "2"]
@@ -236,19 +234,15 @@ def test_several_models_are_registered_as_one(shelf: Shelf) -> None:
     ],
 )
 def test_a_mistake_is_one_line_and_moves_nothing(
-    words: list[str], message: str, has_run: bool, shelf: Shelf, capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+    words: list[str], message: str, has_run: bool, shelf: Shelf, call: Call
+) -> None:
     versions.claim("mistakes")
     before = last_run().info.run_id
-    end = ended(["register", "--name", "mistakes", *words], monkeypatch, capsys)
-    assert (end.code, len(end.err.splitlines())) == (2, 1)
-    assert end.err.startswith(f"Error: {message}")
-    run = last_run()
+    line, run = call(["register", "--name", "mistakes", *words]).mistake, last_run()
+    assert line.startswith(message)
     assert (run.info.run_id != before) == has_run
     if has_run:
-        error = end.err.removeprefix("Error: ").rstrip()
-        assert (run.info.status, run.data.tags["error"]) == ("FAILED", error)
+        assert (run.info.status, run.data.tags["error"]) == ("FAILED", line)
     assert MlflowClient().get_registered_model("mistakes").aliases == {}
 
 

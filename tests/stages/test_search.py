@@ -21,7 +21,7 @@ import optuna
 import pytest
 import torch
 import yaml
-from helpers import changed, ended, make, soak
+from helpers import Call, changed, make, soak
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from optuna.storages import RDBStorage
@@ -136,6 +136,12 @@ def study(name: str = "s") -> optuna.Study:
     return optuna.load_study(study_name=name, storage=STORAGE)
 
 
+def reported() -> list[dict[str, Any]]:
+    """The rows of the report's table of trials."""
+    table = json.loads(artifact(parent(), "trials.json").read_text())
+    return [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
+
+
 def finished() -> list[optuna.trial.FrozenTrial]:
     return study().get_trials(states=(TrialState.COMPLETE, TrialState.PRUNED))
 
@@ -143,8 +149,10 @@ def finished() -> list[optuna.trial.FrozenTrial]:
 # Runs, and what the parent holds
 
 
-def test_every_trial_is_a_child_run_of_one_parent_with_its_own_settings(quick: Quick) -> None:
-    quick(trials=2)
+def test_every_trial_is_a_child_run_with_its_own_settings_and_the_best_keep_their_models(
+    quick: Quick,
+) -> None:
+    quick(trials=4, keep=2)
     children = runs("trial")
     assert {run.data.tags["mlflow.parentRunId"] for run in children} == {parent().info.run_id}
     for trial, run in zip(study().trials, children, strict=True):
@@ -155,17 +163,21 @@ def test_every_trial_is_a_child_run_of_one_parent_with_its_own_settings(quick: Q
         assert float(run.data.params["dice_weight"]) == trial.params["dice_weight"]
         assert run.data.params["trial_state"] == "complete"
         assert run.data.metrics["trial/value"] == trial.value == trial.user_attrs["dice"]
-    assert [run.info.status for run in runs()] == ["FINISHED"] * 3
+    assert [run.info.status for run in runs()] == ["FINISHED"] * 5
+    best = sorted(study().trials, key=lambda trial: -trial.values[0])[:2]
+    models = MlflowClient().search_logged_models(["0"])
+    assert {model.source_run_id for model in models} == {trial.user_attrs["run_id"] for trial in best}
+    assert len([*Path("mlruns").rglob("weights.pt")]) == 2  # the others' files are gone
 
 
 @pytest.mark.pictures
-def test_the_parent_holds_the_table_of_trials_the_best_settings_and_pictures(
-    quick: Quick, monkeypatch: pytest.MonkeyPatch
+def test_the_parent_holds_a_table_the_best_settings_and_trials_pictures_and_what_the_result_does_not_say(
+    quick: Quick, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(study_report, "TRIALS_FOR_IMPORTANCE", 5)
-    result = quick(trials=5, searched=TWO)
-    table = json.loads(artifact(parent(), "trials.json").read_text())
-    rows = [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
+    monkeypatch.setattr(study_report, "MAX_DESCRIBED", 3)
+    result = quick(trials=5, searched=TWO)  # their Dice are below 0.5, that of all-empty masks is above
+    rows = reported()
     assert [row["trial"] for row in rows] == [*range(5)]
     assert [row["value"] for row in rows] == [trial.value for trial in study().trials]
     assert [row["dice_weight"] for row in rows] == [t.params["dice_weight"] for t in study().trials]
@@ -182,22 +194,15 @@ def test_the_parent_holds_the_table_of_trials_the_best_settings_and_pictures(
     points = {name: [(point.step, point.value) for point in curve] for name, curve in curves.items()}
     assert points["trial/value"] == [*enumerate(values)]
     assert points["search/best_value"] == [(n, max(values[: n + 1])) for n in range(len(values))]
-
-
-def test_the_description_has_the_best_trials_in_order_and_what_the_result_does_not_say(
-    quick: Quick, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(study_report, "MAX_DESCRIBED", 3)
-    quick(trials=5, searched=TWO)  # their Dice are below 0.5, that of all-empty masks is above
     told = "no trial beat all-empty masks, which have a Dice of 0."
     assert f"search: {told}" in capsys.readouterr().out
     note = parent().data.tags["mlflow.note.content"]
     assert told.replace("no trial", "No trial") in note
     rows = [line.strip("| ").split(" | &emsp;") for line in note.splitlines() if line.startswith("| ")]
-    best = sorted(study().trials, key=lambda trial: -trial.values[0])[:3]
+    first = sorted(study().trials, key=lambda trial: -trial.values[0])[:3]
     assert rows[0] == ["trial", "Dice", "on positives", *TWO.split(","), "seconds"]
-    assert [row[0].strip("*") for row in rows[1:]] == [str(trial.number) for trial in best]
-    assert rows[1][0] == f"**{best[0].number}**"
+    assert [row[0].strip("*") for row in rows[1:]] == [str(trial.number) for trial in first]
+    assert rows[1][0] == f"**{first[0].number}**"
     assert "The best 3 of 5 completed trials" in note
 
 
@@ -229,8 +234,7 @@ def test_a_trial_whose_process_died_is_interrupted_and_not_counted(
     quick(trials=3)
     assert "search: 2 of 3 trials done, about 10 seconds left\n" in capsys.readouterr().out
     assert "Study s: 3 complete.\n" in parent().data.tags["mlflow.note.content"]
-    table = json.loads(artifact(parent(), "trials.json").read_text())
-    states = [row[table["columns"].index("state")] for row in table["data"]]
+    states = [row["state"] for row in reported()]
     assert states == ["complete", "interrupted", "complete", "complete"]
 
 
@@ -239,15 +243,6 @@ def test_importances_of_too_few_trials_are_not_drawn() -> None:
     few = optuna.create_study(direction="maximize")
     few.optimize(lambda trial: trial.suggest_float("x", 0, 1) + trial.suggest_float("y", 0, 1), 4)
     assert set(study_report.pictures(few)) == {"history", "parallel_coordinate", "slice"}
-
-
-def test_only_the_models_of_the_best_trials_stay(quick: Quick) -> None:
-    quick(trials=4, keep=2)
-    best = sorted(study().trials, key=lambda trial: -trial.values[0])[:2]
-    models = MlflowClient().search_logged_models(["0"])
-    assert {model.source_run_id for model in models} == {trial.user_attrs["run_id"] for trial in best}
-    weights = list(Path("mlruns").rglob("weights.pt"))
-    assert len(weights) == 2  # the others' files are gone
 
 
 @pytest.mark.parametrize("gain", [pytest.param(0.005, marks=soak), 0.03])
@@ -360,7 +355,7 @@ def test_trials_is_the_total_of_the_study_and_its_parent_stays(quick: Quick) -> 
     assert parent().info.run_id == before
     quick(trials=3)
     assert len(finished()) == 3
-    assert len(json.loads(artifact(parent(), "trials.json").read_text())["data"]) == 3
+    assert len(reported()) == 3
 
 
 def test_a_target_or_the_time_ends_a_study_early(quick: Quick, capsys: pytest.CaptureFixture[str]) -> None:
@@ -506,15 +501,13 @@ def test_a_study_of_other_data_is_refused_and_the_difference_named(quick: Quick,
 # Real trainings
 
 
-def test_the_best_settings_train_a_network(
-    settings: Search, tiny_default: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_best_settings_train_a_network(settings: Search, tiny_default: None, call: Call) -> None:
     settings = changed(settings, network="fcn_resnet50", trials=2, dice_weight=3.0, presence_weight=1.0)
     result = search(settings)
     assert len(finished()) == 2
     config = str(artifact(parent(), "best.yaml"))
     short = ["--epochs", "1", "--threshold_trials", "0", "--overlays", "0", "--device", "cpu"]
-    end = ended(["train", "--config", config, *short], monkeypatch, capsys)
+    end = call(["train", "--config", config, *short])
     assert end.code == 0, end.err
     shared = {
         name: flat(settings)[name] for name in ("dataset", "weights", "batch_size", "precision", "device")
@@ -700,11 +693,6 @@ def owner_elsewhere(last_seen: float, has_run: bool = True) -> None:
     study().set_user_attr("alive.another//1:1", last_seen)
 
 
-def reported() -> int:
-    """The number of trials in the report."""
-    return len(json.loads(artifact(parent(), "trials.json").read_text())["data"])
-
-
 def test_a_worker_that_joins_runs_trials_for_the_owner_and_takes_over_when_that_one_has_died(
     quick: Quick, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -715,11 +703,11 @@ def test_a_worker_that_joins_runs_trials_for_the_owner_and_takes_over_when_that_
     assert f"search: best is trial {result.trial}," in capsys.readouterr().out
     assert len(finished()) == 3
     assert {run.data.tags["mlflow.parentRunId"] for run in runs("trial")} == {before.info.run_id}
-    assert parent().data.tags == before.data.tags and reported() == 1  # all of it is the owner's
+    assert parent().data.tags == before.data.tags and len(reported()) == 1  # all of it is the owner's
     assert parent().info.end_time == before.info.end_time
     owner_elsewhere(time.time() - 61)
     quick(trials=3)
-    assert parent().info.run_id == before.info.run_id and reported() == 3
+    assert parent().info.run_id == before.info.run_id and len(reported()) == 3
 
 
 def test_a_worker_reports_when_the_owner_has_died_meanwhile(quick: Quick) -> None:
@@ -731,7 +719,7 @@ def test_a_worker_reports_when_the_owner_has_died_meanwhile(quick: Quick) -> Non
         return first_value(recipe)
 
     quick(value, trials=2)
-    assert reported() == 2
+    assert len(reported()) == 2
 
 
 def test_a_worker_waits_for_the_run_of_a_new_owner(quick: Quick, monkeypatch: pytest.MonkeyPatch) -> None:

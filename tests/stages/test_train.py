@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from command_server import CommandServer
-from helpers import BIN, ROOT, changed, environment_of_mlflow, make, soak
+from helpers import BIN, ROOT, changed, environment_of_mlflow, make, soak, words_of
 from mlflow import MlflowClient
 from tiny_network import tiny_member, weights_of
 from torch.nn.modules.module import register_module_forward_hook
@@ -30,7 +30,7 @@ from pneumo_experiments.learning.network import PneumothoraxNet
 from pneumo_experiments.metrics.dice import calibration_error, dice
 from pneumo_experiments.metrics.thresholds import Thresholds
 from pneumo_experiments.serving import Detector, load
-from pneumo_experiments.settings import Main, Score, SplitSettings, Train, as_texts, flat
+from pneumo_experiments.settings import Main, Score, SplitSettings, Train, flat
 from pneumo_experiments.stages.main import _training_recipe
 from pneumo_experiments.stages.score import score
 from pneumo_experiments.stages.search import SearchResult
@@ -238,10 +238,8 @@ def test_two_processes_train_in_one_run(
     settings: Train, store: Path, tiny_default: None, commands: CommandServer
 ) -> None:
     chosen = changed(settings, network="fcn_resnet50", processes=2, aux_weight=0.0)
-    words = [word for name, text in as_texts(chosen).items() for word in (f"--{name}", text)]
-    code, said = commands.start(
-        "train", *words, folder=store, environment=dict(os.environ), tiny=True, code=FORKED
-    ).communicate()
+    options: dict[str, Any] = {"environment": dict(os.environ), "tiny": True, "code": FORKED}
+    code, said = commands.start("train", *words_of(chosen), folder=store, **options).communicate()
     assert code == 0, said
     (run,) = runs()
     assert run.info.status == "FINISHED"
