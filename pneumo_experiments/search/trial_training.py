@@ -31,8 +31,8 @@ from pneumo_experiments.locks import work_folder
 from pneumo_experiments.metrics.thresholds import Thresholds, best_dice_on_positives, cross_fitted
 from pneumo_experiments.progress_bar import ProgressBar
 from pneumo_experiments.serving import save
-from pneumo_experiments.settings import Recipe, Search, weight_shaping
-from pneumo_experiments.training.fold import initial_network, make_detector
+from pneumo_experiments.settings import Recipe, Search, SplitSettings, weight_shaping
+from pneumo_experiments.training.fold import initial_network, make_detector, seen_by_start
 from pneumo_experiments.training.loop import EpochResult, FoldImages, train_and_validate
 from pneumo_experiments.training.resume import VERSION
 from pneumo_experiments.words import plural
@@ -180,18 +180,35 @@ class TrialTraining:
         return {name: tensor.cpu() for name, tensor in last.network.state_dict().items()}
 
 
-def split_folds(dataset: Dataset, settings: Search) -> list[Split]:
-    """The split of each fold of a trial. Raises UserError if the data set has too few patients."""
+def fold_settings(settings: Search) -> list[SplitSettings]:
+    """The settings of the split of each fold of a trial. Raises UserError if there are fewer folds."""
     k, folds = settings.study.folds_per_trial, settings.split.folds
     if k > folds:
         raise UserError(f"folds_per_trial={k}: there are {folds} folds; give no more")
     first = settings.split.fold  # make_split refuses all
     others = [str((int(first) + i) % folds) for i in range(1, k)] if first.isdecimal() else []
-    splits = [make_split(dataset, replace(settings.split, fold=number)) for number in [first, *others]]
+    return [replace(settings.split, fold=number) for number in [first, *others]]
+
+
+def split_folds(dataset: Dataset, settings: Search) -> list[Split]:
+    """The split of each fold of a trial. Raises UserError if the data set has too few patients."""
+    splits = [make_split(dataset, each) for each in fold_settings(settings)]
     for split in splits:
         require_positives(Subset(dataset, split.train))
         _halves(Subset(dataset, split.validation))
     return splits
+
+
+def doubt_of_start(settings: Search, dataset: Dataset) -> str:
+    """What ``seen_by_start`` means for the trials and their second trainings; empty if nothing."""
+    both = [settings, *([second_settings(settings)] if settings.study.confirm else [])]
+    splits = [split for each in both for split in fold_settings(each)]
+    seen = seen_by_start(settings.recipe.network.weights, splits, dataset)
+    return seen and (
+        f"{seen}: Dice of trials is too optimistic, and favours settings that change that model little; start"
+        " from a model of the same fold, holdout and split_seed, and set confirm=0: second trainings are of"
+        " another fold"
+    )
 
 
 def validation_images(dataset: Dataset, settings: Search, split: Split) -> Subset:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pneumo_experiments import tracking
+from pneumo_experiments.dataset.patients import warn
 from pneumo_experiments.errors import UserError
 from pneumo_experiments.passwords import hide_passwords
 from pneumo_experiments.search.claims import claim, holder
@@ -18,6 +19,7 @@ from pneumo_experiments.search.study import PARENT, PARENT_PROCESS, REPORTED, be
 from pneumo_experiments.search.trial import Trials, delete_models
 from pneumo_experiments.search.trial_training import (
     TrialTraining,
+    doubt_of_start,
     second_settings,
     warmup_checkpoint,
     warmup_weights,
@@ -63,6 +65,8 @@ def search(settings: Search, keep_start: bool = False) -> SearchResult:
     if not settings.study.trials:
         raise UserError("trials=0: leaves nothing to search; main trains without a search then")
     with open_search(settings) as trials:
+        if settings.recipe.network.starts_from_model and (doubt := doubt_of_start(settings, trials.dataset)):
+            warn(doubt)
         print(hide_passwords(f"search: study {trials.study.study_name} in {settings.study.storage}"))
         if (count := count_trials(trials.study)) >= settings.study.trials:
             print(f"search: the study has {plural(count, 'trial')} already; increase trials to continue")

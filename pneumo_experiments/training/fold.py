@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
@@ -32,7 +32,7 @@ from pneumo_experiments.metrics.thresholds import ThresholdCounts, Thresholds, b
 from pneumo_experiments.progress_bar import ProgressBar
 from pneumo_experiments.serving import Detector, TrainedNetwork, load
 from pneumo_experiments.serving.model_folder import WEIGHTS
-from pneumo_experiments.settings import NONE, Network, Search, Train, as_config
+from pneumo_experiments.settings import NONE, Network, Search, SplitSettings, Train, as_config
 from pneumo_experiments.training.loop import EpochResult, FoldImages, train_and_validate
 from pneumo_experiments.training.resume import TrainingState
 
@@ -237,25 +237,29 @@ def settings_per_fold(settings: Train) -> list[Train]:
     return [replace(settings, split=replace(settings.split, fold=str(fold))) for fold in folds]
 
 
-def doubt_of_start(settings: Train, dataset: Dataset) -> str:
-    """Says how many of the images to judge by the model in ``weights`` has seen; empty if none.
+def seen_by_start(weights: str, splits: Iterable[SplitSettings], dataset: Dataset) -> str:
+    """How many of the images to judge by the model in ``weights`` has seen, in words; empty if none.
 
     A model of the same fold is not doubted: these images have chosen its epoch and thresholds, no more.
     """
-    weights, judges = settings.recipe.network.weights, list[NDArray[np.int64]]()
-    start = load_model(weights, "weights")
-    for one in settings_per_fold(settings):
-        split = make_split(dataset, one.split)
+    start, judges = load_model(weights, "weights"), list[NDArray[np.int64]]()
+    for settings in splits:
+        split = make_split(dataset, settings)
         own = hash_image_ids(Subset(dataset, np.append(split.train, split.validation)))
-        if start.members[0].split != one.split or start.training_images != own:
+        if start.members[0].split != settings or start.training_images != own:
             judges += [split.validation, split.holdout]
     judged = Subset(dataset, np.unique(np.concatenate(judges))) if judges else None
-    if judged is None or not (seen := describe_seen(judged, start.training_images, "that model")):
-        return ""
-    return (
-        f"weights={weights}: of those that validate or are held out, {seen}: validation and out-of-fold"
-        " scores and thresholds are too optimistic, and score refuses such a hold-out; start each fold from a"
-        " model of the same fold, holdout and split_seed"
+    seen = judged and describe_seen(judged, start.training_images, "that model")
+    return f"weights={weights}: of those that validate or are held out, {seen}" if seen else ""
+
+
+def doubt_of_start(settings: Train, dataset: Dataset) -> str:
+    """What ``seen_by_start`` means for the scores of a training; empty if nothing."""
+    splits = [one.split for one in settings_per_fold(settings)]
+    seen = seen_by_start(settings.recipe.network.weights, splits, dataset)
+    return seen and (
+        f"{seen}: validation and out-of-fold scores and thresholds are too optimistic, and score refuses such"
+        " a hold-out; start each fold from a model of the same fold, holdout and split_seed"
     )
 
 

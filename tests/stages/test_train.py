@@ -29,8 +29,9 @@ from pneumo_experiments.learning.calibration import Calibration, fit_calibration
 from pneumo_experiments.learning.network import PneumothoraxNet
 from pneumo_experiments.metrics.dice import calibration_error, dice
 from pneumo_experiments.metrics.thresholds import Thresholds
+from pneumo_experiments.search.trial_training import doubt_of_start as search_doubt
 from pneumo_experiments.serving import Detector, load
-from pneumo_experiments.settings import Main, Score, SplitSettings, Train, flat
+from pneumo_experiments.settings import Main, Score, Search, SplitSettings, Train, flat
 from pneumo_experiments.stages.main import _training_recipe
 from pneumo_experiments.stages.score import score
 from pneumo_experiments.stages.search import SearchResult
@@ -296,6 +297,12 @@ def test_a_start_that_has_seen_what_other_folds_validate_on_is_told_once_and_at_
         == 1
     )
     assert "trained that model" in another  # that hold-out is not its own
+    searched = Search.of(dataset=small_dataset, weights=address, holdout=0.25, folds=3)
+    with Dataset.open(small_dataset) as dataset:
+        assert search_doubt(changed(searched, confirm=0), dataset) == ""
+        second = search_doubt(searched, dataset)
+        validated = make_split(dataset, SplitSettings(holdout=0.25, folds=3, fold="1")).validation
+    assert f" {len(validated)} of {len(validated) + held_out} images trained that model" in second
 
 
 def test_weights_of_what_is_no_single_network_are_named(settings: Train, tmp_path: Path) -> None:
