@@ -85,7 +85,7 @@ def save_model(folder: Path, data: Path) -> None:
     )
 
 
-def upload(run_id: str, path: str, name: str = "pneumothorax") -> str:
+def upload(run_id: str, path: str, name: str) -> str:
     """Logs a folder that ``save_model`` wrote as a model of a run; returns ``models:/<id>``.
 
     mlflow.pyfunc.log_model would load it to try its example, which takes seconds, and put the model's copy of
