@@ -47,6 +47,13 @@ def log_model(detector: Detector, settings: Train) -> str:
         return tracking.log_model(folder)
 
 
+def log_empty_model() -> str:
+    """Logs a model without a network in a training's run; returns its address."""
+    with tempfile.TemporaryDirectory() as folder, tracking.run("train", Train()):
+        Path(folder, "model.json").write_text("{}")
+        return tracking.log_model(Path(folder))
+
+
 @contextmanager
 def stopped_in_training(number: int, monkeypatch: pytest.MonkeyPatch) -> Generator[None]:
     """Ctrl-C as soon as the training of that number in the block has saved its first checkpoint."""

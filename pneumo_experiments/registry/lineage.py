@@ -11,11 +11,11 @@ from mlflow.entities import Run
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
 from pneumo_experiments.registry.scores import read_artifact
-from pneumo_experiments.registry.versions import if_exists
 from pneumo_experiments.settings import NONE, Train, as_text, is_none, leaves
 from pneumo_experiments.tracking.code_version import CODE_VERSION_TAG, code_version
 from pneumo_experiments.tracking.experiment import STAGE_TAG
-from pneumo_experiments.tracking.log import link_to_run
+from pneumo_experiments.tracking.log import link_to
+from pneumo_experiments.tracking.servers import if_exists
 
 STUDY_PARAM = "study_used"  # of a search, and of a training whose settings it found: the study's name
 MAX_DEPTH = 4  # main, train and fold, and one to spare
@@ -41,19 +41,19 @@ def lineage(model_ids: Sequence[str], fingerprint: str) -> Lineage:
     client: Any = MlflowClient()
     links, runs = dict[str, str](), list[Run]()
     for place, model_id in enumerate(model_ids, start=1):
-        model = if_exists(lambda model_id=model_id: client.get_logged_model(model_id))
+        model = if_exists(client.get_logged_model, model_id)
         run = _run(model.source_run_id) if model else None
         if run is None:
             continue
         runs.append(run)
         number = f" {place}" if len(model_ids) > 1 else ""
-        links |= {f"training{number}": _page(run), f"config{number}": _page(run, "config.yaml")}
+        links |= {f"training{number}": link_to(run.info), f"config{number}": link_to(run.info, "config.yaml")}
         if (search := _search_of(run)) is not None:
-            links[f"search{number}"] = _page(search)
+            links[f"search{number}"] = link_to(search.info)
     if (data := _preprocess_of(fingerprint)) is not None:
-        files: list[Any] = if_exists(lambda: client.list_artifacts(data.info.run_id)) or []
+        files: list[Any] = if_exists(client.list_artifacts, data.info.run_id) or []
         reports = [file.path for file in files if file.path.endswith(".report.html")]
-        links["data report"] = _page(data, *reports[:1])
+        links["data report"] = link_to(data.info, *reports[:1])
     versions = dict.fromkeys(run.data.tags.get(CODE_VERSION_TAG, "unknown") for run in runs)
     code = ", ".join(versions) or code_version()
     return Lineage(links, [run.info.run_id for run in runs], code, _shaping(runs[0]) if runs else {})
@@ -64,7 +64,7 @@ def changes(champion_id: str | None, origin: Lineage) -> dict[str, tuple[str, st
 
     What is unknown of one of them is left out.
     """
-    model = if_exists(lambda: MlflowClient().get_logged_model(champion_id)) if champion_id else None
+    model = if_exists(MlflowClient().get_logged_model, champion_id) if champion_id else None
     run = _run(model.source_run_id) if model else None
     before, now = _shaping(run) if run else {}, origin.shaping
     return {name: (text, now[name]) for name, text in before.items() if now.get(name, text) != text}
@@ -82,13 +82,9 @@ def _shaping(run: Run) -> dict[str, str]:
 
 def score_links(run_id: str) -> dict[str, str]:
     """Links to the run that scored a model."""
-    run = _run(run_id)
-    return {"scores": _page(run), "report of the scores": _page(run, "report.html")} if run else {}
-
-
-def _page(run: Run, artifact: str = "") -> str:
-    """The page of a run, or of one of its artifacts."""
-    return link_to_run(run.info.experiment_id, run.info.run_id, artifact)
+    if (run := _run(run_id)) is None:
+        return {}
+    return {"scores": link_to(run.info), "report of the scores": link_to(run.info, "report.html")}
 
 
 def _search_of(training: Run) -> Run | None:
@@ -123,11 +119,11 @@ def _preprocess_of(fingerprint: str) -> Run | None:
 
 
 def _run(run_id: str) -> Run | None:
-    return if_exists(lambda: MlflowClient().get_run(run_id))
+    return if_exists(MlflowClient().get_run, run_id)
 
 
 def _last(experiments: list[str], condition: str) -> Run | None:
     """The latest run that meets a condition."""
     client: Any = MlflowClient()
-    found = if_exists(lambda: client.search_runs(experiments, condition, max_results=1, order_by=NEWEST))
+    found = if_exists(client.search_runs, experiments, condition, max_results=1, order_by=NEWEST)
     return found[0] if found else None

@@ -75,17 +75,6 @@ class ModelCard:
         return next((row for row in self.groups if row["group"] == "all"), dict[str, Any]())
 
     @property
-    def dice(self) -> str:
-        """Dice with its interval, of a model that has a score."""
-        assert self.decision.challenge.score is not None
-        return _score_text(self.decision.challenge.score.metrics, "dice")
-
-    @property
-    def is_unreliable(self) -> bool:
-        """Whether too few patients bear on the interval of Dice."""
-        return bool(self.everyone.get("dice_note"))
-
-    @property
     def sizes(self) -> list[tuple[str, Row]]:
         """Name and row of all images, and of each third of the findings by area."""
         thirds = [(row["value"], row) for row in self.groups if row["group"] == "area"]

@@ -15,11 +15,10 @@ import yaml
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
-from pneumo_experiments import tracking
 from pneumo_experiments.errors import UserError
-from pneumo_experiments.registry.versions import if_exists
+from pneumo_experiments.tracking.log import active_runs
 from pneumo_experiments.tracking.mlflow_calls import SCORE_TAG
-from pneumo_experiments.tracking.servers import is_outage
+from pneumo_experiments.tracking.servers import if_exists, is_outage
 from pneumo_experiments.words import plural
 
 # Subsets whose images neither trained a model nor chose its epoch or thresholds.
@@ -65,7 +64,7 @@ class BestModel(NamedTuple):
 
 def scores_of(model_id: str | None) -> dict[str, UnseenScore]:
     """A logged model's scores on unseen images by identity; none for one that is deleted or not logged."""
-    model = if_exists(lambda: MlflowClient().get_logged_model(model_id)) if model_id else None
+    model = if_exists(MlflowClient().get_logged_model, model_id) if model_id else None
     return _scores_in(model) if model else {}
 
 
@@ -76,8 +75,8 @@ def best_model(identity: str | None) -> BestModel:
     scored on it, else the hold-out split that was scored last, or without one the external data set.
     Raises UserError if no model was scored on unseen images.
     """
-    experiment = tracking.experiment_of_active_run()
-    models = mlflow.search_logged_models(experiment_ids=[experiment], output_format="list")
+    experiments = [active_runs[-1].info.experiment_id]
+    models = mlflow.search_logged_models(experiment_ids=experiments, output_format="list")
     scores = [(score, model.model_id) for model in models for score in _scores_in(model).values()]
     if not scores:
         raise UserError(

@@ -6,7 +6,7 @@ Aliases say who is; tags and descriptions say the rest, and outlast what they te
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager, redirect_stderr, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -18,8 +18,8 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from pneumo_experiments.errors import UserError
-from pneumo_experiments.tracking import model_id_of
-from pneumo_experiments.tracking.servers import is_outage
+from pneumo_experiments.tracking import model_info
+from pneumo_experiments.tracking.servers import if_exists, is_outage
 
 CHAMPION, CHALLENGER, NONE = "champion", "challenger", "none"  # aliases, and neither
 PROJECT_TAG, PROJECT = "project", "pneumo_experiments"  # of our registered models
@@ -71,16 +71,6 @@ class ChampionPeriod:
     reason: str
 
 
-def if_exists(call: Callable[[], Any]) -> Any:
-    """What a call of MLflow answers; None if what it is about does not exist. An outage is raised."""
-    try:
-        return call()
-    except MlflowException as error:
-        if is_outage(error):
-            raise
-        return None
-
-
 @contextmanager
 def refusals(setting: str, remedy: str) -> Generator[None]:
     """Raises UserError for what the store refuses; an outage stays MLflow's error."""
@@ -110,7 +100,7 @@ def claim(name: str) -> None:
 
 def is_ours(name: str) -> bool:
     """Whether there is a registered model of this project with the name."""
-    model = if_exists(lambda: _client().get_registered_model(name))
+    model = if_exists(_client().get_registered_model, name)
     return model is not None and model.tags.get(PROJECT_TAG) == PROJECT
 
 
@@ -126,14 +116,14 @@ def registering(address: str, name: str) -> Generator[Version]:
 
     Raises UserError for what the store refuses, here and in the block: see ``deciding``.
     """
-    model_id = model_id_of(address)
+    model_id = model_info(address).model_id
     claim(name)
     # By model id: a runs:/ address would register the run's last model.
     source = f"models:/{model_id}" if model_id else address
     silence = redirect_stderr(StringIO())  # it would say that the model exists already, which claim made
     with refusals(f"name={name}: cannot be registered", "use letters and digits"), silence:
         new = mlflow.register_model(source, name)  # pyright: ignore[reportUnknownMemberType]
-    with deciding(_version(new, champion=False)) as version:
+    with deciding(_version(new)) as version:
         yield version
 
 
@@ -151,14 +141,14 @@ def deciding(version: Version) -> Generator[Version]:
 
 def champion_of(name: str) -> Version | None:
     """The version with the alias champion; None if there is no such alias or registered model."""
-    found = if_exists(lambda: _client().get_model_version_by_alias(name, CHAMPION))
-    return None if found is None else _version(found, champion=True)
+    found = if_exists(_client().get_model_version_by_alias, name, CHAMPION)
+    return None if found is None else _version(found)
 
 
 def version_of(name: str, number: str) -> Version | None:
     """A version by number; None if it does not exist or was deleted."""
-    found = if_exists(lambda: _client().get_model_version(name, number))
-    return None if found is None else _version(found, CHAMPION in found.aliases)
+    found = if_exists(_client().get_model_version, name, number)
+    return None if found is None else _version(found)
 
 
 def version_with(name: str, members: str) -> Version | None:
@@ -190,10 +180,9 @@ def count_decision(version: Version, identity: str) -> int:
 
 
 def _versions(name: str) -> list[Version]:
-    """All versions of a registered model; none is said to be the champion."""
+    """All versions of a registered model."""
     quote = '"' if "'" in name else "'"
-    found = _client().search_model_versions(f"name = {quote}{name}{quote}")
-    return [_version(each, champion=False) for each in found]
+    return [_version(each) for each in _client().search_model_versions(f"name = {quote}{name}{quote}")]
 
 
 def decide(version: Version, alias: str, tags: Mapping[str, str]) -> None:
@@ -218,7 +207,7 @@ def make_champion(version: Version, reason: str) -> None:
     move = {"version": number, "replaced": replaced, "reason": reason[:MAX_REASON]}
     client.set_registered_model_tag(name, MOVE_TAG + time, json.dumps(move))
     if str(client.get_registered_model(name).aliases.get(CHALLENGER)) == number:
-        if_exists(lambda: client.delete_registered_model_alias(name, CHALLENGER))
+        if_exists(client.delete_registered_model_alias, name, CHALLENGER)
 
 
 def describe(version: Version, card: str) -> None:
@@ -287,9 +276,9 @@ def _set_alias(version: Version, alias: str) -> None:
         _client().set_registered_model_alias(version.name, alias, version.number)
 
 
-def _version(found: Any, champion: bool) -> Version:
-    source, description = str(found.source or ""), str(found.description or "")
-    return Version(str(found.name), str(found.version), dict(found.tags), champion, source, description)
+def _version(found: Any) -> Version:
+    source, description, is_champion = found.source or "", found.description or "", CHAMPION in found.aliases
+    return Version(found.name, str(found.version), dict(found.tags), is_champion, source, description)
 
 
 def _client() -> Any:  # parts of it have no types

@@ -78,7 +78,7 @@ def _register(settings: Register) -> Version:
     detector = load_models(model, settings.dataset, Device())  # what cannot be loaded must not be registered
     if settings.export == "onnx":
         _export(settings.onnx_file, detector)
-    members = [id for address in addresses if (id := tracking.model_id_of(address))]
+    members = [id for address in addresses if (id := tracking.model_info(address).model_id)]
     versions.claim(name)
     identity = ",".join(members)
     if len(members) > 1:  # the same models may have other thresholds, by the data set that was named

@@ -211,7 +211,8 @@ def _score_labelled(settings: Score, detector: Detector | None, model: str | Non
 def _evaluate(settings: Score, detector: Detector | None, dataset: Dataset | LabelTable) -> _LabelledScore:
     """Evaluates the detector, or without one ``predictions``, on the images that are asked for."""
     # Asked before the long work: the store may be unreachable after it.
-    runs = [run for each in addresses_of(settings.model) if detector and (run := tracking.run_of(each))]
+    models = [tracking.model_info(each) for each in addresses_of(settings.model)] if detector else []
+    runs = [model.run_id for model in models if model.run_id]
     other = None
     if not is_none(settings.baseline) and not Path(settings.baseline).is_file():
         other = load_models(settings.baseline, settings.dataset, settings.compute, "baseline")

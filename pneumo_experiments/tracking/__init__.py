@@ -21,7 +21,6 @@ from pneumo_experiments.tracking.log import (
     artifacts_of_active_run,
     describe,
     disabled,
-    experiment_of_active_run,
     link_to_active_run,
     log_csv,
     log_dataset,
@@ -41,7 +40,7 @@ from pneumo_experiments.tracking.log import (
     page_of_active_run,
     rename,
 )
-from pneumo_experiments.tracking.models import delete_model, model_data, model_id_of, run_of
+from pneumo_experiments.tracking.models import delete_model, model_data, model_info
 from pneumo_experiments.tracking.processes import end_with_mlflow_run, has_ended, process_tags
 from pneumo_experiments.tracking.runs import end_if_running, joined_run, run
 from pneumo_experiments.tracking.servers import check_server, database_file, with_driver

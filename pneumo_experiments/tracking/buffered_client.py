@@ -165,22 +165,17 @@ class BufferedClient:
         start = time.monotonic()
         if start < self._next_attempt:
             raise StoreUnreachable
-        path = {"path": str(self.folder / arguments["path"])} if "path" in arguments else {}
+        path, responds = {"path": str(self.folder / arguments["path"])} if "path" in arguments else {}, False
         try:
             ping(mlflow.get_tracking_uri())  # MLflow itself would wait for minutes
-        except OSError as error:
-            raise self._unreachable(start) from error
-        try:
+            responds = True
             return CALLS[call](**{**arguments, **path})
-        except (MlflowException, requests.RequestException) as error:
-            if not is_outage(error):
+        except (MlflowException, OSError) as error:
+            if responds and not is_outage(error):
                 raise
-            raise self._unreachable(start) from error
-
-    def _unreachable(self, start: float) -> StoreUnreachable:
-        now = time.monotonic()
-        self._next_attempt = now + max(RETRY_SECONDS, RETRY_FACTOR * (now - start))
-        return StoreUnreachable()
+            now = time.monotonic()
+            self._next_attempt = now + max(RETRY_SECONDS, RETRY_FACTOR * (now - start))
+            raise StoreUnreachable from error
 
     def _write(self, sent: Sequence[Path] = ()) -> None:
         """Rewrites the file; then removes these copies, and what is empty."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import zlib
 from base64 import b64encode
-from dataclasses import dataclass
 
 from mlflow.entities import Experiment
 from mlflow.utils.mlflow_tags import (
@@ -37,60 +36,48 @@ the challenge's Dice with its 95% interval; compare models by it |
 Compare each Dice with `dice_baseline`, the Dice of an empty mask for every image."""
 
 
-@dataclass(frozen=True)
-class View:
-    """A table of the runs of one stage: its columns, sorted by the first one, highest first."""
-
-    stage: str
-    metrics: tuple[str, ...]
-    params: tuple[str, ...]
-
-    def tag(self, name: str) -> str:
-        """The value of the experiment's tag by which the UI knows the view."""
-        columns = [f"metrics.`{metric}`" for metric in self.metrics]
-        columns += [f"params.`{param}`" for param in self.params]
-        state = {
-            "searchFilter": f"tags.`{STAGE_TAG}` = '{self.stage}' and attributes.status != 'FAILED'",
-            "orderByKey": columns[0],
-            "orderByAsc": False,
-            "selectedColumns": columns,
-            "columnOrder": [RUN_NAME, *columns],
-            "columnWidths": {RUN_NAME: 330} | {column: max(95, 8 * len(column) - 50) for column in columns},
-        }
-        packed = b64encode(zlib.compress(json.dumps(state).encode())).decode()
-        times = {"createdAt": SINCE_MS, "updatedAt": SINCE_MS}
-        return json.dumps({"name": name, **times, "state": f"deflate;{packed}"})
-
-
-WEIGHTS = ("bce_weight", "dice_weight", "focal_weight")
+WEIGHTS = "bce_weight dice_weight focal_weight"
+# Of each view of the UI: the stage whose runs it shows, and its columns of metrics and params.
 VIEWS = {
-    "trainings": View(
+    "trainings": (
         "train",
-        ("dice", "dice_low", "dice_high", "dice_positive", "val/dice"),
-        (
-            *("dice_baseline", "network", "image_size", "weights", "epochs", "best_epoch", "learning_rate"),
-            *(*WEIGHTS, "fold", "seed"),
-        ),
+        "dice dice_low dice_high dice_positive val/dice",
+        f"dice_baseline network image_size weights epochs best_epoch learning_rate {WEIGHTS} fold seed",
     ),
-    "trials": View(
+    "trials": (
         "trial",
-        ("trial/value", "epoch/dice_positive", "trial/seconds"),
-        ("trial_state", *WEIGHTS, "learning_rate"),
+        "trial/value epoch/dice_positive trial/seconds",
+        f"trial_state {WEIGHTS} learning_rate",
     ),
-    "scores": View(
+    "scores": (
         "score",
-        (
-            *("dice", "dice_low", "dice_high", "dice_positive", "holdout/dice", "all/dice"),
-            *("sensitivity", "specificity", "auroc"),
-        ),
-        ("dice_baseline", "images", "positives", "subset", "model"),
+        "dice dice_low dice_high dice_positive holdout/dice all/dice sensitivity specificity auroc",
+        "dice_baseline images positives subset model",
     ),
 }
 
 
+def _view_tag(name: str) -> str:
+    """The value of the experiment's tag by which the UI knows a view, sorted by its first column, falling."""
+    stage, metrics, params = VIEWS[name]
+    columns = [f"metrics.`{metric}`" for metric in metrics.split()]
+    columns += [f"params.`{param}`" for param in params.split()]
+    state = {
+        "searchFilter": f"tags.`{STAGE_TAG}` = '{stage}' and attributes.status != 'FAILED'",
+        "orderByKey": columns[0],
+        "orderByAsc": False,
+        "selectedColumns": columns,
+        "columnOrder": [RUN_NAME, *columns],
+        "columnWidths": {RUN_NAME: 330} | {column: max(95, 8 * len(column) - 50) for column in columns},
+    }
+    packed = b64encode(zlib.compress(json.dumps(state).encode())).decode()
+    times = {"createdAt": SINCE_MS, "updatedAt": SINCE_MS}
+    return json.dumps({"name": name, **times, "state": f"deflate;{packed}"})
+
+
 def missing_tags(experiment: Experiment) -> dict[str, str]:
     """Tags that the experiment needs for the UI; a description that it has stays."""
-    wanted = {VIEW_TAG + name: view.tag(name) for name, view in VIEWS.items()}
+    wanted = {VIEW_TAG + name: _view_tag(name) for name in VIEWS}
     once = {
         KIND_TAG: "custom_model_development",
         NOTE_TAG: DESCRIPTION,

@@ -24,6 +24,7 @@ from mlflow.data.meta_dataset import MetaDataset
 from mlflow.data.sources import (
     LocalArtifactDatasetSource,  # pyright: ignore[reportAttributeAccessIssue, reportUnknownVariableType]
 )
+from mlflow.entities import RunInfo
 from mlflow.utils.mlflow_tags import MLFLOW_LOGGED_ARTIFACTS, MLFLOW_RUN_NAME, MLFLOW_RUN_NOTE
 from numpy.typing import NDArray
 from PIL import Image
@@ -32,7 +33,7 @@ from pneumo_experiments.passwords import hide_passwords
 from pneumo_experiments.settings import as_text
 from pneumo_experiments.tracking.buffered_client import BufferedClient, StoreUnreachable
 from pneumo_experiments.tracking.mlflow_calls import SCORE_TAG
-from pneumo_experiments.tracking.models import model_id_of, save_model
+from pneumo_experiments.tracking.models import model_info, save_model
 from pneumo_experiments.tracking.servers import local_path
 from pneumo_experiments.words import command, escape
 
@@ -49,13 +50,15 @@ log = logging.getLogger(__name__)
 class ActiveRun:
     """A run of this process; ``client`` is shared by the runs that are nested in each other."""
 
-    id: str
-    experiment_id: str
-    artifacts: str  # address
-    start_ms: int  # since 1970
+    info: RunInfo
     client: BufferedClient
-    is_named: bool = False  # by a person
+    is_named: bool  # by a person
     tables: list[str] = field(default_factory=list[str])
+
+    @property
+    def id(self) -> str:
+        """Id of the run."""
+        return self.info.run_id
 
 
 active_runs: list[ActiveRun] = []  # the innermost one last; none in a helper process
@@ -82,20 +85,14 @@ def active_run() -> str | None:
     return active_runs[-1].id if active_runs else None
 
 
-def experiment_of_active_run() -> str:
-    """Id of the active run's experiment."""
-    return active_runs[-1].experiment_id
-
-
 def link_to_active_run(artifact: str = "") -> str:
     """The active run's page in the UI, or that of an artifact, relative to every other page of the UI."""
-    run = active_runs[-1]
-    return link_to_run(run.experiment_id, run.id, artifact)
+    return link_to(active_runs[-1].info, artifact)
 
 
-def link_to_run(experiment_id: str, run_id: str, artifact: str = "") -> str:
+def link_to(run: RunInfo, artifact: str = "") -> str:
     """A run's page in the UI, or that of an artifact, relative to every other page of the UI."""
-    page = f"#/experiments/{experiment_id}/runs/{run_id}"
+    page = f"#/experiments/{run.experiment_id}/runs/{run.run_id}"
     return f"{page}/artifacts/{quote(artifact)}" if artifact else f"{page}?{MODEL_TRAINING}"
 
 
@@ -109,14 +106,14 @@ def page_of_active_run() -> str:
 
 def artifacts_of_active_run() -> str:
     """Location of the active run's artifacts: a folder if they are local, else an address."""
-    address = active_runs[-1].artifacts
+    address = active_runs[-1].info.artifact_uri or ""
     return str(local_path(address) or address)
 
 
 def send(call: str, **arguments: Any) -> None:
-    """Sends a call of tracking.mlflow_calls about the active run, now or when the store is reachable."""
+    """Sends a call of tracking.mlflow_calls, by default about the active run, now or when it is possible."""
     if is_enabled():
-        active_runs[-1].client.send_or_buffer(call, run_id=active_runs[-1].id, **arguments)
+        active_runs[-1].client.send_or_buffer(call, **{"run_id": active_runs[-1].id, **arguments})
 
 
 def now_ms() -> int:
@@ -169,7 +166,7 @@ def log_scores(
     of the model is without them.
     """
     images = _data_set(path, f"{path.stem} {facts['subset']}", identity)
-    model_id = None if model is None else model_id_of(model)
+    model_id = None if model is None else model_info(model).model_id
     if model_id is not None and is_enabled():
         texts = json.dumps({name: as_text(value) for name, value in facts.items()})
         tags = {SCORE_TAG + identity: texts}
@@ -197,13 +194,11 @@ def log_image_step(pixels: NDArray[np.uint8], key: str, step: int, run_id: str |
 
     Of the active run, or of the one given.
     """
-    if is_enabled():
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder, "image.png")
-            Image.fromarray(pixels).save(path)
-            active = active_runs[-1]
-            values = {"path": str(path), "key": key, "step": step, "timestamp": now_ms()}
-            active.client.send_or_buffer("image", run_id=run_id or active.id, **values)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "image.png")
+        Image.fromarray(pixels).save(path)
+        other = {"run_id": run_id} if run_id else {}
+        send("image", path=str(path), key=key, step=step, timestamp=now_ms(), **other)
 
 
 def log_json(value: Mapping[str, Any], name: str) -> None:

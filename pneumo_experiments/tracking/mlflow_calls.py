@@ -16,6 +16,7 @@ from mlflow.utils.mlflow_tags import MLFLOW_LOGGED_IMAGES
 from PIL import Image
 
 from pneumo_experiments.tracking.models import upload
+from pneumo_experiments.tracking.servers import if_exists
 from pneumo_experiments.words import escape
 
 SCORE_TAG = "score."  # tag of a model: followed by the identity of the scored images
@@ -54,17 +55,12 @@ def training_scores(
 
     At another step than the model's: else MLflow would give them to the model once more, without the images.
     """
-    client, training = MlflowClient(), None
-    try:
-        training = client.get_logged_model(model_id).source_run_id
-        is_there = training != run_id and client.get_run(training or "").info.lifecycle_stage == "active"
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-            raise
-        is_there = False
-    if training and is_there:
-        metrics(training, values, timestamp, step=1)
-        params(training, constants)
+    client = MlflowClient()
+    model = if_exists(client.get_logged_model, model_id)
+    training = if_exists(client.get_run, model.source_run_id) if model and model.source_run_id else None
+    if training and training.info.run_id != run_id and training.info.lifecycle_stage == "active":
+        metrics(training.info.run_id, values, timestamp, step=1)
+        params(training.info.run_id, constants)
 
 
 def params(run_id: str, values: Mapping[str, str]) -> None:
@@ -119,15 +115,7 @@ def end(run_id: str, status: str, end_time: int) -> None:
     MlflowClient().set_terminated(run_id, status, end_time)
 
 
-CALLS: dict[str, Callable[..., str | None]] = {
-    "metrics": metrics,
-    "training_scores": training_scores,
-    "params": params,
-    "tags": tags,
-    "model_tags": model_tags,
-    "dataset": dataset,
-    "artifact": artifact,
-    "image": image,
-    "model": upload,
-    "end": end,
+CALLS: Mapping[str, Callable[..., str | None]] = {"model": upload} | {
+    call.__name__: call
+    for call in (metrics, training_scores, params, tags, model_tags, dataset, artifact, image, end)
 }

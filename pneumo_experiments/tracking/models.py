@@ -85,7 +85,7 @@ def save_model(folder: Path, data: Path) -> None:
     )
 
 
-def upload(run_id: str, path: str, name: str = "pneumothorax") -> str:
+def upload(run_id: str, path: str, name: str) -> str:
     """Logs a folder that ``save_model`` wrote as a model of a run; returns ``models:/<id>``.
 
     mlflow.pyfunc.log_model would load it to try its example, which takes seconds, and put the model's copy of
@@ -161,17 +161,11 @@ def _cannot_be_loaded(given: str, reason: str) -> UserError:
     return UserError(f"{given}: cannot be loaded ({reason}); {remedy}")
 
 
-def model_id_of(address: str) -> str | None:
-    """Id of the logged model at an address; None if it is no logged model."""
-    return _info(address).model_id
+def model_info(address: str) -> ModelInfo:
+    """What MLflow knows of a model: ``model_id`` and ``run_id`` are None or empty if it is no logged model.
 
-
-def run_of(address: str) -> str | None:
-    """Id of the run that logged the model at an address; None if it is no logged model."""
-    return _info(address).run_id or None
-
-
-def _info(address: str) -> ModelInfo:
+    Raises UserError if there is none at the address.
+    """
     try:
         return get_model_info(address)
     except MlflowException as error:

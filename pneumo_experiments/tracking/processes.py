@@ -38,10 +38,9 @@ def process_tags() -> dict[str, str]:
 def _machine_id() -> str:
     """Linux's machine id, boot id and pid namespace; each is empty if the system has none."""
     parts = ["", "", ""]
-    with suppress(OSError, ValueError):  # not ASCII
-        parts[0] = Path("/etc/machine-id").read_text(encoding="ascii").strip()
-    with suppress(OSError):
-        parts[1] = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    for place, path in enumerate(("/etc/machine-id", "/proc/sys/kernel/random/boot_id")):
+        with suppress(OSError):
+            parts[place] = Path(path).read_text(encoding="ascii", errors="backslashreplace").strip()
     with suppress(OSError):
         parts[2] = str(Path("/proc/self/ns/pid").readlink())
     return "/".join(parts)

@@ -12,7 +12,7 @@ from typing import Any
 import mlflow
 import psutil
 from mlflow import MlflowClient
-from mlflow.entities import Run, RunTag
+from mlflow.entities import Run, RunInfo, RunTag
 from mlflow.environment_variables import MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING
 from mlflow.exceptions import MlflowException
 from mlflow.tracking.context.registry import resolve_tags  # pyright: ignore[reportUnknownVariableType]
@@ -45,7 +45,7 @@ from pneumo_experiments.tracking.log import (
     send,
 )
 from pneumo_experiments.tracking.processes import end_orphaned_runs, end_with_mlflow_run, process_tags
-from pneumo_experiments.tracking.servers import check_server
+from pneumo_experiments.tracking.servers import check_server, if_exists
 from pneumo_experiments.tracking.store import SETTING, open_store, tracking_uri
 from pneumo_experiments.tracking.system_metrics import log_system_metrics
 
@@ -82,7 +82,7 @@ def run(
     with outages_as_user_errors():
         started, is_named = _start(stage, as_name(name or stage), continues, parent)
     status = "FAILED"
-    with _active(started, started.info.run_id, is_named) as active:
+    with _active(started.info, started.info.run_id, is_named) as active:
         try:
             samples = system_metrics or MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING.get()
             with outages_as_user_errors(), log_system_metrics(active) if samples else nullcontext():
@@ -113,34 +113,28 @@ def joined_run(run_id: str) -> Generator[None]:
     """
     with outages_as_user_errors():
         _, given = _open()
-        try:
-            joined = MlflowClient().get_run(run_id)
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-                raise
+        joined = if_exists(MlflowClient().get_run, run_id)
+        if joined is None:
             raise UserError(
                 f"{SETTING}={tracking_uri()}: has no run {run_id}, which this process was to join; give it"
                 " the same tracking server as the process that has that run"
-            ) from error
+            )
         _end_unused(given, run_id)
-    with _active(joined, f"{run_id}-{os.getpid()}", is_named=True):
+    with _active(joined.info, f"{run_id}-{os.getpid()}", is_named=True):
         yield
 
 
 @contextmanager
-def _active(started: Run, buffer: str, is_named: bool) -> Generator[ActiveRun]:
+def _active(info: RunInfo, buffer: str, is_named: bool) -> Generator[ActiveRun]:
     """Makes a run the active one; at the end of the outermost run, warns of unsent calls.
 
     A resumed run also sends the calls that an earlier process left in the ``buffer`` of this name.
     """
-    info, is_outermost = started.info, not active_runs
-    folder = (FOLDER / f"undelivered-{buffer}").absolute()
+    is_outermost, folder = not active_runs, (FOLDER / f"undelivered-{buffer}").absolute()
     client = BufferedClient(folder) if is_outermost else active_runs[-1].client
-    where = (info.run_id, info.experiment_id, info.artifact_uri or "", info.start_time or 0)
-    active = ActiveRun(*where, client, is_named)
-    active_runs.append(active)
+    active_runs.append(ActiveRun(info, client, is_named))
     try:
-        yield active
+        yield active_runs[-1]
     finally:
         active_runs.pop()
         if is_outermost:
@@ -167,7 +161,7 @@ def _start(stage: str, name: str, continues: str | None, parent: str | None) -> 
     """
     if active_runs:
         check_server(SETTING, mlflow.get_tracking_uri())  # since the outer run started
-        experiment, given, parent = active_runs[-1].experiment_id, None, active_runs[-1].id
+        experiment, given, parent = active_runs[-1].info.experiment_id, None, active_runs[-1].id
     else:
         experiment, given = _open()
     client: Any = MlflowClient()  # not earlier: it would create a store
@@ -212,13 +206,11 @@ def _end_unused(given: str | None, continued: str) -> None:
 
 
 def _is_resumable(run_id: str) -> bool:
-    try:
-        earlier = MlflowClient().get_run(run_id)
-    except MlflowException:
+    earlier = if_exists(MlflowClient().get_run, run_id)
+    if earlier is None or earlier.info.lifecycle_stage != "active":
         return False
     # A finished training is complete: resumed, it would have its last results twice.
-    is_open = earlier.info.status != "FINISHED" or earlier.data.tags.get(STAGE_TAG) == "search"
-    return earlier.info.lifecycle_stage == "active" and is_open
+    return earlier.info.status != "FINISHED" or earlier.data.tags.get(STAGE_TAG) == "search"
 
 
 def _is_random(name: str) -> bool:

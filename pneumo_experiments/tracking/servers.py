@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Callable
 from pathlib import Path
 from threading import Thread
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import requests
@@ -44,6 +46,16 @@ def is_outage(error: Exception) -> bool:
     else:
         return isinstance(error, requests.ConnectionError | requests.Timeout)
     return status in TEMPORARY_STATUSES or status >= 500
+
+
+def if_exists(call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    """What a call of MLflow answers; None if what it is about does not exist. An outage is raised."""
+    try:
+        return call(*arguments, **options)
+    except MlflowException as error:
+        if is_outage(error):
+            raise
+        return None
 
 
 def scheme_of(address: str) -> str:

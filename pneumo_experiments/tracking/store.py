@@ -16,7 +16,6 @@ from filelock import FileLock
 from mlflow import MlflowClient
 from mlflow.entities import Experiment, LifecycleStage, ViewType
 from mlflow.exceptions import MlflowException
-from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST
 from mlflow.store.db.base_sql_model import Base
 from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 from sqlalchemy import Engine, NullPool, create_engine, inspect, make_url, text
@@ -180,15 +179,13 @@ def _create_experiment(name: str) -> Experiment:
     client: Any = MlflowClient()
     # By default the artifacts would be stored in the working directory of the first process.
     file = database_file(mlflow.get_tracking_uri())
+    place = (file.parent / "mlruns").as_uri() if file else None
     try:
-        client.create_experiment(name, artifact_location=(file.parent / "mlruns").as_uri() if file else None)
+        return client.get_experiment(client.create_experiment(name, artifact_location=place))
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":  # another process has just created it
             raise
-    experiment = mlflow.get_experiment_by_name(name)
-    if experiment is None:
-        raise MlflowException(f"the experiment {name} cannot be created", RESOURCE_DOES_NOT_EXIST)
-    return experiment
+        return client.get_experiment_by_name(name)
 
 
 @contextmanager

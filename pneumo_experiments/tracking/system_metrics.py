@@ -89,7 +89,7 @@ def log_system_metrics(run: ActiveRun) -> Generator[None]:
                     values |= gpu.aggregate_metrics()
                     gpu.clear_metrics()
                 named, now = {f"system/{name}": float(value) for name, value in values.items()}, now_ms()
-                step = (now - run.start_ms) // 1000
+                step = (now - (run.info.start_time or 0)) // 1000
                 run.client.try_send("metrics", run_id=run.id, values=named, timestamp=now, step=step)
         except Exception as error:  # a lost GPU or a refused value must not end the run
             log.warning("system metrics stopped: %s", str(error).split("\n")[0])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sqlite3
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -17,13 +17,13 @@ import numpy as np
 import pytest
 from command_server import CommandServer
 from database_server import DatabaseServer
-from helpers import environment, make, soak
+from helpers import copy_store, environment, make, soak, store_address, working_in
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import BAD_REQUEST
 from numpy.typing import NDArray
 from tiny_network import tiny_member
-from tracked import log_model
+from tracked import log_empty_model, log_model
 
 from pneumo_experiments import tracking
 from pneumo_experiments.errors import UserError
@@ -36,6 +36,7 @@ from pneumo_experiments.registry.versions import Version
 from pneumo_experiments.serving import Detector
 from pneumo_experiments.settings import Register, Registry, Score, Train
 from pneumo_experiments.stages import register as register_stage
+from pneumo_experiments.tracking.servers import if_exists
 
 pytestmark = pytest.mark.usefixtures("no_code")
 
@@ -47,6 +48,34 @@ BASELINE = 0.125  # every eighth image has no finding
 Dices = Sequence[float] | NDArray[np.float64]
 
 
+@pytest.fixture(scope="module")
+def folder(empty_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of one store for all tests, whose models stay in it."""
+    return copy_store(empty_store, tmp_path_factory.mktemp("store")).parent
+
+
+@pytest.fixture
+def store(folder: Path) -> Iterator[Path]:
+    """The working directory: the folder of the store, where no model is registered yet."""
+    with working_in(folder, store_address(folder)):
+        yield folder
+    if_exists(MlflowClient(store_address(folder)).delete_registered_model, "lungs")
+
+
+@pytest.fixture(scope="module")
+def hard(folder: Path, no_code: None) -> str:
+    """A model that scored HARD on the hold-out, and on nothing else."""
+    with working_in(folder, store_address(folder)):
+        return logged(HARD)
+
+
+@pytest.fixture(scope="module")
+def weak_strong_new(folder: Path, no_code: None, tiny: None) -> list[str]:
+    """Models with the tiny network; the third one's score is between the others'."""
+    with working_in(folder, store_address(folder)):
+        return [servable(HARD + gain, "tiny") for gain in (0.0, 0.15, 0.05)]
+
+
 def area_px(image: int) -> int:
     """The area of the finding; every eighth image has none."""
     return 90 * (image % 8 < 7)
@@ -54,11 +83,7 @@ def area_px(image: int) -> int:
 
 def logged(dices: Dices | None = None) -> str:
     """A model without a network, that scored so on the hold-out."""
-    folder = Path("model")
-    folder.mkdir(exist_ok=True)
-    (folder / "model.json").write_text("{}")
-    with tracking.run("train", Train()):
-        model = tracking.log_model(folder)
+    model = log_empty_model()
     if dices is not None:
         scored(model, dices)
     return model
@@ -146,9 +171,11 @@ def existing(number: int) -> Version:
 # The rules
 
 
-def test_the_alias_moves_for_a_small_sure_gain_and_not_for_a_larger_unsure_one(store: Path) -> None:
-    first, sure, unsure = (logged(HARD + more) for more in (0.0, 0.003, 0.008 + NOISE))
-    assert registered(first).reason.endswith("decision 1 on these images requires 0.97")
+def test_the_alias_moves_for_a_small_sure_gain_and_not_for_a_larger_unsure_one(
+    store: Path, hard: str
+) -> None:
+    sure, unsure = (logged(HARD + more) for more in (0.003, 0.008 + NOISE))
+    assert registered(hard).reason.endswith("decision 1 on these images requires 0.97")
     assert aliases() == {"champion": "1"}
     decision, tags = registered(unsure), tags_of(2)
     assert (decision.alias, tags["decision"], aliases()["challenger"]) == ("challenger", "challenger", "2")
@@ -174,10 +201,10 @@ def test_the_alias_moves_for_a_small_sure_gain_and_not_for_a_larger_unsure_one(s
     }
 
 
-def test_the_bootstrap_is_over_patients_not_over_images(store: Path) -> None:
-    first, better = logged(HARD), logged()  # one patient of four has all the gain
+def test_the_bootstrap_is_over_patients_not_over_images(store: Path, hard: str) -> None:
+    better = logged()  # one patient of four has all the gain
     scored(better, HARD + np.where(np.arange(IMAGES) % 4 == 0, 0.05, -0.01), patients=4)
-    pair = pair_of(better, first)
+    pair = pair_of(better, hard)
     assert pair.comparison.difference == pytest.approx(0.005)
     fraction = np.mean(pair.comparison.resamples > 0)
     assert fraction == pytest.approx(1 - 0.75**4, abs=0.01)  # of images it is > 0.85
@@ -213,15 +240,15 @@ def test_later_decisions_require_more_and_the_limits_are_the_users(
     assert (found.alias, refusal in found.reason) == ("challenger" if refusal else "champion", True)
 
 
-def test_decisions_are_counted_on_each_set_of_images_and_outlast_versions(store: Path) -> None:
-    client, model = MlflowClient(), logged()
+def test_decisions_are_counted_on_each_set_of_images_and_outlast_versions(store: Path, hard: str) -> None:
+    client = MlflowClient()
     versions.claim("lungs")
 
     def count(number: int, identity: str = HOLDOUT) -> int:
         return versions.count_decision(Version("lungs", str(number), {}), identity)
 
     def decide_without_note(identity: str, decision: str) -> None:
-        client.create_model_version("lungs", model, tags={"identity": identity, "decision": decision})
+        client.create_model_version("lungs", hard, tags={"identity": identity, "decision": decision})
 
     for identity, decision in ((HOLDOUT, "champion"), (EXTERNAL, "champion"), (HOLDOUT, "none")):
         decide_without_note(identity, decision)
@@ -249,10 +276,9 @@ def test_a_champion_is_replaced_only_on_images_of_20_patients_with_a_finding(sto
     assert pair_of(better, first).new.identity == EXTERNAL  # although the hold-out decided before
 
 
-def test_a_first_champion_is_surely_better_than_empty_masks(store: Path) -> None:
-    surely, hardly = (
-        challenge(id_of(logged(dices)), None).pair for dices in (HARD, HARD - HARD.mean() + BASELINE + 0.02)
-    )
+def test_a_first_champion_is_surely_better_than_empty_masks(store: Path, hard: str) -> None:
+    barely = logged(HARD - HARD.mean() + BASELINE + 0.02)
+    surely, hardly = (challenge(id_of(model), None).pair for model in (hard, barely))
     assert surely is not None and hardly is not None
     empty = np.arange(IMAGES) % 8 == 7
     assert (surely.positives, surely.other_dice) == (np.sum(~empty), BASELINE)
@@ -268,12 +294,12 @@ def test_a_first_champion_is_surely_better_than_empty_masks(store: Path) -> None
         assert reason in decision.reason
 
 
-def test_always_overrides_visibly_and_never_leaves_the_aliases(store: Path) -> None:
-    model, worse = logged(HARD), logged(HARD - 0.01)
-    assert registered(model, promote="never").alias == "none"
+def test_always_overrides_visibly_and_never_leaves_the_aliases(store: Path, hard: str) -> None:
+    worse = logged(HARD - 0.01)
+    assert registered(hard, promote="never").alias == "none"
     assert aliases() == {}
     assert (tags_of(1)["decision"], tags_of(1)["reason"]) == ("none", "promote=never")
-    assert registered(model).alias == "champion"
+    assert registered(hard).alias == "champion"
     assert registered(worse, promote="never").alias == "none"
     assert aliases() == {"champion": "2"}
     forced = registered(worse, promote="always")
@@ -312,8 +338,8 @@ def test_models_compare_on_the_champions_images_else_on_any_that_both_were_score
         assert pair.comparison.difference == pytest.approx(difference)
 
 
-def test_without_the_images_or_with_others_in_the_table_nothing_is_compared(store: Path) -> None:
-    first, second = logged(HARD), logged(HARD + 0.1)
+def test_without_the_images_or_with_others_in_the_table_nothing_is_compared(store: Path, hard: str) -> None:
+    second = logged(HARD + 0.1)
     run = MlflowClient().get_run(scores_of(id_of(second))[HOLDOUT].run_id)
     (table,) = Path(run.info.artifact_uri).rglob("scores.json")
     content = json.loads(table.read_text())
@@ -325,7 +351,7 @@ def test_without_the_images_or_with_others_in_the_table_nothing_is_compared(stor
         [[*row[:3], 90] for row in rows],  # not the logged baseline
     ):
         table.write_text(json.dumps({**content, "data": damaged}))
-        assert pair_of(second, first) is None
+        assert pair_of(second, hard) is None
     columns = content["columns"]
     for text in (
         json.dumps(content)[:-9],
@@ -337,14 +363,14 @@ def test_without_the_images_or_with_others_in_the_table_nothing_is_compared(stor
         json.dumps({"columns": columns, "data": [[*row[:2], "high", "large"] for row in rows]}),
     ):
         table.write_text(text)
-        assert pair_of(second, first) is None
+        assert pair_of(second, hard) is None
     table.write_text(json.dumps({**content, "data": rows[::-1]}))  # in another order
-    assert pair_of(second, first) is not None
+    assert pair_of(second, hard) is not None
     table.unlink()
     for champion, reason in (
         (None, "the table of its images is lost (no data set); score it again"),
         (
-            champion_by(HOLDOUT, first),
+            champion_by(HOLDOUT, hard),
             "version 1: they have no scores of the same images (no data set); score both",
         ),
     ):
@@ -356,15 +382,15 @@ def test_without_the_images_or_with_others_in_the_table_nothing_is_compared(stor
 # Who was champion when
 
 
-def test_the_history_shows_which_version_was_champion_when_and_why(store: Path) -> None:
-    client, model = MlflowClient(), logged()
+def test_the_history_shows_which_version_was_champion_when_and_why(store: Path, hard: str) -> None:
+    client = MlflowClient()
     for alias, reason in (
         ("champion", "first"),
         ("champion", "better"),
         ("challenger", "worse"),
         ("champion", "best"),
     ):
-        decided(model, alias, {"reason": reason, "dice": "0.56789"})
+        decided(hard, alias, {"reason": reason, "dice": "0.56789"})
     versions.make_champion(existing(2), "by hand")
     periods = versions.history("lungs")
     rows = [(each.number, each.reason, each.dice) for each in periods]
@@ -382,7 +408,7 @@ def test_the_history_shows_which_version_was_champion_when_and_why(store: Path) 
         ("3", "unknown", "now"),
     ]
     client.set_registered_model_tag("lungs", "champion.of", "the year")  # somebody's own tag
-    decided(model, "champion", {"reason": "best of all"})
+    decided(hard, "champion", {"reason": "best of all"})
     last = versions.history("lungs")[-3:]
     assert [(each.number, each.until) for each in last] == [
         *(("2", "unknown"), ("3", last[-1].since), ("5", "now")),
@@ -397,53 +423,54 @@ def test_the_history_shows_which_version_was_champion_when_and_why(store: Path) 
 # Faults
 
 
-def test_only_a_registered_model_with_our_tag_is_ours(store: Path) -> None:
-    client, model = MlflowClient(), logged(HARD)
+def test_only_a_registered_model_with_our_tag_is_ours(store: Path, hard: str) -> None:
+    client = MlflowClient()
     client.create_registered_model("lungs")
     mlflow.genai.register_prompt("greeting", "Hello")
     for name in ("lungs", "greeting"):
         with pytest.raises(UserError, match=f"name={name}: is a registered model of another project"):
             versions.claim(name)
     with pytest.raises(UserError, match="or give it the tag project=pneumo_experiments if it is yours"):
-        registered(model)
+        registered(hard)
     assert not client.search_model_versions("name = 'lungs'")
     for name in ("lungs", "greeting", "nobody"):
         with pytest.raises(UserError, match=f"name={name}: no such registered model of this project"):
             versions.require_ours(name)
     client.set_registered_model_tag("lungs", "project", "pneumo_experiments")
-    assert registered(model).alias == "champion"
+    assert registered(hard).alias == "champion"
     versions.require_ours("lungs")
 
 
-def test_a_version_that_is_deleted_meanwhile_is_one_line_and_blocks_nobody(store: Path) -> None:
-    client, model = MlflowClient(), logged()
+def test_a_version_that_is_deleted_meanwhile_is_one_line_and_blocks_nobody(store: Path, hard: str) -> None:
+    client = MlflowClient()
     with (
         pytest.raises(UserError, match=r"name=lungs: version 1 cannot be decided \(.*not found\)"),
-        versions.registering(model, "lungs") as new,
+        versions.registering(hard, "lungs") as new,
     ):
         client.delete_model_version("lungs", new.number)
         versions.decide(new, "champion", {"reason": "the first"})
     assert aliases() == {}
-    decided(model, "champion", {"reason": "the first"})
-    with versions.registering(model, "lungs") as new:
+    decided(hard, "champion", {"reason": "the first"})
+    with versions.registering(hard, "lungs") as new:
         client.delete_model_version("lungs", "2")  # the champion, just before it is replaced
         versions.decide(new, "champion", {"reason": "better"})
     assert aliases() == {"champion": "3"}
     assert [each.number for each in versions.history("lungs")] == ["2", "3"]
 
 
-def test_a_store_that_takes_no_aliases_is_one_line(store: Path) -> None:
-    model = logged(HARD)
+def test_a_store_that_takes_no_aliases_is_one_line(store: Path, hard: str) -> None:
     with closing(sqlite3.connect("mlflow.db")) as database, database:
         database.execute(
             "CREATE TRIGGER none_here BEFORE INSERT ON registered_model_aliases"
             " BEGIN SELECT RAISE(ABORT, 'no aliases here'); END"
         )
     with pytest.raises(UserError, match=r"version 1 cannot be decided .*promote=never") as error:
-        registered(model)
+        registered(hard)
     assert "\n" not in str(error.value)
     assert "decision" not in tags_of(1)
-    assert registered(model, promote="never").alias == "none"
+    assert registered(hard, promote="never").alias == "none"
+    with closing(sqlite3.connect("mlflow.db")) as database, database:
+        database.execute("DROP TRIGGER none_here")
 
 
 # Several at once
@@ -493,11 +520,11 @@ def test_of_versions_registered_at_once_the_best_ends_as_champion(
     ],
 )
 def test_a_decision_is_made_again_if_another_process_moved_the_champion(
-    moment: str, promote: str, compared_with: str, alias: str, store: Path, tiny: None,
+    moment: str, promote: str, compared_with: str, alias: str, store: Path, weak_strong_new: list[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    weak, strong, new = (servable(HARD + gain, "tiny") for gain in (0.0, 0.15, 0.05))
-    for model in (weak, strong):
+    *others, new = weak_strong_new
+    for model in others:
         decided(model, "none", {})
     versions.make_champion(existing(1), "by hand")
 
@@ -517,11 +544,11 @@ def test_a_decision_is_made_again_if_another_process_moved_the_champion(
 
 
 def test_an_alias_that_another_process_sets_at_the_same_moment_is_moved(
-    store: Path, monkeypatch: pytest.MonkeyPatch
+    store: Path, hard: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """PostgreSQL refuses the second of two first rows of an alias."""
-    for model in [logged()] * 2:
-        decided(model, "none", {})
+    for _ in range(2):
+        decided(hard, "none", {})
     set_alias = MlflowClient.set_registered_model_alias
 
     def collide(client: MlflowClient, name: str, alias: str, number: str) -> None:

@@ -21,7 +21,7 @@ from mlflow import MlflowClient
 from mlflow.entities import DatasetInput, Run
 from mlflow.exceptions import MlflowException
 from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
-from tracked import artifact, last_run
+from tracked import artifact, last_run, log_empty_model
 from tracking_server import TIMEOUT_SECONDS, wait_until
 
 from pneumo_experiments import interrupts, tracking
@@ -37,7 +37,6 @@ from pneumo_experiments.settings import (
     as_config,
     as_params,
 )
-from pneumo_experiments.tracking import processes
 from pneumo_experiments.tracking.buffered_client import BufferedClient
 from pneumo_experiments.tracking.log import active_runs
 from pneumo_experiments.tracking.processes import is_dead, process_tags
@@ -122,7 +121,7 @@ def test_a_run_that_goes_on_after_an_error_no_longer_has_it(store: Path) -> None
 
 
 def test_scores_of_a_model_whose_training_is_purged_are_not_its_runs(store: Path) -> None:
-    model = logged(store, None)
+    model = log_empty_model()
     (run,) = runs(store).values()
     SqlAlchemyStore(store_address(store), "mlruns")._hard_delete_run(run.info.run_id)
     evaluated(model, 0.5)
@@ -173,29 +172,24 @@ def test_runs_nest_under_their_step_and_hold_the_settings_that_matter(store: Pat
     assert [(metric.step, metric.value) for metric in history] == [(1, 0.25), (2, 0.5)]
 
 
-@pytest.mark.parametrize(
-    ("error", "status"),
-    [
-        (UserError("a: is wrong; fix it"), "FAILED"),
-        (RuntimeError("a bug"), "FAILED"),
-        (KeyboardInterrupt(), "KILLED"),
-        (interrupts.Terminated(), "KILLED"),
-        (SystemExit(3), "FAILED"),
-    ],
-)
-def test_a_run_ends_as_its_step_does_and_its_parent_may_live_on(
-    store: Path, error: BaseException, status: str
-) -> None:
+def test_a_run_ends_as_its_step_does_and_its_parent_may_live_on(store: Path) -> None:
+    ends: dict[BaseException, tuple[str, str | None]] = {
+        UserError("a: is wrong; fix it"): ("FAILED", "a: is wrong; fix it"),
+        RuntimeError("a bug"): ("FAILED", "RuntimeError: a bug"),
+        KeyboardInterrupt(): ("KILLED", None),
+        interrupts.Terminated(): ("KILLED", None),
+        SystemExit(3): ("FAILED", None),
+    }
     with tracking.run("parent", Sample()):
-        with pytest.raises(type(error)), tracking.run("main", Sample()), tracking.run("sample", Sample()):
-            raise error
-        assert statuses(store) == {"parent": "RUNNING", "main": status, "sample": status}
-    assert statuses(store)["parent"] == "FINISHED"
-    reason = {UserError: "a: is wrong; fix it", RuntimeError: "RuntimeError: a bug"}.get(type(error))
-    for name in ("main", "sample"):
-        tags = runs(store)[name].data.tags
-        assert tags.get("error") == reason
-        assert tags.get("mlflow.note.content") == (reason and f"Failed: {reason}")
+        for error, (status, reason) in ends.items():
+            with pytest.raises(type(error)), tracking.run("main", Sample()), tracking.run("sample", Sample()):
+                raise error
+            for name in ("main", "sample"):
+                run = last_run(name)
+                assert (run.info.status, run.data.tags.get("error")) == (status, reason)
+                assert run.data.tags.get("mlflow.note.content") == (reason and f"Failed: {reason}")
+        assert last_run("parent").info.status == "RUNNING"
+    assert last_run("parent").info.status == "FINISHED"
     assert active_runs == []
 
 
@@ -294,16 +288,6 @@ def test_a_process_is_dead_only_if_that_is_certain(machine: str, this_machine: s
     assert is_dead(machine, f"{os.getpid()}:1.0", this_machine) == is_certain
 
 
-def test_a_machine_id_that_is_not_ascii_counts_as_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    read = Path.read_text
-
-    def read_text(path: Path, encoding: str) -> str:
-        return b"\xff".decode(encoding) if path.name == "machine-id" else read(path, encoding)
-
-    monkeypatch.setattr(Path, "read_text", read_text)
-    assert processes._machine_id.__wrapped__().startswith("/")
-
-
 def test_calls_left_by_a_killed_process_that_had_joined_the_run_are_named(
     store: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -371,22 +355,10 @@ def evaluated(model: str, dice: float, identity: str = HOLDOUT, subset: str = "h
         tracking.log_scores({"dice": dice}, model, Path("siim.h5"), identity, facts)
 
 
-def logged(store: Path, dice: float | None) -> str:
-    """Address of a model that scored ``dice`` on the hold-out part."""
-    folder = store / "model"
-    folder.mkdir(exist_ok=True)
-    (folder / "model.json").write_text("{}")
-    with tracking.run("train", Train()):
-        model = tracking.log_model(folder)
-    if dice is not None:
-        evaluated(model, dice)
-    return model
-
-
 def test_scores_and_their_table_outlast_an_outage_and_arrive_once_though_they_are_sent_twice(
     store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, rows = logged(store, None), [("a", 0.5), ("b", 1.0)]
+    model, rows = log_empty_model(), [("a", 0.5), ("b", 1.0)]
     with tracking.run("score", Score()) as run_id:
         client = active_runs[-1].client
         with monkeypatch.context() as patch:
@@ -415,32 +387,33 @@ def test_a_model_whose_upload_fails_is_not_left_pending(store: Path, monkeypatch
 
     monkeypatch.setattr(MlflowClient, "log_model_artifacts", fail)
     with pytest.raises(OSError, match="disk full"):
-        logged(store, None)
+        log_empty_model()
     (model,) = MlflowClient().search_logged_models(["0"])
     assert str(model.status) == "FAILED"
 
 
 def test_the_best_model_is_the_one_with_the_highest_dice_on_one_set_of_images(store: Path) -> None:
-    def best(identity: str | None = None) -> tuple[str, str, int]:
-        with tracking.run("register", Register()):
-            return best_model(identity)
-
-    unscored = logged(store, None)
-    with pytest.raises(UserError, match="model=best: no model"):
-        best()
-    evaluated(unscored, 0.99, HOLDOUT, "train")
-    with pytest.raises(UserError, match="model=best: no model"):
-        best()
-    _, highest, other = logged(store, 0.8), logged(store, 0.9), logged(store, None)
-    images = "48 holdout images (aaaaaaaa)"
-    assert best() == (highest, f"best of 2 models scored on {images}, the images scored last", 2)
-    evaluated(other, 0.95, EXTERNAL, "external")
-    assert best()[0] == highest
-    evaluated(other, 0.95, "c" * 32, "holdout")
-    assert best()[0] == other
-    assert "best of 1 model scored on 48 holdout images (cccccccc)" in best()[1]
-    assert best(HOLDOUT) == (highest, f"best of 2 models scored on {images}, the champion's images", 2)
-    assert best("d" * 32)[0] == other
+    lower, highest, other = (log_empty_model() for _ in range(3))
+    with tracking.run("register", Register()):
+        with pytest.raises(UserError, match="model=best: no model"):
+            best_model(None)
+        evaluated(other, 0.99, HOLDOUT, "train")
+        with pytest.raises(UserError, match="model=best: no model"):
+            best_model(None)
+        evaluated(lower, 0.8)
+        evaluated(highest, 0.9)
+        images = "48 holdout images (aaaaaaaa)"
+        last = (highest, f"best of 2 models scored on {images}, the images scored last", 2)
+        assert best_model(None) == last
+        evaluated(other, 0.95, EXTERNAL, "external")
+        assert best_model(None) == last
+        evaluated(other, 0.95, "c" * 32, "holdout")
+        address, line, models = best_model(None)
+        assert (address, models) == (other, 1)
+        assert "best of 1 model scored on 48 holdout images (cccccccc)" in line
+        assert best_model("d" * 32).address == other
+        champions = f"best of 2 models scored on {images}, the champion's images"
+        assert best_model(HOLDOUT) == (highest, champions, 2)
 
 
 # Real processes
