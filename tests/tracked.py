@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import tempfile
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
