@@ -189,10 +189,10 @@ class Trainer:
         )
 
     def _schedule_after(self, steps: int) -> LambdaLR:
+        # Of this object it must know nothing: in a circle, networks would stay in memory after a training.
+        recipe, total = self.recipe, self.total_steps
         return LambdaLR(
-            self.optimizer,
-            lambda step: lr_factor(self.recipe, min(1.0, step / self.total_steps)),
-            last_epoch=steps - 1,
+            self.optimizer, lambda step: lr_factor(recipe, min(1.0, step / total)), last_epoch=steps - 1
         )
 
     def state(self) -> State:

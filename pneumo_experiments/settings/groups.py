@@ -224,7 +224,7 @@ class StudySettings:
     searched: Annotated[
         str,
         Arg("settings to search, with commas between; docs/search.md has their ranges", shapes_weights=False),
-    ] = "dice_weight,focal_weight,presence_weight"
+    ] = "dice_weight,focal_weight,presence_weight,learning_rate"
     space: Annotated[
         Path | None,
         Arg(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import warnings
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -137,6 +139,21 @@ def test_steps_without_a_finite_gradient_are_skipped_and_counted_and_many_end_th
     assert all(np.isfinite(value) for value in epoch.losses.values())
     with pytest.raises(UserError, match=r"4 of 6 steps of epoch 1 .* diverged; try a tenth"):
         list(fit(Predictor(network, CPU), noise(12), recipe, 1))
+
+
+def test_what_trained_leaves_the_memory_at_once() -> None:
+    """In a circle it would stay until Python looks for circles, which a GPU that is full does not cause."""
+    gc.disable()
+    try:
+        network = build_network("tiny", "none", 0)
+        recipe = make(Recipe, batch_size=4, ema=0.9, learning_rate=1e-3)
+        (epoch,) = fit(Predictor(network, CPU), noise(6), recipe, 1)
+        left = [weakref.ref(network), weakref.ref(epoch.network), weakref.ref(next(network.parameters()))]
+        assert left[0]() is not left[1]()
+        del network, epoch
+        assert [each() for each in left] == [None, None, None]
+    finally:
+        gc.enable()
 
 
 def test_pretrained_layers_learn_at_their_own_rate() -> None:

@@ -56,7 +56,8 @@ def test_the_searched_names_have_their_ranges_in_order_and_once() -> None:
     space = space_of(" ema, dice_weight ,ema,")
     assert [*space] == ["ema", "dice_weight"]
     assert space["dice_weight"] == FloatDistribution(0.1, 10, log=True)
-    assert [*space_of(StudySettings().searched)] == ["dice_weight", "focal_weight", "presence_weight"]
+    default = ["dice_weight", "focal_weight", "presence_weight", "learning_rate"]
+    assert [*space_of(StudySettings().searched)] == default
 
 
 def test_names_without_a_range_are_named_with_the_nearest() -> None:

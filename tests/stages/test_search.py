@@ -462,7 +462,7 @@ def test_the_same_data_and_settings_have_one_study_and_others_another(quick: Qui
     first = name()
     assert re.fullmatch(r"search-[0-9a-f]{8}", first)
     assert name(trials=2, sampler="random", keep=1) == "none"  # how, not what
-    others = [name(dataset=dataset), name(learning_rate=1e-2), name(searched="dice_weight")]
+    others = [name(dataset=dataset), name(weight_decay=0.02), name(searched="dice_weight")]
     assert len({first, "none", *others}) == 5
 
 
@@ -483,12 +483,12 @@ def test_a_study_of_other_data_is_refused_and_the_difference_named(quick: Quick,
     quick(trials=1)
     for values, difference in (
         (
-            {"learning_rate": 0.01, "holdout": 0.25},
-            r"learning_rate .*, now 0\.01; holdout 0\.2, now 0\.25",
+            {"weight_decay": 0.05, "holdout": 0.25},
+            r"weight_decay .*, now 0\.05; holdout 0\.2, now 0\.25",
         ),
         ({"dataset": dataset}, r"data [0-9a-f]{16}, now [0-9a-f]{16}"),
         (
-            {"searched": "focal_weight,presence_weight"},
+            {"searched": "focal_weight,presence_weight,learning_rate"},
             r".*range of dice_weight 0\.1 to 10, logarithmic, now not searched",
         ),
     ):
@@ -754,7 +754,7 @@ def test_a_trial_without_a_process_is_dead_after_a_minute_whatever_the_clocks_of
 def test_a_trial_whose_worker_has_died_is_run_again(quick: Quick) -> None:
     quick(trials=1)
     dead = study().ask()
-    names = ("dice_weight", "focal_weight", "presence_weight")
+    names = ("dice_weight", "focal_weight", "presence_weight", "learning_rate")
     values = suggest(dead, {name: SPACE[name] for name in names})
     dead.set_user_attr("process", tracking.process_tags() | {"pneumo.process": "1:1.0"})
     quick(trials=2)
