@@ -131,13 +131,17 @@ def test_a_killed_worker_is_an_error_and_the_same_command_ends_the_work(
     desk: Desk, whole: list[Any], tmp_path: Path
 ) -> None:
     process, workers = desk.start(tmp_path), list[psutil.Process]()
-    while stage(tmp_path / "d.h5") != "reading" or not any(sum(each.cpu_times()[:2]) > 1 for each in workers):
+    while stage(tmp_path / "d.h5") != "reading" or not any(
+        sum(each.cpu_times()[:2]) > 0.6 for each in workers
+    ):
+        assert process.poll() is None, process.communicate()
         workers = decoders(process.pid)
         time.sleep(0.001)
     workers[0].send_signal(signal.SIGKILL)
     code, output = process.communicate()
     assert code == 2, output
-    assert "workers: a worker process was killed" in output
+    # It imports for about a second.
+    assert "a worker process was killed" in output or "does not start (exit code -9)" in output
     assert desk.finish(tmp_path) == whole
 
 
