@@ -12,7 +12,8 @@ writes one file for each, and a picture of six hold-out images. The same command
 interruption, and other `--only`, `--seeds` or `--budgets` add to it. With the budget `seconds` a recipe gets
 as many epochs as take the time of the first recipe's training, by the speeds measured with the budget
 `images`. `table` prints Markdown; an interval is of the images, whose Dice are means over the seeds: the
-spread over seeds is not in it. Other `--epochs` make another table; other `--weights` need another folder.
+spread over seeds, a standard deviation, is not in it. Other `--epochs` make another table; other `--weights`
+need another folder.
 `speed` compares images per second while training with a plain loop around the same network, epoch by epoch.
 
 Two peers train on the same images, in the number format that ours compute in: torchvision's reference loop
@@ -79,10 +80,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 PEERS = ("torchvision's reference loop", "smp U-Net, plain loop")
 NETWORKS = (*[*RECIPES][:5], *PEERS)  # compared with the first of them
-CHANGES = (
-    CHEAP,
-    *[*RECIPES][5:],
-)  # what is changed of a fast network that starts from pretrained layers
+CHANGES = (CHEAP, *[*RECIPES][5:])  # of a fast network that starts from pretrained layers
 SHOWN = 6  # images in a picture beside each result
 HALF = Thresholds(presence_threshold=0.0, top_score=0.5, min_area_px=1, bottom_score=0.5)
 
@@ -436,14 +434,18 @@ def print_table(data: str, budget: str, results: list[dict[str, Any]], names: Se
     scored = f"{one['images']} images train, {len(areas)} are scored, {positive}"
     print(f"\n**{data}**, equal {budget}: {scored}; {one['machine']}\n")
     print(
-        "| recipe | seeds | epochs | seconds | Dice | on positives | difference to the first (95%) | at 0.5 |"
+        "| recipe | Dice of each seed | spread | epochs | seconds | Dice | on positives"
+        " | difference to the first (95%) | at 0.5 |"
     )
-    print("|---|---|---|---|---|---|---|---|")
+    print("|---|---|---|---|---|---|---|---|---|")
     for name in names:
         own = [result for result in results if result["recipe"] == name and result["seed"] in first]
         if not own:
             continue
-        dices = np.mean([result["dices"]["searched"] for result in own], axis=0)
+        searched = np.array([result["dices"]["searched"] for result in own])
+        of_seed, dices = searched.mean(axis=1), searched.mean(axis=0)
+        spread = f"{of_seed.std(ddof=1):.3f}" if len(own) > 1 else "–"
+        each = ", ".join(f"{dice:.4f}" for dice in of_seed)
         half = np.mean([result["dices"]["half"] for result in own])
         other = np.mean([first[result["seed"]]["dices"]["searched"] for result in own], axis=0)
         paired = compare(dices, other, one["patients"])
@@ -454,7 +456,7 @@ def print_table(data: str, budget: str, results: list[dict[str, Any]], names: Se
         )
         seconds = np.mean([result["seconds"] for result in own])
         epochs = np.mean([result["epochs"] for result in own])
-        print(f"| {name} | {len(own)} | {epochs:.0f} | {seconds:.0f} | {dices.mean():.4f}"
+        print(f"| {name} | {each} | {spread} | {epochs:.0f} | {seconds:.0f} | {dices.mean():.4f}"
               f" | {dices[areas > 0].mean():.4f} | {difference} | {half:.4f} |")  # fmt: skip
 
 

@@ -78,7 +78,8 @@ def _plan(settings: object) -> _Plan:
             return _training(settings)
         case Search():
             parts = _Split(settings.dataset, settings.split)
-            return _Plan(parts.table, [settings.study.storage], [_trials(settings.study, parts.train)])
+            work = [_trials(settings.study, parts.train), *_doubts(settings)]
+            return _Plan(parts.table, [settings.study.storage], work)
         case Score():
             is_search = settings.check is not None or settings.counts is not None
             needs_model = not is_search and settings.predictions is None
@@ -128,11 +129,6 @@ def _training(settings: Train) -> _Plan:
     parts, epochs = _Split(settings.dataset, settings.split), plural(settings.schedule.epochs, "epoch")
     folds = f"{settings.split.folds} folds of " if settings.split.fold == "all" else ""
     more = [] if is_none(settings.from_study) else [f"the best settings of study {settings.from_study} win"]
-    if settings.recipe.network.starts_from_model:
-        from pneumo_experiments.training.fold import doubt_of_start  # torch takes its time
-
-        with Dataset.open(settings.dataset) as dataset:
-            more += filter(None, [doubt_of_start(settings, dataset)])
     room = _size((2 * parts.train + parts.validation) * parts.image_size**2)
     return _Plan(
         parts.table,
@@ -142,8 +138,24 @@ def _training(settings: Train) -> _Plan:
             " long that takes is known after its first seconds",
             f"{room} of memory for images and masks (cache=stream needs less), and what the network needs",
             *more,
+            *_doubts(settings),
         ],
     )
+
+
+def _doubts(settings: Train | Search) -> list[str]:
+    """Whether the model to start from has seen images that are to judge it."""
+    if not settings.recipe.network.starts_from_model:
+        return []
+    from pneumo_experiments.search import trial_training  # torch takes its time
+    from pneumo_experiments.training import fold
+
+    with Dataset.open(settings.dataset) as dataset:
+        if isinstance(settings, Train):
+            doubt = fold.doubt_of_start(settings, dataset)
+        else:
+            doubt = trial_training.doubt_of_start(settings, dataset)
+    return [doubt] if doubt else []
 
 
 def _trials(study: StudySettings, training: int) -> str:

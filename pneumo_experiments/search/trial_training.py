@@ -205,9 +205,9 @@ def doubt_of_start(settings: Search, dataset: Dataset) -> str:
     splits = [split for each in both for split in fold_settings(each)]
     seen = seen_by_start(settings.recipe.network.weights, splits, dataset)
     return seen and (
-        f"{seen}: Dice of trials is too optimistic, and favours settings that change that model little; start"
-        " from a model of the same fold, holdout and split_seed, and set confirm=0: second trainings are of"
-        " another fold"
+        f"{seen}: Dice of trials is too optimistic, and may favour settings that change that model little;"
+        " start from a model of the same fold, holdout and split_seed, and set confirm=0: second trainings"
+        " are of another fold"
     )
 
 

@@ -248,9 +248,11 @@ def seen_by_start(weights: str, splits: Iterable[SplitSettings], dataset: Datase
         own = hash_image_ids(Subset(dataset, np.append(split.train, split.validation)))
         if start.members[0].split != settings or start.training_images != own:
             judges += [split.validation, split.holdout]
-    judged = Subset(dataset, np.unique(np.concatenate(judges))) if judges else None
-    seen = judged and describe_seen(judged, start.training_images, "that model")
-    return f"weights={weights}: of those that validate or are held out, {seen}" if seen else ""
+    if not judges:
+        return ""
+    judged = Subset(dataset, np.unique(np.concatenate(judges)))
+    seen = describe_seen(judged, start.training_images, "that model")
+    return seen and f"weights={weights}: of those that validate or are held out, {seen}"
 
 
 def doubt_of_start(settings: Train, dataset: Dataset) -> str:

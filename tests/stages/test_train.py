@@ -34,7 +34,7 @@ from pneumo_experiments.serving import Detector, load
 from pneumo_experiments.settings import Main, Score, Search, SplitSettings, Train, flat
 from pneumo_experiments.stages.main import _training_recipe
 from pneumo_experiments.stages.score import score
-from pneumo_experiments.stages.search import SearchResult
+from pneumo_experiments.stages.search import SearchResult, search
 from pneumo_experiments.stages.train import train
 from pneumo_experiments.training.fold import Fold, FoldResult, doubt_of_start, initial_network
 from pneumo_experiments.training.loop import EpochResult
@@ -297,12 +297,19 @@ def test_a_start_that_has_seen_what_other_folds_validate_on_is_told_once_and_at_
         == 1
     )
     assert "trained that model" in another  # that hold-out is not its own
-    searched = Search.of(dataset=small_dataset, weights=address, holdout=0.25, folds=3)
+    own = {"device": "cpu", "precision": "fp32", "batch_size": 8, "holdout": 0.25, "folds": 3, "keep": 0}
+    one = {"trials": 1, "search_epochs": 1, "storage": f"sqlite:///{Path.cwd()}/optuna.db"}
+    searched = make(Search, dataset=small_dataset, network="tiny", weights=address, **own, **one)
     with Dataset.open(small_dataset) as dataset:
         assert search_doubt(changed(searched, confirm=0), dataset) == ""
-        second = search_doubt(searched, dataset)
         validated = make_split(dataset, SplitSettings(holdout=0.25, folds=3, fold="1")).validation
-    assert f" {len(validated)} of {len(validated) + held_out} images trained that model" in second
+    # Second trainings are of fold 1; the hold-out is that model's own, too.
+    line = f" {len(validated)} of {len(validated) + held_out} images trained that model"
+    assert [line in each for each in dry_run.lines("search", searched)].count(True) == 1
+    caplog.clear()
+    search(searched)
+    (told,) = [text for record in caplog.records if "weights=" in (text := record.getMessage())]
+    assert line in told and "confirm=0" in told
 
 
 def test_weights_of_what_is_no_single_network_are_named(settings: Train, tmp_path: Path) -> None:
